@@ -1,0 +1,73 @@
+"""How fast the scripts are, measured in this run: `python tests/benchmark.py`. Quote ratios, not single times."""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import microattention  # noqa: E402
+
+
+def best(function, repeats=5):
+    """Seconds of the fastest of some runs."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def attention_by_zip(q, k, v):
+    """Causal attention with its inner loops as generator expressions over zip."""
+    scale, columns, out = len(q[0]) ** -0.5, list(zip(*v)), []
+    for i, query in enumerate(q):
+        scores = [sum(a * b for a, b in zip(query, key)) * scale for key in k[:i + 1]]
+        weights = microattention.softmax(scores)
+        out.append([sum(w * x for w, x in zip(weights, column)) for column in columns])
+    return out
+
+
+def attention_by_index(q, k, v):
+    """The same as the equation is written, with indices: Σ_c q[i][c]·k[j][c] and Σ_j w[j]·v[j][c]."""
+    d, d_v, out = len(q[0]), len(v[0]), []
+    for i in range(len(q)):
+        scores = [sum(q[i][c] * k[j][c] for c in range(d)) / d ** 0.5 for j in range(i + 1)]
+        weights = microattention.softmax(scores)
+        out.append([sum(weights[j] * v[j][c] for j in range(i + 1)) for c in range(d_v)])
+    return out
+
+
+def whole_scripts():
+    """Seconds of importing and of running each script, in a process of its own, start-up of Python apart."""
+    empty = best(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True))
+    print(f"{'script':<22}{'import':>10}{'whole run':>12}     (Python {sys.version.split()[0]}; its own start-up, "
+          f"{empty:.2f} s, taken off)")
+    for script in sorted(ROOT.glob("micro*.py")):
+        imported = best(lambda: subprocess.run([sys.executable, "-c", f"import {script.stem}"], cwd=ROOT, check=True))
+        whole = best(lambda: subprocess.run([sys.executable, script], check=True, stdout=subprocess.DEVNULL), 3)
+        print(f"{script.name:<22}{imported - empty:>8.3f} s{whole - empty:>10.2f} s")
+
+
+def attention():
+    """ns per multiply-add of attention, beside the same in generator expressions and a long dot."""
+    n, d, rng = 256, 64, random.Random(0)
+    q, k, v = (microattention.random_matrix(rng, n, d) for _ in range(3))
+    pairs = n * (n + 1) // 2 * 2 * d
+    fast = best(lambda: microattention.attention(q, k, v))
+    a, b = (microattention.random_matrix(rng, 1, 100_000)[0] for _ in "ab")
+    floor = best(lambda: microattention.dot(a, b)) / len(a)
+    print(f"\ncausal attention, n = {n}, d = {d}: {fast * 1e3:.0f} ms, {fast / pairs * 1e9:.1f} ns a multiply-add; "
+          f"a long dot takes {floor * 1e9:.1f} ns")
+    for name, other in (("zip", attention_by_zip), ("indices", attention_by_index)):
+        slow = best(lambda: other(q, k, v), 3)
+        print(f"with generator expressions over {name}: {slow * 1e3:.0f} ms, {slow / fast:.1f} times as long")
+
+
+if __name__ == "__main__":
+    whole_scripts()
+    attention()

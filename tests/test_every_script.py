@@ -1,0 +1,407 @@
+"""What holds for every script alike (the rules of the collection), for each of the scripts that exist.
+
+Where a rule could silently stop being tested, a broken copy of a script is made in the test's own folder and
+the rule is seen to fail on it.
+"""
+
+import ast
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ["microattention", "microkv", "microflash", "microquant", "microbeam"]
+SCRIPTS = [ROOT / f"{name}.py" for name in NAMES if (ROOT / f"{name}.py").exists()]
+each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+
+
+def run(script, *arguments, options=(), **settings):
+    """The finished process of `python [options] script [arguments]`."""
+    settings = {"capture_output": True, "timeout": 300, "stdin": subprocess.DEVNULL} | settings
+    return subprocess.run([sys.executable, *options, str(script), *arguments], **settings)
+
+
+@pytest.fixture(scope="session")
+def whole_trace():
+    """whole_trace(script): its complete run, made once."""
+    runs = {}
+    return lambda script: runs.setdefault(script, run(script)) if script not in runs else runs[script]
+
+
+def broken_copy(script, folder, old, new):
+    """A copy of script with one text replaced, which must be there."""
+    text = script.read_text(encoding="utf-8")
+    assert old in text
+    copy = folder / script.name
+    copy.write_text(text.replace(old, new), encoding="utf-8")
+    return copy
+
+
+# ------------------------------------------------------------------------------------- the source
+
+def imported_modules(script):
+    """The top-level names of all modules that a script imports, wherever it does."""
+    nodes = list(ast.walk(ast.parse(script.read_text(encoding="utf-8"))))
+    return ({alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+            | {(node.module or "").split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)})
+
+
+@each_script
+def test_imports_the_standard_library_only(script, tmp_path):
+    assert imported_modules(script) <= sys.stdlib_module_names
+    for foreign in ("numpy", "microkv"):
+        broken = broken_copy(script, tmp_path, "import math\n", f"import math\nimport {foreign}\n")
+        assert not imported_modules(broken) <= sys.stdlib_module_names
+
+
+def definitions(script):
+    """{name: source} of a script's top-level functions, classes and constants; the knobs, the table of sections
+    and main are the script's own. Knobs are the constants before the first definition."""
+    text = script.read_text(encoding="utf-8")
+    found, knobs = {}, True
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            knobs, names = False, [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AnnAssign):
+            names = [node.target.id]
+        else:
+            continue
+        if not knobs or names[0] in ("Vector", "Matrix"):
+            start = min([node.lineno] + [decorator.lineno for decorator in getattr(node, "decorator_list", [])])
+            found |= {name: "\n".join(text.splitlines()[start - 1:node.end_lineno]) for name in names}
+    return {name: source for name, source in found.items() if name not in ("main", "SECTIONS")}
+
+
+def conflicts(scripts):
+    """The names that two scripts define differently."""
+    sources = {}
+    for script in scripts:
+        for name, source in definitions(script).items():
+            sources.setdefault(name, set()).add(source)
+    return sorted(name for name, different in sources.items() if len(different) > 1)
+
+
+def test_one_name_one_definition(tmp_path):
+    assert conflicts(SCRIPTS) == []
+    copy = broken_copy(SCRIPTS[0], tmp_path, "total = sum(exps)", "total = sum(list(exps))")
+    assert conflicts([SCRIPTS[0], copy]) == ["softmax"]
+    copy = broken_copy(SCRIPTS[0], tmp_path, "WIDTH = 80", "WIDTH = 81")
+    assert conflicts([SCRIPTS[0], copy]) == ["WIDTH"]
+
+
+@each_script
+def test_everything_public_has_a_docstring(script):
+    nodes = [node for node in ast.walk(ast.parse(script.read_text(encoding="utf-8")))
+             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.col_offset == 0]
+    assert [node.name for node in nodes if not node.name.startswith("_") and not ast.get_docstring(node)] == []
+
+
+@each_script
+def test_importing_prints_nothing_and_leaves_the_global_generator_alone(script, tmp_path):
+    code = ("import random, sys; state = random.getstate(); sys.path.insert(0, sys.argv[1]); "
+            f"__import__({script.stem!r}); sys.exit(random.getstate() != state)")
+    done = subprocess.run([sys.executable, "-I", "-W", "error", "-c", code, str(ROOT)], capture_output=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+# -------------------------------------------------------------------------------------- the trace
+
+@each_script
+def test_the_whole_trace_ends_well(script, whole_trace):
+    done = whole_trace(script)
+    text = done.stdout.decode("utf-8")
+    assert done.returncode == 0 and done.stderr == b""
+    assert "FAIL" not in text and "\x1b" not in text
+    held = int(re.search(r"^All (\d+) checks held\.$", text, re.M)[1])
+    assert held == len(re.findall(r"^ok    ", text, re.M)) > 0
+    assert re.search(rf"^Try next: python {script.stem}\.py .+\n\Z", text, re.M)
+    assert max(map(len, text.splitlines())) <= 80
+    assert [line for line in text.splitlines() if line != line.rstrip()] == []
+
+
+@each_script
+def test_every_section_checks_something_and_names_functions_that_exist(script, whole_trace):
+    text = whole_trace(script).stdout.decode("utf-8")
+    module = __import__(script.stem)
+    heads = re.findall(r"^── (\d+) ── (.+?) ─+\nin the source: ((?:.+\n)(?: {15}.+\n)*)", text, re.M)
+    assert [int(number) for number, _, _ in heads] == list(range(1, len(module.SECTIONS) + 1))
+    for (_, title, names), (expected, _, functions) in zip(heads, module.SECTIONS):
+        assert title == expected
+        assert [name.strip() for name in names.split(",")] == [function.__name__ for function in functions]
+        assert all(getattr(module, function.__name__) is function for function in functions)
+    for section in re.split(r"^── \d+ ── ", text, flags=re.M)[1:]:
+        assert "\nok    " in section
+
+
+@each_script
+def test_a_failed_check_is_told_and_makes_the_status_1(script, tmp_path):
+    broken = broken_copy(script, tmp_path, "return [e / total for e in exps]", "return [e / total + 1e-3 for e in exps]")
+    for options in ((), ("-O",)):
+        done = run(broken, options=options)
+        assert done.returncode == 1 and b"\nFAIL  " in done.stdout
+        assert re.search(rb"^\d+ of \d+ checks FAILED\.$", done.stdout, re.M)
+
+
+@each_script
+@pytest.mark.parametrize("options", [("-I",), ("-O",), ("-OO",), ("-W", "error"), ("-X", "utf8=0")], ids=" ".join)
+def test_the_same_bytes_whatever_the_interpreter_options(script, options, whole_trace, tmp_path):
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    done = run(script, options=options, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == whole_trace(script).stdout
+
+
+def other_pythons():
+    """Paths of the Pythons from 3.11 up on this machine whose minor version is not the one running."""
+    found = {sys.version_info[:2]: None}
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    candidates = [shutil.which(f"python3.{minor}") for minor in range(11, 16)]
+    for path in filter(None, [*candidates, *map(str, sorted(root.glob("versions/3.*/bin/python")))]):
+        out = subprocess.run([path, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True)
+        version = tuple(map(int, out.stdout.split()))
+        if len(version) == 2 and version >= (3, 11):
+            found.setdefault(version, path)
+    return [path for path in found.values() if path]
+
+
+@each_script
+def test_the_same_bytes_on_every_python_found(script, whole_trace):
+    if not (pythons := other_pythons()):
+        pytest.skip("no other Python from 3.11 up on this machine")
+    for python in pythons:
+        for arguments in ((), ("--help",)):
+            expected = whole_trace(script) if not arguments else run(script, *arguments)
+            done = subprocess.run([python, str(script), *arguments], capture_output=True)
+            assert (done.returncode, done.stdout) == (0, expected.stdout), python
+
+
+@each_script
+def test_runs_without_a_network(script, whole_trace):
+    code = ("import runpy, socket, sys\ndef none(*_, **__): raise OSError('no network')\n"
+            "socket.socket.connect = socket.getaddrinfo = none\nsys.argv = sys.argv[1:]\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code, str(script)], capture_output=True)
+    assert (done.returncode, done.stdout) == (0, whole_trace(script).stdout)
+
+
+@each_script
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+def test_falls_back_to_ascii_where_the_output_cannot_show_more(script, encoding):
+    done = run(script, "--section", "1", env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert done.returncode == 0 and done.stdout.isascii()
+    assert done.stdout == run(script, "--section", "1", "--ascii").stdout
+
+
+@each_script
+def test_ascii_is_ascii_and_no_wider(script):
+    done = run(script, "--ascii")
+    assert done.returncode == 0 and done.stdout.isascii()
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert b"\\u" not in done.stdout  # every character the trace uses has its stand-in
+
+
+@each_script
+@pytest.mark.parametrize("settings, coloured", [({"TERM": "xterm"}, True), ({"TERM": "dumb"}, False),
+                                                ({"TERM": "xterm", "NO_COLOR": "1"}, False)])
+def test_colour_on_terminals_only(script, settings, coloured):
+    environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | settings
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, str(script), "--section", "1"], stdout=theirs, env=environment)
+    os.close(theirs)
+    output = b""
+    while chunk := read_terminal(ours):
+        output += chunk
+    os.close(ours)
+    assert process.wait() == 0
+    assert (b"\x1b[" in output) == coloured
+
+
+def read_terminal(descriptor):
+    """What a terminal has to say; nothing once its last writer is gone."""
+    try:
+        return os.read(descriptor, 65536)
+    except OSError:
+        return b""
+
+
+@each_script
+def test_time_goes_to_stderr(script):
+    timed, plain = run(script, "--section", "1", "--time"), run(script, "--section", "1")
+    assert timed.stdout == plain.stdout
+    assert re.fullmatch(rb"section 1: \d+\.\d\d s\n", timed.stderr)
+
+
+# ------------------------------------------------------------------------------- the command line
+
+@each_script
+def test_list_and_section(script, whole_trace):
+    titles = [title for title, *_ in __import__(script.stem).SECTIONS]
+    listed = run(script, "--list").stdout.decode("utf-8").splitlines()
+    assert listed == [f"{number:>2}  {title}" for number, title in enumerate(titles, 1)]
+    whole = re.split(r"(?=^── \d+ ── )", whole_trace(script).stdout.decode("utf-8"), flags=re.M)
+    chosen = run(script, "--section", "2,1", "--section", "2").stdout.decode("utf-8")
+    assert chosen.startswith("".join(whole[:3]))
+    assert re.search(r"\nAll \d+ checks held\.\nTry next: .*\n\Z", chosen)
+
+
+@each_script
+def test_help_names_every_option(script):
+    done = run(script, "--help", env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode == 0 and done.stderr == b""
+    for option in (b"--list", b"--section", b"--seed", b"--ascii", b"--time"):
+        assert option in done.stdout
+    assert max(map(len, done.stdout.decode().splitlines())) <= 80
+
+
+EVERYWHERE = ["--section 0", "--section 99", "--section 1,x", "--section ,", "--section 1.5", "--seed x", "--seed -1",
+              "--seed 1e3", "--nonsense", "positional", "--section", "--asci", "--seed 99999999999999999999"]
+REFUSED = {
+    "microattention": ["--n-heads 3", "--n-heads 0", "--dim 30", "--dim 4", "--dim x", "--n-kv-heads 3", "--window 0",
+                       "--window -1", "--sinks -1", "--ranks 3", "--ranks 0", "--text=", "--text=  ", "--text " + "ab cd " * 200],
+}
+
+
+@pytest.mark.parametrize("script, arguments", [(script, arguments) for script in SCRIPTS
+                                               for arguments in EVERYWHERE + REFUSED[script.stem]],
+                         ids=lambda value: value.stem if isinstance(value, Path) else value[:20])
+def test_a_bad_command_line_is_refused_in_one_line(script, arguments, capfd):
+    argv = [arguments] if arguments.startswith("--text=") else arguments.split(" ", 1)
+    with pytest.raises(SystemExit) as stop:
+        __import__(script.stem).main(argv)
+    out, err = capfd.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.endswith("\n") and err.count("\n") == 1 and err.startswith(script.stem + ": ")
+
+
+# Knobs at their edges: every check must hold all the same.
+EDGES = {
+    "microattention": ["--n-heads 1", "--n-heads 8 --dim 64", "--dim 8 --n-heads 8", "--dim 20 --n-heads 5", "--window 1 --sinks 0",
+                       "--window 9999 --sinks 9999", "--n-heads 32 --n-kv-heads 8 --ranks 16", "--ranks 4", "--n-kv-heads 4",
+                       "--n-kv-heads 1", "--dim 48 --n-heads 12 --n-kv-heads 3 --ranks 6", "--text x", "--text a\tb\nc",
+                       "--text Ünïcödé — 日本語 🙂", "--text 16,16", "--seed 1", "--seed 1000000000",
+                       "--text \udcff broken"],
+}
+
+
+@pytest.mark.parametrize("script, arguments", [(script, arguments) for script in SCRIPTS for arguments in EDGES[script.stem]],
+                         ids=lambda value: value.stem if isinstance(value, Path) else ascii(value)[1:30])
+def test_every_check_holds_with_a_knob_at_its_edge(script, arguments, capsys):
+    argv = arguments.split(" ", 1) if arguments.startswith("--text") else arguments.split()
+    assert __import__(script.stem).main(argv) == 0
+    out = capsys.readouterr().out
+    assert "FAIL" not in out and max(map(len, out.splitlines())) <= 80
+
+
+@each_script
+def test_a_closed_pipe_ends_quietly(script):
+    process = subprocess.Popen([sys.executable, "-u", str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for _ in range(3):
+        process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+    process.stderr.close()
+
+
+@each_script
+def test_a_full_disk_is_told_in_one_line(script):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    with open("/dev/full", "w") as full:
+        done = run(script, "--section", "1", capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and done.stderr.startswith(b"cannot write") and done.stderr.count(b"\n") == 1
+
+
+@each_script
+def test_control_c_ends_with_130_and_no_traceback(script):
+    process = subprocess.Popen([sys.executable, "-u", str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for _ in range(3):
+        process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130 and b"Traceback" not in errors
+
+
+# ---------------------------------------------------------------------------- the shared definitions
+
+@pytest.fixture(params=SCRIPTS, ids=lambda path: path.stem)
+def module(request):
+    return __import__(request.param.stem)
+
+
+def test_tokenizer_round_trip_and_alphabet(module):
+    tokenizer = module.Tokenizer.train(module.TEXT, 96)
+    assert len(tokenizer.vocab) == len(set(tokenizer.vocab)) == 96
+    assert tokenizer.vocab[:len(set(module.TEXT))] == sorted(set(module.TEXT))
+    for text in (module.TEXT, "", " ", "\n\n", "This is the", "  two  blanks ", "a.b,".replace(",", "."), "horn horn"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    with pytest.raises(ValueError, match="'q'"):
+        tokenizer.encode("This is the queen")
+
+
+def naive_bpe(text, vocab_size):
+    """BPE from its definition: count all pairs inside words again after every merge, join the winner everywhere."""
+    words = [list(word) for word in re.findall(r" ?\w+| ?[^\w\s]+|\s", text)]
+    vocab, merges = sorted(set(text)), []
+    while len(vocab) < vocab_size:
+        counts = {}
+        for word in words:
+            for a, b in zip(word, word[1:]):
+                counts[a, b] = counts.get((a, b), 0) + 1
+        if not counts:
+            break
+        a, b = sorted(counts, key=lambda pair: (-counts[pair], pair))[0]
+        merges.append((a, b))
+        vocab += [a + b] if a + b not in vocab else []
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == (a, b):
+                    word[i:i + 2] = [a + b]
+                i += 1
+    return vocab, merges, [part for word in words for part in word]
+
+
+@pytest.mark.parametrize("text, size", [(None, 96), (None, 999), ("aaaa aaa aa", 9), ("abcabc abc bcabca", 12), ("x", 5)])
+def test_tokenizer_learns_what_byte_pair_encoding_says(module, text, size):
+    text = module.TEXT if text is None else text
+    vocab, merges, parts = naive_bpe(text, size)
+    tokenizer = module.Tokenizer.train(text, size)
+    assert (tokenizer.vocab, tokenizer.merges) == (vocab, merges)
+    assert [tokenizer.vocab[i] for i in tokenizer.encode(text)] == parts
+    assert all(" " not in token[1:] for token in tokenizer.vocab)
+
+
+@pytest.mark.parametrize("text, size", [("", 10), ("abc", 2), ("abc", 0)])
+def test_tokenizer_refuses_what_cannot_work(module, text, size):
+    with pytest.raises(ValueError):
+        module.Tokenizer.train(text, size)
+
+
+def test_text_is_the_whole_rhyme(module):
+    verses = module.TEXT.splitlines()
+    assert len(verses) == 12 and verses[0] == "This is the house that Jack built."
+    assert verses[2] == "This is the rat that ate the malt that lay in the house that Jack built."
+    for shorter, longer in zip(verses, verses[1:]):
+        assert longer.endswith(shorter.removeprefix("This is"))
+
+
+def test_softmax(module):
+    assert module.softmax([]) == []
+    assert module.softmax([1e4, -1e4, 1e4]) == [0.5, 0.0, 0.5]
+    assert module.softmax([-float("inf"), 3.0]) == [0.0, 1.0]
+    assert module.softmax([-float("inf")] * 2) == [0.0, 0.0]
+    assert module.softmax([0.0, 1.0]) == pytest.approx([1 / (1 + 2.718281828459045), 1 / (1 + 1 / 2.718281828459045)], abs=1e-15)
+
+
+def test_dot_takes_what_python_3_11_takes(module):
+    for a, b, expected in (([], [], 0), ([2.0], (3.0,), 6.0), ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0], 32.0)):
+        assert module.dot(a, b) == module.dot_by_hand(a, b) == expected
