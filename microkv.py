@@ -1,0 +1,1907 @@
+#!/usr/bin/env python3
+"""Why generation is memory-bound, and how serving engines live with it.
+
+A language model writes one token at a time, and every token looks back at all those before it. Keeping their
+keys and values, the KV cache, saves nearly all of the work; then the cache itself becomes the problem: it grows
+with every token, it must be read for every token, and it decides how many people one card can serve. This
+script trains a tiny Llama before your eyes and does with it what vLLM does with a large one: pages the cache,
+shares blocks, batches continuously, splits long prompts, and survives running out of memory. Everything
+that is claimed is run through the model, and every request's tokens must stay those it would get alone.
+
+Run it (`python microkv.py`), read the trace, then read on from here in order: every section of the trace is a
+section of this file. The model and its training come last; the chapter is about the cache.
+
+The papers:
+  Pope et al., Efficiently Scaling Transformer Inference, 2022, arXiv:2211.05102          section 2
+  Kwon et al., Efficient Memory Management for Large Language Model Serving with
+    PagedAttention, 2023, arXiv:2309.06180 (vLLM)                                         sections 4, 5, 9
+  Yu et al., Orca: A Distributed Serving System for Transformer-Based Generative
+    Models, OSDI 2022                                                                     section 7
+  Agrawal et al., SARATHI: Efficient LLM Inference by Piggybacking Decodes with Chunked
+    Prefills, 2023, arXiv:2308.16369                                                      section 8
+  Patel et al., Splitwise: Efficient Generative LLM Inference Using Phase Splitting, 2023,
+    arXiv:2311.18677                                                                      section 10
+  Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, 2024,
+    arXiv:2402.02750                                                                      section 11
+"""
+
+from __future__ import annotations
+
+import cmath
+import functools
+import hashlib
+import math
+import operator
+import os
+import random
+import re
+import sys
+import textwrap
+import time
+import unicodedata
+from argparse import ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+
+Vector = list[float]
+Matrix = list[Vector]  # row-major: m[row][column]
+
+PROMPT = "This is the"
+MAX_NEW_TOKENS = 24          # tokens to generate in sections 1, 4 and 5
+BLOCK_SIZE = 4               # tokens a block holds (vLLM: 16)
+MAX_NUM_SEQS = 4             # requests that may run at the same time
+MAX_NUM_BATCHED_TOKENS = 24  # tokens a step may compute where prompts are cut up, section 8
+VOCAB_SIZE = 160             # every word of TEXT is then one token
+SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32)
+TRAINING = dict(steps=60, length=26)  # tokens a step
+
+
+# ---------------------------------------------------------------------------------------------------
+# 1. Generation without a cache, and with one
+#
+# To predict the next token, the model needs the keys and values of all tokens before it. Without a cache it
+# computes them all again at every step: step t runs t tokens through every matrix. But the key and value of a
+# token depend on nothing that comes later, so they never change. Keep them, and a step runs one token:
+#
+#     without: n steps cost 1 + 2 + … + n = n(n + 1)/2 tokens        with: n tokens
+#
+# The cache changes what is computed again, not what is computed: same tokens, same logits.
+
+class KVCache:
+    """The keys and values of all tokens so far, per layer; one list that grows."""
+
+    def __init__(self, config: Config):
+        self.keys: list[Matrix] = [[] for _ in range(config.n_layers)]
+        self.values: list[Matrix] = [[] for _ in range(config.n_layers)]
+
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+        return len(self.keys[-1])  # the last layer is the last to be written
+
+    def update(self, layer: int, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
+        """Add the new tokens' k and v [n][n_kv_heads·head_dim] of a layer; the keys and values of all tokens."""
+        self.keys[layer] += k
+        self.values[layer] += v
+        return self.keys[layer], self.values[layer]
+
+
+def generate(model: Llama, prompt: Sequence[int], max_new_tokens: int, cache=None) -> list[int]:
+    """The new tokens, each the likeliest next one (greedy). With a cache: prefill the prompt, then one a step."""
+    if not prompt or max_new_tokens < 0:
+        raise ValueError(f"prompt must have a token and max_new_tokens be at least 0, not {len(prompt)} tokens "
+                         f"and {max_new_tokens}")
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_new_tokens:
+        unseen = tokens if cache is None else tokens[cache.length - len(tokens):]
+        tokens.append(argmax(model.forward(unseen, cache)[-1]))
+    return tokens[len(prompt):]
+
+
+def argmax(logits: Vector) -> int:
+    """The first index of the largest."""
+    return logits.index(max(logits))
+
+
+def show_cache(trace: Trace, knobs: Namespace) -> None:
+    """The same text generated twice, and the multiplications of every step."""
+    model, prompt, n_new = knobs.model(), knobs.prompt_ids, knobs.max_new_tokens
+    c = model.config
+    runs = {}
+    for name, cache in (("without", None), ("with", KVCache(c))):
+        tokens, logits, work = list(prompt), [], []
+        for _ in range(n_new):
+            unseen = tokens if cache is None else tokens[cache.length - len(tokens):]
+            with counted_dots() as count:
+                logits.append(model.forward(unseen, cache)[-1])
+            work.append(count.products)
+            tokens.append(argmax(logits[-1]))
+        runs[name] = tokens, logits, work
+    trace.say(f"The tiny Llama ({c.n_layers} layers, {count_parameters(c):,} parameters) goes on from its prompt:")
+    trace.lines(textwrap.wrap(repr(knobs.tokenizer.decode(runs["with"][0])), WIDTH - 4, initial_indent="    ",
+                              subsequent_indent="    "))
+    trace.say("Multiplications in dot products, counted at each step. Without a cache each step does all the tokens "
+              "again; with one, the first step does the prompt (prefill) and each later one a single token (decode).")
+    most, rows = runs["without"][2][-1], []
+    for t in sorted({0, 1, 2, *range(3, n_new - 1, max(1, n_new // 6)), n_new - 1} & set(range(n_new))):
+        without, with_ = runs["without"][2][t], runs["with"][2][t]
+        rows.append([str(t + 1), f"{without:,}", bar(without, most, 24), f"{with_:,}", bar(with_, most, 24)])
+    rows.append(["all", f"{sum(runs['without'][2]):,}", "", f"{sum(runs['with'][2]):,}", ""])
+    trace.table(["step", "without", "", "with", ""], rows, left=(2, 4))
+    trace.check("the same tokens with the cache as without", runs["with"][0] == runs["without"][0], f"{n_new} tokens")
+    trace.check_close("the same logits at every step", runs["with"][1], runs["without"][1], 1e-9)
+    n = len(prompt)
+    formula = ([forward_products(c, n + t, 0) for t in range(n_new)],
+               [forward_products(c, n, 0)] + [forward_products(c, 1, n + t) for t in range(n_new - 1)])
+    trace.check("every step's count = the closed formula", formula == (runs["without"][2], runs["with"][2]), "equal")
+
+
+def forward_products(c: Config, n_new: int, n_cached: int) -> int:
+    """Multiplications in the dot products of forward() on n_new tokens after n_cached: a closed formula."""
+    kv_dim = c.n_kv_heads * c.head_dim
+    layer = 2 * c.dim * c.dim + 2 * kv_dim * c.dim + 3 * c.hidden_dim * c.dim   # wq and wo, wk and wv, w1 to w3
+    norms = (2 * c.n_layers + 1) * c.dim
+    pairs = n_new * n_cached + n_new * (n_new + 1) // 2                        # of a query and a key it sees
+    return n_new * (c.n_layers * layer + c.vocab_size * c.dim + norms) + c.n_layers * pairs * 2 * c.dim
+
+
+# ---------------------------------------------------------------------------------------------------
+# 2. Prefill and decode are different machines
+#
+# A step must read all the weights, and the cache, from memory, whatever it does with them. Divide its work by that:
+#
+#     arithmetic intensity = FLOPs / bytes moved            ridge = peak FLOP/s / bandwidth of the card
+#
+# Below the ridge the card waits for memory, above it for arithmetic (Williams et al. 2009, the roofline model).
+# Prefill uses every weight once per token of the prompt, decode once: about one FLOP per byte at 16 bits, where
+# the cards want hundreds. Batching lets many requests share one reading of the weights. It does not let them
+# share one reading of their caches, as each has its own: that is why the cache's size decides.
+
+@dataclass(frozen=True)
+class Card:
+    """A data sheet: dense 16-bit FLOP/s and bytes/s."""
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float
+    source: str
+
+    @property
+    def ridge(self) -> float:
+        """FLOPs it can do in the time it takes to read a byte."""
+        return self.flops / self.bandwidth
+
+
+CARDS = [Card("A100 80GB SXM", 312e12, 2039e9, 80e9, "NVIDIA A100 data sheet, 2021"),
+         Card("H100 80GB SXM", 989.4e12, 3350e9, 80e9, "NVIDIA H100 data sheet, 2023, without sparsity")]
+A100 = CARDS[0]
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A published configuration (16-bit weights and cache), as far as serving goes."""
+    name: str
+    parameters: float
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    source: str
+
+    @property
+    def kv_bytes(self) -> float:
+        """Bytes of cache a token takes."""
+        return kv_bytes_per_token(self.n_layers, self.n_kv_heads, self.head_dim)
+
+
+SERVED_MODELS = [
+    ServedModel("Llama 2 7B", 6.74e9, 32, 32, 128, "Touvron et al. 2023, arXiv:2307.09288; model card"),
+    ServedModel("Mistral 7B", 7.24e9, 32, 8, 128, "Jiang et al. 2023, arXiv:2310.06825; model card"),
+    ServedModel("Llama 3.1 8B", 8.03e9, 32, 8, 128, "Llama team 2024, arXiv:2407.21783; model card"),
+    ServedModel("Llama 2 13B", 13.02e9, 40, 40, 128, "Touvron et al. 2023, arXiv:2307.09288; model card"),
+    ServedModel("Llama 3.1 70B", 70.6e9, 80, 8, 128, "Llama team 2024, arXiv:2407.21783; model card")]
+LLAMA_8B = SERVED_MODELS[2]
+
+
+def step_seconds(card: Card, model: ServedModel, new_tokens: float, cached_tokens: float,
+                 weight_bytes: float = 2) -> tuple[float, float]:
+    """(seconds of arithmetic, seconds of reading) of a step that runs new_tokens; cached_tokens are read.
+
+    Arithmetic: 2 FLOPs a parameter and token (attention itself, small at these lengths, is left out). Reading:
+    the weights once, whatever the batch, and the caches of all requests in it. The step takes the longer one.
+    """
+    return (2 * model.parameters * new_tokens / card.flops,
+            (model.parameters * weight_bytes + cached_tokens * model.kv_bytes) / card.bandwidth)
+
+
+def kv_bytes_per_token(n_layers: int, n_kv_heads: int, head_dim: int, bytes_per_value: float = 2) -> float:
+    """Bytes that one token adds to the KV cache of MHA, GQA or MQA: a key and a value per layer and KV head."""
+    return 2 * n_layers * n_kv_heads * head_dim * bytes_per_value
+
+
+def show_intensity(trace: Trace, knobs: Namespace) -> None:
+    """FLOPs and bytes of a prefill and a decode step, counted; then Llama 3.1 8B on real cards."""
+    c = knobs.config
+    model = Llama(c, init_weights(c, random.Random(knobs.seed)))  # the counts do not depend on what it learned
+    trace.say("Our own model: FLOPs (2 for each multiplication, counted) and the bytes of all weights and cached keys "
+              "and values that the step's operations touched (counted, at 2 a number).")
+    rows, intensity = [], {}
+    for n_new, n_cached in ((1, 0), (1, 31), (1, 63), (8, 0), (32, 0), (64, 0)):
+        cache = KVCache(c)
+        if n_cached:
+            model.forward([0] * n_cached, cache)
+        touched = []
+
+        def counting(operation: Callable, *inputs):
+            touched.extend({linear: inputs[1:2], attend: inputs[1:3]}.get(operation, ()))
+            return operation(*inputs)
+
+        with counted_dots() as count:
+            model.forward([0] * n_new, cache, run=counting)
+        read = 2 * sum(len(row) for matrix in touched for row in matrix)
+        intensity[n_new, n_cached] = 2 * count.products / read
+        rows.append([f"{'decode' if n_new == 1 else 'prefill'}", str(n_new), str(n_cached), f"{2 * count.products:,}",
+                     f"{read:,}", f"{2 * count.products / read:.1f}", bar(2 * count.products / read, 64, 16)])
+    trace.table(["", "new tokens", "cached", "FLOPs", "bytes", "FLOPs a byte", ""], rows, left=(0, 6))
+
+    trace.say(f"{LLAMA_8B.name}, {LLAMA_8B.parameters / 1e9:.2f} billion parameters: one decoding step for a batch of "
+              f"requests, each with 1024 tokens cached. It takes the longer of the two times.")
+    for card in CARDS:
+        rows = []
+        for batch in (1, 8, 32, 128, 512):
+            arithmetic, reading = step_seconds(card, LLAMA_8B, batch, batch * 1024)
+            rows.append([str(batch), f"{arithmetic * 1e3:.2f}", f"{reading * 1e3:.2f}",
+                         f"{arithmetic * card.flops / (reading * card.bandwidth):.0f}",
+                         f"{batch / max(arithmetic, reading):,.0f}", f"{batch * 1024 * LLAMA_8B.kv_bytes / 1e9:.1f}"])
+        trace.say(f"{card.name}, ridge at {card.ridge:.0f} FLOPs a byte:")
+        trace.table(["batch", "arithmetic, ms", "reading, ms", "FLOPs a byte", "tokens a second", "cache, GB"], rows)
+    rows = []
+    for cached in (0, 256, 1024, 4096):
+        row = [str(cached)]
+        for card in CARDS:
+            per_token = 2 * LLAMA_8B.parameters / card.flops - cached * LLAMA_8B.kv_bytes / card.bandwidth
+            row.append(f"{LLAMA_8B.parameters * 2 / card.bandwidth / per_token:,.0f}" if per_token > 0 else "never")
+        rows.append(row)
+    trace.say("From which batch size on a bigger batch buys nothing, because arithmetic has become the longer time. "
+              "With much in the caches that never comes: reading them grows with the batch as well.")
+    trace.table(["tokens cached, each", *(card.name for card in CARDS)], rows)
+    trace.check("decode stays near 1 FLOP a byte, prefill of n tokens near n",
+                all(n / 2 < intensity[n, 0] < 1.1 * n for n in (1, 8, 32, 64)), "between n / 2 and 1.1 n")
+    weights = sum(math.prod(shape) for name, shape in c.shapes().items()
+                  if len(shape) == 2 and name != "tok_embeddings")
+    others = (2 * c.n_layers + 1) * c.dim + 2 * c.n_layers * c.dim  # in the norms, and of one pair in attention
+    trace.check("in decode, a token is multiplied with every weight once",
+                forward_products(c, 1, 0) - others == weights, f"{weights:,}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. The cache's size
+#
+#     2 · n_layers · n_kv_heads · head_dim · bytes per value, for every token of every request
+#
+# The weights are paid once; this is paid for each user, and grows with every word.
+
+def show_size(trace: Trace, knobs: Namespace) -> None:
+    """Bytes per token of real models, and how many requests fit beside the weights."""
+    trace.say("Real models at 16 bits, and how many requests of 4096 tokens fit beside the weights on one 80 GB card.")
+    rows = []
+    for model in SERVED_MODELS:
+        weights, request = 2 * model.parameters, 4096 * model.kv_bytes
+        fit = int((A100.memory - weights) // request)
+        rows.append([model.name, f"{weights / 1e9:.0f} GB", f"{model.kv_bytes / 1024:.0f} KiB",
+                     f"{request / 1e9:.2f} GB", str(fit) if fit > 0 else "weights too big", bar(max(fit, 0), 128, 20)])
+    trace.table(["model", "weights", "a token", "4K tokens", "requests", ""], rows, left=(0, 5))
+    c, cache = knobs.config, KVCache(knobs.config)
+    model = Llama(c, init_weights(c, random.Random(knobs.seed)))
+    trace.say("Our own, measured as it grows: numbers in the cache's lists, at 2 bytes each.")
+    rows, linear_growth = [], True
+    for length in (1, 8, 16, 32):
+        model.forward([0] * (length - cache.length), cache)
+        held = 2 * sum(len(row) for layers in (cache.keys, cache.values) for layer in layers for row in layer)
+        linear_growth &= held == length * kv_bytes_per_token(c.n_layers, c.n_kv_heads, c.head_dim)
+        rows.append([str(length), f"{held:,}", bar(held, 32 * 256, 40)])
+    trace.table(["tokens", "bytes", ""], rows, left=(2,))
+    trace.check("every token adds kv_bytes_per_token()", linear_growth,
+                f"{kv_bytes_per_token(c.n_layers, c.n_kv_heads, c.head_dim):.0f} bytes")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. Paged attention
+#
+# A request's final length is unknown. Reserve the longest possible as one piece, and most of it stays empty.
+# PagedAttention (Kwon et al. 2023) does what operating systems do: memory is cut into blocks of block_size
+# tokens; a request's block table says in which physical block each of its logical blocks lies; blocks are handed
+# out one at a time, as the text grows, from anywhere in the pool. Token p of a request lies in
+#
+#     slot = block_table[p // block_size] · block_size + p % block_size
+#
+# so at most block_size - 1 slots of a request are ever idle. The model reads its keys and values through the
+# table. (vLLM's kernel walks the table block by block on the GPU; here the rows are looked up one by one.)
+
+class BlockPool:
+    """num_blocks physical blocks of block_size slots; a slot holds one token's keys and values of every layer.
+
+    A block is free when nobody refers to it (ref_count 0). Free blocks are handed out least recently used
+    first, and keep what is in them until then: section 6 finds it again by its hash.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int):
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"num_blocks and block_size must be at least 1, not {num_blocks} and {block_size}")
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.ref_count = [0] * num_blocks
+        self.free_blocks = OrderedDict.fromkeys(range(num_blocks))  # an ordered set, oldest first
+        self.slots: list[dict[int, tuple[Vector, Vector]]] = [{} for _ in range(num_blocks * block_size)]
+        self.block_of: dict[str, int] = {}   # hash -> block with that content (section 6)
+        self.hash_of: dict[int, str] = {}    # and back
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that allocate() can hand out."""
+        return len(self.free_blocks)
+
+    def allocate(self) -> int:
+        """A free block, now with one reference; what it held is forgotten. ValueError if none is free."""
+        if not self.free_blocks:
+            raise ValueError(f"all {self.num_blocks} blocks are in use; free some, or make num_blocks larger")
+        block, _ = self.free_blocks.popitem(last=False)
+        if (old := self.hash_of.pop(block, None)) is not None:
+            del self.block_of[old]  # evicted from the prefix cache
+        self.ref_count[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        """One more reference; a free block that still holds what is wanted comes back into use."""
+        self.free_blocks.pop(block, None)
+        self.ref_count[block] += 1
+
+    def free(self, block: int) -> None:
+        """One reference less; at none the block is free, and last in line to be handed out."""
+        if self.ref_count[block] < 1:
+            raise ValueError(f"block {block} is free already")
+        self.ref_count[block] -= 1
+        if self.ref_count[block] == 0:
+            self.free_blocks[block] = None
+
+
+class PagedKVCache:
+    """One request's cache: a block table into a pool. Serves Llama.forward as KVCache does."""
+
+    def __init__(self, pool: BlockPool, config: Config):
+        self.pool, self.config, self.length = pool, config, 0
+        self.block_table: list[int] = []
+
+    def slot(self, position: int) -> int:
+        """The physical slot of a position."""
+        block, offset = divmod(position, self.pool.block_size)
+        return self.block_table[block] * self.pool.block_size + offset
+
+    def blocks_needed(self, n_new: int) -> int:
+        """How many blocks reserve(n_new) would take from the pool."""
+        total = -(-(self.length + n_new) // self.pool.block_size)
+        return total - len(self.block_table) + (n_new > 0 and self.last_is_shared())
+
+    def last_is_shared(self) -> bool:
+        """Is the next token to be written into a block that others refer to as well?"""
+        block = self.length // self.pool.block_size
+        return block < len(self.block_table) and self.pool.ref_count[self.block_table[block]] > 1
+
+    def reserve(self, n_new: int) -> None:
+        """Make room for n_new tokens. ValueError, and nothing changed, if the pool has not enough free blocks."""
+        if self.blocks_needed(n_new) > self.pool.num_free_blocks:
+            raise ValueError(f"{n_new} tokens need {self.blocks_needed(n_new)} more blocks, and "
+                             f"{self.pool.num_free_blocks} are free; make num_blocks larger")
+        if n_new and self.last_is_shared():  # copy on write (section 5)
+            first = self.length // self.pool.block_size * self.pool.block_size
+            old = [self.pool.slots[self.slot(position)] for position in range(first, self.length)]
+            self.pool.free(self.block_table[first // self.pool.block_size])
+            self.block_table[first // self.pool.block_size] = self.pool.allocate()
+            for position, content in zip(range(first, self.length), old):
+                self.pool.slots[self.slot(position)] = dict(content)
+        while len(self.block_table) * self.pool.block_size < self.length + n_new:
+            self.block_table.append(self.pool.allocate())
+
+    def update(self, layer: int, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
+        """Write the new tokens' k and v of a layer into their slots; the keys and values of all, read by the table."""
+        self.reserve(len(k))
+        for position, row in enumerate(zip(k, v), self.length):
+            self.pool.slots[self.slot(position)][layer] = row
+        rows = [self.pool.slots[self.slot(position)][layer] for position in range(self.length + len(k))]
+        if layer == self.config.n_layers - 1:
+            self.length += len(k)
+        return [key for key, _ in rows], [value for _, value in rows]
+
+    def fork(self) -> PagedKVCache:
+        """A second cache with the same content, in the same blocks: no copy, one more reference each (section 5)."""
+        twin = PagedKVCache(self.pool, self.config)
+        twin.block_table, twin.length = list(self.block_table), self.length
+        for block in self.block_table:
+            self.pool.share(block)
+        return twin
+
+    def free(self) -> None:
+        """Give all blocks back, the last first: the beginning of a text is the likeliest to be wanted again."""
+        for block in reversed(self.block_table):
+            self.pool.free(block)
+        self.block_table, self.length = [], 0
+
+
+@dataclass
+class Waste:
+    """Slots of a memory, summed over steps, by what became of them (Kwon et al. 2023, section 3.1)."""
+    used: int = 0       # hold a token
+    reserved: int = 0   # will hold one before the request ends
+    internal: int = 0   # set aside, and the request ends without having used them
+    free: int = 0       # not set aside; while somebody waits, that is external fragmentation
+
+    def shares(self) -> list[str]:
+        """Each as a share of all."""
+        counts = [self.used, self.reserved, self.internal, self.free]
+        return [f"{count / sum(counts):.0%}" for count in counts]
+
+
+def contiguous_waste(lengths: Sequence[tuple[int, int]], size: int, reserve: Callable[[int], int]) -> Waste:
+    """Requests of (prompt, final) tokens, each kept in one piece of reserve(final) slots, for as long as some wait.
+
+    First come, first served; a request takes the first gap it fits, grows by a token a step, and goes.
+    """
+    waiting, placed, waste = deque(lengths), [], Waste()  # placed: [start, length of the piece, tokens now, final]
+    while waiting:
+        piece, start = reserve(waiting[0][1]), 0
+        for other, length, _, _ in sorted(placed):
+            if start + piece <= other:
+                break
+            start = other + length
+        if start + piece <= size:
+            placed.append([start, piece, *waiting.popleft()])
+            continue
+        waste.used += sum(now for _, _, now, _ in placed)
+        waste.reserved += sum(final - now for _, _, now, final in placed)
+        waste.internal += sum(length - final for _, length, _, final in placed)
+        waste.free += size - sum(length for _, length, _, _ in placed)
+        placed = [[start, length, now + 1, final] for start, length, now, final in placed if now < final]
+    return waste
+
+
+def paged_waste(model: Llama, requests: Sequence[Request], num_blocks: int, block_size: int) -> Waste:
+    """The same for a pool of blocks: the engine of section 7 runs the requests through the model."""
+    engine = make_engine(model, requests, "continuous", num_blocks, block_size, len(requests), 1024)
+    waste = Waste()
+    while engine.waiting:
+        engine.step()
+        used = sum(state.cache.length for state in engine.running)
+        waste.used += used
+        waste.internal += sum(len(state.cache.block_table) for state in engine.running) * block_size - used
+        waste.free += engine.pool.num_free_blocks * block_size
+    return waste
+
+
+def show_paging(trace: Trace, knobs: Namespace) -> None:
+    """Two requests interleaved in one pool, drawn; then the waste of four ways to set memory aside."""
+    model, bs, n_new = knobs.model(), knobs.block_size, knobs.max_new_tokens
+    prompts = [knobs.prompt_ids, knobs.tokenizer.encode("This is the man all tattered and torn")]
+    blocks = sum(-(-(len(p) + n_new) // bs) for p in prompts) + 2
+    pool, solo = BlockPool(blocks, bs), [KVCache(model.config) for _ in prompts]
+    random.Random(knobs.seed).shuffle(order := list(pool.free_blocks))
+    pool.free_blocks = OrderedDict.fromkeys(order)  # as after some hours of service: free blocks in no order
+    paged = [PagedKVCache(pool, model.config) for _ in prompts]
+    same, texts = True, [list(p) for p in prompts]
+    for _ in range(n_new):
+        for text, cache, reference in zip(texts, paged, solo):
+            unseen = text[cache.length:]
+            logits = model.forward(unseen, cache)
+            same &= logits == model.forward(unseen, reference)
+            text.append(argmax(logits[-1]))
+    trace.say(f"Two requests, A and B, written token by token, in turn, into one pool of {blocks} blocks of {bs}. Each "
+              f"letter is a token's keys and values; a dot is an idle slot.")
+    owner = {cache.slot(p): name for name, cache in zip("AB", paged) for p in range(cache.length)}
+    boxes = ["│" + "".join(owner.get(block * bs + i, "·") for i in range(bs)) + "│" for block in range(blocks)]
+    trace.lines(textwrap.wrap(" ".join(boxes), WIDTH))
+    for name, cache in zip("AB", paged):
+        trace.lines(textwrap.wrap(f"block table of {name}: " + " ".join(map(str, cache.block_table)), WIDTH))
+    last = paged[0].length - 1
+    trace.lines([f"token {last} of A: block_table[{last // bs}] · {bs} + {last % bs} = slot {paged[0].slot(last)}"])
+    size, most = max(128 // bs * bs, 64), 64
+    idle = [len(cache.block_table) * bs - cache.length for cache in paged]
+
+    prompts = [knobs.tokenizer.encode("This is " + clause) for clause in CLAUSES[1:9]]
+    finals, end_of_line = [], knobs.tokenizer.encode("\n")
+    for prompt in prompts:
+        line, cache = list(prompt), KVCache(model.config)
+        while line[-1:] != end_of_line and len(line) < most:
+            line += generate(model, line, 1, cache)
+        finals.append(len(line))
+    trace.say(f"Waste. {len(prompts)} requests, written by the model until their line ends: {min(finals)} to "
+              f"{max(finals)} tokens, and nobody could know. They share {size} slots; {most} is the most anyone "
+              f"may use. What became of the slots, averaged over the steps in which somebody waited for room:")
+    lengths = list(zip(map(len, prompts), finals))
+    wastes = {f"in one piece: the most, {most}": contiguous_waste(lengths, size, lambda final: most),
+              "the next power of 2": contiguous_waste(lengths, size, lambda final: 1 << (final - 1).bit_length()),
+              "what it will be (an oracle)": contiguous_waste(lengths, size, lambda final: final),
+              f"paged, blocks of {bs}": paged_waste(model, [Request(p, f - len(p)) for p, f in zip(prompts, finals)],
+                                                    size // bs, bs)}
+    trace.table(["", "used", "reserved", "internal", "free"],
+                [[name, *waste.shares()] for name, waste in wastes.items()], left=(0,))
+    trace.note("internal: set aside and never used; free while others wait: in no piece that is large enough. Kwon et "
+               "al. found 20.4% to 38.2% used in the systems before theirs.")
+    trace.check("paged logits = contiguous logits at every step", same, "equal to the bit")
+    trace.check("a request never has more than block_size - 1 idle slots", max(idle) < bs, f"{idle[0]} and {idle[1]}")
+    trace.check("paging sets nothing aside for later", list(wastes.values())[-1].reserved == 0, "0 reserved")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 5. Sharing: reference counts and copy on write
+#
+# Several answers to one prompt need its keys and values once. fork() copies the block table, not the blocks, and
+# each block counts its references. Full blocks are never written again, so sharing them is safe. The last,
+# half-full one is: whoever writes into a block with more than one reference takes a copy of it first and writes
+# into that (copy on write). When the references to a block are down to none, it is free.
+
+def show_sharing(trace: Trace, knobs: Namespace) -> None:
+    """Four different continuations of one prompt: blocks with and without sharing."""
+    model, bs, n_new, n_samples = knobs.model(), knobs.block_size, min(knobs.max_new_tokens, 8), 4
+    prompt = knobs.tokenizer.encode(" ".join(CLAUSES[3::-1]))[:4 * bs + 1] + knobs.prompt_ids
+    pool = BlockPool(n_samples * -(-(len(prompt) + n_new + 1) // bs), bs)
+    first = PagedKVCache(pool, model.config)
+    logits = model.forward(prompt, first)[-1]
+    samples = [first] + [first.fork() for _ in range(n_samples - 1)]
+    best = sorted(range(len(logits)), key=lambda token: -logits[token])[:n_samples]  # each starts with another word
+    texts = [prompt + [token] for token in best]
+
+    def picture(title: str) -> None:
+        trace.lines(["", title])
+        for name, cache in zip("ABCD", samples):
+            trace.lines(textwrap.wrap(f"{name}: blocks " + " ".join(map(str, cache.block_table)), WIDTH - 2,
+                                      initial_indent="  ", subsequent_indent=" " * 12))
+        trace.lines(textwrap.wrap("references to blocks 0, 1, …: " + " ".join(str(n) for n in pool.ref_count if n),
+                                  WIDTH - 2, initial_indent="  ", subsequent_indent=" " * 12))
+
+    trace.say(f"A prompt of {len(prompt)} tokens, {n_samples} answers that begin with the {n_samples} likeliest words, "
+              f"blocks of {bs}.")
+    picture("After the prompt, forked: one set of blocks, four tables.")
+    for step in range(n_new):
+        for text, cache in zip(texts, samples):
+            text.append(argmax(model.forward(text[cache.length:], cache)[-1]))
+        if step == 0 and n_new > 1:
+            picture("One token later: whoever wrote into a block that was not full has a copy:")
+    picture(f"After {n_new} tokens each:")
+    used, alone = pool.num_blocks - pool.num_free_blocks, sum(-(-cache.length // bs) for cache in samples)
+    for name, text in zip("ABCD", texts):
+        trace.lines([f"  {name}: … " + knobs.tokenizer.decode(text[len(prompt) - 3:])[:WIDTH - 8].replace("\n", " / ")])
+    trace.say(f"In use: {used} blocks; without sharing it would be {alone}.")
+    undisturbed = all(text == prompt + [token] + generate(model, prompt + [token], n_new, KVCache(model.config))
+                      for text, token in zip(texts, best))
+    trace.check("every answer = what it is without sharing", undisturbed, f"{n_samples} × {n_new} tokens")
+    held = Counter(block for cache in samples for block in cache.block_table)
+    trace.check("every reference count = the block tables that name the block",
+                pool.ref_count == [held[block] for block in range(pool.num_blocks)], "equal")
+    for cache in samples:
+        cache.free()
+    trace.check("when all are done, every block is free again", pool.num_free_blocks == pool.num_blocks,
+                f"{pool.num_blocks}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 6. Prefix caching
+#
+# Requests often begin alike: a system prompt, a conversation so far. A full block's content depends on its own
+# tokens and on all tokens before them, so name it by a hash of both, its parent block's hash standing for what
+# came before:
+#
+#     hash(block i) = H(hash(block i - 1), tokens of block i)
+#
+# A new request walks down its own chain of hashes; as long as the pool knows them, it takes those blocks and skips
+# their computation. Free blocks keep their content until they are handed out, least recently used first, so even
+# the blocks of finished requests are found. The last token of a prompt is always computed, cached or not:
+# what is cached are keys and values, and what the request needs is the logits after that token. (vLLM does this.
+# SGLang keeps a radix tree instead of hashes: the same idea, token by token instead of block by block.)
+
+def hash_block(parent_hash: str, token_ids: Sequence[int]) -> str:
+    """A name for a full block: SHA-256 of the parent's name ("" for the first) and the block's tokens."""
+    return hashlib.sha256(f"{parent_hash}|{','.join(map(str, token_ids))}".encode()).hexdigest()
+
+
+def block_hashes(tokens: Sequence[int], block_size: int) -> list[str]:
+    """The hash chain of all full blocks of tokens."""
+    hashes = [""]
+    for end in range(block_size, len(tokens) + 1, block_size):
+        hashes.append(hash_block(hashes[-1], tokens[end - block_size:end]))
+    return hashes[1:]
+
+
+def register_blocks(cache: PagedKVCache, tokens: Sequence[int]) -> None:
+    """Make the full blocks of a cache that holds these tokens findable by their hashes; the first of a kind stays."""
+    pool = cache.pool
+    for block, name in zip(cache.block_table, block_hashes(tokens[:cache.length], pool.block_size)):
+        if name not in pool.block_of and block not in pool.hash_of:
+            pool.block_of[name], pool.hash_of[block] = block, name
+
+
+def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
+    """Fill an empty cache with the longest run of full blocks that the pool knows; how many tokens that skips.
+
+    The last token is left to be computed: its logits are needed.
+    """
+    for name in block_hashes(tokens[:len(tokens) - 1], cache.pool.block_size):
+        if name not in cache.pool.block_of:
+            break
+        block = cache.pool.block_of[name]
+        cache.pool.share(block)
+        cache.block_table.append(block)
+        cache.length += cache.pool.block_size
+    return cache.length
+
+
+def show_prefix_caching(trace: Trace, knobs: Namespace) -> None:
+    """A conversation that grows by a verse a turn: each turn finds the turns before it in the pool."""
+    model, bs = knobs.model(), knobs.block_size
+    verses = TEXT.splitlines(keepends=True)
+    turns = ["".join(verses[:n]) + f"This is {CLAUSES[n].split(' that')[0]}" for n in range(1, 5)]
+    prompts = [knobs.tokenizer.encode(turn) for turn in turns[:2] + turns[1:]]  # the second is asked twice
+    pool = BlockPool(sum(len(prompt) + 4 for prompt in prompts) // bs + len(prompts), bs)
+    trace.say(f"Requests that begin alike: the rhyme so far, then a new line. Each comes when the one before has "
+              f"ended and given its blocks back. █ the prompt tokens the model ran, ░ those it found in the pool.")
+    rows, texts, found, unchanged = [], [], [], True
+    for prompt in prompts:
+        cache = PagedKVCache(pool, model.config)
+        found.append(adopt_prefix(cache, prompt))
+        new = generate(model, prompt, 4, cache)
+        unchanged &= new == generate(model, prompt, 4, KVCache(model.config))
+        texts.append(prompt + new[:-1])  # what is in the cache: the last token was never run
+        register_blocks(cache, texts[-1])
+        cache.free()
+        rows.append([str(len(texts)), str(len(prompt)), str(found[-1]), "░" * (found[-1] // 2)
+                     + "█" * ((len(prompt) - found[-1]) // 2), knobs.tokenizer.decode(new).strip().replace("\n", "/")])
+    trace.table(["request", "prompt", "found", "", "goes on"], rows, left=(3, 4))
+
+    rhyme = knobs.tokenizer.encode(TEXT)
+    a, b = rhyme[:3 * bs], rhyme[1:3 * bs + 1]  # two texts of three blocks that begin differently
+    small = BlockPool(6, bs)
+    for text in (a, b):
+        cache = PagedKVCache(small, model.config)
+        model.forward(text, cache)
+        register_blocks(cache, text)
+        cache.free()
+    left = []
+    for _ in range(4):
+        left.append(tuple(sum(name in small.block_of for name in block_hashes(text, bs)) for text in (a, b)))
+        small.allocate()
+    trace.say("Eviction: text A, then text B, three blocks each, fill a pool and are done. Then others take its "
+              "blocks, one by one. Blocks of (A, B) that can still be found: " + ", ".join(map(str, left)) + ".")
+    naive = [max([common_full_blocks(prompt[:-1], text, bs) for text in texts[:n]], default=0)
+             for n, prompt in enumerate(prompts)]
+    trace.check("found = the longest run of full blocks shared with any earlier text", found == naive,
+                ", ".join(map(str, found)))
+    trace.check("the answers are what they are without it", unchanged, f"{len(prompts)} requests")
+    cache = PagedKVCache(pool, model.config)
+    whole = prompts[0][:len(prompts[0]) // bs * bs]
+    trace.check("of a prompt that is cached to its end, the last token is still run",
+                not whole or adopt_prefix(cache, whole) == len(whole) - bs, f"{cache.length} of {len(whole)} found")
+    trace.check("the least recently used blocks go first, a text's end before its beginning",
+                left == [(3, 3), (2, 3), (1, 3), (0, 3)], "in that order")
+
+
+def common_full_blocks(a: Sequence[int], b: Sequence[int], block_size: int) -> int:
+    """Tokens in the full blocks that two texts have in common from their start, by comparing them."""
+    same = 0
+    while same < min(len(a), len(b)) and a[same] == b[same]:
+        same += 1
+    return same // block_size * block_size
+
+
+# ---------------------------------------------------------------------------------------------------
+# 7. Continuous batching
+#
+# Reading the weights is most of a decode step, so requests should share steps. A static batch starts together and
+# ends with its longest member: finished ones sit in their places, new ones wait outside. Orca (Yu et al. 2022)
+# decides anew at every step: whoever is done leaves, whoever waits and fits comes in. A scheduler in vLLM's words:
+# requests are waiting, running, or preempted back to waiting; a step has room for max_num_seqs requests and
+# max_num_batched_tokens tokens, and every request needs free blocks for what it will write.
+#
+# The model really runs every step here, request by request. (An engine runs all tokens of a step through each
+# matrix at once. The rows do not mix, so the numbers are the same.) The clock is one stated cost model: a step
+# takes step_seconds() of Llama 3.1 8B on an A100, with 4-bit weights, so that 38 tokens a step, as many as our
+# short texts have, already use up the card.
+
+PRICED_WEIGHT_BYTES = 0.5   # a weight, 4 bits
+PCIE = 32e9                 # bytes/s each way, PCI Express 4.0 with 16 lanes (A100 data sheet: 64 GB/s both ways)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for, and when: arrival in seconds on the engine's clock."""
+    prompt: Sequence[int]
+    max_new_tokens: int
+    arrival: float = 0
+
+
+@dataclass(eq=False)
+class RequestState:
+    """A request on its way: its tokens so far, its cache, and when each new token came."""
+    number: int
+    request: Request
+    tokens: list[int]
+    cache: PagedKVCache
+    times: list[float] = field(default_factory=list)
+    stash: list[dict] | None = None  # its slots' contents while they are not in the pool
+    swapped: bool = False            # is the stash in the host's memory, a PCIe transfer away?
+
+    @property
+    def done(self) -> bool:
+        """Has it all its tokens?"""
+        return len(self.tokens) == len(self.request.prompt) + self.request.max_new_tokens
+
+
+@dataclass
+class Report:
+    """What serve() did. times: when each new token came, in seconds; steps: (start, end, {request: tokens run})."""
+    tokens: list[list[int]]
+    times: list[list[float]]
+    steps: list[tuple[float, float, dict[int, int]]]
+    preempted: list[tuple[int, int]]  # (step, request)
+    computed: int      # tokens run through the model
+    found: int         # tokens that prefix caching skipped
+    swapped_bytes: float
+    utilisation: float  # share of the max_num_seqs places that did useful work, over the steps
+    states: list[RequestState]
+
+
+class Engine:
+    """The scheduler and the loop around the model. policy: "static", "continuous" or "chunked" (section 8)."""
+
+    def __init__(self, model: Llama, states: list[RequestState], pool: BlockPool, policy: str, max_num_seqs: int,
+                 max_num_batched_tokens: int, preemption: str, prefix_caching: bool):
+        self.model, self.states, self.pool, self.policy = model, states, pool, policy
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.preemption, self.prefix_caching = preemption, prefix_caching
+        self.waiting = deque(sorted(states, key=lambda state: (state.request.arrival, state.number)))
+        self.running: list[RequestState] = []  # oldest first
+        self.clock, self.moved_tokens, self.seats = 0.0, 0, 0
+        self.report = Report([], [], [], [], 0, 0, 0.0, 0.0, states)
+
+    def schedule(self) -> list[tuple[RequestState, int]]:
+        """What the next step runs: (request, how many of its tokens). Blocks for them are reserved."""
+        budget, work, full = self.max_num_batched_tokens, [], False
+        for state in list(self.running):
+            if state not in self.running or state.done:
+                continue  # preempted a moment ago; or done, and keeping its place in a static batch
+            n = min(len(state.tokens) - state.cache.length, budget)
+            while state in self.running and state.cache.blocks_needed(n) > self.pool.num_free_blocks:
+                self.preempt([other for other in self.running if not other.done][-1])  # the youngest, be it this one
+                full = True
+            if state in self.running and n:
+                state.cache.reserve(n)
+                work.append((state, n))
+                budget -= n
+        batch_closed = self.policy == "static" and len(self.running) > 0
+        while self.waiting and self.waiting[0].request.arrival <= self.clock and not (full or batch_closed):
+            n = self.admit(self.waiting[0], budget) if len(self.running) < self.max_num_seqs else 0
+            if not n:
+                break  # first come, first served: nobody overtakes
+            self.running.append(self.waiting.popleft())
+            work.append((self.running[-1], n))
+            budget -= n
+        return work
+
+    def admit(self, state: RequestState, budget: int) -> int:
+        """Let a waiting request in: bring back or find what is cached, reserve blocks; the tokens to run, or 0."""
+        cache = state.cache
+        if state.stash is None and self.prefix_caching:
+            adopt_prefix(cache, state.tokens)
+        known = cache.length if state.stash is None else len(state.stash)
+        n = len(state.tokens) - known
+        n = min(n, budget) if self.policy == "chunked" else n
+        if not 0 < n <= budget or cache.blocks_needed(known - cache.length + n) > self.pool.num_free_blocks:
+            cache.free()  # what it had found stays findable
+            return 0
+        self.report.found += cache.length
+        cache.reserve(known - cache.length + n)
+        if state.stash is not None:
+            swap_in(cache, state.stash)
+            self.moved_tokens += known * state.swapped
+            state.stash, state.swapped = None, False
+        return n
+
+    def preempt(self, state: RequestState) -> None:
+        """Take a running request's blocks away. Nothing is lost: they are computed again, or kept on the host."""
+        self.running.remove(state)
+        self.waiting.appendleft(state)
+        self.report.preempted.append((len(self.report.steps), state.number))
+        if self.preemption == "swap":
+            state.stash, state.swapped = swap_out(state.cache), True
+            self.moved_tokens += len(state.stash)
+        state.cache.free()
+
+    def step(self) -> None:
+        """Schedule, run the model, advance the clock."""
+        if not self.running and self.waiting:
+            self.clock = max(self.clock, self.waiting[0].request.arrival)
+        work, start = self.schedule(), self.clock
+        for state, n in work:
+            first = state.cache.length
+            logits = self.model.forward(state.tokens[first:first + n], state.cache)
+            if state.cache.length == len(state.tokens):  # not the case halfway through a prompt
+                state.tokens.append(argmax(logits[-1]))
+            if self.prefix_caching:
+                register_blocks(state.cache, state.tokens)
+        padding = sum(state.done for state in self.running) - sum(state.done for state, _ in work)
+        run, cached = sum(n for _, n in work), sum(state.cache.length for state in self.running)
+        moved_bytes = self.moved_tokens * LLAMA_8B.kv_bytes
+        self.clock += max(step_seconds(A100, LLAMA_8B, run + padding, cached, PRICED_WEIGHT_BYTES)) + moved_bytes / PCIE
+        self.report.steps.append((start, self.clock, {state.number: n for state, n in work}))
+        self.report.computed += run
+        self.report.swapped_bytes += moved_bytes
+        self.moved_tokens, self.seats = 0, self.seats + len(work)
+        for state, _ in work:
+            new = len(state.tokens) - len(state.request.prompt)
+            state.times += [self.clock] * (new - len(state.times))
+        for state in [state for state, _ in work if state.done]:
+            state.stash = swap_out(state.cache)  # section 10 hands it on
+            state.cache.free()
+        if self.policy != "static" or all(state.done for state in self.running):
+            self.running = [state for state in self.running if not state.done]
+
+    def run(self) -> Report:
+        """Step until nobody is left."""
+        while self.waiting or self.running:
+            self.step()
+        self.report.tokens = [state.tokens[len(state.request.prompt):] for state in self.states]
+        self.report.times = [state.times for state in self.states]
+        self.report.utilisation = self.seats / max(1, len(self.report.steps) * self.max_num_seqs)
+        return self.report
+
+
+def serve(model: Llama, requests: Sequence[Request], *, policy: str = "continuous", num_blocks: int, block_size: int,
+          max_num_seqs: int, max_num_batched_tokens: int, preemption: str = "recompute",
+          prefix_caching: bool = False) -> Report:
+    """Every request's greedy tokens and the schedule that made them.
+
+    policy: "static" (batches that start and end together), "continuous" (whole prompts join running decodes) or
+    "chunked" (prompts are cut to the token budget). preemption: "recompute" or "swap". ValueError for settings
+    under which some request could never run.
+    """
+    engine = make_engine(model, requests, policy, num_blocks, block_size, max_num_seqs, max_num_batched_tokens,
+                         preemption, prefix_caching)
+    return engine.run()
+
+
+def make_engine(model: Llama, requests: Sequence[Request], policy: str, num_blocks: int, block_size: int,
+                max_num_seqs: int, max_num_batched_tokens: int, preemption: str = "recompute",
+                prefix_caching: bool = False) -> Engine:
+    """An Engine ready to run, its settings checked."""
+    if policy not in ("static", "continuous", "chunked") or preemption not in ("recompute", "swap"):
+        raise ValueError(f'policy must be "static", "continuous" or "chunked" and preemption "recompute" or "swap", '
+                         f"not {policy!r} and {preemption!r}")
+    if max_num_seqs < 1 or max_num_batched_tokens < 1:
+        raise ValueError(f"max_num_seqs and max_num_batched_tokens must be at least 1, not {max_num_seqs} and "
+                         f"{max_num_batched_tokens}")
+    pool = BlockPool(num_blocks, block_size)
+    for number, request in enumerate(requests):
+        total = len(request.prompt) + request.max_new_tokens
+        if not request.prompt or request.max_new_tokens < 1:
+            raise ValueError(f"request {number} must have a prompt and max_new_tokens of at least 1")
+        if (need := blocks_for(request, block_size)) > num_blocks:
+            raise ValueError(f"request {number} needs {need} blocks of {block_size} for its {total} tokens, so "
+                             f"num_blocks must be at least {need}, not {num_blocks}")
+        if policy != "chunked" and total > max_num_batched_tokens:
+            raise ValueError(f"request {number} may have to run {total} tokens in one step, so max_num_batched_tokens "
+                             f'must be at least {total}, not {max_num_batched_tokens}; or policy "chunked"')
+        if policy == "chunked" and max_num_batched_tokens < max_num_seqs:
+            raise ValueError(f"max_num_batched_tokens must be at least max_num_seqs, {max_num_seqs}, so that every "
+                             f"running request gets a token, not {max_num_batched_tokens}")
+    states = [RequestState(number, request, list(request.prompt), PagedKVCache(pool, model.config))
+              for number, request in enumerate(requests)]
+    return Engine(model, states, pool, policy, max_num_seqs, max_num_batched_tokens, preemption, prefix_caching)
+
+
+def blocks_for(request: Request, block_size: int) -> int:
+    """Blocks that a request fills at its end; its last token is never written."""
+    return -(-(len(request.prompt) + request.max_new_tokens - 1) // block_size)
+
+
+def swap_out(cache: PagedKVCache) -> list[dict]:
+    """A copy of every slot's contents, to be kept elsewhere."""
+    return [dict(cache.pool.slots[cache.slot(position)]) for position in range(cache.length)]
+
+
+def swap_in(cache: PagedKVCache, contents: Sequence[dict]) -> None:
+    """Write contents into an empty cache: other blocks than before, the same tokens."""
+    cache.reserve(len(contents))
+    for position, content in enumerate(contents):
+        cache.pool.slots[cache.slot(position)] = dict(content)
+    cache.length = len(contents)
+
+
+def make_requests(tokenizer: Tokenizer, rng: random.Random) -> list[Request]:
+    """Users with lines of the rhyme as prompts, arriving about 3 ms apart, wanting 3 to 20 tokens."""
+    arrival, requests = 0.0, []
+    for clause in CLAUSES[1:10]:
+        requests.append(Request(tuple(tokenizer.encode("This is " + clause)), rng.randint(3, 20), arrival))
+        arrival += rng.expovariate(1 / 0.003)
+    return requests
+
+
+def show_continuous(trace: Trace, knobs: Namespace) -> None:
+    """The same requests in static batches and continuously."""
+    model, requests = knobs.model(), knobs.requests
+    blocks = knobs.num_blocks or sum(blocks_for(request, knobs.block_size) for request in requests)
+    settings = dict(num_blocks=blocks, block_size=knobs.block_size, max_num_seqs=knobs.max_num_seqs,
+                    max_num_batched_tokens=1024)
+    reports = {policy: serve(model, requests, policy=policy, **settings) for policy in ("static", "continuous")}
+    trace.say(f"{len(requests)} requests, {knobs.max_num_seqs} places, {blocks} blocks of {knobs.block_size}. A column "
+              f"is a step, a row a request (its prompt + new tokens): dots while it waits, █ its prompt runs, ▒ a new "
+              f"token.")
+    for policy, report in reports.items():
+        trace.lines(["", f"{policy}:"] + timeline(report))
+    trace.lines([""])
+    trace.table(["", "steps", "places used", "ms in all", "tokens/s", "first token", "each later"],
+                [[policy, *metrics(report)] for policy, report in reports.items()], left=(0,))
+    trace.note(f"Times by the cost model: {LLAMA_8B.name}, 4-bit weights, {A100.name}; the last two are means in ms, "
+               f"from arrival to the first token, and from a token to the next.")
+    alone = [knobs.alone(request) for request in requests]
+    for policy, report in reports.items():
+        trace.check(f"{policy}: every request's tokens are what it gets alone", report.tokens == alone,
+                    f"{sum(map(len, alone))} tokens")
+    ran = [sum(work.values()) for report in reports.values() for _, _, work in report.steps]
+    trace.check("a step never ran more requests than there are places",
+                max(len(work) for report in reports.values() for _, _, work in report.steps) <= knobs.max_num_seqs,
+                f"{sum(ran):,} tokens run in {len(ran)} steps")
+
+
+def metrics(report: Report) -> list[str]:
+    """Steps, utilisation, time, throughput, mean time to first token and per later token, as cells of a table."""
+    end = report.steps[-1][1]
+    first = fmean(state.times[0] - state.request.arrival for state in report.states)
+    gaps = token_gaps(report)
+    return [str(len(report.steps)), f"{report.utilisation:.0%}", f"{end * 1e3:.1f}",
+            f"{sum(map(len, report.tokens)) / end:,.0f}", f"{first * 1e3:.1f}", f"{fmean(gaps) * 1e3:.2f}"]
+
+
+def token_gaps(report: Report, requests: slice = slice(None)) -> list[float]:
+    """The seconds between each new token and the next of the same request."""
+    return [later - earlier for times in report.times[requests] for earlier, later in zip(times, times[1:])] or [0.0]
+
+
+def timeline(report: Report, width: int = 66) -> list[str]:
+    """The schedule as a picture of at most width + 12 columns: a row per request, a column per step."""
+    lines, preempted = [], set(report.preempted)
+    for state in report.states:
+        row, seen = "", 0
+        for i, (start, _, work) in enumerate(report.steps):
+            if state.number in work:
+                row += "▒" if work[state.number] == 1 and seen >= len(state.request.prompt) else "█"
+                seen += work[state.number]
+            elif (i, state.number) in preempted:
+                row += "×"
+            else:
+                row += "·" if state.request.arrival <= start and seen < len(state.tokens) - 1 else " "
+        lines.append(f"{state.number:>2} {len(state.request.prompt):>2}+{state.request.max_new_tokens:<3} "
+                     + (row.rstrip() if len(row.rstrip()) <= width else row[:width] + "…"))
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------
+# 8. Chunked prefill
+#
+# A long prompt makes one long step, and everybody who is in the middle of an answer waits for it. Cut prompts to a
+# budget of max_num_batched_tokens a step (Sarathi, Agrawal et al. 2023): decodes go first, a token each, and what
+# is left of the budget goes to prompts. The decodes ride on steps that have their weights read anyway; the long
+# prompt takes a little longer; nobody stalls.
+
+def show_chunked(trace: Trace, knobs: Namespace) -> None:
+    """Three users are answered when a long prompt comes in."""
+    model, n_seqs = knobs.model(), max(knobs.max_num_seqs, 4)
+    budget = max(knobs.max_num_batched_tokens, n_seqs)
+    long_prompt = tuple(knobs.tokenizer.encode("".join(TEXT.splitlines(keepends=True)[:6])))
+    requests = [Request(tuple(knobs.tokenizer.encode("This is " + clause)), 20) for clause in CLAUSES[1:4]]
+    requests.append(Request(long_prompt, 4, 0.012))
+    settings = dict(num_blocks=sum(blocks_for(request, knobs.block_size) for request in requests),
+                    block_size=knobs.block_size, max_num_seqs=n_seqs)
+    reports = {"whole": serve(model, requests, policy="continuous", max_num_batched_tokens=1024, **settings),
+               "chunked": serve(model, requests, policy="chunked", max_num_batched_tokens=budget, **settings)}
+    trace.say(f"Requests 0 to 2 are being answered when request 3 comes, with a prompt of {len(long_prompt)} tokens. A "
+              f"column is a millisecond; a mark says that a new token came out in it.")
+    for name, report in reports.items():
+        trace.lines(["", "whole prompts:" if name == "whole" else f"chunked, at most {budget} tokens a step:"])
+        trace.lines(clock_line(report))
+    rows = []
+    for name, report in reports.items():
+        gaps = token_gaps(report, slice(3))
+        rows.append([name, f"{max(gaps) * 1e3:.1f}", f"{fmean(gaps) * 1e3:.1f}",
+                     f"{(report.times[3][0] - requests[3].arrival) * 1e3:.1f}",
+                     str(max(sum(work.values()) for _, _, work in report.steps))])
+    trace.lines([""])
+    trace.table(["ms", "worst gap", "mean gap", "until 3's first token", "largest step, tokens"], rows, left=(0,))
+    alone = [knobs.alone(request) for request in requests]
+    trace.check("every request's tokens are those it gets alone, both ways",
+                all(report.tokens == alone for report in reports.values()), f"{sum(map(len, alone))} tokens")
+    trace.check("no chunked step ran more than max_num_batched_tokens",
+                all(sum(work.values()) <= budget for _, _, work in reports["chunked"].steps), f"{budget}")
+
+
+def clock_line(report: Report, width: int = 68) -> list[str]:
+    """When tokens came, a column per millisecond: ▒ for a token, dots in between."""
+    lines = []
+    for state in report.states:
+        marks = {int(t * 1e3) for t in state.times}
+        row = "".join(" " if ms < int(state.request.arrival * 1e3) or ms > max(marks) else "▒" if ms in marks else "·"
+                      for ms in range(width))
+        lines.append(f"{state.number:>2} {len(state.request.prompt):>3}+{state.request.max_new_tokens:<3} {row}")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------
+# 9. Running out of blocks
+#
+# Nobody knows how long the answers get, so an engine admits more than may fit in the end. When a running request
+# needs a block and none is free, the youngest gives up its own: preempted, back to the head of the queue. Either its
+# keys and values are thrown away and computed again, prompt and answer so far in one prefill (recompute), or
+# they are copied to the host's memory and back over PCIe (swap). Either way its text goes on as if nothing had
+# happened. A request that could not even run alone in the pool must be refused at the door.
+
+def show_preemption(trace: Trace, knobs: Namespace) -> None:
+    """The requests of section 7 in ever smaller pools."""
+    model, requests, bs = knobs.model(), knobs.requests, knobs.block_size
+    smallest = max(blocks_for(request, bs) for request in requests)
+    pools = [knobs.num_blocks] if knobs.num_blocks else [2 * smallest, smallest]
+    alone = [knobs.alone(request) for request in requests]
+    trace.say(f"The requests of section 7 again; the largest needs {smallest} blocks of {bs}. Computed: tokens run "
+              f"through the model. Swapped: both ways, at {LLAMA_8B.kv_bytes / 1024:.0f} KiB a token, as the priced model "
+              f"has.")
+    rows, unchanged, empty, last = [], True, True, None
+    for blocks in pools:
+        for preemption in ("recompute", "swap"):
+            engine = make_engine(model, requests, "continuous", blocks, bs, knobs.max_num_seqs, 1024, preemption)
+            report = engine.run()
+            unchanged &= report.tokens == alone
+            empty &= engine.pool.num_free_blocks == blocks and not any(engine.pool.ref_count)
+            last = report if preemption == "recompute" else last
+            rows.append([str(blocks), preemption, str(len(report.preempted)), str(report.computed),
+                         f"{report.swapped_bytes / 2**20:.0f} MiB", str(len(report.steps)),
+                         f"{report.steps[-1][1] * 1e3:.1f}"])
+    trace.table(["blocks", "preemption by", "preempted", "computed", "swapped", "steps", "ms in all"], rows, left=(1,))
+    trace.say(f"In {pools[-1]} blocks, by recomputation; × marks where a request lost its blocks:")
+    trace.lines(timeline(last))
+    try:
+        serve(model, requests, num_blocks=smallest - 1, block_size=bs, max_num_seqs=knobs.max_num_seqs,
+              max_num_batched_tokens=1024)
+        refusal = ""
+    except ValueError as error:
+        refusal = str(error)
+    trace.say(f"One block less than the smallest: {refusal}.")
+    trace.check("no token changed, in any pool, either way", unchanged, f"{len(rows)} runs")
+    trace.check("every pool is empty at the end", empty, "all free, no references")
+    trace.check("a pool that is one block too small is refused", bool(refusal), "ValueError")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 10. Splitwise: prefill here, decode there
+#
+# Prefill wants arithmetic, decode wants bandwidth, and in one machine they get in each other's way. Splitwise
+# (Patel et al. 2023; DistServe, Zhong et al. 2024, is alike) gives each phase machines of its own. The price: the
+# keys and values of the prompt must cross from one to the other before the second token.
+
+LINKS = {"NVLink": (300e9, "A100 data sheet: 600 GB/s, both ways together"),
+         "InfiniBand HDR": (25e9, "200 Gb/s, as between the A100 machines of Patel et al. 2023")}
+
+
+def hand_over(prefill: Report, model: Llama, requests: Sequence[Request], link: float, num_blocks: int,
+              block_size: int, max_num_seqs: int) -> tuple[Report, float]:
+    """(what the decode machine does, bytes that crossed), after a prefill machine has made each first token.
+
+    A request arrives at the decode machine with its keys and values, as soon as a link of that many bytes/s
+    has carried them.
+    """
+    engine = make_engine(model, requests, "continuous", num_blocks, block_size, max_num_seqs, 1024)
+    crossed = 0.0
+    for state, done in zip(engine.states, prefill.states):
+        size = len(done.stash) * LLAMA_8B.kv_bytes
+        state.tokens, state.stash, state.times = list(done.tokens), done.stash, list(done.times)
+        state.request = replace(state.request, arrival=done.times[0] + size / link)
+        crossed += size
+    engine.waiting = deque(sorted((state for state in engine.states if not state.done),
+                                  key=lambda state: state.request.arrival))
+    return engine.run(), crossed
+
+
+def show_split(trace: Trace, knobs: Namespace) -> None:
+    """The same requests on one machine and on two, over two links."""
+    model, bs = knobs.model(), knobs.block_size
+    rng, verses = random.Random(knobs.seed), TEXT.splitlines(keepends=True)
+    requests = [Request(tuple(knobs.tokenizer.encode("".join(verses[:n]))), rng.randint(8, 16), 0.008 * i)
+                for i, n in enumerate((3, 5, 4))]
+    settings = dict(num_blocks=sum(blocks_for(request, bs) for request in requests), block_size=bs, max_num_seqs=4)
+    one = serve(model, requests, max_num_batched_tokens=1024, **settings)
+    prefill = serve(model, [replace(request, max_new_tokens=1) for request in requests], max_num_batched_tokens=1024,
+                    **settings)
+    trace.say(f"{len(requests)} requests with prompts of {min(len(r.prompt) for r in requests)} to "
+              f"{max(len(r.prompt) for r in requests)} tokens, on one machine and on two. Gaps: between one token of a "
+              f"request and its next; the first gap has the crossing in it; later: the worst "
+              f"of the others.")
+    rows, same, crossed_tokens = [], True, []
+    for name, link in {"one machine": None, **{f"two, {name}": rate for name, (rate, _) in LINKS.items()}}.items():
+        report, crossed = one, 0.0
+        if link:
+            report, crossed = hand_over(prefill, model, requests, link, **settings)
+            crossed_tokens.append(crossed / LLAMA_8B.kv_bytes)
+        same &= report.tokens == [knobs.alone(request) for request in requests]
+        gaps = token_gaps(report)
+        later = max(b - a for times in report.times for a, b in zip(times[1:], times[2:]))
+        first = fmean(times[0] - r.arrival for times, r in zip(report.times, requests))
+        rows.append([name, *(f"{ms * 1e3:.1f}" for ms in (first, fmean(gaps), max(gaps), later)),
+                     f"{crossed / 1e6:.1f} MB", f"{crossed / link * 1e3 / len(requests):.2f}" if link else "-"])
+    trace.table(["ms", "first token", "mean gap", "worst", "later", "crossed", "crossing"], rows, left=(0,))
+    trace.check("two machines write what one writes, and what each request gets alone", same,
+                f"{len(requests)} requests")
+    prompt_tokens = sum(len(r.prompt) for r in requests)
+    trace.check("the keys and values of every prompt token crossed, once",
+                crossed_tokens == [prompt_tokens] * len(LINKS), f"{prompt_tokens} tokens")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 11. A smaller cache
+#
+# Fewer bits a number: round each group of numbers to an even grid between its smallest and its largest (an offset
+# and a scale a group, asymmetric as in KIVI). Which numbers form a group decides the error. Per token: one
+# token's key of a head. Per channel: one channel of a head over all tokens, so that a channel that is large for
+# every token does not spoil the grid of the others. KIVI found such channels in the keys of real models,
+# and not in the values, hence: keys per channel, values per token. (It must gather some tokens before it can
+# do that: the newest ones wait in full precision.)
+
+def round_to_grid(values: Vector, bits: int) -> Vector:
+    """Each value to the nearest of 2^bits even steps from min to max."""
+    low, high = min(values), max(values)
+    scale = (high - low) / (2 ** bits - 1) or 1.0
+    return [low + round((value - low) / scale) * scale for value in values]
+
+
+def quantize_cache(m: Matrix, bits: int, n_kv_heads: int, per: str) -> Matrix:
+    """m [n][n_kv_heads·head_dim] on grids of `bits`; per "token" and head, or per "channel". bits 16: unchanged."""
+    if bits >= 16:
+        return m
+    if per == "channel":
+        return [list(row) for row in zip(*(round_to_grid(list(channel), bits) for channel in zip(*m)))]
+    return concat(*([round_to_grid(row, bits) for row in head] for head in split_heads(m, n_kv_heads)))
+
+
+def show_small_cache(trace: Trace, knobs: Namespace) -> None:
+    """The error in the logits, and the tokens that change, for keys and values of fewer bits."""
+    model, n_new = knobs.model(), 24
+    c = model.config
+    tokens = knobs.tokenizer.encode("".join(TEXT.splitlines(keepends=True)[4:6]))
+    half = len(tokens) // 2
+    exact = KVCache(c)
+    model.forward(tokens[:half], exact)
+    keys, values = [list(k) for k in exact.keys], [list(v) for v in exact.values]
+    reference = model.forward(tokens[half:], exact)
+    trace.say(f"The first {half} tokens of two verses are cached and rounded; then the model reads the next "
+              f"{len(tokens) - half}. The error in its logits (root mean square), and how often its favourite token changes.")
+    rows, errors = [], {}
+    for key_bits, value_bits, per in ((8, 8, "token"), (8, 8, "channel"), (4, 16, "token"), (4, 16, "channel"),
+                                      (2, 16, "token"), (2, 16, "channel"), (16, 4, "token"), (16, 4, "channel")):
+        cache = KVCache(c)
+        cache.keys = [quantize_cache(k, key_bits, c.n_kv_heads, per) for k in keys]
+        cache.values = [quantize_cache(v, value_bits, c.n_kv_heads, "token" if key_bits < 16 else per) for v in values]
+        logits = model.forward(tokens[half:], cache)
+        gaps = [a - b for p, q in zip(logits, reference) for a, b in zip(p, q)]
+        errors[key_bits, value_bits, per] = math.sqrt(dot(gaps, gaps) / len(gaps))
+        changed = sum(argmax(p) != argmax(q) for p, q in zip(logits, reference))
+        error = errors[key_bits, value_bits, per]
+        rows.append([f"{key_bits}", f"{value_bits}", f"{'keys' if key_bits < 16 else 'values'} per {per}",
+                     f"{error:.4f}", bar(error, 1, 16), f"{changed} of {len(logits)}"])
+    trace.table(["key bits", "value bits", "grid", "error", "", "changed"], rows, left=(2, 4))
+    spread = [fmean(max(map(abs, channel)) for channel in zip(*k)) for k in keys]
+    largest = [max(max(map(abs, channel)) for channel in zip(*k)) for k in keys]
+    better = "channel" if errors[4, 16, "channel"] < errors[4, 16, "token"] else "token"
+    factor = max(most / mean for most, mean in zip(largest, spread))
+    trace.say(f"On this model's keys, 4 bits do better per {better}. Its largest key channel is {factor:.1f} times the "
+              f"mean one. Real models have a few key channels that are far larger than the rest for every token (KIVI, "
+              f"figure 2): those spoil the grid of every token, and channels gain.")
+    rows = [row for k in keys for head in split_heads(k, c.n_kv_heads) for row in head]
+    trace.check("8 bits: every value comes back to within half a step",
+                all(abs(a - b) <= (max(row) - min(row)) / 255 / 2 * (1 + 1e-9)
+                    for row in rows for a, b in zip(round_to_grid(row, 8), row)), "scale / 2")
+    trace.check("16 bits here means untouched", quantize_cache(keys[0], 16, c.n_kv_heads, "token") == keys[0], "equal")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The supporting cast of this script.
+
+def count_parameters(c: Config) -> int:
+    """All of a model's numbers."""
+    return sum(math.prod(shape) for shape in c.shapes().values())
+
+
+class Products:
+    """A count of multiplications."""
+    products = 0
+
+
+@contextmanager
+def counted_dots() -> Iterator[Products]:
+    """While this is open, every dot product that anybody makes adds its length to .products."""
+    global dot
+    plain, count = dot, Products()
+
+    def counting(a: Sequence[float], b: Sequence[float]) -> float:
+        count.products += len(a)
+        return plain(a, b)
+
+    dot = counting
+    try:
+        yield count
+    finally:
+        dot = plain
+
+
+# ---------------------------------------------------------------------------------------------------
+# Shared by the five scripts, the same in each: arithmetic, the text, the tokenizer, the trace.
+
+def dot_by_hand(a: Sequence[float], b: Sequence[float]) -> float:
+    """Σ a[i]·b[i]."""
+    return sum(map(operator.mul, a, b))
+
+
+dot = getattr(math, "sumprod", dot_by_hand)  # Python 3.12 and newer have it built in
+
+
+def softmax(scores: Vector) -> Vector:
+    """exp(s) / Σ exp(s), with the largest score taken off first so that nothing overflows.
+
+    A score of -inf gets weight 0; where all are -inf, as in a row that sees nothing, all weights are 0.
+    """
+    top = max(scores, default=-math.inf)
+    if top == -math.inf:
+        return [0.0] * len(scores)
+    exps = [math.exp(s - top) for s in scores]
+    total = sum(exps)
+    return [e / total for e in exps]
+
+
+def linear(x: Matrix, w: Matrix) -> Matrix:
+    """y = W x for every row: x [n][in], w [out][in] -> [n][out], as nn.Linear without a bias."""
+    return [[dot(row, unit) for unit in w] for row in x]
+
+
+CLAUSES = ["the house that Jack built.", "the malt that lay in", "the rat that ate", "the cat that killed",
+           "the dog that worried", "the cow with the crumpled horn that tossed", "the maiden all forlorn that milked",
+           "the man all tattered and torn that kissed", "the priest all shaven and shorn that married",
+           "the cock that crowed in the morn that waked", "the farmer sowing his corn that kept",
+           "the horse and the hound and the horn that belonged to"]
+# The House That Jack Built: verse n tells clauses n, n - 1, …, 0.
+TEXT = "".join("This is " + " ".join(CLAUSES[n::-1]) + "\n" for n in range(len(CLAUSES)))
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Byte-pair encoding in miniature, over characters: vocab[id] is a token, merges are in order of learning.
+
+    Sennrich et al., Neural Machine Translation of Rare Words with Subword Units, 2016, arXiv:1508.07909.
+    """
+    vocab: list[str]
+    merges: list[tuple[str, str]]
+
+    @staticmethod
+    def words(text: str) -> list[str]:
+        """The units no merge crosses: words and punctuation with their leading space, other white space alone."""
+        return re.findall(r" ?\w+| ?[^\w\s]+|\s", text)
+
+    @staticmethod
+    def merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
+        """Join every occurrence of pair in parts, from the left."""
+        merged: list[str] = []
+        for part in parts:
+            if merged and (merged[-1], part) == pair:
+                merged[-1] += part
+            else:
+                merged.append(part)
+        return merged
+
+    @classmethod
+    def train(cls, text: str, vocab_size: int) -> Tokenizer:
+        """Start from the text's characters; merge the most frequent pair until there are vocab_size tokens.
+
+        Ties go to the pair that sorts first. The vocabulary stays smaller when every word is one token already.
+        ValueError if text is empty or has more characters than vocab_size.
+        """
+        vocab, merges = sorted(set(text)), []
+        if not 0 < len(vocab) <= vocab_size:
+            raise ValueError(f"vocab_size must be at least the number of different characters, {len(vocab)}, "
+                             f"and the text not empty; got {vocab_size}")
+        counts = Counter(cls.words(text))
+        parts = {word: list(word) for word in counts}
+        while len(vocab) < vocab_size:
+            pairs: Counter[tuple[str, str]] = Counter()
+            for word, count in counts.items():
+                for pair in zip(parts[word], parts[word][1:]):
+                    pairs[pair] += count
+            if not pairs:
+                break
+            best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+            merges.append(best)
+            if "".join(best) not in vocab:
+                vocab.append("".join(best))
+            parts = {word: cls.merge(split, best) for word, split in parts.items()}
+        return cls(vocab, merges)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text: the merges, in order, within each word. ValueError names an unknown character."""
+        ids = {token: i for i, token in enumerate(self.vocab)}
+        if unknown := next((c for c in text if c not in ids), None):
+            known = "".join(token for token in self.vocab if len(token) == 1)
+            raise ValueError(f"the vocabulary has no character {unknown!r}; it knows {known!r}")
+        parts = {word: list(word) for word in set(self.words(text))}
+        for pair in self.merges:
+            parts = {word: self.merge(split, pair) for word, split in parts.items()}
+        return [ids[part] for word in self.words(text) for part in parts[word]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that these token ids stand for."""
+        return "".join(self.vocab[i] for i in ids)
+
+
+WIDTH = 80  # columns of the trace
+# What a terminal without the left character gets instead of it.
+ASCII = str.maketrans({
+    "█": "#", "▓": "*", "▒": "+", "░": ":", "·": ".", "│": "|", "─": "-", "┌": "+", "┐": "+", "└": "+", "┘": "+",
+    "├": "+", "┤": "+", "┬": "+", "┴": "+", "┼": "+", "→": "->", "←": "<-", "␣": "_", "…": "...", "×": "x",
+    "√": "sqrt ", "Σ": "sum ", "Δ": "d", "ᵀ": "^T", "²": "^2", "±": "+-", "≤": "<=", "≥": ">=", "≈": "~"})
+SHADES = " ·░▒▓█"
+SHADES_LEGEND = "blank: hidden   · under 2%   ░ 2 to 10%   ▒ 10 to 30%   ▓ 30 to 60%   █ more"
+
+
+class Trace:
+    """Prints the sections and their checks; knows what the output can show, and how many checks held."""
+
+    def __init__(self, ascii_only: bool = False):
+        encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+        probe = "".join(map(chr, ASCII))
+        self.ascii = ascii_only or probe.encode(encoding, "ignore").decode(encoding) != probe
+        self.colour = (sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+                       and os.environ.get("TERM", "dumb") != "dumb")
+        self.held = self.failed = 0
+        self.in_checks = False  # was the last line a check?
+
+    def plain(self, text: str) -> str:
+        """text as this output can show it."""
+        return text.translate(ASCII).encode("ascii", "backslashreplace").decode() if self.ascii else text
+
+    def lines(self, lines: Sequence[str], style: str = "") -> None:
+        """Print lines as they are (a picture, say); style: an ANSI code, for terminals."""
+        self.in_checks = False
+        for line in lines:
+            line = self.plain(line).rstrip()
+            print(f"\x1b[{style}m{line}\x1b[0m" if style and self.colour else line)
+
+    def section(self, number: int, title: str, functions: Sequence[Callable]) -> None:
+        """A section's head: its number and title, and the functions in the source that do the work."""
+        self.lines(["", f"── {number} ── {title} ".ljust(WIDTH, "─")], "1")
+        names = "in the source: " + ", ".join(function.__name__ for function in functions)
+        self.lines(textwrap.wrap(names, WIDTH, subsequent_indent=" " * 15), "2")
+
+    def say(self, text: str) -> None:
+        """A paragraph, wrapped."""
+        self.lines(["", *textwrap.wrap(self.plain(text), WIDTH)])
+
+    def note(self, text: str) -> None:
+        """A line under a picture: its legend."""
+        self.lines(textwrap.wrap(self.plain(text), WIDTH), "2")
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> None:
+        """A table, two blanks between the columns, right-aligned but for the columns named in left."""
+        cells = [[self.plain(cell) for cell in row] for row in (header, *rows)]
+        widths = [max(map(display_width, column)) for column in zip(*cells)]
+        for i, row in enumerate(cells):
+            pads = [" " * (width - display_width(cell)) for cell, width in zip(row, widths)]
+            self.lines(["  ".join(cell + pad if c in left else pad + cell
+                                  for c, (cell, pad) in enumerate(zip(row, pads)))], "2" if i == 0 else "")
+
+    def check(self, claim: str, holds: bool, evidence: str) -> None:
+        """Print one check: what is claimed, and what was compared or bounded. A failure makes the exit status 1."""
+        self.held, self.failed = self.held + bool(holds), self.failed + (not holds)
+        text = textwrap.wrap(self.plain(f"{claim} ({evidence})"), WIDTH - 6)
+        mark = "ok  " if holds else "FAIL"
+        if self.colour:
+            mark = f"\x1b[{'32' if holds else '1;31'}m{mark}\x1b[0m"
+        self.lines([""] * (not self.in_checks) + [f"{mark}  {text[0]}", *("      " + line for line in text[1:])])
+        self.in_checks = True
+
+    def check_close(self, claim: str, got: Matrix, expected: Matrix, bound: float) -> None:
+        """A check that two matrices have the same shape and differ by less than bound in every place."""
+        same_shape = [len(row) for row in got] == [len(row) for row in expected]
+        gaps = [abs(a - b) for p, q in zip(got, expected) for a, b in zip(p, q)]
+        holds = same_shape and all(gap < bound for gap in gaps)
+        failure = f"max |Δ| = {max(gaps):.1e}" if same_shape else "the shapes differ"
+        self.check(claim, holds, f"max |Δ| < {bound:.0e}" if holds else f"{failure}; bound {bound:.0e}")
+
+
+def display_width(text: str) -> int:
+    """Columns that text takes in a terminal: East Asian wide characters take two, combining marks none."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def show_token(token: str) -> str:
+    """A token as a label of 12 columns at most: no leading space, other white space and the unprintable escaped."""
+    text = token[1:] if len(token) > 1 and token[0] == " " else token.replace(" ", "␣")
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    while display_width(text) > 12:
+        text = text[:-2] + "…"
+    return text
+
+
+def shade(weight: float) -> str:
+    """A weight between 0 and 1 as one character, darker for more."""
+    return SHADES[sum(weight > step for step in (0, 0.02, 0.1, 0.3, 0.6))]
+
+
+def bar(value: float, full: float, width: int) -> str:
+    """A bar of value / full times width characters; a trace of one for anything above zero."""
+    length = round(width * max(0.0, min(value / full, 1.0))) if full else 0
+    return "█" * length or "·" * (value > 0)
+
+
+def heat_map(weights: Matrix, labels: Sequence[str] = (), title: str = "", cell: int = 1) -> list[str]:
+    """A square of weights as shaded cells, each cell characters wide, with a label before each row."""
+    margin = max(map(display_width, labels), default=-1) + 1
+    names = [label + " " * (margin - display_width(label)) for label in labels] or [""] * len(weights)
+    return ([" " * margin + title.ljust(cell * len(weights))] if title else []) + [
+        name + "".join(shade(w) * cell for w in row[:len(weights)]) for name, row in zip(names, weights)]
+
+
+def side_by_side(blocks: Sequence[list[str]], gap: int = 3) -> list[str]:
+    """Pictures of the same height next to each other."""
+    widths = [max(map(display_width, block)) for block in blocks]
+    return [(" " * gap).join(line + " " * (width - display_width(line)) for line, width in zip(lines, widths))
+            for lines in zip(*blocks)]
+
+
+class OneLineParser(ArgumentParser):
+    """argparse, except that a refusal is one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from low to high."""
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not low <= int(text) <= high:
+            raise ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
+        return int(text)
+    return parse
+
+
+def section_numbers(count: int) -> Callable[[str], list[int]]:
+    """An argparse type: numbers of sections with commas between them."""
+    def parse(text: str) -> list[int]:
+        numbers = [int(part) if re.fullmatch(r" *[0-9]{1,4} *", part) else 0 for part in text.split(",")]
+        if not all(1 <= number <= count for number in numbers):
+            raise ArgumentTypeError(f"must be numbers from 1 to {count} (--list names them), as in 1,{count}, "
+                                             f"not {text!r}")
+        return numbers
+    return parse
+
+
+def common_parser(prog: str, description: str, n_sections: int) -> OneLineParser:
+    """The options that all five scripts have; the script adds its own knobs."""
+    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False,
+                           formatter_class=lambda prog: HelpFormatter(prog, width=WIDTH))
+    parser.add_argument("--list", action="store_true", help="list the sections and stop")
+    parser.add_argument("--section", metavar="N[,N...]", action="extend", type=section_numbers(n_sections),
+                        help="run only these sections (may be repeated)")
+    parser.add_argument("--seed", metavar="N", type=whole_number(0, 10**9), default=0,
+                        help="seed of all randomness (default 0)")
+    parser.add_argument("--ascii", action="store_true", help="print no character outside ASCII")
+    parser.add_argument("--time", action="store_true", help="print the seconds each section took, on stderr")
+    return parser
+
+
+def run_sections(sections: Sequence[tuple], knobs: Namespace, next_experiment: str) -> int:
+    """Print the chosen sections (title, show function, functions named in the head); the exit status.
+
+    0 when every check held, 1 when one failed, 130 after Ctrl-C. A reader who closes the pipe ends it quietly.
+    """
+    try:
+        trace = Trace(knobs.ascii)
+        if knobs.list:
+            trace.lines([f"{number:>2}  {title}" for number, (title, *_) in enumerate(sections, 1)])
+        else:
+            for number in sorted(set(knobs.section or range(1, len(sections) + 1))):
+                title, show, functions = sections[number - 1]
+                start = time.perf_counter()
+                trace.section(number, title, functions)
+                show(trace, knobs)
+                if knobs.time:
+                    sys.stdout.flush()
+                    print(f"section {number}: {time.perf_counter() - start:.2f} s", file=sys.stderr)
+            trace.lines(["", f"{trace.failed} of {trace.failed + trace.held} checks FAILED." if trace.failed else
+                         f"All {trace.held} checks held.", f"Try next: {next_experiment}"], "1")
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return 1 if trace.failed else 0
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing stdout cannot fail again
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"cannot write the trace: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# The tiny Llama, the same in microkv, microquant and microbeam: RMSNorm, rotary positions, grouped-query
+# attention, SwiGLU, no biases, and Meta's names for the weights, so that they fit any Llama implementation.
+#
+# The forward pass is written once. It does everything through run(operation, *inputs), which just calls the
+# operation, unless it is told otherwise: training hands over a Tape, which also remembers, to run backwards.
+
+@dataclass(frozen=True)
+class Config:
+    """The sizes of a Llama; head_dim is dim / n_heads."""
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    hidden_dim: int
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if min(self.vocab_size, self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.hidden_dim) < 1:
+            raise ValueError(f"every size must be at least 1, not {self}")
+        if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads:
+            raise ValueError(f"dim must be a multiple of 2 · n_heads, and n_heads of n_kv_heads, not {self}")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.dim // self.n_heads
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of every weight; a matrix is [out][in], a norm's gain [dim]."""
+        kv_dim, shapes = self.n_kv_heads * self.head_dim, {"tok_embeddings": (self.vocab_size, self.dim)}
+        for layer in range(self.n_layers):
+            for name, shape in {"attention_norm": (self.dim,), "attention.wq": (self.dim, self.dim),
+                                "attention.wk": (kv_dim, self.dim), "attention.wv": (kv_dim, self.dim),
+                                "attention.wo": (self.dim, self.dim), "ffn_norm": (self.dim,),
+                                "feed_forward.w1": (self.hidden_dim, self.dim),
+                                "feed_forward.w2": (self.dim, self.hidden_dim),
+                                "feed_forward.w3": (self.hidden_dim, self.dim)}.items():
+                shapes[f"layers.{layer}.{name}"] = shape
+        return shapes | {"norm": (self.dim,), "output": (self.vocab_size, self.dim)}
+
+
+def call(operation: Callable, *inputs):
+    """operation(*inputs): the plain way to run an operation of the forward pass."""
+    return operation(*inputs)
+
+
+class Llama:
+    """weights: {name: matrix [out][in] or gain [dim]}, named and shaped as Config.shapes() says."""
+
+    def __init__(self, config: Config, weights: dict[str, Matrix | Vector]):
+        if missing := [name for name in config.shapes() if name not in weights]:
+            raise ValueError(f"weights must have {missing[0]!r}")
+        self.config, self.weights = config, weights
+
+    def forward(self, tokens: Sequence[int], cache=None, run: Callable = call) -> Matrix:
+        """Logits [len(tokens)][vocab_size]: row i predicts what follows tokens[i].
+
+        With a cache, tokens come after those already in it, and their keys and values are added to it.
+        """
+        c, w = self.config, self.weights
+        start = cache.length if cache is not None else 0
+        positions = range(start, start + len(tokens))
+        x = run(look_up, w["tok_embeddings"], tokens)
+        for layer in range(c.n_layers):
+            wq, wk, wv, wo = (w[f"layers.{layer}.attention.{name}"] for name in ("wq", "wk", "wv", "wo"))
+            w1, w2, w3 = (w[f"layers.{layer}.feed_forward.{name}"] for name in ("w1", "w2", "w3"))
+            h = run(rms_norm, x, w[f"layers.{layer}.attention_norm"], c.norm_eps)
+            q = run(rope_heads, run(linear, h, wq), positions, c.n_heads, c.rope_base)
+            k = run(rope_heads, run(linear, h, wk), positions, c.n_kv_heads, c.rope_base)
+            v = run(linear, h, wv)
+            if cache is not None:
+                k, v = cache.update(layer, k, v)  # of all tokens so far
+            x = run(add, x, run(linear, run(attend, q, k, v, c.n_heads, c.n_kv_heads), wo))
+            h = run(rms_norm, x, w[f"layers.{layer}.ffn_norm"], c.norm_eps)
+            x = run(add, x, run(linear, run(swiglu, run(linear, h, w1), run(linear, h, w3)), w2))
+        return run(linear, run(rms_norm, x, w["norm"], c.norm_eps), w["output"])
+
+
+def look_up(table: Matrix, tokens: Sequence[int]) -> Matrix:
+    """The embedding of each token: table [vocab_size][dim] -> [n][dim]."""
+    return [table[token] for token in tokens]
+
+
+def rms_norm(x: Matrix, gain: Vector, eps: float) -> Matrix:
+    """gain · x / √(mean(x²) + eps), row by row (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    scales = [1 / math.sqrt(dot(row, row) / len(row) + eps) for row in x]
+    return [[value * scale * g for value, g in zip(row, gain)] for row, scale in zip(x, scales)]
+
+
+def rope_heads(x: Matrix, positions: Sequence[int], n_heads: int, base: float) -> Matrix:
+    """rope() in each head of x [n][n_heads·head_dim]."""
+    return concat(*(rope(head, positions, base) for head in split_heads(x, n_heads)))
+
+
+def attend(q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
+    """Causal grouped-query attention: q [n_q][n_heads·head_dim], k and v [n_k][n_kv_heads·head_dim].
+
+    The queries are the last n_q of the n_k positions. -> [n_q][n_heads·head_dim].
+    """
+    group, heads = n_heads // n_kv_heads, []
+    keys, values = split_heads(k, n_kv_heads), split_heads(v, n_kv_heads)
+    for h, queries in enumerate(split_heads(q, n_heads)):
+        columns = list(zip(*values[h // group]))
+        heads.append([[dot(weights, column[:len(weights)]) for column in columns]
+                      for weights in causal_weights(queries, keys[h // group])])
+    return concat(*heads)
+
+
+def causal_weights(q: Matrix, k: Matrix) -> list[Vector]:
+    """softmax(q·k / √d) of one head; row i has weights for the keys it sees only, the first n_k - n_q + i + 1."""
+    scale, hidden = 1 / math.sqrt(len(k[0])), len(k) - len(q)
+    return [softmax([dot(query, key) * scale for key in k[:hidden + i + 1]]) for i, query in enumerate(q)]
+
+
+def swiglu(a: Matrix, b: Matrix) -> Matrix:
+    """silu(a) · b, element by element (Shazeer 2020, arXiv:2002.05202); silu(x) = x · sigmoid(x)."""
+    return [[x * sigmoid(x) * y for x, y in zip(p, q)] for p, q in zip(a, b)]
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)), for any x."""
+    return 0.5 + 0.5 * math.tanh(0.5 * x)
+
+
+def add(a: Matrix, b: Matrix) -> Matrix:
+    """The sum, element by element."""
+    return [list(map(operator.add, p, q)) for p, q in zip(a, b)]
+
+
+# Training: each operation's backward pass takes the gradient of its output, and its inputs, and returns the
+# gradients of those inputs that have one. Whole matrices at a time, so that here too all the work is in dot.
+
+def look_up_backward(d: Matrix, table: Matrix, tokens: Sequence[int]) -> list[Matrix]:
+    """Each token's gradient goes to its row of the table."""
+    d_table = [[0.0] * len(table[0]) for _ in table]
+    for row, token in zip(d, tokens):
+        d_table[token] = list(map(operator.add, d_table[token], row))
+    return [d_table]
+
+
+def linear_backward(d: Matrix, x: Matrix, w: Matrix) -> list[Matrix]:
+    """y = x wᵀ: dx = d w, dw = dᵀ x."""
+    return [linear(d, list(zip(*w))), linear(list(zip(*d)), list(zip(*x)))]
+
+
+def rms_norm_backward(d: Matrix, x: Matrix, gain: Vector, eps: float) -> list[Matrix | Vector]:
+    """y = gain · x̂ with x̂ = x / rms: dx = (g·d - x̂ · mean(g·d · x̂)) / rms."""
+    d_x, d_gain = [], [0.0] * len(gain)
+    for d_row, row in zip(d, x):
+        scale = 1 / math.sqrt(dot(row, row) / len(row) + eps)
+        unit, pull = [value * scale for value in row], list(map(operator.mul, d_row, gain))
+        share = dot(pull, unit) / len(row)
+        d_x.append([(p - u * share) * scale for p, u in zip(pull, unit)])
+        d_gain = [total + slope * u for total, slope, u in zip(d_gain, d_row, unit)]
+    return [d_x, d_gain]
+
+
+def rope_heads_backward(d: Matrix, x: Matrix, positions: Sequence[int], n_heads: int, base: float) -> list[Matrix]:
+    """The gradient is turned back."""
+    return [rope_heads(d, [-p for p in positions], n_heads, base)]
+
+
+def attend_backward(d: Matrix, q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int) -> list[Matrix]:
+    """With P = softmax(S), S = q kᵀ / √d: dv = Pᵀ d, dP = d vᵀ, dS = P·(dP - rowsum(P·dP)), dq = dS k, dk = dSᵀ q."""
+    group, d_q = n_heads // n_kv_heads, []
+    keys, values = split_heads(k, n_kv_heads), split_heads(v, n_kv_heads)
+    d_k, d_v = ([[[0.0] * len(head[0]) for _ in head] for head in heads] for heads in (keys, values))
+    for h, (queries, d_head) in enumerate(zip(split_heads(q, n_heads), split_heads(d, n_heads))):
+        g, scale = h // group, 1 / math.sqrt(len(queries[0]))
+        p, d_s = [], []
+        for weights, d_row in zip(causal_weights(queries, keys[g]), d_head):
+            d_p = [dot(d_row, value) for value in values[g][:len(weights)]]
+            mean = dot(weights, d_p)
+            unseen = [0.0] * (len(k) - len(weights))
+            p.append(weights + unseen)
+            d_s.append([w * (slope - mean) * scale for w, slope in zip(weights, d_p)] + unseen)
+        d_q.append(linear(d_s, list(zip(*keys[g]))))
+        d_k[g] = add(d_k[g], linear(list(zip(*d_s)), list(zip(*queries))))
+        d_v[g] = add(d_v[g], linear(list(zip(*p)), list(zip(*d_head))))
+    return [concat(*d_q), concat(*d_k), concat(*d_v)]
+
+
+def swiglu_backward(d: Matrix, a: Matrix, b: Matrix) -> list[Matrix]:
+    """y = x σ(x) · b: dx = b · σ(x) · (1 + x·(1 - σ(x))), db = x σ(x)."""
+    d_a, d_b = [], []
+    for d_row, a_row, b_row in zip(d, a, b):
+        gates = list(map(sigmoid, a_row))
+        d_a.append([slope * y * s * (1 + x * (1 - s)) for slope, x, y, s in zip(d_row, a_row, b_row, gates)])
+        d_b.append([slope * x * s for slope, x, s in zip(d_row, a_row, gates)])
+    return [d_a, d_b]
+
+
+def add_backward(d: Matrix, a: Matrix, b: Matrix) -> list[Matrix]:
+    """Both get it."""
+    return [d, d]
+
+
+BACKWARD = {look_up: look_up_backward, linear: linear_backward, rms_norm: rms_norm_backward,
+            rope_heads: rope_heads_backward, attend: attend_backward, swiglu: swiglu_backward, add: add_backward}
+
+
+class Tape:
+    """Runs operations and remembers them: forward(tokens, run=tape), then tape.backward(logits, d_logits)."""
+
+    def __init__(self):
+        self.steps: list[tuple] = []
+
+    def __call__(self, operation: Callable, *inputs):
+        output = operation(*inputs)
+        self.steps.append((operation, inputs, output))
+        return output
+
+    def backward(self, output: Matrix, d_output: Matrix) -> dict[int, Matrix | Vector]:
+        """{id(array): its gradient} for every array the output was made from that no operation made."""
+        gradients = {id(output): d_output}
+        for operation, inputs, result in reversed(self.steps):
+            for array, d in zip(inputs, BACKWARD[operation](gradients.pop(id(result)), *inputs)):
+                gradients[id(array)] = add(gradients[id(array)], d) if id(array) in gradients else d
+        return gradients
+
+
+def cross_entropy(logits: Matrix, targets: Sequence[int]) -> tuple[float, Matrix]:
+    """Mean of -log softmax(logits)[target] in nats, and its gradient in the logits."""
+    p = [softmax(row) for row in logits]
+    loss = -sum(math.log(row[target]) for row, target in zip(p, targets)) / len(targets)
+    return loss, [[(value - (i == target)) / len(targets) for i, value in enumerate(row)]
+                  for row, target in zip(p, targets)]
+
+
+class Adam:
+    """Kingma & Ba 2015, arXiv:1412.6980: steps scaled by running means of the gradient and of its square."""
+
+    def __init__(self, weights: dict[str, Matrix | Vector], beta1: float = 0.7, beta2: float = 0.95):
+        self.rows = {name: w if isinstance(w[0], list) else [w] for name, w in weights.items()}
+        self.beta1, self.beta2, self.steps = beta1, beta2, 0
+        self.m, self.v = ({name: [[0.0] * len(row) for row in rows] for name, rows in self.rows.items()}
+                          for _ in range(2))
+
+    def step(self, gradients: dict[str, Matrix | Vector], rate: float) -> None:
+        """Change the weights, in place."""
+        self.steps += 1
+        b1, b2 = self.beta1, self.beta2
+        rate, unbias = rate / (1 - b1 ** self.steps), 1 / (1 - b2 ** self.steps)
+        for name, gradient in gradients.items():
+            d_rows = gradient if isinstance(gradient[0], list) else [gradient]
+            for w, d, m, v in zip(self.rows[name], d_rows, self.m[name], self.v[name]):
+                m[:] = [b1 * a + (1 - b1) * slope for a, slope in zip(m, d)]
+                v[:] = [b2 * a + (1 - b2) * slope * slope for a, slope in zip(v, d)]
+                w[:] = [x - rate * a / (math.sqrt(b * unbias) + 1e-8) for x, a, b in zip(w, m, v)]
+
+
+def init_weights(config: Config, rng: random.Random) -> dict[str, Matrix | Vector]:
+    """Embeddings of size 1, matrices 1/√in, half of that where they write to the residual stream, gains of 1."""
+    weights: dict[str, Matrix | Vector] = {}
+    for name, shape in config.shapes().items():
+        size = 1.0 if name == "tok_embeddings" else shape[-1] ** -0.5 * (0.5 if name.endswith(("wo", "w2")) else 1)
+        weights[name] = ([1.0] * shape[0] if len(shape) == 1 else
+                         [[rng.gauss(0, size) for _ in range(shape[1])] for _ in range(shape[0])])
+    return weights
+
+
+def train(config: Config, ids: Sequence[int], rng: random.Random, steps: int, length: int,
+          learning_rate: float = 0.02) -> tuple[Llama, list[float]]:
+    """A Llama that has read ids, length tokens a step, from the start again at the end; the loss of each step.
+
+    The learning rate rises over 10 steps and falls to 0. Progress goes to stderr where that is a terminal.
+    """
+    model, losses = Llama(config, init_weights(config, rng)), []
+    adam, show = Adam(model.weights), sys.stderr is not None and sys.stderr.isatty()
+    for step in range(steps):
+        start = step * length % (len(ids) - length)
+        tape = Tape()
+        logits = model.forward(ids[start:start + length], run=tape)
+        loss, d_logits = cross_entropy(logits, ids[start + 1:start + length + 1])
+        gradients = tape.backward(logits, d_logits)
+        adam.step({name: gradients[id(w)] for name, w in model.weights.items()},
+                  learning_rate * min(1, (step + 1) / 10) * (1 - step / steps))
+        losses.append(loss)
+        if show:
+            print(f"\rtraining the tiny Llama: step {step + 1} of {steps}, loss {loss:.2f} ", end="", file=sys.stderr)
+    if show:
+        print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+    return model, losses
+
+
+def rope(x: Matrix, positions: Sequence[int], base: float = 10000.0) -> Matrix:
+    """Rotate row r of x [n][d] to positions[r] -> [n][d]. ValueError if d is odd or the lengths differ."""
+    d = len(x[0]) if x else 0
+    if d % 2 or len(positions) != len(x):
+        raise ValueError(f"x must have an even number of channels and one position a row, not {d} channels, "
+                         f"{len(x)} rows and {len(positions)} positions")
+    thetas = [base ** (-2 * i / d) for i in range(d // 2)]
+    out = []
+    for row, p in zip(x, positions):
+        turned = [complex(a, b) * cmath.rect(1.0, p * theta) for a, b, theta in zip(row[::2], row[1::2], thetas)]
+        out.append([part for z in turned for part in (z.real, z.imag)])
+    return out
+
+
+def split_heads(m: Matrix, n_heads: int) -> list[Matrix]:
+    """[n][n_heads·head_dim] -> n_heads matrices [n][head_dim]."""
+    if n_heads < 1 or len(m[0]) % n_heads:
+        raise ValueError(f"n_heads must divide the {len(m[0])} channels, and {n_heads} does not")
+    head_dim = len(m[0]) // n_heads
+    return [[row[h * head_dim:(h + 1) * head_dim] for row in m] for h in range(n_heads)]
+
+
+def concat(*blocks: Matrix) -> Matrix:
+    """Side by side: [n][a], [n][b], … -> [n][a + b + …]."""
+    return [[value for part in rows for value in part] for rows in zip(*blocks)]
+
+
+# ---------------------------------------------------------------------------------------------------
+
+SECTIONS = [
+    ("Generation without a cache, and with one", show_cache, [KVCache, generate]),
+    ("Prefill and decode are different machines", show_intensity, [step_seconds]),
+    ("The cache's size", show_size, [kv_bytes_per_token]),
+    ("Paged attention", show_paging, [BlockPool, PagedKVCache, contiguous_waste]),
+    ("Sharing: reference counts and copy on write", show_sharing, [PagedKVCache, BlockPool]),
+    ("Prefix caching", show_prefix_caching, [hash_block, register_blocks, adopt_prefix]),
+    ("Continuous batching", show_continuous, [serve, Engine]),
+    ("Chunked prefill", show_chunked, [serve, Engine]),
+    ("Running out of blocks", show_preemption, [Engine, swap_out, swap_in]),
+    ("Splitwise: prefill here, decode there", show_split, [hand_over, swap_in]),
+    ("A smaller cache", show_small_cache, [round_to_grid, quantize_cache]),
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the trace; the exit status."""
+    parser = common_parser("microkv", "The KV cache of a tiny Llama, and what serving engines do about it.",
+                           len(SECTIONS))
+    parser.add_argument("--prompt", default=PROMPT, help=f"what to go on from (default: {PROMPT!r})")
+    parser.add_argument("--max-new-tokens", metavar="N", type=whole_number(1, 64), default=MAX_NEW_TOKENS,
+                        help=f"tokens to generate (default {MAX_NEW_TOKENS})")
+    parser.add_argument("--block-size", metavar="N", type=whole_number(1, 64), default=BLOCK_SIZE,
+                        help=f"tokens a block holds (default {BLOCK_SIZE})")
+    parser.add_argument("--num-blocks", metavar="N", type=whole_number(1, 9999),
+                        help="blocks in the pool of sections 7 and 9 (default: plenty, and ever fewer)")
+    parser.add_argument("--max-num-seqs", metavar="N", type=whole_number(1, 64), default=MAX_NUM_SEQS,
+                        help=f"requests that may run at the same time (default {MAX_NUM_SEQS})")
+    parser.add_argument("--max-num-batched-tokens", metavar="N", type=whole_number(1, 9999),
+                        default=MAX_NUM_BATCHED_TOKENS, help="tokens a step may compute where prompts are cut up, "
+                        f"section 8; the running requests get one each in any case (default {MAX_NUM_BATCHED_TOKENS})")
+    knobs = parser.parse_args(argv)
+
+    tokenizer = knobs.tokenizer = Tokenizer.train(TEXT, VOCAB_SIZE)
+    try:
+        knobs.prompt_ids = tokenizer.encode(knobs.prompt)
+    except ValueError as error:
+        parser.error(f"argument --prompt: {error}")
+    if not 1 <= len(knobs.prompt_ids) <= 64:
+        parser.error(f"argument --prompt: {len(knobs.prompt_ids)} tokens; it must have 1 to 64")
+    knobs.requests = make_requests(tokenizer, random.Random(knobs.seed))
+    smallest = max(blocks_for(request, knobs.block_size) for request in knobs.requests)
+    if knobs.num_blocks and knobs.num_blocks < smallest:
+        parser.error(f"argument --num-blocks: the largest request needs {smallest} blocks of {knobs.block_size}, "
+                     f"so {smallest} or more, not {knobs.num_blocks}")
+    knobs.config = Config(len(tokenizer.vocab), **SIZES)
+    ids = tokenizer.encode(TEXT)
+    knobs.model = functools.cache(lambda: train(knobs.config, ids, random.Random(knobs.seed), **TRAINING)[0])
+    knobs.alone = functools.cache(lambda request: generate(knobs.model(), request.prompt, request.max_new_tokens,
+                                                           KVCache(knobs.config)))
+    return run_sections(SECTIONS, knobs, "python microkv.py --section 9 --num-blocks 8 --max-num-seqs 8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
