@@ -3,20 +3,22 @@
 
 Attention lets every token look back at the tokens before it. While a model generates, the keys and
 values of all those tokens must be kept: the KV cache, the memory that limits how many people one
-card can serve. Nearly every variant of attention since 2019 is a way to keep less of it. This script
-puts the variants side by side on one sentence, draws who looks at whom, and counts what each keeps.
+card can serve. Most of the variants of attention in use today are ways to keep less of it. This script
+puts them side by side on one sentence, draws who looks at whom, and counts what each keeps.
 
 Run it (`python microattention.py`), read the trace, then read on from here in order: every section of
 the trace is a section of this file. Nothing is trained; the heads are built by hand, to be recognised.
 
 The papers:
   Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762                       sections 1, 2
-  Shazeer, Fast Transformer Decoding: One Write-Head is All You Need, 2019, 1911.02150    section 3
+  Shazeer, Fast Transformer Decoding: One Write-Head is All You Need, 2019,
+    arXiv:1911.02150                                                                      section 3
   Ainslie et al., GQA: Training Generalized Multi-Query Transformer Models from
     Multi-Head Checkpoints, 2023, arXiv:2305.13245                                        section 3
   Jiang et al., Mistral 7B, 2023, arXiv:2310.06825                                        section 4
-  Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2023, 2309.17453 section 4
-  DeepSeek-AI, DeepSeek-V2, 2024, arXiv:2405.04434; DeepSeek-V3, 2024, 2412.19437         section 5
+  Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2023,
+    arXiv:2309.17453                                                                      section 4
+  DeepSeek-AI, DeepSeek-V2, 2024, arXiv:2405.04434; DeepSeek-V3, 2024, arXiv:2412.19437   section 5
   Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021,
     arXiv:2104.09864                                                                      section 6
   Press et al., Train Short, Test Long (ALiBi), 2021, arXiv:2108.12409                    section 6
@@ -66,28 +68,28 @@ MAP_TOKENS = 14    # tokens drawn in a map: four maps then fit side by side
 #
 # A causal model sees no future: query i stops at its own position. With fewer queries than keys (a
 # model that generates: one new query, all the old keys) the queries are the last positions, so the
-# mask is aligned at the bottom right. A window hides what is too far back, sinks stay visible always
-# (section 4). Whatever the mask, the visible keys of a query are the first s and a run from lo to hi.
+# mask is aligned at the bottom right. What a query may not see is never computed. (On a GPU, whole tiles
+# are skipped; inside a tile the scores are computed and set to -inf.)
 
-def visible(i: int, n_q: int, n_k: int, causal: bool, window: int | None, sinks: int) -> tuple[int, int, int]:
-    """(s, lo, hi): query i of n_q sees the keys [0, s) and [lo, hi) of n_k, where s <= lo <= hi."""
+def visible_keys(i: int, n_q: int, n_k: int, causal: bool, window: int | None, sinks: int) -> list[int]:
+    """The keys that query i of n_q sees among n_k, ascending. window and sinks: see section 4."""
     position = n_k - n_q + i
-    hi = max(position + 1, 0) if causal else n_k
-    lo = 0 if window is None else min(max(position + 1 - window, 0), hi)
-    return min(sinks, lo), lo, hi
+    start = 0 if window is None else max(position + 1 - window, 0)
+    end = max(position + 1, 0) if causal else n_k
+    return [*range(min(sinks, start, end)), *range(start, end)]
 
 
-def weights_on_visible(q: Matrix, k: Matrix, causal: bool, window: int | None, sinks: int, scale: float | None,
-                       bias: Matrix | None) -> Iterator[tuple[tuple[int, int, int], Vector]]:
-    """For each query: which keys it sees, as (s, lo, hi), and its weights on those alone."""
+def visible_weights(q: Matrix, k: Matrix, causal: bool, window: int | None, sinks: int, scale: float | None,
+                    bias: Matrix | None) -> Iterator[tuple[list[int], Vector]]:
+    """For each query: the keys it sees, and its weights on them."""
     check_attention_arguments(q, k, window, sinks, bias)
     scale = 1 / math.sqrt(len(k[0])) if scale is None else scale
     for i, query in enumerate(q):
-        s, lo, hi = visible(i, len(q), len(k), causal, window, sinks)
-        scores = [dot(query, key) * scale for key in k[:s] + k[lo:hi]]
+        seen = visible_keys(i, len(q), len(k), causal, window, sinks)
+        scores = [dot(query, k[j]) * scale for j in seen]
         if bias is not None:
-            scores = list(map(operator.add, scores, bias[i][:s] + bias[i][lo:hi]))
-        yield (s, lo, hi), softmax(scores)
+            scores = [score + bias[i][j] for score, j in zip(scores, seen)]
+        yield seen, softmax(scores)
 
 
 def attention_weights(q: Matrix, k: Matrix, *, causal: bool = True, window: int | None = None, sinks: int = 0,
@@ -96,8 +98,8 @@ def attention_weights(q: Matrix, k: Matrix, *, causal: bool = True, window: int 
 
     The options are those of attention(). Each row sums to 1, or is all 0 if its query sees nothing.
     """
-    return [weights[:s] + [0.0] * (lo - s) + weights[s:] + [0.0] * (len(k) - hi)
-            for (s, lo, hi), weights in weights_on_visible(q, k, causal, window, sinks, scale, bias)]
+    rows = (dict(zip(seen, weights)) for seen, weights in visible_weights(q, k, causal, window, sinks, scale, bias))
+    return [[row.get(j, 0.0) for j in range(len(k))] for row in rows]
 
 
 def attention(q: Matrix, k: Matrix, v: Matrix, *, causal: bool = True, window: int | None = None, sinks: int = 0,
@@ -107,14 +109,16 @@ def attention(q: Matrix, k: Matrix, v: Matrix, *, causal: bool = True, window: i
     causal: no key after the query's own position; the queries are the last n_q of the n_k positions.
     window: no key more than window - 1 positions back; sinks: but the first `sinks` keys all the same.
     scale: 1/√d unless given. bias [n_q][n_k] is added to the scaled scores (section 6).
-    A query that sees no key gets zeros. Hidden keys cost nothing: they are never multiplied.
-    Raises ValueError where shapes disagree, window < 1 or sinks < 0. Vaswani et al. 2017, equation 1.
+    A query that sees no key gets zeros. ValueError where shapes disagree, window < 1 or sinks < 0.
+    Vaswani et al. 2017, equation 1.
     """
-    if len(v) != len(k):
-        raise ValueError(f"k and v must have as many rows as each other, not {len(k)} and {len(v)}")
-    columns = list(zip(*v))  # so that each output channel is one dot product with the weights
-    return [[dot(weights, column[:s] + column[lo:hi]) for column in columns]
-            for (s, lo, hi), weights in weights_on_visible(q, k, causal, window, sinks, scale, bias)]
+    if len(v) != len(k) or any(len(row) != len(v[0]) for row in v):
+        raise ValueError(f"v must have a row for each of the {len(k)} keys, all of one length; it has {len(v)} rows")
+    out = []
+    for seen, weights in visible_weights(q, k, causal, window, sinks, scale, bias):
+        channels = zip(*(v[j] for j in seen))
+        out.append([dot(weights, channel) for channel in channels] or [0.0] * len(v[0]))
+    return out
 
 
 def show_attention(trace: Trace, knobs: Namespace) -> None:
@@ -123,8 +127,8 @@ def show_attention(trace: Trace, knobs: Namespace) -> None:
     q, k, v = linear(x, wq), linear(x, wk), linear(x, wv)
     weights, shown = attention_weights(q, k), min(len(x), MAP_TOKENS)
     trace.say("Each row is a token that looks (a query), each column a token it may look at (a key): itself and "
-              "those before it. This head is built to look for its own word: where a word comes back, its row "
-              "lights up at the earlier ones too." + knobs.cut)
+              "those before it. This head is built (section 2 says how) to look for its own word: where a word "
+              "comes back, its row lights up at the earlier ones too." + knobs.cut)
     trace.lines(heat_map(weights[:shown], labels=knobs.labels[:shown], cell=2))
     trace.note(SHADES_LEGEND)
 
@@ -132,13 +136,13 @@ def show_attention(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"One row worked out: token {i}, {knobs.labels[i]!r}, its query against every key it sees.")
     scores = [dot(q[i], key) for key in k[:i + 1]]
     trace.table(["", "key", "q·k", "q·k/√d", "weight", ""],
-                [[str(j), knobs.labels[j], f"{score:.2f}", f"{score / math.sqrt(len(q[i])):.2f}",
+                [[str(j), knobs.labels[j], f"{score:z.2f}", f"{score / math.sqrt(len(q[i])):z.2f}",
                   f"{weight:.3f}", bar(weight, 1, 24)] for j, (score, weight) in enumerate(zip(scores, weights[i]))],
                 left=(1, 5))
 
     n_keys, n_queries, rng = 32, 16, random.Random(knobs.seed)
     trace.say(f"Why divide by √d? For random q and k, q·k is a sum of d terms, so it spreads like √d; and softmax "
-              f"of widely spread scores picks one key and ignores the rest, with nothing left to learn from. "
+              f"of widely spread scores is nearly one-hot: it ignores all keys but one, and passes no gradient. "
               f"Measured on {n_queries} queries and {n_keys} keys; an even look at all of them has "
               f"log2({n_keys}) = {math.log2(n_keys):.0f} bits of entropy, and a largest weight of {1 / n_keys:.2f}.")
     rows = []
@@ -146,9 +150,11 @@ def show_attention(trace: Trace, knobs: Namespace) -> None:
         a, b = random_matrix(rng, n_queries, d), random_matrix(rng, n_keys, d)
         products = [dot(query, key) for query in a for key in b]
         raw, scaled = (attention_weights(a, b, causal=False, scale=scale) for scale in (1.0, None))
-        rows.append([str(d), f"{math.sqrt(dot(products, products) / len(products)):.1f}", f"{math.sqrt(d):.1f}"]
-                    + [f"{fmean(map(measure, w)):.2f}" for measure in (entropy, max) for w in (raw, scaled)])
-    trace.table(["d", "spread of q·k", "√d", "entropy raw", "by √d", "largest raw", "by √d"], rows)
+        rows.append([str(d), f"{math.sqrt(dot(products, products) / len(products)):.1f}", f"{math.sqrt(d):.1f}",
+                     f"{fmean(map(entropy, raw)):.2f}", f"{fmean(map(max, raw)):.2f}",
+                     f"{fmean(map(entropy, scaled)):.2f}", f"{fmean(map(max, scaled)):.2f}"])
+    trace.table(["d", "spread of q·k", "√d", "entropy", "largest", "entropy / √d", "largest / √d"], rows)
+    trace.note("spread: root mean square; entropy in bits; largest: the largest weight; / √d: with the scores divided")
 
     trace.check_close("attention() = softmax(QKᵀ/√d)V over the dense masked matrix", attention(q, k, v),
                       dense_attention(q, k, v, lambda i, j: j <= i), 1e-12)
@@ -160,17 +166,20 @@ def show_attention(trace: Trace, knobs: Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------
 # 2. Multi-head attention (MHA)
 #
-# One head makes one kind of look. h heads look h ways at once: x is projected to h small queries, keys
+# One head makes one kind of look. n_heads look as many ways at once: x is projected to small queries, keys
 # and values of head_dim channels each, every head attends alone, and wo mixes what they brought back:
 #
-#     head_h = attention(x wq_hᵀ, x wk_hᵀ, x wv_hᵀ)          out = concat(head_1, …, head_h) woᵀ
+#     head_i = attention(x wq_iᵀ, x wk_iᵀ, x wv_iᵀ)          out = concat(head_1, …, head_n) woᵀ
 #
-# The heads of this script are built, not trained. An embedding is four blocks of channels: a ±1 code of the
-# token's word; where it is ("here"), told like time by the hands of clocks, (cos, sin) with periods of 4, 8,
-# 16, … tokens; where the token before it is; and where the text starts. A head's q reads one block and its k
-# another, and its score is high where the two agree. Trained models have heads that do each of these jobs.
+# The heads of this script are built, not trained. An embedding is four blocks of channels:
+#     word     a random code of ±1 for the token
+#     here     its position, told as the hands of clocks tell time: (cos, sin) with periods of 4, 8, 16, … tokens
+#     before   the position one earlier, told the same way
+#     start    position 0
+# A head's q reads one block and its k another; its score is high where the two agree. Trained models have
+# heads that do each of these jobs. (With few channels a head reads its block in part only, and errs.)
 
-JOBS = {"same word": ("word", "word"), "one back": ("before", "here"),      # what q reads, what k reads
+JOBS = {"same word": ("word", "word"), "one back": ("before", "here"),  # what q reads, what k reads
         "everywhere": (None, "word"), "first token": ("start", "here")}
 BLOCKS = ["word", "here", "before", "start"]
 
@@ -186,9 +195,10 @@ def multi_head_attention(x: Matrix, wq: Matrix, wk: Matrix, wv: Matrix, wo: Matr
 
 def split_heads(m: Matrix, n_heads: int) -> list[Matrix]:
     """[n][n_heads·head_dim] -> n_heads matrices [n][head_dim]."""
-    if n_heads < 1 or len(m[0]) % n_heads:
-        raise ValueError(f"n_heads must divide the {len(m[0])} channels, and {n_heads} does not")
-    head_dim = len(m[0]) // n_heads
+    width = len(m[0]) if m else 0
+    if n_heads < 1 or width % n_heads:
+        raise ValueError(f"n_heads must divide the {width} channels, and {n_heads} does not")
+    head_dim = width // n_heads
     return [[row[h * head_dim:(h + 1) * head_dim] for row in m] for h in range(n_heads)]
 
 
@@ -200,23 +210,16 @@ def show_multi_head(trace: Trace, knobs: Namespace) -> None:
     q, k, v = (split_heads(linear(x, w), n_heads) for w in (wq, wk, wv))
     weights = [attention_weights(q[h], k[h]) for h in range(n_heads)]
     trace.say("The same tokens, several looks at once. A head that looks one back draws a line below the diagonal; "
-              "one that looks everywhere fades downwards, as each row shares itself among more keys." + knobs.cut)
+              "one that looks everywhere fades downwards, as each row is shared among more keys." + knobs.cut
+              + f" (The first 4 of {n_heads} heads.)" * (n_heads > 4))
     labels = {0: knobs.labels[:MAP_TOKENS]}  # beside the first map only
     trace.lines(side_by_side([heat_map(weights[h][:MAP_TOKENS], labels.get(h, ()), jobs[h])
                               for h in range(min(n_heads, 4))]))
     trace.note(SHADES_LEGEND)
-    last = len(x) - 1
-    trace.say(f"Where the last token, {knobs.labels[last]!r}, looks most (at the first such, if several share):")
-    rows = []
-    for h in range(min(n_heads, 8)):
-        row = weights[h][last]
-        most = row.index(max(row))
-        rows.append([str(h), jobs[h], f"{most} {knobs.labels[most]}", f"{row[most]:.0%}", f"{entropy(row):.2f} bits"])
-    trace.table(["head", "built to look for", "looks most at", "weight", "entropy"], rows, left=(1, 2))
-    heads_apart = [linear(attention(q[h], k[h], v[h]), [row[h * head_dim:(h + 1) * head_dim] for row in wo])
+    one_by_one = [linear(attention(q[h], k[h], v[h]), [row[h * head_dim:(h + 1) * head_dim] for row in wo])
                    for h in range(n_heads)]
     trace.check_close("concat, then wo = Σ of the heads, each through its columns of wo",
-                      multi_head_attention(x, wq, wk, wv, wo, n_heads), add_matrices(heads_apart), 1e-12)
+                      multi_head_attention(x, wq, wk, wv, wo, n_heads), add_matrices(one_by_one), 1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -235,7 +238,7 @@ def show_multi_head(trace: Trace, knobs: Namespace) -> None:
 def multi_query_attention(x: Matrix, wq: Matrix, wk: Matrix, wv: Matrix, wo: Matrix, n_heads: int, **mask) -> Matrix:
     """All query heads share one KV head: wq [n_heads·head_dim][dim], wk and wv [head_dim][dim] -> [n][dim].
 
-    mask: the options of attention(). Shazeer 2019, section 2.4.
+    mask: the options of attention(). Shazeer 2019, section 3.
     """
     k, v = linear(x, wk), linear(x, wv)
     return linear(concat(*(attention(q, k, v, **mask) for q in split_heads(linear(x, wq), n_heads))), wo)
@@ -283,7 +286,7 @@ def show_grouped(trace: Trace, knobs: Namespace) -> None:
         kept = len(linear(x, wk[:n_kv * head_dim])[-1]) + len(linear(x, wv[:n_kv * head_dim])[-1])
         sharing = "  ".join(["q" * (n_heads // n_kv) + "→kv"] * n_kv)
         rows.append([name, str(n_kv), str(kept), bar(kept, 2 * dim, 16), sharing if len(sharing) <= 31 else "…"])
-    trace.table(["", "KV heads", "kept per token", "", "which queries share"], rows, left=(0, 3, 4))
+    trace.table(["", "KV heads", "kept per token", "", "queries → KV head"], rows, left=(0, 3, 4))
 
     trace.say(f"An MHA checkpoint turned into GQA by averaging the KV heads of each group of {group}: how far the "
               f"output moves, |GQA - MHA| / |MHA|, when the heads of a group had the same job and when not.")
@@ -301,7 +304,11 @@ def show_grouped(trace: Trace, knobs: Namespace) -> None:
 
     few = [w[:n_kv_heads * head_dim] for w in (wk, wv)]
     one = [w[:head_dim] for w in (wk, wv)]
-    repeated = [[row for g in range(n_kv_heads) for row in w[g * head_dim:(g + 1) * head_dim] * group] for w in few]
+
+    def repeat_heads(w: Matrix) -> Matrix:
+        heads = [w[g * head_dim:(g + 1) * head_dim] for g in range(n_kv_heads)]
+        return [row for head in heads for row in head * group]
+
     trace.check_close("GQA with n_kv_heads = n_heads is MHA",
                       grouped_query_attention(x, wq, wk, wv, wo, n_heads, n_heads),
                       multi_head_attention(x, wq, wk, wv, wo, n_heads), 1e-12)
@@ -309,7 +316,7 @@ def show_grouped(trace: Trace, knobs: Namespace) -> None:
                       multi_query_attention(x, wq, *one, wo, n_heads), 1e-12)
     trace.check_close("GQA = MHA with each KV head repeated for its group",
                       grouped_query_attention(x, wq, *few, wo, n_heads, n_kv_heads),
-                      multi_head_attention(x, wq, *repeated, wo, n_heads), 1e-12)
+                      multi_head_attention(x, wq, *map(repeat_heads, few), wo, n_heads), 1e-12)
     trace.check("averaging identical heads loses nothing", moved["identical"] < 1e-12, "relative error < 1e-12")
 
 
@@ -321,12 +328,13 @@ def show_grouped(trace: Trace, knobs: Namespace) -> None:
 # any more. Attention does not mind that the slots are out of order: a weighted average has no order.
 #
 # What is lost? A layer reaches w - 1 tokens back, but what it read there had itself looked w - 1 further
-# back one layer down: L layers reach L·(w - 1). (Mistral 7B: w = 4096, 32 layers.)
+# back one layer down: L layers reach L·(w - 1). (Mistral 7B: w = 4096, 32 layers; its paper says W·k, not
+# counting the token itself.)
 #
 # Heads that have nothing to say rest on the first token (see "first token" in section 2). Let it slide out
 # of the window, and their weights must go somewhere else: the output breaks. StreamingLLM keeps the first
-# few tokens (4, in the paper) visible for ever, as sinks. In a real model their positions are also counted
-# within the cache instead of in the text, so that no distance exceeds what training has seen.
+# few tokens (4, in the paper) visible for ever, as sinks, in s slots before the w rolling ones. It also counts
+# positions within the cache instead of in the text, so that no distance exceeds what training has seen.
 
 class RollingKVCache:
     """The keys and values of the latest `window` positions and of the first `sinks`: never more than their sum."""
@@ -356,23 +364,24 @@ def show_window(trace: Trace, knobs: Namespace) -> None:
     x, n, window, sinks, rng = embed(knobs), len(knobs.tokens), knobs.window, knobs.sinks, random.Random(knobs.seed)
     masks = {"causal": {}, f"window {window}": {"window": window},
              f"with {sinks} sink" + "s" * (sinks != 1): {"window": window, "sinks": sinks}}
-    trace.say("Who (row) may look at whom (column): nobody ahead, nobody further back than the window, and "
-              "everybody at the sinks." + knobs.cut)
-    blank = [[0.0]] * n  # queries and keys that score the same everywhere: each visible key gets some weight
+    trace.say("Who (row) may look at whom (column): nobody ahead, nobody further back than the window; the sinks "
+              "stay visible to all." + knobs.cut)
+    blank = [[0.0]] * n  # zeros as q and k: every visible key gets an equal share
     open_to = {name: attention_weights(blank, blank, **mask) for name, mask in masks.items()}
     trace.lines(side_by_side([[name.ljust(MAP_TOKENS)] + ["".join("█" if w else "·" for w in row[:MAP_TOKENS])
                                                           for row in rows[:MAP_TOKENS]]
                               for name, rows in open_to.items()], gap=6))
 
     d, counts_agree, rows = 4, True, []
-    trace.say(f"The work, in multiplications counted while attention runs (d = d_v = {d}, and one a score for the "
-              f"scale). Twice the text is four times the work; with a window it is twice.")
+    trace.say(f"The work, in multiplications counted while attention runs: {d + d + 1} for each pair of a query and a "
+              f"key it sees, d for q·k, d_v for weight·v and 1 for the scale. Twice the text is four times the work; "
+              f"with a window much shorter than the text, twice.")
     for length in (32, 64, 128):
         q, k, v = (random_matrix(rng, length, d) for _ in range(3))
         counted = [count_multiplications(lambda q, k, v: attention(q, k, v, **mask), q, k, v)
                    for mask in masks.values()]
-        pairs = [sum(j > i - reach or j < always for i in range(length) for j in range(i + 1))
-                 for reach, always in ((length, 0), (window, 0), (window, sinks))]
+        zeros = [[0.0]] * length
+        pairs = [sum(w > 0 for row in attention_weights(zeros, zeros, **mask) for w in row) for mask in masks.values()]
         counts_agree &= counted == [p * (d + d + 1) for p in pairs]
         rows.append([str(length)] + [f"{c:,}" for c in counted])
     trace.table(["tokens", *masks], rows)
@@ -382,16 +391,17 @@ def show_window(trace: Trace, knobs: Namespace) -> None:
     rows = []
     for job in JOBS:
         wq, wk, _, _ = build_heads([job], knobs.dim // knobs.n_heads, knobs.dim)
-        full = attention_weights(linear(x, wq), linear(x, wk))
-        hidden = [fmean(sum(w for w, seen in zip(*rows) if not seen) for rows in zip(full, mask))
-                  for mask in list(open_to.values())[1:]]
-        rows.append([job] + [cell for share in hidden for cell in (f"{share:.0%}", bar(share, 1, 12))])
-    trace.table(["head that looks for", "hidden by window", "", "with sinks", ""], rows, left=(0, 2, 4))
+        full, cells = attention_weights(linear(x, wq), linear(x, wk)), [job]
+        for seen in list(open_to.values())[1:]:
+            hidden = fmean(sum(w for w, visible in zip(*pair) if not visible) for pair in zip(full, seen))
+            cells += [f"{hidden:.0%}", bar(hidden, 1, 12)]
+        rows.append(cells)
+    trace.table(["head that looks for", "hidden by window", "", "still, with sinks", ""], rows, left=(0, 2, 4))
 
     layers, width = 4, 64
     trace.say(f"How layers see further: a marker on token 0 of {width}, handed on by {layers} layers of window "
               f"{window}. A token is marked if it sees a marked one in the layer below.")
-    marker, zeros, reach = [[1.0]] + [[0.0]] * (width - 1), [[0.0]] * width, []
+    marker, zeros, reach = [[1.0]] + [[0.0]] * (width - 1), [[0.0]] * width, []  # zeros as q and k, as above
     for layer in range(1, layers + 1):
         marker = attention(zeros, zeros, marker, window=window)
         reach.append(max(i for i, (mark,) in enumerate(marker) if mark > 0))
@@ -403,8 +413,9 @@ def show_window(trace: Trace, knobs: Namespace) -> None:
         slot = cache.append(k[i], v[i])
         rolled.append(cache.attend(q[i]))
         kept = [f"{position:>3}" + ("*" if s == slot else " ") for s, (position, _, _) in sorted(cache.slots.items())]
-        more = " …" * (len(kept) > 10)
-        pictures.append(f"token {i:>3} → slot {slot:>3}  │" + "│".join(kept[:10]) + "│" + more)
+        first = max(0, min(sorted(cache.slots).index(slot) - 4, len(kept) - 10))
+        pictures.append(f"token {i:>3} → slot {slot:>3}  " + "… " * (first > 0)
+                        + "│" + "│".join(kept[first:first + 10]) + "│" + " …" * (first + 10 < len(kept)))
     trace.say("The rolling cache that a window allows: the position kept in each slot (the sinks' first), the newest "
               "with a star.")
     trace.lines(pictures[-5:])
@@ -431,11 +442,14 @@ def show_window(trace: Trace, knobs: Namespace) -> None:
 #     k_rope = RoPE(x W_KRᵀ)        one key for positions, shared by all heads, d_R numbers: cached
 #     k_h    = [c W_UK_hᵀ ; k_rope]          q_h = [x W_Q_hᵀ ; RoPE(x W_QR_hᵀ)]          v_h = c W_UV_hᵀ
 #
-# That is the plain form: decompress, then attend. But q·(W_UK c) = (W_UKᵀ q)·c: move W_UK over to the
-# query, once a step, and attend to the latents themselves; and as Σ w (W_UV c) = W_UV (Σ w c), apply W_UV to
-# the one average instead of to every token. This absorbed form never decompresses the cache. It *is*
-# multi-query attention, with the key [c ; k_rope] and the value c. (RoPE could not be absorbed: its rotation,
-# which differs for every token, would stand between q and W_UK. Hence the separate, "decoupled" k_rope.)
+# That is the plain form: decompress, then attend. But two matrices can change sides:
+#
+#     q·(W_UK c) = (W_UKᵀ q)·c               move W_UK over to the query, once a step
+#     Σ_j w_j (W_UV c_j) = W_UV (Σ_j w_j c_j)      apply W_UV to the average, not to every token
+#
+# This absorbed form attends to the latents themselves and never decompresses the cache. It *is* multi-query
+# attention, with the key [c ; k_rope] and the value c. (RoPE could not be absorbed: its rotation, which differs
+# for every token, would stand between q and W_UK. Hence the separate, "decoupled" k_rope.)
 # DeepSeek also compresses the queries, which saves training memory and no cache, and normalises c before it is
 # cached, which changes nothing here; both are left out.
 
@@ -493,21 +507,26 @@ def random_mla_weights(rng: random.Random, dim: int, n_heads: int, head_dim: int
 def show_mla(trace: Trace, knobs: Namespace) -> None:
     """What is cached, and the work of a decoding step in both forms."""
     n_heads, head_dim, dim, x = knobs.n_heads, knobs.dim // knobs.n_heads, knobs.dim, embed(knobs)
-    d_c, d_rope = dim // 4, 2
+    d_c, d_rope = 4 * head_dim, 2 * -(-head_dim // 4)  # DeepSeek-V2's proportions, d_rope rounded up to even
     w = random_mla_weights(random.Random(knobs.seed), dim, n_heads, head_dim, head_dim, d_c, d_rope)
     c, k_rope = mla_compress(x, w)
-    trace.say(f"A latent of {d_c} numbers and one rotated key of {d_rope} stand for the keys and values of all "
-              f"{n_heads} heads. What one token leaves in the cache, by the arrays' lengths:")
+    deepseek = REAL_MODELS[-1]
+    trace.say(f"A latent of {d_c} numbers, 4 · head_dim as in DeepSeek-V2, and one rotated key of {d_rope} stand for the "
+              f"keys and values of every head. What one token leaves in the cache, by the arrays' lengths:")
     per_head = [len(linear(c[-1:], k_up)[0]) + len(linear(c[-1:], v_up)[0]) for k_up, v_up in zip(w.wk_up, w.wv_up)]
-    kept = {"MHA": sum(per_head), f"GQA, {knobs.n_kv_heads} KV heads": sum(per_head[:knobs.n_kv_heads]),
-            "MQA": per_head[0], "MLA": len(c[-1]) + len(k_rope[-1])}
+    kept = {f"MHA, {n_heads} KV heads": sum(per_head),
+            f"GQA, {knobs.n_kv_heads} KV heads": sum(per_head[:knobs.n_kv_heads]),
+            "MQA, 1 KV head": per_head[0], "MLA": len(c[-1]) + len(k_rope[-1])}
     trace.table(["", "numbers", ""], [[name, str(size), bar(size, 2 * dim, 40)] for name, size in kept.items()],
                 left=(0, 2))
+    heads_worth = 2 * deepseek.n_heads * deepseek.head_dim / (deepseek.d_c + deepseek.d_rope)
+    trace.say(f"That is {kept['MLA'] / per_head[0]:.2f} KV heads' worth, however many heads there are: little is saved "
+              f"with a few heads, {heads_worth:.0f} times with the {deepseek.n_heads} heads of {deepseek.name}.")
     trace.say("One decoding step, a new token against the cache: multiplications counted in the plain form, which "
               "makes the keys and values of every cached token again, and in the absorbed form.")
-    rows = []
+    rows, rng = [], random.Random(knobs.seed)
     for n in (8, 16, 32, 64):
-        cache = random_matrix(random.Random(n), n, d_c), random_matrix(random.Random(n), n, d_rope)
+        cache = random_matrix(rng, n, d_c), random_matrix(rng, n, d_rope)
         plain, absorbed = (count_multiplications(lambda x, c, k: form(x, c, k, w), x[-1:], *cache)
                            for form in (mla_attention, mla_attention_absorbed))
         rows.append([str(n), f"{plain:,}", f"{absorbed:,}", f"{plain / absorbed:.1f}×"])
@@ -525,15 +544,17 @@ def show_mla(trace: Trace, knobs: Namespace) -> None:
 # Attention itself is blind to order. RoPE turns each adjacent pair of channels of q and k, read as one
 # complex number, by an angle proportional to the position p (RoFormer, section 3.2; Meta's Llama):
 #
-#     (x[2i], x[2i+1])  ->  (x[2i] + j·x[2i+1]) · exp(j·p·θ_i)       with θ_i = base^(-2i/d)
+#     (x[2m], x[2m+1])  ->  (x[2m] + i·x[2m+1]) · exp(i·p·θ_m)       with i = √-1, θ_m = base^(-2m/d)
 #
-# In q·k, the turn of the query and the turn of the key meet as exp(j·(p_q - p_k)·θ): the score depends on the
+# In q·k, the turn of the query and the turn of the key meet as exp(i·(p_q - p_k)·θ): the score depends on the
 # distance alone. The key's own turn depends on its own position alone. So a key is rotated once and cached that
-# way: later tokens change nothing about it. (Checkpoints in Hugging Face's layout pair channel i with i + d/2
+# way: later tokens change nothing about it. (StreamingLLM renumbers positions, so it must cache keys unrotated.
+# Checkpoints in Hugging Face's layout pair channel i with i + d/2
 # instead: the same rotation, the channels permuted.)
 #
 # ALiBi leaves q and k alone and lowers each score by slope × distance, with a slope of its own for each head:
-# steep slopes look near, gentle ones far. It has no parameters either, and works on longer texts than trained on.
+# steep slopes look near, gentle ones far. As softmax ignores what is added to a whole row, slope × the key's
+# position does as well as -slope × the distance. Like RoPE it has no parameters.
 
 def rope(x: Matrix, positions: Sequence[int], base: float = 10000.0) -> Matrix:
     """Rotate row r of x [n][d] to positions[r] -> [n][d]. ValueError if d is odd or the lengths differ."""
@@ -541,7 +562,7 @@ def rope(x: Matrix, positions: Sequence[int], base: float = 10000.0) -> Matrix:
     if d % 2 or len(positions) != len(x):
         raise ValueError(f"x must have an even number of channels and one position a row, not {d} channels, "
                          f"{len(x)} rows and {len(positions)} positions")
-    thetas = [base ** (-2 * i / d) for i in range(d // 2)]
+    thetas = [base ** (-2 * m / d) for m in range(d // 2)]
     out = []
     for row, p in zip(x, positions):
         turned = [complex(a, b) * cmath.rect(1.0, p * theta) for a, b, theta in zip(row[::2], row[1::2], thetas)]
@@ -579,20 +600,21 @@ def show_positions(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"RoPE. One q and one k (random, d = {d}), rotated to different places. Read down a column: their "
               f"score depends on how far apart they are and on nothing else.")
     trace.table(["key at", *(f"{distance} apart" for distance in distances)],
-                [[str(place)] + [f"{s:.4f}" for s in row] for place, row in zip(places, scores)])
+                [[str(place)] + [f"{s:z.4f}" for s in row] for place, row in zip(places, scores)])
 
     d, far = 128, [0, 1, 4, 16, 64, 256, 1024, 4096]
     ones = [[1.0] * d]
     trace.say(f"RoPE's taste for the near: the score of q = k = (1, …, 1), d = {d}, at growing distances, as a share "
-              f"of the score at distance 0. (RoFormer, section 3.4.3: long-term decay.)")
+              f"of the score at distance 0. (RoFormer, section 3.4.3, shows such a decay for a bound on any score.)")
     decay = [dot(rope(ones, [p])[0], ones[0]) / d for p in far]
     trace.table(["distance", "score", ""],
-                [[str(p), f"{s:+.2f}", bar(s, 1, 40)] for p, s in zip(far, decay)], left=(2,))
+                [[str(p), f"{s:z.2f}", bar(s, 1, 40)] for p, s in zip(far, decay)], left=(2,))
 
-    n, slopes = MAP_TOKENS, alibi_slopes(knobs.n_heads)
+    n, slopes = 10, alibi_slopes(knobs.n_heads)
     shown = sorted({h * (knobs.n_heads - 1) // 3 for h in range(4)})
-    trace.say(f"ALiBi. All content scores equal, so that the penalty alone is left: {len(shown)} of {knobs.n_heads} "
-              f"heads, each with its own slope, from short-sighted to far-sighted.")
+    trace.say(f"ALiBi. All content scores equal, so that the penalty alone is left: heads "
+              f"{', '.join(map(str, shown))} of {knobs.n_heads}, each with its own slope, from short-sighted to "
+              f"far-sighted.")
     blank = [[0.0]] * n
     maps = {h: attention_weights(blank, blank, bias=alibi_bias(n, n, slopes[h])) for h in shown}
     trace.lines(side_by_side([heat_map(maps[h], title=f"slope {slopes[h]:.4f}") for h in shown], gap=4))
@@ -617,13 +639,15 @@ def show_positions(trace: Trace, knobs: Namespace) -> None:
 #
 #     2 · n_layers · n_kv_heads · head_dim · bytes per value            MLA: n_layers · (d_c + d_R) · bytes
 #
-# The formula that is often quoted, 2 · layers · hidden · bytes, takes every query head for a KV head. It was
-# right for MHA and has been wrong since. The configurations below are the published ones, all at 16 bits.
+# The formula that is often quoted, 2 · layers · hidden · tokens · bytes, takes a key and a value to be as wide as
+# the hidden state, and every token to be kept. It was right for MHA and has been wrong since. The
+# configurations below are the published ones, all at 16 bits.
 
 @dataclass(frozen=True)
 class RealModel:
     """A published configuration; n_kv_heads counts for the cache, n_heads for the work."""
     name: str
+    kind: str
     n_layers: int
     hidden: int
     n_heads: int
@@ -635,23 +659,18 @@ class RealModel:
     d_c: int = 0                 # MLA's latent
     d_rope: int = 0              # MLA's rotated key
 
-    @property
-    def kind(self) -> str:
-        if self.d_c:
-            return "MLA"
-        name = "MHA" if self.n_kv_heads == self.n_heads else "MQA" if self.n_kv_heads == 1 else "GQA"
-        return name + " + window" * (self.window is not None)
-
 
 REAL_MODELS = [
-    RealModel("GPT-3 175B", 96, 12288, 96, 96, 128, 2048, "Brown et al. 2020, arXiv:2005.14165, table 2.1"),
-    RealModel("Llama 2 7B", 32, 4096, 32, 32, 128, 4096, "Touvron et al. 2023, arXiv:2307.09288; config.json"),
-    RealModel("Falcon 7B", 32, 4544, 71, 1, 64, 2048, "Almazrouei et al. 2023, arXiv:2311.16867; config.json"),
-    RealModel("Mistral 7B", 32, 4096, 32, 8, 128, 8192, "Jiang et al. 2023, arXiv:2310.06825, table 1", window=4096),
-    RealModel("Llama 3.1 8B", 32, 4096, 32, 8, 128, 131072, "Llama team 2024, arXiv:2407.21783, table 3"),
-    RealModel("Llama 3.1 70B", 80, 8192, 64, 8, 128, 131072, "Llama team 2024, arXiv:2407.21783, table 3"),
-    RealModel("DeepSeek-V3", 61, 7168, 128, 128, 128, 131072, "DeepSeek-AI 2024, arXiv:2412.19437, section 4.2",
-              d_c=512, d_rope=64),
+    RealModel("GPT-3 175B", "MHA", 96, 12288, 96, 96, 128, 2048,
+              "Brown et al. 2020, arXiv:2005.14165, table 2.1 (counted as if all its layers were dense)"),
+    RealModel("Llama 2 7B", "MHA", 32, 4096, 32, 32, 128, 4096, "Touvron et al. 2023, arXiv:2307.09288; config.json"),
+    RealModel("Falcon 7B", "MQA", 32, 4544, 71, 1, 64, 2048, "Almazrouei et al. 2023, arXiv:2311.16867; config.json"),
+    RealModel("Mistral 7B", "GQA + window", 32, 4096, 32, 8, 128, 8192,
+              "Jiang et al. 2023, arXiv:2310.06825, table 1", window=4096),
+    RealModel("Llama 3.1 8B", "GQA", 32, 4096, 32, 8, 128, 131072, "Llama team 2024, arXiv:2407.21783, table 3"),
+    RealModel("Llama 3.1 70B", "GQA", 80, 8192, 64, 8, 128, 131072, "Llama team 2024, arXiv:2407.21783, table 3"),
+    RealModel("DeepSeek-V3", "MLA", 61, 7168, 128, 128, 128, 131072,
+              "DeepSeek-AI 2024, arXiv:2412.19437, sections 4.2 and 4.3", d_c=512, d_rope=64),
 ]
 # What others say of the same configurations, to check ours against.
 PUBLISHED_DEEPSEEK_V3_BYTES = 70_272  # per token; Zhao et al., Insights into DeepSeek-V3, 2025, 2505.09343, table 1
@@ -693,11 +712,12 @@ def show_bill(trace: Trace, knobs: Namespace) -> None:
         rows.append([model.name, model.kind, f"{cache_bytes(model, 1) / 1024:,.1f} KiB", *sizes])
     trace.table(["model", "attention", "one token", *(f"{name} tokens" for name in lengths)], rows, left=(0, 1))
 
-    trace.say("One token's bytes, drawn; and what the popular formula, 2 · layers · hidden · bytes, says of them.")
-    rows, most = [], max(cache_bytes(model, 1) for model in REAL_MODELS)
+    trace.say("One token's bytes, drawn; and what the popular formula, 2 · layers · hidden · tokens · bytes, says of "
+              "32K tokens.")
+    rows, most, n = [], max(cache_bytes(model, 1) for model in REAL_MODELS), lengths["32K"]
     for model in REAL_MODELS:
-        true, popular = cache_bytes(model, 1), 2 * model.n_layers * model.hidden * 2
-        rows.append([model.name, bar(true, most, 30), f"{popular / 1024:,.0f} KiB",
+        true, popular = cache_bytes(model, n), 2 * model.n_layers * model.hidden * n * 2
+        rows.append([model.name, bar(cache_bytes(model, 1), most, 30), f"{popular / 2**30:.2f} GiB",
                      "right" if popular == true else f"{popular / true:.1f}× too much"])
     trace.table(["model", "bytes of a token", "popular formula", "which is"], rows, left=(0, 1))
 
@@ -710,21 +730,16 @@ def show_bill(trace: Trace, knobs: Namespace) -> None:
     trace.table(["GFLOP after", *(f"{name} tokens" for name in lengths), "FLOPs a byte"], rows, left=(0,))
 
     n, head_dim, rng = 8, knobs.dim // knobs.n_heads, random.Random(knobs.seed)
-    tiny = RealModel("tiny", 1, knobs.dim, knobs.n_heads, knobs.n_kv_heads, head_dim, n, "this script's knobs")
+    tiny = RealModel("tiny", "GQA", 1, knobs.dim, knobs.n_heads, knobs.n_kv_heads, head_dim, n, "this script's knobs")
     x, wk = random_matrix(rng, n, knobs.dim), random_matrix(rng, knobs.n_kv_heads * head_dim, knobs.dim)
-    q, k, v = linear(x, random_matrix(rng, knobs.dim, knobs.dim))[-1:], linear(x, wk), linear(x, wk)
+    k, v = linear(x, wk), linear(x, wk)
     stored = 2 * sum(map(len, k + v))  # 2 bytes a number
     trace.check(f"kv_bytes_per_token() × {n} = bytes of a real cache of {n} tokens", stored == cache_bytes(tiny, n),
                 f"{stored:,}")
-
-    def all_heads(q: Matrix, k: Matrix, v: Matrix) -> None:
-        for h, query in enumerate(split_heads(q, knobs.n_heads)):
-            g = h * knobs.n_kv_heads // knobs.n_heads
-            attention(query, split_heads(k, knobs.n_kv_heads)[g], split_heads(v, knobs.n_kv_heads)[g])
-
-    counted = count_multiplications(all_heads, q, k, v) - knobs.n_heads * n  # the scale's, one a score
-    trace.check("decode_multiplications() = those counted in attention()", counted == decode_multiplications(tiny, n),
-                f"{counted:,}")
+    one_head = count_multiplications(attention, random_matrix(rng, 1, head_dim), *(split_heads(m, tiny.n_kv_heads)[0]
+                                                                                  for m in (k, v))) - n  # the scale's
+    trace.check("decode_multiplications() = those counted in attention(), × heads",
+                one_head * tiny.n_heads == decode_multiplications(tiny, n), f"{one_head * tiny.n_heads:,}")
     by_name = {model.name: model for model in REAL_MODELS}
     trace.check("DeepSeek-V3's bytes a token = Zhao et al. 2025, table 1",
                 cache_bytes(by_name["DeepSeek-V3"], 1) == PUBLISHED_DEEPSEEK_V3_BYTES,
@@ -771,8 +786,8 @@ def heads_of_ranks(n_heads: int, n_kv_heads: int, n_ranks: int) -> list[tuple[ra
         raise ValueError(f"n_ranks must divide n_heads = {n_heads}, and divide n_kv_heads = {n_kv_heads} or be a "
                          f"multiple of it, and {n_ranks} does not")
     group, mine = group_size(n_heads, n_kv_heads), n_heads // n_ranks
-    return [(range(r * mine, (r + 1) * mine), range(r * mine // group, ((r + 1) * mine - 1) // group + 1))
-            for r in range(n_ranks)]
+    queries = [range(r * mine, (r + 1) * mine) for r in range(n_ranks)]
+    return [(heads, range(heads[0] // group, heads[-1] // group + 1)) for heads in queries]
 
 
 def possible_ranks(n_heads: int, n_kv_heads: int) -> list[int]:
@@ -785,7 +800,7 @@ def ring_all_reduce(parts: list[Vector]) -> tuple[list[Vector], list[int]]:
     """One vector a rank -> (their sum, on every rank; how many numbers each rank sent).
 
     The vector is cut into as many chunks as there are ranks. For R - 1 steps everyone passes a chunk to the
-    right, who adds it to his own (reduce-scatter); then each rank has one finished chunk, and for R - 1 steps
+    right, who adds it to its own (reduce-scatter); then each rank has one finished chunk, and for R - 1 steps
     the finished ones go round (all-gather). NCCL's ring does this.
     """
     n_ranks, size = len(parts), len(parts[0])
@@ -809,7 +824,8 @@ def show_tensor_parallel(trace: Trace, knobs: Namespace) -> None:
     whole = grouped_query_attention(x, *weights, n_heads, n_kv_heads)
     parts = tensor_parallel_attention(x, *weights, n_heads, n_kv_heads, ranks)
     reduced, sent = ring_all_reduce([[value for row in part for value in row] for part in parts])
-    trace.say(f"{n_heads} query heads and {n_kv_heads} KV heads on {ranks} rank{'s' * (ranks > 1)}. Counted: the numbers "
+    trace.say(f"{n_heads} query heads and {n_kv_heads} KV heads on {ranks} rank{'s' * (ranks > 1)}"
+              f"{' (the first 8 shown)' * (ranks > 8)}. Counted: the numbers "
               f"in each rank's weights, in its keys and values of one token, and those it passed on in the "
               f"all-reduce of the output, {len(x)} × {dim} numbers.")
     rows = []
@@ -826,7 +842,7 @@ def show_tensor_parallel(trace: Trace, knobs: Namespace) -> None:
         held = [len(wk) + len(wv) for _, wk, wv, _ in shard_weights(*weights, n_heads, n_kv_heads, n_ranks)]
         rows.append([str(n_ranks), str(held[0]), bar(held[0], 2 * n_kv_heads * head_dim, 20), str(sum(held)),
                      f"{sum(held) // (2 * n_kv_heads * head_dim)}×"])
-    trace.table(["ranks", "cache a token, each", "", "all ranks", "copies"], rows, left=(2,))
+    trace.table(["ranks", "cache a token: each", "", "all ranks", "copies"], rows, left=(2,))
 
     trace.check_close("sum of the ranks' outputs = the single machine's", add_matrices(parts), whole, 1e-12)
     trace.check_close("after the all-reduce every rank has that sum", reduced,
@@ -891,8 +907,8 @@ def check_attention_arguments(q: Matrix, k: Matrix, window: int | None, sinks: i
     """ValueError, with what would do, where attention() cannot work."""
     if not k or not k[0]:
         raise ValueError("k must have at least one row of at least one channel")
-    if any(len(row) != len(k[0]) for row in q):
-        raise ValueError(f"q and k must have as many channels as each other, not {len(q[0])} and {len(k[0])}")
+    if wrong := next((row for row in [*q, *k] if len(row) != len(k[0])), None):
+        raise ValueError(f"q and k must have as many channels as each other, not {len(wrong)} and {len(k[0])}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (a token sees itself) or None, not {window}")
     if sinks < 0:
@@ -1179,7 +1195,13 @@ def side_by_side(blocks: Sequence[list[str]], gap: int = 3) -> list[str]:
 
 
 class OneLineParser(ArgumentParser):
-    """argparse, except that a refusal is one line."""
+    """argparse, except that a refusal is one line, on every Python."""
+
+    def parse_args(self, args=None, namespace=None):
+        for argument in sys.argv[1:] if args is None else args:
+            if argument.startswith("--") and argument.endswith("=--"):  # argparse takes these for no value at all
+                self.error(f"argument {argument[:-3]}: expected a value")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
@@ -1255,11 +1277,11 @@ def run_sections(sections: Sequence[tuple], knobs: Namespace, next_experiment: s
 # ---------------------------------------------------------------------------------------------------
 
 SECTIONS = [
-    ("Scaled dot-product attention", show_attention, [visible, attention_weights, attention]),
+    ("Scaled dot-product attention", show_attention, [visible_keys, attention_weights, attention]),
     ("Multi-head attention (MHA)", show_multi_head, [multi_head_attention, split_heads, build_heads]),
     ("Shared keys and values: MQA and GQA", show_grouped,
      [multi_query_attention, grouped_query_attention, mean_pool_kv_heads]),
-    ("Sliding window and attention sinks", show_window, [visible, attention, RollingKVCache]),
+    ("Sliding window and attention sinks", show_window, [visible_keys, attention, RollingKVCache]),
     ("Multi-head latent attention (MLA)", show_mla, [mla_compress, mla_attention, mla_attention_absorbed]),
     ("Positions: RoPE and ALiBi", show_positions, [rope, alibi_slopes, alibi_bias]),
     ("The bill: cache and work of real models", show_bill, [kv_bytes_per_token, cache_bytes, decode_multiplications]),

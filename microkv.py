@@ -1460,7 +1460,13 @@ def side_by_side(blocks: Sequence[list[str]], gap: int = 3) -> list[str]:
 
 
 class OneLineParser(ArgumentParser):
-    """argparse, except that a refusal is one line."""
+    """argparse, except that a refusal is one line, on every Python."""
+
+    def parse_args(self, args=None, namespace=None):
+        for argument in sys.argv[1:] if args is None else args:
+            if argument.startswith("--") and argument.endswith("=--"):  # argparse takes these for no value at all
+                self.error(f"argument {argument[:-3]}: expected a value")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
@@ -1827,7 +1833,7 @@ def rope(x: Matrix, positions: Sequence[int], base: float = 10000.0) -> Matrix:
     if d % 2 or len(positions) != len(x):
         raise ValueError(f"x must have an even number of channels and one position a row, not {d} channels, "
                          f"{len(x)} rows and {len(positions)} positions")
-    thetas = [base ** (-2 * i / d) for i in range(d // 2)]
+    thetas = [base ** (-2 * m / d) for m in range(d // 2)]
     out = []
     for row, p in zip(x, positions):
         turned = [complex(a, b) * cmath.rect(1.0, p * theta) for a, b, theta in zip(row[::2], row[1::2], thetas)]
@@ -1837,9 +1843,10 @@ def rope(x: Matrix, positions: Sequence[int], base: float = 10000.0) -> Matrix:
 
 def split_heads(m: Matrix, n_heads: int) -> list[Matrix]:
     """[n][n_heads·head_dim] -> n_heads matrices [n][head_dim]."""
-    if n_heads < 1 or len(m[0]) % n_heads:
-        raise ValueError(f"n_heads must divide the {len(m[0])} channels, and {n_heads} does not")
-    head_dim = len(m[0]) // n_heads
+    width = len(m[0]) if m else 0
+    if n_heads < 1 or width % n_heads:
+        raise ValueError(f"n_heads must divide the {width} channels, and {n_heads} does not")
+    head_dim = width // n_heads
     return [[row[h * head_dim:(h + 1) * head_dim] for row in m] for h in range(n_heads)]
 
 

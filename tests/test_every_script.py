@@ -300,10 +300,10 @@ def test_help_names_every_option(script):
 
 
 EVERYWHERE = ["--section 0", "--section 99", "--section 1,x", "--section ,", "--section 1.5", "--seed x", "--seed -1",
-              "--seed 1e3", "--nonsense", "positional", "--section", "--asci", "--seed 99999999999999999999"]
+              "--seed 1e3", "--seed=--", "--section=--", "--nonsense", "positional", "--section", "--asci", "--seed 99999999999999999999"]
 REFUSED = {
     "microattention": ["--n-heads 3", "--n-heads 0", "--dim 30", "--dim 4", "--dim x", "--n-kv-heads 3", "--window 0",
-                       "--window -1", "--sinks -1", "--ranks 3", "--ranks 0", "--text=", "--text=  ", "--text " + "ab cd " * 200],
+                       "--window -1", "--sinks -1", "--ranks 3", "--ranks 0", "--text=", "--text=--", "--text=  ", "--text " + "ab cd " * 200],
     "microkv": ["--prompt=", "--prompt The queen", "--prompt " + "This is the " * 30, "--max-new-tokens 0", "--max-new-tokens x",
                 "--max-new-tokens 65", "--block-size 0", "--block-size -4", "--num-blocks 0", "--num-blocks 3", "--max-num-seqs 0",
                 "--max-num-batched-tokens 0", "--block-size 2 --num-blocks 5"],
@@ -425,6 +425,12 @@ def test_tokenizer_learns_what_byte_pair_encoding_says(module, text, size):
     assert (tokenizer.vocab, tokenizer.merges) == (vocab, merges)
     assert [tokenizer.vocab[i] for i in tokenizer.encode(text)] == parts
     assert all(" " not in token[1:] for token in tokenizer.vocab)
+
+
+def test_tokenizer_stops_at_its_size_and_says_what_it_knows(module):
+    assert module.Tokenizer.train("abc", 3).merges == []
+    with pytest.raises(ValueError, match="knows 'abc'"):
+        module.Tokenizer.train("abcabc", 9).encode("abd")
 
 
 @pytest.mark.parametrize("text, size", [("", 10), ("abc", 2), ("abc", 0)])

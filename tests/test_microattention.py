@@ -105,7 +105,8 @@ def test_arguments_are_left_as_they_were():
 
 
 @pytest.mark.parametrize("options, word", [(dict(window=0), "window"), (dict(window=-3), "window"), (dict(sinks=-1), "sinks"),
-                                           (dict(bias=[[0.0]]), "bias"), (dict(bias=[[0.0] * 3] * 3), "bias")])
+                                           (dict(bias=[[0.0]]), "bias"), (dict(bias=[[0.0] * 3] * 3), "bias"),
+                                           (dict(bias=[[0.0] * 4] * 2), "bias")])
 def test_bad_options_are_named(options, word):
     q, k = numbers(0, 3, 2).tolist(), numbers(1, 4, 2).tolist()
     with pytest.raises(ValueError, match=word):
@@ -115,6 +116,10 @@ def test_bad_options_are_named(options, word):
 
 
 def test_bad_shapes_are_named():
+    for q, k, v in (([[1.0, 2.0]], [[1.0, 2.0], [1.0]], [[1.0]] * 2), ([[]], [[]], [[1.0]]),
+                    ([[1.0]], [[1.0]] * 2, [[1.0, 2.0], [1.0]])):
+        with pytest.raises(ValueError):
+            m.attention(q, k, v)
     with pytest.raises(ValueError, match="rows"):
         m.attention([[1.0]], [[1.0]], [[1.0], [2.0]])
     with pytest.raises(ValueError, match="channels"):
@@ -196,6 +201,7 @@ def test_rolling_cache_is_the_masked_computation(window, sinks):
 def test_rolling_cache_refuses_no_room(arguments):
     with pytest.raises(ValueError, match="window"):
         m.RollingKVCache(*arguments)
+    assert m.RollingKVCache(3).sinks == 0
 
 
 @pytest.mark.parametrize("n_q, n_k, options", [(8, 8, dict()), (1, 9, dict()), (8, 8, dict(window=3)), (9, 9, dict(window=2, sinks=2)),
@@ -258,6 +264,10 @@ def test_rope(d, base):
     np.testing.assert_allclose(np.linalg.norm(m.rope(x.tolist(), positions), axis=1), np.linalg.norm(x, axis=1), **TIGHT)
 
 
+def test_rope_of_nothing():
+    assert m.rope([], []) == []
+
+
 @pytest.mark.parametrize("shift", [1, 17, 1000])
 def test_rope_scores_do_not_change_under_a_shift(shift):
     q, k = numbers(0, 6, 8), numbers(1, 6, 8)
@@ -301,17 +311,25 @@ def test_bytes_of_real_models():
     assert by_name["GPT-3 175B"] == 4.5 * 2 ** 20
     assert by_name["Falcon 7B"] == 8 * 1024
     assert by_name["DeepSeek-V3"] == 70272
-    assert m.kv_bytes_per_token(80, 8, 128, bytes_per_value=1) == 160 * 1024
+    assert m.kv_bytes_per_token(80, 8, 128) == 2 * m.kv_bytes_per_token(80, 8, 128, bytes_per_value=1) == 320 * 1024
+
+
+def test_kinds_fit_their_numbers():
+    for model in m.REAL_MODELS:
+        kind = ("MLA" if model.d_c else "MHA" if model.n_kv_heads == model.n_heads else "MQA" if model.n_kv_heads == 1
+                else "GQA") + " + window" * (model.window is not None)
+        assert model.kind == kind and model.source and model.n_heads % model.n_kv_heads == 0
 
 
 def test_the_cache_stops_growing_at_the_window():
     mistral = next(model for model in m.REAL_MODELS if model.window)
     assert m.cache_bytes(mistral, 4095) < m.cache_bytes(mistral, 4096) == m.cache_bytes(mistral, 10 ** 6)
     assert m.decode_multiplications(mistral, 4096) == m.decode_multiplications(mistral, 10 ** 6)
+    assert m.decode_multiplications(mistral, 100) == 32 * 32 * 100 * 256
 
 
 def test_decode_multiplications_of_absorbed_mla_are_those_counted():
-    model = m.RealModel("tiny", 1, 8, 3, 3, 4, 99, "here", d_c=5, d_rope=2)
+    model = m.RealModel("tiny", "MLA", 1, 8, 3, 3, 4, 99, "here", d_c=5, d_rope=2)
     k, c = numbers(0, 6, 7).tolist(), numbers(1, 6, 5).tolist()
     counted = sum(m.count_multiplications(lambda q, k, v: m.attention(q, k, v), numbers(h, 1, 7).tolist(), k, c) - 6
                   for h in range(3))
@@ -323,16 +341,33 @@ def test_decode_multiplications_of_absorbed_mla_are_those_counted():
 @pytest.mark.parametrize("n_heads, n_kv_heads", [(4, 2), (4, 1), (4, 4), (6, 3), (12, 4), (8, 2), (1, 1)])
 def test_sum_over_ranks_is_the_whole(n_heads, n_kv_heads):
     x, weights = numbers(9, 5, 6), gqa_weights(n_heads, n_kv_heads, 2, 2, 6)
-    whole = reference_gqa(x, *weights, n_heads, n_kv_heads)
+    options = dict(window=2, sinks=1) if n_heads == 4 else {}
+    whole = reference_gqa(x, *weights, n_heads, n_kv_heads, **options)
     lists = [w.tolist() for w in weights]
     for n_ranks in m.possible_ranks(n_heads, n_kv_heads):
-        parts = m.tensor_parallel_attention(x.tolist(), *lists, n_heads, n_kv_heads, n_ranks)
+        parts = m.tensor_parallel_attention(x.tolist(), *lists, n_heads, n_kv_heads, n_ranks, **options)
         assert len(parts) == n_ranks
         np.testing.assert_allclose(np.sum(parts, axis=0), whole, rtol=0, atol=1e-12 * np.abs(whole).max())
         heads = m.heads_of_ranks(n_heads, n_kv_heads, n_ranks)
         assert [h for queries, _ in heads for h in queries] == list(range(n_heads))
         for queries, kv in heads:  # each query head finds the KV head of its group, and nothing idle is kept
             assert {h * n_kv_heads // n_heads for h in queries} == set(kv)
+
+
+@pytest.mark.parametrize("heads, ranks", [((4, 2), [1, 2, 4]), ((12, 4), [1, 2, 4, 12]), ((12, 6), [1, 2, 3, 6, 12]),
+                                          ((8, 1), [1, 2, 4, 8]), ((1, 1), [1]), ((6, 3), [1, 3, 6])])
+def test_possible_ranks(heads, ranks):
+    assert m.possible_ranks(*heads) == ranks
+
+
+def test_shards_are_cut_and_counted_right():
+    wq, wk, wv, wo = gqa_weights(4, 2, 3, 3, 5)
+    shards = m.shard_weights(wq.tolist(), wk.tolist(), wv.tolist(), wo.tolist(), 4, 2, 4)
+    for r, (q, k, v, o) in enumerate(shards):  # four ranks, two KV heads: each stands on two ranks
+        np.testing.assert_array_equal(q, wq[3 * r:3 * r + 3])
+        np.testing.assert_array_equal(k, wk[r // 2 * 3:r // 2 * 3 + 3])
+        np.testing.assert_array_equal(v, wv[r // 2 * 3:r // 2 * 3 + 3])
+        np.testing.assert_array_equal(o, wo[:, 3 * r:3 * r + 3])
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2, 3, 5])
@@ -361,3 +396,19 @@ def test_the_heads_do_their_jobs():
     assert all(back[i, i - 1] > 0.9 for i in range(1, 12))
     np.testing.assert_allclose(everywhere[11], [1 / 12] * 12, **TIGHT)
     assert (first[:, 0] > 0.9).all()
+    # A full match scores SHARPNESS, whatever the head's size.
+    assert np.diag(np.array(q[0]) @ np.array(k[0]).T) / 8 ** 0.5 == pytest.approx([m.SHARPNESS] * 12)
+    assert wo == np.eye(32).tolist() and wv[:8] == np.eye(8, 32).tolist()
+    assert [m.job_of(h) for h in range(5)] == [*m.JOBS, "same word"]
+    # The blocks of an embedding.
+    assert set(np.abs(np.array(x)[:, :8]).ravel()) == {1.0} and x[2][:8] == x[6][:8] != x[3][:8]
+    assert x[5][8:12] == pytest.approx([2 ** 0.5 * f(5 * math.pi / n) for n in (2, 4) for f in (math.cos, math.sin)])
+    assert x[5][16:24] == x[4][8:16] and x[5][24:] == x[0][8:16]
+
+
+def test_noise_makes_heads_a_little_different():
+    exact = m.build_heads(["same word"] * 2, 8, 32)
+    noisy = m.build_heads(["same word"] * 2, 8, 32, 0.1, random.Random(0))
+    assert exact == m.build_heads(["same word"] * 2, 8, 32, 0.0, random.Random(0)) and noisy[0] == exact[0]
+    for clean, moved in zip(exact[1:3], noisy[1:3]):
+        assert np.linalg.norm(np.array(moved) - clean, axis=1).mean() == pytest.approx(0.1, abs=0.02)
