@@ -153,8 +153,8 @@ def show_attention(trace: Trace, knobs: Namespace) -> None:
         rows.append([str(d), f"{math.sqrt(dot(products, products) / len(products)):.1f}", f"{math.sqrt(d):.1f}",
                      f"{fmean(map(entropy, raw)):.2f}", f"{fmean(map(max, raw)):.2f}",
                      f"{fmean(map(entropy, scaled)):.2f}", f"{fmean(map(max, scaled)):.2f}"])
-    trace.table(["d", "spread of q·k", "√d", "entropy", "largest", "entropy / √d", "largest / √d"], rows)
-    trace.note("spread: root mean square; entropy in bits; largest: the largest weight; / √d: with the scores divided")
+    trace.table(["d", "spread of q·k", "√d", "entropy", "largest", "entropy, scaled", "largest, scaled"], rows)
+    trace.note("spread: root mean square; entropy in bits; largest: the largest weight; scaled: scores divided by √d")
 
     trace.check_close("attention() = softmax(QKᵀ/√d)V over the dense masked matrix", attention(q, k, v),
                       dense_attention(q, k, v, lambda i, j: j <= i), 1e-12)
