@@ -394,7 +394,7 @@ def show_window(trace: Trace, knobs: Namespace) -> None:
         full, cells = attention_weights(linear(x, wq), linear(x, wk)), [job]
         for seen in list(open_to.values())[1:]:
             hidden = fmean(sum(w for w, visible in zip(*pair) if not visible) for pair in zip(full, seen))
-            cells += [f"{hidden:.0%}", bar(hidden, 1, 12)]
+            cells += [f"{hidden:.0%}", bar(hidden, 1, 8)]
         rows.append(cells)
     trace.table(["head that looks for", "hidden by window", "", "still, with sinks", ""], rows, left=(0, 2, 4))
 
