@@ -394,12 +394,12 @@ class PagedKVCache:
             raise ValueError(f"{n_new} tokens need {self.blocks_needed(n_new)} more blocks, and "
                              f"{self.pool.num_free_blocks} are free; make num_blocks larger")
         if n_new and self.last_is_shared():  # copy on write (section 5)
-            first = self.length // self.pool.block_size * self.pool.block_size
-            old = [self.pool.slots[self.slot(position)] for position in range(first, self.length)]
-            self.pool.free(self.block_table[first // self.pool.block_size])
-            self.block_table[first // self.pool.block_size] = self.pool.allocate()
-            for position, content in zip(range(first, self.length), old):
-                self.pool.slots[self.slot(position)] = dict(content)
+            size, (logical, filled) = self.pool.block_size, divmod(self.length, self.pool.block_size)
+            shared, own = self.block_table[logical], self.pool.allocate()
+            for i in range(filled):
+                self.pool.slots[own * size + i] = dict(self.pool.slots[shared * size + i])
+            self.block_table[logical] = own
+            self.pool.free(shared)
         while len(self.block_table) * self.pool.block_size < self.length + n_new:
             self.block_table.append(self.pool.allocate())
 
