@@ -43,6 +43,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 
 Vector = list[float]
 Matrix = list[Vector]  # row-major: m[row][column]
@@ -106,7 +107,7 @@ class Traffic:
         self.held += count
         self.peak = max(self.peak, self.held)
         if self.sram is not None and self.held > self.sram:
-            raise ValueError(f"SRAM holds {self.sram} numbers and would have to hold {self.held}; smaller blocks need less")
+            raise ValueError(f"SRAM holds {self.sram} numbers and would have to hold {self.held}")
 
     def visit(self, queries: range, keys: range) -> None:
         """Make room for this tile of scores, and note it in the walk."""
@@ -172,36 +173,34 @@ def flash_accesses(n_q: int, n_k: int, d: int, d_v: int, block_q: int) -> int:
 
 def show_standard(trace: Trace, knobs: Namespace) -> None:
     """The count against the formula, and what that is on real cards."""
-    n, d = knobs.seq_len, knobs.head_dim
-    trace.say(f"Look at the last column: nearly all that crosses between HBM and SRAM is S and P. Counted while "
-              f"standard_attention runs, in numbers, d = {d}.")
+    n, d, causal = knobs.seq_len, knobs.head_dim, knobs.causal
+    trace.say(f"What crosses between HBM and SRAM while standard_attention runs, counted in numbers, d = {d}. The "
+              f"longer the text, the more of it is S and P, which nobody asked for.")
     rows, counts_agree = [], True
     for length in sorted({max(1, n // 4), max(1, n // 2), n}):
         q, k, v = random_inputs(knobs, length)
-        traffic = Traffic()
-        standard_attention(q, k, v, causal=knobs.causal, traffic=traffic)
-        counts_agree &= traffic.accesses == standard_accesses(length, length, d, d)
-        rows.append([str(length), f"{traffic.reads:,}", f"{traffic.writes:,}", f"{traffic.accesses:,}",
-                     f"{4 * length**2 / traffic.accesses:.0%}"])
+        (out, _), t = counted(standard_attention, q, k, v, causal=causal)
+        counts_agree &= t.accesses == standard_accesses(length, length, d, d)
+        rows.append([f"{length}", f"{t.reads:,}", f"{t.writes:,}", f"{t.accesses:,}", f"{4 * length**2 / t.accesses:.0%}"])
     trace.table(["n", "read", "written", "crossed", "of that, S and P"], rows)
 
-    n, d, nbytes = 8192, 128, 2
-    trace.say(f"The same counts for one head of a real model, n = {n:,}, d = {d}, {nbytes} bytes a number: how long a "
-              f"card takes to move them, and to do the 4n²d floating-point operations. (Computed from data sheets, "
-              f"not timed.)")
+    length, d_real, nbytes = 8192, 128, 2
+    trace.say(f"The same for one head of a real model, by the formula that the counts confirm: n = {length:,}, d = "
+              f"{d_real}, {nbytes} bytes a number. How long a card takes to move that, and how long for the 4n²d "
+              f"floating-point operations (from data sheets, not timed). A ratio above 1: the arithmetic waits. (Much of what flash reads again comes from "
+              f"the L2 cache on a real card; it is all counted here.)")
     rows = []
-    for card, block_q in ((A100, 128), (H100, 128)):
-        for name, crossed in (("standard", standard_accesses(n, n, d, d)),
-                              (f"flash, block_q {block_q}", flash_accesses(n, n, d, d, block_q))):
-            moving, computing = crossed * nbytes / card.hbm_bytes_per_s, 4 * n * n * d / card.flops
+    for card in (A100, H100):
+        for name, crossed in (("standard", standard_accesses(length, length, d_real, d_real)),
+                              ("flash, block_q 128", flash_accesses(length, length, d_real, d_real, 128))):
+            moving, computing = crossed * nbytes / card.hbm_bytes_per_s, 4 * length**2 * d_real / card.flops
             rows.append([card.name, name, f"{crossed * nbytes / 1e6:,.0f} MB", f"{moving * 1e3:.3f} ms",
                          f"{computing * 1e3:.3f} ms", f"{moving / computing:.1f}×"])
     trace.table(["card", "attention", "crosses", "moving", "computing", "ratio"], rows, left=(0, 1))
-    q, k, v = random_inputs(knobs, knobs.seq_len)
     trace.check("numbers counted = 4n² + n(d + d + d_v) + n(d_v + 1)", counts_agree, "equal, for each n")
-    trace.check_close("standard_attention() = softmax(q kᵀ/√d) v, written out with sums",
-                      standard_attention(q, k, v, causal=knobs.causal)[0],
-                      dense_attention(q, k, v, lambda i, j: j <= i or not knobs.causal), 1e-12)
+    trace.check_close("standard_attention() = softmax(q kᵀ/√d) v, written out with sums", out,
+                      dense_attention(q, k, v, lambda i, j: j <= i or not causal), 1e-12)
+
 
 # ---------------------------------------------------------------------------------------------------
 # 2. Softmax in one pass
@@ -281,33 +280,32 @@ def tiles(whole: range, block: int) -> list[range]:
 
 def show_online(trace: Trace, knobs: Namespace) -> None:
     """A row of scores from the text, taken in three at a time, and what each way reads."""
-    scores, tile = text_scores(knobs, [len(knobs.tokens) - 1])[0], 3
-    last = knobs.labels[-1]
+    scores, tile, last = text_scores(knobs)[-1], 3, knobs.labels[-1]
     trace.say(f"How the last token of the text, {last!r}, scores the tokens, three at a time: m is the largest score "
               f"so far, l the sum of exp(s - m). Watch for a late surprise: when m jumps, c = exp(m_old - m) shrinks "
-              f"all that l had gathered. It was measured from the wrong maximum.")
+              f"all that l had gathered, which was measured from the wrong maximum.")
     state, rows = (*EMPTY, []), []
     for part in tiles(range(len(scores)), tile):
-        before, part_scores = state, scores[part.start:part.stop]
-        state = absorb(state, part_scores, [])
-        top = part_scores.index(max(part_scores)) + part.start
-        c = math.exp(before[0] - state[0])
-        rows.append([f"{part.start}-{part.stop - 1}", knobs.labels[top], " ".join(f"{s:6.2f}" for s in part_scores),
-                     f"{state[0]:.2f}", f"{c:.4f}", f"{before[1]:.4f}", f"{c * before[1]:.4f}", f"{state[1]:.4f}"])
+        new, old = scores[part.start:part.stop], state
+        state = absorb(old, new, [])
+        c = math.exp(old[0] - state[0])
+        rows.append([f"{part.start}-{part[-1]}", knobs.labels[part.start + new.index(max(new))],
+                     " ".join(f"{s:6.2f}" for s in new), *(f"{x:.4f}" for x in (state[0], c, c * old[1], state[1]))])
     if len(rows) > 10:
-        rows[5:-4] = [["…"] + [""] * 7]
-    trace.table(["keys", "largest", "scores", "m", "c", "l_old", "c·l_old", "l"], rows, left=(0, 1, 2))
-    three, two, stored = Traffic(), Traffic(), len(scores)
-    safe, online = safe_softmax(scores, three), online_softmax(scores, tile=tile, traffic=two)
-    trace.say(f"What crosses for these {stored} scores: three passes read {three.reads} and write {three.writes}; "
-              f"online, {two.reads} and {two.writes}: {three.accesses} numbers against {two.accesses}. In "
-              f"attention the second reading goes too, as nobody asks for the weights themselves.")
+        rows[5:-4] = [["…"] + [""] * 6]
+    trace.table(["keys", "largest", "scores", "m", "c", "c·l_old", "l"], rows, left=(0, 1, 2))
+    safe, three = counted(safe_softmax, scores)
+    online, two = counted(online_softmax, scores, tile=tile)
+    trace.say(f"What crosses for these {len(scores)} scores: three passes read {three.reads} and write {three.writes}, online "
+              f"softmax reads {two.reads} and writes {two.writes}. In attention its second pass goes too, as nobody asks "
+              f"for the weights themselves.")
     trace.check_close("online = three passes = softmax()", [online, safe], [softmax(scores)] * 2, 1e-12)
     rng = random.Random(knobs.seed)
     wild = [[rng.gauss(0, size) for _ in range(50)] + [3 * size] for size in (1, 100, 1e4)]
-    trace.check_close("online = softmax() on rows of size 1, 100 and 10,000, the largest last, tiles of 1, 7 and 99",
+    trace.check_close("the same for scores of size 1, 100 and 10,000, in tiles of 1, 7 and 99",
                       [online_softmax(row, tile=t) for row in wild for t in (1, 7, 99)],
                       [softmax(row) for row in wild for _ in range(3)], 1e-12)
+
 
 # ---------------------------------------------------------------------------------------------------
 # 3. FlashAttention, Algorithm 1
@@ -385,36 +383,32 @@ def sram_needed(block_q: int, block_k: int, d: int, d_v: int) -> int:
 
 def show_flash_v1(trace: Trace, knobs: Namespace) -> None:
     """What SRAM holds, what crosses, and the log-sum-exp."""
-    n, d, block_q, block_k, causal = knobs.seq_len, knobs.head_dim, knobs.block_q, knobs.block_k, knobs.causal
+    n, d, causal, sram = knobs.seq_len, knobs.head_dim, knobs.causal, knobs.sram
+    b_q, b_k = min(knobs.block_q, n), min(knobs.block_k, n)
     q, k, v = random_inputs(knobs, n)
-    standard, flash = Traffic(), Traffic(sram=knobs.sram)
-    expected, expected_lse = standard_attention(q, k, v, causal=causal, traffic=standard)
-    out, lse = flash_attention_v1(q, k, v, block_q=block_q, block_k=block_k, causal=causal, traffic=flash)
-    b_q, b_k = min(block_q, n), min(block_k, n)
+    expected, standard = counted(standard_attention, q, k, v, causal=causal)
+    (out, lse), flash = counted(flash_attention_v1, q, k, v, sram=sram, causal=causal, **knobs.blocks)
     trace.say(f"What SRAM holds at once, for tiles of {b_q} queries and {b_k} keys, d = {d}: never more than its "
-              f"{knobs.sram:,} numbers. The matrix that standard attention writes down has {n * n:,}.")
-    parts = {"q, o": b_q * 2 * d, "m, l": b_q * 2, "k, v": b_k * 2 * d, "scores": b_q * b_k}
-    trace.table(["", "numbers", ""], [[name, f"{size:,}", bar(size, knobs.sram, 48)] for name, size in parts.items()]
-                + [["peak, counted", f"{flash.peak:,}", bar(flash.peak, knobs.sram, 48)]], left=(0, 2))
+              f"{sram:,} numbers. The matrix that standard attention writes down has {n * n:,}.")
+    parts = {"q, o": b_q * 2 * d, "m, l": b_q * 2, "k, v": b_k * 2 * d, "scores": b_q * b_k, "peak, counted": flash.peak}
+    trace.table(["", "numbers", ""], [[name, f"{size:,}", bar(size, sram, 48)] for name, size in parts.items()], left=(0, 2))
     trace.say(f"And what crosses, n = {n}{', causal' * causal}. For each tile of scores o, m and l come in and go "
               f"out again; that is what version 2 will save.")
-    trace.table(["", "read", "written", "crossed", ""], [
-        [name, f"{t.reads:,}", f"{t.writes:,}", f"{t.accesses:,}",
-         bar(t.accesses, max(standard.accesses, flash.accesses), 30)]
-        for name, t in (("standard", standard), ("flash, version 1", flash))], left=(0, 4))
+    trace.table(["", "read", "written", "crossed", ""], traffic_rows({"standard": standard, "flash, version 1": flash}, 30),
+                left=(0, 4))
     trace.say("What is left of S is one number a row, L. With it, any weight can be had again from its score:")
     rows = []
     for i in sorted({0, n // 3, 2 * n // 3, n - 1}):
-        (row,) = score_tile([q[i]], k, [visible(i, n, n, causal, None, 0)[1:]], 1 / math.sqrt(d))
-        rows.append([str(i), f"{row[i]:.3f}", f"{lse[i]:.3f}", f"{math.exp(row[i] - lse[i]):.4f}", f"{softmax(row)[i]:.4f}"])
-    trace.table(["query", "its own key's score s", "L", "exp(s - L)", "by softmax"], rows)
-    walked = walked_tiles(n, block_q, block_k, causal)
-    trace.check_close("version 1 = standard attention", out, expected, 1e-12)
-    trace.check_close("its log-sum-exp = standard attention's", [lse], [expected_lse], 1e-12)
+        row, = score_tile([q[i]], k, [visible(i, n, n, causal, None, 0)[1:]], 1 / math.sqrt(d))
+        rows.append([str(i), *(f"{x:.4f}" for x in (row[i], lse[i], math.exp(row[i] - lse[i]), softmax(row)[i]))])
+    trace.table(["query", "score s of its own key", "L", "exp(s - L)", "softmax's weight"], rows)
+    walked = walked_tiles(n, b_q, b_k, causal)
+    trace.check_close("version 1 = standard attention, out and L", [*out, lse], [*expected[0], expected[1]], 1e-12)
     trace.check("numbers counted = by formula", flash.reads == 2 * n * d + sum(a * (2 * d + 2) for a, _ in walked)
                 and flash.writes == n * (d + 2) + sum(a * (d + 2) for a, _ in walked), f"{flash.accesses:,}")
-    trace.check("SRAM never held more than it can", flash.peak == sram_needed(b_q, b_k, d, d) <= knobs.sram,
-                f"peak {flash.peak:,} of {knobs.sram:,}")
+    trace.check("SRAM never held more than it can", flash.peak == sram_needed(b_q, b_k, d, d) <= sram,
+                f"peak {flash.peak:,} of {sram:,}")
+
 
 # ---------------------------------------------------------------------------------------------------
 # 4. FlashAttention-2
@@ -457,44 +451,45 @@ def flash_attention(q: Matrix, k: Matrix, v: Matrix, *, block_q: int, block_k: i
 
 def show_flash_v2(trace: Trace, knobs: Namespace) -> None:
     """The two walks over the tiles, and what the exchange of the loops saves."""
-    n, d, block_q, block_k = knobs.seq_len, knobs.head_dim, knobs.block_q, knobs.block_k
+    n, d = knobs.seq_len, knobs.head_dim
     q, k, v = random_inputs(knobs, n)
-    versions, blocks = {"1": flash_attention_v1, "2": flash_attention}, dict(block_q=block_q, block_k=block_k)
-    runs = {(name, causal): Traffic(sram=knobs.sram) for name in versions for causal in (False, True)}
-    results = {(name, causal): versions[name](q, k, v, causal=causal, traffic=traffic, **blocks)
-               for (name, causal), traffic in runs.items()}
+    versions = {"1": flash_attention_v1, "2": flash_attention}
+    runs = {(name, mask): counted(versions[name], q, k, v, sram=knobs.sram, causal=mask == "causal", **knobs.blocks)
+            for name in versions for mask in ("full", "causal")}
+    walks = {key: t.walk for key, (_, t) in runs.items()}
     trace.say("The causal walk: rows are blocks of queries, columns blocks of keys, the numbers tell in which order "
               "the tiles come. Version 1 goes down the columns, version 2 along the rows.")
-    trace.lines(side_by_side([draw_walk(f"version {name}", n, n, block_q, block_k, runs[name, True].walk,
-                                        lambda i, j: j <= i) for name in versions], gap=4))
+    trace.lines(side_by_side([draw_walk(f"version {name}", n, knobs, walks[name, "causal"], n) for name in versions], gap=4))
     trace.note(WALK_LEGEND)
     size, width, block = min(n, 12), min(d, 8), 4
-    a, b, c = random_inputs(knobs, size, width)
-    needed = 2 * size * size * width + size * size  # S and P v; and the scale
-    others = {name: count_operations(lambda q, k, v: versions[name](q, k, v, block_q=block, block_k=block), a, b, c) - needed
-              for name in versions}
-    trace.say(f"Exchanging the loops: o is written once instead of once a tile. The last column counts the "
-              f"multiplications and divisions that are no part of a matrix product or the scale, on {size} queries "
-              f"and keys, d = {width}, tiles of {block} × {block}; the products take {2 * size * size * width:,}.")
-    rows = [[f"version {name}", "causal" if causal else "full", f"{len(t.walk)}", f"{t.reads:,}", f"{t.writes:,}",
-             f"{t.accesses:,}", "" if causal else f"{others[name]:,}"] for (name, causal), t in sorted(runs.items())]
-    trace.table(["", "mask", "tiles", "read", "written", "crossed", "other × and ÷"], rows, left=(0, 1))
-    for causal in (False, True):
-        mask = "causal" if causal else "full"
-        expected = standard_attention(q, k, v, causal=causal)
-        trace.check_close(f"{mask}: version 2 = standard attention, and so is its log-sum-exp",
-                          [*results["2", causal][0], results["2", causal][1]], [*expected[0], expected[1]], 1e-12)
-        walked, seen = walked_tiles(n, block_q, block_k, causal), runs["2", causal]
-        trace.check(f"{mask}: numbers counted = by formula, one write of o and L",
-                    seen.reads == n * d + sum(b * 2 * d for _, b in walked) and seen.writes == n * (d + 1),
-                    f"{seen.accesses:,}")
-    trace.check("both versions touch the same tiles, none of them above the diagonal",
-                all(sorted(runs["1", causal].walk, key=str) == sorted(runs["2", causal].walk, key=str) for causal in (False, True))
-                and all(keys.start < rows.stop for rows, keys in runs["2", True].walk),
-                f"{len(runs['2', True].walk)} of {len(runs['2', False].walk)} tiles")
-    per_step = size * -(-size // block) * width
-    trace.check("other × and ÷: 3 for each channel of o and tile; in version 2, 1, and 1 at the end",
-                others == {"1": 3 * per_step, "2": per_step + size * width}, f"{others['1']:,} and {others['2']:,}")
+    products = 2 * size * size * width
+    others = {name: count_operations(lambda *qkv: attend(*qkv, block_q=block, block_k=block),
+                                     *random_inputs(knobs, size, width)) - products - size * size
+              for name, attend in versions.items()}
+    trace.say(f"Exchanging the loops: o is written once instead of once a tile. The last column counts, on {size} queries and "
+              f"keys, d = {width}, tiles of {block} × {block}, the multiplications and divisions that are no part of q kᵀ · "
+              f"scale or P v. (Those two take {products + size * size:,}, in either version.)")
+    trace.table(["", "tiles", "read", "written", "crossed", "", "other × and /"],
+                [[row[0], str(len(walks[key])), *row[1:], f"{others[key[0]]:,}" if key[1] == "full" else ""]
+                 for key, row in zip(runs, traffic_rows({f"version {name}, {mask}": t for (name, mask), (_, t) in runs.items()}, 12))],
+                left=(0, 5))
+    for mask in ("full", "causal"):
+        (out, lse), t = runs["2", mask]
+        expected, expected_lse = standard_attention(q, k, v, causal=mask == "causal")
+        walked = walked_tiles(n, knobs.block_q, knobs.block_k, mask == "causal")
+        trace.check_close(f"{mask}: version 2 = standard attention, out and L", [*out, lse], [*expected, expected_lse], 1e-12)
+        trace.check(f"{mask}: numbers counted = by formula; o and L written once",
+                    t.reads == n * d + sum(b * 2 * d for _, b in walked) and t.writes == n * (d + 1), f"{t.accesses:,}")
+    trace.check("both versions touch the same tiles, and no causal one lies above the diagonal",
+                all(sorted(walks["1", mask], key=str) == sorted(walks["2", mask], key=str) for mask in ("full", "causal"))
+                and all(keys.start < rows.stop for rows, keys in walks["2", "causal"]),
+                f"{len(walks['2', 'causal'])} of {len(walks['2', 'full'])}")
+    later = -(-size // block) - 1  # tiles after the first, in which there is nothing yet to rescale
+    trace.check("other × and /, for each number of o: 1 + 3 for each tile after the first; in version 2, 1 + 1",
+                others == {"1": size * width * (1 + 3 * later), "2": size * width * (1 + later)},
+                f"{others['1']:,} and {others['2']:,}")
+
+
 # ---------------------------------------------------------------------------------------------------
 # 5. How much traffic, really
 #
@@ -532,7 +527,7 @@ H100 = Card("H100 SXM", 3350e9, 989.4e12, 132, 228, "NVIDIA H100 data sheet; Hop
 REAL_TILES = [("FlashAttention-2", A100, 64, 128, 128), ("FlashAttention-2", A100, 128, 128, 64),
               ("FlashAttention-3", H100, 64, 192, 192), ("FlashAttention-3", H100, 128, 128, 176)]
 # What the papers report, as their abstracts say it.
-PUBLISHED = [("FlashAttention-2", "A100", "about twice FlashAttention's speed, 50 to 73% of the peak"),
+PUBLISHED = [("FlashAttention-2", "A100", "about twice as fast as FlashAttention"),
              ("FlashAttention-3", "H100", "1.5 to 2 times FA-2; FP16 740 TFLOP/s, 75% of the peak"),
              ("FlashAttention-4", "B200", "BF16 1613 TFLOP/s, 71% of the peak")]
 
@@ -545,78 +540,68 @@ def blocks_that_fit(sram: int, d: int, d_v: int, n_q: int, n_k: int) -> list[tup
 
 def show_traffic(trace: Trace, knobs: Namespace) -> None:
     """Accesses over a grid of n, d and M, fitted; blocks for one M; tiles in use."""
-    n, d = 96, 16
-    rng = random.Random(knobs.seed)
-    q, k, v = (random_matrix(rng, n, d) for _ in range(3))
-    trace.say(f"FlashAttention-2 on n = {n}, d = {d}, square tiles of B: the more SRAM, the fewer numbers cross. The "
-              f"line is standard attention. FlashAttention gets below it when M is about 2d² = {2 * d * d}.")
-    standard, rows, most = standard_accesses(n, n, d, d), [], None
-    for block in (2, 3, 4, 6, 8, 12, 16, 24, 32):
-        traffic = Traffic(sram=sram_needed(block, block, d, d))
-        flash_attention(q, k, v, block_q=block, block_k=block, traffic=traffic)
-        most = most or traffic.accesses
-        line = bar(traffic.accesses, most, 36).ljust(36)
-        mark = round(36 * standard / most)
-        rows.append([str(block), f"{traffic.peak:,}", f"{traffic.accesses:,}", f"{8 * n * n * d * d / traffic.peak:,.0f}",
-                     line[:mark] + "│" + line[mark + 1:]])
-    trace.table(["B", "M, counted", "crossed", "8n²d²/M", "crossed (the line: standard's " + f"{standard:,})"], rows, left=(4,))
+    n, d, rng = 48, 16, random.Random(knobs.seed)
+    q, k, v = random_inputs(knobs, n, d)
+    trace.say(f"FlashAttention-2 on n = {n}, d = {d}, square tiles of B × B: the more SRAM, the fewer numbers cross. The "
+              f"vertical line is standard attention; flash gets below it when M is about 2d² = {2 * d * d}.")
+    standard, rows, most, width = standard_accesses(n, n, d, d), [], 0, 36
+    for block in (2, 3, 4, 6, 8, 12, 16, 24):
+        _, t = counted(flash_attention, q, k, v, sram=sram_needed(block, block, d, d), block_q=block, block_k=block)
+        most = max(most, t.accesses)
+        line, mark = bar(t.accesses, most, width).ljust(width), round(width * standard / most)
+        rows.append([f"{block}", f"{t.peak:,}", f"{t.accesses:,}", f"{8 * (n * d)**2 / t.peak:,.0f}", line[:mark] + "│" + line[mark:]])
+    trace.table(["B", "M, counted", "crossed", "8n²d²/M", f"crossed; the line: standard's {standard:,}"], rows, left=(4,))
 
-    points, alone, everything = [], [], []
-    for n in (24, 48, 96):
+    points, crossed, blocks = [], [], (2, 4, 6)
+    for n in (12, 24, 48):
         for d in (16, 32, 64):
-            q, k, v = (random_matrix(rng, n, d) for _ in range(3))
-            for block in (4, 8, 12):
-                traffic = Traffic()
-                flash_attention(q, k, v, block_q=block, block_k=block, traffic=traffic)
-                points.append((n, d, traffic.peak))
-                everything.append(traffic.accesses)
-                alone.append(traffic.accesses - n * (2 * d + 1))
-    trace.say(f"{len(points)} runs like these (n from 24 to 96, d from 16 to 64, tiles of 4, 8 and 12), and "
-              f"constant · n^a · d^b · M^c fitted to what was counted. q, O and L cross once whatever M is; without "
-              f"them the fit comes closer to the theory. (Not all the way in d and M: the scores take room in SRAM as "
-              f"well, which for d this small is no trifle.)")
-    fits = {"theory": [8, 2, 2, -1], "k and v alone": fit_powers(points, alone), "all that crosses": fit_powers(points, everything)}
-    trace.table(["", "constant", "n^a", "d^b", "M^c"],
-                [[name, f"{fit[0]:.1f}"] + [f"{a:.2f}" for a in fit[1:]] for name, fit in fits.items()], left=(0,))
+            q, k, v = random_inputs(knobs, n, d)
+            for block in blocks:
+                _, t = counted(flash_attention, q, k, v, block_q=block, block_k=block)
+                points.append((n, d, t.peak))
+                crossed.append(t.accesses)
+    alone = [count - n * (2 * d + 1) for count, (n, d, _) in zip(crossed, points)]
+    fits = {"theory": [8, 2, 2, -1], "k and v": fit_powers(points, alone), "everything": fit_powers(points, crossed)}
+    trace.say(f"{len(points)} runs like these (n from 12 to 48, d from 16 to 64, tiles of 2, 4 and 6), and constant · n^a · "
+              f"d^b · M^c fitted to what was counted. q, O and L cross once whatever M is; what is left is k and v, and "
+              f"obeys the theory, nearly: the scores take some of M too, which the theory neglects.")
+    trace.table(["what crosses", "constant", "a", "b", "c"],
+                [[name, f"{fit[0]:.1f}", *(f"{power:.2f}" for power in fit[1:])] for name, fit in fits.items()], left=(0,))
 
-    n, d, sram = min(knobs.seq_len, 64), knobs.head_dim, knobs.sram
+    n, d, sram = min(knobs.seq_len, 48), knobs.head_dim, knobs.sram
     q, k, v = random_inputs(knobs, n)
     fitting = blocks_that_fit(sram, d, d, n, n)
-    chosen = sorted({fitting[(len(fitting) - 1) * i // 6] for i in range(7)})
     trace.say(f"The blocks that M = {sram:,} allows for n = {n}, d = {d}: the more queries, the fewer keys. What stays in "
-              f"the outer loop should be long: keys in version 1, queries in version 2. (With very few keys a tensor "
-              f"core would idle, so kernels stop short of the best.)")
-    rows, crossed = [], {}
-    for block_q, block_k in chosen:
-        first, second = Traffic(sram), Traffic(sram)
-        flash_attention_v1(q, k, v, block_q=block_q, block_k=block_k, traffic=first)
-        flash_attention(q, k, v, block_q=block_q, block_k=block_k, traffic=second)
-        crossed[block_q, block_k] = second.accesses
-        rows.append([str(block_q), str(block_k), f"{second.peak:,}", f"{first.accesses:,}", f"{second.accesses:,}"])
-    best = min(second for second in crossed.values())
-    for row, count in zip(rows, crossed.values()):
-        row.append("best for version 2" if count == best else "")
-    trace.table(["block_q", "block_k", "peak", "version 1 crosses", "version 2", ""], rows, left=(5,))
+              f"the outer loop should be long: keys in version 1, queries in version 2. (With very few keys tensor "
+              f"cores would idle, so kernels stop short of the best.)")
+    rows, counts = [], {}
+    for block_q, block_k in sorted({fitting[(len(fitting) - 1) * i // 5] for i in range(6)}):
+        first, second = (counted(attend, q, k, v, sram=sram, block_q=block_q, block_k=block_k)[1]
+                         for attend in (flash_attention_v1, flash_attention))
+        counts[block_q] = second.accesses
+        rows.append([f"{block_q}", f"{block_k}", f"{second.peak:,}", f"{first.accesses:,}", f"{second.accesses:,}"])
+    trace.table(["block_q", "block_k", "peak", "version 1 crosses", "version 2 crosses"], rows)
 
-    trace.say("Tiles that the real kernels use (forward, 16 bits, no mask), and what q, k and v take of an SM's shared "
-              "memory. Scores and o are kept in registers there, and further k and v tiles are on their way already. "
-              "Last column: standard attention's traffic at n = 8,192 over theirs.")
+    trace.say("Tiles that real kernels use (forward, 16 bits, no mask), and what their q, k and v take of an SM's shared "
+              "memory. (Scores and o stay in registers; the next k and v are on their way already.) Last column: "
+              "standard attention's traffic over theirs, n = 8,192.")
     rows = []
     for name, card, d, block_q, block_k in REAL_TILES:
         held = 2 * (block_q * d + 2 * block_k * d) / 1024
         gain = standard_accesses(8192, 8192, d, d) / flash_accesses(8192, 8192, d, d, block_q)
-        rows.append([name, card.name, str(d), f"{block_q} × {block_k}", f"{held:.0f} of {card.sram_kb} KB", f"{gain:.1f}×"])
-    trace.table(["kernel", "card", "d", "tile", "q, k, v", "less traffic"], rows, left=(0, 1))
-    closest = fits["k and v alone"]
-    trace.check("k and v alone: exponents of n, d and M within 0.01, 0.25 and 0.1 of the theory's",
-                abs(closest[1] - 2) < 0.01 and abs(closest[2] - 2) < 0.25 and abs(closest[3] + 1) < 0.1, "2, 2, -1")
-    trace.check("all that crosses: exponents within 0.4 of the theory's",
-                all(abs(a - b) < 0.4 for a, b in zip(fits["all that crosses"][1:], fits["theory"][1:])), "2, 2, -1")
+        rows.append([name, card.name, f"{d}", f"{block_q} × {block_k}", f"{held:.0f} of {card.sram_kb} KB", f"{gain:.1f}×"])
+    trace.table(["kernel", "card", "d", "tile", "q, k, v", "traffic"], rows, left=(0, 1))
     trace.check("what crosses = n/B · n · 2d + n(2d + 1), for every run",
-                everything == [flash_accesses(n, n, d, d, block) for (n, d, _), block in zip(points, [4, 8, 12] * 9)],
+                crossed == [flash_accesses(n, n, d, d, block) for (n, d, _), block in zip(points, blocks * 9)],
                 f"{len(points)} counts")
-    trace.check("no tile outgrew its SRAM, and the best block_q is the longest that fits or needs no more rounds",
-                best == crossed[max(crossed)], f"block_q {max(crossed)[0]}")
+    trace.check("k and v: exponents of n, d and M as in theory", all(
+        abs(power - theory) < bound for power, theory, bound in zip(fits["k and v"][1:], (2, 2, -1), (0.01, 0.1, 0.05))),
+                "to 0.01, 0.1 and 0.05")
+    trace.check("everything: the same, less exactly", all(
+        abs(power - theory) < 0.3 for power, theory in zip(fits["everything"][1:], (2, 2, -1))), "to 0.3")
+    trace.check("version 2: more queries in a block never make more cross", list(counts.values()) == sorted(counts.values(), reverse=True),
+                f"from {max(counts.values()):,} down to {min(counts.values()):,}")
+
 
 # ---------------------------------------------------------------------------------------------------
 # 6. The backward pass
@@ -709,59 +694,53 @@ def sram_needed_backward(block_q: int, block_k: int, d: int, d_v: int) -> int:
 def show_backward(trace: Trace, knobs: Namespace) -> None:
     """Traffic and memory of both backward passes, and the gradients by finite differences."""
     n, d, causal = knobs.seq_len, knobs.head_dim, knobs.causal
-    blocks = dict(block_q=knobs.block_q, block_k=knobs.block_k)
-    b_q, b_k = min(knobs.block_q, n), min(knobs.block_k, n)
-    q, k, v = random_inputs(knobs, n)
-    d_out, scale = random_matrix(random.Random(knobs.seed + 1), n, d), 1 / math.sqrt(d)
-    spans = [visible(i, n, n, causal, None, 0)[1:] for i in range(n)]
-    weights = [softmax(row) for row in score_tile(q, k, spans, scale)]
-    out, lse = flash_attention(q, k, v, causal=causal, **blocks)
-    standard, flash = Traffic(), Traffic(sram=sram_needed_backward(b_q, b_k, d, d))
-    expected = standard_attention_backward(q, k, v, weights, d_out, traffic=standard)
-    gradients = flash_attention_backward(q, k, v, out, lse, d_out, causal=causal, traffic=flash, **blocks)
+    b_q, b_k, rng = min(knobs.block_q, n), min(knobs.block_k, n), random.Random(knobs.seed + 1)
+    (q, k, v), d_out = random_inputs(knobs, n), random_matrix(rng, n, d)
+    scores = score_tile(q, k, [visible(i, n, n, causal, None, 0)[1:] for i in range(n)], 1 / math.sqrt(d))
+    weights = list(map(softmax, scores))
+    out, lse = flash_attention(q, k, v, causal=causal, **knobs.blocks)
+    expected, standard = counted(standard_attention_backward, q, k, v, weights, d_out)
+    gradients, flash = counted(flash_attention_backward, q, k, v, out, lse, d_out, causal=causal, **knobs.blocks)
 
     size, width = min(n, 8), min(d, 8)
     a, b, c = random_inputs(knobs, size, width)
-    small = standard_attention(a, b, c)
-    p = [softmax(row) for row in score_tile(a, b, [(0, size)] * size, 1 / math.sqrt(width))]
-    work = {"standard": count_operations(lambda q, k, v, do: standard_attention_backward(q, k, v, p, do), a, b, c, small[0]),
-            "flash": count_operations(lambda q, k, v, do: flash_attention_backward(q, k, v, *small, do, block_q=4, block_k=4),
-                                      a, b, c, small[0])}
-    trace.say(f"Less memory, less traffic, more arithmetic: instead of n² weights the forward pass leaves O and L. n = {n}, "
-              f"d = {d}{', causal' * causal}. (× and ÷ counted on {size} queries, d = {width}: five matrix products against "
-              f"four.)")
-    trace.table(["backward", "kept for it", "read", "written", "crossed", "", "× and ÷"], [
-        [name, f"{kept:,}", f"{t.reads:,}", f"{t.writes:,}", f"{t.accesses:,}",
-         bar(t.accesses, max(standard.accesses, flash.accesses), 16), f"{work[name]:,}"]
-        for name, kept, t in (("standard", n * n, standard), ("flash", n * d + n, flash))], left=(0, 5))
+    o, log_sums = standard_attention(a, b, c)
+    p = list(map(softmax, score_tile(a, b, [(0, size)] * size, 1 / math.sqrt(width))))
+    work = [count_operations(lambda *m: standard_attention_backward(*m[:3], p, m[3]), a, b, c, o),
+            count_operations(lambda *m: flash_attention_backward(*m[:3], o, log_sums, m[3], block_q=4, block_k=4), a, b, c, o)]
+    trace.say(f"Less memory, less traffic, a little more arithmetic: instead of n² weights the forward pass leaves O and L. "
+              f"n = {n}, d = {d}{', causal' * causal}. (The multiplications were counted on {size} queries, d = {width}: "
+              f"five products of matrices instead of four.)")
+    kept = [f"{n * n:,}", f"{n * d + n:,}"]
+    trace.table(["backward", "kept for it", "read", "written", "crossed", "", "× and /"],
+                [[row[0], numbers, *row[1:], f"{operations:,}"] for row, numbers, operations
+                 in zip(traffic_rows({"standard": standard, "flash": flash}, 16), kept, work)], left=(0, 5))
 
-    rng = random.Random(knobs.seed)
-    n_q, n_k, d_small, d_v = 5, 7, 3, 2
-    q2, k2, v2 = random_matrix(rng, n_q, d_small), random_matrix(rng, n_k, d_small), random_matrix(rng, n_k, d_v)
-    d_out2, options = random_matrix(rng, n_q, d_v), dict(block_q=2, block_k=3, causal=True)
+    n_q, n_k, options = 5, 7, dict(block_q=2, block_k=3, causal=True)
+    q2, k2, v2, d_out2 = (random_matrix(rng, *shape) for shape in ((n_q, 3), (n_k, 3), (n_k, 2), (n_q, 2)))
 
     def loss() -> float:
-        rows, _ = flash_attention(q2, k2, v2, **options)
-        return sum(map(dot, rows, d_out2))
+        return sum(map(dot, flash_attention(q2, k2, v2, **options)[0], d_out2))
 
-    by_hand = [[slope(loss, row, c) for c in range(len(row))] for matrix in (q2, k2, v2) for row in matrix]
+    differences = [[[difference_quotient(loss, row, c) for c in range(len(row))] for row in m] for m in (q2, k2, v2)]
     analytic = flash_attention_backward(q2, k2, v2, *flash_attention(q2, k2, v2, **options), d_out2, **options)
-    trace.say("Finite differences: move one number by 0.00001 up and down, and see what Σ dO ∘ O does. The first three "
-              f"channels of dq, dk and dv, on {n_q} queries and {n_k} keys, causal:".replace("∘", "×"))
-    trace.table(["", "by finite differences", "by flash_attention_backward"], [
-        [f"{name}[0]", "  ".join(f"{x:8.4f}" for x in by_hand[at]), "  ".join(f"{x:8.4f}" for x in m[0])]
-        for name, at, m in zip(("dq", "dk", "dv"), (0, n_q, n_q + n_k), analytic)], left=(0, 1, 2))
+    trace.say(f"Finite differences: move one number by 0.00001 up and down, and see what the sum of dO × O does. The first "
+              f"row of each gradient, {n_q} queries, {n_k} keys, causal:")
+    trace.table(["", "by finite differences", "by flash_attention_backward"],
+                [[name, *("  ".join(f"{x:8.4f}" for x in m[0]) for m in both)]
+                 for name, *both in zip(("dq", "dk", "dv"), differences, analytic)], left=(0, 1, 2))
     for name, got, want in zip(("dq", "dk", "dv"), gradients, expected):
         trace.check_close(f"{name} = the standard backward pass", got, want, 1e-11)
-    trace.check_close("dq, dk, dv = finite differences", [row for m in analytic for row in m], by_hand, 1e-8)
-    trace.check_close("rowsum(dO × O) = rowsum(P × dP)", [list(map(dot, d_out, out))],
-                      [[dot(row, slopes) for row, slopes in zip(weights, linear(d_out, v))]], 1e-11)
-    walked = walked_tiles(n, knobs.block_q, knobs.block_k, causal)
-    trace.check("numbers counted = by formula, both",
-                standard.accesses == 7 * n * n + 8 * n * d
-                and flash.accesses == n * (2 * d + 1) + 4 * n * d + sum(rows * (4 * d + 2) for rows, _ in walked),
+    trace.check_close("all of dq, dk, dv = finite differences", [row for m in analytic for row in m],
+                      [row for m in differences for row in m], 1e-8)
+    trace.check_close("D: rowsum(dO × O) = rowsum(P × dP)", [list(map(dot, d_out, out))],
+                      [list(map(dot, weights, linear(d_out, v)))], 1e-11)
+    walked = walked_tiles(n, b_q, b_k, causal)
+    trace.check("numbers counted = by formula, both", standard.accesses == 7 * n * n + 8 * n * d
+                and flash.accesses == n * (6 * d + 1) + sum(rows * (4 * d + 2) for rows, _ in walked),
                 f"{standard.accesses:,} and {flash.accesses:,}")
-    trace.check("SRAM held what the formula says", flash.peak == flash.sram, f"peak {flash.peak:,}")
+    trace.check("SRAM held what the formula says", flash.peak == sram_needed_backward(b_q, b_k, d, d), f"peak {flash.peak:,}")
+
 
 # ---------------------------------------------------------------------------------------------------
 # 7. Flash-Decoding
@@ -821,18 +800,18 @@ def splits_that_fill(card: Card, work: int, n_tiles: int) -> int:
 
 def show_decode(trace: Trace, knobs: Namespace) -> None:
     """Partial results and their merge; SMs at work."""
-    n, d, n_splits = knobs.seq_len, knobs.head_dim, knobs.n_splits
+    n, n_splits, rng = knobs.seq_len, knobs.n_splits, random.Random(knobs.seed)
     q, k, v = random_inputs(knobs, n)
-    query, blocks = q[-1:], dict(block_q=1, block_k=knobs.block_k)
-    runs = split_evenly(n, n_splits)
-    parts = [flash_attention(query, k, v, keys=keys, **blocks) for keys in runs]
-    out, lse = flash_decode(query, k, v, n_splits=n_splits, **blocks)
-    trace.say(f"One query, {n} keys, {n_splits} split{'s' * (n_splits > 1)}. Each leaves an output and an L; exp(L_s - L) "
-              f"is the share of the weight that lies in its part, and the merged output is their average by these "
-              f"shares.")
-    rows = [[str(s), f"{keys.start}-{keys.stop - 1}" if keys else "none", f"{part_lse[0]:.3f}",
-             f"{math.exp(part_lse[0] - lse[0]):.3f}", bar(math.exp(part_lse[0] - lse[0]), 1, 24), f"{part[0][0]:8.4f}"]
-            for s, (keys, (part, part_lse)) in enumerate(zip(runs, parts))]
+    query, runs = q[-1:], split_evenly(n, n_splits)
+    parts = [flash_attention(query, k, v, keys=keys, **knobs.blocks) for keys in runs]
+    out, lse = flash_decode(query, k, v, n_splits=n_splits, **knobs.blocks)
+    trace.say(f"One query, {n} keys, {n_splits} split{'s' * (n_splits > 1)}. Each leaves an output and an L. exp(L_s - L) "
+              f"is the share of the weight that lies in its part; the merged output is the average by these shares.")
+    rows = []
+    for s, (keys, (part, (part_lse,))) in enumerate(zip(runs, parts)):
+        share = math.exp(part_lse - lse[0])
+        rows.append([f"{s}", f"{keys[0]}-{keys[-1]}" if keys else "none", f"{part_lse:.3f}", f"{share:.3f}", bar(share, 1, 24),
+                     f"{part[0][0]:8.4f}"])
     if len(rows) > 10:
         rows[5:-4] = [["…"] + [""] * 5]
     trace.table(["split", "keys", "L_s", "share", "", "out_s[0]"],
@@ -840,30 +819,28 @@ def show_decode(trace: Trace, knobs: Namespace) -> None:
 
     heads, block_k = 8, 128
     trace.say(f"Who works? {A100.name}, {A100.n_sms} SMs; one decoding step of a model with {heads} KV heads; tiles of "
-              f"{block_k} keys. Without a split there is one job for each request and head. The longest job, in tiles, "
-              f"is what everybody waits for.")
+              f"{block_k} keys. Unsplit, there is one job for each request and head. The longest job, in tiles, is what "
+              f"everybody waits for.")
     rows = []
-    for batch in (1, 4, 16, 64):
-        for length in (1024, 65536):
-            work, n_tiles = batch * heads, length // block_k
-            splits = splits_that_fill(A100, work, n_tiles)
-            busy, busy_split = min(A100.n_sms, work), min(A100.n_sms, work * splits)
-            rows.append([str(batch), f"{length:,}", str(busy), bar(busy, A100.n_sms, 14), str(n_tiles), str(splits), str(busy_split),
-                         bar(busy_split, A100.n_sms, 14), str(-(-n_tiles // splits))])
-    trace.table(["batch", "length", "SMs", "", "longest", "splits", "SMs", "", "longest"], rows, left=(3, 7))
+    for batch in (1, 4, 16):
+        for length in (1024, 8192, 65536):
+            jobs, n_tiles = batch * heads, length // block_k
+            splits = splits_that_fill(A100, jobs, n_tiles)
+            cells = [[f"{min(A100.n_sms, busy)}", bar(busy, A100.n_sms, 12), f"{longest}"]
+                     for busy, longest in ((jobs, n_tiles), (jobs * splits, -(-n_tiles // splits)))]
+            rows.append([f"{batch}", f"{length:,}", *cells[0], f"{splits}", *cells[1]])
+    trace.table(["batch", "length", "SMs", "unsplit", "longest", "splits", "SMs", "split", "longest"], rows, left=(3, 7))
 
-    whole, rng = flash_attention(query, k, v, **blocks), random.Random(knobs.seed)
-    trace.check_close("decode = one pass over all keys, out and L", [*out, lse], [*whole[0], whole[1]], 1e-12)
-    shuffled, trees = parts[:], parts[:]
-    rng.shuffle(shuffled)
+    whole, trees = flash_attention(query, k, v, **knobs.blocks), parts[:]
     while len(trees) > 1:
-        trees.append(merge_partials([trees.pop(rng.randrange(len(trees))), trees.pop(rng.randrange(len(trees)))]))
-    trace.check_close("merged in any order = as above", [*merge_partials(shuffled)[0]], out, 1e-12)
-    trace.check_close("merged two by two, in a random tree = as above", [*trees[0][0], trees[0][1]], [*out, lse], 1e-12)
-    prefix = flash_attention(q, k, v, keys=range(n // 2), block_q=knobs.block_q, block_k=knobs.block_k)
-    rest = flash_attention(q, k, v, keys=range(n // 2, n), block_q=knobs.block_q, block_k=knobs.block_k)
-    trace.check_close("cascade: all queries to a shared prefix, then to the rest, merged = to all",
-                      merge_partials([prefix, rest])[0], standard_attention(q, k, v)[0], 1e-12)
+        trees.append(merge_partials([trees.pop(rng.randrange(len(trees))) for _ in "ab"]))
+    trace.check_close("decode = one pass over all keys, out and L", [*out, lse], [*whole[0], whole[1]], 1e-12)
+    trace.check_close("merged the other way round, and two by two in a random tree: the same",
+                      [*merge_partials(parts[::-1])[0], *trees[0][0]], [*out, *out], 1e-12)
+    halves = [flash_attention(q, k, v, keys=keys, **knobs.blocks) for keys in split_evenly(n, 2)]
+    trace.check_close("cascade: all queries to a shared prefix, then to the rest, merged = to everything",
+                      merge_partials(halves)[0], standard_attention(q, k, v)[0], 1e-12)
+
 
 # ---------------------------------------------------------------------------------------------------
 # 8. The rest of the family, in the same tiles
@@ -886,11 +863,6 @@ def flash_grouped_query(q_heads: Sequence[Matrix], k_heads: Sequence[Matrix], v_
     return [flash_attention(q, k_heads[h // group], v_heads[h // group], **options) for h, q in enumerate(q_heads)]
 
 
-def flash_decode_grouped(queries: Matrix, k: Matrix, v: Matrix, **options) -> tuple[Matrix, Vector]:
-    """One decoding step of a group: its heads' newest queries [group][d], as one block over their k and v."""
-    return flash_attention(queries, k, v, block_q=len(queries), **options)
-
-
 class PagedRows(Sequence):
     """n rows that lie in pages: row j is pages[block_table[j // page_size]][j % page_size]. Reads as a matrix."""
 
@@ -911,52 +883,46 @@ class PagedRows(Sequence):
 
 def show_family(trace: Trace, knobs: Namespace) -> None:
     """GQA, a window and pages: traffic, walks, and equality with the dense computation."""
-    n, d, blocks = knobs.seq_len, knobs.head_dim, dict(block_q=knobs.block_q, block_k=knobs.block_k)
-    heads, kv_heads, rng = 4, 2, random.Random(knobs.seed)
-    q_heads, k_heads, v_heads = ([random_matrix(rng, n, d) for _ in range(count)] for count in (heads, kv_heads, kv_heads))
+    n, d, rng, blocks = knobs.seq_len, knobs.head_dim, random.Random(knobs.seed), knobs.blocks
+    q_heads, k_heads, v_heads = ([random_matrix(rng, n, d) for _ in range(count)] for count in (4, 2, 2))
     q, k, v = q_heads[0], k_heads[0], v_heads[0]
     apart, together = Traffic(), Traffic()
-    steps = [flash_attention(q_heads[h][-1:], k_heads[h // 2], v_heads[h // 2], traffic=apart, **blocks) for h in range(heads)]
-    grouped = [flash_decode_grouped([q_heads[2 * g][-1], q_heads[2 * g + 1][-1]], k_heads[g], v_heads[g],
-                                    block_k=knobs.block_k, traffic=together) for g in range(kv_heads)]
-    trace.say(f"Grouped-query attention, {heads} query heads on {kv_heads} KV heads, one decoding step over {n} keys: head by "
-              f"head k and v are read {heads // kv_heads} times, and once if the group's queries form a block.")
-    trace.table(["", "crossed", ""], [[name, f"{t.accesses:,}", bar(t.accesses, apart.accesses, 40)]
-                                      for name, t in (("head by head", apart), ("group by group", together))], left=(0, 2))
+    steps = flash_grouped_query([q[-1:] for q in q_heads], k_heads, v_heads, traffic=apart, **blocks)
+    as_blocks = [flash_attention([q[-1] for q in q_heads[2 * g:2 * g + 2]], k_heads[g], v_heads[g], block_q=2,
+                                 block_k=knobs.block_k, traffic=together) for g in range(2)]
+    trace.say(f"Grouped-query attention, 4 query heads on 2 KV heads, one decoding step over {n} keys: head by head k and v "
+              f"are read twice; once, if the group's queries form a block.")
+    trace.table(["", "read", "written", "crossed", ""],
+                traffic_rows({"head by head": apart, "group as a block": together}, 32), left=(0, 4))
 
-    window, traffics = max(1, n // 4), {}
-    for name, options in (("causal", {}), (f"window {window}", {"window": window})):
-        traffics[name] = Traffic()
-        windowed = flash_attention(q, k, v, causal=True, traffic=traffics[name], **options, **blocks)
-    trace.say(f"A window of {window}: tiles too far back are not touched either.")
-    reaches = {"causal": n, f"window {window}": window}
-    trace.lines(side_by_side([draw_walk(f"{name}: {t.accesses:,} crossed", n, n, knobs.block_q, knobs.block_k, t.walk,
-                                        lambda i, j, reach=reaches[name]: i - reach < j <= i) for name, t in traffics.items()],
+    window = max(1, n // 4)
+    full, windowed = (counted(flash_attention, q, k, v, causal=True, window=w, **blocks) for w in (None, window))
+    trace.say(f"A window of {window} keys: tiles too far back are not touched either.")
+    trace.lines(side_by_side([draw_walk(f"causal: {full[1].accesses:,} crossed", n, knobs, full[1].walk, n),
+                              draw_walk(f"window {window}: {windowed[1].accesses:,} crossed", n, knobs, windowed[1].walk, window)],
                              gap=4))
     trace.note(WALK_LEGEND)
 
     page_size = min(knobs.block_k, n)
     n_pages = -(-n // page_size)
     table = rng.sample(range(n_pages + 3), n_pages)
-    k_pages, v_pages = ([[[0.0] * d for _ in range(page_size)] for _ in range(n_pages + 3)] for _ in range(2))
-    for j in range(n):
-        k_pages[table[j // page_size]][j % page_size], v_pages[table[j // page_size]][j % page_size] = k[j], v[j]
-    shown = " ".join(map(str, table[:12])) + " …" * (n_pages > 12)
-    trace.say(f"Pages of {page_size} rows, in {n_pages + 3} slots. The block table, position by position: {shown}. Read "
-              f"through it, tile by tile, k and v never lie in a row.")
-    paged, plain = Traffic(), Traffic()
-    out_paged = flash_attention(q, PagedRows(k_pages, table, n), PagedRows(v_pages, table, n), causal=True, traffic=paged, **blocks)
-    out_plain = flash_attention(q, k, v, causal=True, traffic=plain, **blocks)
+    k_pages, v_pages = ([[[0.0] * d] * page_size for _ in range(n_pages + 3)] for _ in "kv")
+    for page, rows in zip(table, tiles(range(n), page_size)):
+        k_pages[page][:len(rows)], v_pages[page][:len(rows)] = k[rows.start:rows.stop], v[rows.start:rows.stop]
+    trace.say(f"Pages of {page_size} rows in {n_pages + 3} slots. The block table: " + " ".join(map(str, table[:12]))
+              + " …" * (n_pages > 12) + ". k and v never lie in a row; each tile is gathered through it.")
+    paged = counted(flash_attention, q, PagedRows(k_pages, table, n), PagedRows(v_pages, table, n), causal=True, **blocks)
     trace.check_close("GQA without copies = dense attention with each KV head repeated",
                       [row for out, _ in flash_grouped_query(q_heads, k_heads, v_heads, causal=True, **blocks) for row in out],
-                      [row for h in range(heads) for row in dense_attention(q_heads[h], k_heads[h // 2], v_heads[h // 2],
-                                                                            lambda i, j: j <= i)], 1e-12)
-    trace.check_close("one block for the group = head by head", [row for out, _ in grouped for row in out],
+                      [row for h, q in enumerate(q_heads)
+                       for row in dense_attention(q, k_heads[h // 2], v_heads[h // 2], lambda i, j: j <= i)], 1e-12)
+    trace.check_close("the group as a block = head by head", [row for out, _ in as_blocks for row in out],
                       [row for out, _ in steps for row in out], 1e-12)
-    trace.check_close("window = dense attention under that mask", windowed[0],
+    trace.check_close("window = dense attention under that mask", windowed[0][0],
                       dense_attention(q, k, v, lambda i, j: i - window < j <= i), 1e-12)
     trace.check("pages = rows in order, and as many numbers crossed",
-                out_paged == out_plain and paged.accesses == plain.accesses, "to the bit")
+                paged[0] == full[0] and paged[1].accesses == full[1].accesses, "to the bit")
+
 
 # ---------------------------------------------------------------------------------------------------
 # 9. What FlashAttention-3 and -4 changed
@@ -1024,62 +990,60 @@ def count_rescalings(rows: Matrix, tile: int, threshold: float) -> tuple[int, Ve
 def show_later_versions(trace: Trace, knobs: Namespace) -> None:
     """FP8 with and without rotation; rescaling less often; what the papers report."""
     n, d, block, rng = 48, 64, 16, random.Random(knobs.seed)
-    q, k, v = ([[rng.gauss(0, 1) + (rng.random() < 0.001) * rng.gauss(0, 10) for _ in range(d)] for _ in range(n)]
-               for _ in range(3))
-    for m in (q, k):
-        m[rng.randrange(n)][rng.randrange(d)] = 30.0
     signs = [rng.choice((-1.0, 1.0)) for _ in range(d)]
-    rotated = [hadamard_rotate(m, signs) for m in (q, k)]
-    exact = standard_attention(q, k, v)[0]
-    ways = {"one scale for each of q, k, v": (q, k, n), f"a scale for each tile of {block} rows": (q, k, block),
-            "tiles, q and k rotated": (*rotated, block)}
-    trace.say(f"FP8. q, k and v of {n} rows, d = {d}: normal numbers, one in a thousand with a much wider one added (the "
-              f"FlashAttention-3 paper's test), and at least one outlier of 30 in q and in k. |error| / |exact| of q kᵀ "
-              f"and of the output, all three stored in e4m3.")
-    errors, largest = {}, {}
-    for name, (a, b, rows) in ways.items():
-        a8, b8, v8 = quantise_blocks(a, rows), quantise_blocks(b, rows), quantise_blocks(v, rows)
-        errors[name] = (relative_error(linear(a8, b8), linear(q, k)),
-                        relative_error(flash_attention(a8, b8, v8, block_q=block, block_k=block)[0], exact))
-        largest[name] = max(abs(x) for m in (a, b) for row in m for x in row)
-    most = max(score for score, _ in errors.values())
-    trace.table(["", "largest in q, k", "error of q kᵀ", "", "of the output"], [
-        [name, f"{largest[name]:.1f}", f"{score:.2%}", bar(score, most, 16), f"{output:.2%}"]
-        for name, (score, output) in errors.items()], left=(0, 3))
 
-    tile = 8
-    text = (TEXT[:2000].split("\n\n")[0] + knobs.text)
-    rows_of = {"random q and k": linear(*(random_matrix(rng, 32, d, 1 / d**0.25) for _ in range(2))),
-               "random, sharper": linear(*(random_matrix(rng, 32, d, 2 / d**0.25) for _ in range(2))),
-               "the text's own": text_scores(knobs, range(len(knobs.tokens))),
-               "rising, 1 a key": [[float(j) for j in range(64)]] * 4}
-    trace.say(f"Rescaling less. Rows of scores taken in {tile} at a time: how often m moves after the first tile, and o must "
-              f"be rescaled, if m follows every new maximum and if only those that exceed it by more than 8 powers of "
-              f"two.")
-    rows, agree = [], True
-    for name, scores in rows_of.items():
-        always, lse = count_rescalings(scores, tile, 0.0)
-        rarely, lse_rarely = count_rescalings(scores, tile, RESCALE_THRESHOLD)
-        agree &= all(abs(a - b) < 1e-12 * max(1, abs(a)) for a, b in zip(lse, lse_rarely))
-        steps = sum(len(tiles(range(len(row)), tile)) - 1 for row in scores)
-        rows.append([name, str(steps), str(always), str(rarely)])
-    trace.table(["rows of scores", "tiles after the first", "rescaled always", "by threshold"], rows, left=(0,))
-    trace.say("What the papers report, on hardware that this script has not:")
+    def noise(spread: Callable[[int, int], float]) -> Matrix:
+        return [[rng.gauss(0, spread(i, c)) for c in range(d)] for i in range(n)]
+
+    kinds = {"outliers anywhere": lambda i, c: 10 if rng.random() < 0.001 else 1,
+             "outliers in one channel": lambda i, c: 20 if c == d // 2 else 1,
+             "one tile a millionth": lambda i, c: 1e-6 if i < block else 1}
+    trace.say(f"FP8: q and k of {n} rows, d = {d}, stored in e4m3. How far a row of q kᵀ is off on average, |error| / "
+              f"|exact|, with one scale for the matrix, one for each tile of {block} rows, and q and k rotated first. "
+              f"Three kinds of trouble: one number in a thousand ten times as wide (much as in the FlashAttention-3 "
+              f"paper's test); one channel that is wide in q and in k; a tile that is tiny.")
+    errors, rotation = {}, []
+    for kind, spread in kinds.items():
+        q, k = noise(spread), noise(spread)
+        rotated, exact = [hadamard_rotate(m, signs) for m in (q, k)], linear(q, k)
+        rotation.append(relative_error(linear(*rotated), exact))
+        errors[kind] = [fmean(relative_error([got], [want]) for got, want
+                              in zip(linear(quantise_blocks(a, rows), quantise_blocks(b, rows)), exact))
+                        for a, b, rows in ((q, k, n), (q, k, block), (*rotated, block))]
+    trace.table(["", "one scale", "one a tile", "and rotated"],
+                [[kind, *(f"{error:.1%}" for error in row)] for kind, row in errors.items()], left=(0,))
+    trace.say("e4m3 has an exponent of its own, so a scale a tile matters only where tiles differ by more than its range. "
+              "Rotation helps where large meets large: spread over d channels, the rounding errors average out.")
+
+    tile, a, b, c = 8, *(random_matrix(rng, rows, 16, spread) for rows, spread in ((32, 1), (64, 1), (64, 1)))
+    scores = {"random q and k, d = 16": linear(a, b), "the text's own": text_scores(knobs),
+              "rising by 1 a key": [[float(j) for j in range(64)]]}
+    trace.say(f"Rescaling less: rows of scores taken in {tile} at a time. How often does m move after the first tile, so that "
+              f"o must be rescaled, if it follows every new maximum, and if only one that exceeds it by more than 8 powers "
+              f"of two?")
+    rows, agree, saved = [], True, True
+    for name, matrix in scores.items():
+        (always, lse), (rarely, late_lse) = (count_rescalings(matrix, tile, t) for t in (0.0, RESCALE_THRESHOLD))
+        agree &= all(abs(x - y) < 1e-12 * max(1, abs(x)) for x, y in zip(lse, late_lse))
+        saved &= rarely <= always
+        steps = len(matrix) * (len(tiles(range(len(matrix[0])), tile)) - 1)
+        rows.append([name, f"{steps:,}", f"{always:,}", f"{rarely:,}"])
+    trace.table(["rows of scores", "tiles after the first", "m follows always", "by threshold"], rows, left=(0,))
+    trace.say("What the papers report, on hardware that this script does not have:")
     trace.table(["", "card", "reported"], [list(row) for row in PUBLISHED], left=(0, 1, 2))
-    a, b, c = random_matrix(rng, 8, 16), random_matrix(rng, 40, 16, 4), random_matrix(rng, 40, 16)
-    late = []
-    for row in linear(a, b):
-        state = (*EMPTY, [0.0] * 16)
-        for part in tiles(range(40), tile):
-            state = absorb(state, row[part.start:part.stop], list(zip(*c[part.start:part.stop])), RESCALE_THRESHOLD)
-        late.append(finish(state)[0])
-    trace.check_close("rotation changes no score", linear(*rotated), linear(q, k), 1e-10)
-    names = list(errors)
-    trace.check("with outliers, the error of q kᵀ falls with a scale a tile, and again with the rotation",
-                errors[names[0]][0] > errors[names[1]][0] > errors[names[2]][0], "larger > smaller > smallest")
-    trace.check_close("rescaling by threshold = standard attention", late, standard_attention(a, b, c, scale=1.0)[0], 1e-12)
-    trace.check("and its log-sum-exps are those of rescaling always", agree, "relative error < 1e-12")
-    trace.check("by threshold never rescales more often", all(int(row[3]) <= int(row[2]) for row in rows), "counts above")
+    states = [(*EMPTY, [0.0] * 16)] * len(a)
+    for part in tiles(range(len(b)), tile):
+        states = [absorb(state, row[part.start:part.stop], list(zip(*c[part.start:part.stop])), RESCALE_THRESHOLD)
+                  for state, row in zip(states, linear(a, b))]
+    trace.check("rotation changes no score", max(rotation) < 1e-12, "relative error < 1e-12")
+    trace.check("rotation at least halves the error where one channel is wide, a scale a tile where a tile is tiny",
+                2 * errors["outliers in one channel"][2] < errors["outliers in one channel"][1]
+                and 2 * errors["one tile a millionth"][1] < errors["one tile a millionth"][0], "as in the table")
+    trace.check_close("rescaling by threshold = standard attention", [finish(state)[0] for state in states],
+                      standard_attention(a, b, c, scale=1.0)[0], 1e-12)
+    trace.check("its log-sum-exps are those of the usual way", agree, "relative error < 1e-12")
+    trace.check("it never rescales more often", saved, "the counts above")
+
 
 # ---------------------------------------------------------------------------------------------------
 # The supporting cast of this script: matrices, checks of arguments, inputs, a reference, and what counts.
@@ -1130,14 +1094,28 @@ def random_inputs(knobs: Namespace, n: int, d: int | None = None) -> tuple[Matri
     return q, k, v
 
 
-def text_scores(knobs: Namespace, queries: Sequence[int]) -> Matrix:
-    """Scores of these tokens against every token of the text: a random code of its own for each different token.
+def text_scores(knobs: Namespace) -> Matrix:
+    """Scores of every token of the text against every other, [n][n]: each different token has a random code, d = 16.
 
-    Equal tokens agree, others do so by chance: q·k/√d with 16 channels.
+    Equal tokens agree, others do so by chance.
     """
     rng, d = random.Random(knobs.seed), 16
     codes = {token: random_matrix(rng, 1, d)[0] for token in dict.fromkeys(knobs.tokens)}
-    return [[dot(codes[knobs.tokens[i]], codes[token]) / math.sqrt(d) for token in knobs.tokens] for i in queries]
+    x = [codes[token] for token in knobs.tokens]
+    return [[score / math.sqrt(d) for score in row] for row in linear(x, x)]
+
+
+def counted(function: Callable, *arguments: object, sram: int | None = None, **options: object) -> tuple:
+    """(what function(*arguments, **options) returns, the Traffic it made)."""
+    traffic = Traffic(sram)
+    return function(*arguments, traffic=traffic, **options), traffic
+
+
+def traffic_rows(traffics: dict[str, Traffic], width: int) -> list[list[str]]:
+    """Rows of a table: name, read, written, crossed, and crossed as a bar."""
+    most = max(t.accesses for t in traffics.values())
+    return [[name, f"{t.reads:,}", f"{t.writes:,}", f"{t.accesses:,}", bar(t.accesses, most, width)]
+            for name, t in traffics.items()]
 
 
 def walked_tiles(n: int, block_q: int, block_k: int, causal: bool) -> list[tuple[int, int]]:
@@ -1149,27 +1127,30 @@ def walked_tiles(n: int, block_q: int, block_k: int, causal: bool) -> list[tuple
             if not causal or j <= min(i + block_q, n) - 1]
 
 
-def draw_walk(title: str, n_q: int, n_k: int, block_q: int, block_k: int, walk: Sequence[tuple[range, range]],
-              sees: Callable[[int, int], bool]) -> list[str]:
-    """The tiles as cells: when each was visited, and whether the mask cuts it. At most 8 × 8 of them, 38 columns."""
+def draw_walk(title: str, n: int, knobs: Namespace, walk: Sequence[tuple[range, range]], reach: int) -> list[str]:
+    """Tiles of n queries and keys as cells: when each was visited, and whether the mask, causal and `reach` wide, cuts it.
+
+    At most 8 × 8 tiles and 38 columns.
+    """
     when = {(rows.start, keys.start): (step, rows, keys) for step, (rows, keys) in enumerate(walk, 1)}
     cell = len(str(len(walk))) + 2
-    columns = range(0, n_k, block_k)[:min(8, 38 // cell)]
-    lines = []
-    for i in range(0, n_q, block_q)[:8]:
+    starts_q, starts_k = range(0, n, knobs.block_q), range(0, n, knobs.block_k)
+    shown_q, shown_k = starts_q[:8], starts_k[:min(8, 38 // cell)]
+    lines = [title + " (cut)" * ((shown_q, shown_k) != (starts_q, starts_k))]
+    for i in shown_q:
         line = ""
-        for j in columns:
+        for j in shown_k:
             step, rows, keys = when.get((i, j), ("·", (), ()))
-            seen = [sees(a, b) for a in rows for b in keys]
-            line += " " + (("█" if all(seen) else "▒") if seen else " ") + str(step).rjust(cell - 2)
+            seen = [a - reach < b <= a for a in rows for b in keys]
+            line += (" █" if all(seen) else " ▒") + f"{step:>{cell - 2}}" if seen else f"{step:>{cell}}"
         lines.append(line)
-    return [line.ljust(38) for line in [title + " (cut)" * (len(range(0, n_q, block_q)) > 8 or len(range(0, n_k, block_k)) > len(columns)), *lines]]
+    return [line.ljust(38) for line in lines]
 
 
 WALK_LEGEND = "█ full tile   ▒ masked tile   · skipped: never loaded"
 
 
-def slope(function: Callable[[], float], row: Vector, c: int, step: float = 1e-5) -> float:
+def difference_quotient(function: Callable[[], float], row: Vector, c: int, step: float = 1e-5) -> float:
     """The derivative of function() by row[c], by central differences; row is as before afterwards."""
     here, values = row[c], []
     for row[c] in (here + step, here - step):
@@ -1540,7 +1521,7 @@ SECTIONS = [
     ("How much traffic, really", show_traffic, [flash_attention, blocks_that_fit, flash_accesses, fit_powers]),
     ("The backward pass", show_backward, [flash_attention_backward, recompute_weights, standard_attention_backward]),
     ("Flash-Decoding", show_decode, [flash_decode, merge_partials, splits_that_fill]),
-    ("Grouped queries, windows and pages", show_family, [flash_grouped_query, flash_decode_grouped, PagedRows]),
+    ("Grouped queries, windows and pages", show_family, [flash_grouped_query, flash_attention, PagedRows]),
     ("What FlashAttention-3 and -4 changed", show_later_versions,
      [quantise_blocks, hadamard_rotate, absorb, count_rescalings]),
 ]
@@ -1572,6 +1553,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                      f"--seq-len {math.isqrt(MAX_WORK // d)} would do")
     needed = sram_needed(min(knobs.block_q, n), min(knobs.block_k, n), d, d)
     knobs.sram = knobs.sram or max(SRAM, needed)
+    knobs.blocks = dict(block_q=knobs.block_q, block_k=knobs.block_k)
     if knobs.sram < needed:
         parser.error(f"argument --sram: {knobs.sram} numbers do not hold the tiles of --block-q {knobs.block_q} and "
                      f"--block-k {knobs.block_k}; {needed} would")

@@ -267,6 +267,9 @@ EVERYWHERE = ["--section 0", "--section 99", "--section 1,x", "--section ,", "--
 REFUSED = {
     "microattention": ["--n-heads 3", "--n-heads 0", "--dim 30", "--dim 4", "--dim x", "--n-kv-heads 3", "--window 0",
                        "--window -1", "--sinks -1", "--ranks 3", "--ranks 0", "--text=", "--text=  ", "--text " + "ab cd " * 200],
+    "microflash": ["--seq-len 0", "--seq-len 257", "--seq-len x", "--head-dim 0", "--head-dim 129", "--seq-len 256 --head-dim 128",
+                   "--block-q 0", "--block-k 0", "--block-k -4", "--sram 0", "--sram 1311", "--sram 100 --block-q 1",
+                   "--n-splits 0", "--n-splits 1025", "--causal yes", "--text=", "--text=  ", "--text " + "ab cd " * 200],
 }
 
 
@@ -274,7 +277,8 @@ REFUSED = {
                                                for arguments in EVERYWHERE + REFUSED[script.stem]],
                          ids=lambda value: value.stem if isinstance(value, Path) else value[:20])
 def test_a_bad_command_line_is_refused_in_one_line(script, arguments, capfd):
-    argv = [arguments] if arguments.startswith("--text=") else arguments.split(" ", 1)
+    argv = ([arguments] if arguments.startswith("--text=") else arguments.split(" ", 1) if arguments.startswith("--text ")
+            else arguments.split())
     with pytest.raises(SystemExit) as stop:
         __import__(script.stem).main(argv)
     out, err = capfd.readouterr()
@@ -289,6 +293,12 @@ EDGES = {
                        "--n-kv-heads 1", "--dim 48 --n-heads 12 --n-kv-heads 3 --ranks 6", "--text x", "--text a\tb\nc",
                        "--text Ünïcödé — 日本語 🙂", "--text 16,16", "--seed 1", "--seed 1000000000",
                        "--text \udcff broken"],
+    "microflash": ["--seq-len 1", "--seq-len 1 --head-dim 1 --block-q 1 --block-k 1 --sram 7", "--seq-len 13 --block-q 5 --block-k 7",
+                   "--seq-len 67 --causal", "--head-dim 1", "--head-dim 128 --seq-len 17", "--seq-len 256 --head-dim 4 --block-q 32",
+                   "--seq-len 61 --block-q 1 --block-k 1", "--block-q 1000000 --block-k 1000000", "--block-q 1", "--block-k 1 --causal",
+                   "--block-q 64 --block-k 3 --causal", "--block-q 3 --block-k 64", "--sram 1312", "--sram 1000000000",
+                   "--n-splits 1", "--n-splits 7", "--n-splits 1024", "--causal --seed 3", "--text x", "--text a\tb\nc",
+                   "--text Ünïcödé — 日本語 🙂", "--text " + "the rat " * 60, "--seed 1", "--seed 1000000000", "--text \udcff broken"],
 }
 
 
