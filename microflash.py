@@ -55,7 +55,8 @@ BLOCK_Q = 16       # queries in a tile: the papers' B_r
 BLOCK_K = 16       # keys in a tile: the papers' B_c
 SRAM = 2048        # numbers that SRAM holds: the papers' M
 N_SPLITS = 4       # parts of the cache in section 7
-MAX_WORK = 2**21   # seq_len² · head_dim: more would take minutes
+MAX_WORK = 2**19   # seq_len² · head_dim, and
+MAX_TILES = 2**12  # tiles of scores: more would take longer than anyone watches
 MAX_TOKENS = 256   # longest text accepted
 VOCAB_SIZE = 96    # tokens: the words of SENTENCE are then one token each
 
@@ -123,7 +124,7 @@ class Traffic:
 
 
 def score_tile(q: Matrix, k: Matrix, spans: Sequence[tuple[int, int]], scale: float) -> Matrix:
-    """S = q kᵀ · scale: [n_q][d], [n_k][d] -> [n_q][n_k]; -inf outside spans[i], the keys lo to hi that query i sees."""
+    """S = q kᵀ · scale: [n_q][d], [n_k][d] -> [n_q][n_k]; -inf outside spans[i], the keys that query i sees."""
     return [[-math.inf] * lo + [dot(query, key) * scale for key in k[lo:hi]] + [-math.inf] * (len(k) - hi)
             for query, (lo, hi) in zip(q, spans)]
 
@@ -175,20 +176,21 @@ def show_standard(trace: Trace, knobs: Namespace) -> None:
     """The count against the formula, and what that is on real cards."""
     n, d, causal = knobs.seq_len, knobs.head_dim, knobs.causal
     trace.say(f"What crosses between HBM and SRAM while standard_attention runs, counted in numbers, d = {d}. The "
-              f"longer the text, the more of it is S and P, which nobody asked for.")
+              "longer the text, the more of it is S and P, which nobody asked for.")
     rows, counts_agree = [], True
     for length in sorted({max(1, n // 4), max(1, n // 2), n}):
         q, k, v = random_inputs(knobs, length)
         (out, _), t = counted(standard_attention, q, k, v, causal=causal)
         counts_agree &= t.accesses == standard_accesses(length, length, d, d)
-        rows.append([f"{length}", f"{t.reads:,}", f"{t.writes:,}", f"{t.accesses:,}", f"{4 * length**2 / t.accesses:.0%}"])
+        rows.append([str(length), f"{t.reads:,}", f"{t.writes:,}", f"{t.accesses:,}",
+                     f"{4 * length**2 / t.accesses:.0%}"])
     trace.table(["n", "read", "written", "crossed", "of that, S and P"], rows)
 
     length, d_real, nbytes = 8192, 128, 2
     trace.say(f"The same for one head of a real model, by the formula that the counts confirm: n = {length:,}, d = "
               f"{d_real}, {nbytes} bytes a number. How long a card takes to move that, and how long for the 4n²d "
-              f"floating-point operations (from data sheets, not timed). A ratio above 1: the arithmetic waits. (Much of what flash reads again comes from "
-              f"the L2 cache on a real card; it is all counted here.)")
+              "floating-point operations (from data sheets, not timed). A ratio above 1: the arithmetic waits. "
+              "(Much of what flash reads again comes from the L2 cache on a real card; it is all counted here.)")
     rows = []
     for card in (A100, H100):
         for name, crossed in (("standard", standard_accesses(length, length, d_real, d_real)),
@@ -282,8 +284,8 @@ def show_online(trace: Trace, knobs: Namespace) -> None:
     """A row of scores from the text, taken in three at a time, and what each way reads."""
     scores, tile, last = text_scores(knobs)[-1], 3, knobs.labels[-1]
     trace.say(f"How the last token of the text, {last!r}, scores the tokens, three at a time: m is the largest score "
-              f"so far, l the sum of exp(s - m). Watch for a late surprise: when m jumps, c = exp(m_old - m) shrinks "
-              f"all that l had gathered, which was measured from the wrong maximum.")
+              "so far, l the sum of exp(s - m). Watch for a late surprise: when m jumps, c = exp(m_old - m) shrinks "
+              "all that l had gathered, which was measured from the wrong maximum.")
     state, rows = (*EMPTY, []), []
     for part in tiles(range(len(scores)), tile):
         new, old = scores[part.start:part.stop], state
@@ -296,9 +298,9 @@ def show_online(trace: Trace, knobs: Namespace) -> None:
     trace.table(["keys", "largest", "scores", "m", "c", "c·l_old", "l"], rows, left=(0, 1, 2))
     safe, three = counted(safe_softmax, scores)
     online, two = counted(online_softmax, scores, tile=tile)
-    trace.say(f"What crosses for these {len(scores)} scores: three passes read {three.reads} and write {three.writes}, online "
-              f"softmax reads {two.reads} and writes {two.writes}. In attention its second pass goes too, as nobody asks "
-              f"for the weights themselves.")
+    trace.say(f"What crosses for these {len(scores)} scores: three passes read {three.reads} and write "
+              f"{three.writes}, online softmax reads {two.reads} and writes {two.writes}. In attention its second "
+              "pass goes too, as nobody asks for the weights themselves.")
     trace.check_close("online = three passes = softmax()", [online, safe], [softmax(scores)] * 2, 1e-12)
     rng = random.Random(knobs.seed)
     wild = [[rng.gauss(0, size) for _ in range(50)] + [3 * size] for size in (1, 100, 1e4)]
@@ -390,12 +392,14 @@ def show_flash_v1(trace: Trace, knobs: Namespace) -> None:
     (out, lse), flash = counted(flash_attention_v1, q, k, v, sram=sram, causal=causal, **knobs.blocks)
     trace.say(f"What SRAM holds at once, for tiles of {b_q} queries and {b_k} keys, d = {d}: never more than its "
               f"{sram:,} numbers. The matrix that standard attention writes down has {n * n:,}.")
-    parts = {"q, o": b_q * 2 * d, "m, l": b_q * 2, "k, v": b_k * 2 * d, "scores": b_q * b_k, "peak, counted": flash.peak}
-    trace.table(["", "numbers", ""], [[name, f"{size:,}", bar(size, sram, 48)] for name, size in parts.items()], left=(0, 2))
+    parts = {"q, o": b_q * 2 * d, "m, l": b_q * 2, "k, v": b_k * 2 * d, "scores": b_q * b_k,
+             "peak, counted": flash.peak}
+    trace.table(["", "numbers", ""], [[name, f"{size:,}", bar(size, sram, 48)] for name, size in parts.items()],
+                left=(0, 2))
     trace.say(f"And what crosses, n = {n}{', causal' * causal}. For each tile of scores o, m and l come in and go "
-              f"out again; that is what version 2 will save.")
-    trace.table(["", "read", "written", "crossed", ""], traffic_rows({"standard": standard, "flash, version 1": flash}, 30),
-                left=(0, 4))
+              "out again; that is what version 2 will save.")
+    trace.table(["", "read", "written", "crossed", ""],
+                traffic_rows({"standard": standard, "flash, version 1": flash}, 30), left=(0, 4))
     trace.say("What is left of S is one number a row, L. With it, any weight can be had again from its score:")
     rows = []
     for i in sorted({0, n // 3, 2 * n // 3, n - 1}):
@@ -459,29 +463,30 @@ def show_flash_v2(trace: Trace, knobs: Namespace) -> None:
     walks = {key: t.walk for key, (_, t) in runs.items()}
     trace.say("The causal walk: rows are blocks of queries, columns blocks of keys, the numbers tell in which order "
               "the tiles come. Version 1 goes down the columns, version 2 along the rows.")
-    trace.lines(side_by_side([draw_walk(f"version {name}", n, knobs, walks[name, "causal"], n) for name in versions], gap=4))
+    trace.lines(side_by_side([draw_walk(f"version {name}", n, knobs, walks[name, "causal"], n) for name in "12"], gap=4))
     trace.note(WALK_LEGEND)
     size, width, block = min(n, 12), min(d, 8), 4
     products = 2 * size * size * width
     others = {name: count_operations(lambda *qkv: attend(*qkv, block_q=block, block_k=block),
                                      *random_inputs(knobs, size, width)) - products - size * size
               for name, attend in versions.items()}
-    trace.say(f"Exchanging the loops: o is written once instead of once a tile. The last column counts, on {size} queries and "
-              f"keys, d = {width}, tiles of {block} × {block}, the multiplications and divisions that are no part of q kᵀ · "
-              f"scale or P v. (Those two take {products + size * size:,}, in either version.)")
+    trace.say(f"Exchanging the loops: o is written once instead of once a tile. The last column counts, on {size} "
+              f"queries and keys, d = {width}, tiles of {block} × {block}, the multiplications and divisions that "
+              f"are no part of q kᵀ · scale or P v. (Those two take {products + size * size:,}, in either version.)")
+    rows = traffic_rows({f"version {name}, {mask}": t for (name, mask), (_, t) in runs.items()}, 12)
     trace.table(["", "tiles", "read", "written", "crossed", "", "other × and /"],
                 [[row[0], str(len(walks[key])), *row[1:], f"{others[key[0]]:,}" if key[1] == "full" else ""]
-                 for key, row in zip(runs, traffic_rows({f"version {name}, {mask}": t for (name, mask), (_, t) in runs.items()}, 12))],
-                left=(0, 5))
+                 for key, row in zip(runs, rows)], left=(0, 5))
     for mask in ("full", "causal"):
         (out, lse), t = runs["2", mask]
         expected, expected_lse = standard_attention(q, k, v, causal=mask == "causal")
         walked = walked_tiles(n, knobs.block_q, knobs.block_k, mask == "causal")
-        trace.check_close(f"{mask}: version 2 = standard attention, out and L", [*out, lse], [*expected, expected_lse], 1e-12)
+        trace.check_close(f"{mask}: version 2 = standard attention, out and L", [*out, lse],
+                          [*expected, expected_lse], 1e-12)
         trace.check(f"{mask}: numbers counted = by formula; o and L written once",
                     t.reads == n * d + sum(b * 2 * d for _, b in walked) and t.writes == n * (d + 1), f"{t.accesses:,}")
     trace.check("both versions touch the same tiles, and no causal one lies above the diagonal",
-                all(sorted(walks["1", mask], key=str) == sorted(walks["2", mask], key=str) for mask in ("full", "causal"))
+                all(set(walks["1", mask]) == set(walks["2", mask]) for mask in ("full", "causal"))
                 and all(keys.start < rows.stop for rows, keys in walks["2", "causal"]),
                 f"{len(walks['2', 'causal'])} of {len(walks['2', 'full'])}")
     later = -(-size // block) - 1  # tiles after the first, in which there is nothing yet to rescale
@@ -505,7 +510,7 @@ def show_flash_v2(trace: Trace, knobs: Namespace) -> None:
 #
 # Which blocks are best for a given M? Whatever stands in the outer loop stays, whatever stands in the inner loop
 # crosses again and again: version 1 wants long blocks of keys, version 2 long blocks of queries. So the other side
-# should be as short as the tensor cores allow, which want at least 16 rows or so, and in practice far more.
+# should be as short as the tensor cores allow.
 #
 # What this leaves out: a card's L2 cache (40 MB on an A100) serves part of these reads, so its HBM sees fewer.
 
@@ -520,8 +525,8 @@ class Card:
     source: str
 
 
-A100 = Card("A100 80GB SXM", 2039e9, 312e12, 108, 164, "NVIDIA A100 data sheet; Ampere tuning guide, 1.4.2.3")
-H100 = Card("H100 SXM", 3350e9, 989.4e12, 132, 228, "NVIDIA H100 data sheet; Hopper tuning guide, 1.4.2.4")
+A100 = Card("A100 80GB SXM", 2039e9, 312e12, 108, 164, "NVIDIA A100 data sheet; Ampere tuning guide")
+H100 = Card("H100 SXM", 3350e9, 989.4e12, 132, 228, "NVIDIA H100 data sheet; Hopper tuning guide")
 # Forward tiles at 16 bits without a mask: version, card, d, block_q, block_k. From Dao-AILab/flash-attention,
 # csrc/flash_attn/src/flash_fwd_launch_template.h and hopper/tile_size.h.
 REAL_TILES = [("FlashAttention-2", A100, 64, 128, 128), ("FlashAttention-2", A100, 128, 128, 64),
@@ -534,23 +539,24 @@ PUBLISHED = [("FlashAttention-2", "A100", "about twice as fast as FlashAttention
 
 def blocks_that_fit(sram: int, d: int, d_v: int, n_q: int, n_k: int) -> list[tuple[int, int]]:
     """Every block_q up to n_q for which SRAM has room, with the largest block_k up to n_k that then fits."""
-    found = [(block_q, min(n_k, (sram - block_q * (d + d_v + 2)) // (d + d_v + block_q))) for block_q in range(1, n_q + 1)]
-    return [(block_q, block_k) for block_q, block_k in found if block_k >= 1]
+    return [(block_q, min(n_k, room // (d + d_v + block_q))) for block_q in range(1, n_q + 1)
+            if (room := sram - block_q * (d + d_v + 2)) >= d + d_v + block_q]
 
 
 def show_traffic(trace: Trace, knobs: Namespace) -> None:
     """Accesses over a grid of n, d and M, fitted; blocks for one M; tiles in use."""
     n, d, rng = 48, 16, random.Random(knobs.seed)
     q, k, v = random_inputs(knobs, n, d)
-    trace.say(f"FlashAttention-2 on n = {n}, d = {d}, square tiles of B × B: the more SRAM, the fewer numbers cross. The "
-              f"vertical line is standard attention; flash gets below it when M is about 2d² = {2 * d * d}.")
+    trace.say(f"FlashAttention-2 on n = {n}, d = {d}, square tiles of B × B: the more SRAM, the fewer numbers cross. "
+              f"The vertical line is standard attention; flash gets below it when M is about 2d² = {2 * d * d}.")
     standard, rows, most, width = standard_accesses(n, n, d, d), [], 0, 36
     for block in (2, 3, 4, 6, 8, 12, 16, 24):
         _, t = counted(flash_attention, q, k, v, sram=sram_needed(block, block, d, d), block_q=block, block_k=block)
         most = max(most, t.accesses)
         line, mark = bar(t.accesses, most, width).ljust(width), round(width * standard / most)
-        rows.append([f"{block}", f"{t.peak:,}", f"{t.accesses:,}", f"{8 * (n * d)**2 / t.peak:,.0f}", line[:mark] + "│" + line[mark:]])
-    trace.table(["B", "M, counted", "crossed", "8n²d²/M", f"crossed; the line: standard's {standard:,}"], rows, left=(4,))
+        rows.append([str(block), f"{t.peak:,}", f"{t.accesses:,}", f"{8 * (n * d)**2 / t.peak:,.0f}",
+                     line[:mark] + "│" + line[mark:]])
+    trace.table(["B", "M, counted", "crossed", "8n²d²/M", f"the line: standard's {standard:,}"], rows, left=(4,))
 
     points, crossed, blocks = [], [], (2, 4, 6)
     for n in (12, 24, 48):
@@ -562,18 +568,18 @@ def show_traffic(trace: Trace, knobs: Namespace) -> None:
                 crossed.append(t.accesses)
     alone = [count - n * (2 * d + 1) for count, (n, d, _) in zip(crossed, points)]
     fits = {"theory": [8, 2, 2, -1], "k and v": fit_powers(points, alone), "everything": fit_powers(points, crossed)}
-    trace.say(f"{len(points)} runs like these (n from 12 to 48, d from 16 to 64, tiles of 2, 4 and 6), and constant · n^a · "
-              f"d^b · M^c fitted to what was counted. q, O and L cross once whatever M is; what is left is k and v, and "
-              f"obeys the theory, nearly: the scores take some of M too, which the theory neglects.")
+    trace.say(f"{len(points)} runs like these (n from 12 to 48, d from 16 to 64, tiles of 2, 4 and 6), and constant "
+              "· n^a · d^b · M^c fitted to what was counted. q, O and L cross once whatever M is; what is left is k "
+              "and v, and obeys the theory, nearly: the scores take some of M too, which the theory neglects.")
     trace.table(["what crosses", "constant", "a", "b", "c"],
-                [[name, f"{fit[0]:.1f}", *(f"{power:.2f}" for power in fit[1:])] for name, fit in fits.items()], left=(0,))
+                [[name, f"{fit[0]:.1f}", *(f"{power:.2f}" for power in fit[1:])] for name, fit in fits.items()], (0,))
 
     n, d, sram = min(knobs.seq_len, 48), knobs.head_dim, knobs.sram
     q, k, v = random_inputs(knobs, n)
     fitting = blocks_that_fit(sram, d, d, n, n)
-    trace.say(f"The blocks that M = {sram:,} allows for n = {n}, d = {d}: the more queries, the fewer keys. What stays in "
-              f"the outer loop should be long: keys in version 1, queries in version 2. (With very few keys tensor "
-              f"cores would idle, so kernels stop short of the best.)")
+    trace.say(f"The blocks that M = {sram:,} allows for n = {n}, d = {d}: the more queries, the fewer keys. What "
+              "stays in the outer loop should be long: keys in version 1, queries in version 2. (With very few keys "
+              "tensor cores would idle, so kernels stop short of the best.)")
     rows, counts = [], {}
     for block_q, block_k in sorted({fitting[(len(fitting) - 1) * i // 5] for i in range(6)}):
         first, second = (counted(attend, q, k, v, sram=sram, block_q=block_q, block_k=block_k)[1]
@@ -582,24 +588,25 @@ def show_traffic(trace: Trace, knobs: Namespace) -> None:
         rows.append([f"{block_q}", f"{block_k}", f"{second.peak:,}", f"{first.accesses:,}", f"{second.accesses:,}"])
     trace.table(["block_q", "block_k", "peak", "version 1 crosses", "version 2 crosses"], rows)
 
-    trace.say("Tiles that real kernels use (forward, 16 bits, no mask), and what their q, k and v take of an SM's shared "
-              "memory. (Scores and o stay in registers; the next k and v are on their way already.) Last column: "
-              "standard attention's traffic over theirs, n = 8,192.")
+    trace.say("Tiles that real kernels use (forward, 16 bits, no mask), and what their q, k and v take of an SM's "
+              "shared memory. (Scores and o stay in registers; the next k and v are on their way already.) Last "
+              "column: standard attention's traffic over theirs, n = 8,192.")
     rows = []
     for name, card, d, block_q, block_k in REAL_TILES:
         held = 2 * (block_q * d + 2 * block_k * d) / 1024
         gain = standard_accesses(8192, 8192, d, d) / flash_accesses(8192, 8192, d, d, block_q)
-        rows.append([name, card.name, f"{d}", f"{block_q} × {block_k}", f"{held:.0f} of {card.sram_kb} KB", f"{gain:.1f}×"])
+        rows.append([name, card.name, str(d), f"{block_q} × {block_k}", f"{held:.0f} of {card.sram_kb} KB",
+                     f"{gain:.1f}×"])
     trace.table(["kernel", "card", "d", "tile", "q, k, v", "traffic"], rows, left=(0, 1))
     trace.check("what crosses = n/B · n · 2d + n(2d + 1), for every run",
                 crossed == [flash_accesses(n, n, d, d, block) for (n, d, _), block in zip(points, blocks * 9)],
                 f"{len(points)} counts")
-    trace.check("k and v: exponents of n, d and M as in theory", all(
-        abs(power - theory) < bound for power, theory, bound in zip(fits["k and v"][1:], (2, 2, -1), (0.01, 0.1, 0.05))),
-                "to 0.01, 0.1 and 0.05")
-    trace.check("everything: the same, less exactly", all(
-        abs(power - theory) < 0.3 for power, theory in zip(fits["everything"][1:], (2, 2, -1))), "to 0.3")
-    trace.check("version 2: more queries in a block never make more cross", list(counts.values()) == sorted(counts.values(), reverse=True),
+    off = {name: [abs(power - theory) for power, theory in zip(fit[1:], (2, 2, -1))] for name, fit in fits.items()}
+    trace.check("k and v: exponents of n, d and M as in theory",
+                all(map(operator.lt, off["k and v"], (0.01, 0.1, 0.05))), "to 0.01, 0.1 and 0.05")
+    trace.check("everything that crosses: the same, less exactly", max(off["everything"]) < 0.3, "to 0.3")
+    trace.check("version 2: more queries in a block never make more cross",
+                list(counts.values()) == sorted(counts.values(), reverse=True),
                 f"from {max(counts.values()):,} down to {min(counts.values()):,}")
 
 
@@ -628,7 +635,8 @@ def flash_attention_backward(q: Matrix, k: Matrix, v: Matrix, out: Matrix, lse: 
     scale, hbm = check_arguments(q, k, v, scale, traffic, block_q=block_q, block_k=block_k, window=window)
     check_rows(out=(out, q), lse=(lse, q), d_out=(d_out, q))
     d, d_v = len(k[0]), len(v[0])
-    dq, dk, dv, rowsums = [[0.0] * d for _ in q], [], [], []           # in HBM
+    dq, dk, dv, rowsums = [], [], [], []                               # in HBM
+    hbm.store(dq, range(len(q)), [[0.0] * d for _ in q])
     for rows in tiles(range(len(q)), block_q):
         with hbm.frame():
             hbm.store(rowsums, rows, list(map(dot, hbm.load(d_out, rows), hbm.load(out, rows))))
@@ -647,8 +655,9 @@ def flash_attention_backward(q: Matrix, k: Matrix, v: Matrix, out: Matrix, lse: 
                     hbm.visit(rows, keys)                              # P
                     hbm.hold(len(rows) * len(keys))                    # dP, and dS over it
                     p = recompute_weights(score_tile(q_tile, k_tile, spans, scale), lse_tile)
-                    ds = [[weight * (dp - rowsum) * scale for weight, dp in zip(weights, linear([do], v_tile)[0])]
-                          for weights, do, rowsum in zip(p, do_tile, rowsum_tile)]
+                    dp = linear(do_tile, v_tile)                       # dO vᵀ
+                    ds = [[weight * (slope - rowsum) * scale for weight, slope in zip(weights, slopes)]
+                          for weights, slopes, rowsum in zip(p, dp, rowsum_tile)]
                     dv_tile = add_matrices([dv_tile, multiply(transpose(p), do_tile)])
                     dk_tile = add_matrices([dk_tile, multiply(transpose(ds), q_tile)])
                     hbm.store(dq, rows, add_matrices([dq_tile, multiply(ds, k_tile)]))
@@ -663,7 +672,8 @@ def recompute_weights(scores: Matrix, lse: Vector) -> Matrix:
 
 
 def standard_attention_backward(q: Matrix, k: Matrix, v: Matrix, weights: Matrix, d_out: Matrix, *,
-                                scale: float | None = None, traffic: Traffic | None = None) -> tuple[Matrix, Matrix, Matrix]:
+                                scale: float | None = None,
+                                traffic: Traffic | None = None) -> tuple[Matrix, Matrix, Matrix]:
     """(dq, dk, dv) from the weights P [n_q][n_k], kept since the forward pass. Dao et al. 2022, Algorithm 3.
 
     Five kernels, through dP and dS in HBM; each is again read in one go, as though SRAM held it whole.
@@ -706,11 +716,12 @@ def show_backward(trace: Trace, knobs: Namespace) -> None:
     a, b, c = random_inputs(knobs, size, width)
     o, log_sums = standard_attention(a, b, c)
     p = list(map(softmax, score_tile(a, b, [(0, size)] * size, 1 / math.sqrt(width))))
-    work = [count_operations(lambda *m: standard_attention_backward(*m[:3], p, m[3]), a, b, c, o),
-            count_operations(lambda *m: flash_attention_backward(*m[:3], o, log_sums, m[3], block_q=4, block_k=4), a, b, c, o)]
-    trace.say(f"Less memory, less traffic, a little more arithmetic: instead of n² weights the forward pass leaves O and L. "
-              f"n = {n}, d = {d}{', causal' * causal}. (The multiplications were counted on {size} queries, d = {width}: "
-              f"five products of matrices instead of four.)")
+    work = [count_operations(backward, a, b, c, o) for backward in (
+        lambda q, k, v, do: standard_attention_backward(q, k, v, p, do),
+        lambda q, k, v, do: flash_attention_backward(q, k, v, o, log_sums, do, block_q=4, block_k=4))]
+    trace.say("Less memory, less traffic, a little more arithmetic: instead of n² weights the forward pass leaves O "
+              f"and L. n = {n}, d = {d}{', causal' * causal}. (The multiplications were counted on {size} queries, d "
+              f"= {width}: five products of matrices instead of four.)")
     kept = [f"{n * n:,}", f"{n * d + n:,}"]
     trace.table(["backward", "kept for it", "read", "written", "crossed", "", "× and /"],
                 [[row[0], numbers, *row[1:], f"{operations:,}"] for row, numbers, operations
@@ -724,8 +735,8 @@ def show_backward(trace: Trace, knobs: Namespace) -> None:
 
     differences = [[[difference_quotient(loss, row, c) for c in range(len(row))] for row in m] for m in (q2, k2, v2)]
     analytic = flash_attention_backward(q2, k2, v2, *flash_attention(q2, k2, v2, **options), d_out2, **options)
-    trace.say(f"Finite differences: move one number by 0.00001 up and down, and see what the sum of dO × O does. The first "
-              f"row of each gradient, {n_q} queries, {n_k} keys, causal:")
+    trace.say("Finite differences: move one number by 0.00001 up and down, and see what the sum of dO × O does. The "
+              f"first row of each gradient, {n_q} queries, {n_k} keys, causal:")
     trace.table(["", "by finite differences", "by flash_attention_backward"],
                 [[name, *("  ".join(f"{x:8.4f}" for x in m[0]) for m in both)]
                  for name, *both in zip(("dq", "dk", "dv"), differences, analytic)], left=(0, 1, 2))
@@ -737,9 +748,10 @@ def show_backward(trace: Trace, knobs: Namespace) -> None:
                       [list(map(dot, weights, linear(d_out, v)))], 1e-11)
     walked = walked_tiles(n, b_q, b_k, causal)
     trace.check("numbers counted = by formula, both", standard.accesses == 7 * n * n + 8 * n * d
-                and flash.accesses == n * (6 * d + 1) + sum(rows * (4 * d + 2) for rows, _ in walked),
+                and flash.accesses == n * (7 * d + 1) + sum(rows * (4 * d + 2) for rows, _ in walked),
                 f"{standard.accesses:,} and {flash.accesses:,}")
-    trace.check("SRAM held what the formula says", flash.peak == sram_needed_backward(b_q, b_k, d, d), f"peak {flash.peak:,}")
+    trace.check("SRAM held what the formula says", flash.peak == sram_needed_backward(b_q, b_k, d, d),
+                f"peak {flash.peak:,}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -805,22 +817,23 @@ def show_decode(trace: Trace, knobs: Namespace) -> None:
     query, runs = q[-1:], split_evenly(n, n_splits)
     parts = [flash_attention(query, k, v, keys=keys, **knobs.blocks) for keys in runs]
     out, lse = flash_decode(query, k, v, n_splits=n_splits, **knobs.blocks)
-    trace.say(f"One query, {n} keys, {n_splits} split{'s' * (n_splits > 1)}. Each leaves an output and an L. exp(L_s - L) "
-              f"is the share of the weight that lies in its part; the merged output is the average by these shares.")
+    trace.say(f"One query, {n} keys, {n_splits} split{'s' * (n_splits > 1)}. Each leaves an output and an L. exp(L_s "
+              "- L) is the share of the weight that lies in its part; the merged output is the average by these "
+              "shares.")
     rows = []
     for s, (keys, (part, (part_lse,))) in enumerate(zip(runs, parts)):
         share = math.exp(part_lse - lse[0])
-        rows.append([f"{s}", f"{keys[0]}-{keys[-1]}" if keys else "none", f"{part_lse:.3f}", f"{share:.3f}", bar(share, 1, 24),
-                     f"{part[0][0]:8.4f}"])
+        rows.append([str(s), f"{keys[0]}-{keys[-1]}" if keys else "none", f"{part_lse:.3f}", f"{share:.3f}",
+                     bar(share, 1, 24), f"{part[0][0]:8.4f}"])
     if len(rows) > 10:
         rows[5:-4] = [["…"] + [""] * 5]
     trace.table(["split", "keys", "L_s", "share", "", "out_s[0]"],
                 rows + [["all", f"0-{n - 1}", f"{lse[0]:.3f}", "1.000", "", f"{out[0][0]:8.4f}"]], left=(1, 4))
 
     heads, block_k = 8, 128
-    trace.say(f"Who works? {A100.name}, {A100.n_sms} SMs; one decoding step of a model with {heads} KV heads; tiles of "
-              f"{block_k} keys. Unsplit, there is one job for each request and head. The longest job, in tiles, is what "
-              f"everybody waits for.")
+    trace.say(f"Who works? {A100.name}, {A100.n_sms} SMs; one decoding step of a model with {heads} KV heads; tiles "
+              f"of {block_k} keys. Unsplit, there is one job for each request and head. The longest job, in tiles, "
+              "is what everybody waits for.")
     rows = []
     for batch in (1, 4, 16):
         for length in (1024, 8192, 65536):
@@ -829,7 +842,7 @@ def show_decode(trace: Trace, knobs: Namespace) -> None:
             cells = [[f"{min(A100.n_sms, busy)}", bar(busy, A100.n_sms, 12), f"{longest}"]
                      for busy, longest in ((jobs, n_tiles), (jobs * splits, -(-n_tiles // splits)))]
             rows.append([f"{batch}", f"{length:,}", *cells[0], f"{splits}", *cells[1]])
-    trace.table(["batch", "length", "SMs", "unsplit", "longest", "splits", "SMs", "split", "longest"], rows, left=(3, 7))
+    trace.table(["batch", "length", "SMs", "unsplit", "longest", "splits", "SMs", "split", "longest"], rows, (3, 7))
 
     whole, trees = flash_attention(query, k, v, **knobs.blocks), parts[:]
     while len(trees) > 1:
@@ -856,10 +869,10 @@ def show_decode(trace: Trace, knobs: Namespace) -> None:
 def flash_grouped_query(q_heads: Sequence[Matrix], k_heads: Sequence[Matrix], v_heads: Sequence[Matrix],
                         **options) -> list[tuple[Matrix, Vector]]:
     """(out, lse) of each query head; n_heads of q, n_kv_heads of k and v. options: those of flash_attention."""
-    group, rest = divmod(len(q_heads), max(len(k_heads), 1))
-    if not group or rest or len(v_heads) != len(k_heads):
+    if not k_heads or len(q_heads) % len(k_heads) or len(v_heads) != len(k_heads):
         raise ValueError(f"n_kv_heads must divide the {len(q_heads)} query heads, and be the same for k and v; "
                          f"{len(k_heads)} and {len(v_heads)} do not")
+    group = len(q_heads) // len(k_heads)
     return [flash_attention(q, k_heads[h // group], v_heads[h // group], **options) for h, q in enumerate(q_heads)]
 
 
@@ -890,17 +903,16 @@ def show_family(trace: Trace, knobs: Namespace) -> None:
     steps = flash_grouped_query([q[-1:] for q in q_heads], k_heads, v_heads, traffic=apart, **blocks)
     as_blocks = [flash_attention([q[-1] for q in q_heads[2 * g:2 * g + 2]], k_heads[g], v_heads[g], block_q=2,
                                  block_k=knobs.block_k, traffic=together) for g in range(2)]
-    trace.say(f"Grouped-query attention, 4 query heads on 2 KV heads, one decoding step over {n} keys: head by head k and v "
-              f"are read twice; once, if the group's queries form a block.")
+    trace.say(f"Grouped-query attention, 4 query heads on 2 KV heads, one decoding step over {n} keys: head by head "
+              "k and v are read twice; once, if the group's queries form a block.")
     trace.table(["", "read", "written", "crossed", ""],
                 traffic_rows({"head by head": apart, "group as a block": together}, 32), left=(0, 4))
 
     window = max(1, n // 4)
     full, windowed = (counted(flash_attention, q, k, v, causal=True, window=w, **blocks) for w in (None, window))
     trace.say(f"A window of {window} keys: tiles too far back are not touched either.")
-    trace.lines(side_by_side([draw_walk(f"causal: {full[1].accesses:,} crossed", n, knobs, full[1].walk, n),
-                              draw_walk(f"window {window}: {windowed[1].accesses:,} crossed", n, knobs, windowed[1].walk, window)],
-                             gap=4))
+    trace.lines(side_by_side([draw_walk(f"{name}: {t.accesses:,} crossed", n, knobs, t.walk, reach) for name, t, reach
+                              in (("causal", full[1], n), (f"window {window}", windowed[1], window))], gap=4))
     trace.note(WALK_LEGEND)
 
     page_size = min(knobs.block_k, n)
@@ -911,11 +923,12 @@ def show_family(trace: Trace, knobs: Namespace) -> None:
         k_pages[page][:len(rows)], v_pages[page][:len(rows)] = k[rows.start:rows.stop], v[rows.start:rows.stop]
     trace.say(f"Pages of {page_size} rows in {n_pages + 3} slots. The block table: " + " ".join(map(str, table[:12]))
               + " …" * (n_pages > 12) + ". k and v never lie in a row; each tile is gathered through it.")
-    paged = counted(flash_attention, q, PagedRows(k_pages, table, n), PagedRows(v_pages, table, n), causal=True, **blocks)
-    trace.check_close("GQA without copies = dense attention with each KV head repeated",
-                      [row for out, _ in flash_grouped_query(q_heads, k_heads, v_heads, causal=True, **blocks) for row in out],
-                      [row for h, q in enumerate(q_heads)
-                       for row in dense_attention(q, k_heads[h // 2], v_heads[h // 2], lambda i, j: j <= i)], 1e-12)
+    paged_k, paged_v = PagedRows(k_pages, table, n), PagedRows(v_pages, table, n)
+    paged = counted(flash_attention, q, paged_k, paged_v, causal=True, **blocks)
+    grouped = flash_grouped_query(q_heads, k_heads, v_heads, causal=True, **blocks)
+    repeated = [standard_attention(q_heads[h], k_heads[h // 2], v_heads[h // 2], causal=True) for h in range(4)]
+    trace.check_close("GQA without copies = standard attention with each KV head repeated",
+                      [row for out, _ in grouped for row in out], [row for out, _ in repeated for row in out], 1e-12)
     trace.check_close("the group as a block = head by head", [row for out, _ in as_blocks for row in out],
                       [row for out, _ in steps for row in out], 1e-12)
     trace.check_close("window = dense attention under that mask", windowed[0][0],
@@ -928,11 +941,10 @@ def show_family(trace: Trace, knobs: Namespace) -> None:
 # 9. What FlashAttention-3 and -4 changed
 #
 # The tiles stayed. Version 3 (Hopper) overlaps the copying with the products, and softmax with both, and can run the
-# products in FP8: e4m3 numbers have 3 bits after the leading one, between 2⁻⁹ and 448. A few large outliers then
-# set the scale for everything. Two remedies. Block quantisation: each tile has a scale of its own. Incoherent
-# processing: multiply q and k by the same random orthogonal matrix R first. Since (qR)(kR)ᵀ = q R Rᵀ kᵀ = q kᵀ, no
-# score changes, but every outlier is spread over all d channels. R is a Hadamard matrix with random signs, which
-# takes d·log d additions.
+# products in FP8: e4m3 numbers have 3 bits after the leading one, and lie between 2⁻⁹ and 448. Outliers are what is
+# feared then, and there are two remedies. Block quantisation: each tile has a scale of its own. Incoherent processing:
+# multiply q and k by the same random orthogonal matrix R first. Since (qR)(kR)ᵀ = q R Rᵀ kᵀ = q kᵀ, no score changes,
+# but every outlier is spread over all d channels. R is a Hadamard matrix with random signs: d·log d additions.
 #
 # Version 4 (Blackwell): products have become so fast that exp and the rescaling of o are what takes time. So rescale
 # less. m need not be the maximum; any number near it keeps exp from overflowing, and the division by l at the end
@@ -940,7 +952,7 @@ def show_family(trace: Trace, knobs: Namespace) -> None:
 # powers of two (the kernels compute with exp2): weights then stay below 256. It is a condition in absorb().
 
 E4M3_MAX = 448.0
-RESCALE_THRESHOLD = 8 * math.log(2)  # in powers of e; the kernels' 8 for 16-bit inputs, flash_attn/cute/softmax.py
+RESCALE_THRESHOLD = 8 * math.log(2)  # 16-bit inputs: flash_attn/cute/flash_fwd_sm100.py
 
 
 def round_to_e4m3(x: float) -> float:
@@ -998,10 +1010,10 @@ def show_later_versions(trace: Trace, knobs: Namespace) -> None:
     kinds = {"outliers anywhere": lambda i, c: 10 if rng.random() < 0.001 else 1,
              "outliers in one channel": lambda i, c: 20 if c == d // 2 else 1,
              "one tile a millionth": lambda i, c: 1e-6 if i < block else 1}
-    trace.say(f"FP8: q and k of {n} rows, d = {d}, stored in e4m3. How far a row of q kᵀ is off on average, |error| / "
-              f"|exact|, with one scale for the matrix, one for each tile of {block} rows, and q and k rotated first. "
-              f"Three kinds of trouble: one number in a thousand ten times as wide (much as in the FlashAttention-3 "
-              f"paper's test); one channel that is wide in q and in k; a tile that is tiny.")
+    trace.say(f"FP8: q and k of {n} rows, d = {d}, stored in e4m3. How far a row of q kᵀ is off on average, |error| "
+              f"/ |exact|, with one scale for the matrix, one for each tile of {block} rows, and q and k rotated "
+              "first. Three kinds of trouble: one number in a thousand ten times as wide (much as in the "
+              "FlashAttention-3 paper's test); one channel that is wide in q and in k; a tile that is tiny.")
     errors, rotation = {}, []
     for kind, spread in kinds.items():
         q, k = noise(spread), noise(spread)
@@ -1012,15 +1024,16 @@ def show_later_versions(trace: Trace, knobs: Namespace) -> None:
                         for a, b, rows in ((q, k, n), (q, k, block), (*rotated, block))]
     trace.table(["", "one scale", "one a tile", "and rotated"],
                 [[kind, *(f"{error:.1%}" for error in row)] for kind, row in errors.items()], left=(0,))
-    trace.say("e4m3 has an exponent of its own, so a scale a tile matters only where tiles differ by more than its range. "
-              "Rotation helps where large meets large: spread over d channels, the rounding errors average out.")
+    trace.say("e4m3 has an exponent of its own, so a scale a tile matters only where tiles differ by more than its "
+              "range. Rotation helps where large meets large: spread over d channels, the rounding errors average "
+              "out.")
 
     tile, a, b, c = 8, *(random_matrix(rng, rows, 16, spread) for rows, spread in ((32, 1), (64, 1), (64, 1)))
     scores = {"random q and k, d = 16": linear(a, b), "the text's own": text_scores(knobs),
               "rising by 1 a key": [[float(j) for j in range(64)]]}
-    trace.say(f"Rescaling less: rows of scores taken in {tile} at a time. How often does m move after the first tile, so that "
-              f"o must be rescaled, if it follows every new maximum, and if only one that exceeds it by more than 8 powers "
-              f"of two?")
+    trace.say(f"Rescaling less: rows of scores taken in {tile} at a time. How often does m move after the first "
+              "tile, so that o must be rescaled, if it follows every new maximum, and if only one that exceeds it "
+              "by more than 8 powers of two?")
     rows, agree, saved = [], True, True
     for name, matrix in scores.items():
         (always, lse), (rarely, late_lse) = (count_rescalings(matrix, tile, t) for t in (0.0, RESCALE_THRESHOLD))
@@ -1128,7 +1141,7 @@ def walked_tiles(n: int, block_q: int, block_k: int, causal: bool) -> list[tuple
 
 
 def draw_walk(title: str, n: int, knobs: Namespace, walk: Sequence[tuple[range, range]], reach: int) -> list[str]:
-    """Tiles of n queries and keys as cells: when each was visited, and whether the mask, causal and `reach` wide, cuts it.
+    """Tiles of n queries and keys as cells: when each was visited, and whether a causal mask `reach` wide cuts it.
 
     At most 8 × 8 tiles and 38 columns.
     """
@@ -1529,7 +1542,7 @@ SECTIONS = [
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the trace; the exit status."""
-    parser = common_parser("microflash", "FlashAttention, its tiles moved for real and its traffic counted.", len(SECTIONS))
+    parser = common_parser("microflash", "FlashAttention, tile by tile, its traffic counted.", len(SECTIONS))
     parser.add_argument("--text", default=SENTENCE,
                         help=f"the text whose scores sections 2 and 9 take in (default: {SENTENCE!r})")
     parser.add_argument("--seq-len", metavar="N", type=whole_number(1, 256), default=SEQ_LEN,
@@ -1544,13 +1557,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help=f"numbers that SRAM holds (default {SRAM}, or what the tiles need if that is more)")
     parser.add_argument("--n-splits", metavar="N", type=whole_number(1, 1024), default=N_SPLITS,
                         help=f"parts of the cache in section 7 (default {N_SPLITS})")
-    parser.add_argument("--causal", action="store_true", help="mask the future in sections 1, 3 and 6 (4 and 8 always do)")
+    parser.add_argument("--causal", action="store_true",
+                        help="mask the future in sections 1, 3 and 6 (4 and 8 always do)")
     knobs = parser.parse_args(argv)
 
     n, d = knobs.seq_len, knobs.head_dim
     if n * n * d > MAX_WORK:
         parser.error(f"argument --seq-len: {n}² × --head-dim {d} is more than this trace computes, {MAX_WORK:,}; "
                      f"--seq-len {math.isqrt(MAX_WORK // d)} would do")
+    if (n_tiles := -(-n // knobs.block_q) * -(-n // knobs.block_k)) > MAX_TILES:
+        parser.error(f"argument --block-q: with --block-k {knobs.block_k} it makes {n_tiles:,} tiles, more than this "
+                     f"trace walks, {MAX_TILES:,}; larger blocks or --seq-len {math.isqrt(MAX_TILES)} would do")
     needed = sram_needed(min(knobs.block_q, n), min(knobs.block_k, n), d, d)
     knobs.sram = knobs.sram or max(SRAM, needed)
     knobs.blocks = dict(block_q=knobs.block_q, block_k=knobs.block_k)

@@ -267,7 +267,8 @@ EVERYWHERE = ["--section 0", "--section 99", "--section 1,x", "--section ,", "--
 REFUSED = {
     "microattention": ["--n-heads 3", "--n-heads 0", "--dim 30", "--dim 4", "--dim x", "--n-kv-heads 3", "--window 0",
                        "--window -1", "--sinks -1", "--ranks 3", "--ranks 0", "--text=", "--text=  ", "--text " + "ab cd " * 200],
-    "microflash": ["--seq-len 0", "--seq-len 257", "--seq-len x", "--head-dim 0", "--head-dim 129", "--seq-len 256 --head-dim 128",
+    "microflash": ["--seq-len 0", "--seq-len 257", "--seq-len x", "--head-dim 0", "--head-dim 129", "--seq-len 256 --head-dim 9",
+                   "--seq-len 65 --block-q 1 --block-k 1", "--seq-len 256 --head-dim 8 --block-q 5 --block-k 3",
                    "--block-q 0", "--block-k 0", "--block-k -4", "--sram 0", "--sram 1311", "--sram 100 --block-q 1",
                    "--n-splits 0", "--n-splits 1025", "--causal yes", "--text=", "--text=  ", "--text " + "ab cd " * 200],
 }
@@ -295,7 +296,7 @@ EDGES = {
                        "--text \udcff broken"],
     "microflash": ["--seq-len 1", "--seq-len 1 --head-dim 1 --block-q 1 --block-k 1 --sram 7", "--seq-len 13 --block-q 5 --block-k 7",
                    "--seq-len 67 --causal", "--head-dim 1", "--head-dim 128 --seq-len 17", "--seq-len 256 --head-dim 4 --block-q 32",
-                   "--seq-len 61 --block-q 1 --block-k 1", "--block-q 1000000 --block-k 1000000", "--block-q 1", "--block-k 1 --causal",
+                   "--seq-len 61 --block-q 1 --block-k 1", "--seq-len 256 --head-dim 3 --block-q 4", "--block-q 1000000 --block-k 1000000", "--block-q 1", "--block-k 1 --causal",
                    "--block-q 64 --block-k 3 --causal", "--block-q 3 --block-k 64", "--sram 1312", "--sram 1000000000",
                    "--n-splits 1", "--n-splits 7", "--n-splits 1024", "--causal --seed 3", "--text x", "--text a\tb\nc",
                    "--text Ünïcödé — 日本語 🙂", "--text " + "the rat " * 60, "--seed 1", "--seed 1000000000", "--text \udcff broken"],

@@ -265,6 +265,7 @@ def count(version, n_q, n_k, d, d_v, block_q, block_k, causal, window=None):
                     reads += (j1 - j0) * (d + d_v)
                     peak = max(peak, (j1 - j0) * (d + d_v) + rows * (d + d_v + 2) + rows * (j1 - j0))
     if version == "backward":
+        writes += n_q * d                                                       # dq begins in HBM, as zeros
         for i0, i1 in covered(n_q, block_q):                                    # D = rowsum(dO ∘ O)
             reads += (i1 - i0) * 2 * d_v
             writes += i1 - i0
@@ -582,6 +583,7 @@ def test_bad_options_are_named(attend, options, word):
     (lambda q, k, v: m.flash_grouped_query([q] * 3, [k] * 2, [v] * 2, block_q=1, block_k=1), "divide"),
     (lambda q, k, v: m.flash_grouped_query([q], [k] * 2, [v] * 2, block_q=1, block_k=1), "divide"),
     (lambda q, k, v: m.flash_grouped_query([q] * 2, [k] * 2, [v], block_q=1, block_k=1), "divide"),
+    (lambda q, k, v: m.flash_grouped_query([q], [], [], block_q=1, block_k=1), "divide"),
     (lambda q, k, v: m.PagedRows([k], [0], 5), "n must be at most"),
     (lambda q, k, v: m.hadamard_rotate([[1.0] * 3], [1.0] * 3), "power of two"),
     (lambda q, k, v: m.hadamard_rotate(q, [1.0] * 4), "signs"),
