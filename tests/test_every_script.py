@@ -295,11 +295,11 @@ EDGES = {
                        "--text Ünïcödé — 日本語 🙂", "--text 16,16", "--seed 1", "--seed 1000000000",
                        "--text \udcff broken"],
     "microflash": ["--seq-len 1", "--seq-len 1 --head-dim 1 --block-q 1 --block-k 1 --sram 7", "--seq-len 13 --block-q 5 --block-k 7",
-                   "--seq-len 67 --causal", "--head-dim 1", "--head-dim 128 --seq-len 17", "--seq-len 256 --head-dim 4 --block-q 32",
-                   "--seq-len 61 --block-q 1 --block-k 1", "--seq-len 256 --head-dim 3 --block-q 4", "--block-q 1000000 --block-k 1000000", "--block-q 1", "--block-k 1 --causal",
-                   "--block-q 64 --block-k 3 --causal", "--block-q 3 --block-k 64", "--sram 1312", "--sram 1000000000",
-                   "--n-splits 1", "--n-splits 7", "--n-splits 1024", "--causal --seed 3", "--text x", "--text a\tb\nc",
-                   "--text Ünïcödé — 日本語 🙂", "--text " + "the rat " * 60, "--seed 1", "--seed 1000000000", "--text \udcff broken"],
+                   "--seq-len 67 --causal", "--head-dim 1 --n-splits 7", "--head-dim 128 --seq-len 17", "--seq-len 256 --head-dim 3 --block-q 4",
+                   "--seq-len 31 --block-q 1 --block-k 1", "--block-q 1000000 --block-k 1000000 --n-splits 1", "--block-q 1 --seed 3",
+                   "--block-k 1 --causal", "--block-q 64 --block-k 3 --causal", "--block-q 3 --block-k 64", "--sram 1312",
+                   "--n-splits 1024 --seq-len 20 --sram 1000000000", "--seed 1000000000", "--text x", "--text a\tb\nc",
+                   "--text Ünïcödé — 日本語 🙂", "--text " + "the rat " * 60, "--text \udcff broken"],
 }
 
 
