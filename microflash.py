@@ -633,8 +633,8 @@ def flash_attention_backward(q: Matrix, k: Matrix, v: Matrix, out: Matrix, lse: 
     The options are those of flash_attention, and must be the same. Dao, FlashAttention-2, Algorithm 2.
     """
     scale, hbm = check_arguments(q, k, v, scale, traffic, block_q=block_q, block_k=block_k, window=window)
-    check_rows(out=(out, q), lse=(lse, q), d_out=(d_out, q))
     d, d_v = len(k[0]), len(v[0])
+    check_rows(len(q), out=(out, d_v), lse=(lse, None), d_out=(d_out, d_v))
     dq, dk, dv, rowsums = [], [], [], []                               # in HBM
     hbm.store(dq, range(len(q)), [[0.0] * d for _ in q])
     for rows in tiles(range(len(q)), block_q):
@@ -679,7 +679,7 @@ def standard_attention_backward(q: Matrix, k: Matrix, v: Matrix, weights: Matrix
     Five kernels, through dP and dS in HBM; each is again read in one go, as though SRAM held it whole.
     """
     scale, hbm = check_arguments(q, k, v, scale, traffic)
-    check_rows(weights=(weights, q), d_out=(d_out, q))
+    check_rows(len(q), weights=(weights, len(k)), d_out=(d_out, len(v[0])))
     queries, keys = range(len(q)), range(len(k))
     dp, ds, dq, dk, dv = [], [], [], [], []                            # in HBM
     with hbm.frame():
@@ -1090,11 +1090,13 @@ def check_arguments(q: Matrix, k: Matrix, v: Matrix, scale: float | None, traffi
     return 1 / math.sqrt(len(k[0])) if scale is None else scale, traffic or Traffic()
 
 
-def check_rows(**pairs: tuple[Sequence, Sequence]) -> None:
-    """ValueError unless the first of each pair has as many rows as the second, q."""
-    for name, (rows, q) in pairs.items():
-        if len(rows) != len(q):
-            raise ValueError(f"{name} must have a row for each of the {len(q)} queries, not {len(rows)}")
+def check_rows(n: int, **matrices: tuple[Sequence, int | None]) -> None:
+    """ValueError unless each has n rows, one for each query, of so many channels (None: it is a vector)."""
+    for name, (rows, width) in matrices.items():
+        if len(rows) != n or width is not None and any(len(row) != width for row in rows):
+            raise ValueError(f"{name} must have a row for each of the {n} queries"
+                             + f", of {width} channels" * (width is not None) + f", not {len(rows)} rows"
+                             + f" of {len(rows[0])}" * (width is not None and len(rows) == n))
 
 
 def random_inputs(knobs: Namespace, n: int, d: int | None = None) -> tuple[Matrix, Matrix, Matrix]:
