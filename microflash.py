@@ -1094,9 +1094,9 @@ def check_rows(n: int, **matrices: tuple[Sequence, int | None]) -> None:
     """ValueError unless each has n rows, one for each query, of so many channels (None: it is a vector)."""
     for name, (rows, width) in matrices.items():
         if len(rows) != n or width is not None and any(len(row) != width for row in rows):
-            raise ValueError(f"{name} must have a row for each of the {n} queries"
-                             + f", of {width} channels" * (width is not None) + f", not {len(rows)} rows"
-                             + f" of {len(rows[0])}" * (width is not None and len(rows) == n))
+            wanted = f"{n} rows, one for each query" + ("" if width is None else f", of {width} channels")
+            found = f"{len(rows)}" + ("" if width is None else f", of {sorted(set(map(len, rows)))}")
+            raise ValueError(f"{name} must have {wanted}, not {found}")
 
 
 def random_inputs(knobs: Namespace, n: int, d: int | None = None) -> tuple[Matrix, Matrix, Matrix]:
