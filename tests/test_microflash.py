@@ -329,7 +329,7 @@ def test_standard_traffic_and_the_formulas(n_q, n_k, d, d_v):
         assert count("backward", n_q, n_k, d, d_v, block_q, block_k, False)[2] == m.sram_needed_backward(block_q, block_k, d, d_v)
 
 
-@pytest.mark.parametrize("sram", [5, 20, 57, 100, 1000])
+@pytest.mark.parametrize("sram", [5, 12, 13, 20, 21, 57, 100, 1000])
 def test_blocks_that_fit_are_all_that_fit_and_no_larger(sram):
     n_q, n_k, d, d_v = 6, 9, 2, 3
     expected = []
