@@ -162,22 +162,24 @@ def forward_products(c: Config, n_new: int, n_cached: int) -> int:
 
 @dataclass(frozen=True)
 class Card:
-    """A data sheet: dense 16-bit FLOP/s and bytes/s."""
+    """A GPU by its data sheet: dense 16-bit FLOP/s, its HBM in bytes/s and bytes, its SMs and their shared memory."""
     name: str
     flops: float
-    bandwidth: float
-    memory: float
+    hbm_bytes_per_s: float
+    hbm_bytes: float
+    n_sms: int
+    sram_kb: int  # of one SM
     source: str
 
     @property
     def ridge(self) -> float:
         """FLOPs it can do in the time it takes to read a byte."""
-        return self.flops / self.bandwidth
+        return self.flops / self.hbm_bytes_per_s
 
 
-CARDS = [Card("A100 80GB SXM", 312e12, 2039e9, 80e9, "NVIDIA A100 data sheet, 2021"),
-         Card("H100 80GB SXM", 989.4e12, 3350e9, 80e9, "NVIDIA H100 data sheet, 2023, without sparsity")]
-A100 = CARDS[0]
+A100 = Card("A100 80GB SXM", 312e12, 2039e9, 80e9, 108, 164, "NVIDIA A100 data sheet; Ampere tuning guide")
+H100 = Card("H100 80GB SXM", 989.4e12, 3350e9, 80e9, 132, 228, "NVIDIA H100 data sheet; Hopper tuning guide")
+CARDS = [A100, H100]
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ def step_seconds(card: Card, model: ServedModel, new_tokens: float, cached_token
     the weights once, whatever the batch, and the caches of all requests in it. The step takes the longer one.
     """
     return (2 * model.parameters * new_tokens / card.flops,
-            (model.parameters * weight_bytes + cached_tokens * model.kv_bytes) / card.bandwidth)
+            (model.parameters * weight_bytes + cached_tokens * model.kv_bytes) / card.hbm_bytes_per_s)
 
 
 def kv_bytes_per_token(n_layers: int, n_kv_heads: int, head_dim: int, bytes_per_value: float = 2) -> float:
@@ -253,7 +255,7 @@ def show_intensity(trace: Trace, knobs: Namespace) -> None:
         for batch in (1, 8, 32, 128, 512):
             arithmetic, reading = step_seconds(card, LLAMA_8B, batch, batch * 1024)
             rows.append([str(batch), f"{arithmetic * 1e3:.2f}", f"{reading * 1e3:.2f}",
-                         f"{arithmetic * card.flops / (reading * card.bandwidth):.0f}",
+                         f"{arithmetic * card.flops / (reading * card.hbm_bytes_per_s):.0f}",
                          f"{batch / max(arithmetic, reading):,.0f}", f"{batch * 1024 * LLAMA_8B.kv_bytes / 1e9:.1f}"])
         trace.say(f"{card.name}, ridge at {card.ridge:.0f} FLOPs a byte:")
         trace.table(["batch", "arithmetic, ms", "reading, ms", "FLOPs a byte", "tokens a second", "cache, GB"], rows)
@@ -261,8 +263,8 @@ def show_intensity(trace: Trace, knobs: Namespace) -> None:
     for cached in (0, 256, 1024, 4096):
         row = [str(cached)]
         for card in CARDS:
-            per_token = 2 * LLAMA_8B.parameters / card.flops - cached * LLAMA_8B.kv_bytes / card.bandwidth
-            row.append(f"{LLAMA_8B.parameters * 2 / card.bandwidth / per_token:,.0f}" if per_token > 0 else "never")
+            per_token = 2 * LLAMA_8B.parameters / card.flops - cached * LLAMA_8B.kv_bytes / card.hbm_bytes_per_s
+            row.append(f"{LLAMA_8B.parameters * 2 / card.hbm_bytes_per_s / per_token:,.0f}" if per_token > 0 else "never")
         rows.append(row)
     trace.say("From which batch size on a bigger batch buys nothing, because arithmetic has become the longer time. "
               "With much in the caches that never comes: reading them grows with the batch as well.")
@@ -289,7 +291,7 @@ def show_size(trace: Trace, knobs: Namespace) -> None:
     rows = []
     for model in SERVED_MODELS:
         weights, request = 2 * model.parameters, 4096 * model.kv_bytes
-        fit = int((A100.memory - weights) // request)
+        fit = int((A100.hbm_bytes - weights) // request)
         rows.append([model.name, f"{weights / 1e9:.0f} GB", f"{model.kv_bytes / 1024:.0f} KiB",
                      f"{request / 1e9:.2f} GB", str(fit) if fit > 0 else "weights too big", bar(max(fit, 0), 128, 20)])
     trace.table(["model", "weights", "a token", "4K tokens", "requests", ""], rows, left=(0, 5))

@@ -4,12 +4,14 @@ import random
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import microattention  # noqa: E402
+import microflash  # noqa: E402
 
 
 def best(function, repeats=5):
@@ -68,6 +70,32 @@ def attention():
         print(f"with generator expressions over {name}: {slow * 1e3:.0f} ms, {slow / fast:.1f} times as long")
 
 
+def peak_memory(function):
+    """Bytes of Python's heap that function() takes at its peak, beyond what was there before."""
+    tracemalloc.start()
+    function()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+def flash(d=64, block=128):
+    """Memory and time of flash_attention beside standard_attention, written with the same primitives."""
+    print(f"\nflash and standard attention, d = {d}, tiles of {block} x {block}, no mask: peak memory beside the inputs, time")
+    print(f"{'n':>5}{'standard':>12}{'flash':>12}{'standard':>12}{'flash':>10}{'ratio':>8}")
+    blocks, before = dict(block_q=block, block_k=block), None
+    for n in (256, 512, 1024, 2048):
+        q, k, v = (microflash.random_matrix(random.Random(seed), n, d) for seed in range(3))
+        runs = (lambda: microflash.standard_attention(q, k, v)), (lambda: microflash.flash_attention(q, k, v, **blocks))
+        memory = [peak_memory(run) for run in runs]
+        seconds = [best(run, 3 if n < 1024 else 1) for run in runs]
+        growth = "" if before is None else "   memory grew by " + " and ".join(f"{a / b:.1f}" for a, b in zip(memory, before))
+        print(f"{n:>5}" + "".join(f"{b / 2**20:>9.2f} MB" for b in memory) + f"{seconds[0]:>10.2f} s{seconds[1]:>8.2f} s"
+              f"{seconds[1] / seconds[0]:>8.2f}{growth}")
+        before = memory
+
+
 if __name__ == "__main__":
     whole_scripts()
     attention()
+    flash()

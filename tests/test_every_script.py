@@ -25,9 +25,10 @@ each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.s
 
 # Some scripts train a model first. They run whole once; what can be seen on any section is seen on two cheap
 # ones. The breakage is one that a check of these sections must notice.
-CHEAP = {"microattention": "1,2", "microkv": "2,3"}
+CHEAP = {"microattention": "1,2", "microkv": "2,3", "microflash": "1,2"}
 BREAKAGE = {"microattention": ("return [e / total for e in exps]", "return [e / total + 1e-3 for e in exps]"),
-            "microkv": ("return 2 * n_layers * n_kv_heads", "return 3 * n_layers * n_kv_heads")}
+            "microkv": ("return 2 * n_layers * n_kv_heads", "return 3 * n_layers * n_kv_heads"),
+            "microflash": ("return [e / total for e in exps]", "return [e / total + 1e-3 for e in exps]")}
 
 
 def run(script, *arguments, options=(), **settings):
@@ -307,6 +308,10 @@ REFUSED = {
     "microkv": ["--prompt=", "--prompt The queen", "--prompt " + "This is the " * 30, "--max-new-tokens 0", "--max-new-tokens x",
                 "--max-new-tokens 65", "--block-size 0", "--block-size -4", "--num-blocks 0", "--num-blocks 3", "--max-num-seqs 0",
                 "--max-num-batched-tokens 0", "--block-size 2 --num-blocks 5"],
+    "microflash": ["--seq-len 0", "--seq-len 257", "--seq-len x", "--head-dim 0", "--head-dim 129", "--seq-len 256 --head-dim 9",
+                   "--seq-len 65 --block-q 1 --block-k 1", "--seq-len 256 --head-dim 8 --block-q 5 --block-k 3",
+                   "--block-q 0", "--block-k 0", "--block-k -4", "--sram 0", "--sram 1311", "--sram 100 --block-q 1",
+                   "--n-splits 0", "--n-splits 1025", "--causal yes", "--text=", "--text=  ", "--text " + "ab cd " * 200],
 }
 
 
@@ -335,6 +340,12 @@ EDGES = {
                 "--max-num-seqs 1 --section 7,8", "--max-num-seqs 64 --section 7,8", "--max-num-batched-tokens 1 --section 8",
                 "--max-num-batched-tokens 9999 --section 8", "--prompt=built --section 1,4,5", "--max-new-tokens 1 --section 1,4,5",
                 "--max-new-tokens 64 --section 4,5"],
+    "microflash": ["--seq-len 1", "--seq-len 1 --head-dim 1 --block-q 1 --block-k 1 --sram 7", "--seq-len 13 --block-q 5 --block-k 7",
+                   "--seq-len 67 --causal", "--head-dim 1 --n-splits 7", "--head-dim 128 --seq-len 17", "--seq-len 256 --head-dim 3 --block-q 4",
+                   "--seq-len 31 --block-q 1 --block-k 1", "--block-q 1000000 --block-k 1000000 --n-splits 1", "--block-q 1 --seed 3",
+                   "--block-k 1 --causal", "--block-q 64 --block-k 3 --causal", "--block-q 3 --block-k 64", "--sram 1312",
+                   "--n-splits 1024 --seq-len 20 --sram 1000000000", "--seed 1000000000", "--text x", "--text a\tb\nc",
+                   "--text Ünïcödé — 日本語 🙂", "--text " + "the rat " * 60, "--text \udcff broken"],
 }
 
 
