@@ -53,14 +53,14 @@ Matrix = list[Vector]  # row-major: m[row][column]
 
 VOCAB_SIZE = 160           # tokens: every word of the text is then one token
 DIM = 64                   # channels: two groups of 32 in a row
-HIDDEN_DIM = 64            # channels inside the feed-forward
-STEPS = 48                 # of training
-LENGTH = 24                # tokens a training step, and a chunk of the evaluation
+HIDDEN_DIM = 32            # channels inside the feed-forward
+STEPS = 52                 # of training
+LENGTH = 32                # tokens a training step
 BITS = 4                   # of the low-bit formats
 GROUP_SIZE = 32            # weights that share a scale, where there are groups
 CALIBRATION_TOKENS = 64    # what GPTQ, AWQ and the others see of the activations
 ALPHA = 0.5                # SmoothQuant's: how much of the difficulty moves to the weights
-OUTLIERS = (3, 32.0)       # channels planted as outliers, and how many times larger they are made
+OUTLIERS = (2, 32.0)       # channels planted as outliers, and how many times larger they are made
 PROMPT = "This is the"     # what the samples of text continue
 
 
@@ -354,7 +354,7 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
     far = max(abs(a - b) / (q.scales[i][j // g] / 2) for i, (p, row) in enumerate(zip(q.dequantize(), w))
               for j, (a, b) in enumerate(zip(p, row)))
     trace.check("in groups too: |error| ≤ scale / 2, each with its own scale", far <= 1 + 1e-12, "every weight")
-    loss = fmean(log_sum_exp(row) - row[target] for row, target in zip(lab.logits, lab.evaluation[1:]))
+    loss = -fmean(log_softmax(row)[target] for row, target in zip(lab.logits, lab.evaluation[1:]))
     trace.check("FP32's perplexity by softmax = by log-sum-exp", abs(math.exp(loss) - lab.perplexity) < 1e-9, "|Δ| < 1e-09")
 
 
@@ -1036,7 +1036,7 @@ def awq_scales(lab: Lab, bits: int, granularity: str | int) -> dict[str, tuple[V
     found = {}
     for source, readers in (norms_and_readers(lab.model.config) | gates_and_readers(lab.model.config)).items():
         w, x = [row for name in readers for row in lab.model.weights[name]], lab.inputs[readers[0]]
-        found[source] = awq_search(w, x[::-(-len(x) // SEARCH_ROWS)], bits, granularity=granularity)[:2]
+        found[source] = awq_search(w, x[::max(1, len(x) // SEARCH_ROWS)], bits, granularity=granularity)[:2]
     return found
 
 
@@ -1056,7 +1056,7 @@ def awq_fold(lab: Lab, found: dict[str, tuple[Vector, float]]) -> dict:
 def by_awq(lab: Lab, bits: int, granularity: str | int) -> Compressed:
     """The whole model by AWQ."""
     folded = awq_fold(lab, awq_scales(lab, bits, granularity))
-    return compress(lab, "AWQ", lambda name, w: quantize(folded[name], bits, granularity=granularity), folded)
+    return compress(lab, "AWQ", lambda _, w: quantize(w, bits, granularity=granularity), folded)
 
 
 @lru_cache(maxsize=None)
@@ -1091,7 +1091,7 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
 
     trace.say(f"The search behind {source}: output error of {', '.join(name.split('.')[-1] for name in readers)} on the "
               f"calibration tokens for each exponent; 0 is round to nearest. AWQ takes the least.")
-    few, target, errors = x[::-(-len(x) // SEARCH_ROWS)], None, {}
+    few, errors = x[::max(1, len(x) // SEARCH_ROWS)], {}
     target = linear(few, w)
     salience = [fmean(map(abs, column)) for column in zip(*few)]
     for alpha in (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95):
@@ -1113,6 +1113,464 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
+# 9. HQQ and SqueezeLLM
+#
+# HQQ needs no data. It keeps the scales of round-to-nearest and looks for the zero point z that minimises |W - Q(W)|
+# to the power p < 1, which forgives the few outliers and cares for the many. Half-quadratic splitting: an error e of
+# its own for every weight, drawn to W - Q(W), shrunk towards 0, turn by turn with a mean for z:
+#
+#     e = shrink(W - Q(W), β)          z = mean(code - (W - e) / scale)          β grows a little every turn
+#
+# SqueezeLLM lets the grid be any 2^bits values, found by k-means in which each weight counts by how much the loss
+# minds it (the squared gradient, a diagonal of the Fisher information); and takes 0.45% of the weights out into a sparse
+# matrix in FP16: 0.05% that matter most, 0.4% that are largest. (The authors: a codebook for every row, of
+# thousands of weights; ours have 64, so it is one for the matrix.)
+
+def hqq(w: Matrix, bits: int, *, granularity: str | int, p: float = 0.7, beta: float = 10.0, kappa: float = 1.01,
+        iterations: int = 20) -> Quantized:
+    """w on grids whose zero points, real numbers in FP16, are optimised; the best of all turns is kept."""
+    group = group_columns(w, bits, granularity)
+
+    def best_zero(values: Vector, scale: float, zero: float) -> tuple[float, float]:
+        b, tried = beta, []
+        for _ in range(iterations):
+            zero = fp16(zero)
+            codes = to_codes(values, scale, zero, bits)
+            rest = [value - (code - zero) * scale for value, code in zip(values, codes)]
+            tried.append((fmean(map(abs, rest)), zero))
+            shrunk = [math.copysign(max(abs(r) - abs(r) ** (p - 1) / b, 0.0), r) if r else 0.0 for r in rest]
+            zero = fmean(code - (value - e) / scale for code, value, e in zip(codes, values, shrunk))
+            b *= kappa
+        return scale, min(tried)[1]
+
+    start = lay_grids(w, bits, group, granularity, symmetric=False)
+    if granularity == "tensor":
+        grids = [[best_zero([value for row in w for value in row], *start[0][0])]] * len(w)
+    else:
+        grids = [[best_zero(row[g * group:(g + 1) * group], *grid) for g, grid in enumerate(gs)] for row, gs in zip(w, start)]
+    codes = [[code for g, grid in enumerate(gs) for code in to_codes(row[g * group:(g + 1) * group], *grid, bits)]
+             for row, gs in zip(w, grids)]
+    q, stored = with_grids(codes, grids, bits, group, granularity), grids[0] if granularity == "tensor" else sum(grids, [])
+    return replace(q, overhead=q.overhead + struct.pack(f"<{len(stored)}e", *(zero for _, zero in stored)))
+
+
+def weighted_kmeans(values: Vector, weights: Vector, k: int, iterations: int = 12) -> Vector:
+    """k values, ascending, for the least Σ weight · (value - its nearest)²: Lloyd's algorithm in one dimension."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    centroids = [values[order[(2 * i + 1) * len(order) // (2 * k)]] for i in range(k)]
+    for _ in range(iterations):
+        between, mass, total = [(a + b) / 2 for a, b in zip(centroids, centroids[1:])], [0.0] * k, [0.0] * k
+        for value, weight in zip(values, weights):
+            i = bisect(between, value)
+            mass[i], total[i] = mass[i] + weight, total[i] + weight * value
+        centroids = [t / m if m else c for t, m, c in zip(total, mass, centroids)]
+    return sorted(centroids)
+
+
+def squeezellm(w: Matrix, sensitivity: Matrix, bits: int) -> tuple[Matrix, int]:
+    """(what w decodes to, the bytes of it): a codebook of 2^bits FP16 values, codes, and 0.45% of the weights apart."""
+    values, weights = [value for row in w for value in row], [s for row in sensitivity for s in row]
+    n, places = len(values), range(len(values))
+    apart = set(sorted(places, key=lambda i: -weights[i])[:math.ceil(0.0005 * n)])
+    apart |= set(sorted(places, key=lambda i: -abs(values[i]))[:math.ceil(0.004 * n)])
+    dense = [i for i in places if i not in apart]
+    codebook = [fp16(c) for c in weighted_kmeans([values[i] for i in dense], [weights[i] for i in dense], 2 ** bits)]
+    between = [(a + b) / 2 for a, b in zip(codebook, codebook[1:])]
+    codes = [0 if i in apart else bisect(between, value) for i, value in enumerate(values)]
+    decoded = [fp16(value) if i in apart else codebook[code] for i, (value, code) in enumerate(zip(values, codes))]
+    sparse = struct.pack(f"<{len(apart)}e{len(apart)}H{len(w) + 1}H", *(values[i] for i in sorted(apart)),  # as CSR:
+                         *(i % len(w[0]) for i in sorted(apart)), *(sum(i < r * len(w[0]) for i in apart) for r in range(len(w) + 1)))
+    data = pack_bits(codes, bits) + struct.pack(f"<{len(codebook)}e", *codebook) + sparse
+    return [decoded[i:i + len(w[0])] for i in range(0, n, len(w[0]))], len(data)
+
+
+@lru_cache(maxsize=None)
+def sensitivities(lab: Lab) -> dict[str, Matrix]:
+    """{matrix: Σ of the squared gradients of its weights}, over pieces of the calibration tokens."""
+    total: dict[str, Matrix] = {}
+    for start in range(0, max(1, len(lab.calibration) - 1), 16):
+        tape, piece = Tape(), lab.calibration[start:start + 17]
+        logits = lab.model.forward(piece[:-1] or piece, run=tape)
+        gradients = tape.backward(logits, cross_entropy(logits, piece[1:] or piece)[1])
+        for name in lab.linears:
+            squares = [[slope * slope for slope in row] for row in gradients[id(lab.model.weights[name])]]
+            total[name] = add(total[name], squares) if name in total else squares
+    return total
+
+
+@lru_cache(maxsize=None)
+def by_hqq(lab: Lab, bits: int, granularity: str | int) -> Compressed:
+    """The whole model by HQQ."""
+    return compress(lab, "HQQ", lambda _, w: hqq(w, bits, granularity=granularity))
+
+
+@lru_cache(maxsize=None)
+def by_squeezellm(lab: Lab, bits: int) -> Compressed:
+    """The whole model by SqueezeLLM."""
+    return compress(lab, "SqueezeLLM", lambda name, w: squeezellm(w, sensitivities(lab)[name], bits))
+
+
+def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
+    """Both beside round to nearest, and where k-means puts its values."""
+    lab, bits, g, name = laboratory(knobs), knobs.bits, knobs.group_size, "layers.0.attention.wq"
+    w, s = lab.model.weights[name], sensitivities(lab)[name]
+    trace.say(f"At {bits} bits. HQQ moves the zero points; SqueezeLLM moves every value of the grid, and keeps a few weights out.")
+    trace.table(["method", "bits/weight", "perplexity", "KL", "changed"],
+                [[c.name, *lab.scores(c)] for c in (rounded_to_nearest(lab, bits, g, False), by_hqq(lab, bits, g),
+                                                    by_squeezellm(lab, bits))], left=(0,))
+    flat, weights = [v for row in w for v in row], [v for row in s for v in row]
+    few = 2 ** min(bits, 4)
+    trace.say(f"Where {few} values go in {name}: evenly, or by k-means; and by k-means in which every weight counts by its sensitivity.")
+    even = [max(map(abs, flat)) * (2 * i / (few - 1) - 1) for i in range(few)]
+    plain, sensitive = (weighted_kmeans(flat, by, few) for by in ([1.0] * len(flat), weights))
+    trace.lines(histogram(flat, {"even": even, "k-means": plain, "by loss": sensitive}))
+
+    def cost(levels: Vector) -> float:
+        return sum(by * min((v - level) ** 2 for level in levels) for v, by in zip(flat[:512], weights[:512]))
+
+    start, better = quantize(w, bits, symmetric=False, granularity=g), hqq(w, bits, granularity=g)
+    errors = [sum(abs(a - b) for p, r in zip(q.dequantize(), w) for a, b in zip(p, r)) for q in (start, better)]
+    trace.check("HQQ: mean |error| no larger than where it started", errors[1] <= errors[0] * (1 + 1e-12), f"{errors[1] / errors[0]:.1%} of it")
+    steps = [weighted_kmeans(flat, weights, few, i) for i in (0, 4, 12)]
+    costs = [sum(by * min((v - level) ** 2 for level in levels) for v, by in zip(flat, weights)) for levels in steps]
+    trace.check("k-means: the weighted error falls from turn to turn", costs[0] >= costs[1] >= costs[2], "after 0, 4 and 12")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 10. One bit and a bit
+#
+# BitNet's weights are signs, with one scale for the matrix; those of b1.58 are -1, 0 or 1, log2(3) = 1.58 bits:
+#
+#     BitNet   w ≈ mean|W| · sign(w - mean W)          b1.58   w ≈ γ · clip(round(w / γ), -1, 1)      γ = mean|W|
+#
+# A product with such a matrix needs no multiplications but one by the scale: add what meets a 1, take off what
+# meets a -1. Done to a trained model this is ruin. So train with it: forwards with the ternary weights, backwards as
+# if rounding were not there (straight through), and the full-precision weights behind them take the steps. In the
+# papers that goes for the whole training, with activations in 8 bits; here for a short run from trained weights.
+
+def bitnet_signs(w: Matrix) -> Matrix:
+    """w as BitNet has it (Wang et al. 2023, equations 1 to 3)."""
+    mean, scale = fmean(v for row in w for v in row), fmean(abs(v) for row in w for v in row)
+    return [[scale if v > mean else -scale for v in row] for row in w]
+
+
+def ternary_codes(w: Matrix) -> tuple[list[list[int]], float]:
+    """(codes -1, 0, 1, γ) of b1.58 (Ma et al. 2024, equations 1 to 3)."""
+    gamma = fmean(abs(v) for row in w for v in row) or 1.0
+    return [[min(max(round(v / gamma), -1), 1) for v in row] for row in w], gamma
+
+
+def ternary_weights(w: Matrix) -> Matrix:
+    """w as b1.58 has it: γ · codes."""
+    codes, gamma = ternary_codes(w)
+    return [[code * gamma for code in row] for row in codes]
+
+
+def pack_ternary(codes: Sequence[int]) -> bytes:
+    """Codes -1, 0, 1, five to a byte, as five digits to base 3: 1.6 bits each."""
+    digits = [code + 1 for code in codes] + [0] * (-len(codes) % 5)
+    return bytes(sum(digit * 3**i for i, digit in enumerate(digits[j:j + 5])) for j in range(0, len(digits), 5))
+
+
+def ternary_product(x: Vector, codes: list[list[int]], gamma: float) -> tuple[Vector, int, int]:
+    """(y = γ · codes x, additions, multiplications)."""
+    y, additions = [], 0
+    for row in codes:
+        total = 0.0
+        for value, code in zip(x, row):
+            if code:
+                total = total + value if code > 0 else total - value
+                additions += 1
+        y.append(gamma * total)
+    return y, additions, len(y)
+
+
+def fine_tune(model: Llama, parameters: dict[str, Matrix | Vector], run_on: Callable[[Tape], Callable], step: Callable,
+              ids: Sequence[int], steps: int) -> list[float]:
+    """Losses of a short run over ids: forward by run_on(tape), and step(gradients of the parameters, progress) each time."""
+    losses = []
+    for i in range(steps):
+        tape, piece = Tape(), ids[i * LENGTH % (len(ids) - LENGTH):][:LENGTH + 1]
+        logits = model.forward(piece[:-1], run=run_on(tape))
+        loss, d_logits = cross_entropy(logits, piece[1:])
+        gradients = tape.backward(logits, d_logits)
+        step({name: gradients[id(p)] for name, p in parameters.items()}, i / steps)
+        losses.append(loss)
+    return losses
+
+
+def straight_through(tape: Tape) -> Callable:
+    """Runs linear with ternary weights; their gradient goes to the weights behind them as it is."""
+    return lambda operation, *inputs: (tape(linear, inputs[0], tape(ternary_weights, inputs[1])) if operation is linear
+                                       else tape(operation, *inputs))
+
+
+@lru_cache(maxsize=None)
+def in_one_bit(lab: Lab, method: str) -> Compressed:
+    """The whole model as "BitNet" or "b1.58" after training, or "b1.58 trained"."""
+    weights, name = lab.model.weights, "1 bit, after" if method == "BitNet" else method
+    if method == "b1.58 trained":
+        weights = {n: [list(row) for row in w] if isinstance(w[0], list) else list(w) for n, w in lab.calm.weights.items()}
+        adam = Adam(weights)
+        fine_tune(Llama(lab.model.config, weights), weights, straight_through,
+                  lambda gradients, progress: adam.step(gradients, 0.01 * (1 - progress)), lab.text, TERNARY_STEPS)
+
+    def method_(n: str, _: Matrix) -> tuple[Matrix, int]:
+        w = weights[n]
+        if method == "BitNet":
+            return bitnet_signs(w), len(pack_bits([v > 0 for row in w for v in row], 1)) + 2
+        return ternary_weights(w), len(pack_ternary([c for row in ternary_codes(w)[0] for c in row])) + 2
+
+    return compress(lab, {"BitNet": "1 bit, BitNet", "b1.58": "b1.58, untrained"}.get(method, method), method_, weights)
+
+
+TERNARY_STEPS = 24
+
+
+def show_one_bit(trace: Trace, knobs: Namespace) -> None:
+    """What is left of the model, before and after training that way; and products without multiplications."""
+    lab, name = laboratory(knobs), "layers.0.attention.wq"
+    trace.say(f"All matrices in one bit, or one of three values, after training; and trained that way for {TERNARY_STEPS} steps more "
+              f"(from the model without planted outliers; a scale for each matrix).")
+    trace.table(["", "bits/weight", "perplexity", "KL", "changed"],
+                [[c.name, *lab.scores(c)] for c in (in_one_bit(lab, m) for m in ("BitNet", "b1.58", "b1.58 trained"))], left=(0,))
+    codes, gamma = ternary_codes(lab.calm.weights[name])
+    x = lab.inputs[name][0]
+    y, additions, multiplications = ternary_product(x, codes, gamma)
+    n = len(codes) * len(x)
+    trace.say(f"{name} times one token, counted while it is done: {additions:,} additions and {multiplications} multiplications, "
+              f"where the matrix in full has {n:,} of each. A corner of it:")
+    trace.lines(["  " + "".join(" -·+"[code + 2] for code in row[:64]) for row in codes[:6]])
+    trace.check_close("the product without multiplications = the one with the decoded weights", [y],
+                      linear([x], ternary_weights(lab.calm.weights[name])), 1e-9)
+    trace.check("additions counted = codes that are not 0", additions == n - sum(row.count(0) for row in codes), f"{additions:,}")
+    flat = [code for row in codes for code in row]
+    unpacked = [byte // 3**i % 3 - 1 for byte in pack_ternary(flat) for i in range(5)][:len(flat)]
+    trace.check("five codes to a byte come back", unpacked == flat, f"{len(pack_ternary(flat)):,} bytes for {len(flat):,} codes")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 11. Training in few bits
+#
+# Full training with Adam keeps two more numbers for every weight. QLoRA freezes the weights, in NF4, and trains a
+# low-rank correction beside each matrix: y = W x + (α/r) B A x with A [r][in] random, B [out][r] zero at first. Only
+# A and B have gradients and optimizer state.
+#
+# Q-GaLore trains the weights themselves, kept in INT8. The gradient G [m][n] is projected to rank r, R = Pᵀ G,
+# with P its top r singular vectors, kept in INT4; Adam works on R, and the step goes back through P:
+#
+#     W = round_stochastically(W - rate · P · Adam(Pᵀ G))
+#
+# Rounding up or down by chance, in proportion, lets steps smaller than INT8's act on average. P is made
+# again at intervals, and where the new one agrees with the old (cosine ≥ 0.4), the interval doubles. (The authors keep
+# Adam's state in 8 bits as well; ours has FP32.)
+
+def frozen_linear(x: Matrix, w: Matrix) -> Matrix:
+    """linear(), whose weights get no gradient."""
+    return linear(x, w)
+
+
+def with_adapters(adapters: dict[int, tuple[Matrix, Matrix]]) -> Callable[[Tape], Callable]:
+    """Runs linear as W x + B (A x), with the (A, B) of W's id; the scale α/r is 1."""
+    def run_on(tape: Callable) -> Callable:
+        def run(operation: Callable, *inputs):
+            if operation is not linear:
+                return tape(operation, *inputs)
+            a, b = adapters[id(inputs[1])]
+            return tape(add, tape(frozen_linear, *inputs), tape(linear, tape(linear, inputs[0], a), b))
+        return run
+    return run_on
+
+
+def subspace(g: Matrix, rank: int, rng: random.Random, turns: int = 2) -> Matrix:
+    """About the top `rank` left singular vectors of g [m][n], as rows [rank][m]: orthogonal iteration on g gᵀ."""
+    vectors = [[rng.gauss(0, 1) for _ in g] for _ in range(rank)]
+    columns = list(zip(*g))
+    for _ in range(turns):
+        vectors = linear(linear(vectors, columns), g)
+        for i, v in enumerate(vectors):
+            for u in vectors[:i]:
+                share = dot(u, v)
+                v = [a - share * b for a, b in zip(v, u)]
+            size = math.sqrt(dot(v, v)) or 1.0
+            vectors[i] = [a / size for a in v]
+    return vectors
+
+
+class QGaLore:
+    """One matrix in INT8 (a scale per row), its projection in INT4, and Adam on the projected gradient."""
+
+    def __init__(self, w: Matrix, rank: int, rng: random.Random, interval: int = 2):
+        self.q, self.rank, self.rng = quantize(w, 8, granularity="channel"), rank, rng
+        self.wide = len(w) > len(w[0])           # project the shorter side
+        self.projection: Quantized | None = None
+        self.interval, self.next, self.steps, self.refreshed = interval, 0, 0, 0
+        self.direction = [[0.0] * max(len(w), len(w[0])) for _ in range(rank)]
+        self.adam = Adam({"R": self.direction})
+
+    def step(self, gradient: Matrix, rate: float) -> Matrix:
+        """Take one step; the weights as they now decode."""
+        g = list(zip(*gradient)) if self.wide else gradient
+        if self.steps == self.next:
+            new = quantize(subspace(g, self.rank, self.rng), 4, granularity="channel")
+            if self.projection:
+                if alignment(self.projection.dequantize(), new.dequantize()) >= 0.4:
+                    self.interval *= 2
+            self.projection, self.next, self.refreshed = new, self.steps + self.interval, self.refreshed + 1
+        self.steps += 1
+        p = self.projection.dequantize()                               # [r][m]
+        for row in self.direction:
+            row[:] = [0.0] * len(row)                                  # so that Adam leaves its step there
+        self.adam.step({"R": linear(p, list(zip(*g)))}, rate)          # R = P g, [r][n]
+        update = linear(list(zip(*p)), list(zip(*self.direction)))     # [m][n]
+        update = list(zip(*update)) if self.wide else update
+        w = [list(map(operator.add, row, change)) for row, change in zip(self.q.dequantize(), update)]
+        grids = lay_grids(w, 8, len(w[0]), "channel")
+        codes = [[min(127, math.floor(v / scale + self.rng.random())) for v in row] for row, ((scale, _),) in zip(w, grids)]
+        self.q = with_grids(codes, grids, 8, len(w[0]), "channel")
+        return self.q.dequantize()
+
+
+def alignment(a: Matrix, b: Matrix) -> float:
+    """Mean |cosine| of the rows of a and of b, pair by pair."""
+    return fmean(abs(dot(u, v)) / math.sqrt(dot(u, u) * dot(v, v) or 1.0) for u, v in zip(a, b))
+
+
+@lru_cache(maxsize=None)
+def by_qlora(lab: Lab, rank: int = 4) -> tuple[Compressed, int]:
+    """(the NF4 model with adapters trained on top, how many numbers those have)."""
+    base, rng, adapters, parameters = in_nf4(lab, True), random.Random(1), {}, {}
+    for name in lab.linears:
+        w = base.weights[name]
+        a, b = [[rng.gauss(0, len(w[0]) ** -0.5) for _ in w[0]] for _ in range(rank)], [[0.0] * rank for _ in w]
+        adapters[id(w)], parameters[name + ".A"], parameters[name + ".B"] = (a, b), a, b
+    adam = Adam(parameters)
+    fine_tune(Llama(lab.model.config, base.weights), parameters, with_adapters(adapters),
+              lambda gradients, progress: adam.step(gradients, 0.005 * (1 - progress)), lab.text, FEW_STEPS)
+    n = sum(map(len, (row for p in parameters.values() for row in p)))
+    return replace(base, name="NF4 + QLoRA", nbytes=base.nbytes + 2 * n, bits_per_weight=base.bits_per_weight + 16 * n / lab.n_weights,
+                   run=with_adapters(adapters)(call)), n
+
+
+FEW_STEPS = 8
+
+
+def show_training(trace: Trace, knobs: Namespace) -> None:
+    """QLoRA and Q-GaLore beside full training: what is kept, and what it does to the loss."""
+    lab, rank = laboratory(knobs), 8
+    rng = random.Random(knobs.seed)
+    matrices = {n: QGaLore(lab.calm.weights[n], rank, rng) for n in lab.linears}
+    weights = lab.calm.weights | {n: m.q.dequantize() for n, m in matrices.items()}
+    before = Compressed("INT8", dict(weights), 0, 0, call)
+    tuned = Llama(lab.model.config, weights)
+    for i in range(FEW_STEPS):  # the arrays change with every step, so the tape is asked for them by name
+        fine_tune(tuned, {n: weights[n] for n in matrices}, lambda tape: tape, lambda gradients, _: weights.update(
+            {n: m.step(gradients[n], 0.005 * (1 - i / FEW_STEPS)) for n, m in matrices.items()}), lab.text[i * LENGTH:], 1)
+    full = {n: [list(row) for row in w] if isinstance(w[0], list) else list(w) for n, w in lab.calm.weights.items()}
+    adam = Adam({n: full[n] for n in lab.linears})
+    fine_tune(Llama(lab.model.config, full), {n: full[n] for n in lab.linears}, lambda tape: tape,
+              lambda gradients, progress: adam.step(gradients, 0.005 * (1 - progress)), lab.text, FEW_STEPS)
+    qlora, n_adapters = by_qlora(lab)
+
+    def loss(weights: dict, run: Callable = call) -> float:
+        return measure(lab, Compressed("", weights, 0, 0, run)).perplexity
+
+    def numbers(arrays: Iterable[Matrix]) -> int:
+        return sum(len(row) for array in arrays for row in array)
+
+    state = numbers(m.direction for m in matrices.values())
+    projections = sum(m.projection.nbytes for m in matrices.values())
+    int8 = sum(m.q.nbytes for m in matrices.values())
+    trace.say(f"{FEW_STEPS} steps more, on everything but the last verse, three ways. Bytes of the matrices' weights as they are kept while "
+              f"training, and of what the optimizer keeps (two FP32 numbers for all it trains; Q-GaLore's projections in INT4).")
+    table = [["full", f"{lab.n_weights:,}", f"{4 * lab.n_weights:,}", f"{8 * numbers(adam.rows.values()):,}",
+              f"{lab.perplexity:.3f}", f"{loss(full):.3f}"],
+             ["QLoRA, rank 4", f"{n_adapters:,}", f"{in_nf4(lab, True).nbytes - lab.rest_bytes + 4 * n_adapters:,}", f"{8 * n_adapters:,}",
+              f"{loss(in_nf4(lab, True).weights):.3f}", f"{loss(qlora.weights, qlora.run):.3f}"],
+             [f"Q-GaLore, rank {rank}", f"{lab.n_weights:,}", f"{int8:,}", f"{8 * state + projections:,}",
+              f"{loss(before.weights):.3f}", f"{loss(weights):.3f}"]]
+    trace.table(["", "trained", "weights", "optimizer", "perplexity", "after"], table, left=(0,))
+    trace.say("Q-GaLore's projections, made again at step 2 and then at intervals that double where they agree:")
+    trace.lines(["  " + f"{name:<26}{'made ' + str(m.refreshed) + ' times':<16}interval {m.interval}" for name, m in matrices.items()])
+
+    shapes = [lab.model.config.shapes()[n] for n in lab.linears]
+    trace.check("QLoRA trains r·(in + out) numbers a matrix", n_adapters == sum(4 * (rows + columns) for rows, columns in shapes), f"{n_adapters:,}")
+    trace.check("Q-GaLore's Adam keeps 2·r·max(in, out) numbers a matrix", 2 * state == sum(2 * rank * max(shape) for shape in shapes), f"{2 * state:,}")
+    trace.check("the frozen base did not change", qlora.weights is in_nf4(lab, True).weights and
+                all(lab.model.weights[n] is not qlora.weights[n] for n in lab.linears), "the same arrays")
+    g = [[rng.gauss(0, 1) * (i < 3) + rng.gauss(0, 1e-6) for i in range(9)] for _ in range(12)]
+    p = subspace(g, 3, rng)
+    back = list(zip(*linear(list(zip(*p)), list(zip(*linear(p, list(zip(*g))))))))
+    trace.check_close("P Pᵀ G = G for a gradient of rank 3", list(zip(*back)), g, 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 12. Mixed precision
+#
+# Not every matrix minds rounding as much. Measure each alone: the KL that it causes when it is quantized and nothing else is,
+# on calibration data, at several bit widths. If the damages roughly add up, the best assignment under a budget of bytes is a
+# small knapsack; with 8 matrices and 4 widths all 65,536 assignments can be tried. (llama.cpp's Q4_K_M mixes
+# in the same spirit, by rule: more bits for some of the attention and feed-forward matrices.)
+
+def widths(bits: int) -> list[int]:
+    """The bit widths that mixed precision chooses from, at a budget of so many bits for all."""
+    return sorted({min(8, max(2, bits + change)) for change in (-1, 0, 1, 2)})
+
+
+@lru_cache(maxsize=None)
+def measure_sensitivity(lab: Lab, bits: int, group: int) -> dict[str, dict[int, tuple[float, int]]]:
+    """{matrix: {bits: (KL when it alone is quantized, on calibration tokens; bytes)}}."""
+    tokens = lab.calibration[:24]
+    reference = [log_softmax(row) for row in lab.model.forward(tokens)]
+    found: dict[str, dict[int, tuple[float, int]]] = {}
+    for name in lab.linears:
+        found[name] = {}
+        for width in widths(bits):
+            q = quantize(lab.model.weights[name], width, granularity=group)
+            ours = map(log_softmax, Llama(lab.model.config, lab.model.weights | {name: q.dequantize()}).forward(tokens))
+            found[name][width] = fmean(kl_divergence(p, o) for p, o in zip(reference, ours)), q.nbytes
+    return found
+
+
+def assign_bits(damage: dict[str, dict[int, tuple[float, int]]], budget: int) -> dict[str, int]:
+    """{matrix: bits} with the least sum of damages among all assignments of at most `budget` bytes."""
+    def cost(choice: Sequence[int]) -> float:
+        return sum(found[bits][0] for found, bits in zip(damage.values(), choice))
+
+    options = product(*(sorted(found) for found in damage.values()))
+    affordable = (c for c in options if sum(found[bits][1] for found, bits in zip(damage.values(), c)) <= budget)
+    return dict(zip(damage, min(affordable, key=cost)))
+
+
+@lru_cache(maxsize=None)
+def in_mixed_precision(lab: Lab, bits: int, group: int) -> Compressed:
+    """The whole model, no larger than at `bits` throughout, its bits where they help most."""
+    damage = measure_sensitivity(lab, bits, group)
+    chosen = assign_bits(damage, sum(found[bits][1] for found in damage.values()))
+    return compress(lab, "mixed bits", lambda name, w: quantize(w, chosen[name], granularity=group))
+
+
+def show_mixed(trace: Trace, knobs: Namespace) -> None:
+    """Each matrix's sensitivity, the assignment, and the model against uniform bits."""
+    lab, bits, g = laboratory(knobs), knobs.bits, knobs.group_size
+    damage = measure_sensitivity(lab, bits, g)
+    budget = sum(found[bits][1] for found in damage.values())
+    chosen = assign_bits(damage, budget)
+    trace.say(f"The KL that each matrix causes when it alone is quantized (in thousandths of a nat a token, on calibration tokens, in groups of {g}), "
+              f"and the bits it gets when all may take {budget:,} bytes, as at {bits} bits throughout.")
+    trace.table(["matrix", "weights", *(f"{width} bits" for width in widths(bits)), "gets", ""],
+                [[name, f"{math.prod(lab.model.config.shapes()[name]):,}", *(f"{1000 * kl:.2f}" for kl, _ in found.values()), str(chosen[name]),
+                  "█" * chosen[name]] for name, found in damage.items()], left=(0, 3 + len(widths(bits))))
+    trace.say("On text that neither saw:")
+    uniform, mixed = rounded_to_nearest(lab, bits, g), in_mixed_precision(lab, bits, g)
+    trace.table(["", "bits/weight", "perplexity", "KL", "changed"],
+                [[f"{bits} bits throughout", *lab.scores(uniform)], ["mixed", *lab.scores(mixed)]], left=(0,))
+    trace.check("mixed is no larger, in encoded bytes", mixed.nbytes <= uniform.nbytes, f"{mixed.nbytes:,} of {uniform.nbytes:,}")
+    sums = [sum(found[b][0] for found, b in zip(damage.values(), choice)) for choice in (chosen.values(), [bits] * len(damage))]
+    trace.check("its damages add up to no more than uniform bits' do", sums[0] <= sums[1], f"{1000 * sums[0]:.1f} against {1000 * sums[1]:.1f}")
+
+
+# ---------------------------------------------------------------------------------------------------
 # 13. The table
 #
 # Everything above on one page. What to expect of a method in production follows from what it needs: rounding to nearest
@@ -1126,7 +1584,9 @@ def everything(lab: Lab, knobs: Namespace) -> list[Compressed]:
             rounded_to_nearest(lab, b, "channel"), rounded_to_nearest(lab, b, g), rounded_to_nearest(lab, b, g, False),
             in_nf4(lab, False), in_nf4(lab, True), *(in_gguf(lab, form) for form in GGUF),
             in_int8(lab, "dynamic"), in_int8(lab, "LLM.int8()"), in_int8(lab, "SmoothQuant", True, knobs.alpha),
-            by_gptq(lab, b, g), by_gptq(lab, b, g, True), by_awq(lab, b, g)]
+            by_gptq(lab, b, g), by_gptq(lab, b, g, True), by_awq(lab, b, g),
+            by_hqq(lab, b, g), by_squeezellm(lab, b), *(in_one_bit(lab, m) for m in ("BitNet", "b1.58", "b1.58 trained")),
+            by_qlora(lab)[0], in_mixed_precision(lab, b, g)]
 
 
 def show_table(trace: Trace, knobs: Namespace) -> None:
@@ -1196,6 +1656,7 @@ class Lab:
     tokenizer: Tokenizer
     model: Llama                # with the planted outliers
     calm: Llama                 # the same function without them
+    text: list[int]             # everything but the last verse, for short runs of training
     calibration: list[int]
     evaluation: list[int]       # all of its tokens but the first are predicted
     inputs: dict[str, Matrix]   # of each matrix, on the calibration tokens
@@ -1300,7 +1761,7 @@ def build_lab(seed: int, calibration_tokens: int, outliers: tuple[int, float]) -
     ids, n_last = tokenizer.encode(TEXT), len(tokenizer.encode(TEXT.splitlines(True)[-1]))
     calibration, evaluation = ids[:-n_last][-calibration_tokens:], ids[-n_last:]
     unseen, logits = capture(model, evaluation[:-1])
-    return Lab(tokenizer, model, calm, calibration, evaluation, capture(model, calibration)[0], unseen, logits)
+    return Lab(tokenizer, model, calm, ids[:-n_last], calibration, evaluation, capture(model, calibration)[0], unseen, logits)
 
 
 def laboratory(knobs: Namespace) -> Lab:
@@ -1323,20 +1784,23 @@ def capture(model: Llama, tokens: Sequence[int]) -> tuple[dict[str, Matrix], Mat
 @lru_cache(maxsize=None)
 def measure(lab: Lab, c: Compressed) -> Measured:
     """A compressed model on the evaluation tokens, beside FP32."""
-    loss = kl = changed = 0
     logits = Llama(lab.model.config, c.weights).forward(lab.evaluation[:-1], run=c.run)
-    for ours, theirs, target in zip(logits, lab.logits, lab.evaluation[1:]):
-        p, norm, our_norm = softmax(theirs), log_sum_exp(theirs), log_sum_exp(ours)
-        loss -= ours[target] - our_norm
-        kl += sum(share * ((a - norm) - (b - our_norm)) for share, a, b in zip(p, theirs, ours))
-        changed += ours.index(max(ours)) != theirs.index(max(theirs))
-    return Measured(math.exp(loss / lab.n_predicted), kl / lab.n_predicted, changed)
+    ours, theirs = list(map(log_softmax, logits)), list(map(log_softmax, lab.logits))
+    loss = -fmean(row[target] for row, target in zip(ours, lab.evaluation[1:]))
+    changed = sum(a.index(max(a)) != b.index(max(b)) for a, b in zip(ours, theirs))
+    return Measured(math.exp(loss), fmean(map(kl_divergence, theirs, ours)), changed)
 
 
-def log_sum_exp(logits: Vector) -> float:
-    """log Σ exp(logits), without overflow."""
+def log_softmax(logits: Vector) -> Vector:
+    """log softmax(logits) = logits - log Σ exp(logits), without overflow."""
     top = max(logits)
-    return top + math.log(math.fsum(math.exp(value - top) for value in logits))
+    norm = top + math.log(math.fsum(math.exp(value - top) for value in logits))
+    return [value - norm for value in logits]
+
+
+def kl_divergence(p: Vector, q: Vector) -> float:
+    """Σ p · log(p / q) in nats, of log-probabilities."""
+    return math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q))
 
 
 def compress(lab: Lab, name: str, method: Callable, weights: dict | None = None) -> Compressed:
@@ -1346,7 +1810,7 @@ def compress(lab: Lab, name: str, method: Callable, weights: dict | None = None)
            for n, w in weights.items() if n not in lab.linears}
     nbytes = 0
     for n in lab.linears:
-        q = method(n, lab.model.weights[n])
+        q = method(n, weights[n])
         out[n], size = (q.dequantize(), q.nbytes) if isinstance(q, Quantized) else q
         nbytes += size
     return Compressed(name, out, lab.rest_bytes + nbytes, 8 * nbytes / lab.n_weights, call)
@@ -2010,6 +2474,18 @@ def concat(*blocks: Matrix) -> Matrix:
     return [[value for part in rows for value in part] for rows in zip(*blocks)]
 
 
+def identity_backward(d: Matrix, w: Matrix) -> list[Matrix]:
+    """Straight through: the gradient of what w was rounded to is taken for w's."""
+    return [d]
+
+
+def frozen_linear_backward(d: Matrix, x: Matrix, w: Matrix) -> list[Matrix]:
+    """y = x wᵀ with w frozen: dx = d w alone."""
+    return [linear(d, list(zip(*w)))]
+
+
+BACKWARD |= {ternary_weights: identity_backward, frozen_linear: frozen_linear_backward}
+
 # ---------------------------------------------------------------------------------------------------
 
 SECTIONS = [
@@ -2021,6 +2497,10 @@ SECTIONS = [
     ("Activations too", show_activations, [int8_matmul, static_scale, llm_int8_matmul, smoothquant_scales, move_scales]),
     ("GPTQ", show_gptq, [hessian_of, gptq, cholesky, inverse]),
     ("AWQ", show_awq, [awq_search, awq_fold, move_scales]),
+    ("HQQ, SqueezeLLM", show_hqq_squeezellm, [hqq, weighted_kmeans, squeezellm, sensitivities]),
+    ("One bit and a bit", show_one_bit, [bitnet_signs, ternary_codes, straight_through, fine_tune, ternary_product]),
+    ("Training in few bits", show_training, [with_adapters, by_qlora, QGaLore, subspace]),
+    ("Mixed precision", show_mixed, [measure_sensitivity, assign_bits]),
     ("The table", show_table, [everything, measure]),
 ]
 
