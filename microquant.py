@@ -1225,14 +1225,11 @@ def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
     plain, sensitive = (weighted_kmeans(flat, by, few) for by in ([1.0] * len(flat), weights))
     trace.lines(histogram(flat, {"even": even, "k-means": plain, "by loss": sensitive}))
 
-    def cost(levels: Vector) -> float:
-        return sum(by * min((v - level) ** 2 for level in levels) for v, by in zip(flat[:512], weights[:512]))
-
     start, better = quantize(w, bits, symmetric=False, granularity=g), hqq(w, bits, granularity=g)
     errors = [sum(abs(a - b) for p, r in zip(q.dequantize(), w) for a, b in zip(p, r)) for q in (start, better)]
     trace.check("HQQ: mean |error| no larger than where it started", errors[1] <= errors[0] * (1 + 1e-12), f"{errors[1] / errors[0]:.1%} of it")
-    steps = [weighted_kmeans(flat, weights, few, i) for i in (0, 4, 12)]
-    costs = [sum(by * min((v - level) ** 2 for level in levels) for v, by in zip(flat, weights)) for levels in steps]
+    costs = [sum(by * min((v - level) ** 2 for level in weighted) for v, by in zip(flat, weights))
+             for weighted in (weighted_kmeans(flat, weights, few, turns) for turns in (0, 4, 12))]
     trace.check("k-means: the weighted error falls from turn to turn", costs[0] >= costs[1] >= costs[2], "after 0, 4 and 12")
 
 
@@ -1286,17 +1283,13 @@ def ternary_product(x: Vector, codes: list[list[int]], gamma: float) -> tuple[Ve
 
 
 def fine_tune(model: Llama, parameters: dict[str, Matrix | Vector], run_on: Callable[[Tape], Callable], step: Callable,
-              ids: Sequence[int], steps: int) -> list[float]:
-    """Losses of a short run over ids: forward by run_on(tape), and step(gradients of the parameters, progress) each time."""
-    losses = []
+              ids: Sequence[int], steps: int, length: int) -> None:
+    """A short run over ids: forward by run_on(tape), and step(gradients of the parameters, progress) each time."""
     for i in range(steps):
-        tape, piece = Tape(), ids[i * LENGTH % (len(ids) - LENGTH):][:LENGTH + 1]
+        tape, piece = Tape(), ids[i * length % (len(ids) - length):][:length + 1]
         logits = model.forward(piece[:-1], run=run_on(tape))
-        loss, d_logits = cross_entropy(logits, piece[1:])
-        gradients = tape.backward(logits, d_logits)
+        gradients = tape.backward(logits, cross_entropy(logits, piece[1:])[1])
         step({name: gradients[id(p)] for name, p in parameters.items()}, i / steps)
-        losses.append(loss)
-    return losses
 
 
 def straight_through(tape: Tape) -> Callable:
@@ -1308,12 +1301,12 @@ def straight_through(tape: Tape) -> Callable:
 @lru_cache(maxsize=None)
 def in_one_bit(lab: Lab, method: str) -> Compressed:
     """The whole model as "BitNet" or "b1.58" after training, or "b1.58 trained"."""
-    weights, name = lab.model.weights, "1 bit, after" if method == "BitNet" else method
+    weights = lab.calm.weights
     if method == "b1.58 trained":
-        weights = {n: [list(row) for row in w] if isinstance(w[0], list) else list(w) for n, w in lab.calm.weights.items()}
+        weights = copy_weights(weights)
         adam = Adam(weights)
         fine_tune(Llama(lab.model.config, weights), weights, straight_through,
-                  lambda gradients, progress: adam.step(gradients, 0.01 * (1 - progress)), lab.text, TERNARY_STEPS)
+                  lambda gradients, progress: adam.step(gradients, 0.01 * (1 - progress)), lab.text, TERNARY_STEPS, LENGTH)
 
     def method_(n: str, _: Matrix) -> tuple[Matrix, int]:
         w = weights[n]
@@ -1446,13 +1439,14 @@ def by_qlora(lab: Lab, rank: int = 4) -> tuple[Compressed, int]:
         adapters[id(w)], parameters[name + ".A"], parameters[name + ".B"] = (a, b), a, b
     adam = Adam(parameters)
     fine_tune(Llama(lab.model.config, base.weights), parameters, with_adapters(adapters),
-              lambda gradients, progress: adam.step(gradients, 0.005 * (1 - progress)), lab.text, FEW_STEPS)
+              lambda gradients, progress: adam.step(gradients, QLORA_RATE * (1 - progress)), lab.recent, FEW_STEPS, PIECE)
     n = sum(map(len, (row for p in parameters.values() for row in p)))
     return replace(base, name="NF4 + QLoRA", nbytes=base.nbytes + 2 * n, bits_per_weight=base.bits_per_weight + 16 * n / lab.n_weights,
                    run=with_adapters(adapters)(call)), n
 
 
-FEW_STEPS = 8
+FEW_STEPS, PIECE = 6, 64                                   # steps of these short runs, and their tokens a step
+FULL_RATE, QLORA_RATE, GALORE_RATE = 0.001, 0.005, 0.005   # learning rates at their start
 
 
 def show_training(trace: Trace, knobs: Namespace) -> None:
@@ -1465,11 +1459,11 @@ def show_training(trace: Trace, knobs: Namespace) -> None:
     tuned = Llama(lab.model.config, weights)
     for i in range(FEW_STEPS):  # the arrays change with every step, so the tape is asked for them by name
         fine_tune(tuned, {n: weights[n] for n in matrices}, lambda tape: tape, lambda gradients, _: weights.update(
-            {n: m.step(gradients[n], 0.005 * (1 - i / FEW_STEPS)) for n, m in matrices.items()}), lab.text[i * LENGTH:], 1)
-    full = {n: [list(row) for row in w] if isinstance(w[0], list) else list(w) for n, w in lab.calm.weights.items()}
+            {n: m.step(gradients[n], GALORE_RATE * (1 - i / FEW_STEPS)) for n, m in matrices.items()}), lab.recent[i % 2 * PIECE:], 1, PIECE)
+    full = copy_weights(lab.calm.weights)
     adam = Adam({n: full[n] for n in lab.linears})
     fine_tune(Llama(lab.model.config, full), {n: full[n] for n in lab.linears}, lambda tape: tape,
-              lambda gradients, progress: adam.step(gradients, 0.005 * (1 - progress)), lab.text, FEW_STEPS)
+              lambda gradients, progress: adam.step(gradients, FULL_RATE * (1 - progress)), lab.recent, FEW_STEPS, PIECE)
     qlora, n_adapters = by_qlora(lab)
 
     def loss(weights: dict, run: Callable = call) -> float:
@@ -1520,7 +1514,7 @@ def widths(bits: int) -> list[int]:
 @lru_cache(maxsize=None)
 def measure_sensitivity(lab: Lab, bits: int, group: int) -> dict[str, dict[int, tuple[float, int]]]:
     """{matrix: {bits: (KL when it alone is quantized, on calibration tokens; bytes)}}."""
-    tokens = lab.calibration[:24]
+    tokens = lab.calibration
     reference = [log_softmax(row) for row in lab.model.forward(tokens)]
     found: dict[str, dict[int, tuple[float, int]]] = {}
     for name in lab.linears:
@@ -1605,8 +1599,12 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
     trace.say("Bytes of the file from left to right, KL from FP32 upwards (ten times for every four lines). Down and left is better.")
     trace.lines(scatter([(nbytes, m.kl, letter, best) for letter, (nbytes, m), best in zip(LETTERS, points, front)]))
     trace.check("KL is nowhere negative", all(m.kl > -1e-12 for _, m in points), f"{len(points)} methods")
-    trace.check("the front's KL falls as its bytes rise", sorted((n, -m.kl) for (n, m), best in zip(points, front) if best) ==
-                sorted(((n, -m.kl) for (n, m), best in zip(points, front) if best), key=lambda p: -p[1])[::-1][::-1] or True, "all of it")
+    best_so_far, walked = math.inf, []
+    for nbytes, kl, i in sorted((nbytes, m.kl, i) for i, (nbytes, m) in enumerate(points)):
+        if kl < best_so_far:
+            best_so_far, walked = kl, walked + [i]
+    trace.check("the front = those met by walking up in size that beat all smaller ones", walked == sorted(
+        (i for i, best in enumerate(front) if best), key=lambda i: points[i][0]), f"{len(walked)} methods")
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGH"
@@ -1667,6 +1665,11 @@ class Lab:
     def linears(self) -> list[str]:
         """The names of the matrices that are quantized: all but the embedding."""
         return [name for name, shape in self.model.config.shapes().items() if is_linear(name, shape)]
+
+    @property
+    def recent(self) -> list[int]:
+        """The end of the text before the last verse."""
+        return self.text[-2 * PIECE - 1:]
 
     @property
     def n_weights(self) -> int:
@@ -1789,6 +1792,11 @@ def measure(lab: Lab, c: Compressed) -> Measured:
     loss = -fmean(row[target] for row, target in zip(ours, lab.evaluation[1:]))
     changed = sum(a.index(max(a)) != b.index(max(b)) for a, b in zip(ours, theirs))
     return Measured(math.exp(loss), fmean(map(kl_divergence, theirs, ours)), changed)
+
+
+def copy_weights(weights: dict[str, Matrix | Vector]) -> dict[str, Matrix | Vector]:
+    """The same numbers in arrays of their own, to train on."""
+    return {name: [list(row) for row in w] if isinstance(w[0], list) else list(w) for name, w in weights.items()}
 
 
 def log_softmax(logits: Vector) -> Vector:
