@@ -1419,9 +1419,14 @@ class QGaLore:
         update = list(zip(*update)) if self.wide else update
         w = [list(map(operator.add, row, change)) for row, change in zip(self.q.dequantize(), update)]
         grids = lay_grids(w, 8, len(w[0]), "channel")
-        codes = [[min(127, math.floor(v / scale + self.rng.random())) for v in row] for row, ((scale, _),) in zip(w, grids)]
+        codes = [stochastic_codes(row, scale, self.rng) for row, ((scale, _),) in zip(w, grids)]
         self.q = with_grids(codes, grids, 8, len(w[0]), "channel")
         return self.q.dequantize()
+
+
+def stochastic_codes(values: Vector, scale: float, rng: random.Random) -> list[int]:
+    """INT8 codes, rounded up with the probability of the fraction, so that the mean is the value."""
+    return [min(127, math.floor(value / scale + rng.random())) for value in values]
 
 
 def alignment(a: Matrix, b: Matrix) -> float:
