@@ -130,7 +130,8 @@ def quantize(w: Matrix, bits: int, *, symmetric: bool = True,
     """
     group = group_columns(w, bits, granularity)
     grids = lay_grids(w, bits, group, granularity, symmetric)
-    codes = [[code for g, grid in enumerate(row_grids) for code in to_codes(row[g * group:(g + 1) * group], *grid, bits)]
+    codes = [[code for g, grid in enumerate(row_grids) for code in to_codes(row[g * group:(g + 1) * group], *grid,
+                                                                            bits)]
              for row, row_grids in zip(w, grids)]
     return with_grids(codes, grids, bits, group, granularity, symmetric)
 
@@ -172,7 +173,8 @@ def group_columns(w: Matrix, bits: int, granularity: str | int) -> int:
     if not w or not w[0] or any(len(row) != len(w[0]) for row in w):
         raise ValueError("w must have at least one row and one column, and rows of one length")
     if not all(abs(value) <= FP16_MAX for row in w for value in row):
-        raise ValueError(f"w must hold finite numbers of at most {FP16_MAX:.0f}, the largest that FP16 scales allow for")
+        raise ValueError(f"w must hold finite numbers of at most {FP16_MAX:.0f}, the largest that FP16 scales allow "
+                         f"for")
     return granularity if type(granularity) is int else len(w[0])
 
 
@@ -238,8 +240,10 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     w, bits = lab.model.weights[name], knobs.bits
     channels, size = knobs.outliers
     trace.say(f"The patient: a Llama of {sum(math.prod(s) for s in config.shapes().values()):,} weights, {config.dim} "
-              f"channels and {config.n_layers} layer, trained for {STEPS} steps on The House That Jack Built; perplexity "
-              f"{lab.perplexity:.3f} on the verse that everything here is measured on. Large models have a few channels whose activations are many times the others'; a "
+              f"channels and {config.n_layers} layer, trained for {STEPS} steps on The House That Jack Built; "
+              f"perplexity "
+              f"{lab.perplexity:.3f} on the verse that everything here is measured on. Large models have a few "
+              f"channels whose activations are many times the others'; a "
               f"tiny one has not. So they are planted: on {channels} channels every norm's gain is made {size:g} times "
               f"larger, and the columns that read them as much smaller, which changes nothing in exact arithmetic.")
     trace.say(f"Some weights of {name}, rounded to INT8 and INT{bits} (one scale for the matrix) and back:")
@@ -262,16 +266,19 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     trace.say("Floating point instead: what four formats make of the same numbers. Range is paid for with precision.")
     trace.table(["", "bits", "largest", "smallest", "step at 1", *(f"{x:g}" for x in SAMPLES)],
                 [[form, str(1 + e + m), f"{largest:.3g}", f"2^{2 - 2 ** (e - 1) - m}", f"2^-{m}",
-                  *(f"{rounded(x):.5g}" for x in SAMPLES)] for form, (rounded, e, m, largest) in FLOATS.items()], left=(0,))
+                  *(f"{rounded(x):.5g}" for x in SAMPLES)] for form, (rounded, e, m, largest) in FLOATS.items()],
+                left=(0,))
 
     trace.check_close("the planted outliers left the FP32 logits where they were", lab.logits,
                       lab.calm.forward(lab.evaluation[:-1]), 1e-9)
     for form, q in forms.items():
         gap = max(abs(a - b) / (q.scales[0][0] / 2) for p, r in zip(back[form], w) for a, b in zip(p, r))
-        trace.check(f"{form}: |error| ≤ scale / 2 on all {len(w) * len(w[0]):,} weights", gap <= 1 + 1e-12, "every weight")
+        trace.check(f"{form}: |error| ≤ scale / 2 on all {len(w) * len(w[0]):,} weights", gap <= 1 + 1e-12,
+                    "every weight")
     halves = [value for values in w for value in values] + [10.0 ** e for e in range(-9, 5)]
     trace.check("fp16() = what struct packs, bf16() = the nearer of FP32's two cuts",
-                all(fp16(x) == struct.unpack("<e", struct.pack("<e", x))[0] and bf16(x) == bf16_by_bits(x) for x in halves),
+                all(fp16(x) == struct.unpack("<e", struct.pack("<e", x))[0] and bf16(x) == bf16_by_bits(x)
+                    for x in halves),
                 f"{len(halves):,} numbers, to the bit")
     for form, exponent_bits, top in (("E4M3", 4, 448.0), ("E5M2", 5, 57344.0)):
         values = fp8_values(exponent_bits, top)
@@ -280,7 +287,7 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
                         for x in halves[::7] if abs(x) <= top), "every seventh of those numbers")
 
 
-SAMPLES = (0.1, 3.14159, 300.0, 70000.0, 1e-6)
+SAMPLES = (0.1, 300.0, 70000.0, 1e-6)
 FLOATS = {"FP16": (fp16, 5, 10, FP16_MAX), "BF16": (bf16, 8, 7, (2 - 2**-7) * 2.0**127),
           "FP8 E4M3": (fp8_e4m3, 4, 3, 448.0), "FP8 E5M2": (fp8_e5m2, 5, 2, 57344.0)}
 
@@ -316,7 +323,8 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
     """Bits, error and loss at each granularity, and what one outlier does to its neighbours."""
     lab, g = laboratory(knobs), knobs.group_size
     kinds: dict[str, str | int] = {"tensor": "tensor", "channel": "channel", f"group of {g}": g}
-    trace.say("The whole model rounded to nearest, at three granularities. Error: how far the weights moved, as a share "
+    trace.say("The whole model rounded to nearest, at three granularities. Error: how far the weights moved, as a "
+              "share "
               "of their size. Perplexity on unseen text; KL: how far the predictions moved from FP32's, in "
               "nats a token; changed: how often the likeliest next token is another one.")
     rows, sizes_agree = [["FP32", "", "32.000", "", f"{lab.perplexity:.3f}", "", ""]], True
@@ -325,7 +333,8 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
             c = rounded_to_nearest(lab, bits, granularity)
             error = fmean(relative_distance(c.weights[n], lab.model.weights[n]) for n in lab.linears)
             m = measure(lab, c)
-            rows.append([f"INT{bits}", kind, f"{c.bits_per_weight:.3f}", f"{error:.1%}", f"{m.perplexity:.3f}", f"{m.kl:.4f}",
+            rows.append([f"INT{bits}", kind, f"{c.bits_per_weight:.3f}", f"{error:.1%}", f"{m.perplexity:.3f}",
+                         f"{m.kl:.4f}",
                          f"{m.changed} of {lab.n_predicted}"])
             n_scales = sum({"tensor": 1, "channel": len(w)}.get(kind, len(w) * -(-len(w[0]) // g))
                            for w in (lab.model.weights[n] for n in lab.linears))
@@ -338,7 +347,8 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
     typical = math.sqrt(fmean(value * value for row in w for value in row))
     r, c = 2, len(w[0]) // 3
     w[r][c] = 20 * typical
-    trace.say(f"One outlier's damage: {len(w)} rows of {len(w[0])} weights, one of them (row {r + 1}, column {c + 1}) made 20 "
+    trace.say(f"One outlier's damage: {len(w)} rows of {len(w[0])} weights, one of them (row {r + 1}, column "
+              f"{c + 1}) made 20 "
               f"times the typical size. How far INT{knobs.bits} moves each of the others:")
     legend = "as a share of the typical weight: blank 0   · under 2%   ░ under 10%   ▒ under 30%   ▓ under 60%   █ more"
     hurt = {}
@@ -355,7 +365,8 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
               for j, (a, b) in enumerate(zip(p, row)))
     trace.check("in groups too: |error| ≤ scale / 2, each with its own scale", far <= 1 + 1e-12, "every weight")
     loss = -fmean(log_softmax(row)[target] for row, target in zip(lab.logits, lab.evaluation[1:]))
-    trace.check("FP32's perplexity by softmax = by log-sum-exp", abs(math.exp(loss) - lab.perplexity) < 1e-9, "|Δ| < 1e-09")
+    trace.check("FP32's perplexity by softmax = by log-sum-exp", abs(math.exp(loss) - lab.perplexity) < 1e-9,
+                "|Δ| < 1e-09")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -401,17 +412,21 @@ def show_bytes(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"{len(codes)} codes in {len(data)} bytes. Read each byte from the right: low half first.")
     trace.table(["codes", "in four bits", "byte", "hex"],
                 [[", ".join(map(str, pair)), " ".join(format(code & 15, "04b") for code in pair), format(byte, "08b"),
-                  format(byte, "02x")] for pair, byte in zip((codes[i:i + 2] for i in range(0, 7, 2)), data)], left=(0, 1))
+                  format(byte, "02x")] for pair, byte in zip((codes[i:i + 2] for i in range(0, 7, 2)), data)],
+                left=(0, 1))
 
     config, rng, g, bits = model_config(VOCAB_SIZE), random.Random(knobs.seed), knobs.group_size, knobs.bits
     shapes = [shape for name, shape in config.shapes().items() if is_linear(name, shape)]
     rest = sum(map(math.prod, config.shapes().values())) - sum(map(math.prod, shapes))
-    trace.say(f"The tiny model's file: its {len(shapes)} matrices in each format, encoded, and the bytes counted. What only "
+    trace.say(f"The tiny model's file: its {len(shapes)} matrices in each format, encoded, and the bytes counted. "
+              f"What only "
               f"looks up or scales, the embedding and the norms, stays in FP16: {2 * rest:,} bytes.")
     matrices = [[[rng.gauss(0, 0.1) for _ in range(shape[1])] for _ in range(shape[0])] for shape in shapes]
     n = sum(map(math.prod, shapes))
-    sizes = {"FP32": (sum(len(struct.pack(f"<{len(row)}f", *row)) for w in matrices for row in w) + 4 * rest, 4 * (n + rest)),
-             "FP16": (sum(len(struct.pack(f"<{len(row)}e", *row)) for w in matrices for row in w) + 2 * rest, 2 * (n + rest))}
+    sizes = {"FP32": (sum(len(struct.pack(f"<{len(row)}f", *row)) for w in matrices for row in w) + 4 * rest,
+                      4 * (n + rest)),
+             "FP16": (sum(len(struct.pack(f"<{len(row)}e", *row)) for w in matrices for row in w) + 2 * rest,
+                      2 * (n + rest))}
     for form, wide, granularity in (("INT8, channels", 8, "channel"), (f"INT{bits}, tensor", bits, "tensor"),
                                     (f"INT{bits}, groups of {g}", bits, g)):
         scales = {"tensor": len(shapes), "channel": sum(rows for rows, _ in shapes)}.get(
@@ -422,7 +437,8 @@ def show_bytes(trace: Trace, knobs: Namespace) -> None:
                 [[form, f"{size:,}", f"{size / sizes['FP32'][0]:.0%}", bar(size, sizes["FP32"][0], 40)]
                  for form, (size, _) in sizes.items()], left=(0, 3))
 
-    trace.say("The weights of real models in GiB, all of them at so many bits; 4.5 is 4 bits and an FP16 scale for every 32.")
+    trace.say("The weights of real models in GiB, all of them at so many bits; 4.5 is 4 bits and an FP16 scale for "
+              "every 32.")
     counts = {name: sum(map(math.prod, Config(*sizes).shapes().values())) for name, (sizes, _) in REAL_LLAMAS.items()}
     trace.table(["model", "parameters", *(f"{bits:g} bits" for bits in (32, 16, 8, 4.5, 4))],
                 [[name, f"{count:,}"] + [f"{count * bits / 8 / 2**30:.1f}" for bits in (32, 16, 8, 4.5, 4)]
@@ -430,7 +446,8 @@ def show_bytes(trace: Trace, knobs: Namespace) -> None:
     lengths = [codes * 3 for codes in ([], [1], [-8, 7], codes, list(range(-8, 8)))]
     trace.check("unpack_int4() gives back what pack_int4() packed, odd lengths too",
                 all(unpack_int4(pack_int4(some), len(some)) == some for some in lengths), "equal")
-    trace.check("pack_int4() = the general pack_bits() at 4 bits", all(pack_int4(s) == pack_bits(s, 4) for s in lengths), "equal")
+    trace.check("pack_int4() = the general pack_bits() at 4 bits", all(pack_int4(s) == pack_bits(s, 4)
+                                                                       for s in lengths), "equal")
     trace.check("bytes counted = the formula, for every format", all(a == b for a, b in sizes.values()), "equal")
     trace.check("parameters computed from the configurations = the published counts",
                 counts == {name: count for name, (_, count) in REAL_LLAMAS.items()}, "equal")
@@ -520,7 +537,8 @@ def show_nf4(trace: Trace, knobs: Namespace) -> None:
     normal = [v / max(map(abs, part)) for row in kinds["bell-shaped"] for part in (row[:64], row[64:128]) for v in part]
     trace.lines(histogram(normal, {"NF4": codebook, "INT4": [code / 7 for code in range(-7, 8)]}))
     trace.note("NF4: " + " ".join(f"{value:+.3f}" for value in codebook))
-    trace.say(f"{math.prod(shape):,} numbers of each kind, in blocks of 64: root mean square error, as a share of the numbers' own.")
+    trace.say(f"{math.prod(shape):,} numbers of each kind, in blocks of 64: root mean square error, as a share of "
+              f"the numbers' own.")
     rows, errors = [], {}
     for kind, w in kinds.items():
         errors[kind] = [relative_distance(q.dequantize(), w) for q in (quantize(w, 4, granularity=64), quantize_nf4(w))]
@@ -535,15 +553,18 @@ def show_nf4(trace: Trace, knobs: Namespace) -> None:
     trace.table(["", "bytes", "bits/weight", "error"], rows, left=(0,))
     trace.check_close("the derived codebook = the 16 published values", [codebook], [PUBLISHED_NF4], 1e-6)
     trace.check("NF4 beats INT4 on bell-shaped numbers, and loses on uniform ones",
-                errors["bell-shaped"][1] < errors["bell-shaped"][0] and errors["uniform"][1] > errors["uniform"][0], "both")
+                errors["bell-shaped"][1] < errors["bell-shaped"][0] and errors["uniform"][1] > errors["uniform"][0],
+                "both")
     n_weights, blocks = math.prod(shape), math.prod(shape) // 64
     trace.check("bits counted = 4 + 32/64, and 4 + 8/64 + 32/(64·256) + the mean's 32 over all",
-                plain.bits_per_weight == 4.5 and double.bits_per_weight == 4 + 8 / 64 + 32 / (64 * 256) + 32 / n_weights, "equal")
+                plain.bits_per_weight == 4.5
+                and double.bits_per_weight == 4 + 8 / 64 + 32 / (64 * 256) + 32 / n_weights, "equal")
     sample = [value for row in w[:4] for value in row[:64]]
     nearest = [min(codebook, key=lambda level: abs(level * max(map(abs, row[:64])) - value))
                for row in w[:4] for value in row[:64]]
     q = quantize_nf4([row[:64] for row in w[:4]])
-    trace.check("each code is the nearest of the 16 values", [codebook[code] for row in q.codes for code in row] == nearest,
+    trace.check("each code is the nearest of the 16 values", [codebook[code] for row in q.codes
+                                                              for code in row] == nearest,
                 f"{len(sample)} weights by trying all")
 
 
@@ -582,7 +603,8 @@ def q8_0_encode(row: Sequence[float]) -> bytes:
     for block in blocks_of(row, 32):
         d = fp32(max(map(abs, block)) / 127)
         products = [fp32(value * reciprocal(d)) for value in block]
-        data += struct.pack("<e32b", d, *(int(math.copysign(abs(p) + 0.5, p)) for p in products))  # halves go away from 0
+        data += struct.pack("<e32b", d, *(int(math.copysign(abs(p) + 0.5, p))
+                                          for p in products))  # halves go away from 0
     return data
 
 
@@ -635,13 +657,17 @@ def q4_k_decode(data: bytes, n: int) -> Vector:
     check_blocks(data, n, 256, 144)
     out: Vector = []
     for d, dmin, *rest in struct.iter_unpack("<2e140B", data):
-        b, pairs = rest[:12], rest[12:]
-        sc = [b[j] & 63 for j in range(4)] + [b[8 + j] & 15 | b[j] >> 6 << 4 for j in range(4)]
-        mn = [b[4 + j] & 63 for j in range(4)] + [b[8 + j] >> 4 | b[4 + j] >> 6 << 4 for j in range(4)]
+        sc, mn = q4_k_scales(rest[:12])
         for j in range(8):
-            half = [pair >> 4 if j % 2 else pair & 15 for pair in pairs[j // 2 * 32:j // 2 * 32 + 32]]
+            half = [pair >> 4 if j % 2 else pair & 15 for pair in rest[12 + j // 2 * 32:][:32]]
             out += [d * sc[j] * q - dmin * mn[j] for q in half]
     return out
+
+
+def q4_k_scales(b: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The eight scales and the eight minimums in a super-block's 12 bytes."""
+    return ([b[j] & 63 for j in range(4)] + [b[8 + j] & 15 | b[j] >> 6 << 4 for j in range(4)],
+            [b[4 + j] & 63 for j in range(4)] + [b[8 + j] >> 4 | b[4 + j] >> 6 << 4 for j in range(4)])
 
 
 def check_blocks(data: bytes, n: int, weights: int, size: int) -> None:
@@ -662,7 +688,8 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
     row = rows[0][:32]
     block = q4_0_encode(row)
     d, = struct.unpack("<e", block[:2])
-    trace.say("One Q4_0 block of 32 weights, byte for byte as a GGUF file has it: the FP16 scale, lowest byte first, then 16 "
+    trace.say("One Q4_0 block of 32 weights, byte for byte as a GGUF file has it: the FP16 scale, lowest byte first, "
+              "then 16 "
               "bytes of two codes each.")
     trace.lines(["  " + block[:2].hex(" ") + " │ " + block[2:].hex(" ")])
     extreme = max(range(32), key=lambda i: abs(row[i]))
@@ -686,14 +713,13 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
     trace.table(["", "block", "of weights", "bits/weight", "error", "moved aside"], table, left=(0,))
     data = q4_k_encode(rows[0][:256])
     d, dmin = struct.unpack("<2e", data[:4])
-    trace.say(f"A Q4_K super-block's first 16 bytes: d = {d:.6f}, dmin = {dmin:.6f}, and eight scales and eight minimums "
+    trace.say(f"A Q4_K super-block's first 16 bytes: d = {d:.6f}, dmin = {dmin:.6f}, and eight scales and eight "
+              f"minimums "
               f"in 12 bytes, the last four of each in two pieces:")
     b = data[4:16]
     trace.lines(["  " + data[:2].hex(" ") + " │ " + data[2:4].hex(" ") + " │ " + b.hex(" ")])
     trace.table(["sub-block", *map(str, range(8))],
-                [["scale", *(str(v) for v in [b[j] % 64 for j in range(4)] + [b[8 + j] % 16 + b[j] // 64 * 16 for j in range(4)])],
-                 ["min", *(str(v) for v in [b[4 + j] % 64 for j in range(4)] + [b[8 + j] // 16 + b[4 + j] // 64 * 16 for j in range(4)])]],
-                left=(0,))
+                [[part, *map(str, values)] for part, values in zip(("scale", "min"), q4_k_scales(b))], left=(0,))
     # Q8_0 of 1, 2, …, 32 by hand: d = 32/127, so weight i is code round(127·i/32).
     ramp = [float(i) for i in range(1, 33)]
     fixture = struct.pack("<e", 32 / 127) + bytes(math.floor(127 * i / 32 + 0.5) for i in range(1, 33))
@@ -773,7 +799,8 @@ def llm_int8_matmul(x: Matrix, w: Matrix, *, threshold: float = 6.0) -> Matrix:
 def smoothquant_scales(x_absmax: Vector, w_absmax: Vector, alpha: float = 0.5) -> Vector:
     """s_j = max|x_j|^α / max|w_j|^(1-α) for every input channel; 1 where either is 0 (Xiao et al. 2023, equation 4)."""
     if not 0 <= alpha <= 1 or len(x_absmax) != len(w_absmax):
-        raise ValueError(f"alpha must be from 0 to 1, and x_absmax as long as w_absmax; got {alpha}, {len(x_absmax)} and "
+        raise ValueError(f"alpha must be from 0 to 1, and x_absmax as long as w_absmax; got {alpha}, {len(x_absmax)} "
+                         f"and "
                          f"{len(w_absmax)}")
     return [a ** alpha / b ** (1 - alpha) if a and b else 1.0 for a, b in zip(x_absmax, w_absmax)]
 
@@ -829,29 +856,36 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     lab, name = laboratory(knobs), "layers.0.attention.wq"
     absmax = [max(map(abs, column)) for column in zip(*lab.inputs[name])]
     smooth = smoothquant(lab.model.weights, lab.model.config, lab.inputs, knobs.alpha)
-    smoothed = [max(map(abs, column)) for column in zip(*capture(Llama(lab.model.config, smooth), lab.calibration)[0][name])]
-    trace.say(f"The largest magnitude of every channel that goes into {name}, {len(absmax)} channels from left to right, as the model has it and "
+    smoothed = [max(map(abs, column)) for column in zip(*capture(Llama(lab.model.config, smooth),
+                                                                 lab.calibration)[0][name])]
+    trace.say(f"The largest magnitude of every channel that goes into {name}, {len(absmax)} channels from left to "
+              f"right, as the model has it and "
               f"after SmoothQuant (α = {knobs.alpha:g}).".replace("α", "alpha"))
     trace.lines(columns_picture(absmax) + [""] + columns_picture(smoothed))
     trace.say("Weights and activations in INT8: the model as it was trained, and with the planted outliers.")
     rows = []
     for method in ("absmax", "percentile", "error", "dynamic", "LLM.int8()", "SmoothQuant"):
         calm, wild = (measure(lab, in_int8(lab, method, outliers, knobs.alpha)) for outliers in (False, True))
-        rows.append([{"absmax": "static, absmax", "percentile": "static, 99.9th percentile", "error": "static, least error",
+        rows.append([{"absmax": "static, absmax", "percentile": "static, 99.9th percentile",
+                      "error": "static, least error",
                       "dynamic": "dynamic, per token"}.get(method, method),
                      f"{calm.perplexity:.3f}", f"{calm.kl:.4f}", f"{wild.perplexity:.3f}", f"{wild.kl:.4f}",
                      f"{wild.changed} of {lab.n_predicted}"])
     trace.table(["scales of the activations", "perplexity", "KL", "with outliers", "KL", "changed"], rows, left=(0,))
     reached = [c for c, size in enumerate(absmax) if size >= 6]
-    trace.note(f"FP32: perplexity {lab.perplexity:.3f}. LLM.int8() kept {len(reached)} of {len(absmax)} columns of {name} in floating point.")
+    trace.note(f"FP32: perplexity {lab.perplexity:.3f}. LLM.int8() kept {len(reached)} of {len(absmax)} columns of "
+               f"{name} in floating point.")
     x, w = lab.inputs[name][:8], lab.model.weights[name]
-    trace.check_close("LLM.int8() with threshold 0 = the exact product", llm_int8_matmul(x, w, threshold=0), linear(x, w), 1e-9)
+    trace.check_close("LLM.int8() with threshold 0 = the exact product", llm_int8_matmul(x, w, threshold=0),
+                      linear(x, w), 1e-9)
     q = quantize(w, 8, granularity="channel")
-    by_hand = [[sum(round(v / (max(map(abs, row)) / 127)) * code for v, code in zip(row, unit)) * (max(map(abs, row)) / 127) * s
+    by_hand = [[sum(round(v / (max(map(abs, row)) / 127)) * code for v,
+                    code in zip(row, unit)) * (max(map(abs, row)) / 127) * s
                 for unit, (s,) in zip(q.codes, q.scales)] for row in x]
     trace.check_close("LLM.int8() with threshold infinity = vector-wise INT8, worked out by hand",
                       llm_int8_matmul(x, w, threshold=math.inf), by_hand, 1e-9)
-    trace.check_close("SmoothQuant left the FP32 logits where they were", Llama(lab.model.config, smooth).forward(lab.evaluation[:-1]),
+    trace.check_close("SmoothQuant left the FP32 logits where they were", Llama(lab.model.config,
+                                                                                smooth).forward(lab.evaluation[:-1]),
                       lab.logits, 1e-9)
 
 
@@ -959,7 +993,8 @@ def by_gptq(lab: Lab, bits: int, granularity: str | int, act_order: bool = False
 def show_gptq(trace: Trace, knobs: Namespace) -> None:
     """One row's codes, every matrix's output error, and the model."""
     lab, bits, g = laboratory(knobs), knobs.bits, knobs.group_size
-    trace.say(f"Layer by layer: how far each matrix's output moves on text that the calibration never saw, |Wx - Qx| / |Wx|, "
+    trace.say(f"Layer by layer: how far each matrix's output moves on text that the calibration never saw, |Wx - Qx| "
+              f"/ |Wx|, "
               f"at INT{bits} in groups of {g}.")
     methods = {"to nearest": rounded_to_nearest(lab, bits, g), "GPTQ": by_gptq(lab, bits, g),
                "act-order": by_gptq(lab, bits, g, act_order=True)}
@@ -971,26 +1006,33 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
     trace.say("And the model, by the loss that no layer saw:")
     rows = []
     for kind, granularity in (("channel", "channel"), (f"group of {g}", g)):
-        for form, c in (("to nearest", rounded_to_nearest(lab, bits, granularity)), ("GPTQ", by_gptq(lab, bits, granularity)),
+        for form, c in (("to nearest", rounded_to_nearest(lab, bits, granularity)),
+                        ("GPTQ", by_gptq(lab, bits, granularity)),
                         ("GPTQ, act-order", by_gptq(lab, bits, granularity, act_order=True))):
             rows.append([kind, form, *lab.scores(c)])
     trace.table(["a scale per", "method", "bits/weight", "perplexity", "KL", "changed"], rows, left=(0, 1))
 
-    w, x = [row[:8] for row in lab.model.weights["layers.0.feed_forward.w2"][:3]], [row[:8] for row in lab.inputs["layers.0.feed_forward.w2"]]
+    w, x = [row[:8] for row in lab.model.weights["layers.0.feed_forward.w2"][:3]], [row[:8]
+                                                                                    for row in lab.inputs["layers.0.feed_forward.w2"]]
     h = hessian_of(x)
-    codes = {"to nearest": quantize(w, bits, granularity="tensor").codes[0], "GPTQ": gptq(w, h, bits, granularity="tensor").codes[0]}
-    trace.say("Eight weights of a row: what both make of them. A code that GPTQ moved (*) carries errors from its left.")
+    codes = {"to nearest": quantize(w, bits, granularity="tensor").codes[0],
+             "GPTQ": gptq(w, h, bits, granularity="tensor").codes[0]}
+    trace.say("Eight weights of a row: what both make of them. A code that GPTQ moved (*) carries errors from its "
+              "left.")
     trace.table(["w / scale"] + [f"{v / quantize(w, bits).scales[0][0]:+.1f}" for v in w[0]],
                 [["to nearest", *map(str, codes["to nearest"])],
                  ["GPTQ", *(f"{b}" + "*" * (a != b) for a, b in zip(*codes.values()))]], left=(0,))
     trace.check("GPTQ's codes = OBQ's, inverting H again for every column",
                 gptq(w, h, bits, granularity="tensor").codes == obq_in_order(w, h, bits, "tensor"), "24 codes equal")
     eye = [[3.0 * (i == j) for j in range(8)] for i in range(8)]
-    trace.check("with uncorrelated inputs GPTQ = round to nearest", gptq(w, eye, bits, granularity=3) == quantize(w, bits, granularity=3),
+    trace.check("with uncorrelated inputs GPTQ = round to nearest",
+                gptq(w, eye, bits, granularity=3) == quantize(w, bits, granularity=3),
                 "equal, scales too")
-    damped = [[v + 0.01 * fmean(h[k][k] for k in range(8)) * (i == j) for j, v in enumerate(row)] for i, row in enumerate(h)]
+    damped = [[v + 0.01 * fmean(h[k][k] for k in range(8)) * (i == j) for j, v in enumerate(row)] for i,
+              row in enumerate(h)]
     product = linear(damped, inverse(damped))
-    trace.check_close("inverse(): H·H⁻¹ = 1".replace("⁻¹", "^-1"), product, [[float(i == j) for j in range(8)] for i in range(8)], 1e-6)
+    trace.check_close("inverse(): H·H⁻¹ = 1".replace("⁻¹", "^-1"), product, [[float(i == j) for j in range(8)]
+                                                                             for i in range(8)], 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1001,20 +1043,23 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
 # within the format: multiply a salient channel of W by s > 1 before rounding and divide its input by s. The
 # grid hardly changes, and the channel's error shrinks by s. How strongly, is searched:
 #
-#     s = mean|x|^α, scaled to √(max s · min s) = 1          α from 0 (nothing) in 20 steps, for least |Wx - Q(W·s)(x/s)|²
+#     s = mean|x|^α, scaled to √(max s · min s) = 1          α from 0 (nothing) in 20 steps, for least |Wx -
+# Q(W·s)(x/s)|²
 #
 # x / s costs nothing: it is folded into the operation before, a norm's gain or the rows of another matrix
 # (w3 makes the channels that w2 reads). Matrices that read the same input share s. For wo there is no such
 # place when query heads share KV heads, and it stays as it is, as in the authors' code, whose clipping of
 # the weights is left out here.
 
-def awq_search(w: Matrix, x: Matrix, bits: int, *, granularity: str | int, grid: int = 20) -> tuple[Vector, float, Quantized]:
+def awq_search(w: Matrix, x: Matrix, bits: int, *, granularity: str | int, grid: int = 20) -> tuple[Vector, float,
+                                                                                                    Quantized]:
     """(scales [in], α, Q(w · scales)) for the least output error on inputs x [n][in], over α = 0, 1/grid, ….
 
     w [out][in]. The first of equally good α wins. ValueError if grid < 1, or as for quantize(). Lin et al. 2024, equation 5.
     """
     if grid < 1 or not x or len(x[0]) != len(w[0]):
-        raise ValueError(f"grid must be at least 1, and x have rows of {len(w[0])}; got grid = {grid} and {len(x)} rows")
+        raise ValueError(f"grid must be at least 1, and x have rows of {len(w[0])}; got grid = {grid} and {len(x)} "
+                         f"rows")
     target, best = linear(x, w), None
     for step in range(grid):
         scales = salience_scales(x, step / grid)
@@ -1088,11 +1133,13 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
               f"helps depends on how it is chosen. And AWQ, which keeps none.")
     rows = [["none", *lab.scores(rounded_to_nearest(lab, bits, g))]]
     for count, by in ((1, "chance"), (1, "weights"), (1, "activations"), (3, "activations")):
-        rows.append([f"{count}, by {'their ' * (by != 'chance')}{by}", *lab.scores(keeping_channels(lab, bits, g, count, by))])
+        rows.append([f"{count}, by {'their ' * (by != 'chance')}{by}", *lab.scores(keeping_channels(lab, bits, g,
+                                                                                                    count, by))])
     rows.append(["none: AWQ", *lab.scores(by_awq(lab, bits, g))])
     trace.table(["channels in FP16", "bits/weight", "perplexity", "KL", "changed"], rows, left=(0,))
 
-    trace.say(f"The search behind {source}: output error of {', '.join(name.split('.')[-1] for name in readers)} on the "
+    trace.say(f"The search behind {source}: output error of {', '.join(name.split('.')[-1] for name in readers)} on "
+              f"the "
               f"calibration tokens for each exponent; 0 is round to nearest. AWQ takes the least.")
     few = x[::max(1, len(x) // SEARCH_ROWS)]
     target = linear(few, w)
@@ -1106,12 +1153,15 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
                                             for alpha, e in errors.items()], left=(2,))
     trace.note("found: " + ", ".join(f"{name} {alpha:.2f}" for name, (_, alpha) in sorted(found.items())))
     folded = Llama(lab.model.config, awq_fold(lab, found))
-    trace.check_close("AWQ's scales, folded in, left the FP32 logits where they were", folded.forward(lab.evaluation[:-1]),
+    trace.check_close("AWQ's scales, folded in, left the FP32 logits where they were",
+                      folded.forward(lab.evaluation[:-1]),
                       lab.logits, 1e-9)
     ones, alpha, q = awq_search(w[:8], few, bits, granularity=g, grid=1)
-    trace.check("exponent 0 alone = round to nearest", (ones, alpha, q) == ([1.0] * len(ones), 0.0, quantize(w[:8], bits, granularity=g)), "equal")
+    trace.check("exponent 0 alone = round to nearest",
+                (ones, alpha, q) == ([1.0] * len(ones), 0.0, quantize(w[:8], bits, granularity=g)), "equal")
     best = error(found[source][0])
-    trace.check("what the search found is as good as every exponent tried above", best <= min(errors.values()) * (1 + 1e-9),
+    trace.check("what the search found is as good as every exponent tried above",
+                best <= min(errors.values()) * (1 + 1e-9),
                 f"{best:.2%}")
 
 
@@ -1125,7 +1175,8 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
 #     e = shrink(W - Q(W), β)          z = mean(code - (W - e) / scale)          β grows a little every turn
 #
 # SqueezeLLM lets the grid be any 2^bits values, found by k-means in which each weight counts by how much the loss
-# minds it (the squared gradient, a diagonal of the Fisher information); and takes 0.45% of the weights out into a sparse
+# minds it (the squared gradient, a diagonal of the Fisher information); and takes 0.45% of the weights out into a
+# sparse
 # matrix in FP16: 0.05% that matter most, 0.4% that are largest. (The authors: a codebook for every row, of
 # thousands of weights; ours have 64, so it is one for the matrix.)
 
@@ -1150,10 +1201,12 @@ def hqq(w: Matrix, bits: int, *, granularity: str | int, p: float = 0.7, beta: f
     if granularity == "tensor":
         grids = [[best_zero([value for row in w for value in row], *start[0][0])]] * len(w)
     else:
-        grids = [[best_zero(row[g * group:(g + 1) * group], *grid) for g, grid in enumerate(gs)] for row, gs in zip(w, start)]
+        grids = [[best_zero(row[g * group:(g + 1) * group], *grid) for g, grid in enumerate(gs)] for row,
+                 gs in zip(w, start)]
     codes = [[code for g, grid in enumerate(gs) for code in to_codes(row[g * group:(g + 1) * group], *grid, bits)]
              for row, gs in zip(w, grids)]
-    q, stored = with_grids(codes, grids, bits, group, granularity), grids[0] if granularity == "tensor" else sum(grids, [])
+    q, stored = with_grids(codes, grids, bits, group,
+                           granularity), grids[0] if granularity == "tensor" else sum(grids, [])
     return replace(q, overhead=q.overhead + struct.pack(f"<{len(stored)}e", *(zero for _, zero in stored)))
 
 
@@ -1182,7 +1235,8 @@ def squeezellm(w: Matrix, sensitivity: Matrix, bits: int) -> tuple[Matrix, int]:
     codes = [0 if i in apart else bisect(between, value) for i, value in enumerate(values)]
     decoded = [fp16(value) if i in apart else codebook[code] for i, (value, code) in enumerate(zip(values, codes))]
     sparse = struct.pack(f"<{len(apart)}e{len(apart)}H{len(w) + 1}H", *(values[i] for i in sorted(apart)),  # as CSR:
-                         *(i % len(w[0]) for i in sorted(apart)), *(sum(i < r * len(w[0]) for i in apart) for r in range(len(w) + 1)))
+                         *(i % len(w[0]) for i in sorted(apart)), *(sum(i < r * len(w[0]) for i in apart)
+                                                                    for r in range(len(w) + 1)))
     data = pack_bits(codes, bits) + struct.pack(f"<{len(codebook)}e", *codebook) + sparse
     return [decoded[i:i + len(w[0])] for i in range(0, n, len(w[0]))], len(data)
 
@@ -1217,23 +1271,27 @@ def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
     """Both beside round to nearest, and where k-means puts its values."""
     lab, bits, g, name = laboratory(knobs), knobs.bits, knobs.group_size, "layers.0.attention.wq"
     w, s = lab.model.weights[name], sensitivities(lab)[name]
-    trace.say(f"At {bits} bits. HQQ moves the zero points; SqueezeLLM moves every value of the grid, and keeps a few weights out.")
+    trace.say(f"At {bits} bits. HQQ moves the zero points; SqueezeLLM moves every value of the grid, and keeps a few "
+              f"weights out.")
     trace.table(["method", "bits/weight", "perplexity", "KL", "changed"],
                 [[c.name, *lab.scores(c)] for c in (rounded_to_nearest(lab, bits, g, False), by_hqq(lab, bits, g),
                                                     by_squeezellm(lab, bits))], left=(0,))
     flat, weights = [v for row in w for v in row], [v for row in s for v in row]
     few = 2 ** min(bits, 4)
-    trace.say(f"Where {few} values go in {name}: evenly, or by k-means; and by k-means in which every weight counts by its sensitivity.")
+    trace.say(f"Where {few} values go in {name}: evenly, or by k-means; and by k-means in which every weight counts "
+              f"by its sensitivity.")
     even = [max(map(abs, flat)) * (2 * i / (few - 1) - 1) for i in range(few)]
     plain, sensitive = (weighted_kmeans(flat, by, few) for by in ([1.0] * len(flat), weights))
     trace.lines(histogram(flat, {"even": even, "k-means": plain, "by loss": sensitive}))
 
     start, better = quantize(w, bits, symmetric=False, granularity=g), hqq(w, bits, granularity=g)
     errors = [sum(abs(a - b) for p, r in zip(q.dequantize(), w) for a, b in zip(p, r)) for q in (start, better)]
-    trace.check("HQQ: mean |error| no larger than where it started", errors[1] <= errors[0] * (1 + 1e-12), f"{errors[1] / errors[0]:.1%} of it")
+    trace.check("HQQ: mean |error| no larger than where it started", errors[1] <= errors[0] * (1 + 1e-12),
+                f"{errors[1] / errors[0]:.1%} of it")
     costs = [sum(by * min((v - level) ** 2 for level in weighted) for v, by in zip(flat, weights))
              for weighted in (weighted_kmeans(flat, weights, few, turns) for turns in (0, 4, 12))]
-    trace.check("k-means: the weighted error falls from turn to turn", costs[0] >= costs[1] >= costs[2], "after 0, 4 and 12")
+    trace.check("k-means: the weighted error falls from turn to turn", costs[0] >= costs[1] >= costs[2],
+                "after 0, 4 and 12")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1309,7 +1367,8 @@ def in_one_bit(lab: Lab, method: str) -> Compressed:
         weights = copy_weights(weights)
         adam = Adam(weights)
         fine_tune(Llama(lab.model.config, weights), weights, straight_through,
-                  lambda gradients, progress: adam.step(gradients, 0.01 * (1 - progress)), lab.text, TERNARY_STEPS, LENGTH)
+                  lambda gradients, progress: adam.step(gradients, 0.01 * (1 - progress)), lab.text, TERNARY_STEPS,
+                  LENGTH)
 
     def method_(n: str, _: Matrix) -> tuple[Matrix, int]:
         w = weights[n]
@@ -1326,23 +1385,28 @@ TERNARY_STEPS = 24
 def show_one_bit(trace: Trace, knobs: Namespace) -> None:
     """What is left of the model, before and after training that way; and products without multiplications."""
     lab, name = laboratory(knobs), "layers.0.attention.wq"
-    trace.say(f"All matrices in one bit, or one of three values, after training; and trained that way for {TERNARY_STEPS} steps more "
+    trace.say(f"All matrices in one bit, or one of three values, after training; and trained that way for "
+              f"{TERNARY_STEPS} steps more "
               f"(from the model without planted outliers; a scale for each matrix).")
     trace.table(["", "bits/weight", "perplexity", "KL", "changed"],
-                [[c.name, *lab.scores(c)] for c in (in_one_bit(lab, m) for m in ("BitNet", "b1.58", "b1.58 trained"))], left=(0,))
+                [[c.name, *lab.scores(c)] for c in (in_one_bit(lab, m) for m in ("BitNet", "b1.58",
+                                                                                 "b1.58 trained"))], left=(0,))
     codes, gamma = ternary_codes(lab.calm.weights[name])
     x = lab.inputs[name][0]
     y, additions, multiplications = ternary_product(x, codes, gamma)
     n = len(codes) * len(x)
-    trace.say(f"{name} times one token, counted while it is done: {additions:,} additions and {multiplications} multiplications, "
+    trace.say(f"{name} times one token, counted while it is done: {additions:,} additions and {multiplications} "
+              f"multiplications, "
               f"where the matrix in full has {n:,} of each. A corner of it:")
     trace.lines(["  " + "".join(" -·+"[code + 2] for code in row[:64]) for row in codes[:6]])
     trace.check_close("the product without multiplications = the one with the decoded weights", [y],
                       linear([x], ternary_weights(lab.calm.weights[name])), 1e-9)
-    trace.check("additions counted = codes that are not 0", additions == n - sum(row.count(0) for row in codes), f"{additions:,}")
+    trace.check("additions counted = codes that are not 0", additions == n - sum(row.count(0) for row in codes),
+                f"{additions:,}")
     flat = [code for row in codes for code in row]
     unpacked = [byte // 3**i % 3 - 1 for byte in pack_ternary(flat) for i in range(5)][:len(flat)]
-    trace.check("five codes to a byte come back", unpacked == flat, f"{len(pack_ternary(flat)):,} bytes for {len(flat):,} codes")
+    trace.check("five codes to a byte come back", unpacked == flat, f"{len(pack_ternary(flat)):,} bytes for "
+                                                                    f"{len(flat):,} codes")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1447,9 +1511,11 @@ def by_qlora(lab: Lab, rank: int = 4) -> tuple[Compressed, int]:
         adapters[id(w)], parameters[name + ".A"], parameters[name + ".B"] = (a, b), a, b
     adam = Adam(parameters)
     fine_tune(Llama(lab.model.config, base.weights), parameters, with_adapters(adapters),
-              lambda gradients, progress: adam.step(gradients, QLORA_RATE * (1 - progress)), lab.recent, FEW_STEPS, PIECE)
+              lambda gradients, progress: adam.step(gradients, QLORA_RATE * (1 - progress)), lab.recent, FEW_STEPS,
+              PIECE)
     n = sum(map(len, (row for p in parameters.values() for row in p)))
-    return replace(base, name="NF4 + QLoRA", nbytes=base.nbytes + 2 * n, bits_per_weight=base.bits_per_weight + 16 * n / lab.n_weights,
+    return replace(base, name="NF4 + QLoRA", nbytes=base.nbytes + 2 * n,
+                   bits_per_weight=base.bits_per_weight + 16 * n / lab.n_weights,
                    run=with_adapters(adapters)(call)), n
 
 
@@ -1467,11 +1533,13 @@ def show_training(trace: Trace, knobs: Namespace) -> None:
     tuned = Llama(lab.model.config, weights)
     for i in range(FEW_STEPS):  # the arrays change with every step, so the tape is asked for them by name
         fine_tune(tuned, {n: weights[n] for n in matrices}, lambda tape: tape, lambda gradients, _: weights.update(
-            {n: m.step(gradients[n], GALORE_RATE * (1 - i / FEW_STEPS)) for n, m in matrices.items()}), lab.recent[i % 2 * PIECE:], 1, PIECE)
+            {n: m.step(gradients[n], GALORE_RATE * (1 - i / FEW_STEPS)) for n, m in matrices.items()}),
+                  lab.recent[i % 2 * PIECE:], 1, PIECE)
     full = copy_weights(lab.calm.weights)
     adam = Adam({n: full[n] for n in lab.linears})
     fine_tune(Llama(lab.model.config, full), {n: full[n] for n in lab.linears}, lambda tape: tape,
-              lambda gradients, progress: adam.step(gradients, FULL_RATE * (1 - progress)), lab.recent, FEW_STEPS, PIECE)
+              lambda gradients, progress: adam.step(gradients, FULL_RATE * (1 - progress)), lab.recent, FEW_STEPS,
+              PIECE)
     qlora, n_adapters = by_qlora(lab)
 
     def loss(weights: dict, run: Callable = call) -> float:
@@ -1483,21 +1551,27 @@ def show_training(trace: Trace, knobs: Namespace) -> None:
     state = numbers(m.direction for m in matrices.values())
     projections = sum(m.projection.nbytes for m in matrices.values())
     int8 = sum(m.q.nbytes for m in matrices.values())
-    trace.say(f"{FEW_STEPS} steps more, on everything but the last verse, three ways. Bytes of the matrices' weights as they are kept while "
-              f"training, and of what the optimizer keeps (two FP32 numbers for all it trains; Q-GaLore's projections in INT4).")
+    trace.say(f"{FEW_STEPS} steps more, on everything but the last verse, three ways. Bytes of the matrices' weights "
+              f"as they are kept while "
+              f"training, and of what the optimizer keeps (two FP32 numbers for all it trains; Q-GaLore's "
+              f"projections in INT4).")
     table = [["full", f"{lab.n_weights:,}", f"{4 * lab.n_weights:,}", f"{8 * numbers(adam.rows.values()):,}",
               f"{lab.perplexity:.3f}", f"{loss(full):.3f}"],
-             ["QLoRA, rank 4", f"{n_adapters:,}", f"{in_nf4(lab, True).nbytes - lab.rest_bytes + 4 * n_adapters:,}", f"{8 * n_adapters:,}",
+             ["QLoRA, rank 4", f"{n_adapters:,}", f"{in_nf4(lab, True).nbytes - lab.rest_bytes + 4 * n_adapters:,}",
+              f"{8 * n_adapters:,}",
               f"{loss(in_nf4(lab, True).weights):.3f}", f"{loss(qlora.weights, qlora.run):.3f}"],
              [f"Q-GaLore, rank {rank}", f"{lab.n_weights:,}", f"{int8:,}", f"{8 * state + projections:,}",
               f"{loss(before.weights):.3f}", f"{loss(weights):.3f}"]]
     trace.table(["", "trained", "weights", "optimizer", "perplexity", "after"], table, left=(0,))
     trace.say("Q-GaLore's projections, made again at step 2 and then at intervals that double where they agree:")
-    trace.lines(["  " + f"{name:<26}{'made ' + str(m.refreshed) + ' times':<16}interval {m.interval}" for name, m in matrices.items()])
+    trace.lines(["  " + f"{name:<26}{'made ' + str(m.refreshed) + ' times':<16}interval {m.interval}" for name,
+                 m in matrices.items()])
 
     shapes = [lab.model.config.shapes()[n] for n in lab.linears]
-    trace.check("QLoRA trains r·(in + out) numbers a matrix", n_adapters == sum(4 * (rows + columns) for rows, columns in shapes), f"{n_adapters:,}")
-    trace.check("Q-GaLore's Adam keeps 2·r·max(in, out) numbers a matrix", 2 * state == sum(2 * rank * max(shape) for shape in shapes), f"{2 * state:,}")
+    trace.check("QLoRA trains r·(in + out) numbers a matrix", n_adapters == sum(4 * (rows + columns) for rows,
+                                                                                columns in shapes), f"{n_adapters:,}")
+    trace.check("Q-GaLore's Adam keeps 2·r·max(in, out) numbers a matrix",
+                2 * state == sum(2 * rank * max(shape) for shape in shapes), f"{2 * state:,}")
     trace.check("the frozen base did not change", qlora.weights is in_nf4(lab, True).weights and
                 all(lab.model.weights[n] is not qlora.weights[n] for n in lab.linears), "the same arrays")
     g = [[rng.gauss(0, 1) * (i < 3) + rng.gauss(0, 1e-6) for i in range(9)] for _ in range(12)]
@@ -1509,8 +1583,10 @@ def show_training(trace: Trace, knobs: Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------
 # 12. Mixed precision
 #
-# Not every matrix minds rounding as much. Measure each alone: the KL that it causes when it is quantized and nothing else is,
-# on calibration data, at several bit widths. If the damages roughly add up, the best assignment under a budget of bytes is a
+# Not every matrix minds rounding as much. Measure each alone: the KL that it causes when it is quantized and nothing
+# else is,
+# on calibration data, at several bit widths. If the damages roughly add up, the best assignment under a budget of
+# bytes is a
 # small knapsack; with 8 matrices and 4 widths all 65,536 assignments can be tried. (llama.cpp's Q4_K_M mixes
 # in the same spirit, by rule: more bits for some of the attention and feed-forward matrices.)
 
@@ -1558,18 +1634,24 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
     damage = measure_sensitivity(lab, bits, g)
     budget = sum(found[bits][1] for found in damage.values())
     chosen = assign_bits(damage, budget)
-    trace.say(f"The KL that each matrix causes when it alone is quantized (in thousandths of a nat a token, on calibration tokens, in groups of {g}), "
+    trace.say(f"The KL that each matrix causes when it alone is quantized (in thousandths of a nat a token, on "
+              f"calibration tokens, in groups of {g}), "
               f"and the bits it gets when all may take {budget:,} bytes, as at {bits} bits throughout.")
     trace.table(["matrix", "weights", *(f"{width} bits" for width in widths(bits)), "gets", ""],
-                [[name, f"{math.prod(lab.model.config.shapes()[name]):,}", *(f"{1000 * kl:.2f}" for kl, _ in found.values()), str(chosen[name]),
+                [[name, f"{math.prod(lab.model.config.shapes()[name]):,}", *(f"{1000 * kl:.2f}" for kl,
+                                                                             _ in found.values()), str(chosen[name]),
                   "█" * chosen[name]] for name, found in damage.items()], left=(0, 3 + len(widths(bits))))
     trace.say("On text that neither saw:")
     uniform, mixed = rounded_to_nearest(lab, bits, g), in_mixed_precision(lab, bits, g)
     trace.table(["", "bits/weight", "perplexity", "KL", "changed"],
                 [[f"{bits} bits throughout", *lab.scores(uniform)], ["mixed", *lab.scores(mixed)]], left=(0,))
-    trace.check("mixed is no larger, in encoded bytes", mixed.nbytes <= uniform.nbytes, f"{mixed.nbytes:,} of {uniform.nbytes:,}")
-    sums = [sum(found[b][0] for found, b in zip(damage.values(), choice)) for choice in (chosen.values(), [bits] * len(damage))]
-    trace.check("its damages add up to no more than uniform bits' do", sums[0] <= sums[1], f"{1000 * sums[0]:.1f} against {1000 * sums[1]:.1f}")
+    trace.check("mixed is no larger, in encoded bytes", mixed.nbytes <= uniform.nbytes, f"{mixed.nbytes:,} of "
+                                                                                        f"{uniform.nbytes:,}")
+    sums = [sum(found[b][0] for found, b in zip(damage.values(), choice)) for choice in (chosen.values(),
+                                                                                         [bits] * len(damage))]
+    trace.check("its damages add up to no more than uniform bits' do", sums[0] <= sums[1], f"{1000 * sums[0]:.1f} "
+                                                                                           f"against "
+                                                                                           f"{1000 * sums[1]:.1f}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1582,12 +1664,14 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
 def everything(lab: Lab, knobs: Namespace) -> list[Compressed]:
     """Every compressed model of this script."""
     b, g = knobs.bits, knobs.group_size
-    return [rounded_to_nearest(lab, 8, "tensor"), rounded_to_nearest(lab, 8, "channel"), rounded_to_nearest(lab, b, "tensor"),
+    return [rounded_to_nearest(lab, 8, "tensor"), rounded_to_nearest(lab, 8, "channel"),
+            rounded_to_nearest(lab, b, "tensor"),
             rounded_to_nearest(lab, b, "channel"), rounded_to_nearest(lab, b, g), rounded_to_nearest(lab, b, g, False),
             in_nf4(lab, False), in_nf4(lab, True), *(in_gguf(lab, form) for form in GGUF),
             in_int8(lab, "dynamic"), in_int8(lab, "LLM.int8()"), in_int8(lab, "SmoothQuant", True, knobs.alpha),
             by_gptq(lab, b, g), by_gptq(lab, b, g, True), by_awq(lab, b, g),
-            by_hqq(lab, b, g), by_squeezellm(lab, b), *(in_one_bit(lab, m) for m in ("BitNet", "b1.58", "b1.58 trained")),
+            by_hqq(lab, b, g), by_squeezellm(lab, b), *(in_one_bit(lab, m) for m in ("BitNet", "b1.58",
+                                                                                     "b1.58 trained")),
             by_qlora(lab)[0], in_mixed_precision(lab, b, g)]
 
 
@@ -1595,16 +1679,22 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
     """The table and the picture."""
     lab = laboratory(knobs)
     compressed = everything(lab, knobs)
-    trace.say(f"Every method on the same model and the same {lab.n_predicted} unseen tokens. Bits: per weight of the matrices, counted; bytes: the whole "
-              f"file. The sample continues {knobs.prompt!r}. A letter marks the method in the picture below, * those on its Pareto front: nothing is both smaller and better.")
+    trace.say(f"Every method on the same model and the same {lab.n_predicted} unseen tokens. Bits: per weight of the "
+              f"matrices, counted; bytes: the whole "
+              f"file. The sample continues {knobs.prompt!r}. A letter marks the method in the picture below, * those "
+              f"on its Pareto front: nothing is both smaller and better.")
     points = [(c.nbytes, measure(lab, c)) for c in compressed]
-    front = [not any(n <= nbytes and m.kl <= kl.kl and (n, m.kl) != (nbytes, kl.kl) for n, m in points) for nbytes, kl in points]
-    rows = [["", "FP32", "32.00", f"{lab.fp32_bytes:,}", f"{lab.perplexity:.3f}", "", "", continue_text(lab, knobs, lab.model.weights, call)]]
+    front = [not any(n <= nbytes and m.kl <= kl.kl and (n, m.kl) != (nbytes, kl.kl) for n, m in points) for nbytes,
+             kl in points]
+    rows = [["", "FP32", "32.00", f"{lab.fp32_bytes:,}", f"{lab.perplexity:.3f}", "", "",
+             continue_text(lab, knobs, lab.model.weights, call)]]
     for letter, c, (_, m), best in zip(LETTERS, compressed, points, front):
-        rows.append([letter + "*" * best, c.name, f"{c.bits_per_weight:.2f}", f"{c.nbytes:,}", f"{m.perplexity:.3f}", f"{m.kl:.3f}", str(m.changed),
+        rows.append([letter + "*" * best, c.name, f"{c.bits_per_weight:.2f}", f"{c.nbytes:,}", f"{m.perplexity:.3f}",
+                     f"{m.kl:.3f}", str(m.changed),
                      continue_text(lab, knobs, c.weights, c.run)])
     trace.table(["", "method", "bits", "bytes", "ppl", "KL", "chg", "sample"], rows, left=(0, 1, 7))
-    trace.say("Bytes of the file from left to right, KL from FP32 upwards (ten times for every four lines). Down and left is better.")
+    trace.say("Bytes of the file from left to right, KL from FP32 upwards (ten times for every four lines). Down and "
+              "left is better.")
     trace.lines(scatter([(nbytes, m.kl, letter, best) for letter, (nbytes, m), best in zip(LETTERS, points, front)]))
     trace.check("KL is nowhere negative", all(m.kl > -1e-12 for _, m in points), f"{len(points)} methods")
     best_so_far, walked = math.inf, []
@@ -1772,7 +1862,8 @@ def build_lab(seed: int, calibration_tokens: int, outliers: tuple[int, float]) -
     ids, n_last = tokenizer.encode(TEXT), len(tokenizer.encode(TEXT.splitlines(True)[-1]))
     calibration, evaluation = ids[:-n_last][-calibration_tokens:], ids[-n_last:]
     unseen, logits = capture(model, evaluation[:-1])
-    return Lab(tokenizer, model, calm, ids[:-n_last], calibration, evaluation, capture(model, calibration)[0], unseen, logits)
+    return Lab(tokenizer, model, calm, ids[:-n_last], calibration, evaluation, capture(model, calibration)[0], unseen,
+               logits)
 
 
 def laboratory(knobs: Namespace) -> Lab:
@@ -1843,7 +1934,8 @@ def rounded_to_nearest(lab: Lab, bits: int, granularity: str | int, symmetric: b
 @lru_cache(maxsize=None)
 def in_nf4(lab: Lab, double_quant: bool) -> Compressed:
     """The whole model by quantize_nf4()."""
-    return compress(lab, "NF4" + ", double quant." * double_quant, lambda _, w: quantize_nf4(w, double_quant=double_quant))
+    return compress(lab, "NF4" + ", double quant." * double_quant, lambda _,
+                    w: quantize_nf4(w, double_quant=double_quant))
 
 
 @lru_cache(maxsize=None)
@@ -1883,14 +1975,17 @@ def relative_distance(a: Matrix, b: Matrix) -> float:
     return math.sqrt(dot(difference, difference)) / size if size else 0.0
 
 
-def histogram(values: Sequence[float], grids: dict[str, Sequence[float]], width: int = 69, height: int = 7) -> list[str]:
+def histogram(values: Sequence[float], grids: dict[str, Sequence[float]], width: int = 69,
+              height: int = 7) -> list[str]:
     """How many values fall where, as columns, from -absmax to absmax; and under them marks where each grid has a point."""
     absmax = max(map(abs, values))
     places = Counter(round((value / absmax + 1) / 2 * (width - 1)) for value in values)
     most, margin = max(places.values()), max(map(len, grids)) + 1
-    lines = ["".join("█" if places[c] / most > level / height else " " for c in range(width)) for level in range(height)][::-1]
+    lines = ["".join("█" if places[c] / most > level / height else " " for c in range(width))
+             for level in range(height)][::-1]
     for points in grids.values():
-        marked = {round((point / absmax + 1) / 2 * (width - 1)) for point in points if abs(point) <= absmax * (1 + 1e-3)}
+        marked = {round((point / absmax + 1) / 2 * (width - 1)) for point in points
+                  if abs(point) <= absmax * (1 + 1e-3)}
         lines.append("".join("┴" if c in marked else " " for c in range(width)))
     lines.append(f"{-absmax:+.2f}".ljust(width // 2) + "0" + f"{absmax:+.2f}".rjust(width - width // 2 - 1))
     return [label.ljust(margin) + line for label, line in zip([""] * height + list(grids) + [""], lines)]
@@ -2510,7 +2605,8 @@ SECTIONS = [
     ("Bytes for real", show_bytes, [pack_int4, unpack_int4, pack_bits]),
     ("NF4 and double quantization", show_nf4, [nf4_codebook, quantize_nf4, double_quantize]),
     ("llama.cpp's blocks", show_gguf, [q8_0_encode, q4_0_encode, q4_k_encode, q4_k_decode]),
-    ("Activations too", show_activations, [int8_matmul, static_scale, llm_int8_matmul, smoothquant_scales, move_scales]),
+    ("Activations too", show_activations, [int8_matmul, static_scale, llm_int8_matmul, smoothquant_scales,
+                                           move_scales]),
     ("GPTQ", show_gptq, [hessian_of, gptq, cholesky, inverse]),
     ("AWQ", show_awq, [awq_search, awq_fold, move_scales]),
     ("HQQ, SqueezeLLM", show_hqq_squeezellm, [hqq, weighted_kmeans, squeezellm, sensitivities]),
@@ -2525,7 +2621,8 @@ def outlier_knob(text: str) -> tuple[int, float]:
     """An argparse type: channels,size."""
     match = re.fullmatch(r"([0-9]{1,2}),([0-9]{1,4}(?:\.[0-9]{1,3})?)", text)
     if not match or not 0 <= int(match[1]) <= 16 or not 1 <= float(match[2]) <= 1000:
-        raise ArgumentTypeError(f"must be a number of channels up to 16 and a size from 1 to 1000, as in 3,32, not {text!r}")
+        raise ArgumentTypeError(f"must be a number of channels up to 16 and a size from 1 to 1000, as in 3,32, not "
+                                f"{text!r}")
     return int(match[1]), float(match[2])
 
 
@@ -2548,7 +2645,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--alpha", metavar="X", type=fraction, default=ALPHA,
                         help=f"SmoothQuant's share of the difficulty for the weights, 0 to 1 (default {ALPHA})")
     parser.add_argument("--outliers", metavar="N,SIZE", type=outlier_knob, default=OUTLIERS,
-                        help=f"channels planted as outliers, and how many times larger (default {OUTLIERS[0]},{OUTLIERS[1]:g})")
+                        help=f"channels planted as outliers, and how many times larger (default "
+                             f"{OUTLIERS[0]},{OUTLIERS[1]:g})")
     parser.add_argument("--prompt", default=PROMPT, help=f"what the samples continue (default: {PROMPT!r})")
     knobs = parser.parse_args(argv)
     try:
