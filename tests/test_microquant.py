@@ -290,6 +290,7 @@ def gguf_rows():
     yield np.full(256, 0.37, np.float32)
     yield np.float32(np.arange(256) % 17 - 8)
     yield np.concatenate([np.zeros(32), numbers(9, 224)]).astype(np.float32)
+    yield np.float32(np.tile(np.append(np.arange(31) - 15.5, 127.0), 8))  # Q8_0's d is 1: halves to round
     yield -np.abs(numbers(10, 256)).astype(np.float32)
     yield np.abs(numbers(11, 256)).astype(np.float32) + 1
 
@@ -620,6 +621,7 @@ def test_cholesky_and_inverse(n):
     a = a @ a.T + np.eye(n)
     np.testing.assert_allclose(m.cholesky(a.tolist()), np.linalg.cholesky(a), rtol=0, atol=1e-11)
     np.testing.assert_allclose(m.inverse(a.tolist()), np.linalg.inv(a), rtol=0, atol=1e-11)
+    assert m.inverse([[4.0]]) == [[0.25]]
     with pytest.raises(ValueError, match="definite"):
         m.cholesky((a - 100 * np.eye(n)).tolist())
 
