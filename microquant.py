@@ -183,7 +183,7 @@ def group_columns(w: Matrix, bits: int, granularity: str | int) -> int:
 
 def with_grids(codes: list[list[int]], grids: list[list[tuple]], bits: int, group: int, granularity: str | int,
                symmetric: bool = True) -> Quantized:
-    """A Quantized; its scales are stored in FP16, and its zero points, unless symmetric, like codes (or in FP16 if real)."""
+    """A Quantized; scales are stored in FP16, zero points (unless symmetric) like codes, or in FP16 if they are real."""
     stored = grids[0] if granularity == "tensor" else [grid for row in grids for grid in row]
     overhead = struct.pack(f"<{len(stored)}e", *(scale for scale, _ in stored))
     if not symmetric:
@@ -244,12 +244,17 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     w, bits = lab.model.weights[name], knobs.bits
     channels, size = knobs.outliers
     n_weights = sum(map(math.prod, config.shapes().values()))
-    trace.say(f"The patient: a Llama of {n_weights:,} weights, {config.dim} channels and {config.n_layers} layer, trained for "
-              f"{STEPS} steps on The House That Jack Built. Its perplexity on the last verse, on which everything here is "
-              f"measured, is {lab.perplexity:.3f}. (Calibration takes the tokens before that verse. The rhyme repeats its "
+    trace.say(f"The patient: a Llama of {n_weights:,} weights, {config.dim} channels and {config.n_layers} layer, "
+              f"trained for "
+              f"{STEPS} steps on The House That Jack Built. Its perplexity on the last verse, on which everything "
+              f"here is "
+              f"measured, is {lab.perplexity:.3f}. (Calibration takes the tokens before that verse. The rhyme "
+              f"repeats its "
               f"words, so what is held apart is the place, not the vocabulary; and training has read it all.)")
-    trace.say(f"Large models have a few channels whose activations are many times the others'; a tiny one has not. So they "
-              f"are planted: on {channels} channels every norm's gain is made {size:g} times larger, and the columns that "
+    trace.say(f"Large models have a few channels whose activations are many times the others'; a tiny one has not. "
+              f"So they "
+              f"are planted: on {channels} channels every norm's gain is made {size:g} times larger, and the columns "
+              f"that "
               f"read them as much smaller, which changes nothing in exact arithmetic.")
     trace.say(f"Some weights of {name}, rounded to INT8 and INT{bits} (one scale for the matrix) and back:")
     forms = {"INT8": quantize(w, 8), f"INT{bits}": quantize(w, bits),
@@ -833,7 +838,7 @@ def smoothquant(weights: dict, config: Config, inputs: dict[str, Matrix], alpha:
 
 @lru_cache(maxsize=None)
 def in_int8(lab: Lab, method: str, outliers: bool = True, alpha: float = ALPHA) -> Compressed:
-    """W8A8 by a method of static_scale(), "dynamic", "LLM.int8()" or "SmoothQuant", with the planted outliers or without."""
+    """W8A8 by a method of static_scale(), "dynamic", "LLM.int8()" or "SmoothQuant"; outliers: the planted ones too?"""
     weights = (lab.model if outliers else lab.calm).weights
     inputs = lab.inputs if outliers else capture(lab.calm, lab.calibration)[0]
     scales = {}
@@ -863,7 +868,8 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     smooth = smoothquant(lab.model.weights, lab.model.config, lab.inputs, knobs.alpha)
     smoothed = [max(map(abs, column)) for column in zip(*capture(Llama(lab.model.config, smooth),
                                                                  lab.calibration)[0][name])]
-    trace.say(f"The largest magnitude of each channel that goes into {name}, {len(absmax)} channels from left to right: as "
+    trace.say(f"The largest magnitude of each channel that goes into {name}, {len(absmax)} channels from left to "
+              f"right: as "
               f"the model has it, and after SmoothQuant with exponent {knobs.alpha:g}.")
     trace.lines(columns_picture(absmax) + [""] + columns_picture(smoothed))
     trace.say("Weights and activations in INT8: the model as it was trained, and with the planted outliers.")
@@ -1056,7 +1062,8 @@ def awq_search(w: Matrix, x: Matrix, bits: int, *, granularity: str | int,
                grid: int = 20) -> tuple[Vector, float, Quantized]:
     """(scales [in], α, Q(w · scales)) for the least output error on inputs x [n][in], over α = 0, 1/grid, ….
 
-    w [out][in]. The first of equally good α wins. ValueError if grid < 1, or as for quantize(). Lin et al. 2024, equation 5.
+    w [out][in]. The first of equally good α wins. ValueError if grid < 1, or as for quantize(). Lin et al. 2024,
+    equation 5.
     """
     if grid < 1 or not x or len(x[0]) != len(w[0]):
         raise ValueError(f"grid must be at least 1, and x have rows of {len(w[0])}; got grid = {grid} and {len(x)} "
@@ -1110,7 +1117,7 @@ def by_awq(lab: Lab, bits: int, granularity: str | int) -> Compressed:
 
 @lru_cache(maxsize=None)
 def keeping_channels(lab: Lab, bits: int, granularity: str | int, count: int, by: str) -> Compressed:
-    """Rounded to nearest but for `count` input channels of every matrix in FP16, by "activations", "weights" or "chance"."""
+    """Rounded to nearest, but `count` input channels of every matrix in FP16, by "activations", "weights" or "chance"."""
     rng = random.Random(0)
 
     def method(name: str, w: Matrix) -> tuple[Matrix, int]:
@@ -1677,8 +1684,10 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
     """The table and the picture."""
     lab = laboratory(knobs)
     compressed = everything(lab, knobs)
-    trace.say(f"Every method on the same {lab.n_predicted} unseen tokens. Bits: per weight of the matrices, counted; bytes: the "
-              f"whole file; chg: likeliest tokens changed. The sample continues {knobs.prompt!r}. A letter marks the method "
+    trace.say(f"Every method on the same {lab.n_predicted} unseen tokens. Bits: per weight of the matrices, counted; "
+              f"bytes: the "
+              f"whole file; chg: likeliest tokens changed. The sample continues {knobs.prompt!r}. A letter marks the "
+              f"method "
               f"in the picture below, with a star if nothing else is both as small and as good: the Pareto front.")
     points = [(c.nbytes, measure(lab, c)) for c in compressed]
     front = [not any(n <= nbytes and m.kl <= kl.kl and (n, m.kl) != (nbytes, kl.kl) for n, m in points) for nbytes,
@@ -1690,9 +1699,12 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
                      f"{m.kl:.3f}", str(m.changed),
                      continue_text(lab, knobs, c.weights, c.run)])
     trace.table(["", "method", "bits", "bytes", "ppl", "KL", "chg", "sample"], rows, left=(0, 1, 7))
-    trace.note("The planted outliers make some columns of weights small. A grid with an exact zero loses them; one without "
-               "(Q4_K and HQQ, whose zero points are free) gives them up to half a step, and their inputs multiply that.")
-    trace.say("Bytes of the file from left to right, KL from FP32 upwards (ten times for every four lines; the lowest line "
+    trace.note("The planted outliers make some columns of weights small. A grid with an exact zero loses them; one "
+               "without "
+               "(Q4_K and HQQ, whose zero points are free) gives them up to half a step, and their inputs multiply "
+               "that.")
+    trace.say("Bytes of the file from left to right, KL from FP32 upwards (ten times for every four lines; the "
+              "lowest line "
               "is for whatever is less). Down and left is better.")
     trace.lines(scatter([(nbytes, m.kl, letter, best) for letter, (nbytes, m), best in zip(LETTERS, points, front)]))
     trace.check("KL is nowhere negative", all(m.kl > -1e-12 for _, m in points), f"{len(points)} methods")
@@ -1739,7 +1751,7 @@ class Compressed:
 
 @dataclass(frozen=True)
 class Measured:
-    """What compression did: to the loss (perplexity), and to the predictions (KL from FP32's in nats, top tokens changed)."""
+    """What compression did to the loss (perplexity) and the predictions (KL from FP32's in nats, top tokens changed)."""
     perplexity: float
     kl: float
     changed: int
@@ -1939,7 +1951,7 @@ def in_nf4(lab: Lab, double_quant: bool) -> Compressed:
 
 @lru_cache(maxsize=None)
 def in_gguf(lab: Lab, form: str) -> Compressed:
-    """The whole model in one of llama.cpp's formats; rows follow each other without a gap, so that 256 is no problem."""
+    """The whole model in one of llama.cpp's formats; rows of 64 follow each other, so that blocks of 256 fit."""
     encode, decode, _ = GGUF[form]
 
     def method(_: str, w: Matrix) -> tuple[Matrix, int]:
@@ -1976,7 +1988,7 @@ def relative_distance(a: Matrix, b: Matrix) -> float:
 
 def histogram(values: Sequence[float], grids: dict[str, Sequence[float]], width: int = 69,
               height: int = 7) -> list[str]:
-    """How many values fall where, as columns, from -absmax to absmax; and under them marks where each grid has a point."""
+    """How many values fall where, as columns, from -absmax to absmax; under them, marks where each grid has a point."""
     absmax = max(map(abs, values))
     places = Counter(round((value / absmax + 1) / 2 * (width - 1)) for value in values)
     most, margin = max(places.values()), max(map(len, grids)) + 1

@@ -880,6 +880,8 @@ def test_bits_are_assigned_as_brute_force_does(lab):
                 for weights in (lab.model.weights, lab.model.weights | {name: q.dequantize()}))
         p, r = (np.exp(z) / np.exp(z).sum(1, keepdims=True) for z in (a, b))
         assert damage[name][5] == (pytest.approx((p * np.log(p / r)).sum(1).mean(), rel=1e-6), q.nbytes)
+    by_hand = {"a": {2: (5.0, 10), 3: (1.0, 20)}, "b": {2: (3.0, 10), 3: (2.0, 20)}}
+    assert m.assign_bits(by_hand, 30) == {"a": 3, "b": 2} and m.assign_bits(by_hand, 40) == {"a": 3, "b": 3}
     assert m.widths(2) == [2, 3, 4] and m.widths(8) == [7, 8] and m.widths(4) == [3, 4, 5, 6]
 
 
