@@ -866,8 +866,8 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     lab, name = laboratory(knobs), "layers.0.attention.wq"
     absmax = [max(map(abs, column)) for column in zip(*lab.inputs[name])]
     smooth = smoothquant(lab.model.weights, lab.model.config, lab.inputs, knobs.alpha)
-    smoothed = [max(map(abs, column)) for column in zip(*capture(Llama(lab.model.config, smooth),
-                                                                 lab.calibration)[0][name])]
+    smooth_inputs, _ = capture(Llama(lab.model.config, smooth), lab.calibration)
+    smoothed = [max(map(abs, column)) for column in zip(*smooth_inputs[name])]
     trace.say(f"The largest magnitude of each channel that goes into {name}, {len(absmax)} channels from left to "
               f"right: as "
               f"the model has it, and after SmoothQuant with exponent {knobs.alpha:g}.")
@@ -1556,10 +1556,9 @@ def show_training(trace: Trace, knobs: Namespace) -> None:
     state = numbers(m.direction for m in matrices.values())
     projections = sum(m.projection.nbytes for m in matrices.values())
     int8 = sum(m.q.nbytes for m in matrices.values())
-    trace.say(f"{FEW_STEPS} steps more, on everything but the last verse, three ways. Bytes of the matrices' weights "
-              f"as they are kept while "
-              f"training, and of what the optimizer keeps (two FP32 numbers for all it trains; Q-GaLore's "
-              f"projections in INT4).")
+    trace.say(f"{FEW_STEPS} steps of {PIECE} tokens more, on the text just before the last verse, three ways. Bytes of the "
+              f"matrices as they are kept while training, and of what the optimizer keeps: two FP32 numbers for each that "
+              f"it trains, and Q-GaLore's projections in INT4. Perplexity before and after, on the last verse.")
     table = [["full", f"{lab.n_weights:,}", f"{4 * lab.n_weights:,}", f"{8 * numbers(adam.rows.values()):,}",
               f"{lab.perplexity:.3f}", f"{loss(full):.3f}"],
              ["QLoRA, rank 4", f"{n_adapters:,}", f"{in_nf4(lab, True).nbytes - lab.rest_bytes + 4 * n_adapters:,}",
@@ -1567,14 +1566,13 @@ def show_training(trace: Trace, knobs: Namespace) -> None:
               f"{loss(in_nf4(lab, True).weights):.3f}", f"{loss(qlora.weights, qlora.run):.3f}"],
              [f"Q-GaLore, rank {rank}", f"{lab.n_weights:,}", f"{int8:,}", f"{8 * state + projections:,}",
               f"{loss(before.weights):.3f}", f"{loss(weights):.3f}"]]
-    trace.table(["", "trained", "weights", "optimizer", "perplexity", "after"], table, left=(0,))
-    trace.say("Q-GaLore's projections, made again at step 2 and then at intervals that double where they agree:")
-    trace.lines(["  " + f"{name:<26}{'made ' + str(m.refreshed) + ' times':<16}interval {m.interval}" for name,
-                 m in matrices.items()])
+    trace.table(["", "trained", "weights", "optimizer", "before", "after"], table, left=(0,))
+    trace.say("Q-GaLore's projections are made again at intervals, which double where the new agrees with the old:")
+    trace.lines([f"  {name:<26}made {m.refreshed} times   interval now {m.interval}" for name, m in matrices.items()])
 
     shapes = [lab.model.config.shapes()[n] for n in lab.linears]
-    trace.check("QLoRA trains r·(in + out) numbers a matrix", n_adapters == sum(4 * (rows + columns) for rows,
-                                                                                columns in shapes), f"{n_adapters:,}")
+    trace.check("QLoRA trains r·(in + out) numbers a matrix", n_adapters == sum(4 * sum(shape) for shape in shapes),
+                f"{n_adapters:,}")
     trace.check("Q-GaLore's Adam keeps 2·r·max(in, out) numbers a matrix",
                 2 * state == sum(2 * rank * max(shape) for shape in shapes), f"{2 * state:,}")
     trace.check("the frozen base did not change", qlora.weights is in_nf4(lab, True).weights and
@@ -1643,20 +1641,19 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
               f"calibration tokens, in groups of {g}), "
               f"and the bits it gets when all may take {budget:,} bytes, as at {bits} bits throughout.")
     trace.table(["matrix", "weights", *(f"{width} bits" for width in widths(bits)), "gets", ""],
-                [[name, f"{math.prod(lab.model.config.shapes()[name]):,}", *(f"{1000 * kl:.2f}" for kl,
-                                                                             _ in found.values()), str(chosen[name]),
-                  "█" * chosen[name]] for name, found in damage.items()], left=(0, 3 + len(widths(bits))))
+                [[name, f"{math.prod(lab.model.config.shapes()[name]):,}",
+                  *(f"{1000 * kl:.2f}" for kl, _ in found.values()), str(chosen[name]), "█" * chosen[name]]
+                 for name, found in damage.items()], left=(0, 3 + len(widths(bits))))
     trace.say("On text that neither saw:")
     uniform, mixed = rounded_to_nearest(lab, bits, g), in_mixed_precision(lab, bits, g)
     trace.table(["", "bits/weight", "perplexity", "KL", "changed"],
                 [[f"{bits} bits throughout", *lab.scores(uniform)], ["mixed", *lab.scores(mixed)]], left=(0,))
-    trace.check("mixed is no larger, in encoded bytes", mixed.nbytes <= uniform.nbytes, f"{mixed.nbytes:,} of "
-                                                                                        f"{uniform.nbytes:,}")
-    sums = [sum(found[b][0] for found, b in zip(damage.values(), choice)) for choice in (chosen.values(),
-                                                                                         [bits] * len(damage))]
-    trace.check("its damages add up to no more than uniform bits' do", sums[0] <= sums[1], f"{1000 * sums[0]:.1f} "
-                                                                                           f"against "
-                                                                                           f"{1000 * sums[1]:.1f}")
+    trace.check("mixed is no larger, in encoded bytes", mixed.nbytes <= uniform.nbytes,
+                f"{mixed.nbytes:,} of {uniform.nbytes:,}")
+    ours, even = (sum(found[b][0] for found, b in zip(damage.values(), choice))
+                  for choice in (chosen.values(), [bits] * len(damage)))
+    trace.check("its damages add up to no more than uniform bits' do", ours <= even,
+                f"{1000 * ours:.1f} against {1000 * even:.1f}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1670,13 +1667,13 @@ def everything(lab: Lab, knobs: Namespace) -> list[Compressed]:
     """Every compressed model of this script."""
     b, g = knobs.bits, knobs.group_size
     return [rounded_to_nearest(lab, 8, "tensor"), rounded_to_nearest(lab, 8, "channel"),
-            rounded_to_nearest(lab, b, "tensor"),
-            rounded_to_nearest(lab, b, "channel"), rounded_to_nearest(lab, b, g), rounded_to_nearest(lab, b, g, False),
+            rounded_to_nearest(lab, b, "tensor"), rounded_to_nearest(lab, b, "channel"),
+            rounded_to_nearest(lab, b, g), rounded_to_nearest(lab, b, g, False),
             in_nf4(lab, False), in_nf4(lab, True), *(in_gguf(lab, form) for form in GGUF),
             in_int8(lab, "dynamic"), in_int8(lab, "LLM.int8()"), in_int8(lab, "SmoothQuant", True, knobs.alpha),
             by_gptq(lab, b, g), by_gptq(lab, b, g, True), by_awq(lab, b, g),
-            by_hqq(lab, b, g), by_squeezellm(lab, b), *(in_one_bit(lab, m) for m in ("BitNet", "b1.58",
-                                                                                     "b1.58 trained")),
+            by_hqq(lab, b, g), by_squeezellm(lab, b),
+            *(in_one_bit(lab, method) for method in ("BitNet", "b1.58", "b1.58 trained")),
             by_qlora(lab)[0], in_mixed_precision(lab, b, g)]
 
 
@@ -1690,8 +1687,9 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
               f"method "
               f"in the picture below, with a star if nothing else is both as small and as good: the Pareto front.")
     points = [(c.nbytes, measure(lab, c)) for c in compressed]
-    front = [not any(n <= nbytes and m.kl <= kl.kl and (n, m.kl) != (nbytes, kl.kl) for n, m in points) for nbytes,
-             kl in points]
+    sizes = [(nbytes, m.kl, i) for i, (nbytes, m) in enumerate(points)]
+    front = [not any(a <= nbytes and b <= kl and (a, b, j) < (nbytes, kl, i) for a, b, j in sizes)
+             for nbytes, kl, i in sizes]
     rows = [["", "FP32", "32.00", f"{lab.fp32_bytes:,}", f"{lab.perplexity:.3f}", "", "",
              continue_text(lab, knobs, lab.model.weights, call)]]
     for letter, c, (_, m), best in zip(LETTERS, compressed, points, front):
@@ -1709,7 +1707,7 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
     trace.lines(scatter([(nbytes, m.kl, letter, best) for letter, (nbytes, m), best in zip(LETTERS, points, front)]))
     trace.check("KL is nowhere negative", all(m.kl > -1e-12 for _, m in points), f"{len(points)} methods")
     best_so_far, walked = math.inf, []
-    for nbytes, kl, i in sorted((nbytes, m.kl, i) for i, (nbytes, m) in enumerate(points)):
+    for _, kl, i in sorted(sizes):
         if kl < best_so_far:
             best_so_far, walked = kl, walked + [i]
     trace.check("the front = those met by walking up in size that beat all smaller ones", walked == sorted(
