@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 import microattention  # noqa: E402
 import microflash  # noqa: E402
+import microquant  # noqa: E402
 
 
 def best(function, repeats=5):
@@ -95,7 +96,23 @@ def flash(d=64, block=128):
         before = memory
 
 
+def quantization():
+    """ns per weight of the quantizers, and of training, evaluating and compressing the tiny Llama."""
+    rng = random.Random(0)
+    w, x = ([[rng.gauss(0, 0.1) for _ in range(64)] for _ in range(rows)] for rows in (160, 64))
+    n, hessian = sum(map(len, w)), microquant.hessian_of(x)
+    print(f"\na matrix of {n:,} weights at 4 bits in groups of 32:")
+    for name, method in (("round to nearest", lambda: microquant.quantize(w, 4, granularity=32)),
+                         ("NF4", lambda: microquant.quantize_nf4(w)),
+                         ("HQQ", lambda: microquant.hqq(w, 4, granularity=32)),
+                         ("GPTQ", lambda: microquant.gptq(w, hessian, 4, granularity=32)),
+                         ("AWQ, 20 exponents", lambda: microquant.awq_search(w, x[:32], 4, granularity=32))):
+        seconds = best(method, 3)
+        print(f"  {name:<20}{seconds * 1e3:>8.1f} ms{seconds / n * 1e9:>10.0f} ns a weight")
+
+
 if __name__ == "__main__":
     whole_scripts()
     attention()
     flash()
+    quantization()

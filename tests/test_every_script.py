@@ -25,10 +25,11 @@ each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.s
 
 # Some scripts train a model first. They run whole once; what can be seen on any section is seen on two cheap
 # ones. The breakage is one that a check of these sections must notice.
-CHEAP = {"microattention": "1,2", "microkv": "2,3", "microflash": "1,2"}
+CHEAP = {"microattention": "1,2", "microkv": "2,3", "microflash": "1,2", "microquant": "3,4"}
 BREAKAGE = {"microattention": ("return [e / total for e in exps]", "return [e / total + 1e-3 for e in exps]"),
             "microkv": ("return 2 * n_layers * n_kv_heads", "return 3 * n_layers * n_kv_heads"),
-            "microflash": ("return [e / total for e in exps]", "return [e / total + 1e-3 for e in exps]")}
+            "microflash": ("return [e / total for e in exps]", "return [e / total + 1e-3 for e in exps]"),
+            "microquant": ("return [value / above[0] for", "return [value / above[1] for")}
 
 
 def run(script, *arguments, options=(), **settings):
@@ -312,6 +313,10 @@ REFUSED = {
                    "--seq-len 65 --block-q 1 --block-k 1", "--seq-len 256 --head-dim 8 --block-q 5 --block-k 3",
                    "--block-q 0", "--block-k 0", "--block-k -4", "--sram 0", "--sram 1311", "--sram 100 --block-q 1",
                    "--n-splits 0", "--n-splits 1025", "--causal yes", "--text=", "--text=  ", "--text " + "ab cd " * 200],
+    "microquant": ["--bits 1", "--bits 9", "--bits x", "--bits 4.5", "--group-size 0", "--group-size 65", "--group-size -1",
+                   "--calibration-tokens 0", "--calibration-tokens 257", "--alpha 1.1", "--alpha -0.1", "--alpha nan", "--alpha x",
+                   "--outliers 3", "--outliers 17,32", "--outliers 3,0.5", "--outliers 3,1001", "--outliers a,b", "--outliers -1,2",
+                   "--prompt=", "--prompt queen", "--prompt " + "the " * 40],
 }
 
 
@@ -320,7 +325,7 @@ REFUSED = {
                          ids=lambda value: value.stem if isinstance(value, Path) else value[:20])
 def test_a_bad_command_line_is_refused_in_one_line(script, arguments, capfd):
     argv = ([arguments] if "=" in arguments else arguments.split(" ", 1) if arguments.startswith(("--text", "--prompt"))
-            else arguments.split())
+            else arguments.split(" "))
     with pytest.raises(SystemExit) as stop:
         __import__(script.stem).main(argv)
     out, err = capfd.readouterr()
@@ -346,13 +351,17 @@ EDGES = {
                    "--block-k 1 --causal", "--block-q 64 --block-k 3 --causal", "--block-q 3 --block-k 64", "--sram 1312",
                    "--n-splits 1024 --seq-len 20 --sram 1000000000", "--seed 1000000000", "--text x", "--text a\tb\nc",
                    "--text Ünïcödé — 日本語 🙂", "--text " + "the rat " * 60, "--text \udcff broken"],
+    "microquant": ["--bits 2 --section 1,2,7", "--bits 8 --section 1,3,7,8", "--bits 3 --group-size 7 --section 3,7",
+                   "--group-size 1 --section 2,3", "--group-size 64 --section 2,12", "--calibration-tokens 1 --section 7,8,9",
+                   "--alpha 0 --section 6", "--alpha 1 --section 3", "--outliers 0,1 --section 1,7", "--outliers 16,1000 --section 1,6",
+                   "--prompt=\n --section 13", "--seed 7 --section 3,4,5"],
 }
 
 
 @pytest.mark.parametrize("script, arguments", [(script, arguments) for script in SCRIPTS for arguments in EDGES[script.stem]],
                          ids=lambda value: value.stem if isinstance(value, Path) else ascii(value)[1:30])
 def test_every_check_holds_with_a_knob_at_its_edge(script, arguments, capsys):
-    argv = arguments.split(" ", 1) if arguments.startswith(("--text ", "--prompt ")) else arguments.split()
+    argv = arguments.split(" ", 1) if arguments.startswith(("--text ", "--prompt ")) else arguments.split(" ")
     assert __import__(script.stem).main(argv) == 0
     out = capsys.readouterr().out
     assert "FAIL" not in out and max(map(len, out.splitlines())) <= 80

@@ -1,0 +1,2677 @@
+#!/usr/bin/env python3
+"""The same model in a quarter of the bytes.
+
+A language model that writes one token at a time spends its time fetching weights from memory, so a weight in
+4 bits instead of 16 is nearly four times the speed, and lets a card hold a model it could not hold before. The price is
+rounding. This script trains a tiny Llama, plants in it the outliers that real ones have, then compresses it by
+every method that people deploy, and measures each on the same three things: the bytes it really takes, the
+model's loss, and how far its predictions moved.
+
+Run it (`python microquant.py`), read the trace, then read on from here in order: every section of the trace is
+a section of this file. The tiny Llama, its training and the measures stand at the end, in the supporting cast.
+
+The papers:
+  Micikevicius et al., FP8 Formats for Deep Learning, 2022, arXiv:2209.05433                section 1
+  Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023, arXiv:2305.14314    sections 4, 11
+  Gerganov et al., llama.cpp, ggml-common.h and ggml-quants.c                               section 5
+  Dettmers et al., LLM.int8(), 2022, arXiv:2208.07339                                       section 6
+  Xiao et al., SmoothQuant, 2023, arXiv:2211.10438                                          section 6
+  Frantar et al., GPTQ, 2023, arXiv:2210.17323                                              section 7
+  Lin et al., AWQ: Activation-aware Weight Quantization, 2024, arXiv:2306.00978             section 8
+  Badri & Shaji, Half-Quadratic Quantization, 2023, mobiusml.github.io/hqq_blog             section 9
+  Kim et al., SqueezeLLM: Dense-and-Sparse Quantization, 2024, arXiv:2306.07629             section 9
+  Wang et al., BitNet, 2023, arXiv:2310.11453; Ma et al., The Era of 1-bit LLMs, 2024,
+    arXiv:2402.17764                                                                        section 10
+  Hu et al., LoRA, 2021, arXiv:2106.09685; Zhao et al., GaLore, 2024, arXiv:2403.03507;
+    Zhang et al., Q-GaLore, 2024, arXiv:2407.08296                                          section 11
+"""
+
+from __future__ import annotations
+
+import cmath
+import math
+import operator
+import os
+import random
+import re
+import struct
+import sys
+import textwrap
+import time
+import unicodedata
+from argparse import ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
+from bisect import bisect
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import product
+from statistics import NormalDist, fmean
+
+Vector = list[float]
+Matrix = list[Vector]  # row-major: m[row][column]
+
+VOCAB_SIZE = 160           # tokens: every word of the text is then one token
+DIM = 64                   # channels: two groups of 32 in a row
+HIDDEN_DIM = 32            # channels inside the feed-forward
+STEPS = 46                 # of training
+LENGTH = 32                # tokens a training step
+BITS = 4                   # of the low-bit formats
+GROUP_SIZE = 32            # weights that share a scale, where there are groups
+CALIBRATION_TOKENS = 64    # what GPTQ, AWQ and the others see of the activations
+ALPHA = 0.5                # SmoothQuant's: how much of the difficulty moves to the weights
+OUTLIERS = (2, 32.0)       # channels planted as outliers, and how many times larger they are made
+PROMPT = "This is the"     # what the samples of text continue
+
+
+# ---------------------------------------------------------------------------------------------------
+# 1. Numbers in few bits
+#
+# A grid of evenly spaced values stands in for the real numbers. With b bits a code is a whole number from
+# -2^(b-1) to 2^(b-1) - 1; the scale is the distance between grid points, the zero point the code that means 0:
+#
+#     code = clip(round(w / scale) + zero_point)          w ≈ (code - zero_point) · scale
+#
+# Symmetric: zero_point = 0 and scale = absmax / (2^(b-1) - 1), so INT8 runs from -127 to 127. Asymmetric: the
+# grid is laid from min to max instead (0 always included, so that zero stays zero), which pays where the values
+# lean to one side. Either way nothing is further from a grid point than half a step: |error| ≤ scale / 2.
+# Scales are stored as FP16, rounded up so that absmax is never clipped.
+#
+# Floating point spends its bits on range instead: the steps double with every power of two.
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix [out][in] in few bits: w ≈ (code - zero_point) · scale, or codebook[code] · scale.
+
+    scales[r][c // group] and zero_points[r][c // group] belong to codes[r][c]. overhead: the bytes in which
+    the scales and zero points (and what else decoding needs) are stored; what is shared is in there once.
+    """
+    codes: list[list[int]]
+    scales: Matrix
+    zero_points: Matrix
+    bits: int
+    group: int
+    overhead: bytes
+    codebook: tuple[float, ...] = ()
+
+    def dequantize(self) -> Matrix:
+        """The matrix that the codes stand for, [out][in]."""
+        out = []
+        for codes, scales, zeros in zip(self.codes, self.scales, self.zero_points):
+            row: Vector = []
+            for g, (scale, zero) in enumerate(zip(scales, zeros)):
+                part = codes[g * self.group:(g + 1) * self.group]
+                row += ([self.codebook[code] * scale for code in part] if self.codebook else
+                        [(code - zero) * scale for code in part])
+            out.append(row)
+        return out
+
+    def to_bytes(self) -> bytes:
+        """What a file would hold: the codes, packed, then the overhead."""
+        return pack_bits([code for row in self.codes for code in row], self.bits) + self.overhead
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that storing it takes, scales included."""
+        return len(self.to_bytes())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """The same per weight, in bits."""
+        return 8 * self.nbytes / sum(map(len, self.codes))
+
+
+def quantize(w: Matrix, bits: int, *, symmetric: bool = True,
+             granularity: str | int = "tensor") -> Quantized:
+    """w [out][in] rounded to the nearest points of grids of 2^bits values.
+
+    granularity: one grid for the "tensor", one per "channel" (row), or one per that many columns of a row.
+    bits: 2 to 8. ValueError for anything else, for ragged or empty w, NaN, and infinities.
+    """
+    group = group_columns(w, bits, granularity)
+    grids = lay_grids(w, bits, group, granularity, symmetric)
+    return with_grids(codes_on(w, grids, group, bits), grids, bits, group, granularity, symmetric)
+
+
+def lay_grids(w: Matrix, bits: int, group: int, granularity: str | int, symmetric: bool = True) -> list[list[tuple]]:
+    """For each row of w, the (scale, zero_point) of each group of its columns; "tensor": the same for all rows."""
+    if granularity == "tensor":
+        return [[make_grid([value for row in w for value in row], bits, symmetric)]] * len(w)
+    return [[make_grid(row[c:c + group], bits, symmetric) for c in range(0, len(row), group)] for row in w]
+
+
+def make_grid(values: Vector, bits: int, symmetric: bool) -> tuple[float, int]:
+    """(scale, zero_point) of the finest grid on which no value is clipped."""
+    low, high = code_range(bits)
+    if symmetric:
+        return fp16_up(max(map(abs, values)) / high) or 1.0, 0
+    least, most = min(0.0, *values), max(0.0, *values)
+    scale = fp16_up((most - least) / (high - low)) or 1.0
+    return scale, low + round(-least / scale)
+
+
+def to_codes(values: Vector, scale: float, zero_point: float, bits: int) -> list[int]:
+    """Each value's nearest grid point; halfway goes to the even one, as everywhere in Python and IEEE 754."""
+    low, high = code_range(bits)
+    return [min(max(round(value / scale + zero_point), low), high) for value in values]
+
+
+def codes_on(w: Matrix, grids: list[list[tuple]], group: int, bits: int) -> list[list[int]]:
+    """The codes of w [out][in], each group of a row on its own grid."""
+    return [[code for g, grid in enumerate(row_grids) for code in to_codes(row[g * group:(g + 1) * group], *grid, bits)]
+            for row, row_grids in zip(w, grids)]
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """The least and the greatest code."""
+    return -2 ** (bits - 1), 2 ** (bits - 1) - 1
+
+
+def group_columns(w: Matrix, bits: int, granularity: str | int) -> int:
+    """How many columns share a grid; ValueError where quantize() cannot work."""
+    if bits not in range(2, 9):
+        raise ValueError(f"bits must be a whole number from 2 to 8, not {bits!r}")
+    if granularity not in ("tensor", "channel") and not (type(granularity) is int and granularity > 0):
+        raise ValueError(f"granularity must be 'tensor', 'channel' or a positive group size, not {granularity!r}")
+    if not w or not w[0] or any(len(row) != len(w[0]) for row in w):
+        raise ValueError("w must have at least one row and one column, and rows of one length")
+    if not all(abs(value) <= FP16_MAX for row in w for value in row):
+        raise ValueError(f"w must hold finite numbers of at most {FP16_MAX:.0f}, the largest that FP16 scales allow "
+                         f"for")
+    return granularity if type(granularity) is int else len(w[0])
+
+
+def with_grids(codes: list[list[int]], grids: list[list[tuple]], bits: int, group: int, granularity: str | int,
+               symmetric: bool = True) -> Quantized:
+    """A Quantized; scales are stored in FP16, zero points (unless symmetric) like codes, or in FP16 if they are real."""
+    stored = grids[0] if granularity == "tensor" else [grid for row in grids for grid in row]
+    overhead = struct.pack(f"<{len(stored)}e", *(scale for scale, _ in stored))
+    if not symmetric:
+        zeros = [zero for _, zero in stored]
+        overhead += pack_bits(zeros, bits) if isinstance(zeros[0], int) else struct.pack(f"<{len(zeros)}e", *zeros)
+    scales, zeros = ([[grid[part] for grid in row] for row in grids] for part in (0, 1))
+    return Quantized(codes, scales, zeros, bits, group, overhead)
+
+
+FP16_MAX = 65504.0
+
+
+def round_to_float(x: float, exponent_bits: int, mantissa_bits: int, largest: float, overflow: float) -> float:
+    """The nearest number of a sign, an exponent and a mantissa of so many bits; halfway goes to the even one.
+
+    Beyond what rounds to `largest` it is ±overflow. Zeros keep their sign; NaN stays NaN.
+    """
+    if x == 0 or math.isnan(x):
+        return x
+    if math.isinf(x):
+        return math.copysign(overflow, x)
+    exponent = max(math.frexp(x)[1] - 1, 2 - 2 ** (exponent_bits - 1))  # below that: subnormal, steps stay
+    step = 2.0 ** (exponent - mantissa_bits)
+    y = round(x / step) * step
+    return math.copysign(overflow if abs(y) > largest else y, x)
+
+
+def fp16(x: float) -> float:
+    """The nearest IEEE half: 5 exponent bits, 10 of mantissa; ±inf beyond 65504."""
+    return round_to_float(x, 5, 10, FP16_MAX, math.inf)
+
+
+def bf16(x: float) -> float:
+    """The nearest bfloat16: FP32's 8 exponent bits, 7 of mantissa; ±inf beyond 3.39e38."""
+    return round_to_float(x, 8, 7, (2 - 2**-7) * 2.0**127, math.inf)
+
+
+def fp8_e4m3(x: float) -> float:
+    """The nearest FP8 E4M3, which has no infinity: anything too large becomes ±448, as hardware saturates."""
+    return round_to_float(x, 4, 3, 448.0, 448.0)
+
+
+def fp8_e5m2(x: float) -> float:
+    """The nearest FP8 E5M2: half an FP16, ±inf beyond 57344."""
+    return round_to_float(x, 5, 2, 57344.0, math.inf)
+
+
+def fp16_up(x: float) -> float:
+    """The smallest FP16 number that is not below x >= 0."""
+    bits, = struct.unpack("<H", struct.pack("<e", x))
+    return fp16(x) if fp16(x) >= x else struct.unpack("<e", struct.pack("<H", bits + 1))[0]
+
+
+def show_numbers(trace: Trace, knobs: Namespace) -> None:
+    """The model, six weights there and back, a matrix's histogram with the grids under it, and the float formats."""
+    lab = laboratory(knobs)
+    config, name = lab.model.config, "layers.0.attention.wv"
+    w, bits = lab.model.weights[name], knobs.bits
+    channels, size = knobs.outliers
+    n_weights = sum(map(math.prod, config.shapes().values()))
+    trace.say(f"The patient: a Llama of {n_weights:,} weights, {config.dim} channels and {config.n_layers} layer, "
+              f"trained for "
+              f"{STEPS} steps on The House That Jack Built. Its perplexity on the last verse, on which everything "
+              f"here is "
+              f"measured, is {lab.perplexity:.3f}. (Calibration takes the tokens before that verse. The rhyme "
+              f"repeats its "
+              f"words, so what is held apart is the place, not the vocabulary; and training has read it all.)")
+    trace.say(f"Large models have a few channels whose activations are many times the others'; a tiny one has not. "
+              f"So they "
+              f"are planted: on {channels} channels every norm's gain is made {size:g} times larger, and the columns "
+              f"that "
+              f"read them as much smaller, which changes nothing in exact arithmetic.")
+    trace.say(f"Some weights of {name}, rounded to INT8 and INT{bits} (one scale for the matrix) and back:")
+    forms = {"INT8": quantize(w, 8), f"INT{bits}": quantize(w, bits),
+             f"INT{bits} asymmetric": quantize(w, bits, symmetric=False)}
+    back = {form: q.dequantize() for form, q in forms.items()}
+    row = next(r for r, values in enumerate(w) if max(map(abs, values)) == max(abs(v) for values in w for v in values))
+    columns = sorted(range(len(w[row])), key=lambda c: w[row][c])[::len(w[row]) // 6]
+    trace.table(["weight"] + [cell for form in forms for cell in (form, "back")],
+                [[f"{w[row][c]:+.4f}"] + [cell for form, q in forms.items()
+                                          for cell in (str(q.codes[row][c]), f"{back[form][row][c]:+.4f}")]
+                 for c in columns])
+    trace.say("Their histogram, and the grids under it: a mark where a code's value is. Most weights are small, and "
+              "the few largest decide how wide the grid is laid.")
+    low, high = code_range(bits)
+    trace.lines(histogram([value for values in w for value in values],
+                          {f"INT{bits}": [code * forms[f"INT{bits}"].scales[0][0] for code in range(low + 1, high + 1)],
+                           "INT8": [code * forms["INT8"].scales[0][0] for code in range(-127, 128)]}))
+
+    trace.say("Floating point instead: what four formats make of the same numbers. Range is paid for with precision.")
+    trace.table(["", "bits", "largest", "smallest", "step at 1", *(f"{x:g}" for x in SAMPLES)],
+                [[form, str(1 + e + m), f"{largest:.3g}", f"2^{2 - 2 ** (e - 1) - m}", f"2^-{m}",
+                  *(f"{rounded(x):.5g}" for x in SAMPLES)] for form, (rounded, e, m, largest) in FLOATS.items()],
+                left=(0,))
+
+    trace.check_close("the planted outliers left the FP32 logits where they were", lab.logits,
+                      lab.calm.forward(lab.evaluation[:-1]), 1e-9)
+    for form, q in forms.items():
+        gap = max(abs(a - b) / (q.scales[0][0] / 2) for p, r in zip(back[form], w) for a, b in zip(p, r))
+        trace.check(f"{form}: |error| ≤ scale / 2 on all {len(w) * len(w[0]):,} weights", gap <= 1 + 1e-12,
+                    "every weight")
+    halves = [value for values in w for value in values] + [10.0 ** e for e in range(-9, 5)]
+    trace.check("fp16() = what struct packs, bf16() = the nearer of FP32's two cuts",
+                all(fp16(x) == struct.unpack("<e", struct.pack("<e", x))[0] and bf16(x) == bf16_by_bits(x)
+                    for x in halves),
+                f"{len(halves):,} numbers, to the bit")
+    for form, exponent_bits, top in (("E4M3", 4, 448.0), ("E5M2", 5, 57344.0)):
+        values = fp8_values(exponent_bits, top)
+        trace.check(f"fp8_{form.lower()}() = the nearest of all {len(values)} values that {form} has",
+                    all(abs(FLOATS["FP8 " + form][0](x) - x) == min(abs(v - x) for v in values)
+                        for x in halves[::7] if abs(x) <= top), "every seventh of those numbers")
+
+
+SAMPLES = (0.1, 300.0, 70000.0, 1e-6)
+FLOATS = {"FP16": (fp16, 5, 10, FP16_MAX), "BF16": (bf16, 8, 7, (2 - 2**-7) * 2.0**127),
+          "FP8 E4M3": (fp8_e4m3, 4, 3, 448.0), "FP8 E5M2": (fp8_e5m2, 5, 2, 57344.0)}
+
+
+def bf16_by_bits(x: float) -> float:
+    """Rounding to bfloat16 as hardware does it, on the bits of an FP32: add half a step, cut 16 bits off."""
+    bits, = struct.unpack("<I", struct.pack("<f", x))
+    return struct.unpack("<f", struct.pack("<I", bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000))[0]
+
+
+def fp8_values(exponent_bits: int, largest: float) -> list[float]:
+    """Every finite value of an 8-bit float, bit pattern by bit pattern, zero once."""
+    mantissa_bits, bias, values = 7 - exponent_bits, 2 ** (exponent_bits - 1) - 1, set()
+    for pattern in range(128):
+        exponent, mantissa = pattern >> mantissa_bits, (pattern & 2**mantissa_bits - 1) / 2**mantissa_bits
+        value = (1 + mantissa) * 2.0 ** (exponent - bias) if exponent else mantissa * 2.0 ** (1 - bias)
+        values |= {value, -value} if value <= largest else set()
+    return sorted(values)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 2. Granularity
+#
+# A scale is set by the largest weight it serves. One outlier, and all who share its scale are rounded on a
+# grid laid for it. So let fewer share: a scale per tensor, per output channel (a row of W), per group of 32
+# weights. Each scale costs 16 bits, so groups of g cost 16/g bits a weight on top:
+#
+#     bits per weight = bits + 16 · (number of scales) / (number of weights)
+#
+# Production formats use groups of 32 (GGUF, MXFP4) to 128 (the usual choice for GPTQ and AWQ checkpoints).
+
+def show_granularity(trace: Trace, knobs: Namespace) -> None:
+    """Bits, error and loss at each granularity, and what one outlier does to its neighbours."""
+    lab, g = laboratory(knobs), knobs.group_size
+    kinds: dict[str, str | int] = {"tensor": "tensor", "channel": "channel", f"group of {g}": g}
+    trace.say("The whole model rounded to nearest, at three granularities. Error: how far the weights moved, as a "
+              "share "
+              "of their size. Perplexity on unseen text; KL: how far the predictions moved from FP32's, in "
+              "nats a token; changed: how often the likeliest next token is another one.")
+    rows, sizes_agree = [["FP32", "", "32.000", "", f"{lab.perplexity:.3f}", "", ""]], True
+    for bits in dict.fromkeys((8, knobs.bits)):
+        for kind, granularity in kinds.items():
+            c = rounded_to_nearest(lab, bits, granularity)
+            error = fmean(relative_distance(c.weights[n], lab.model.weights[n]) for n in lab.linears)
+            m = measure(lab, c)
+            rows.append([f"INT{bits}", kind, f"{c.bits_per_weight:.3f}", f"{error:.1%}", f"{m.perplexity:.3f}",
+                         f"{m.kl:.4f}",
+                         f"{m.changed} of {lab.n_predicted}"])
+            n_scales = sum({"tensor": 1, "channel": len(w)}.get(kind, len(w) * -(-len(w[0]) // g))
+                           for w in (lab.model.weights[n] for n in lab.linears))
+            n_bytes = sum(-(-math.prod(config_shape) * bits // 8) for config_shape in
+                          (lab.model.config.shapes()[n] for n in lab.linears))
+            sizes_agree &= c.bits_per_weight == 8 * (n_bytes + 2 * n_scales) / lab.n_weights
+    trace.table(["", "a scale per", "bits/weight", "error", "perplexity", "KL", "changed"], rows, left=(0, 1))
+
+    w = [list(row) for row in lab.calm.weights["layers.0.attention.wv"][:6]]
+    typical = math.sqrt(fmean(value * value for row in w for value in row))
+    r, c = 2, len(w[0]) // 3
+    w[r][c] = 20 * typical
+    trace.say(f"One outlier's damage: {len(w)} rows of {len(w[0])} weights, one of them (row {r + 1}, column "
+              f"{c + 1}) made 20 "
+              f"times the typical size. How far INT{knobs.bits} moves each of the others:")
+    legend = "as a share of the typical weight: blank 0   · under 2%   ░ under 10%   ▒ under 30%   ▓ under 60%   █ more"
+    hurt = {}
+    for kind, granularity in kinds.items():
+        back = quantize(w, knobs.bits, granularity=granularity).dequantize()
+        errors = [[abs(a - b) / typical for a, b in zip(p, q)] for p, q in zip(back, w)]
+        hurt[kind] = sum(e > 0.3 for row in errors for e in row)
+        trace.lines([f"a scale per {kind}: {hurt[kind]} weights moved by more than 30%"]
+                    + ["  " + "".join(map(shade, row)) for row in errors])
+    trace.note(legend)
+    trace.check("bits per weight counted from the bytes = the formula", sizes_agree, "equal")
+    q = quantize(w, knobs.bits, granularity=g)
+    far = max(abs(a - b) / (q.scales[i][j // g] / 2) for i, (p, row) in enumerate(zip(q.dequantize(), w))
+              for j, (a, b) in enumerate(zip(p, row)))
+    trace.check("in groups too: |error| ≤ scale / 2, each with its own scale", far <= 1 + 1e-12, "every weight")
+    loss = -fmean(log_softmax(row)[target] for row, target in zip(lab.logits, lab.evaluation[1:]))
+    trace.check("FP32's perplexity by softmax = by log-sum-exp", abs(math.exp(loss) - lab.perplexity) < 1e-9,
+                "|Δ| < 1e-09")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Bytes for real
+#
+# A byte holds two 4-bit codes: the first in its low half, the second in its high half. In general, b bits a
+# code, one after the other from the lowest bit up. A negative code is stored as two's complement: -1 is 1111.
+
+def pack_int4(codes: Sequence[int]) -> bytes:
+    """Codes from -8 to 7, two to a byte, the first in the low half; an odd one out leaves a high half of 0."""
+    if not all(-8 <= code <= 7 for code in codes):
+        raise ValueError(f"codes must be from -8 to 7, not {next(c for c in codes if not -8 <= c <= 7)}")
+    pairs = zip(codes[::2], [*codes[1::2], 0])
+    return bytes(low & 15 | (high & 15) << 4 for low, high in pairs)
+
+
+def unpack_int4(data: bytes, n: int) -> list[int]:
+    """The n codes that pack_int4() packed. ValueError if data is not as long as n codes take."""
+    if len(data) != (n + 1) // 2:
+        raise ValueError(f"data must be {(n + 1) // 2} bytes for n = {n} codes, not {len(data)}")
+    halves = [half for byte in data for half in (byte & 15, byte >> 4)]
+    return [half - 16 * (half > 7) for half in halves[:n]]
+
+
+def pack_bits(codes: Sequence[int], bits: int) -> bytes:
+    """Codes of so many bits each, in one long number, the first code lowest."""
+    digits = "".join(format(code & 2**bits - 1, f"0{bits}b") for code in reversed(codes))
+    return int(digits or "0", 2).to_bytes((len(codes) * bits + 7) // 8, "little")
+
+
+# Real models, so that the sizes below are computed from what they are: the fields of Config, and the parameter
+# count to compare with. Sources: each model's config.json (Touvron et al. 2023, arXiv:2307.09288; Llama team
+# 2024, arXiv:2407.21783, table 3) and the counts that go with the checkpoints.
+REAL_LLAMAS = {"Llama 2 7B": ((32000, 4096, 32, 32, 32, 11008), 6_738_415_616),
+               "Llama 3.1 8B": ((128256, 4096, 32, 32, 8, 14336), 8_030_261_248),
+               "Llama 3.1 70B": ((128256, 8192, 80, 64, 8, 28672), 70_553_706_496)}
+
+
+def show_bytes(trace: Trace, knobs: Namespace) -> None:
+    """Nibbles in bytes, the model's file in each format, and what real models would take."""
+    codes = [3, -1, -8, 7, 0, 5, -2]
+    data = pack_int4(codes)
+    trace.say(f"{len(codes)} codes in {len(data)} bytes. Read each byte from the right: low half first.")
+    trace.table(["codes", "in four bits", "byte", "hex"],
+                [[", ".join(map(str, pair)), " ".join(format(code & 15, "04b") for code in pair), format(byte, "08b"),
+                  format(byte, "02x")] for pair, byte in zip((codes[i:i + 2] for i in range(0, 7, 2)), data)],
+                left=(0, 1))
+
+    config, rng, g, bits = model_config(VOCAB_SIZE), random.Random(knobs.seed), knobs.group_size, knobs.bits
+    shapes = [shape for name, shape in config.shapes().items() if is_linear(name, shape)]
+    rest = sum(map(math.prod, config.shapes().values())) - sum(map(math.prod, shapes))
+    trace.say(f"The tiny model's file: its {len(shapes)} matrices in each format, encoded, and the bytes counted. "
+              f"What only "
+              f"looks up or scales, the embedding and the norms, stays in FP16: {2 * rest:,} bytes.")
+    matrices = [[[rng.gauss(0, 0.1) for _ in range(shape[1])] for _ in range(shape[0])] for shape in shapes]
+    n = sum(map(math.prod, shapes))
+    sizes = {"FP32": (sum(len(struct.pack(f"<{len(row)}f", *row)) for w in matrices for row in w) + 4 * rest,
+                      4 * (n + rest)),
+             "FP16": (sum(len(struct.pack(f"<{len(row)}e", *row)) for w in matrices for row in w) + 2 * rest,
+                      2 * (n + rest))}
+    for form, wide, granularity in (("INT8, channels", 8, "channel"), (f"INT{bits}, tensor", bits, "tensor"),
+                                    (f"INT{bits}, groups of {g}", bits, g)):
+        scales = {"tensor": len(shapes), "channel": sum(rows for rows, _ in shapes)}.get(
+            granularity, sum(rows * -(-columns // g) for rows, columns in shapes))
+        sizes[form] = (sum(quantize(w, wide, granularity=granularity).nbytes for w in matrices) + 2 * rest,
+                       sum(-(-math.prod(shape) * wide // 8) for shape in shapes) + 2 * scales + 2 * rest)
+    trace.table(["format", "bytes", "of FP32", ""],
+                [[form, f"{size:,}", f"{size / sizes['FP32'][0]:.0%}", bar(size, sizes["FP32"][0], 40)]
+                 for form, (size, _) in sizes.items()], left=(0, 3))
+
+    trace.say("The weights of real models in GiB, all of them at so many bits; 4.5 is 4 bits and an FP16 scale for "
+              "every 32.")
+    counts = {name: sum(map(math.prod, Config(*sizes).shapes().values())) for name, (sizes, _) in REAL_LLAMAS.items()}
+    trace.table(["model", "parameters", *(f"{bits:g} bits" for bits in (32, 16, 8, 4.5, 4))],
+                [[name, f"{count:,}"] + [f"{count * bits / 8 / 2**30:.1f}" for bits in (32, 16, 8, 4.5, 4)]
+                 for name, count in counts.items()], left=(0,))
+    lengths = [codes * 3 for codes in ([], [1], [-8, 7], codes, list(range(-8, 8)))]
+    trace.check("unpack_int4() gives back what pack_int4() packed, odd lengths too",
+                all(unpack_int4(pack_int4(some), len(some)) == some for some in lengths), "equal")
+    trace.check("pack_int4() = the general pack_bits() at 4 bits",
+                all(pack_int4(some) == pack_bits(some, 4) for some in lengths), "equal")
+    trace.check("bytes counted = the formula, for every format", all(a == b for a, b in sizes.values()), "equal")
+    trace.check("parameters computed from the configurations = the published counts",
+                counts == {name: count for name, (_, count) in REAL_LLAMAS.items()}, "equal")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. NF4 and double quantization
+#
+# Weights are bell-shaped, so an even grid spends most of its codes where few weights are. NormalFloat puts its
+# 16 values at quantiles of the normal distribution instead: as many weights for each. A plain set of quantiles
+# would have no zero, so the two sides are cut separately, 8 steps above zero and 7 below, both from
+# the quantile ½(31/32 + 29/30) = 1 - ½(1/32 + 1/30) inwards, and scaled to end at ±1.
+#
+#     w ≈ codebook[code] · absmax                  absmax: of a block of 64, in FP32, so 4 + 32/64 = 4.5 bits
+#
+# Double quantization: those absmaxes are numbers too. Take their mean off, and store each in 8-bit floating
+# point with one FP32 scale for every 256 of them: 4 + 8/64 + 32/(64·256) = 4.127 bits. (QLoRA, section 3.
+# bitsandbytes uses an 8-bit float of its own making there; E4M3 does the same job.)
+
+def nf4_codebook() -> Vector:
+    """The 16 values of NF4, ascending from -1 to 1, 0 among them (QLoRA, equation 4 and appendix E)."""
+    far, quantile = 1 - (1 / 32 + 1 / 30) / 2, NormalDist().inv_cdf
+    above = [quantile(far + (0.5 - far) * i / 8) for i in range(8)]
+    below = [-quantile(far + (0.5 - far) * i / 7) for i in range(7)]
+    return [value / above[0] for value in sorted([*below, 0.0, *above])]
+
+
+def quantize_nf4(w: Matrix, *, block_size: int = 64, double_quant: bool = False) -> Quantized:
+    """w [out][in] in NF4, one absmax per block_size columns of a row (the last block of a row may be shorter).
+
+    double_quant: the absmaxes in 8-bit floats. ValueError as for quantize().
+    """
+    group = group_columns(w, 4, block_size)
+    codebook = tuple(nf4_codebook())
+    between = [(a + b) / 2 for a, b in zip(codebook, codebook[1:])]  # a value between these two is nearest to …
+    parts = [[row[c:c + group] for c in range(0, len(row), group)] for row in w]
+    absmax = [[fp32(max(map(abs, part))) for part in row] for row in parts]
+    overhead = struct.pack(f"<{sum(map(len, absmax))}f", *(a for row in absmax for a in row))
+    if double_quant:
+        absmax, overhead = double_quantize(absmax)
+    codes = [[bisect(between, value / a) if a else 7 for part, a in zip(*pair) for value in part]
+             for pair in zip(parts, absmax)]
+    return Quantized(codes, absmax, [[0] * len(row) for row in absmax], 4, group, overhead, codebook)
+
+
+def double_quantize(absmax: Matrix, block_size: int = 256) -> tuple[Matrix, bytes]:
+    """The absmaxes as E4M3 decodes them, and their bytes: the mean, a scale per 256 of them, a byte for each."""
+    flat = [a for row in absmax for a in row]
+    mean, decoded = fp32(fmean(flat)), []
+    overhead = struct.pack("<f", mean)
+    for start in range(0, len(flat), block_size):
+        centred = [a - mean for a in flat[start:start + block_size]]
+        scale = fp32(max(map(abs, centred)) / 448) or 1.0
+        small = [fp8_e4m3(a / scale) for a in centred]
+        overhead += struct.pack("<f", scale) + bytes(map(e4m3_byte, small))
+        decoded += [max(mean + value * scale, 0.0) for value in small]
+    values = iter(decoded)
+    return [[next(values) for _ in row] for row in absmax], overhead
+
+
+def e4m3_byte(x: float) -> int:
+    """The bit pattern of a number that fp8_e4m3() has rounded: sign, four of exponent, three of mantissa."""
+    exponent = max(math.frexp(x)[1] - 1, -6) if x else -6
+    return (math.copysign(1, x) < 0) << 7 | round(abs(x) / 2.0 ** (exponent - 3)) + (exponent + 6 << 3)
+
+
+def fp32(x: float) -> float:
+    """The nearest FP32."""
+    return struct.unpack("<f", struct.pack("<f", x))[0]
+
+
+# As bitsandbytes prints them (functional.py, get_4bit_type, 'nf4') and as QLoRA's appendix E lists them.
+PUBLISHED_NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+                 -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+                 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+                 0.7229568362236023, 1.0]
+
+
+def show_nf4(trace: Trace, knobs: Namespace) -> None:
+    """The codebook over a bell, NF4 against INT4 on two kinds of weights, and the bits of double quantization."""
+    rng, shape = random.Random(knobs.seed), (64, 512)
+    kinds = {"bell-shaped": [[rng.gauss(0, 1) for _ in range(shape[1])] for _ in range(shape[0])],
+             "uniform": [[rng.uniform(-1, 1) for _ in range(shape[1])] for _ in range(shape[0])]}
+    codebook = nf4_codebook()
+    trace.say("Normal numbers divided by the absmax of their block of 64, and the grids under them. NF4's values stand "
+              "close where the numbers are; INT4's do not care.")
+    normal = [v / max(map(abs, part)) for row in kinds["bell-shaped"] for part in (row[:64], row[64:128]) for v in part]
+    trace.lines(histogram(normal, {"NF4": codebook, "INT4": [code / 7 for code in range(-7, 8)]}))
+    trace.note("NF4: " + " ".join(f"{value:+.3f}" for value in codebook))
+    trace.say(f"{math.prod(shape):,} numbers of each kind, in blocks of 64: root mean square error, as a share of "
+              f"the numbers' own.")
+    rows, errors = [], {}
+    for kind, w in kinds.items():
+        errors[kind] = [relative_distance(q.dequantize(), w) for q in (quantize(w, 4, granularity=64), quantize_nf4(w))]
+        rows.append([kind, *(f"{e:.2%}" for e in errors[kind]), "NF4" if errors[kind][1] < errors[kind][0] else "INT4"])
+    trace.table(["", "INT4", "NF4", "better"], rows, left=(0, 3))
+    w = kinds["bell-shaped"]
+    plain, double = quantize_nf4(w), quantize_nf4(w, double_quant=True)
+    trace.say("What the scales cost, in bits a weight, and what double quantization leaves of it:")
+    rows = []
+    for form, q in (("NF4", plain), ("NF4, double quantization", double)):
+        rows.append([form, f"{q.nbytes:,}", f"{q.bits_per_weight:.3f}", f"{relative_distance(q.dequantize(), w):.2%}"])
+    trace.table(["", "bytes", "bits/weight", "error"], rows, left=(0,))
+    trace.check_close("the derived codebook = the 16 published values", [codebook], [PUBLISHED_NF4], 1e-6)
+    trace.check("NF4 beats INT4 on bell-shaped numbers, and loses on uniform ones",
+                errors["bell-shaped"][1] < errors["bell-shaped"][0] and errors["uniform"][1] > errors["uniform"][0],
+                "both")
+    n_weights, blocks = math.prod(shape), math.prod(shape) // 64
+    trace.check("bits counted = 4 + 32/64, and 4 + 8/64 + 32/(64·256) + the mean's 32 over all",
+                plain.bits_per_weight == 4.5
+                and double.bits_per_weight == 4 + 8 / 64 + 32 / (64 * 256) + 32 / n_weights, "equal")
+    sample = [value for row in w[:4] for value in row[:64]]
+    nearest = [min(codebook, key=lambda level: abs(level * max(map(abs, row[:64])) - value))
+               for row in w[:4] for value in row[:64]]
+    q = quantize_nf4([row[:64] for row in w[:4]])
+    trace.check("each code is the nearest of the 16 values",
+                [codebook[code] for row in q.codes for code in row] == nearest,
+                f"{len(sample)} weights by trying all")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 5. llama.cpp's blocks
+#
+# A GGUF file holds a quantized matrix as blocks of consecutive weights, each with its scale in front:
+#
+#     Q8_0   32 weights   d (FP16), 32 signed bytes                   d = absmax / 127             w ≈ d · q
+#     Q4_0   32 weights   d (FP16), 16 bytes                          d = (the extreme one) / -8   w ≈ d · (q - 8)
+#            byte j holds weight j in its low half and weight j + 16 in its high half
+#     Q4_K   256 weights  d, dmin (FP16), 12 bytes, 128 bytes         w ≈ d · scale · q - dmin · min
+#            eight sub-blocks of 32, each with a scale and a min of 6 bits, quantized themselves: 4.5 bits a weight
+#            like Q4_0, but with a zero point. Bits of the 12 bytes: see q4_k_encode().
+#
+# ggml computes in FP32, and so does the code below: hence all the fp32(). (Q4_K's own encoder tries several
+# scales for each sub-block and keeps the best; ours takes the range from min to max. The layout is the same.)
+
+def blocks_of(row: Sequence[float], size: int) -> list[Vector]:
+    """row cut into blocks, in FP32. ValueError if it is no multiple of size, or holds what FP16 scales cannot."""
+    if not row or len(row) % size:
+        raise ValueError(f"row must have a multiple of {size} weights, not {len(row)}")
+    if not all(abs(value) <= FP16_MAX for value in row):
+        raise ValueError(f"row must hold finite numbers of at most {FP16_MAX:.0f}")
+    return [[fp32(value) for value in row[i:i + size]] for i in range(0, len(row), size)]
+
+
+def reciprocal(d: float) -> float:
+    """1/d in FP32; 0 for 0, and for what is too small to have one."""
+    return fp32(1 / d) if abs(d) >= 2.0**-126 else 0.0
+
+
+def q8_0_encode(row: Sequence[float]) -> bytes:
+    """Weights (a multiple of 32) -> GGUF Q8_0 blocks of 34 bytes."""
+    data = b""
+    for block in blocks_of(row, 32):
+        d = fp32(max(map(abs, block)) / 127)
+        products = [fp32(value * reciprocal(d)) for value in block]
+        codes = [int(math.copysign(abs(product) + 0.5, product)) for product in products]  # halves go away from 0
+        data += struct.pack("<e32b", d, *codes)
+    return data
+
+
+def q8_0_decode(data: bytes, n: int) -> Vector:
+    """The n weights of Q8_0 blocks."""
+    check_blocks(data, n, 32, 34)
+    return [d * q for d, *codes in struct.iter_unpack("<e32b", data) for q in codes]
+
+
+def q4_0_encode(row: Sequence[float]) -> bytes:
+    """Weights (a multiple of 32) -> GGUF Q4_0 blocks of 18 bytes."""
+    data = b""
+    for block in blocks_of(row, 32):
+        d = max(block, key=abs) / -8  # the weight that is furthest out gets code 0, and is met exactly
+        codes = [min(15, int(fp32(value * reciprocal(d) + 8.5))) for value in block]
+        data += struct.pack("<e16B", d, *(low | high << 4 for low, high in zip(codes[:16], codes[16:])))
+    return data
+
+
+def q4_0_decode(data: bytes, n: int) -> Vector:
+    """The n weights of Q4_0 blocks."""
+    check_blocks(data, n, 32, 18)
+    return [d * (q - 8) for d, *pairs in struct.iter_unpack("<e16B", data)
+            for q in [pair & 15 for pair in pairs] + [pair >> 4 for pair in pairs]]
+
+
+def q4_k_encode(row: Sequence[float]) -> bytes:
+    """Weights (a multiple of 256) -> GGUF Q4_K super-blocks of 144 bytes."""
+    data = b""
+    for block in blocks_of(row, 256):
+        parts = [block[i:i + 32] for i in range(0, 256, 32)]
+        mins = [max(0.0, -min(part)) for part in parts]
+        steps = [(max(part) + low) / 15 for part, low in zip(parts, mins)]
+        d, dmin = fp16(max(steps) / 63), fp16(max(mins) / 63)
+        sc, mn = ([min(63, round(value / unit)) if unit else 0 for value in values]
+                  for values, unit in ((steps, d), (mins, dmin)))
+        # 16 numbers of 6 bits in 12 bytes: the first four of each whole, in the low 6 bits of bytes 0-3 and 4-7;
+        # of the last four, the low 4 bits in bytes 8-11, and the high 2 where those six left room.
+        data += struct.pack("<2e12B", d, dmin, *(sc[j] | sc[j + 4] >> 4 << 6 for j in range(4)),
+                            *(mn[j] | mn[j + 4] >> 4 << 6 for j in range(4)),
+                            *(sc[j] & 15 | (mn[j] & 15) << 4 for j in range(4, 8)))
+        codes = [[min(15, max(0, round((value + dmin * m) / (d * s)))) if d * s else 0 for value in part]
+                 for part, s, m in zip(parts, sc, mn)]
+        data += bytes(low | high << 4 for j in range(0, 8, 2) for low, high in zip(codes[j], codes[j + 1]))
+    return data
+
+
+def q4_k_decode(data: bytes, n: int) -> Vector:
+    """The n weights of Q4_K super-blocks."""
+    check_blocks(data, n, 256, 144)
+    out: Vector = []
+    for d, dmin, *rest in struct.iter_unpack("<2e140B", data):
+        sc, mn = q4_k_scales(rest[:12])
+        for j in range(8):
+            half = [pair >> 4 if j % 2 else pair & 15 for pair in rest[12 + j // 2 * 32:][:32]]
+            out += [d * sc[j] * q - dmin * mn[j] for q in half]
+    return out
+
+
+def q4_k_scales(b: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The eight scales and the eight minimums in a super-block's 12 bytes."""
+    return ([b[j] & 63 for j in range(4)] + [b[8 + j] & 15 | b[j] >> 6 << 4 for j in range(4)],
+            [b[4 + j] & 63 for j in range(4)] + [b[8 + j] >> 4 | b[4 + j] >> 6 << 4 for j in range(4)])
+
+
+def check_blocks(data: bytes, n: int, weights: int, size: int) -> None:
+    """ValueError unless data is as long as n weights take, in blocks of so many weights and bytes."""
+    if n % weights or len(data) != n // weights * size:
+        raise ValueError(f"data must be {size} bytes for every {weights} weights, and n a multiple of {weights}; "
+                         f"not {len(data)} bytes and n = {n}")
+
+
+GGUF = {"Q8_0": (q8_0_encode, q8_0_decode, 32), "Q4_0": (q4_0_encode, q4_0_decode, 32),
+        "Q4_K": (q4_k_encode, q4_k_decode, 256)}
+
+
+def show_gguf(trace: Trace, knobs: Namespace) -> None:
+    """A Q4_0 block taken apart, the three formats' sizes and errors, and where Q4_K's 6-bit scales go."""
+    rng = random.Random(knobs.seed)
+    rows = [[fp32(rng.gauss(0, 0.1)) for _ in range(512)] for _ in range(8)]
+    row = rows[0][:32]
+    block = q4_0_encode(row)
+    d, = struct.unpack("<e", block[:2])
+    trace.say("One Q4_0 block of 32 weights, byte for byte as a GGUF file has it: the FP16 scale, lowest byte first, "
+              "then 16 "
+              "bytes of two codes each.")
+    trace.lines(["  " + block[:2].hex(" ") + " │ " + block[2:].hex(" ")])
+    extreme = max(range(32), key=lambda i: abs(row[i]))
+    shown = sorted({0, 1, 16, 17, extreme})
+    back = q4_0_decode(block, 32)
+    trace.table(["weight", "value", "in byte", "code", "(code - 8) · d"],
+                [[str(i), f"{row[i]:+.4f}", f"{2 + i % 16}, {'high' if i > 15 else 'low'} half",
+                  str(block[2 + i % 16] >> 4 if i > 15 else block[2 + i % 16] & 15), f"{back[i]:+.4f}"] for i in shown])
+    trace.note(f"d = {d:.6f}: weight {extreme}, the one furthest out, over -8. It alone can have code 0.")
+
+    lean = [[value + 0.15 for value in row] for row in rows]  # every weight leans to one side
+    trace.say("The three formats on 4,096 weights around zero, and on the same weights moved to one side, where Q4_K's "
+              "minimums pay off.")
+    table, sizes_agree = [], True
+    for form, (encode, decode, size) in GGUF.items():
+        data = b"".join(map(encode, rows))
+        sizes_agree &= len(data) == sum(map(len, rows)) // size * {"Q8_0": 34, "Q4_0": 18, "Q4_K": 144}[form]
+        errors = [relative_distance([decode(encode(row), len(row)) for row in w], w) for w in (rows, lean)]
+        table.append([form, f"{len(encode(rows[0][:size]))} bytes", str(size), f"{8 * len(data) / 4096:.2f}",
+                      *(f"{error:.2%}" for error in errors)])
+    trace.table(["", "block", "of weights", "bits/weight", "error", "moved aside"], table, left=(0,))
+    data = q4_k_encode(rows[0][:256])
+    d, dmin = struct.unpack("<2e", data[:4])
+    trace.say(f"A Q4_K super-block's first 16 bytes: d = {d:.6f}, dmin = {dmin:.6f}, and eight scales and eight "
+              f"minimums "
+              f"in 12 bytes, the last four of each in two pieces:")
+    b = data[4:16]
+    trace.lines(["  " + data[:2].hex(" ") + " │ " + data[2:4].hex(" ") + " │ " + b.hex(" ")])
+    trace.table(["sub-block", *map(str, range(8))],
+                [[part, *map(str, values)] for part, values in zip(("scale", "min"), q4_k_scales(b))], left=(0,))
+    # Q8_0 of 1, 2, …, 32 by hand: d = 32/127, so weight i is code round(127·i/32).
+    ramp = [float(i) for i in range(1, 33)]
+    fixture = struct.pack("<e", 32 / 127) + bytes(math.floor(127 * i / 32 + 0.5) for i in range(1, 33))
+    trace.check("Q8_0 of 1, 2, …, 32 = the block worked out by hand", q8_0_encode(ramp) == fixture, "34 bytes equal")
+    # Q4_0 of -8, …, 7, twice: d = 1, codes 0 to 15, weight j and weight j + 16 the same, so bytes 00, 11, …, ff.
+    ramp = [float(i) for i in range(-8, 8)] * 2
+    trace.check("Q4_0 of -8, …, 7, twice = the block worked out by hand",
+                q4_0_encode(ramp) == b"\x00\x3c" + bytes(17 * i for i in range(16)), "18 bytes equal")
+    trace.check("encoded bytes = blocks × the published block sizes, 34, 18 and 144", sizes_agree, "equal")
+    bound = [max(abs(a - b) / (max(map(abs, block)) / most) for row in rows for block in blocks_of(row, 32)
+                 for a, b in zip(decode(encode(block), 32), block))
+             for (encode, decode, _), most in ((GGUF["Q8_0"], 127), (GGUF["Q4_0"], 8))]
+    trace.check("no weight further off than half a step (Q8_0), one step (Q4_0)", bound[0] < 0.57 and bound[1] < 1.01,
+                "and FP16's rounding of the scale")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 6. Activations too
+#
+# With weights alone in INT8, every product is still done in floating point. If the activations are INT8 as well
+# (W8A8), the matrix product runs on integer units: y = (codes of x)·(codes of w) · scale_x · scale_w, the sum exact.
+# A scale for x is either static, chosen once from calibration data (its absmax; a percentile, which clips the rare
+# extremes; or whatever gives the least error), or dynamic: each token's own absmax.
+#
+# A channel that is always 30 times the others breaks all of these: on a grid laid for it, the others round
+# to almost nothing. Two ways out. LLM.int8() takes columns of x that reach 6.0 out and multiplies them
+# in floating point; the rest in INT8, a scale for each row of x and of W (vector-wise). SmoothQuant moves
+# the difficulty to the weights, where a scale per channel and static data can deal with it:
+#
+#     s_j = max|x_j|^α / max|w_j|^(1-α)          y = (x / s) · (w · s)          x / s: folded into the norm's gain
+
+def int8_matmul(x: Matrix, q: Quantized, x_scale: float | None = None) -> Matrix:
+    """y = W x in integers: x [n][in], q: W [out][in] in INT8 with a scale per row -> [n][out].
+
+    x is rounded to INT8 here, with x_scale, or each row with its own absmax / 127.
+    """
+    out = []
+    for row in x:
+        scale = x_scale or max(map(abs, row)) / 127 or 1.0
+        codes = to_codes(row, scale, 0, 8)
+        out.append([dot(codes, unit) * scale * unit_scale for unit, (unit_scale,) in zip(q.codes, q.scales)])
+    return out
+
+
+def static_scale(x: Matrix, method: str) -> float:
+    """A scale for INT8 activations like x: by "absmax", "percentile" (99.9) or least squared "error"."""
+    sizes = sorted(abs(value) for row in x for value in row)
+    if method == "absmax":
+        return sizes[-1] / 127 or 1.0
+    if method == "percentile":
+        return sizes[math.ceil(0.999 * len(sizes)) - 1] / 127 or 1.0
+    if method != "error":
+        raise ValueError(f"method must be 'absmax', 'percentile' or 'error', not {method!r}")
+
+    def squared_error(scale: float) -> float:
+        return sum((size - min(round(size / scale), 127) * scale) ** 2 for size in sizes)
+
+    return min((sizes[-1] * i / 12 / 127 or 1.0 for i in range(1, 13)), key=squared_error)
+
+
+def llm_int8_matmul(x: Matrix, w: Matrix, *, threshold: float = 6.0) -> Matrix:
+    """y = W x, the columns of x with a magnitude >= threshold in floating point, the others in INT8.
+
+    x [n][in], w [out][in] -> [n][out]. Threshold 0 leaves no INT8, infinity no floating point. ValueError if it
+    is negative or NaN. Dettmers et al. 2022, section 3.2, equation 8.
+    """
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be 0 or more, not {threshold}")
+    exact = [c for c, column in enumerate(zip(*x)) if max(map(abs, column)) >= threshold]
+    rest = sorted(set(range(len(w[0]))) - set(exact))
+    x_exact, w_exact, x_rest, w_rest = ([[row[c] for c in columns] for row in m]
+                                        for columns in (exact, rest) for m in (x, w))
+    y = linear(x_exact, w_exact)  # zeros if there are none
+    return add(y, int8_matmul(x_rest, quantize(w_rest, 8, granularity="channel"))) if rest else y
+
+
+def smoothquant_scales(x_absmax: Vector, w_absmax: Vector, alpha: float = 0.5) -> Vector:
+    """s_j = max|x_j|^α / max|w_j|^(1-α) for every input channel; 1 where either is 0 (Xiao et al. 2023, equation 4)."""
+    if not 0 <= alpha <= 1 or len(x_absmax) != len(w_absmax):
+        raise ValueError(f"alpha must be from 0 to 1, and x_absmax as long as w_absmax; got {alpha}, {len(x_absmax)} "
+                         f"and "
+                         f"{len(w_absmax)}")
+    return [a ** alpha / b ** (1 - alpha) if a and b else 1.0 for a, b in zip(x_absmax, w_absmax)]
+
+
+def move_scales(weights: dict, source: str, readers: Sequence[str], scales: Vector) -> dict:
+    """New weights, the same function: source's channels divided by scales, its readers' columns multiplied.
+
+    source: a norm's gain, or a matrix whose rows make the channels.
+    """
+    made = weights[source]
+    divided = ([[value / s for value in row] for row, s in zip(made, scales)] if isinstance(made[0], list) else
+               [gain / s for gain, s in zip(made, scales)])
+    return weights | {source: divided} | {name: [[value * s for value, s in zip(row, scales)] for row in weights[name]]
+                                          for name in readers}
+
+
+def smoothquant(weights: dict, config: Config, inputs: dict[str, Matrix], alpha: float) -> dict:
+    """New weights, the same function, with the activations after every norm smoothed by calibration inputs."""
+    for source, readers in norms_and_readers(config).items():
+        columns = [max(map(abs, column)) for column in zip(*(row for name in readers for row in weights[name]))]
+        x_absmax = [max(map(abs, column)) for column in zip(*inputs[readers[0]])]
+        weights = move_scales(weights, source, readers, smoothquant_scales(x_absmax, columns, alpha))
+    return weights
+
+
+@lru_cache(maxsize=None)
+def in_int8(lab: Lab, method: str, outliers: bool = True, alpha: float = ALPHA) -> Compressed:
+    """W8A8 by a method of static_scale(), "dynamic", "LLM.int8()" or "SmoothQuant"; outliers: the planted ones too?"""
+    weights = (lab.model if outliers else lab.calm).weights
+    inputs = lab.inputs if outliers else capture(lab.calm, lab.calibration)[0]
+    scales = {}
+    if method == "SmoothQuant":
+        weights = smoothquant(weights, lab.model.config, inputs, alpha)
+    elif method not in ("dynamic", "LLM.int8()"):
+        found = {id(inputs[name]): static_scale(inputs[name], method) for name in lab.linears}
+        scales = {id(weights[name]): found[id(inputs[name])] for name in lab.linears}
+
+    codes = {id(weights[name]): quantize(weights[name], 8, granularity="channel") for name in lab.linears}
+
+    def run(operation: Callable, *values):
+        if operation is not linear:
+            return operation(*values)
+        x, w = values
+        return llm_int8_matmul(x, w) if method == "LLM.int8()" else int8_matmul(x, codes[id(w)], scales.get(id(w)))
+
+    nbytes = sum(q.nbytes for q in codes.values())
+    return Compressed({"dynamic": "W8A8 per token"}.get(method, method), weights, lab.rest_bytes + nbytes,
+                      8 * nbytes / lab.n_weights, run)
+
+
+def show_activations(trace: Trace, knobs: Namespace) -> None:
+    """The activations' sizes, W8A8's ways to set a scale, and the two rescues."""
+    lab, name = laboratory(knobs), "layers.0.attention.wq"
+    absmax = [max(map(abs, column)) for column in zip(*lab.inputs[name])]
+    smooth = smoothquant(lab.model.weights, lab.model.config, lab.inputs, knobs.alpha)
+    smooth_inputs, _ = capture(Llama(lab.model.config, smooth), lab.calibration)
+    smoothed = [max(map(abs, column)) for column in zip(*smooth_inputs[name])]
+    trace.say(f"The largest magnitude of each channel that goes into {name}, {len(absmax)} channels from left to "
+              f"right: as "
+              f"the model has it, and after SmoothQuant with exponent {knobs.alpha:g}.")
+    trace.lines(columns_picture(absmax) + [""] + columns_picture(smoothed))
+    trace.say("Weights and activations in INT8: the model as it was trained, and with the planted outliers.")
+    rows = []
+    for method in ("absmax", "percentile", "error", "dynamic", "LLM.int8()", "SmoothQuant"):
+        calm, wild = (measure(lab, in_int8(lab, method, outliers, knobs.alpha)) for outliers in (False, True))
+        rows.append([{"absmax": "static, absmax", "percentile": "static, 99.9th percentile",
+                      "error": "static, least error",
+                      "dynamic": "dynamic, per token"}.get(method, method),
+                     f"{calm.perplexity:.3f}", f"{calm.kl:.4f}", f"{wild.perplexity:.3f}", f"{wild.kl:.4f}",
+                     f"{wild.changed} of {lab.n_predicted}"])
+    trace.table(["scales of the activations", "perplexity", "KL", "with outliers", "KL", "changed"], rows, left=(0,))
+    reached = [c for c, size in enumerate(absmax) if size >= 6]
+    trace.note(f"FP32: perplexity {lab.perplexity:.3f}. LLM.int8() kept {len(reached)} of {len(absmax)} columns of "
+               f"{name} in floating point.")
+    x, w = lab.inputs[name][:8], lab.model.weights[name]
+    trace.check_close("LLM.int8() with threshold 0 = the exact product", llm_int8_matmul(x, w, threshold=0),
+                      linear(x, w), 1e-9)
+    q = quantize(w, 8, granularity="channel")
+    steps = [max(map(abs, row)) / 127 for row in x]
+    by_hand = [[sum(round(value / step) * code for value, code in zip(row, unit)) * step * s
+                for unit, (s,) in zip(q.codes, q.scales)] for row, step in zip(x, steps)]
+    trace.check_close("LLM.int8() with threshold infinity = vector-wise INT8, worked out by hand",
+                      llm_int8_matmul(x, w, threshold=math.inf), by_hand, 1e-9)
+    trace.check_close("SmoothQuant left the FP32 logits where they were",
+                      Llama(lab.model.config, smooth).forward(lab.evaluation[:-1]), lab.logits, 1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 7. GPTQ
+#
+# Rounding each weight to the nearest is best for the weights, not for what the layer puts out. GPTQ minimises
+# |W x - Q x|² over calibration inputs. That is a quadratic with the Hessian H = 2 X Xᵀ, the same for every row of W.
+# Quantize the columns from left to right; each column's rounding error is pushed into the columns that are not
+# quantized yet, as far as their inputs are correlated, where it does the least harm (Optimal Brain Surgeon):
+#
+#     error_j = (w_j - quant(w_j)) / U[j][j]          w_k -= error_j · U[j][k]  for every k > j
+#
+# U is the upper Cholesky factor of H⁻¹: row j of it is what OBS would get by inverting H again for
+# every step. Damping (1% of H's mean diagonal) keeps H invertible. act-order takes the columns with the largest
+# diagonal first, while there is still somewhere to put their errors.
+#
+# Production goes block by block through the network, with inputs from the layers already quantized; ours takes
+# all inputs from the FP32 model. The arithmetic in a layer is the same.
+
+def hessian_of(x: Matrix) -> Matrix:
+    """H = 2 X Xᵀ of inputs x [n][in] -> [in][in]; the factor cancels out of GPTQ."""
+    columns = list(zip(*x))
+    return [[2 * dot(a, b) for b in columns] for a in columns]
+
+
+def gptq(w: Matrix, hessian: Matrix, bits: int, *, granularity: str | int, act_order: bool = False,
+         damp: float = 0.01) -> Quantized:
+    """w [out][in] on grids as quantize() has them, the codes chosen for least output error under hessian [in][in].
+
+    A group's grid is laid when its first column comes up, on the weights as they then are; under act_order, whose
+    groups come in pieces, on the weights given. damp: a share of the mean diagonal. ValueError if it is not
+    positive, if hessian is not [in][in] and finite, or as for quantize(). Frantar et al. 2023, algorithm 1.
+    """
+    group, n = group_columns(w, bits, granularity), len(w[0])
+    if len(hessian) != n or any(len(row) != n or not all(map(math.isfinite, row)) for row in hessian):
+        raise ValueError(f"hessian must hold {n} × {n} finite numbers, a row and a column for each column of w")
+    if not 0 < damp < math.inf:
+        raise ValueError(f"damp must be positive, not {damp}")
+    order = sorted(range(n), key=lambda j: -hessian[j][j]) if act_order else list(range(n))
+    ridge = damp * fmean(hessian[j][j] for j in range(n)) or 1.0
+    u = list(zip(*cholesky(inverse([[hessian[i][j] + ridge * (i == j) for j in order] for i in order]))))
+    columns = [[row[j] for row in w] for j in order]  # those to the right change as we go
+    codes = [[0] * n for _ in w]
+    grids = [list(row) for row in lay_grids(w, bits, group, granularity)]
+    for i, j in enumerate(order):
+        if j % group == 0 and not act_order:
+            now = [list(row) for row in zip(*columns[i:i + group])]
+            for row, (grid,) in zip(grids, lay_grids(now, bits, group, granularity)):
+                row[j // group] = grid
+        errors = []
+        for r, value in enumerate(columns[i]):
+            scale, zero = grids[r][j // group]
+            codes[r][j], = to_codes([value], scale, zero, bits)
+            errors.append((value - (codes[r][j] - zero) * scale) / u[i][i])
+        for k in range(i + 1, n):
+            columns[k] = [value - error * u[i][k] for value, error in zip(columns[k], errors)]
+    return with_grids(codes, grids, bits, group, granularity)
+
+
+def cholesky(a: Matrix) -> Matrix:
+    """The lower triangle L of a symmetric positive definite matrix: L Lᵀ = a. ValueError if it is not one."""
+    lower = [[0.0] * len(a) for _ in a]
+    for i, row in enumerate(a):
+        for j in range(i + 1):
+            rest = row[j] - dot(lower[i][:j], lower[j][:j])
+            if i == j and rest <= 0:
+                raise ValueError("a must be positive definite; more damping would make it so")
+            lower[i][j] = math.sqrt(rest) if i == j else rest / lower[j][j]
+    return lower
+
+
+def inverse(a: Matrix) -> Matrix:
+    """The inverse of a symmetric positive definite matrix: L⁻ᵀ L⁻¹, with L its Cholesky factor."""
+    lower, columns = cholesky(a), []
+    for j in range(len(a)):  # column j of L⁻¹, from the top down
+        column: Vector = []
+        for i, row in enumerate(lower):
+            column.append(((i == j) - dot(row[:i], column)) / row[i])
+        columns.append(column)
+    return linear(columns, columns)
+
+
+def obq_in_order(w: Matrix, hessian: Matrix, bits: int, granularity: str | int, damp: float = 0.01) -> list[list[int]]:
+    """The codes of GPTQ without its shortcut: H of the columns left is inverted again for each one, row by row."""
+    n, ridge, all_codes = len(hessian), damp * fmean(row[j] for j, row in enumerate(hessian)), []
+    for row, ((scale, _),) in zip(w, lay_grids(w, bits, len(w[0]), granularity)):
+        row, codes = list(row), []
+        for i in range(n):
+            left = inverse([[hessian[a][b] + ridge * (a == b) for b in range(i, n)] for a in range(i, n)])
+            codes += to_codes(row[i:i + 1], scale, 0, bits)
+            error = (row[i] - codes[i] * scale) / left[0][0]
+            row[i:] = [value - error * slope for value, slope in zip(row[i:], left[0])]
+        all_codes.append(codes)
+    return all_codes
+
+
+@lru_cache(maxsize=None)
+def by_gptq(lab: Lab, bits: int, granularity: str | int, act_order: bool = False) -> Compressed:
+    """The whole model by GPTQ."""
+    return compress(lab, "GPTQ" + ", act-order" * act_order,
+                    lambda name, w: gptq(w, lab.hessian(name), bits, granularity=granularity, act_order=act_order))
+
+
+def show_gptq(trace: Trace, knobs: Namespace) -> None:
+    """One row's codes, every matrix's output error, and the model."""
+    lab, bits, g = laboratory(knobs), knobs.bits, knobs.group_size
+    trace.say(f"Layer by layer: how far each matrix's output moves on text that the calibration never saw, |Wx - Qx| "
+              f"/ |Wx|, "
+              f"at INT{bits} in groups of {g}.")
+    methods = {"to nearest": rounded_to_nearest(lab, bits, g), "GPTQ": by_gptq(lab, bits, g),
+               "act-order": by_gptq(lab, bits, g, act_order=True)}
+    rows = []
+    for name in lab.linears:
+        errors = [lab.output_error(name, c.weights[name]) for c in methods.values()]
+        rows.append([name, *(f"{e:.1%}" for e in errors), bar(errors[0], 0.5, 10), bar(errors[1], 0.5, 10)])
+    trace.table(["matrix", *methods, "to nearest", "GPTQ"], rows, left=(0, 4, 5))
+    trace.say("And the model, by the loss that no layer saw:")
+    rows = []
+    for kind, granularity in (("channel", "channel"), (f"group of {g}", g)):
+        for form, c in (("to nearest", rounded_to_nearest(lab, bits, granularity)),
+                        ("GPTQ", by_gptq(lab, bits, granularity)),
+                        ("GPTQ, act-order", by_gptq(lab, bits, granularity, act_order=True))):
+            rows.append([kind, form, *lab.scores(c)])
+    trace.table(["a scale per", "method", "bits/weight", "perplexity", "KL", "changed"], rows, left=(0, 1))
+
+    name = "layers.0.feed_forward.w2"
+    w, h = [row[:8] for row in lab.model.weights[name][:3]], hessian_of([row[:8] for row in lab.inputs[name]])
+    codes = {"to nearest": quantize(w, bits, granularity="tensor").codes[0],
+             "GPTQ": gptq(w, h, bits, granularity="tensor").codes[0]}
+    trace.say("Eight weights of a row: what both make of them. A code that GPTQ moved (*) carries errors from its "
+              "left.")
+    trace.table(["w / scale"] + [f"{v / quantize(w, bits).scales[0][0]:+.1f}" for v in w[0]],
+                [["to nearest", *map(str, codes["to nearest"])],
+                 ["GPTQ", *(f"{b}" + "*" * (a != b) for a, b in zip(*codes.values()))]], left=(0,))
+    trace.check("GPTQ's codes = OBQ's, inverting H again for every column",
+                gptq(w, h, bits, granularity="tensor").codes == obq_in_order(w, h, bits, "tensor"), "24 codes equal")
+    eye = [[3.0 * (i == j) for j in range(8)] for i in range(8)]
+    trace.check("with uncorrelated inputs GPTQ = round to nearest",
+                gptq(w, eye, bits, granularity=3) == quantize(w, bits, granularity=3),
+                "equal, scales too")
+    ridge = 0.01 * fmean(h[k][k] for k in range(8))
+    damped = [[value + ridge * (i == j) for j, value in enumerate(row)] for i, row in enumerate(h)]
+    trace.check_close("inverse(): H times its inverse = 1", linear(damped, inverse(damped)),
+                      [[float(i == j) for j in range(8)] for i in range(8)], 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 8. AWQ
+#
+# Not all weights matter alike: those that multiply large activations do most. Kept in FP16, 1% of the channels,
+# chosen by their activations, would save most of the loss; but a matrix of mixed formats is slow. AWQ protects them
+# within the format: multiply a salient channel of W by s > 1 before rounding and divide its input by s. The
+# grid hardly changes, and the channel's error shrinks by s. How strongly, is searched:
+#
+#     s = mean|x|^α, scaled to √(max s · min s) = 1          α from 0 (nothing) in 20 steps, for least |Wx -
+# Q(W·s)(x/s)|²
+#
+# x / s costs nothing: it is folded into the operation before, a norm's gain or the rows of another matrix
+# (w3 makes the channels that w2 reads). Matrices that read the same input share s. For wo there is no such
+# place when query heads share KV heads, and it stays as it is, as in the authors' code, whose clipping of
+# the weights is left out here.
+
+def awq_search(w: Matrix, x: Matrix, bits: int, *, granularity: str | int,
+               grid: int = 20) -> tuple[Vector, float, Quantized]:
+    """(scales [in], α, Q(w · scales)) for the least output error on inputs x [n][in], over α = 0, 1/grid, ….
+
+    w [out][in]. The first of equally good α wins. ValueError if grid < 1, or as for quantize(). Lin et al. 2024,
+    equation 5.
+    """
+    if grid < 1 or not x or len(x[0]) != len(w[0]):
+        raise ValueError(f"grid must be at least 1, and x have rows of {len(w[0])}; got grid = {grid} and {len(x)} "
+                         f"rows")
+    target, best = linear(x, w), None
+    for step in range(grid):
+        scales = salience_scales(x, step / grid)
+        q = quantize([[value * s for value, s in zip(row, scales)] for row in w], bits, granularity=granularity)
+        y = linear([[value / s for value, s in zip(row, scales)] for row in x], q.dequantize())
+        loss = sum((a - b) ** 2 for p, r in zip(y, target) for a, b in zip(p, r))
+        if best is None or loss < best[0]:
+            best = loss, scales, step / grid, q
+    return best[1:]
+
+
+def salience_scales(x: Matrix, alpha: float) -> Vector:
+    """mean|x|^α of every channel of x [n][in], scaled so that the largest times the least is 1."""
+    powers = [max(fmean(map(abs, column)), 1e-4) ** alpha for column in zip(*x)]
+    middle = math.sqrt(max(powers) * min(powers))
+    return [power / middle for power in powers]
+
+
+@lru_cache(maxsize=None)
+def awq_scales(lab: Lab, bits: int, granularity: str | int) -> dict[str, tuple[Vector, float]]:
+    """{source: (scales, α)} for every norm, and for every w3, whose channels w2 reads."""
+    found = {}
+    for source, readers in (norms_and_readers(lab.model.config) | gates_and_readers(lab.model.config)).items():
+        w, x = [row for name in readers for row in lab.model.weights[name]], lab.inputs[readers[0]]
+        found[source] = awq_search(w, x[::max(1, len(x) // SEARCH_ROWS)], bits, granularity=granularity)[:2]
+    return found
+
+
+SEARCH_ROWS = 32  # calibration tokens that the search looks at
+
+
+def awq_fold(lab: Lab, found: dict[str, tuple[Vector, float]]) -> dict:
+    """lab's weights with those scales moved into them: the same function."""
+    readers = norms_and_readers(lab.model.config) | gates_and_readers(lab.model.config)
+    weights = lab.model.weights
+    for source, (scales, _) in found.items():
+        weights = move_scales(weights, source, readers[source], scales)
+    return weights
+
+
+@lru_cache(maxsize=None)
+def by_awq(lab: Lab, bits: int, granularity: str | int) -> Compressed:
+    """The whole model by AWQ."""
+    folded = awq_fold(lab, awq_scales(lab, bits, granularity))
+    return compress(lab, "AWQ", lambda _, w: quantize(w, bits, granularity=granularity), folded)
+
+
+@lru_cache(maxsize=None)
+def keeping_channels(lab: Lab, bits: int, granularity: str | int, count: int, by: str) -> Compressed:
+    """Rounded to nearest, but `count` input channels of every matrix in FP16, by "activations", "weights" or "chance"."""
+    rng = random.Random(0)
+
+    def method(name: str, w: Matrix) -> tuple[Matrix, int]:
+        sizes = {"activations": [fmean(map(abs, column)) for column in zip(*lab.inputs[name])],
+                 "weights": [fmean(map(abs, column)) for column in zip(*w)], "chance": [rng.random() for _ in w[0]]}[by]
+        kept = set(sorted(range(len(sizes)), key=lambda c: -sizes[c])[:count])
+        q = quantize(w, bits, granularity=granularity)
+        mixed = [[fp16(value) if c in kept else code for c, (value, code) in enumerate(zip(*rows))]
+                 for rows in zip(w, q.dequantize())]
+        return mixed, q.nbytes + 2 * count * (len(w) + 1)  # and two bytes a channel to say which
+
+    return compress(lab, f"{count} channels in FP16", method)
+
+
+def show_awq(trace: Trace, knobs: Namespace) -> None:
+    """Which channels to protect, the search over α, and the model."""
+    lab, bits, g = laboratory(knobs), knobs.bits, knobs.group_size
+    found, (source, readers) = awq_scales(lab, bits, g), list(norms_and_readers(lab.model.config).items())[0]
+    w, x = [row for name in readers for row in lab.model.weights[name]], lab.inputs[readers[0]]
+    trace.say(f"INT{bits} in groups of {g}, with one channel in {len(x[0])} of every matrix kept in FP16: whether that "
+              f"helps depends on how it is chosen. And AWQ, which keeps none.")
+    rows = [["none", *lab.scores(rounded_to_nearest(lab, bits, g))]]
+    for count, by in ((1, "chance"), (1, "weights"), (1, "activations"), (3, "activations")):
+        rows.append([f"{count}, by {'their ' * (by != 'chance')}{by}", 
+                     *lab.scores(keeping_channels(lab, bits, g, count, by))])
+    rows.append(["none: AWQ", *lab.scores(by_awq(lab, bits, g))])
+    trace.table(["channels in FP16", "bits/weight", "perplexity", "KL", "changed"], rows, left=(0,))
+
+    trace.say(f"The search behind {source}: output error of {', '.join(name.split('.')[-1] for name in readers)} on "
+              f"the "
+              f"calibration tokens for each exponent; 0 is round to nearest. AWQ takes the least.")
+    few = x[::max(1, len(x) // SEARCH_ROWS)]
+    target = linear(few, w)
+
+    def error(scales: Vector) -> float:
+        q = quantize([[v * s for v, s in zip(row, scales)] for row in w], bits, granularity=g).dequantize()
+        return relative_distance(linear([[v / s for v, s in zip(row, scales)] for row in few], q), target)
+
+    errors = {alpha: error(salience_scales(few, alpha)) for alpha in (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)}
+    trace.table(["exponent", "error", ""], [[f"{alpha:.2f}", f"{e:.2%}", bar(e, max(errors.values()), 44)]
+                                            for alpha, e in errors.items()], left=(2,))
+    trace.note("found: " + ", ".join(f"{name} {alpha:.2f}" for name, (_, alpha) in sorted(found.items())))
+    folded = Llama(lab.model.config, awq_fold(lab, found))
+    trace.check_close("AWQ's scales, folded in, left the FP32 logits where they were",
+                      folded.forward(lab.evaluation[:-1]),
+                      lab.logits, 1e-9)
+    ones, alpha, q = awq_search(w[:8], few, bits, granularity=g, grid=1)
+    trace.check("exponent 0 alone = round to nearest",
+                (ones, alpha, q) == ([1.0] * len(ones), 0.0, quantize(w[:8], bits, granularity=g)), "equal")
+    best = error(found[source][0])
+    trace.check("what the search found is as good as every exponent tried above",
+                best <= min(errors.values()) * (1 + 1e-9),
+                f"{best:.2%}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 9. HQQ and SqueezeLLM
+#
+# HQQ needs no data. It keeps the scales of round-to-nearest and looks for the zero point z that minimises |W - Q(W)|
+# to the power p < 1, which forgives the few outliers and cares for the many. Half-quadratic splitting: an error e of
+# its own for every weight, drawn to W - Q(W), shrunk towards 0, turn by turn with a mean for z:
+#
+#     e = shrink(W - Q(W), β)          z = mean(code - (W - e) / scale)          β grows a little every turn
+#
+# SqueezeLLM lets the grid be any 2^bits values, found by k-means in which each weight counts by how much the loss
+# minds it (the squared gradient, a diagonal of the Fisher information); and takes 0.45% of the weights out into a
+# sparse
+# matrix in FP16: 0.05% that matter most, 0.4% that are largest. (The authors: a codebook for every row, of
+# thousands of weights; ours have 64, so it is one for the matrix.)
+
+def hqq(w: Matrix, bits: int, *, granularity: str | int, p: float = 0.7, beta: float = 10.0, kappa: float = 1.01,
+        iterations: int = 20) -> Quantized:
+    """w on grids whose zero points, real numbers in FP16, are optimised; the best of all turns is kept."""
+    group = group_columns(w, bits, granularity)
+
+    def best_zero(values: Vector, scale: float, zero: float) -> tuple[float, float]:
+        b, tried = beta, []
+        for _ in range(iterations):
+            zero = fp16(zero)
+            codes = to_codes(values, scale, zero, bits)
+            rest = [value - (code - zero) * scale for value, code in zip(values, codes)]
+            tried.append((fmean(map(abs, rest)), zero))
+            shrunk = [math.copysign(max(abs(r) - abs(r) ** (p - 1) / b, 0.0), r) if r else 0.0 for r in rest]
+            zero = fmean(code - (value - e) / scale for code, value, e in zip(codes, values, shrunk))
+            b *= kappa
+        return scale, min(tried)[1]
+
+    start = lay_grids(w, bits, group, granularity, symmetric=False)
+    if granularity == "tensor":
+        grids = [[best_zero([value for row in w for value in row], *start[0][0])]] * len(w)
+    else:
+        grids = [[best_zero(row[g * group:(g + 1) * group], *grid) for g, grid in enumerate(row_grids)]
+                 for row, row_grids in zip(w, start)]
+    return with_grids(codes_on(w, grids, group, bits), grids, bits, group, granularity, symmetric=False)
+
+
+def weighted_kmeans(values: Vector, weights: Vector, k: int, iterations: int = 12) -> Vector:
+    """k values, ascending, for the least Σ weight · (value - its nearest)²: Lloyd's algorithm in one dimension."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    centroids = [values[order[(2 * i + 1) * len(order) // (2 * k)]] for i in range(k)]
+    for _ in range(iterations):
+        between, mass, total = [(a + b) / 2 for a, b in zip(centroids, centroids[1:])], [0.0] * k, [0.0] * k
+        for value, weight in zip(values, weights):
+            i = bisect(between, value)
+            mass[i], total[i] = mass[i] + weight, total[i] + weight * value
+        centroids = [t / m if m else c for t, m, c in zip(total, mass, centroids)]
+    return sorted(centroids)
+
+
+def squeezellm(w: Matrix, sensitivity: Matrix, bits: int) -> tuple[Matrix, int]:
+    """(what w decodes to, its bytes): a codebook of 2^bits FP16 values, codes, and 0.45% of the weights apart."""
+    values, weights = [value for row in w for value in row], [s for row in sensitivity for s in row]
+    n, places = len(values), range(len(values))
+    apart = set(sorted(places, key=lambda i: -weights[i])[:math.ceil(0.0005 * n)])
+    apart |= set(sorted(places, key=lambda i: -abs(values[i]))[:math.ceil(0.004 * n)])
+    dense = [i for i in places if i not in apart]
+    codebook = [fp16(c) for c in weighted_kmeans([values[i] for i in dense], [weights[i] for i in dense], 2 ** bits)]
+    between = [(a + b) / 2 for a, b in zip(codebook, codebook[1:])]
+    codes = [0 if i in apart else bisect(between, value) for i, value in enumerate(values)]
+    decoded = [fp16(value) if i in apart else codebook[code] for i, (value, code) in enumerate(zip(values, codes))]
+    # The sparse matrix by rows (CSR): values, their columns, and for each row how many come before it.
+    before = [sum(i < r * len(w[0]) for i in apart) for r in range(len(w) + 1)]
+    sparse = struct.pack(f"<{len(apart)}e{len(apart)}H{len(before)}H", *(values[i] for i in sorted(apart)),
+                         *(i % len(w[0]) for i in sorted(apart)), *before)
+    data = pack_bits(codes, bits) + struct.pack(f"<{len(codebook)}e", *codebook) + sparse
+    return [decoded[i:i + len(w[0])] for i in range(0, n, len(w[0]))], len(data)
+
+
+@lru_cache(maxsize=None)
+def sensitivities(lab: Lab) -> dict[str, Matrix]:
+    """{matrix: Σ of the squared gradients of its weights}, over pieces of the calibration tokens."""
+    total: dict[str, Matrix] = {}
+    for start in range(0, max(1, len(lab.calibration) - 1), 16):
+        tape, piece = Tape(), lab.calibration[start:start + 17]
+        logits = lab.model.forward(piece[:-1] or piece, run=tape)
+        gradients = tape.backward(logits, cross_entropy(logits, piece[1:] or piece)[1])
+        for name in lab.linears:
+            squares = [[slope * slope for slope in row] for row in gradients[id(lab.model.weights[name])]]
+            total[name] = add(total[name], squares) if name in total else squares
+    return total
+
+
+@lru_cache(maxsize=None)
+def by_hqq(lab: Lab, bits: int, granularity: str | int) -> Compressed:
+    """The whole model by HQQ."""
+    return compress(lab, "HQQ", lambda _, w: hqq(w, bits, granularity=granularity))
+
+
+@lru_cache(maxsize=None)
+def by_squeezellm(lab: Lab, bits: int) -> Compressed:
+    """The whole model by SqueezeLLM."""
+    return compress(lab, "SqueezeLLM", lambda name, w: squeezellm(w, sensitivities(lab)[name], bits))
+
+
+def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
+    """Both beside round to nearest, and where k-means puts its values."""
+    lab, bits, g, name = laboratory(knobs), knobs.bits, knobs.group_size, "layers.0.attention.wq"
+    w, s = lab.model.weights[name], sensitivities(lab)[name]
+    trace.say(f"At {bits} bits. HQQ moves the zero points; SqueezeLLM moves every value of the grid, and keeps a few "
+              f"weights out.")
+    trace.table(["method", "bits/weight", "perplexity", "KL", "changed"],
+                [[c.name, *lab.scores(c)] for c in (rounded_to_nearest(lab, bits, g, False), by_hqq(lab, bits, g),
+                                                    by_squeezellm(lab, bits))], left=(0,))
+    flat, weights = [v for row in w for v in row], [v for row in s for v in row]
+    few = 2 ** min(bits, 4)
+    trace.say(f"Where {few} values go in {name}: evenly, or by k-means; and by k-means in which every weight counts "
+              f"by its sensitivity.")
+    even = [max(map(abs, flat)) * (2 * i / (few - 1) - 1) for i in range(few)]
+    plain, sensitive = (weighted_kmeans(flat, by, few) for by in ([1.0] * len(flat), weights))
+    trace.lines(histogram(flat, {"even": even, "k-means": plain, "by loss": sensitive}))
+
+    start, better = quantize(w, bits, symmetric=False, granularity=g), hqq(w, bits, granularity=g)
+    errors = [sum(abs(a - b) for p, r in zip(q.dequantize(), w) for a, b in zip(p, r)) for q in (start, better)]
+    trace.check("HQQ: mean |error| no larger than where it started", errors[1] <= errors[0] * (1 + 1e-12),
+                f"{errors[1] / errors[0]:.1%} of it")
+    costs = [sum(by * min((v - level) ** 2 for level in weighted) for v, by in zip(flat, weights))
+             for weighted in (weighted_kmeans(flat, weights, few, turns) for turns in (0, 4, 12))]
+    trace.check("k-means: the weighted error falls from turn to turn", costs[0] >= costs[1] >= costs[2],
+                "after 0, 4 and 12")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 10. One bit and a bit
+#
+# BitNet's weights are signs, with one scale for the matrix; those of b1.58 are -1, 0 or 1, log2(3) = 1.58 bits:
+#
+#     BitNet   w ≈ mean|W| · sign(w - mean W)          b1.58   w ≈ γ · clip(round(w / γ), -1, 1)      γ = mean|W|
+#
+# A product with such a matrix needs no multiplications but one by the scale: add what meets a 1, take off what
+# meets a -1. Done to a trained model this is ruin. So train with it: forwards with the ternary weights, backwards as
+# if rounding were not there (straight through), and the full-precision weights behind them take the steps. In the
+# papers that goes for the whole training, with activations in 8 bits; here for a short run from trained weights.
+
+def bitnet_signs(w: Matrix) -> Matrix:
+    """w as BitNet has it (Wang et al. 2023, equations 1 to 3)."""
+    mean, scale = fmean(v for row in w for v in row), fmean(abs(v) for row in w for v in row)
+    return [[scale if v > mean else -scale for v in row] for row in w]
+
+
+def ternary_codes(w: Matrix) -> tuple[list[list[int]], float]:
+    """(codes -1, 0, 1, γ) of b1.58 (Ma et al. 2024, equations 1 to 3)."""
+    gamma = fmean(abs(v) for row in w for v in row) or 1.0
+    return [[min(max(round(v / gamma), -1), 1) for v in row] for row in w], gamma
+
+
+def ternary_weights(w: Matrix) -> Matrix:
+    """w as b1.58 has it: γ · codes."""
+    codes, gamma = ternary_codes(w)
+    return [[code * gamma for code in row] for row in codes]
+
+
+def pack_ternary(codes: Sequence[int]) -> bytes:
+    """Codes -1, 0, 1, five to a byte, as five digits to base 3: 1.6 bits each."""
+    digits = [code + 1 for code in codes] + [0] * (-len(codes) % 5)
+    return bytes(sum(digit * 3**i for i, digit in enumerate(digits[j:j + 5])) for j in range(0, len(digits), 5))
+
+
+def ternary_product(x: Vector, codes: list[list[int]], gamma: float) -> tuple[Vector, int, int]:
+    """(y = γ · codes x, additions, multiplications)."""
+    y, additions = [], 0
+    for row in codes:
+        total = 0.0
+        for value, code in zip(x, row):
+            if code:
+                total = total + value if code > 0 else total - value
+                additions += 1
+        y.append(gamma * total)
+    return y, additions, len(y)
+
+
+def fine_tune(model: Llama, parameters: dict[str, Matrix | Vector], run_on: Callable[[Tape], Callable], step: Callable,
+              ids: Sequence[int], steps: int, length: int) -> None:
+    """A short run over ids: forward by run_on(tape), and step(gradients of the parameters, progress) each time."""
+    for i in range(steps):
+        tape, piece = Tape(), ids[i * length % (len(ids) - length):][:length + 1]
+        logits = model.forward(piece[:-1], run=run_on(tape))
+        gradients = tape.backward(logits, cross_entropy(logits, piece[1:])[1])
+        step({name: gradients[id(p)] for name, p in parameters.items()}, i / steps)
+
+
+def straight_through(tape: Tape) -> Callable:
+    """Runs linear with ternary weights; their gradient goes to the weights behind them as it is."""
+    return lambda operation, *inputs: (tape(linear, inputs[0], tape(ternary_weights, inputs[1])) if operation is linear
+                                       else tape(operation, *inputs))
+
+
+@lru_cache(maxsize=None)
+def in_one_bit(lab: Lab, method: str) -> Compressed:
+    """The whole model as "BitNet" or "b1.58" after training, or "b1.58 trained"."""
+    weights = lab.calm.weights
+    if method == "b1.58 trained":
+        weights = copy_weights(weights)
+        adam = Adam(weights)
+        fine_tune(Llama(lab.model.config, weights), weights, straight_through,
+                  lambda gradients, progress: adam.step(gradients, 0.01 * (1 - progress)), lab.text, TERNARY_STEPS,
+                  LENGTH)
+
+    def method_(n: str, _: Matrix) -> tuple[Matrix, int]:
+        w = weights[n]
+        if method == "BitNet":
+            return bitnet_signs(w), len(pack_bits([v > 0 for row in w for v in row], 1)) + 2
+        return ternary_weights(w), len(pack_ternary([c for row in ternary_codes(w)[0] for c in row])) + 2
+
+    return compress(lab, {"BitNet": "1 bit, BitNet", "b1.58": "b1.58, untrained"}.get(method, method), method_, weights)
+
+
+TERNARY_STEPS = 16
+
+
+def show_one_bit(trace: Trace, knobs: Namespace) -> None:
+    """What is left of the model, before and after training that way; and products without multiplications."""
+    lab, name = laboratory(knobs), "layers.0.attention.wq"
+    trace.say(f"All matrices in one bit, or one of three values, after training; and trained that way for "
+              f"{TERNARY_STEPS} steps more "
+              f"(from the model without planted outliers; a scale for each matrix).")
+    trace.table(["", "bits/weight", "perplexity", "KL", "changed"],
+                [[c.name, *lab.scores(c)] for c in map(partial(in_one_bit, lab), ("BitNet", "b1.58", "b1.58 trained"))],
+                left=(0,))
+    codes, gamma = ternary_codes(lab.calm.weights[name])
+    x = lab.inputs[name][0]
+    y, additions, multiplications = ternary_product(x, codes, gamma)
+    n = len(codes) * len(x)
+    trace.say(f"{name} times one token, counted while it is done: {additions:,} additions and {multiplications} "
+              f"multiplications, "
+              f"where the matrix in full has {n:,} of each. A corner of it:")
+    trace.lines(["  " + "".join(" -·+"[code + 2] for code in row[:64]) for row in codes[:6]])
+    trace.check_close("the product without multiplications = the one with the decoded weights", [y],
+                      linear([x], ternary_weights(lab.calm.weights[name])), 1e-9)
+    trace.check("additions counted = codes that are not 0", additions == n - sum(row.count(0) for row in codes),
+                f"{additions:,}")
+    flat = [code for row in codes for code in row]
+    unpacked = [byte // 3**i % 3 - 1 for byte in pack_ternary(flat) for i in range(5)][:len(flat)]
+    trace.check("five codes to a byte come back", unpacked == flat,
+                f"{len(pack_ternary(flat)):,} bytes for {len(flat):,} codes")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 11. Training in few bits
+#
+# Full training with Adam keeps two more numbers for every weight. QLoRA freezes the weights, in NF4, and trains a
+# low-rank correction beside each matrix: y = W x + (α/r) B A x with A [r][in] random, B [out][r] zero at first. Only
+# A and B have gradients and optimizer state.
+#
+# Q-GaLore trains the weights themselves, kept in INT8. The gradient G [m][n] is projected to rank r, R = Pᵀ G,
+# with P its top r singular vectors, kept in INT4; Adam works on R, and the step goes back through P:
+#
+#     W = round_stochastically(W - rate · P · Adam(Pᵀ G))
+#
+# Rounding up or down by chance, in proportion, lets steps smaller than INT8's act on average. P is made
+# again at intervals, and where the new one agrees with the old (cosine ≥ 0.4), the interval doubles. (The authors keep
+# Adam's state in 8 bits as well; ours has FP32.)
+
+def frozen_linear(x: Matrix, w: Matrix) -> Matrix:
+    """linear(), whose weights get no gradient."""
+    return linear(x, w)
+
+
+def with_adapters(adapters: dict[int, tuple[Matrix, Matrix]]) -> Callable[[Tape], Callable]:
+    """Runs linear as W x + B (A x), with the (A, B) of W's id; the scale α/r is 1."""
+    def run_on(tape: Callable) -> Callable:
+        def run(operation: Callable, *inputs):
+            if operation is not linear:
+                return tape(operation, *inputs)
+            a, b = adapters[id(inputs[1])]
+            return tape(add, tape(frozen_linear, *inputs), tape(linear, tape(linear, inputs[0], a), b))
+        return run
+    return run_on
+
+
+def subspace(g: Matrix, rank: int, rng: random.Random, turns: int = 2) -> Matrix:
+    """About the top `rank` left singular vectors of g [m][n], as rows [rank][m]: orthogonal iteration on g gᵀ."""
+    vectors = [[rng.gauss(0, 1) for _ in g] for _ in range(rank)]
+    columns = list(zip(*g))
+    for _ in range(turns):
+        vectors = linear(linear(vectors, columns), g)
+        for i, v in enumerate(vectors):
+            for u in vectors[:i]:
+                share = dot(u, v)
+                v = [a - share * b for a, b in zip(v, u)]
+            size = math.sqrt(dot(v, v)) or 1.0
+            vectors[i] = [a / size for a in v]
+    return vectors
+
+
+class QGaLore:
+    """One matrix in INT8 (a scale per row), its projection in INT4, and Adam on the projected gradient."""
+
+    def __init__(self, w: Matrix, rank: int, rng: random.Random, interval: int = 2):
+        self.q, self.rank, self.rng = quantize(w, 8, granularity="channel"), rank, rng
+        self.wide = len(w) > len(w[0])           # project the shorter side
+        self.projection: Quantized | None = None
+        self.interval, self.next, self.steps, self.refreshed = interval, 0, 0, 0
+        self.direction = [[0.0] * max(len(w), len(w[0])) for _ in range(rank)]
+        self.adam = Adam({"R": self.direction})
+
+    def step(self, gradient: Matrix, rate: float) -> Matrix:
+        """Take one step; the weights as they now decode."""
+        g = list(zip(*gradient)) if self.wide else gradient
+        if self.steps == self.next:
+            new = quantize(subspace(g, self.rank, self.rng), 4, granularity="channel")
+            if self.projection:
+                if alignment(self.projection.dequantize(), new.dequantize()) >= 0.4:
+                    self.interval *= 2
+            self.projection, self.next, self.refreshed = new, self.steps + self.interval, self.refreshed + 1
+        self.steps += 1
+        p = self.projection.dequantize()                               # [r][m]
+        for row in self.direction:
+            row[:] = [0.0] * len(row)                                  # so that Adam leaves its step there
+        self.adam.step({"R": linear(p, list(zip(*g)))}, rate)          # R = P g, [r][n]
+        update = linear(list(zip(*p)), list(zip(*self.direction)))     # [m][n]
+        update = list(zip(*update)) if self.wide else update
+        w = [list(map(operator.add, row, change)) for row, change in zip(self.q.dequantize(), update)]
+        grids = lay_grids(w, 8, len(w[0]), "channel")
+        codes = [stochastic_codes(row, scale, self.rng) for row, ((scale, _),) in zip(w, grids)]
+        self.q = with_grids(codes, grids, 8, len(w[0]), "channel")
+        return self.q.dequantize()
+
+
+def stochastic_codes(values: Vector, scale: float, rng: random.Random) -> list[int]:
+    """INT8 codes, rounded up with the probability of the fraction, so that the mean is the value."""
+    return [min(127, math.floor(value / scale + rng.random())) for value in values]
+
+
+def alignment(a: Matrix, b: Matrix) -> float:
+    """Mean |cosine| of the rows of a and of b, pair by pair."""
+    return fmean(abs(dot(u, v)) / math.sqrt(dot(u, u) * dot(v, v) or 1.0) for u, v in zip(a, b))
+
+
+@lru_cache(maxsize=None)
+def by_qlora(lab: Lab, rank: int = 4) -> tuple[Compressed, int]:
+    """(the NF4 model with adapters trained on top, how many numbers those have)."""
+    base, rng, adapters, parameters = in_nf4(lab, True), random.Random(1), {}, {}
+    for name in lab.linears:
+        w = base.weights[name]
+        a, b = [[rng.gauss(0, len(w[0]) ** -0.5) for _ in w[0]] for _ in range(rank)], [[0.0] * rank for _ in w]
+        adapters[id(w)], parameters[name + ".A"], parameters[name + ".B"] = (a, b), a, b
+    adam = Adam(parameters)
+    fine_tune(Llama(lab.model.config, base.weights), parameters, with_adapters(adapters),
+              lambda gradients, progress: adam.step(gradients, QLORA_RATE * (1 - progress)), lab.recent, FEW_STEPS,
+              PIECE)
+    n = sum(map(len, (row for p in parameters.values() for row in p)))
+    return replace(base, name="NF4 + QLoRA", nbytes=base.nbytes + 2 * n,
+                   bits_per_weight=base.bits_per_weight + 16 * n / lab.n_weights,
+                   run=with_adapters(adapters)(call)), n
+
+
+FEW_STEPS, PIECE = 4, 64                                   # steps of these short runs, and their tokens a step
+FULL_RATE, QLORA_RATE, GALORE_RATE = 0.001, 0.005, 0.005   # learning rates at their start
+
+
+def show_training(trace: Trace, knobs: Namespace) -> None:
+    """QLoRA and Q-GaLore beside full training: what is kept, and what it does to the loss."""
+    lab, rank = laboratory(knobs), 8
+    rng = random.Random(knobs.seed)
+    matrices = {n: QGaLore(lab.calm.weights[n], rank, rng) for n in lab.linears}
+    weights = lab.calm.weights | {n: m.q.dequantize() for n, m in matrices.items()}
+    before = Compressed("INT8", dict(weights), 0, 0, call)
+    tuned = Llama(lab.model.config, weights)
+    for i in range(FEW_STEPS):  # the arrays change with every step, so the tape is asked for them by name
+        fine_tune(tuned, {n: weights[n] for n in matrices}, lambda tape: tape, lambda gradients, _: weights.update(
+            {n: m.step(gradients[n], GALORE_RATE * (1 - i / FEW_STEPS)) for n, m in matrices.items()}),
+                  lab.recent[i % 2 * PIECE:], 1, PIECE)
+    full = copy_weights(lab.calm.weights)
+    adam = Adam({n: full[n] for n in lab.linears})
+    fine_tune(Llama(lab.model.config, full), {n: full[n] for n in lab.linears}, lambda tape: tape,
+              lambda gradients, progress: adam.step(gradients, FULL_RATE * (1 - progress)), lab.recent, FEW_STEPS,
+              PIECE)
+    qlora, n_adapters = by_qlora(lab)
+
+    def loss(weights: dict, run: Callable = call) -> float:
+        return measure(lab, Compressed("", weights, 0, 0, run)).perplexity
+
+    def numbers(arrays: Iterable[Matrix]) -> int:
+        return sum(len(row) for array in arrays for row in array)
+
+    state = numbers(m.direction for m in matrices.values())
+    projections = sum(m.projection.nbytes for m in matrices.values())
+    int8 = sum(m.q.nbytes for m in matrices.values())
+    trace.say(f"{FEW_STEPS} steps of {PIECE} tokens more, on the text just before the last verse, three ways. Bytes of the "
+              f"matrices as they are kept while training, and of what the optimizer keeps: two FP32 numbers for each that "
+              f"it trains, and Q-GaLore's projections in INT4. Perplexity before and after, on the last verse.")
+    table = [["full", f"{lab.n_weights:,}", f"{4 * lab.n_weights:,}", f"{8 * numbers(adam.rows.values()):,}",
+              f"{lab.perplexity:.3f}", f"{loss(full):.3f}"],
+             ["QLoRA, rank 4", f"{n_adapters:,}", f"{in_nf4(lab, True).nbytes - lab.rest_bytes + 4 * n_adapters:,}",
+              f"{8 * n_adapters:,}",
+              f"{loss(in_nf4(lab, True).weights):.3f}", f"{loss(qlora.weights, qlora.run):.3f}"],
+             [f"Q-GaLore, rank {rank}", f"{lab.n_weights:,}", f"{int8:,}", f"{8 * state + projections:,}",
+              f"{loss(before.weights):.3f}", f"{loss(weights):.3f}"]]
+    trace.table(["", "trained", "weights", "optimizer", "before", "after"], table, left=(0,))
+    trace.say("Q-GaLore's projections are made again at intervals, which double where the new agrees with the old:")
+    trace.lines([f"  {name:<26}made {m.refreshed} times   interval now {m.interval}" for name, m in matrices.items()])
+
+    shapes = [lab.model.config.shapes()[n] for n in lab.linears]
+    trace.check("QLoRA trains r·(in + out) numbers a matrix", n_adapters == sum(4 * sum(shape) for shape in shapes),
+                f"{n_adapters:,}")
+    trace.check("Q-GaLore's Adam keeps 2·r·max(in, out) numbers a matrix",
+                2 * state == sum(2 * rank * max(shape) for shape in shapes), f"{2 * state:,}")
+    trace.check("the frozen base did not change", qlora.weights is in_nf4(lab, True).weights and
+                all(lab.model.weights[n] is not qlora.weights[n] for n in lab.linears), "the same arrays")
+    g = [[rng.gauss(0, 1) * (i < 3) + rng.gauss(0, 1e-6) for i in range(9)] for _ in range(12)]
+    p = subspace(g, 3, rng)
+    back = list(zip(*linear(list(zip(*p)), list(zip(*linear(p, list(zip(*g))))))))
+    trace.check_close("P Pᵀ G = G for a gradient of rank 3", list(zip(*back)), g, 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 12. Mixed precision
+#
+# Not every matrix minds rounding as much. Measure each alone: the KL that it causes when it is quantized and nothing
+# else is,
+# on calibration data, at several bit widths. If the damages roughly add up, the best assignment under a budget of
+# bytes is a
+# small knapsack; with 8 matrices and 4 widths all 65,536 assignments can be tried. (llama.cpp's Q4_K_M mixes
+# in the same spirit, by rule: more bits for some of the attention and feed-forward matrices.)
+
+def widths(bits: int) -> list[int]:
+    """The bit widths that mixed precision chooses from, at a budget of so many bits for all."""
+    return sorted({min(8, max(2, bits + change)) for change in (-1, 0, 1, 2)})
+
+
+@lru_cache(maxsize=None)
+def measure_sensitivity(lab: Lab, bits: int, group: int) -> dict[str, dict[int, tuple[float, int]]]:
+    """{matrix: {bits: (KL when it alone is quantized, on calibration tokens; bytes)}}."""
+    tokens = lab.calibration[:40]
+    reference = [log_softmax(row) for row in lab.model.forward(tokens)]
+    found: dict[str, dict[int, tuple[float, int]]] = {}
+    for name in lab.linears:
+        found[name] = {}
+        for width in widths(bits):
+            q = quantize(lab.model.weights[name], width, granularity=group)
+            ours = map(log_softmax, Llama(lab.model.config, lab.model.weights | {name: q.dequantize()}).forward(tokens))
+            found[name][width] = fmean(kl_divergence(p, o) for p, o in zip(reference, ours)), q.nbytes
+    return found
+
+
+def assign_bits(damage: dict[str, dict[int, tuple[float, int]]], budget: int) -> dict[str, int]:
+    """{matrix: bits} with the least sum of damages among all assignments of at most `budget` bytes."""
+    def cost(choice: Sequence[int]) -> float:
+        return sum(found[bits][0] for found, bits in zip(damage.values(), choice))
+
+    options = product(*(sorted(found) for found in damage.values()))
+    affordable = (c for c in options if sum(found[bits][1] for found, bits in zip(damage.values(), c)) <= budget)
+    return dict(zip(damage, min(affordable, key=cost)))
+
+
+@lru_cache(maxsize=None)
+def in_mixed_precision(lab: Lab, bits: int, group: int) -> Compressed:
+    """The whole model, no larger than at `bits` throughout, its bits where they help most."""
+    damage = measure_sensitivity(lab, bits, group)
+    chosen = assign_bits(damage, sum(found[bits][1] for found in damage.values()))
+    return compress(lab, "mixed bits", lambda name, w: quantize(w, chosen[name], granularity=group))
+
+
+def show_mixed(trace: Trace, knobs: Namespace) -> None:
+    """Each matrix's sensitivity, the assignment, and the model against uniform bits."""
+    lab, bits, g = laboratory(knobs), knobs.bits, knobs.group_size
+    damage = measure_sensitivity(lab, bits, g)
+    budget = sum(found[bits][1] for found in damage.values())
+    chosen = assign_bits(damage, budget)
+    trace.say(f"The KL that each matrix causes when it alone is quantized (in thousandths of a nat a token, on "
+              f"calibration tokens, in groups of {g}), "
+              f"and the bits it gets when all may take {budget:,} bytes, as at {bits} bits throughout.")
+    trace.table(["matrix", "weights", *(f"{width} bits" for width in widths(bits)), "gets", ""],
+                [[name, f"{math.prod(lab.model.config.shapes()[name]):,}",
+                  *(f"{1000 * kl:.2f}" for kl, _ in found.values()), str(chosen[name]), "█" * chosen[name]]
+                 for name, found in damage.items()], left=(0, 3 + len(widths(bits))))
+    trace.say("On text that neither saw:")
+    uniform, mixed = rounded_to_nearest(lab, bits, g), in_mixed_precision(lab, bits, g)
+    trace.table(["", "bits/weight", "perplexity", "KL", "changed"],
+                [[f"{bits} bits throughout", *lab.scores(uniform)], ["mixed", *lab.scores(mixed)]], left=(0,))
+    trace.check("mixed is no larger, in encoded bytes", mixed.nbytes <= uniform.nbytes,
+                f"{mixed.nbytes:,} of {uniform.nbytes:,}")
+    ours, even = (sum(found[b][0] for found, b in zip(damage.values(), choice))
+                  for choice in (chosen.values(), [bits] * len(damage)))
+    trace.check("its damages add up to no more than uniform bits' do", ours <= even,
+                f"{1000 * ours:.1f} against {1000 * even:.1f}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 13. The table
+#
+# Everything above on one page. What to expect of a method in production follows from what it needs: rounding to nearest
+# and NF4 need nothing, GPTQ and AWQ need calibration data and minutes to hours, training in few bits needs
+# training. (A trained model of 64 channels has little to spare: bits cost it more than they cost a large one.)
+
+def everything(lab: Lab, knobs: Namespace) -> list[Compressed]:
+    """Every compressed model of this script."""
+    b, g = knobs.bits, knobs.group_size
+    return [rounded_to_nearest(lab, 8, "tensor"), rounded_to_nearest(lab, 8, "channel"),
+            rounded_to_nearest(lab, b, "tensor"), rounded_to_nearest(lab, b, "channel"),
+            rounded_to_nearest(lab, b, g), rounded_to_nearest(lab, b, g, False),
+            in_nf4(lab, False), in_nf4(lab, True), *(in_gguf(lab, form) for form in GGUF),
+            in_int8(lab, "dynamic"), in_int8(lab, "LLM.int8()"), in_int8(lab, "SmoothQuant", True, knobs.alpha),
+            by_gptq(lab, b, g), by_gptq(lab, b, g, True), by_awq(lab, b, g),
+            by_hqq(lab, b, g), by_squeezellm(lab, b),
+            *(in_one_bit(lab, method) for method in ("BitNet", "b1.58", "b1.58 trained")),
+            by_qlora(lab)[0], in_mixed_precision(lab, b, g)]
+
+
+def show_table(trace: Trace, knobs: Namespace) -> None:
+    """The table and the picture."""
+    lab = laboratory(knobs)
+    compressed = everything(lab, knobs)
+    trace.say(f"Every method on the same {lab.n_predicted} unseen tokens. Bits: per weight of the matrices, counted; "
+              f"bytes: the "
+              f"whole file; chg: likeliest tokens changed. The sample continues {knobs.prompt!r}. A letter marks the "
+              f"method "
+              f"in the picture below, with a star if nothing else is both as small and as good: the Pareto front.")
+    points = [(c.nbytes, measure(lab, c)) for c in compressed]
+    sizes = [(nbytes, m.kl, i) for i, (nbytes, m) in enumerate(points)]
+    front = [not any(a <= nbytes and b <= kl and (a, b, j) < (nbytes, kl, i) for a, b, j in sizes)
+             for nbytes, kl, i in sizes]
+    rows = [["", "FP32", "32.00", f"{lab.fp32_bytes:,}", f"{lab.perplexity:.3f}", "", "",
+             continue_text(lab, knobs, lab.model.weights, call)]]
+    for letter, c, (_, m), best in zip(LETTERS, compressed, points, front):
+        rows.append([letter + "*" * best, c.name, f"{c.bits_per_weight:.2f}", f"{c.nbytes:,}", f"{m.perplexity:.3f}",
+                     f"{m.kl:.3f}", str(m.changed),
+                     continue_text(lab, knobs, c.weights, c.run)])
+    trace.table(["", "method", "bits", "bytes", "ppl", "KL", "chg", "sample"], rows, left=(0, 1, 7))
+    trace.note("The planted outliers make some columns of weights small. A grid with an exact zero loses them; one "
+               "without "
+               "(Q4_K and HQQ, whose zero points are free) gives them up to half a step, and their inputs multiply "
+               "that.")
+    trace.say("Bytes of the file from left to right, KL from FP32 upwards (ten times for every four lines; the "
+              "lowest line "
+              "is for whatever is less). Down and left is better.")
+    trace.lines(scatter([(nbytes, m.kl, letter, best) for letter, (nbytes, m), best in zip(LETTERS, points, front)]))
+    trace.check("KL is nowhere negative", all(m.kl > -1e-12 for _, m in points), f"{len(points)} methods")
+    best_so_far, walked = math.inf, []
+    for _, kl, i in sorted(sizes):
+        if kl < best_so_far:
+            best_so_far, walked = kl, walked + [i]
+    trace.check("the front = those met by walking up in size that beat all smaller ones", walked == sorted(
+        (i for i, best in enumerate(front) if best), key=lambda i: points[i][0]), f"{len(walked)} methods")
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGH"
+
+
+def scatter(points: Sequence[tuple[float, float, str, bool]], width: int = 70, height: int = 17) -> list[str]:
+    """Points (x, y, letter, on the front) with y on a logarithmic axis, as lines of text; the front is drawn last."""
+    floor = 1e-5
+    logs = [math.log10(max(y, floor)) for _, y, _, _ in points]
+    top, least, most = max(logs), min(x for x, *_ in points), max(x for x, *_ in points)
+    picture = [[" "] * width for _ in range(height)]
+    for (x, _, letter, best), log in sorted(zip(points, logs), key=lambda pair: pair[0][3]):
+        column = round((x - least) / (most - least or 1) * (width - 2))
+        line = min(height - 1, round((top - log) * 4))
+        picture[line][column] = letter
+        if best:
+            picture[line][column + 1] = "*"
+    marks = [f"{10 ** (top - i / 4):7.4f}" if i % 4 == 0 else " " * 7 for i in range(height)]
+    return [f"{mark} │" + "".join(line) for mark, line in zip(marks, picture)] + [
+        " " * 8 + "└" + "─" * width, " " * 9 + f"{least:,} bytes".ljust(width - 14) + f"{most:,} bytes"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The supporting cast of this script: the model under test, what it is measured by, and the pictures.
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """A compressed model: its weights as they decode, the bytes of its file, and how its operations run."""
+    name: str
+    weights: dict[str, Matrix | Vector]
+    nbytes: int
+    bits_per_weight: float      # of the matrices
+    run: Callable
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What compression did to the loss (perplexity) and the predictions (KL from FP32's in nats, top tokens changed)."""
+    perplexity: float
+    kl: float
+    changed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Lab:
+    """The model under test, in FP32, and the data: tokens to calibrate on, and others to measure on."""
+    tokenizer: Tokenizer
+    model: Llama                # with the planted outliers
+    calm: Llama                 # the same function without them
+    text: list[int]             # everything but the last verse, for short runs of training
+    calibration: list[int]
+    evaluation: list[int]       # all of its tokens but the first are predicted
+    inputs: dict[str, Matrix]   # of each matrix, on the calibration tokens
+    unseen: dict[str, Matrix]   # of each matrix, on the evaluation tokens
+    logits: Matrix              # FP32's, on the evaluation tokens
+
+    @property
+    def linears(self) -> list[str]:
+        """The names of the matrices that are quantized: all but the embedding."""
+        return [name for name, shape in self.model.config.shapes().items() if is_linear(name, shape)]
+
+    @property
+    def recent(self) -> list[int]:
+        """The end of the text before the last verse."""
+        return self.text[-2 * PIECE - 1:]
+
+    @property
+    def n_weights(self) -> int:
+        """How many weights those have."""
+        return sum(math.prod(self.model.config.shapes()[name]) for name in self.linears)
+
+    @property
+    def rest_bytes(self) -> int:
+        """Bytes of all other weights in FP16."""
+        return 2 * (self.fp32_bytes // 4 - self.n_weights)
+
+    @property
+    def fp32_bytes(self) -> int:
+        """Bytes of the whole model in FP32."""
+        return 4 * sum(map(math.prod, self.model.config.shapes().values()))
+
+    @property
+    def n_predicted(self) -> int:
+        """Tokens that the evaluation predicts."""
+        return len(self.evaluation) - 1
+
+    @property
+    def perplexity(self) -> float:
+        """FP32's, on the evaluation tokens."""
+        return math.exp(cross_entropy(self.logits, self.evaluation[1:])[0])
+
+    def hessian(self, name: str) -> Matrix:
+        """GPTQ's, of a matrix."""
+        return hessian_of(self.inputs[name])
+
+    def output_error(self, name: str, w: Matrix) -> float:
+        """How far w's output is from that of the matrix it stands for, on unseen inputs."""
+        return relative_distance(linear(self.unseen[name], w), linear(self.unseen[name], self.model.weights[name]))
+
+    def scores(self, c: Compressed) -> list[str]:
+        """Bits, perplexity, KL and changes as cells of a table."""
+        m = measure(self, c)
+        return [f"{c.bits_per_weight:.2f}", f"{m.perplexity:.3f}", f"{m.kl:.4f}", f"{m.changed} of {self.n_predicted}"]
+
+
+def model_config(vocab_size: int) -> Config:
+    """The tiny Llama of this script."""
+    return Config(vocab_size, DIM, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=HIDDEN_DIM)
+
+
+def is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Is this weight a matrix that multiplies activations?"""
+    return len(shape) == 2 and name != "tok_embeddings"
+
+
+def norms_and_readers(config: Config) -> dict[str, list[str]]:
+    """{norm: the matrices that read what it puts out}."""
+    pairs = {}
+    for layer in (f"layers.{i}." for i in range(config.n_layers)):
+        pairs[layer + "attention_norm"] = [layer + "attention." + name for name in ("wq", "wk", "wv")]
+        pairs[layer + "ffn_norm"] = [layer + "feed_forward." + name for name in ("w1", "w3")]
+    return pairs | {"norm": ["output"]}
+
+
+def gates_and_readers(config: Config) -> dict[str, list[str]]:
+    """{w3: [w2]} of every layer: the rows of w3 scale the channels that w2 reads."""
+    return {f"layers.{i}.feed_forward.w3": [f"layers.{i}.feed_forward.w2"] for i in range(config.n_layers)}
+
+
+@lru_cache(maxsize=None)
+def trained(seed: int) -> tuple[Tokenizer, Llama]:
+    """The tokenizer, and the tiny Llama after its training on TEXT, its weights in FP32."""
+    tokenizer = Tokenizer.train(TEXT, VOCAB_SIZE)
+    model, _ = train(model_config(len(tokenizer.vocab)), tokenizer.encode(TEXT), random.Random(seed), STEPS, LENGTH)
+    weights = {name: [list(map(fp32, row)) for row in w] if isinstance(w[0], list) else list(map(fp32, w))
+               for name, w in model.weights.items()}
+    return tokenizer, Llama(model.config, weights)
+
+
+def plant_outliers(model: Llama, channels: int, size: float, rng: random.Random) -> Llama:
+    """The same function, but every norm puts out some channels `size` times larger."""
+    weights, chosen = model.weights, rng.sample(range(model.config.dim), channels)
+    scales = [1 / size if c in chosen else 1.0 for c in range(model.config.dim)]
+    for norm, readers in norms_and_readers(model.config).items():
+        weights = move_scales(weights, norm, readers, scales)
+    return Llama(model.config, weights)
+
+
+@lru_cache(maxsize=None)
+def build_lab(seed: int, calibration_tokens: int, outliers: tuple[int, float]) -> Lab:
+    """Train (or take the model trained before), plant, and run FP32 once on both parts of the text.
+
+    The last verse is for measuring; calibration takes the tokens just before it.
+    """
+    tokenizer, calm = trained(seed)
+    model = plant_outliers(calm, *outliers, random.Random(seed))
+    ids, n_last = tokenizer.encode(TEXT), len(tokenizer.encode(TEXT.splitlines(True)[-1]))
+    calibration, evaluation = ids[:-n_last][-calibration_tokens:], ids[-n_last:]
+    unseen, logits = capture(model, evaluation[:-1])
+    return Lab(tokenizer, model, calm, ids[:-n_last], calibration, evaluation, capture(model, calibration)[0], unseen,
+               logits)
+
+
+def laboratory(knobs: Namespace) -> Lab:
+    """The lab that the knobs describe."""
+    return build_lab(knobs.seed, knobs.calibration_tokens, knobs.outliers)
+
+
+def capture(model: Llama, tokens: Sequence[int]) -> tuple[dict[str, Matrix], Matrix]:
+    """({matrix: the inputs it gets} while the model reads tokens, the logits)."""
+    names, seen = {id(w): name for name, w in model.weights.items()}, {}
+
+    def run(operation: Callable, *inputs):
+        if operation is linear:
+            seen[names[id(inputs[1])]] = inputs[0]
+        return operation(*inputs)
+
+    return seen, model.forward(tokens, run=run)
+
+
+@lru_cache(maxsize=None)
+def measure(lab: Lab, c: Compressed) -> Measured:
+    """A compressed model on the evaluation tokens, beside FP32."""
+    logits = Llama(lab.model.config, c.weights).forward(lab.evaluation[:-1], run=c.run)
+    ours, theirs = list(map(log_softmax, logits)), list(map(log_softmax, lab.logits))
+    loss = -fmean(row[target] for row, target in zip(ours, lab.evaluation[1:]))
+    changed = sum(a.index(max(a)) != b.index(max(b)) for a, b in zip(ours, theirs))
+    return Measured(math.exp(loss), fmean(map(kl_divergence, theirs, ours)), changed)
+
+
+def copy_weights(weights: dict[str, Matrix | Vector]) -> dict[str, Matrix | Vector]:
+    """The same numbers in arrays of their own, to train on."""
+    return {name: [list(row) for row in w] if isinstance(w[0], list) else list(w) for name, w in weights.items()}
+
+
+def log_softmax(logits: Vector) -> Vector:
+    """log softmax(logits) = logits - log Σ exp(logits), without overflow."""
+    top = max(logits)
+    norm = top + math.log(math.fsum(math.exp(value - top) for value in logits))
+    return [value - norm for value in logits]
+
+
+def kl_divergence(p: Vector, q: Vector) -> float:
+    """Σ p · log(p / q) in nats, of log-probabilities."""
+    return math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q))
+
+
+def compress(lab: Lab, name: str, method: Callable, weights: dict | None = None) -> Compressed:
+    """lab's model with every matrix through method(name, w) -> Quantized, or (decoded, bytes); the rest in FP16."""
+    weights = lab.model.weights if weights is None else weights
+    out = {n: [list(map(fp16, row)) for row in w] if isinstance(w[0], list) else list(map(fp16, w))
+           for n, w in weights.items() if n not in lab.linears}
+    nbytes = 0
+    for n in lab.linears:
+        q = method(n, weights[n])
+        out[n], size = (q.dequantize(), q.nbytes) if isinstance(q, Quantized) else q
+        nbytes += size
+    return Compressed(name, out, lab.rest_bytes + nbytes, 8 * nbytes / lab.n_weights, call)
+
+
+@lru_cache(maxsize=None)
+def rounded_to_nearest(lab: Lab, bits: int, granularity: str | int, symmetric: bool = True) -> Compressed:
+    """The whole model by quantize()."""
+    kind = f"g{granularity}" if isinstance(granularity, int) else granularity
+    return compress(lab, f"INT{bits} {kind}" + ", asym." * (not symmetric),
+                    lambda _, w: quantize(w, bits, symmetric=symmetric, granularity=granularity))
+
+
+@lru_cache(maxsize=None)
+def in_nf4(lab: Lab, double_quant: bool) -> Compressed:
+    """The whole model by quantize_nf4()."""
+    return compress(lab, "NF4" + ", double quant." * double_quant, lambda _,
+                    w: quantize_nf4(w, double_quant=double_quant))
+
+
+@lru_cache(maxsize=None)
+def in_gguf(lab: Lab, form: str) -> Compressed:
+    """The whole model in one of llama.cpp's formats; rows of 64 follow each other, so that blocks of 256 fit."""
+    encode, decode, _ = GGUF[form]
+
+    def method(_: str, w: Matrix) -> tuple[Matrix, int]:
+        flat, width = [value for row in w for value in row], len(w[0])
+        data = encode(flat)
+        decoded = decode(data, len(flat))
+        return [decoded[i:i + width] for i in range(0, len(flat), width)], len(data)
+
+    return compress(lab, "GGUF " + form, method)
+
+
+def continue_text(lab: Lab, knobs: Namespace, weights: dict, run: Callable, n_tokens: int = 4) -> str:
+    """What the model writes after the prompt, the likeliest token each time."""
+    model, tokens = Llama(lab.model.config, weights), lab.tokenizer.encode(knobs.prompt)
+    n = len(tokens)
+    for _ in range(n_tokens):
+        logits = model.forward(tokens, run=run)[-1]
+        tokens = tokens + [logits.index(max(logits))]
+    return show_text(lab.tokenizer.decode(tokens[n:]), 17)
+
+
+def show_text(text: str, width: int) -> str:
+    """text on one line of at most width characters, without its outer blanks."""
+    text = text.replace("\n", " ").strip()
+    return text if len(text) <= width else text[:width - 1] + "…"
+
+
+def relative_distance(a: Matrix, b: Matrix) -> float:
+    """|a - b| / |b| in the Frobenius norm; 0 where both are 0."""
+    difference = [x - y for p, r in zip(a, b) for x, y in zip(p, r)]
+    size = math.sqrt(sum(dot(row, row) for row in b))
+    return math.sqrt(dot(difference, difference)) / size if size else 0.0
+
+
+def histogram(values: Sequence[float], grids: dict[str, Sequence[float]], width: int = 69,
+              height: int = 7) -> list[str]:
+    """How many values fall where, as columns, from -absmax to absmax; under them, marks where each grid has a point."""
+    absmax = max(map(abs, values))
+    places = Counter(round((value / absmax + 1) / 2 * (width - 1)) for value in values)
+    most, margin = max(places.values()), max(map(len, grids)) + 1
+    lines = ["".join("█" if places[c] / most > level / height else " " for c in range(width))
+             for level in range(height)][::-1]
+    for points in grids.values():
+        marked = {round((point / absmax + 1) / 2 * (width - 1)) for point in points
+                  if abs(point) <= absmax * (1 + 1e-3)}
+        lines.append("".join("┴" if c in marked else " " for c in range(width)))
+    lines.append(f"{-absmax:+.2f}".ljust(width // 2) + "0" + f"{absmax:+.2f}".rjust(width - width // 2 - 1))
+    return [label.ljust(margin) + line for label, line in zip([""] * height + list(grids) + [""], lines)]
+
+
+def columns_picture(sizes: Sequence[float], height: int = 6) -> list[str]:
+    """Sizes as columns side by side, the largest of them `height` high and named."""
+    most = max(sizes)
+    lines = ["".join("█" if size / most > level / height else " " for size in sizes) for level in range(height)][::-1]
+    return [f"{mark:>7} " + line for mark, line in zip([f"{most:.1f}"] + [""] * (height - 1), lines)]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Shared by the five scripts, the same in each: arithmetic, the text, the tokenizer, the trace.
+
+def dot_by_hand(a: Sequence[float], b: Sequence[float]) -> float:
+    """Σ a[i]·b[i]."""
+    return sum(map(operator.mul, a, b))
+
+
+dot = getattr(math, "sumprod", dot_by_hand)  # Python 3.12 and newer have it built in
+
+
+def softmax(scores: Vector) -> Vector:
+    """exp(s) / Σ exp(s), with the largest score taken off first so that nothing overflows.
+
+    A score of -inf gets weight 0; where all are -inf, as in a row that sees nothing, all weights are 0.
+    """
+    top = max(scores, default=-math.inf)
+    if top == -math.inf:
+        return [0.0] * len(scores)
+    exps = [math.exp(s - top) for s in scores]
+    total = sum(exps)
+    return [e / total for e in exps]
+
+
+def linear(x: Matrix, w: Matrix) -> Matrix:
+    """y = W x for every row: x [n][in], w [out][in] -> [n][out], as nn.Linear without a bias."""
+    return [[dot(row, unit) for unit in w] for row in x]
+
+
+CLAUSES = ["the house that Jack built.", "the malt that lay in", "the rat that ate", "the cat that killed",
+           "the dog that worried", "the cow with the crumpled horn that tossed", "the maiden all forlorn that milked",
+           "the man all tattered and torn that kissed", "the priest all shaven and shorn that married",
+           "the cock that crowed in the morn that waked", "the farmer sowing his corn that kept",
+           "the horse and the hound and the horn that belonged to"]
+# The House That Jack Built: verse n tells clauses n, n - 1, …, 0.
+TEXT = "".join("This is " + " ".join(CLAUSES[n::-1]) + "\n" for n in range(len(CLAUSES)))
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Byte-pair encoding in miniature, over characters: vocab[id] is a token, merges are in order of learning.
+
+    Sennrich et al., Neural Machine Translation of Rare Words with Subword Units, 2016, arXiv:1508.07909.
+    """
+    vocab: list[str]
+    merges: list[tuple[str, str]]
+
+    @staticmethod
+    def words(text: str) -> list[str]:
+        """The units no merge crosses: words and punctuation with their leading space, other white space alone."""
+        return re.findall(r" ?\w+| ?[^\w\s]+|\s", text)
+
+    @staticmethod
+    def merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
+        """Join every occurrence of pair in parts, from the left."""
+        merged: list[str] = []
+        for part in parts:
+            if merged and (merged[-1], part) == pair:
+                merged[-1] += part
+            else:
+                merged.append(part)
+        return merged
+
+    @classmethod
+    def train(cls, text: str, vocab_size: int) -> Tokenizer:
+        """Start from the text's characters; merge the most frequent pair until there are vocab_size tokens.
+
+        Ties go to the pair that sorts first. The vocabulary stays smaller when every word is one token already.
+        ValueError if text is empty or has more characters than vocab_size.
+        """
+        vocab, merges = sorted(set(text)), []
+        if not 0 < len(vocab) <= vocab_size:
+            raise ValueError(f"vocab_size must be at least the number of different characters, {len(vocab)}, "
+                             f"and the text not empty; got {vocab_size}")
+        counts = Counter(cls.words(text))
+        parts = {word: list(word) for word in counts}
+        while len(vocab) < vocab_size:
+            pairs: Counter[tuple[str, str]] = Counter()
+            for word, count in counts.items():
+                for pair in zip(parts[word], parts[word][1:]):
+                    pairs[pair] += count
+            if not pairs:
+                break
+            best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+            merges.append(best)
+            if "".join(best) not in vocab:
+                vocab.append("".join(best))
+            parts = {word: cls.merge(split, best) for word, split in parts.items()}
+        return cls(vocab, merges)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text: the merges, in order, within each word. ValueError names an unknown character."""
+        ids = {token: i for i, token in enumerate(self.vocab)}
+        if unknown := next((c for c in text if c not in ids), None):
+            known = "".join(token for token in self.vocab if len(token) == 1)
+            raise ValueError(f"the vocabulary has no character {unknown!r}; it knows {known!r}")
+        parts = {word: list(word) for word in set(self.words(text))}
+        for pair in self.merges:
+            parts = {word: self.merge(split, pair) for word, split in parts.items()}
+        return [ids[part] for word in self.words(text) for part in parts[word]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that these token ids stand for."""
+        return "".join(self.vocab[i] for i in ids)
+
+
+WIDTH = 80  # columns of the trace
+# What a terminal without the left character gets instead of it.
+ASCII = str.maketrans({
+    "█": "#", "▓": "*", "▒": "+", "░": ":", "·": ".", "│": "|", "─": "-", "┌": "+", "┐": "+", "└": "+", "┘": "+",
+    "├": "+", "┤": "+", "┬": "+", "┴": "+", "┼": "+", "→": "->", "←": "<-", "␣": "_", "…": "...", "×": "x",
+    "√": "sqrt ", "Σ": "sum ", "Δ": "d", "ᵀ": "^T", "²": "^2", "±": "+-", "≤": "<=", "≥": ">=", "≈": "~"})
+SHADES = " ·░▒▓█"
+
+
+class Trace:
+    """Prints the sections and their checks; knows what the output can show, and how many checks held."""
+
+    def __init__(self, ascii_only: bool = False):
+        encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+        probe = "".join(map(chr, ASCII))
+        self.ascii = ascii_only or probe.encode(encoding, "ignore").decode(encoding) != probe
+        self.colour = (sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+                       and os.environ.get("TERM", "dumb") != "dumb")
+        self.held = self.failed = 0
+        self.in_checks = False  # was the last line a check?
+
+    def plain(self, text: str) -> str:
+        """text as this output can show it."""
+        return text.translate(ASCII).encode("ascii", "backslashreplace").decode() if self.ascii else text
+
+    def lines(self, lines: Sequence[str], style: str = "") -> None:
+        """Print lines as they are (a picture, say); style: an ANSI code, for terminals."""
+        self.in_checks = False
+        for line in lines:
+            line = self.plain(line).rstrip()
+            print(f"\x1b[{style}m{line}\x1b[0m" if style and self.colour else line)
+
+    def section(self, number: int, title: str, functions: Sequence[Callable]) -> None:
+        """A section's head: its number and title, and the functions in the source that do the work."""
+        self.lines(["", f"── {number} ── {title} ".ljust(WIDTH, "─")], "1")
+        names = "in the source: " + ", ".join(function.__name__ for function in functions)
+        self.lines(textwrap.wrap(names, WIDTH, subsequent_indent=" " * 15), "2")
+
+    def say(self, text: str) -> None:
+        """A paragraph, wrapped."""
+        self.lines(["", *textwrap.wrap(self.plain(text), WIDTH)])
+
+    def note(self, text: str) -> None:
+        """A line under a picture: its legend."""
+        self.lines(textwrap.wrap(self.plain(text), WIDTH), "2")
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> None:
+        """A table, two blanks between the columns, right-aligned but for the columns named in left."""
+        cells = [[self.plain(cell) for cell in row] for row in (header, *rows)]
+        widths = [max(map(display_width, column)) for column in zip(*cells)]
+        for i, row in enumerate(cells):
+            pads = [" " * (width - display_width(cell)) for cell, width in zip(row, widths)]
+            self.lines(["  ".join(cell + pad if c in left else pad + cell
+                                  for c, (cell, pad) in enumerate(zip(row, pads)))], "2" if i == 0 else "")
+
+    def check(self, claim: str, holds: bool, evidence: str) -> None:
+        """Print one check: what is claimed, and what was compared or bounded. A failure makes the exit status 1."""
+        self.held, self.failed = self.held + bool(holds), self.failed + (not holds)
+        text = textwrap.wrap(self.plain(f"{claim} ({evidence})"), WIDTH - 6)
+        mark = "ok  " if holds else "FAIL"
+        if self.colour:
+            mark = f"\x1b[{'32' if holds else '1;31'}m{mark}\x1b[0m"
+        self.lines([""] * (not self.in_checks) + [f"{mark}  {text[0]}", *("      " + line for line in text[1:])])
+        self.in_checks = True
+
+    def check_close(self, claim: str, got: Matrix, expected: Matrix, bound: float) -> None:
+        """A check that two matrices have the same shape and differ by less than bound in every place."""
+        same_shape = [len(row) for row in got] == [len(row) for row in expected]
+        gaps = [abs(a - b) for p, q in zip(got, expected) for a, b in zip(p, q)]
+        holds = same_shape and all(gap < bound for gap in gaps)
+        failure = f"max |Δ| = {max(gaps):.1e}" if same_shape else "the shapes differ"
+        self.check(claim, holds, f"max |Δ| < {bound:.0e}" if holds else f"{failure}; bound {bound:.0e}")
+
+
+def display_width(text: str) -> int:
+    """Columns that text takes in a terminal: East Asian wide characters take two, combining marks none."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def shade(weight: float) -> str:
+    """A weight between 0 and 1 as one character, darker for more."""
+    return SHADES[sum(weight > step for step in (0, 0.02, 0.1, 0.3, 0.6))]
+
+
+def bar(value: float, full: float, width: int) -> str:
+    """A bar of value / full times width characters; a trace of one for anything above zero."""
+    length = round(width * max(0.0, min(value / full, 1.0))) if full else 0
+    return "█" * length or "·" * (value > 0)
+
+
+class OneLineParser(ArgumentParser):
+    """argparse, except that a refusal is one line, on every Python."""
+
+    def parse_args(self, args=None, namespace=None):
+        for argument in sys.argv[1:] if args is None else args:
+            if argument.startswith("--") and argument.endswith("=--"):  # argparse takes these for no value at all
+                self.error(f"argument {argument[:-3]}: expected a value")
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from low to high."""
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not low <= int(text) <= high:
+            raise ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
+        return int(text)
+    return parse
+
+
+def section_numbers(count: int) -> Callable[[str], list[int]]:
+    """An argparse type: numbers of sections with commas between them."""
+    def parse(text: str) -> list[int]:
+        numbers = [int(part) if re.fullmatch(r" *[0-9]{1,4} *", part) else 0 for part in text.split(",")]
+        if not all(1 <= number <= count for number in numbers):
+            raise ArgumentTypeError(f"must be numbers from 1 to {count} (--list names them), as in 1,{count}, "
+                                             f"not {text!r}")
+        return numbers
+    return parse
+
+
+def common_parser(prog: str, description: str, n_sections: int) -> OneLineParser:
+    """The options that all five scripts have; the script adds its own knobs."""
+    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False,
+                           formatter_class=lambda prog: HelpFormatter(prog, width=WIDTH))
+    parser.add_argument("--list", action="store_true", help="list the sections and stop")
+    parser.add_argument("--section", metavar="N[,N...]", action="extend", type=section_numbers(n_sections),
+                        help="run only these sections (may be repeated)")
+    parser.add_argument("--seed", metavar="N", type=whole_number(0, 10**9), default=0,
+                        help="seed of all randomness (default 0)")
+    parser.add_argument("--ascii", action="store_true", help="print no character outside ASCII")
+    parser.add_argument("--time", action="store_true", help="print the seconds each section took, on stderr")
+    return parser
+
+
+def run_sections(sections: Sequence[tuple], knobs: Namespace, next_experiment: str) -> int:
+    """Print the chosen sections (title, show function, functions named in the head); the exit status.
+
+    0 when every check held, 1 when one failed, 130 after Ctrl-C. A reader who closes the pipe ends it quietly.
+    """
+    try:
+        trace = Trace(knobs.ascii)
+        if knobs.list:
+            trace.lines([f"{number:>2}  {title}" for number, (title, *_) in enumerate(sections, 1)])
+        else:
+            for number in sorted(set(knobs.section or range(1, len(sections) + 1))):
+                title, show, functions = sections[number - 1]
+                start = time.perf_counter()
+                trace.section(number, title, functions)
+                show(trace, knobs)
+                if knobs.time:
+                    sys.stdout.flush()
+                    print(f"section {number}: {time.perf_counter() - start:.2f} s", file=sys.stderr)
+            trace.lines(["", f"{trace.failed} of {trace.failed + trace.held} checks FAILED." if trace.failed else
+                         f"All {trace.held} checks held.", f"Try next: {next_experiment}"], "1")
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return 1 if trace.failed else 0
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing stdout cannot fail again
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"cannot write the trace: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# The tiny Llama, the same in microkv, microquant and microbeam: RMSNorm, rotary positions, grouped-query
+# attention, SwiGLU, no biases, and Meta's names for the weights, so that they fit any Llama implementation.
+#
+# The forward pass is written once. It does everything through run(operation, *inputs), which just calls the
+# operation, unless it is told otherwise: training hands over a Tape, which also remembers, to run backwards.
+
+@dataclass(frozen=True)
+class Config:
+    """The sizes of a Llama; head_dim is dim / n_heads."""
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    hidden_dim: int
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if min(self.vocab_size, self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.hidden_dim) < 1:
+            raise ValueError(f"every size must be at least 1, not {self}")
+        if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads:
+            raise ValueError(f"dim must be a multiple of 2 · n_heads, and n_heads of n_kv_heads, not {self}")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.dim // self.n_heads
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of every weight; a matrix is [out][in], a norm's gain [dim]."""
+        kv_dim, shapes = self.n_kv_heads * self.head_dim, {"tok_embeddings": (self.vocab_size, self.dim)}
+        for layer in range(self.n_layers):
+            for name, shape in {"attention_norm": (self.dim,), "attention.wq": (self.dim, self.dim),
+                                "attention.wk": (kv_dim, self.dim), "attention.wv": (kv_dim, self.dim),
+                                "attention.wo": (self.dim, self.dim), "ffn_norm": (self.dim,),
+                                "feed_forward.w1": (self.hidden_dim, self.dim),
+                                "feed_forward.w2": (self.dim, self.hidden_dim),
+                                "feed_forward.w3": (self.hidden_dim, self.dim)}.items():
+                shapes[f"layers.{layer}.{name}"] = shape
+        return shapes | {"norm": (self.dim,), "output": (self.vocab_size, self.dim)}
+
+
+def call(operation: Callable, *inputs):
+    """operation(*inputs): the plain way to run an operation of the forward pass."""
+    return operation(*inputs)
+
+
+class Llama:
+    """weights: {name: matrix [out][in] or gain [dim]}, named and shaped as Config.shapes() says."""
+
+    def __init__(self, config: Config, weights: dict[str, Matrix | Vector]):
+        if missing := [name for name in config.shapes() if name not in weights]:
+            raise ValueError(f"weights must have {missing[0]!r}")
+        self.config, self.weights = config, weights
+
+    def forward(self, tokens: Sequence[int], cache=None, run: Callable = call) -> Matrix:
+        """Logits [len(tokens)][vocab_size]: row i predicts what follows tokens[i].
+
+        With a cache, tokens come after those already in it, and their keys and values are added to it.
+        """
+        c, w = self.config, self.weights
+        start = cache.length if cache is not None else 0
+        positions = range(start, start + len(tokens))
+        x = run(look_up, w["tok_embeddings"], tokens)
+        for layer in range(c.n_layers):
+            wq, wk, wv, wo = (w[f"layers.{layer}.attention.{name}"] for name in ("wq", "wk", "wv", "wo"))
+            w1, w2, w3 = (w[f"layers.{layer}.feed_forward.{name}"] for name in ("w1", "w2", "w3"))
+            h = run(rms_norm, x, w[f"layers.{layer}.attention_norm"], c.norm_eps)
+            q = run(rope_heads, run(linear, h, wq), positions, c.n_heads, c.rope_base)
+            k = run(rope_heads, run(linear, h, wk), positions, c.n_kv_heads, c.rope_base)
+            v = run(linear, h, wv)
+            if cache is not None:
+                k, v = cache.update(layer, k, v)  # of all tokens so far
+            x = run(add, x, run(linear, run(attend, q, k, v, c.n_heads, c.n_kv_heads), wo))
+            h = run(rms_norm, x, w[f"layers.{layer}.ffn_norm"], c.norm_eps)
+            x = run(add, x, run(linear, run(swiglu, run(linear, h, w1), run(linear, h, w3)), w2))
+        return run(linear, run(rms_norm, x, w["norm"], c.norm_eps), w["output"])
+
+
+def look_up(table: Matrix, tokens: Sequence[int]) -> Matrix:
+    """The embedding of each token: table [vocab_size][dim] -> [n][dim]."""
+    return [table[token] for token in tokens]
+
+
+def rms_norm(x: Matrix, gain: Vector, eps: float) -> Matrix:
+    """gain · x / √(mean(x²) + eps), row by row (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    scales = [1 / math.sqrt(dot(row, row) / len(row) + eps) for row in x]
+    return [[value * scale * g for value, g in zip(row, gain)] for row, scale in zip(x, scales)]
+
+
+def rope_heads(x: Matrix, positions: Sequence[int], n_heads: int, base: float) -> Matrix:
+    """rope() in each head of x [n][n_heads·head_dim]."""
+    return concat(*(rope(head, positions, base) for head in split_heads(x, n_heads)))
+
+
+def attend(q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
+    """Causal grouped-query attention: q [n_q][n_heads·head_dim], k and v [n_k][n_kv_heads·head_dim].
+
+    The queries are the last n_q of the n_k positions. -> [n_q][n_heads·head_dim].
+    """
+    group, heads = n_heads // n_kv_heads, []
+    keys, values = split_heads(k, n_kv_heads), split_heads(v, n_kv_heads)
+    for h, queries in enumerate(split_heads(q, n_heads)):
+        columns = list(zip(*values[h // group]))
+        heads.append([[dot(weights, column[:len(weights)]) for column in columns]
+                      for weights in causal_weights(queries, keys[h // group])])
+    return concat(*heads)
+
+
+def causal_weights(q: Matrix, k: Matrix) -> list[Vector]:
+    """softmax(q·k / √d) of one head; row i has weights for the keys it sees only, the first n_k - n_q + i + 1."""
+    scale, hidden = 1 / math.sqrt(len(k[0])), len(k) - len(q)
+    return [softmax([dot(query, key) * scale for key in k[:hidden + i + 1]]) for i, query in enumerate(q)]
+
+
+def swiglu(a: Matrix, b: Matrix) -> Matrix:
+    """silu(a) · b, element by element (Shazeer 2020, arXiv:2002.05202); silu(x) = x · sigmoid(x)."""
+    return [[x * sigmoid(x) * y for x, y in zip(p, q)] for p, q in zip(a, b)]
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)), for any x."""
+    return 0.5 + 0.5 * math.tanh(0.5 * x)
+
+
+def add(a: Matrix, b: Matrix) -> Matrix:
+    """The sum, element by element."""
+    return [list(map(operator.add, p, q)) for p, q in zip(a, b)]
+
+
+# Training: each operation's backward pass takes the gradient of its output, and its inputs, and returns the
+# gradients of those inputs that have one. Whole matrices at a time, so that here too all the work is in dot.
+
+def look_up_backward(d: Matrix, table: Matrix, tokens: Sequence[int]) -> list[Matrix]:
+    """Each token's gradient goes to its row of the table."""
+    d_table = [[0.0] * len(table[0]) for _ in table]
+    for row, token in zip(d, tokens):
+        d_table[token] = list(map(operator.add, d_table[token], row))
+    return [d_table]
+
+
+def linear_backward(d: Matrix, x: Matrix, w: Matrix) -> list[Matrix]:
+    """y = x wᵀ: dx = d w, dw = dᵀ x."""
+    return [linear(d, list(zip(*w))), linear(list(zip(*d)), list(zip(*x)))]
+
+
+def rms_norm_backward(d: Matrix, x: Matrix, gain: Vector, eps: float) -> list[Matrix | Vector]:
+    """y = gain · x̂ with x̂ = x / rms: dx = (g·d - x̂ · mean(g·d · x̂)) / rms."""
+    d_x, d_gain = [], [0.0] * len(gain)
+    for d_row, row in zip(d, x):
+        scale = 1 / math.sqrt(dot(row, row) / len(row) + eps)
+        unit, pull = [value * scale for value in row], list(map(operator.mul, d_row, gain))
+        share = dot(pull, unit) / len(row)
+        d_x.append([(p - u * share) * scale for p, u in zip(pull, unit)])
+        d_gain = [total + slope * u for total, slope, u in zip(d_gain, d_row, unit)]
+    return [d_x, d_gain]
+
+
+def rope_heads_backward(d: Matrix, x: Matrix, positions: Sequence[int], n_heads: int, base: float) -> list[Matrix]:
+    """The gradient is turned back."""
+    return [rope_heads(d, [-p for p in positions], n_heads, base)]
+
+
+def attend_backward(d: Matrix, q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int) -> list[Matrix]:
+    """With P = softmax(S), S = q kᵀ / √d: dv = Pᵀ d, dP = d vᵀ, dS = P·(dP - rowsum(P·dP)), dq = dS k, dk = dSᵀ q."""
+    group, d_q = n_heads // n_kv_heads, []
+    keys, values = split_heads(k, n_kv_heads), split_heads(v, n_kv_heads)
+    d_k, d_v = ([[[0.0] * len(head[0]) for _ in head] for head in heads] for heads in (keys, values))
+    for h, (queries, d_head) in enumerate(zip(split_heads(q, n_heads), split_heads(d, n_heads))):
+        g, scale = h // group, 1 / math.sqrt(len(queries[0]))
+        p, d_s = [], []
+        for weights, d_row in zip(causal_weights(queries, keys[g]), d_head):
+            d_p = [dot(d_row, value) for value in values[g][:len(weights)]]
+            mean = dot(weights, d_p)
+            unseen = [0.0] * (len(k) - len(weights))
+            p.append(weights + unseen)
+            d_s.append([w * (slope - mean) * scale for w, slope in zip(weights, d_p)] + unseen)
+        d_q.append(linear(d_s, list(zip(*keys[g]))))
+        d_k[g] = add(d_k[g], linear(list(zip(*d_s)), list(zip(*queries))))
+        d_v[g] = add(d_v[g], linear(list(zip(*p)), list(zip(*d_head))))
+    return [concat(*d_q), concat(*d_k), concat(*d_v)]
+
+
+def swiglu_backward(d: Matrix, a: Matrix, b: Matrix) -> list[Matrix]:
+    """y = x σ(x) · b: dx = b · σ(x) · (1 + x·(1 - σ(x))), db = x σ(x)."""
+    d_a, d_b = [], []
+    for d_row, a_row, b_row in zip(d, a, b):
+        gates = list(map(sigmoid, a_row))
+        d_a.append([slope * y * s * (1 + x * (1 - s)) for slope, x, y, s in zip(d_row, a_row, b_row, gates)])
+        d_b.append([slope * x * s for slope, x, s in zip(d_row, a_row, gates)])
+    return [d_a, d_b]
+
+
+def add_backward(d: Matrix, a: Matrix, b: Matrix) -> list[Matrix]:
+    """Both get it."""
+    return [d, d]
+
+
+BACKWARD = {look_up: look_up_backward, linear: linear_backward, rms_norm: rms_norm_backward,
+            rope_heads: rope_heads_backward, attend: attend_backward, swiglu: swiglu_backward, add: add_backward}
+
+
+class Tape:
+    """Runs operations and remembers them: forward(tokens, run=tape), then tape.backward(logits, d_logits)."""
+
+    def __init__(self):
+        self.steps: list[tuple] = []
+
+    def __call__(self, operation: Callable, *inputs):
+        output = operation(*inputs)
+        self.steps.append((operation, inputs, output))
+        return output
+
+    def backward(self, output: Matrix, d_output: Matrix) -> dict[int, Matrix | Vector]:
+        """{id(array): its gradient} for every array the output was made from that no operation made."""
+        gradients = {id(output): d_output}
+        for operation, inputs, result in reversed(self.steps):
+            for array, d in zip(inputs, BACKWARD[operation](gradients.pop(id(result)), *inputs)):
+                gradients[id(array)] = add(gradients[id(array)], d) if id(array) in gradients else d
+        return gradients
+
+
+def cross_entropy(logits: Matrix, targets: Sequence[int]) -> tuple[float, Matrix]:
+    """Mean of -log softmax(logits)[target] in nats, and its gradient in the logits."""
+    p = [softmax(row) for row in logits]
+    loss = -sum(math.log(row[target]) for row, target in zip(p, targets)) / len(targets)
+    return loss, [[(value - (i == target)) / len(targets) for i, value in enumerate(row)]
+                  for row, target in zip(p, targets)]
+
+
+class Adam:
+    """Kingma & Ba 2015, arXiv:1412.6980: steps scaled by running means of the gradient and of its square."""
+
+    def __init__(self, weights: dict[str, Matrix | Vector], beta1: float = 0.7, beta2: float = 0.95):
+        self.rows = {name: w if isinstance(w[0], list) else [w] for name, w in weights.items()}
+        self.beta1, self.beta2, self.steps = beta1, beta2, 0
+        self.m, self.v = ({name: [[0.0] * len(row) for row in rows] for name, rows in self.rows.items()}
+                          for _ in range(2))
+
+    def step(self, gradients: dict[str, Matrix | Vector], rate: float) -> None:
+        """Change the weights, in place."""
+        self.steps += 1
+        b1, b2 = self.beta1, self.beta2
+        rate, unbias = rate / (1 - b1 ** self.steps), 1 / (1 - b2 ** self.steps)
+        for name, gradient in gradients.items():
+            d_rows = gradient if isinstance(gradient[0], list) else [gradient]
+            for w, d, m, v in zip(self.rows[name], d_rows, self.m[name], self.v[name]):
+                m[:] = [b1 * a + (1 - b1) * slope for a, slope in zip(m, d)]
+                v[:] = [b2 * a + (1 - b2) * slope * slope for a, slope in zip(v, d)]
+                w[:] = [x - rate * a / (math.sqrt(b * unbias) + 1e-8) for x, a, b in zip(w, m, v)]
+
+
+def init_weights(config: Config, rng: random.Random) -> dict[str, Matrix | Vector]:
+    """Embeddings of size 1, matrices 1/√in, half of that where they write to the residual stream, gains of 1."""
+    weights: dict[str, Matrix | Vector] = {}
+    for name, shape in config.shapes().items():
+        size = 1.0 if name == "tok_embeddings" else shape[-1] ** -0.5 * (0.5 if name.endswith(("wo", "w2")) else 1)
+        weights[name] = ([1.0] * shape[0] if len(shape) == 1 else
+                         [[rng.gauss(0, size) for _ in range(shape[1])] for _ in range(shape[0])])
+    return weights
+
+
+def train(config: Config, ids: Sequence[int], rng: random.Random, steps: int, length: int,
+          learning_rate: float = 0.02) -> tuple[Llama, list[float]]:
+    """A Llama that has read ids, length tokens a step, from the start again at the end; the loss of each step.
+
+    The learning rate rises over 10 steps and falls to 0. Progress goes to stderr where that is a terminal.
+    """
+    model, losses = Llama(config, init_weights(config, rng)), []
+    adam, show = Adam(model.weights), sys.stderr is not None and sys.stderr.isatty()
+    for step in range(steps):
+        start = step * length % (len(ids) - length)
+        tape = Tape()
+        logits = model.forward(ids[start:start + length], run=tape)
+        loss, d_logits = cross_entropy(logits, ids[start + 1:start + length + 1])
+        gradients = tape.backward(logits, d_logits)
+        adam.step({name: gradients[id(w)] for name, w in model.weights.items()},
+                  learning_rate * min(1, (step + 1) / 10) * (1 - step / steps))
+        losses.append(loss)
+        if show:
+            print(f"\rtraining the tiny Llama: step {step + 1} of {steps}, loss {loss:.2f} ", end="", file=sys.stderr)
+    if show:
+        print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+    return model, losses
+
+
+def rope(x: Matrix, positions: Sequence[int], base: float = 10000.0) -> Matrix:
+    """Rotate row r of x [n][d] to positions[r] -> [n][d]. ValueError if d is odd or the lengths differ."""
+    d = len(x[0]) if x else 0
+    if d % 2 or len(positions) != len(x):
+        raise ValueError(f"x must have an even number of channels and one position a row, not {d} channels, "
+                         f"{len(x)} rows and {len(positions)} positions")
+    thetas = [base ** (-2 * m / d) for m in range(d // 2)]
+    out = []
+    for row, p in zip(x, positions):
+        turned = [complex(a, b) * cmath.rect(1.0, p * theta) for a, b, theta in zip(row[::2], row[1::2], thetas)]
+        out.append([part for z in turned for part in (z.real, z.imag)])
+    return out
+
+
+def split_heads(m: Matrix, n_heads: int) -> list[Matrix]:
+    """[n][n_heads·head_dim] -> n_heads matrices [n][head_dim]."""
+    width = len(m[0]) if m else 0
+    if n_heads < 1 or width % n_heads:
+        raise ValueError(f"n_heads must divide the {width} channels, and {n_heads} does not")
+    head_dim = width // n_heads
+    return [[row[h * head_dim:(h + 1) * head_dim] for row in m] for h in range(n_heads)]
+
+
+def concat(*blocks: Matrix) -> Matrix:
+    """Side by side: [n][a], [n][b], … -> [n][a + b + …]."""
+    return [[value for part in rows for value in part] for rows in zip(*blocks)]
+
+
+def identity_backward(d: Matrix, w: Matrix) -> list[Matrix]:
+    """Straight through: the gradient of what w was rounded to is taken for w's."""
+    return [d]
+
+
+def frozen_linear_backward(d: Matrix, x: Matrix, w: Matrix) -> list[Matrix]:
+    """y = x wᵀ with w frozen: dx = d w alone."""
+    return [linear(d, list(zip(*w)))]
+
+
+BACKWARD |= {ternary_weights: identity_backward, frozen_linear: frozen_linear_backward}
+
+# ---------------------------------------------------------------------------------------------------
+
+SECTIONS = [
+    ("Numbers in few bits", show_numbers, [quantize, Quantized, round_to_float, fp16, bf16, fp8_e4m3, fp8_e5m2]),
+    ("Granularity", show_granularity, [quantize, lay_grids]),
+    ("Bytes for real", show_bytes, [pack_int4, unpack_int4, pack_bits]),
+    ("NF4 and double quantization", show_nf4, [nf4_codebook, quantize_nf4, double_quantize]),
+    ("llama.cpp's blocks", show_gguf, [q8_0_encode, q4_0_encode, q4_k_encode, q4_k_decode]),
+    ("Activations too", show_activations, [int8_matmul, static_scale, llm_int8_matmul, smoothquant_scales,
+                                           move_scales]),
+    ("GPTQ", show_gptq, [hessian_of, gptq, cholesky, inverse]),
+    ("AWQ", show_awq, [awq_search, awq_fold, move_scales]),
+    ("HQQ, SqueezeLLM", show_hqq_squeezellm, [hqq, weighted_kmeans, squeezellm, sensitivities]),
+    ("One bit and a bit", show_one_bit, [bitnet_signs, ternary_codes, straight_through, fine_tune, ternary_product]),
+    ("Training in few bits", show_training, [with_adapters, by_qlora, QGaLore, subspace]),
+    ("Mixed precision", show_mixed, [measure_sensitivity, assign_bits]),
+    ("The table", show_table, [everything, measure]),
+]
+
+
+def outlier_knob(text: str) -> tuple[int, float]:
+    """An argparse type: channels,size."""
+    match = re.fullmatch(r"([0-9]{1,2}),([0-9]{1,4}(?:\.[0-9]{1,3})?)", text)
+    if not match or not 0 <= int(match[1]) <= 16 or not 1 <= float(match[2]) <= 1000:
+        raise ArgumentTypeError(f"must be a number of channels up to 16 and a size from 1 to 1000, as in 3,32, not "
+                                f"{text!r}")
+    return int(match[1]), float(match[2])
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    if not re.fullmatch(r"[01](\.[0-9]{1,6})?|\.[0-9]{1,6}", text) or float(text) > 1:
+        raise ArgumentTypeError(f"must be a number from 0 to 1, not {text!r}")
+    return float(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the trace; the exit status."""
+    parser = common_parser("microquant", "One tiny Llama, quantized by every method that people deploy.", len(SECTIONS))
+    parser.add_argument("--bits", metavar="N", type=whole_number(2, 8), default=BITS,
+                        help=f"bits of the low-bit formats (default {BITS})")
+    parser.add_argument("--group-size", metavar="N", type=whole_number(1, 64), default=GROUP_SIZE,
+                        help=f"weights that share a scale, where there are groups (default {GROUP_SIZE})")
+    parser.add_argument("--calibration-tokens", metavar="N", type=whole_number(1, 256), default=CALIBRATION_TOKENS,
+                        help=f"tokens that the calibrated methods see (default {CALIBRATION_TOKENS})")
+    parser.add_argument("--alpha", metavar="X", type=fraction, default=ALPHA,
+                        help=f"SmoothQuant's share of the difficulty for the weights, 0 to 1 (default {ALPHA})")
+    parser.add_argument("--outliers", metavar="N,SIZE", type=outlier_knob, default=OUTLIERS,
+                        help=f"channels planted as outliers, and how many times larger (default "
+                             f"{OUTLIERS[0]},{OUTLIERS[1]:g})")
+    parser.add_argument("--prompt", default=PROMPT, help=f"what the samples continue (default: {PROMPT!r})")
+    knobs = parser.parse_args(argv)
+    try:
+        if not 0 < len(Tokenizer.train(TEXT, VOCAB_SIZE).encode(knobs.prompt)) <= 32:
+            parser.error("argument --prompt: there must be something in it, and at most 32 tokens")
+    except ValueError as error:
+        parser.error(f"argument --prompt: {error}")
+    return run_sections(SECTIONS, knobs, "python microquant.py --section 2,7,8 --bits 3")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
