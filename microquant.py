@@ -1117,7 +1117,7 @@ def by_awq(lab: Lab, bits: int, granularity: str | int) -> Compressed:
 
 @lru_cache(maxsize=None)
 def keeping_channels(lab: Lab, bits: int, granularity: str | int, count: int, by: str) -> Compressed:
-    """Rounded to nearest, but `count` input channels of every matrix in FP16, by "activations", "weights" or "chance"."""
+    """Rounded to nearest, but `count` channels of every matrix in FP16, by "activations", "weights" or "chance"."""
     rng = random.Random(0)
 
     def method(name: str, w: Matrix) -> tuple[Matrix, int]:
@@ -1196,7 +1196,7 @@ def hqq(w: Matrix, bits: int, *, granularity: str | int, p: float = 0.7, beta: f
     def best_zero(values: Vector, scale: float, zero: float) -> tuple[float, float]:
         b, tried = beta, []
         for _ in range(iterations):
-            zero = fp16(zero)
+            zero = float(fp16(zero))
             codes = to_codes(values, scale, zero, bits)
             rest = [value - (code - zero) * scale for value, code in zip(values, codes)]
             tried.append((fmean(map(abs, rest)), zero))
@@ -1556,9 +1556,9 @@ def show_training(trace: Trace, knobs: Namespace) -> None:
     state = numbers(m.direction for m in matrices.values())
     projections = sum(m.projection.nbytes for m in matrices.values())
     int8 = sum(m.q.nbytes for m in matrices.values())
-    trace.say(f"{FEW_STEPS} steps of {PIECE} tokens more, on the text just before the last verse, three ways. Bytes of the "
-              f"matrices as they are kept while training, and of what the optimizer keeps: two FP32 numbers for each that "
-              f"it trains, and Q-GaLore's projections in INT4. Perplexity before and after, on the last verse.")
+    trace.say(f"{FEW_STEPS} steps of {PIECE} tokens more, on the text just before the last verse, three ways. Bytes "
+              f"of the matrices as they are kept while training, and of what the optimizer keeps: two FP32 numbers for "
+              f"each that it trains, and Q-GaLore's projections in INT4. Perplexity on the last verse.")
     table = [["full", f"{lab.n_weights:,}", f"{4 * lab.n_weights:,}", f"{8 * numbers(adam.rows.values()):,}",
               f"{lab.perplexity:.3f}", f"{loss(full):.3f}"],
              ["QLoRA, rank 4", f"{n_adapters:,}", f"{in_nf4(lab, True).nbytes - lab.rest_bytes + 4 * n_adapters:,}",

@@ -351,10 +351,10 @@ EDGES = {
                    "--block-k 1 --causal", "--block-q 64 --block-k 3 --causal", "--block-q 3 --block-k 64", "--sram 1312",
                    "--n-splits 1024 --seq-len 20 --sram 1000000000", "--seed 1000000000", "--text x", "--text a\tb\nc",
                    "--text Ünïcödé — 日本語 🙂", "--text " + "the rat " * 60, "--text \udcff broken"],
-    "microquant": ["--bits 2 --section 1,2,7", "--bits 8 --section 1,3,7,8", "--bits 3 --group-size 7 --section 3,7",
-                   "--group-size 1 --section 2,3", "--group-size 64 --section 2,12", "--calibration-tokens 1 --section 7,8,9",
-                   "--alpha 0 --section 6", "--alpha 1 --section 3", "--outliers 0,1 --section 1,7", "--outliers 16,1000 --section 1,6",
-                   "--prompt=\n --section 13", "--seed 7 --section 3,4,5"],
+    "microquant": ["--bits 2 --section 1,7,9", "--bits 8 --section 3,7,8", "--bits 3 --group-size 7 --section 3,7",
+                   "--group-size 1 --section 2", "--group-size 64 --section 12", "--calibration-tokens 1 --section 8,9",
+                   "--alpha 0 --section 6", "--outliers 0,1 --section 1", "--outliers 16,1000 --section 7",
+                   "--prompt=\n --section 3", "--seed 7 --section 4,5"],
 }
 
 

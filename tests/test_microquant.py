@@ -716,6 +716,7 @@ def test_hqq(bits, granularity):
         assert error == pytest.approx(min(tried)[0], abs=1e-12)
     n_scales = {"tensor": 1, "channel": 3, 4: 9}[granularity]
     assert q.nbytes == -(-30 * bits // 8) + 4 * n_scales
+    assert m.hqq([[-1.0, 1.0, 0.4]], 2, granularity="tensor").nbytes == 1 + 4  # its zero point starts at a whole 0
     assert m.hqq([[0.0, 0.0]], 4, granularity="tensor").dequantize() == [[0.0, 0.0]]
 
 
