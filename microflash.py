@@ -532,7 +532,7 @@ class Card:
 
 
 A100 = Card("A100 80GB SXM", 312e12, 2039e9, 80e9, 108, 164, "NVIDIA A100 data sheet; Ampere tuning guide")
-H100 = Card("H100 80GB SXM", 989.4e12, 3350e9, 80e9, 132, 228, "NVIDIA H100 data sheet; Hopper tuning guide")
+H100 = Card("H100 80GB SXM", 989.4e12, 3350e9, 80e9, 132, 228, "NVIDIA Hopper white paper; Hopper tuning guide")
 # Forward tiles at 16 bits without a mask: version, card, d, block_q, block_k. From Dao-AILab/flash-attention,
 # csrc/flash_attn/src/flash_fwd_launch_template.h and hopper/tile_size.h.
 REAL_TILES = [("FlashAttention-2", A100, 64, 128, 128), ("FlashAttention-2", A100, 128, 128, 64),

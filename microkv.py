@@ -12,13 +12,13 @@ Run it (`python microkv.py`), read the trace, then read on from here in order: e
 section of this file. The model and its training come last; the chapter is about the cache.
 
 The papers:
-  Pope et al., Efficiently Scaling Transformer Inference, 2022, arXiv:2211.05102          section 2
+  Williams et al., Roofline: An Insightful Visual Performance Model, CACM 2009            section 2
   Kwon et al., Efficient Memory Management for Large Language Model Serving with
     PagedAttention, 2023, arXiv:2309.06180 (vLLM)                                         sections 4, 5, 9
   Yu et al., Orca: A Distributed Serving System for Transformer-Based Generative
     Models, OSDI 2022                                                                     section 7
   Agrawal et al., SARATHI: Efficient LLM Inference by Piggybacking Decodes with Chunked
-    Prefills, 2023, arXiv:2308.16369                                                      section 8
+    Prefills, 2023, arXiv:2308.16369; Sarathi-Serve, 2024, arXiv:2403.02310               section 8
   Patel et al., Splitwise: Efficient Generative LLM Inference Using Phase Splitting, 2023,
     arXiv:2311.18677                                                                      section 10
   Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, 2024,
@@ -56,7 +56,7 @@ MAX_NUM_SEQS = 4             # requests that may run at the same time
 MAX_NUM_BATCHED_TOKENS = 24  # tokens a step may compute where prompts are cut up, section 8
 VOCAB_SIZE = 160             # every word of TEXT is then one token
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32)
-TRAINING = dict(steps=60, length=26)  # tokens a step
+TRAINING = dict(steps=60, length=26)  # length: tokens a step
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -66,12 +66,12 @@ TRAINING = dict(steps=60, length=26)  # tokens a step
 # computes them all again at every step: step t runs t tokens through every matrix. But the key and value of a
 # token depend on nothing that comes later, so they never change. Keep them, and a step runs one token:
 #
-#     without: n steps cost 1 + 2 + … + n = n(n + 1)/2 tokens        with: n tokens
+#     without: n steps from nothing cost 1 + 2 + … + n = n(n + 1)/2 tokens        with: n tokens
 #
 # The cache changes what is computed again, not what is computed: same tokens, same logits.
 
 class KVCache:
-    """The keys and values of all tokens so far, per layer; one list that grows."""
+    """The keys and values of all tokens so far: a list of each per layer, which grows."""
 
     def __init__(self, config: Config):
         self.keys: list[Matrix] = [[] for _ in range(config.n_layers)]
@@ -94,10 +94,12 @@ def generate(model: Llama, prompt: Sequence[int], max_new_tokens: int, cache=Non
     if not prompt or max_new_tokens < 0:
         raise ValueError(f"prompt must have a token and max_new_tokens be at least 0, not {len(prompt)} tokens "
                          f"and {max_new_tokens}")
+    if cache is not None and cache.length >= len(prompt):
+        raise ValueError(f"cache must hold less than the prompt, whose last token is needed for its logits; it holds "
+                         f"{cache.length} of {len(prompt)} tokens")
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_new_tokens:
-        unseen = tokens if cache is None else tokens[cache.length - len(tokens):]
-        tokens.append(argmax(model.forward(unseen, cache)[-1]))
+        tokens.append(argmax(model.forward(tokens[0 if cache is None else cache.length:], cache)[-1]))
     return tokens[len(prompt):]
 
 
@@ -114,7 +116,7 @@ def show_cache(trace: Trace, knobs: Namespace) -> None:
     for name, cache in (("without", None), ("with", KVCache(c))):
         tokens, logits, work = list(prompt), [], []
         for _ in range(n_new):
-            unseen = tokens if cache is None else tokens[cache.length - len(tokens):]
+            unseen = tokens[0 if cache is None else cache.length:]
             with counted_dots() as count:
                 logits.append(model.forward(unseen, cache)[-1])
             work.append(count.products)
@@ -178,7 +180,7 @@ class Card:
 
 
 A100 = Card("A100 80GB SXM", 312e12, 2039e9, 80e9, 108, 164, "NVIDIA A100 data sheet; Ampere tuning guide")
-H100 = Card("H100 80GB SXM", 989.4e12, 3350e9, 80e9, 132, 228, "NVIDIA H100 data sheet; Hopper tuning guide")
+H100 = Card("H100 80GB SXM", 989.4e12, 3350e9, 80e9, 132, 228, "NVIDIA Hopper white paper; Hopper tuning guide")
 CARDS = [A100, H100]
 
 
@@ -229,30 +231,30 @@ def show_intensity(trace: Trace, knobs: Namespace) -> None:
     model = Llama(c, init_weights(c, random.Random(knobs.seed)))  # the counts do not depend on what it learned
     trace.say("Our own model: FLOPs (2 for each multiplication, counted) and the bytes of all weights and cached keys "
               "and values that the step's operations touched (counted, at 2 a number).")
-    rows, intensity = [], {}
+    rows, products, intensity = [], {}, {}
     for n_new, n_cached in ((1, 0), (1, 31), (1, 63), (8, 0), (32, 0), (64, 0)):
         cache = KVCache(c)
         if n_cached:
             model.forward([0] * n_cached, cache)
         touched = []
 
-        def counting(operation: Callable, *inputs):
+        def counting(operation: Callable, *inputs):  # linear's 2nd input is its weights, attend's 2nd and 3rd the cache
             touched.extend({linear: inputs[1:2], attend: inputs[1:3]}.get(operation, ()))
             return operation(*inputs)
 
         with counted_dots() as count:
             model.forward([0] * n_new, cache, run=counting)
         read = 2 * sum(len(row) for matrix in touched for row in matrix)
-        intensity[n_new, n_cached] = 2 * count.products / read
+        products[n_new, n_cached], intensity[n_new, n_cached] = count.products, 2 * count.products / read
         rows.append([f"{'decode' if n_new == 1 else 'prefill'}", str(n_new), str(n_cached), f"{2 * count.products:,}",
-                     f"{read:,}", f"{2 * count.products / read:.1f}", bar(2 * count.products / read, 64, 16)])
+                     f"{read:,}", f"{intensity[n_new, n_cached]:.1f}", bar(intensity[n_new, n_cached], 64, 16)])
     trace.table(["", "new tokens", "cached", "FLOPs", "bytes", "FLOPs a byte", ""], rows, left=(0, 6))
 
     trace.say(f"{LLAMA_8B.name}, {LLAMA_8B.parameters / 1e9:.2f} billion parameters: one decoding step for a batch of "
               f"requests, each with 1024 tokens cached. It takes the longer of the two times.")
     for card in CARDS:
         rows = []
-        for batch in (1, 8, 32, 128, 512):
+        for batch in (1, 8, 32, 128, 384):
             arithmetic, reading = step_seconds(card, LLAMA_8B, batch, batch * 1024)
             rows.append([str(batch), f"{arithmetic * 1e3:.2f}", f"{reading * 1e3:.2f}",
                          f"{arithmetic * card.flops / (reading * card.hbm_bytes_per_s):.0f}",
@@ -264,18 +266,19 @@ def show_intensity(trace: Trace, knobs: Namespace) -> None:
         row = [str(cached)]
         for card in CARDS:
             per_token = 2 * LLAMA_8B.parameters / card.flops - cached * LLAMA_8B.kv_bytes / card.hbm_bytes_per_s
-            row.append(f"{LLAMA_8B.parameters * 2 / card.hbm_bytes_per_s / per_token:,.0f}" if per_token > 0 else "never")
+            weights = LLAMA_8B.parameters * 2 / card.hbm_bytes_per_s
+            row.append(f"{weights / per_token:,.0f}" if per_token > 0 else "never")
         rows.append(row)
     trace.say("From which batch size on a bigger batch buys nothing, because arithmetic has become the longer time. "
               "With much in the caches that never comes: reading them grows with the batch as well.")
     trace.table(["tokens cached, each", *(card.name for card in CARDS)], rows)
     trace.check("decode stays near 1 FLOP a byte, prefill of n tokens near n",
-                all(n / 2 < intensity[n, 0] < 1.1 * n for n in (1, 8, 32, 64)), "between n / 2 and 1.1 n")
+                all(n / 2 < ratio < 1.5 * n for (n, _), ratio in intensity.items()), "between n / 2 and 1.5 n")
     weights = sum(math.prod(shape) for name, shape in c.shapes().items()
                   if len(shape) == 2 and name != "tok_embeddings")
     others = (2 * c.n_layers + 1) * c.dim + 2 * c.n_layers * c.dim  # in the norms, and of one pair in attention
-    trace.check("in decode, a token is multiplied with every weight once",
-                forward_products(c, 1, 0) - others == weights, f"{weights:,}")
+    trace.check("in decode, a token is multiplied with every weight once: counted", products[1, 0] - others == weights,
+                f"{weights:,}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -467,17 +470,19 @@ def contiguous_waste(lengths: Sequence[tuple[int, int]], size: int, reserve: Cal
     return waste
 
 
-def paged_waste(model: Llama, requests: Sequence[Request], num_blocks: int, block_size: int) -> Waste:
-    """The same for a pool of blocks: the engine of section 7 runs the requests through the model."""
+def paged_waste(model: Llama, requests: Sequence[Request], num_blocks: int, block_size: int) -> tuple[Waste, int]:
+    """The same for a pool of blocks, by the engine of section 7; and the most idle slots any request ever had."""
     engine = make_engine(model, requests, "continuous", num_blocks, block_size, len(requests), 1024)
-    waste = Waste()
-    while engine.waiting:
+    waste, most_idle = Waste(), 0
+    while engine.waiting or engine.running:
         engine.step()
-        used = sum(state.cache.length for state in engine.running)
-        waste.used += used
-        waste.internal += sum(len(state.cache.block_table) for state in engine.running) * block_size - used
-        waste.free += engine.pool.num_free_blocks * block_size
-    return waste
+        idle = [len(state.cache.block_table) * block_size - state.cache.length for state in engine.running]
+        most_idle = max([most_idle, *idle])
+        if engine.waiting:
+            waste.used += sum(state.cache.length for state in engine.running)
+            waste.internal += sum(idle)
+            waste.free += engine.pool.num_free_blocks * block_size
+    return waste, most_idle
 
 
 def show_paging(trace: Trace, knobs: Namespace) -> None:
@@ -499,38 +504,37 @@ def show_paging(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"Two requests, A and B, written token by token, in turn, into one pool of {blocks} blocks of {bs}. Each "
               f"letter is a token's keys and values; a dot is an idle slot.")
     owner = {cache.slot(p): name for name, cache in zip("AB", paged) for p in range(cache.length)}
-    boxes = ["│" + "".join(owner.get(block * bs + i, "·") for i in range(bs)) + "│" for block in range(blocks)]
+    boxes = [f"{block}│" + "".join(owner.get(block * bs + i, "·") for i in range(bs)) + "│" for block in range(blocks)]
     trace.lines(textwrap.wrap(" ".join(boxes), WIDTH))
     for name, cache in zip("AB", paged):
         trace.lines(textwrap.wrap(f"block table of {name}: " + " ".join(map(str, cache.block_table)), WIDTH))
     last = paged[0].length - 1
     trace.lines([f"token {last} of A: block_table[{last // bs}] · {bs} + {last % bs} = slot {paged[0].slot(last)}"])
-    size, most = max(128 // bs * bs, 64), 64
-    idle = [len(cache.block_table) * bs - cache.length for cache in paged]
 
     prompts = [knobs.tokenizer.encode("This is " + clause) for clause in CLAUSES[1:9]]
-    finals, end_of_line = [], knobs.tokenizer.encode("\n")
+    finals, end_of_line, size, most = [], knobs.tokenizer.encode("\n"), 128 // bs * bs, 64
     for prompt in prompts:
         line, cache = list(prompt), KVCache(model.config)
         while line[-1:] != end_of_line and len(line) < most:
             line += generate(model, line, 1, cache)
         finals.append(len(line))
-    trace.say(f"Waste. {len(prompts)} requests, written by the model until their line ends: {min(finals)} to "
+    trace.say(f"Waste. {len(prompts)} requests, twice, written by the model until their line ends: {min(finals)} to "
               f"{max(finals)} tokens, and nobody could know. They share {size} slots; {most} is the most anyone "
               f"may use. What became of the slots, averaged over the steps in which somebody waited for room:")
-    lengths = list(zip(map(len, prompts), finals))
+    lengths = list(zip(map(len, prompts), finals)) * 2
+    twice = [Request(prompt, final - len(prompt)) for prompt, final in zip(prompts, finals)] * 2
+    paged_share, most_idle = paged_waste(model, twice, size // bs, bs)
     wastes = {f"in one piece: the most, {most}": contiguous_waste(lengths, size, lambda final: most),
               "the next power of 2": contiguous_waste(lengths, size, lambda final: 1 << (final - 1).bit_length()),
               "what it will be (an oracle)": contiguous_waste(lengths, size, lambda final: final),
-              f"paged, blocks of {bs}": paged_waste(model, [Request(p, f - len(p)) for p, f in zip(prompts, finals)],
-                                                    size // bs, bs)}
+              f"paged, blocks of {bs}": paged_share}
     trace.table(["", "used", "reserved", "internal", "free"],
                 [[name, *waste.shares()] for name, waste in wastes.items()], left=(0,))
-    trace.note("internal: set aside and never used; free while others wait: in no piece that is large enough. Kwon et "
-               "al. found 20.4% to 38.2% used in the systems before theirs.")
+    trace.note("internal: set aside and never used; free: left over while somebody waits, for want of a gap or of "
+               "blocks enough. Kwon et al. found 20.4% to 38.2% used in the systems before theirs.")
     trace.check("paged logits = contiguous logits at every step", same, "equal to the bit")
-    trace.check("a request never has more than block_size - 1 idle slots", max(idle) < bs, f"{idle[0]} and {idle[1]}")
-    trace.check("paging sets nothing aside for later", list(wastes.values())[-1].reserved == 0, "0 reserved")
+    trace.check("no request ever had more than block_size - 1 idle slots", most_idle < bs, f"at most {most_idle}")
+
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -544,7 +548,8 @@ def show_paging(trace: Trace, knobs: Namespace) -> None:
 def show_sharing(trace: Trace, knobs: Namespace) -> None:
     """Four different continuations of one prompt: blocks with and without sharing."""
     model, bs, n_new, n_samples = knobs.model(), knobs.block_size, min(knobs.max_new_tokens, 8), 4
-    prompt = knobs.tokenizer.encode(" ".join(CLAUSES[3::-1]))[:4 * bs + 1] + knobs.prompt_ids
+    half_full = 4 * bs + (bs // 2 - len(knobs.prompt_ids)) % bs  # so that the prompt ends in the middle of a block
+    prompt = knobs.tokenizer.encode(TEXT)[-half_full:] + knobs.prompt_ids
     pool = BlockPool(n_samples * -(-(len(prompt) + n_new + 1) // bs), bs)
     first = PagedKVCache(pool, model.config)
     logits = model.forward(prompt, first)[-1]
@@ -553,7 +558,7 @@ def show_sharing(trace: Trace, knobs: Namespace) -> None:
     texts = [prompt + [token] for token in best]
 
     def picture(title: str) -> None:
-        trace.lines(["", title])
+        trace.say(title)
         for name, cache in zip("ABCD", samples):
             trace.lines(textwrap.wrap(f"{name}: blocks " + " ".join(map(str, cache.block_table)), WIDTH - 2,
                                       initial_indent="  ", subsequent_indent=" " * 12))
@@ -563,11 +568,14 @@ def show_sharing(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"A prompt of {len(prompt)} tokens, {n_samples} answers that begin with the {n_samples} likeliest words, "
               f"blocks of {bs}.")
     picture("After the prompt, forked: one set of blocks, four tables.")
+    copies = 0
     for step in range(n_new):
         for text, cache in zip(texts, samples):
             text.append(argmax(model.forward(text[cache.length:], cache)[-1]))
         if step == 0 and n_new > 1:
-            picture("One token later: whoever wrote into a block that was not full has a copy:")
+            copies = len({cache.block_table[len(prompt) // bs] for cache in samples}) - 1 if len(prompt) % bs else 0
+            picture(f"One token later: {copies} wrote into the half-full block and took a copy first; the last to hold it "
+                    f"needed none." if copies else "One token later, each in a new block:")
     picture(f"After {n_new} tokens each:")
     used, alone = pool.num_blocks - pool.num_free_blocks, sum(-(-cache.length // bs) for cache in samples)
     for name, text in zip("ABCD", texts):
@@ -575,6 +583,8 @@ def show_sharing(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"In use: {used} blocks; without sharing it would be {alone}.")
     undisturbed = all(text == prompt + [token] + generate(model, prompt + [token], n_new, KVCache(model.config))
                       for text, token in zip(texts, best))
+    trace.check("copies taken = answers - 1, if the prompt ends inside a block", n_new == 1 or copies
+                == (n_samples - 1) * (len(prompt) % bs > 0), f"{copies}")
     trace.check("every answer = what it is without sharing", undisturbed, f"{n_samples} × {n_new} tokens")
     held = Counter(block for cache in samples for block in cache.block_table)
     trace.check("every reference count = the block tables that name the block",
@@ -614,7 +624,7 @@ def block_hashes(tokens: Sequence[int], block_size: int) -> list[str]:
 
 
 def register_blocks(cache: PagedKVCache, tokens: Sequence[int]) -> None:
-    """Make the full blocks of a cache that holds these tokens findable by their hashes; the first of a kind stays."""
+    """Make the full blocks of a cache that holds these tokens findable; of two alike the first keeps the name."""
     pool = cache.pool
     for block, name in zip(cache.block_table, block_hashes(tokens[:cache.length], pool.block_size)):
         if name not in pool.block_of and block not in pool.hash_of:
@@ -666,23 +676,28 @@ def show_prefix_caching(trace: Trace, knobs: Namespace) -> None:
         model.forward(text, cache)
         register_blocks(cache, text)
         cache.free()
+    again = PagedKVCache(small, model.config)
+    adopt_prefix(again, a[:bs] + b[:1])
+    again.free()  # the first block of A has been used again, by a text that begins like it
     left = []
-    for _ in range(4):
-        left.append(tuple(sum(name in small.block_of for name in block_hashes(text, bs)) for text in (a, b)))
+    for _ in range(6):
+        left.append(tuple(next((i for i, name in enumerate(block_hashes(text, bs)) if name not in small.block_of), 3)
+                          for text in (a, b)))
         small.allocate()
-    trace.say("Eviction: text A, then text B, three blocks each, fill a pool and are done. Then others take its "
-              "blocks, one by one. Blocks of (A, B) that can still be found: " + ", ".join(map(str, left)) + ".")
+    trace.say("Eviction: text A, then text B, three blocks each, fill a pool and are done; A's first block is used once "
+              "more. Then others take the blocks, one by one. How many blocks of (A, B) can still be found, from the "
+              "start: " + ", ".join(map(str, left)) + ".")
     naive = [max([common_full_blocks(prompt[:-1], text, bs) for text in texts[:n]], default=0)
              for n, prompt in enumerate(prompts)]
     trace.check("found = the longest run of full blocks shared with any earlier text", found == naive,
                 ", ".join(map(str, found)))
     trace.check("the answers are what they are without it", unchanged, f"{len(prompts)} requests")
     cache = PagedKVCache(pool, model.config)
-    whole = prompts[0][:len(prompts[0]) // bs * bs]
+    whole = texts[-1][:len(texts[-1]) // bs * bs]
     trace.check("of a prompt that is cached to its end, the last token is still run",
-                not whole or adopt_prefix(cache, whole) == len(whole) - bs, f"{cache.length} of {len(whole)} found")
+                adopt_prefix(cache, whole) == max(len(whole) - bs, 0), f"{cache.length} of {len(whole)} found")
     trace.check("the least recently used blocks go first, a text's end before its beginning",
-                left == [(3, 3), (2, 3), (1, 3), (0, 3)], "in that order")
+                left == [(3, 3), (2, 3), (1, 3), (1, 2), (1, 1), (1, 0)], "in that order")
 
 
 def common_full_blocks(a: Sequence[int], b: Sequence[int], block_size: int) -> int:
@@ -703,7 +718,8 @@ def common_full_blocks(a: Sequence[int], b: Sequence[int], block_size: int) -> i
 # max_num_batched_tokens tokens, and every request needs free blocks for what it will write.
 #
 # The model really runs every step here, request by request. (An engine runs all tokens of a step through each
-# matrix at once. The rows do not mix, so the numbers are the same.) The clock is one stated cost model: a step
+# matrix at once. The rows do not mix, so the numbers are the same, but for rounding on a GPU, where the shape of a
+# batch changes the order of sums.) The clock is one stated cost model: a step
 # takes step_seconds() of Llama 3.1 8B on an A100, with 4-bit weights, so that 38 tokens a step, as many as our
 # short texts have, already use up the card.
 
@@ -849,6 +865,8 @@ class Engine:
         """Step until nobody is left."""
         while self.waiting or self.running:
             self.step()
+            if not self.report.steps[-1][2]:
+                raise RuntimeError("a step had no work: the scheduler is stuck")
         self.report.tokens = [state.tokens[len(state.request.prompt):] for state in self.states]
         self.report.times = [state.times for state in self.states]
         self.report.utilisation = self.seats / max(1, len(self.report.steps) * self.max_num_seqs)
@@ -971,6 +989,7 @@ def timeline(report: Report, width: int = 66) -> list[str]:
     lines, preempted = [], set(report.preempted)
     for state in report.states:
         row, seen = "", 0
+        last = max(i for i, (_, _, work) in enumerate(report.steps) if state.number in work)
         for i, (start, _, work) in enumerate(report.steps):
             if state.number in work:
                 row += "▒" if work[state.number] == 1 and seen >= len(state.request.prompt) else "█"
@@ -978,7 +997,7 @@ def timeline(report: Report, width: int = 66) -> list[str]:
             elif (i, state.number) in preempted:
                 row += "×"
             else:
-                row += "·" if state.request.arrival <= start and seen < len(state.tokens) - 1 else " "
+                row += "·" if state.request.arrival <= start and i < last else " "
         lines.append(f"{state.number:>2} {len(state.request.prompt):>2}+{state.request.max_new_tokens:<3} "
                      + (row.rstrip() if len(row.rstrip()) <= width else row[:width] + "…"))
     return lines
@@ -987,10 +1006,10 @@ def timeline(report: Report, width: int = 66) -> list[str]:
 # ---------------------------------------------------------------------------------------------------
 # 8. Chunked prefill
 #
-# A long prompt makes one long step, and everybody who is in the middle of an answer waits for it. Cut prompts to a
-# budget of max_num_batched_tokens a step (Sarathi, Agrawal et al. 2023): decodes go first, a token each, and what
-# is left of the budget goes to prompts. The decodes ride on steps that have their weights read anyway; the long
-# prompt takes a little longer; nobody stalls.
+# A long prompt makes one long step, and everybody who is in the middle of an answer waits for it. Cut prompts into
+# chunks (Sarathi, Agrawal et al. 2023), under a budget of max_num_batched_tokens a step: decodes go first, a token
+# each, and what is left of the budget goes to a prompt (Sarathi-Serve, 2024). The decodes ride on steps that have
+# their weights read anyway. The long prompt's own first token comes later; nobody else stalls.
 
 def show_chunked(trace: Trace, knobs: Namespace) -> None:
     """Three users are answered when a long prompt comes in."""
@@ -1003,8 +1022,8 @@ def show_chunked(trace: Trace, knobs: Namespace) -> None:
                     block_size=knobs.block_size, max_num_seqs=n_seqs)
     reports = {"whole": serve(model, requests, policy="continuous", max_num_batched_tokens=1024, **settings),
                "chunked": serve(model, requests, policy="chunked", max_num_batched_tokens=budget, **settings)}
-    trace.say(f"Requests 0 to 2 are being answered when request 3 comes, with a prompt of {len(long_prompt)} tokens. A "
-              f"column is a millisecond; a mark says that a new token came out in it.")
+    trace.say(f"Requests 0 to 2 have come when request 3 does, with a prompt of {len(long_prompt)} tokens. A column is a "
+              f"millisecond; a mark says that a new token came out in it.")
     for name, report in reports.items():
         trace.lines(["", "whole prompts:" if name == "whole" else f"chunked, at most {budget} tokens a step:"])
         trace.lines(clock_line(report))
@@ -1023,13 +1042,13 @@ def show_chunked(trace: Trace, knobs: Namespace) -> None:
                 all(sum(work.values()) <= budget for _, _, work in reports["chunked"].steps), f"{budget}")
 
 
-def clock_line(report: Report, width: int = 68) -> list[str]:
+def clock_line(report: Report, width: int = 67) -> list[str]:
     """When tokens came, a column per millisecond: ▒ for a token, dots in between."""
     lines = []
     for state in report.states:
         marks = {int(t * 1e3) for t in state.times}
         row = "".join(" " if ms < int(state.request.arrival * 1e3) or ms > max(marks) else "▒" if ms in marks else "·"
-                      for ms in range(width))
+                      for ms in range(width)) + "…" * (max(marks) >= width)
         lines.append(f"{state.number:>2} {len(state.request.prompt):>3}+{state.request.max_new_tokens:<3} {row}")
     return lines
 
@@ -1041,7 +1060,8 @@ def clock_line(report: Report, width: int = 68) -> list[str]:
 # needs a block and none is free, the youngest gives up its own: preempted, back to the head of the queue. Either its
 # keys and values are thrown away and computed again, prompt and answer so far in one prefill (recompute), or
 # they are copied to the host's memory and back over PCIe (swap). Either way its text goes on as if nothing had
-# happened. A request that could not even run alone in the pool must be refused at the door.
+# happened. Recomputing a short text is nearly free: below 38 tokens a step costs what a decode costs anyway. A
+# request that could not even run alone in the pool must be refused at the door.
 
 def show_preemption(trace: Trace, knobs: Namespace) -> None:
     """The requests of section 7 in ever smaller pools."""
@@ -1050,8 +1070,7 @@ def show_preemption(trace: Trace, knobs: Namespace) -> None:
     pools = [knobs.num_blocks] if knobs.num_blocks else [2 * smallest, smallest]
     alone = [knobs.alone(request) for request in requests]
     trace.say(f"The requests of section 7 again; the largest needs {smallest} blocks of {bs}. Computed: tokens run "
-              f"through the model. Swapped: both ways, at {LLAMA_8B.kv_bytes / 1024:.0f} KiB a token, as the priced model "
-              f"has.")
+              f"through the model. Swapped: both ways, at {LLAMA_8B.kv_bytes / 1024:.0f} KiB a token, as Llama 3.1 8B takes.")
     rows, unchanged, empty, last = [], True, True, None
     for blocks in pools:
         for preemption in ("recompute", "swap"):
@@ -1064,7 +1083,8 @@ def show_preemption(trace: Trace, knobs: Namespace) -> None:
                          f"{report.swapped_bytes / 2**20:.0f} MiB", str(len(report.steps)),
                          f"{report.steps[-1][1] * 1e3:.1f}"])
     trace.table(["blocks", "preemption by", "preempted", "computed", "swapped", "steps", "ms in all"], rows, left=(1,))
-    trace.say(f"In {pools[-1]} blocks, by recomputation; × marks where a request lost its blocks:")
+    trace.say(f"In {pools[-1]} blocks, by recomputation"
+              + ("; × marks where a request lost its blocks:" if last.preempted else ": nobody was preempted."))
     trace.lines(timeline(last))
     try:
         serve(model, requests, num_blocks=smallest - 1, block_size=bs, max_num_seqs=knobs.max_num_seqs,
@@ -1083,10 +1103,12 @@ def show_preemption(trace: Trace, knobs: Namespace) -> None:
 #
 # Prefill wants arithmetic, decode wants bandwidth, and in one machine they get in each other's way. Splitwise
 # (Patel et al. 2023; DistServe, Zhong et al. 2024, is alike) gives each phase machines of its own. The price: the
-# keys and values of the prompt must cross from one to the other before the second token.
+# keys and values of the prompt must cross from one to the other before the second token. (Splitwise sends each layer
+# as soon as it is done, while the next is computed; here they go when all are.) Two machines are twice the hardware:
+# what is compared is the gaps, not the throughput.
 
-LINKS = {"NVLink": (300e9, "A100 data sheet: 600 GB/s, both ways together"),
-         "InfiniBand HDR": (25e9, "200 Gb/s, as between the A100 machines of Patel et al. 2023")}
+LINKS = {"two cards, NVLink": (300e9, "A100 data sheet: 600 GB/s, both ways together"),
+         "two machines, HDR": (25e9, "InfiniBand HDR, 200 Gb/s")}
 
 
 def hand_over(prefill: Report, model: Llama, requests: Sequence[Request], link: float, num_blocks: int,
@@ -1120,10 +1142,10 @@ def show_split(trace: Trace, knobs: Namespace) -> None:
                     **settings)
     trace.say(f"{len(requests)} requests with prompts of {min(len(r.prompt) for r in requests)} to "
               f"{max(len(r.prompt) for r in requests)} tokens, on one machine and on two. Gaps: between one token of a "
-              f"request and its next; the first gap has the crossing in it; later: the worst "
-              f"of the others.")
+              f"request and its next; the first has the crossing in it, and the wait for the step "
+              f"under way; later: the worst of the others.")
     rows, same, crossed_tokens = [], True, []
-    for name, link in {"one machine": None, **{f"two, {name}": rate for name, (rate, _) in LINKS.items()}}.items():
+    for name, link in {"one machine": None, **{name: rate for name, (rate, _) in LINKS.items()}}.items():
         report, crossed = one, 0.0
         if link:
             report, crossed = hand_over(prefill, model, requests, link, **settings)
@@ -1160,9 +1182,9 @@ def round_to_grid(values: Vector, bits: int) -> Vector:
 
 
 def quantize_cache(m: Matrix, bits: int, n_kv_heads: int, per: str) -> Matrix:
-    """m [n][n_kv_heads·head_dim] on grids of `bits`; per "token" and head, or per "channel". bits 16: unchanged."""
+    """m [n][n_kv_heads·head_dim] on grids of `bits`; per "token" and head, or per "channel". bits 16: a plain copy."""
     if bits >= 16:
-        return m
+        return list(m)
     if per == "channel":
         return [list(row) for row in zip(*(round_to_grid(list(channel), bits) for channel in zip(*m)))]
     return concat(*([round_to_grid(row, bits) for row in head] for head in split_heads(m, n_kv_heads)))
@@ -1205,7 +1227,9 @@ def show_small_cache(trace: Trace, knobs: Namespace) -> None:
     trace.check("8 bits: every value comes back to within half a step",
                 all(abs(a - b) <= (max(row) - min(row)) / 255 / 2 * (1 + 1e-9)
                     for row in rows for a, b in zip(round_to_grid(row, 8), row)), "scale / 2")
-    trace.check("16 bits here means untouched", quantize_cache(keys[0], 16, c.n_kv_heads, "token") == keys[0], "equal")
+    trace.check("what was rounded is a copy: the cache it came from still has its tokens",
+                all(len(m) == half for m in keys + values), f"{half} tokens")
+
 
 
 # ---------------------------------------------------------------------------------------------------

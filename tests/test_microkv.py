@@ -11,7 +11,7 @@ import pytest
 import microkv as m
 
 TIGHT = dict(rtol=0, atol=1e-12)
-CONFIGS = [m.Config(13, 8, 2, 4, 2, 6), m.Config(5, 6, 1, 3, 1, 7, rope_base=500.0, norm_eps=1e-3), m.Config(17, 16, 3, 4, 4, 5)]
+CONFIGS = [m.Config(13, 8, 2, 4, 2, 6), m.Config(5, 6, 1, 3, 1, 7, rope_base=500.0, norm_eps=1e-3), m.Config(17, 16, 3, 4, 4, 5, rope_base=500.0)]
 
 
 def make_model(config=CONFIGS[0], seed=0):
@@ -249,6 +249,25 @@ def test_a_pool_of_nothing_is_refused(arguments):
         m.BlockPool(*arguments)
 
 
+def test_a_copy_on_write_shares_nothing_with_what_it_was_copied_from():
+    """The block that was copied from is freed and used by another text: the copy must not feel it."""
+    model, pool = make_model(), m.BlockPool(8, 4)
+    a = m.PagedKVCache(pool, model.config)
+    model.forward([1, 2], a)
+    b = a.fork()
+    assert b.blocks_needed(0) == 0 and b.blocks_needed(1) == 1
+    b.reserve(0)
+    assert b.block_table == a.block_table
+    model.forward([3], b)
+    old = a.block_table[0]
+    a.free()
+    pool.free_blocks.move_to_end(old, last=False)
+    other = m.PagedKVCache(pool, model.config)
+    model.forward([9, 8, 7], other)
+    assert other.block_table == [old]
+    assert model.forward([4], b)[-1] == pytest.approx(model.forward([1, 2, 3, 4])[-1], abs=1e-12)
+
+
 def test_too_few_blocks_change_nothing():
     model = make_model()
     cache = m.PagedKVCache(m.BlockPool(2, 2), model.config)
@@ -269,6 +288,20 @@ def test_generate_is_greedy(cache):
     cache = {"plain": m.KVCache(model.config), "paged": m.PagedKVCache(m.BlockPool(9, 2), model.config)}.get(cache)
     assert m.generate(model, [3, 1], 9, cache) == tokens[2:]
     assert m.generate(model, [3, 1], 0) == []
+
+
+def test_generate_goes_on_from_a_cache_that_holds_part_of_the_prompt():
+    model, prompt = make_model(), [3, 1, 4, 1, 5]
+    expected = m.generate(model, prompt, 6)
+    for known in range(1, 5):
+        cache = m.KVCache(model.config)
+        model.forward(prompt[:known], cache)
+        assert m.generate(model, prompt, 6, cache) == expected
+    cache = m.KVCache(model.config)
+    model.forward(prompt, cache)
+    with pytest.raises(ValueError, match="cache must hold less"):
+        m.generate(model, prompt, 6, cache)
+    assert m.argmax([1.0, 3.0, 3.0]) == 1
 
 
 @pytest.mark.parametrize("prompt, n", [([], 3), ([1], -1)])
@@ -417,6 +450,10 @@ def check_engine(engine, requests, budget):
     assert end > start and sum(work.values()) <= budget and work
     assert all(requests[number].arrival <= start for number in work)
     assert all(not state.cache.block_table for state in engine.waiting)
+    for queue in (engine.waiting, engine.running):  # first come, first served, also after a preemption
+        assert [s.number for s in queue] == [s.number for s in sorted(queue, key=lambda s: (s.request.arrival, s.number))]
+    for step, number in engine.report.preempted:
+        assert number not in engine.report.steps[step][2]
     for state in engine.running:
         names = m.block_hashes(state.tokens[:state.cache.length], engine.pool.block_size)
         for block, name in zip(state.cache.block_table, names):  # the hash table points to live content
@@ -455,6 +492,43 @@ def test_chunked_prefill_keeps_the_budget_and_decodes_first():
     assert [work for *_, work in report.steps][:5] == [{0: 2}, {0: 1, 1: 4}, {0: 1, 1: 4}, {0: 1, 1: 4}, {0: 1, 1: 1}]
 
 
+def test_static_batches_are_closed_and_the_clock_waits_only_for_work():
+    model = make_model()
+    settings = dict(num_blocks=40, block_size=2, max_num_seqs=2, max_num_batched_tokens=64)
+    report = m.serve(model, [m.Request((1,), 5), m.Request((1,), 2, 1e-9)], policy="static", **settings)
+    assert [sorted(work) for *_, work in report.steps] == [[0]] * 5 + [[1]] * 2
+    report = m.serve(model, [m.Request((1,), 5), m.Request((2,), 1, 1.0)], **settings)
+    assert report.times[0][-1] < 1 < report.times[1][0]
+    assert report.found == 0
+
+
+def test_prefix_caching_in_the_engine():
+    model, prompt = make_model(), (1, 2, 3, 4, 5)
+    requests = [m.Request(prompt, 2), m.Request(prompt, 2, 1.0)]
+    settings = dict(num_blocks=40, block_size=2, max_num_seqs=2, max_num_batched_tokens=64)
+    report = m.serve(model, requests, prefix_caching=True, **settings)
+    assert report.found == 4 and report.tokens[0] == report.tokens[1] == m.generate(model, prompt, 2)
+    assert m.serve(model, requests, **settings).found == 0
+
+
+def test_more_seats_than_budget_is_fine_where_prompts_are_whole():
+    report = m.serve(make_model(), [m.Request((1,), 3)], num_blocks=9, block_size=2, max_num_seqs=20, max_num_batched_tokens=10)
+    assert len(report.steps) == 3
+
+
+def test_gaps_metrics_and_timeline():
+    model = make_model()
+    requests = [m.Request((1, 2, 3), 8), m.Request((4, 5, 6), 8)]
+    report = m.serve(model, requests, num_blocks=6, block_size=2, max_num_seqs=2, max_num_batched_tokens=64)
+    assert m.token_gaps(report) == [b - a for times in report.times for a, b in zip(times, times[1:])]
+    rows = [line[10:] for line in m.timeline(report)]
+    step = report.preempted[0][0]
+    assert rows[0][:8] == " █▒▒▒▒▒▒▒"[1:9] and rows[1][step] == "×"
+    first_again = next(i for i, (*_, work) in enumerate(report.steps) if i > step and 1 in work)
+    assert set(rows[1][step + 1:first_again]) <= {"·"} and rows[1][first_again] == "█"
+    assert m.metrics(report)[0] == str(len(report.steps))
+
+
 def test_nobody_overtakes():
     """A long prompt at the head of the queue is not passed by a short one behind it."""
     model = make_model()
@@ -490,6 +564,17 @@ def test_empty_requests_are_refused(request_):
         m.serve(make_model(), [request_], num_blocks=5, block_size=2, max_num_seqs=2, max_num_batched_tokens=10)
 
 
+def test_the_crossing_takes_its_time_and_changes_nothing():
+    model, requests = make_model(), [m.Request((1, 2, 3), 3, 0.5), m.Request((4, 5), 2)]
+    settings = dict(num_blocks=3, block_size=2, max_num_seqs=2)
+    prefill = m.serve(model, [m.replace(r, max_new_tokens=1) for r in requests], max_num_batched_tokens=64, **settings)
+    first, again = (m.hand_over(prefill, model, requests, 1e8, **settings)[0] for _ in range(2))
+    assert first.tokens == again.tokens == [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
+    crossing = 3 * m.LLAMA_8B.kv_bytes / 1e8
+    step = max(m.step_seconds(m.A100, m.LLAMA_8B, 1, 4, m.PRICED_WEIGHT_BYTES))
+    assert first.times[0][1] == pytest.approx(prefill.times[0][0] + crossing + step, rel=1e-12)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_two_machines_write_what_one_writes(seed):
     model = make_model()
@@ -514,6 +599,13 @@ def test_contiguous_waste_by_hand():
     assert waste == m.Waste(used=6, reserved=0, internal=0, free=2)  # 2 free slots, and 4 wanted
     waste = m.contiguous_waste([(1, 1), (1, 1)], 4, lambda final: 4)
     assert waste == m.Waste(used=1, reserved=0, internal=3, free=0)
+
+
+def test_paged_waste_counts_while_somebody_waits():
+    model = make_model()
+    waste, idle = m.paged_waste(model, [m.Request((1,), 3), m.Request((1, 2, 3), 2)], 2, 2)
+    # One at a time. After the first's steps: 1 token in a block, 2 in a block, and then it has left.
+    assert waste == m.Waste(used=1 + 2 + 0, reserved=0, internal=1 + 0 + 0, free=2 + 2 + 4) and idle == 1
 
 
 def test_first_fit_uses_a_gap_between_others():
@@ -548,4 +640,6 @@ def test_quantize_cache_groups(per):
         step = (part.max() - part.min()) / 7
         expected[group] = part.min() + np.round((part - part.min()) / step) * step
     np.testing.assert_allclose(got, expected, **TIGHT)
-    assert m.quantize_cache(x.tolist(), 16, 2, per) == x.tolist()
+    rows = x.tolist()
+    copy = m.quantize_cache(rows, 16, 2, per)
+    assert copy == rows and copy is not rows
