@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import microattention  # noqa: E402
+import microbeam  # noqa: E402
 import microflash  # noqa: E402
 import microquant  # noqa: E402
 
@@ -111,8 +112,26 @@ def quantization():
         print(f"  {name:<20}{seconds * 1e3:>8.1f} ms{seconds / n * 1e9:>10.0f} ns a weight")
 
 
+def decoding():
+    """Seconds of training the tiny Llama, and of decoding with it: with a cache, without one, speculatively."""
+    start = time.perf_counter()
+    llama = microbeam.trained_llama(0, microbeam.STEPS, **microbeam.TARGET)
+    draft = microbeam.trained_llama(0, microbeam.STEPS * 2 // 3, **microbeam.DRAFT)
+    print(f"\ntraining the target and the draft of microbeam: {time.perf_counter() - start:.1f} s")
+    prompt, n = microbeam.rhyme()[0].encode(microbeam.PROMPT), 48
+    ways = {"greedy, the whole text read again for each token":
+            lambda: microbeam.greedy(lambda tokens: llama.forward(tokens)[-1], prompt, n),
+            "greedy, with a KV cache": lambda: microbeam.greedy(microbeam.CachedModel(llama), prompt, n),
+            "speculative, gamma 4": lambda: microbeam.speculative_greedy(
+                microbeam.CachedModel(llama), microbeam.CachedModel(draft), prompt, n, gamma=4)}
+    for name, way in ways.items():
+        print(f"{n} tokens, {name}: {best(way, 3) * 1e3:.0f} ms")
+    print("(Pure Python has no idle arithmetic, so a pass over five tokens costs five: speculation pays in passes, not here.)")
+
+
 if __name__ == "__main__":
     whole_scripts()
     attention()
     flash()
     quantization()
+    decoding()

@@ -24,12 +24,20 @@ SCRIPTS = [ROOT / f"{name}.py" for name in NAMES if (ROOT / f"{name}.py").exists
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 
 # Some scripts train a model first. They run whole once; what can be seen on any section is seen on two cheap
-# ones. The breakage is one that a check of these sections must notice.
-CHEAP = {"microattention": "1,2", "microkv": "2,3", "microflash": "1,2", "microquant": "3,4"}
+# ones, where needed with arguments that make them so. The breakage is one that a check of these must notice.
+CHEAP = {"microattention": "1,2", "microkv": "2,3", "microflash": "1,2", "microquant": "3,4", "microbeam": "1,2"}
+CHEAPER = {"microbeam": ["--steps", "2", "--max-new-tokens", "6"]}
 BREAKAGE = {"microattention": ("return [e / total for e in exps]", "return [e / total + 1e-3 for e in exps]"),
             "microkv": ("return 2 * n_layers * n_kv_heads", "return 3 * n_layers * n_kv_heads"),
             "microflash": ("return [e / total for e in exps]", "return [e / total + 1e-3 for e in exps]"),
-            "microquant": ("return [value / above[0] for", "return [value / above[1] for")}
+            "microquant": ("return [value / above[0] for", "return [value / above[1] for"),
+            "microbeam": ("return [e / total for e in exps]", "return [e / total + 1e-3 for e in exps]")}
+
+
+def cheap(script):
+    """The arguments of a cheap run."""
+    return ["--section", CHEAP[script.stem], *CHEAPER.get(script.stem, [])]
+
 
 
 def run(script, *arguments, options=(), **settings):
@@ -55,7 +63,7 @@ def whole_trace(script):
 @functools.cache
 def cheap_trace(script, *arguments):
     """The run of its cheap sections, made once."""
-    return run(script, "--section", CHEAP[script.stem], *arguments)
+    return run(script, *cheap(script), *arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +201,7 @@ def test_every_section_checks_something_and_names_functions_that_exist(script):
 @pytest.mark.parametrize("options", [(), ("-O",)], ids=["", "-O"])
 def test_a_failed_check_is_told_and_makes_the_status_1(script, options, tmp_path):
     broken = broken_copy(script, tmp_path, *BREAKAGE[script.stem])
-    done = run(broken, "--section", CHEAP[script.stem], options=options)
+    done = run(broken, *cheap(script), options=options)
     assert done.returncode == 1 and b"\nFAIL  " in done.stdout
     assert re.search(rb"^\d+ of \d+ checks FAILED\.$", done.stdout, re.M)
 
@@ -201,7 +209,7 @@ def test_a_failed_check_is_told_and_makes_the_status_1(script, options, tmp_path
 @each_script
 @pytest.mark.parametrize("options", [("-I",), ("-O",), ("-OO",), ("-W", "error"), ("-X", "utf8=0")], ids=" ".join)
 def test_the_same_bytes_whatever_the_interpreter_options(script, options, tmp_path):
-    done = run(script, "--section", CHEAP[script.stem], options=options, cwd=tmp_path,
+    done = run(script, *cheap(script), options=options, cwd=tmp_path,
                env=os.environ | {"PYTHONHASHSEED": "7"})
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout == cheap_trace(script).stdout
@@ -226,7 +234,7 @@ def test_the_same_bytes_on_every_python_found(script):
     if not (pythons := other_pythons()):
         pytest.skip("no other Python from 3.11 up on this machine")
     for python in pythons:
-        for arguments in (("--section", CHEAP[script.stem]), ("--help",)):
+        for arguments in (cheap(script), ["--help"]):
             done = subprocess.run([python, str(script), *arguments], capture_output=True)
             assert (done.returncode, done.stdout) == (0, run(script, *arguments).stdout), python
 
@@ -234,7 +242,7 @@ def test_the_same_bytes_on_every_python_found(script):
 @each_script
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
 def test_falls_back_to_ascii_where_the_output_cannot_show_more(script, encoding):
-    done = run(script, "--section", CHEAP[script.stem], env=os.environ | {"PYTHONIOENCODING": encoding})
+    done = run(script, *cheap(script), env=os.environ | {"PYTHONIOENCODING": encoding})
     assert done.returncode == 0 and done.stdout == cheap_trace(script, "--ascii").stdout
 
 
@@ -253,7 +261,7 @@ def test_ascii_is_ascii(script):
 def test_colour_on_terminals_only(script, settings, coloured):
     environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | settings
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, str(script), "--section", CHEAP[script.stem]], stdout=theirs, env=environment)
+    process = subprocess.Popen([sys.executable, str(script), *cheap(script)], stdout=theirs, env=environment)
     os.close(theirs)
     output = b""
     while chunk := read_terminal(ours):
@@ -286,9 +294,12 @@ def test_list_and_section(script):
     listed = run(script, "--list").stdout.decode("utf-8").splitlines()
     assert listed == [f"{number:>2}  {title}" for number, title in enumerate(titles, 1)]
     first, second = CHEAP[script.stem].split(",")
-    parts = re.split(r"(?=^── \d+ ── )", whole_trace(script).stdout.decode("utf-8"), flags=re.M)
-    chosen = run(script, "--section", f"{second},{first}", "--section", second).stdout.decode("utf-8")
-    assert chosen.startswith(parts[0] + parts[int(first)] + parts[int(second)])
+    extra = CHEAPER.get(script.stem, [])
+    chosen = run(script, "--section", f"{second},{first}", "--section", second, *extra).stdout.decode("utf-8")
+    assert chosen == cheap_trace(script).stdout.decode("utf-8")
+    if not extra:
+        parts = re.split(r"(?=^── \d+ ── )", whole_trace(script).stdout.decode("utf-8"), flags=re.M)
+        assert chosen.startswith(parts[0] + parts[int(first)] + parts[int(second)])
     assert re.search(r"\nAll \d+ checks held\.\nTry next: .*\n\Z", chosen)
 
 
@@ -317,6 +328,11 @@ REFUSED = {
                    "--calibration-tokens 0", "--calibration-tokens 257", "--alpha 1.1", "--alpha -0.1", "--alpha nan", "--alpha x",
                    "--outliers 3", "--outliers 17,32", "--outliers 3,0.5", "--outliers 3,1001", "--outliers a,b", "--outliers -1,2",
                    "--prompt=", "--prompt queen", "--prompt " + "the " * 40],
+    "microbeam": ["--prompt=", "--prompt This is the queen", "--prompt Ünï", "--prompt " + "the " * 65, "--max-new-tokens 0",
+                  "--max-new-tokens 65", "--temperature 0", "--temperature -1", "--temperature nan", "--temperature x",
+                  "--temperature inf", "--top-k 0", "--top-p 0", "--top-p 1.5", "--top-p nan", "--min-p -0.1", "--min-p 1.1",
+                  "--width 0", "--width 17", "--length-penalty -3", "--length-penalty x", "--gamma 0", "--gamma 17",
+                  "--steps 0", "--steps 201"],
 }
 
 
@@ -355,6 +371,14 @@ EDGES = {
                    "--group-size 1 --section 2", "--group-size 64 --section 12", "--calibration-tokens 1 --section 8,9",
                    "--alpha 0 --section 6", "--outliers 0,1 --section 1", "--outliers 16,1000 --section 7",
                    "--prompt=\n --section 3", "--seed 7 --section 4,5"],
+    "microbeam": ["--steps 2 --max-new-tokens 1 --section 1,2,4,5,7,8,9,10,12", "--steps 2 --max-new-tokens 64 --section 1,5,8,10",
+                  "--steps 2 --gamma 16 --section 5,7,10", "--steps 2 --gamma 1 --max-new-tokens 2 --section 5,6,7,9,10,12",
+                  "--steps 2 --temperature 0.05 --top-p 1 --min-p 1 --top-k 999 --max-new-tokens 8 --section 2,3,5,12",
+                  "--steps 2 --temperature 10 --top-p 1e-9 --min-p 0 --top-k 1 --max-new-tokens 8 --section 2,5,12",
+                  "--steps 2 --width 1 --length-penalty -2 --max-new-tokens 5 --section 4,12",
+                  "--steps 2 --width 16 --length-penalty 4 --max-new-tokens 5 --section 4",
+                  "--prompt=T --steps 2 --max-new-tokens 9 --section 1,2,4,5,8,9,10,11", "--prompt=\n --steps 2 --section 1,5,8,9,10", "--seed 1 --steps 1 --section 1,5,8",
+                  "--seed 1000000000 --steps 1 --section 2,5,9"],
 }
 
 
@@ -369,7 +393,7 @@ def test_every_check_holds_with_a_knob_at_its_edge(script, arguments, capsys):
 
 @each_script
 def test_a_closed_pipe_ends_quietly(script):
-    process = subprocess.Popen([sys.executable, "-u", str(script), "--section", CHEAP[script.stem]],
+    process = subprocess.Popen([sys.executable, "-u", str(script), *cheap(script)],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for _ in range(3):
         process.stdout.readline()
@@ -383,7 +407,7 @@ def test_a_full_disk_is_told_in_one_line(script):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     with open("/dev/full", "w") as full:
-        done = run(script, "--section", CHEAP[script.stem], capture_output=False, stdout=full, stderr=subprocess.PIPE)
+        done = run(script, *cheap(script), capture_output=False, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1 and done.stderr.startswith(b"cannot write") and done.stderr.count(b"\n") == 1
 
 

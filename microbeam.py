@@ -1,0 +1,2338 @@
+#!/usr/bin/env python3
+"""From logits to text: how the next token is chosen, and how several are had for one pass of the model.
+
+A language model gives a score for every possible next token. Everything after that is decoding: taking
+the best, drawing by chance, searching ahead, or letting something cheap guess several tokens that the
+model then checks all at once. This script does each on a tiny Llama that it trains first on a nursery
+rhyme, and proves what is usually just said: that speculative decoding changes nothing but the bill.
+
+Run it (`python microbeam.py`), read the trace, then read on from here in order: every section of the
+trace is a section of this file. A decoder knows a model only as logits_fn(tokens): the scores of what
+may follow those tokens. The Llama, its training and its cache stand behind the sections.
+
+The papers:
+  Holtzman et al., The Curious Case of Neural Text Degeneration (top-p), 2019, 1904.09751   sections 1, 2
+  Keskar et al., CTRL (the repetition penalty), 2019, arXiv:1909.05858                      section 2
+  Meister et al., Locally Typical Sampling, 2022, arXiv:2202.00666                          section 2
+  Nguyen et al., Turning Up the Heat: Min-p Sampling, 2024, arXiv:2407.01082                section 2
+  Stahlberg & Byrne, On NMT Search Errors and Model Errors, 2019, arXiv:1908.10090          section 4
+  Vijayakumar et al., Diverse Beam Search, 2016, arXiv:1610.02424                           section 4
+  Leviathan et al., Fast Inference from Transformers via Speculative Decoding, 2022,
+    arXiv:2211.17192; Chen et al., Accelerating Large Language Model Decoding with
+    Speculative Sampling, 2023, arXiv:2302.01318                                            sections 5, 6
+  Cai et al., Medusa, 2024, arXiv:2401.10774                                                section 8
+  Li et al., EAGLE, 2024, arXiv:2401.15077                                                  section 9
+  Fu et al., Break the Sequential Dependency of LLM Inference Using Lookahead Decoding,
+    2024, arXiv:2402.02057                                                                  section 10
+  Willard & Louf, Efficient Guided Generation for Large Language Models, 2023, 2307.09702   section 11
+"""
+
+from __future__ import annotations
+
+import cmath
+import heapq
+import math
+import operator
+import os
+import random
+import re
+import sys
+import textwrap
+import time
+import unicodedata
+from argparse import ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from statistics import fmean
+
+Vector = list[float]
+Matrix = list[Vector]  # row-major: m[row][column]
+LogitsFn = Callable[[Sequence[int]], Vector]  # tokens so far -> a score for each possible next token
+Candidate = tuple[list[int], float]           # tokens, and the log-probability of those after the prompt
+Tree = list[tuple[int, int]]                  # (token, index of its parent); -1: it follows the text itself
+
+PROMPT = "This is the"
+SHORT_PROMPT = "This is the priest"  # where wide beams go wrong (section 4)
+CONTEXT = "This is the cat that killed the rat that ate the malt that lay in the house that Jack built.\n"
+MAX_NEW_TOKENS = 24   # tokens generated
+TEMPERATURE = 1.0     # divides the logits
+TOP_K = 5             # tokens kept
+TOP_P = 0.8           # probability kept
+MIN_P = 0.2           # share of the best token's probability that a token must have
+TYPICAL_P = 0.8       # probability kept, most typical tokens first
+BEAM_WIDTH = 4        # candidates kept by beam search
+LENGTH_PENALTY = 1.0  # score = log-probability / length^this
+GAMMA = 4             # tokens drafted before each pass of the target
+VOCAB_SIZE = 160      # every word of the rhyme is one token then
+TARGET = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 32}
+DRAFT = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 16}
+STEPS = 48            # of training the target, and EAGLE's head; two thirds for the draft, half for Medusa's
+STEP_TOKENS = 32      # read in each step
+MAX_PROMPT = 64       # tokens of the longest prompt accepted
+
+
+# ---------------------------------------------------------------------------------------------------
+# 1. Greedy
+#
+# Take the token with the highest score, append it, ask again: x_t = argmax logits(x_1 … x_{t-1}). It is the
+# shortest decoder there is, the same every time, and right where one answer is wanted (code, extraction).
+# Two things go wrong. It is short-sighted: the best first step may lead to where every next step is poor.
+# And it loops: once a text has come back to where it was, the same choice comes again, for ever; weak
+# models and long texts do it most (Holtzman et al. call it degeneration).
+
+def greedy(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, eos: int | None = None) -> list[int]:
+    """The new tokens, each the likeliest (the lowest id of equals), up to and including eos if it comes.
+
+    ValueError: an empty prompt, max_new_tokens below 0, eos outside the vocabulary.
+    """
+    return extend_by(argmax, logits_fn, prompt, max_new_tokens, eos)
+
+
+def extend_by(choose: Callable[[Vector], int], logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int,
+              eos: int | None) -> list[int]:
+    """The loop of every decoder that goes token by token: ask for logits, choose(logits), append."""
+    check_request(prompt, max_new_tokens)
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_new_tokens:
+        logits = logits_fn(tokens)
+        check_eos(eos, len(logits))
+        tokens.append(choose(logits))
+        if tokens[-1] == eos:
+            break
+    return tokens[len(prompt):]
+
+
+def argmax(logits: Vector) -> int:
+    """The first index of the largest."""
+    return logits.index(max(logits))
+
+
+# A language of three words. "a" is the likeliest first word, but whatever follows it is a toss-up.
+TOY_WORDS = ["a", "b", "c"]
+TOY = {(): [0.5, 0.4, 0.1], (0,): [0.4, 0.35, 0.25], (1,): [0.05, 0.05, 0.9], (2,): [0.2, 0.6, 0.2]}
+TOY_PROMPT = [0]  # any one token: what comes after it decides
+
+
+def toy_logits(tokens: Sequence[int]) -> Vector:
+    """Logits of the toy language: log-probabilities that depend on the last word generated."""
+    return list(map(math.log, TOY[tuple(tokens[1:][-1:])]))
+
+
+def show_greedy(trace: Trace, knobs: Namespace) -> None:
+    """The toy where greedy loses, and greedy on two models: one good, one that loops."""
+    trace.say("Greedy sees one step ahead. A toy language of three words, all its two-word texts with their "
+              "probabilities: the best first word is not the first word of the best text.")
+    path, every = greedy(toy_logits, TOY_PROMPT, 2), exhaustive(toy_logits, TOY_PROMPT, 2)
+    rows = []
+    for a, p in enumerate(TOY[()]):
+        best = max(range(3), key=lambda b: TOY[a,][b])
+        for b, q in enumerate(TOY[a,]):
+            mark = "← greedy" if [a, b] == path else "← best" if [a, b] == every[0][0] else ""
+            rows.append([f"{TOY_WORDS[a]} {p:.2f}" * (b == 0), f"{TOY_WORDS[b]} {q:.2f}" + " *" * (b == best),
+                         f"{p * q:.3f}", bar(p * q, 0.4, 20), mark])
+    trace.table(["first", "second", "both", "", ""], rows, left=(0, 1, 3, 4))
+
+    target, draft = models(knobs)
+    n = 2 * knobs.max_new_tokens
+    texts = {"the target": greedy(target, knobs.tokens, n), "a smaller model": greedy(draft, knobs.tokens, n)}
+    trace.say(f"Greedy from {knobs.prompt!r}, {n} tokens, on the tiny Llama of this chapter ({knobs.sizes[0]:,} "
+              f"weights) and on a smaller one ({knobs.sizes[1]:,}). Repeated: the share of runs of four tokens that "
+              f"were there before. (The slashes are line ends.)")
+    for name, tokens in texts.items():
+        trace.say(f"{name}: {repeated(tokens, 4):.0%} repeated")
+        trace.lines(quoted(knobs.tokenizer.decode(tokens)))
+    best = every[0]
+    trace.check("the toy's best text by trying all: greedy misses it", best[0] == [1, 2] != path,
+                f"{math.exp(best[1]):.2f} against {TOY[()][path[0]] * TOY[path[0],][path[1]]:.2f}")
+    rows = target.llama.forward(knobs.tokens + texts["the target"])
+    trace.check("every token is the argmax of one pass over the whole text, without a cache",
+                [argmax(row) for row in rows[len(knobs.tokens) - 1:-1]] == texts["the target"], "equal")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 2. Shaping the distribution
+#
+# To sample is to draw the next token by its probability. The tail is the trouble: thousands of tokens that are
+# each unlikely and together are not, and one bad token spoils all that follow. So logits are reshaped first.
+#
+#     temperature   p ∝ exp(logit / t)          t < 1 sharpens, t > 1 flattens, the order stays
+#     top-k         the k likeliest             the same number, sure or unsure
+#     top-p         the likeliest that together have probability p: few when sure, many when not (a "nucleus")
+#     min-p         those with at least min_p times the probability of the best: holds up when t is high
+#     typical       those whose surprise -log p is nearest to the entropy H, the surprise expected, up to mass p:
+#                   it may throw out the likeliest token, if that says less than a text usually does
+#
+# A removed token gets -inf. Ties and edges here are those of Hugging Face transformers (the …LogitsWarper classes
+# of generation/logits_process.py), which also applies them in this order. Penalties come before and hold
+# against tokens that were there already: repetition divides (or, below 0, multiplies) a logit, once, however
+# often the token came; presence and frequency (OpenAI's API) subtract, once and per time.
+
+def apply_temperature(logits: Vector, t: float) -> Vector:
+    """logits / t. ValueError unless t > 0: for t -> 0, ask greedy()."""
+    if not 0 < t < math.inf:
+        raise ValueError(f"temperature must be above 0 (greedy is the limit at 0), not {t}")
+    return [logit / t for logit in logits]
+
+
+def top_k_filter(logits: Vector, k: int) -> Vector:
+    """The k highest stay, and whatever ties with the k-th. ValueError if k < 1."""
+    if k < 1:
+        raise ValueError(f"top_k must be at least 1, not {k}")
+    kth = sorted(logits, reverse=True)[min(k, len(logits)) - 1]
+    return keep_where([logit >= kth for logit in logits], logits)
+
+
+def top_p_filter(logits: Vector, p: float) -> Vector:
+    """The likeliest stay, until p is reached; the token that crosses it too. ValueError unless 0 < p <= 1.
+
+    Said from the other end, as transformers does: the least likely go while all that went, together, have
+    at most 1 - p; the last one always stays. Of tokens that tie, the lower id goes first.
+    """
+    if not 0 < p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {p}")
+    kept, gone, probabilities = [True] * len(logits), 0.0, softmax(logits)
+    for i in sorted(range(len(logits)), key=lambda i: logits[i])[:-1]:
+        gone += probabilities[i]
+        if gone > 1 - p:
+            break
+        kept[i] = False
+    return keep_where(kept, logits)
+
+
+def min_p_filter(logits: Vector, p: float) -> Vector:
+    """Tokens with at least p times the probability of the likeliest stay. ValueError unless 0 <= p <= 1."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"min_p must be from 0 to 1, not {p}")
+    probabilities = softmax(logits)
+    return keep_where([value >= p * max(probabilities) for value in probabilities], logits)
+
+
+def typical_filter(logits: Vector, p: float) -> Vector:
+    """Those whose surprise is nearest to the entropy stay, until p is reached, and what ties.
+
+    ValueError unless 0 < p < 1.
+    """
+    if not 0 < p < 1:
+        raise ValueError(f"typical_p must be above 0 and below 1, not {p}")
+    probabilities, surprises = softmax(logits), [-value for value in log_softmax(logits)]
+    expected = sum(value * surprise for value, surprise in zip(probabilities, surprises) if value)
+    oddness = [abs(surprise - expected) for surprise in surprises]
+    total = 0.0
+    for i in sorted(range(len(logits)), key=lambda i: oddness[i]):
+        total, last = total + probabilities[i], oddness[i]
+        if total >= p:
+            break
+    return keep_where([odd <= last for odd in oddness], logits)
+
+
+def keep_where(kept: Sequence[bool], logits: Vector) -> Vector:
+    """logits, with -inf where not kept."""
+    return [logit if stays else -math.inf for stays, logit in zip(kept, logits)]
+
+
+def repetition_penalty(logits: Vector, tokens: Sequence[int], penalty: float) -> Vector:
+    """Tokens seen before: positive logits / penalty, negative × penalty. ValueError unless penalty > 0."""
+    if not 0 < penalty < math.inf:
+        raise ValueError(f"penalty must be above 0 (1 changes nothing), not {penalty}")
+    seen = set(tokens)
+    return [logit if i not in seen else logit * penalty if logit < 0 else logit / penalty
+            for i, logit in enumerate(logits)]
+
+
+def count_penalty(logits: Vector, tokens: Sequence[int], presence: float = 0.0, frequency: float = 0.0) -> Vector:
+    """logit - presence · (seen before?) - frequency · (how often)."""
+    counts = Counter(tokens)
+    return [logit - presence * (counts[i] > 0) - frequency * counts[i] for i, logit in enumerate(logits)]
+
+
+def distribution(logits: Vector, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                 min_p: float | None = None, typical_p: float | None = None) -> Vector:
+    """The probabilities to draw from: what is asked for, in transformers' order, then softmax."""
+    logits = apply_temperature(logits, temperature)
+    for reshape, setting in ((top_k_filter, top_k), (top_p_filter, top_p), (min_p_filter, min_p),
+                             (typical_filter, typical_p)):
+        logits = logits if setting is None else reshape(logits, setting)
+    return softmax(logits)
+
+
+def show_filters(trace: Trace, knobs: Namespace) -> None:
+    """Each filter on the distribution where the model is least sure and where it is most; the penalties."""
+    target, _ = models(knobs)
+    text = knobs.tokens + greedy(target, knobs.tokens, 16)
+    spread = [entropy(softmax(target(text[:n]))) for n in range(len(knobs.tokens), len(text))]
+    places = [len(knobs.tokens) + spread.index(pick(spread)) for pick in (max, min)]
+    ways = {"as is": {}, "t 0.5": {"temperature": 0.5}, "t 2": {"temperature": 2.0}, "top-k": {"top_k": knobs.top_k},
+            "top-p": {"top_p": knobs.top_p}, "min-p": {"min_p": knobs.min_p}, "typical": {"typical_p": TYPICAL_P}}
+    shaped = [{name: distribution(target(text[:place]), **way) for name, way in ways.items()} for place in places]
+    unsure, most = shaped[0]["as is"], max(max(p) for name, p in shaped[0].items() if name != "top-k")
+    ranked = sorted(range(len(unsure)), key=lambda i: -unsure[i])
+    trace.say(f"One distribution, reshaped: what may follow {knobs.tail(text[:places[0]])!r}, where the model is "
+              f"least sure. Temperatures 0.5 and 2, top-k {knobs.top_k}, top-p {knobs.top_p:g}, min-p "
+              f"{knobs.min_p:g}, typical {TYPICAL_P:g}. A filter cuts, and what is left grows to fill 1. (The nine "
+              f"likeliest tokens.)")
+    trace.table(["token", "p", *ways], [[show_token(knobs.tokenizer.vocab[i]), f"{unsure[i]:.2f}"]
+                                        + [bar(p[i], most, 6) for p in shaped[0].values()] for i in ranked[:9]],
+                left=(0, *range(2, 9)))
+    trace.say(f"The same where the model is surest, after {knobs.tail(text[:places[1]])!r}: how many tokens survive, "
+              f"and the entropy in bits. top-k lets in as many as ever; the others close up.")
+    rows = []
+    for name in ways:
+        counts = [sum(p > 0 for p in at[name]) for at in shaped]
+        rows.append([name] + [cell for at, count in zip(shaped, counts)
+                              for cell in (str(count), f"{entropy(at[name]):.2f}")])
+    trace.table(["", "unsure: tokens", "entropy", "sure: tokens", "entropy"], rows, left=(0,))
+
+    trace.say("Penalties, on greedy's loop in the smaller model of section 1:")
+    _, draft = models(knobs)
+    n_prompt = len(knobs.tokens)
+    rows = []
+    penalties = {"none": lambda logits, tokens: logits,
+                 "repetition 1.3": lambda logits, tokens: repetition_penalty(logits, tokens, 1.3),
+                 "presence 1": lambda logits, tokens: count_penalty(logits, tokens[n_prompt:], presence=1.0),
+                 "frequency 1": lambda logits, tokens: count_penalty(logits, tokens[n_prompt:], frequency=1.0)}
+    for name, penalise in penalties.items():
+        tokens = greedy(lambda tokens: penalise(draft(tokens), tokens), knobs.tokens, 2 * knobs.max_new_tokens)
+        rows.append([name, f"{repeated(tokens, 4):.0%}", str(len(set(tokens))), knobs.clip(tokens, 36)])
+    trace.table(["penalty", "repeated", "different", "text"], rows, left=(0, 3))
+
+    sums = [abs(sum(p) - 1) for at in shaped for p in at.values()]
+    trace.check("each reshaped distribution sums to 1, and none is empty", max(sums) < 1e-12, "|Σ - 1| < 1e-12")
+    tied = list(map(math.log, (0.4, 0.2, 0.2, 0.2)))
+    edges = [kept(top_k_filter(tied, 2)), kept(top_p_filter(tied, 0.3)), kept(top_p_filter(tied, 0.5)),
+             kept(min_p_filter(tied, 0.45)), kept(min_p_filter(tied, 1.0))]
+    trace.check("edges on 0.4, 0.2, 0.2, 0.2: top-k 2 keeps the ties, top-p 0.3 the one that crosses, top-p 0.5 a "
+                "second, min-p 0.45 all, min-p 1 the best",
+                edges == [[0, 1, 2, 3], [0], [0, 3], [0, 1, 2, 3], [0]], "as in transformers")
+    nucleus, p = shaped[0]["top-p"], sorted(unsure, reverse=True)
+    size = sum(q > 0 for q in nucleus)
+    trace.check("top-p keeps the fewest that reach p: with one less it is not reached",
+                sum(p[:size]) >= knobs.top_p - 1e-9 and (size == 1 or sum(p[:size - 1]) < knobs.top_p + 1e-9),
+                f"{size} tokens")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Sampling done right
+#
+# A sampler is right if its texts come as often as the model says: P(x_1 … x_n) = Π_t p(x_t | what came before).
+# Looking at its output shows little. Two tests do. Counting: over many draws, Pearson's χ² = Σ (seen - expected)²
+# / expected should be about as large as its degrees of freedom. And enumerating: a sampler's only randomness is
+# draw(), so hand it a source that tries every outcome in turn, and add up what each text's branches weigh.
+# Nothing is estimated then; section 5 leans on it.
+
+def sample(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, rng: random.Random,
+           temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+           min_p: float | None = None, typical_p: float | None = None, eos: int | None = None) -> list[int]:
+    """The new tokens, each drawn from distribution(logits, …), up to and including eos if it comes.
+
+    ValueError: an empty prompt, max_new_tokens below 0, eos outside the vocabulary, a setting out of its range.
+    """
+    return extend_by(lambda logits: draw(distribution(logits, temperature, top_k, top_p, min_p, typical_p), rng),
+                     logits_fn, prompt, max_new_tokens, eos)
+
+
+def draw(p: Vector, rng: random.Random) -> int:
+    """An index, i with probability p[i]. All randomness of this file goes through here."""
+    return rng.choices(range(len(p)), weights=p)[0]
+
+
+class EveryBranch:
+    """Stands in for random.Random in draw(): follows a script of choices, then takes the first possible one."""
+
+    def __init__(self, script: Sequence[int]):
+        self.choice_of, self.probability, self.others = list(script), 1.0, []  # others: scripts not followed here
+        self.made = 0
+
+    def choices(self, population: Sequence[int], weights: Vector) -> list[int]:
+        """The choice that the script says, its probability kept."""
+        possible = [i for i in population if weights[i] > 0]
+        if self.made == len(self.choice_of):
+            self.others += [self.choice_of + [i] for i in possible[1:]]
+            self.choice_of.append(possible[0])
+        choice = self.choice_of[self.made]
+        self.made += 1
+        self.probability *= weights[choice] / sum(weights)
+        return [choice]
+
+
+def every_outcome(sampler: Callable[[EveryBranch], object]) -> dict[object, float]:
+    """{outcome: its exact probability}: sampler(rng) is run once for every way its draws can fall."""
+    outcomes: dict[object, float] = {}
+    scripts: list[Sequence[int]] = [()]
+    while scripts:
+        rng = EveryBranch(scripts.pop())
+        outcome = sampler(rng)
+        outcomes[outcome] = outcomes.get(outcome, 0.0) + rng.probability
+        scripts += rng.others
+    return outcomes
+
+
+def chi_square(counts: Sequence[int], p: Vector) -> tuple[float, int, float]:
+    """(χ², degrees of freedom, z): counts against p. z is how far out that is, in standard deviations.
+
+    Cells that expect fewer than 5 are put together. z by Wilson & Hilferty: the cube root is nearly normal.
+    """
+    n, cells, small = sum(counts), [], [0.0, 0.0]
+    for count, q in zip(counts, p):
+        if n * q >= 5:
+            cells.append((count, n * q))
+        else:
+            small = [small[0] + count, small[1] + n * q]
+    cells += [tuple(small)] * (small[1] > 0 or small[0] > 0)
+    freedom = len(cells) - 1
+    if freedom < 1:
+        return 0.0, 0, 0.0
+    total = sum((seen - expected) ** 2 / expected if expected else math.inf for seen, expected in cells)
+    spread = 2 / (9 * freedom)
+    return total, freedom, ((total / freedom) ** (1 / 3) - 1 + spread) / math.sqrt(spread)
+
+
+def show_sampling(trace: Trace, knobs: Namespace) -> None:
+    """Frequencies against probabilities, and what each sampler trades."""
+    target, _ = models(knobs)
+    rng, n = random.Random(knobs.seed), 4000
+    p = distribution(target(knobs.tokens), knobs.temperature)
+    tokens = [sample(target, knobs.tokens, 1, rng=rng, temperature=knobs.temperature)[0] for _ in range(n)]
+    counts = [tokens.count(i) for i in range(len(p))]
+    trace.say(f"{n} draws of the token after {knobs.tail(knobs.tokens)!r} at temperature {knobs.temperature:g}, "
+              f"against the probabilities (the eight likeliest).")
+    rows = [[show_token(knobs.tokenizer.vocab[i]), f"{n * p[i]:.0f}", str(counts[i]), bar(p[i], max(p), 20),
+             bar(counts[i] / n, max(p), 20)] for i in sorted(range(len(p)), key=lambda i: -p[i])[:8]]
+    trace.table(["token", "expected", "drawn", "probability", "frequency"], rows, left=(0, 3, 4))
+    wrong = distribution(target(knobs.tokens), knobs.temperature * 0.9)
+    (total, freedom, z), (_, _, z_wrong) = chi_square(counts, p), chi_square([round(n * q) for q in wrong], p)
+    trace.say(f"Chi-square is {total:.1f} with {freedom} degrees of freedom: {z:+.1f} standard deviations from what "
+              f"chance makes. Had the temperature been off by a tenth, it would be {z_wrong:+.1f}.")
+
+    ways = {"greedy": {"top_k": 1}, "t = 0.5": {"temperature": 0.5}, "as it is": {}, "t = 1.5": {"temperature": 1.5},
+            f"top-k {knobs.top_k}": {"top_k": knobs.top_k}, f"top-p {knobs.top_p:g}": {"top_p": knobs.top_p},
+            f"min-p {knobs.min_p:g}, t = 1.5": {"min_p": knobs.min_p, "temperature": 1.5},
+            f"typical {TYPICAL_P:g}": {"typical_p": TYPICAL_P}}
+    runs, length, rows = 8, 12, []
+    trace.say(f"What each sampler trades: {runs} texts of {length} tokens. Likelihood: mean log-probability of a "
+              f"token under the model as it is. Distinct-2: different pairs of neighbours, of all pairs.")
+    for name, way in ways.items():
+        texts = [sample(target, knobs.tokens, length, rng=rng, **way) for _ in range(runs)]
+        pairs = [pair for text in texts for pair in zip(text, text[1:])]
+        likelihood = fmean(log_probability(target, knobs.tokens, text) / length for text in texts)
+        rows.append([name, f"{likelihood:.2f}", f"{len(set(pairs)) / len(pairs):.2f}", str(len(set(map(tuple, texts)))),
+                     knobs.clip(texts[-1], 22)])
+    trace.table(["sampler", "likelihood", "distinct-2", "texts", "the last"], rows, left=(0, 4))
+
+    trace.check("frequencies agree with the probabilities", abs(z) < 5 or z < 0,
+                "chi-square within 5 standard deviations")
+    exact = every_outcome(lambda rng: tuple(sample(toy_logits, TOY_PROMPT, 2, rng=rng)))
+    trace.check_close("enumerated, sample() on the toy of section 1 gives each text its probability",
+                      [[exact[a, b] for a in range(3) for b in range(3)]],
+                      [[TOY[()][a] * TOY[a,][b] for a in range(3) for b in range(3)]], 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. Beam search
+#
+# Instead of one text, keep the `width` best so far. Each step tries every next token on each of them and keeps
+# the best `width` of all these; one that ends (eos) is set aside as finished. A text's probability is a product,
+# so its log is a sum, and every further token lowers it. To compare texts of different lengths:
+#
+#     score = Σ log p / length^length_penalty      0: plain log-probability, which favours the short;
+#                                                  1: the mean per token; more favours the long
+#
+# With width 1 this is greedy; wide enough, it is exhaustive search. In between it usually finds likelier texts
+# than greedy, at `width` times the work: right for translation and for whatever has one best answer, dull for
+# stories. Wider is not always better: Stahlberg & Byrne searched exactly, and for more than half of their
+# sentences the likeliest translation of all was the empty one. The model's errors had been hidden by the search's.
+# (transformers keeps 2·width candidates a step, so that `width` of them go on even when some have ended.
+# What it calls early_stopping="never" is our False: stop when nothing running can still win.)
+#
+# The texts in a beam tend to be twins. Diverse beam search makes several beams take turns and charges each
+# token `diversity` for every beam that has just chosen it.
+
+def beam_search(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, width: int,
+                length_penalty: float = 1.0, eos: int | None = None, early_stopping: bool = False) -> list[Candidate]:
+    """[(new tokens, score)], best first, at most `width`. early_stopping: stop as soon as `width` have ended.
+
+    ValueError: width or max_new_tokens below 1, an empty prompt, eos outside the vocabulary.
+    """
+    check_request(prompt, max_new_tokens, width=width, at_least=1)
+    beams, finished = [(list(prompt), 0.0)], []
+
+    def score(candidate: Candidate) -> float:
+        return candidate[1] / (len(candidate[0]) - len(prompt)) ** length_penalty
+
+    for length in range(1, max_new_tokens + 1):
+        best = extensions(logits_fn, beams, eos, width)
+        finished = sorted(finished + [c for c in best if c[0][-1] == eos], key=score, reverse=True)[:width]
+        beams = [c for c in best if c[0][-1] != eos]
+        # The sum of a running text can only fall; its length may still help it, up to the longest or (< 0) not at all.
+        divisor = (max_new_tokens if length_penalty > 0 else length) ** length_penalty
+        hopeless = len(finished) == width and all(total / divisor <= score(finished[-1]) for _, total in beams)
+        if hopeless or early_stopping and len(finished) == width:
+            beams = []
+        if not beams:
+            break
+    ranked = sorted(finished + beams, key=score, reverse=True)[:width]
+    return [(tokens[len(prompt):], score((tokens, total))) for tokens, total in ranked]
+
+
+def extensions(logits_fn: LogitsFn, beams: Sequence[Candidate], eos: int | None = None,
+               keep: int | None = None) -> list[Candidate]:
+    """The likeliest `keep` (all, if None) of every beam with every possible next token, best first."""
+    out = []
+    for tokens, total in beams:
+        log_p = log_softmax(logits_fn(tokens))
+        check_eos(eos, len(log_p))
+        out += [(total + gain, tokens, token) for token, gain in enumerate(log_p) if gain > -math.inf]
+    ranked = sorted(out, key=lambda candidate: -candidate[0])[:keep]
+    return [(tokens + [token], total) for total, tokens, token in ranked]
+
+
+def diverse_beam_search(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, groups: int,
+                        diversity: float) -> list[Candidate]:
+    """One beam of width 1 in each of `groups`: [(new tokens, log-probability)], in their order.
+
+    A token costs `diversity` for each earlier group that took it at this step (Hamming diversity).
+    """
+    check_request(prompt, max_new_tokens, groups=groups, at_least=1)
+    beams: list[Candidate] = [(list(prompt), 0.0)] * groups
+    for _ in range(max_new_tokens):
+        taken: Counter[int] = Counter()
+        for g, beam in enumerate(beams):
+            beams[g] = max(extensions(logits_fn, [beam]), key=lambda c: c[1] - diversity * taken[c[0][-1]])
+            taken[beams[g][0][-1]] += 1
+    return [(tokens[len(prompt):], total) for tokens, total in beams]
+
+
+def exhaustive(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int) -> list[Candidate]:
+    """Every text of that length, likeliest first: [(new tokens, log-probability)]."""
+    beams: list[Candidate] = [(list(prompt), 0.0)]
+    for _ in range(max_new_tokens):
+        beams = extensions(logits_fn, beams)
+    return [(tokens[len(prompt):], total) for tokens, total in beams]
+
+
+def exact_search(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, eos: int,
+                 max_passes: int) -> Candidate | None:
+    """The likeliest text of all that end with eos or at full length; None if max_passes cannot settle it.
+
+    Always extend the likeliest text so far. As tokens only lower it, the first complete one to come up is the best.
+    """
+    queue: list[tuple[float, list[int]]] = [(0.0, list(prompt))]
+    for _ in range(max_passes):
+        cost, tokens = heapq.heappop(queue)
+        if len(tokens) > len(prompt) and tokens[-1] == eos or len(tokens) == len(prompt) + max_new_tokens:
+            return tokens[len(prompt):], -cost
+        for longer, total in extensions(logits_fn, [(tokens, -cost)], eos):
+            heapq.heappush(queue, (-total, longer))
+    return None
+
+
+def beam_tree(logits_fn: LogitsFn, prompt: Sequence[int], width: int, steps: int,
+              name: Callable[[int], str]) -> list[str]:
+    """Beam search drawn: a column a step, kept candidates numbered by rank, and the best of the pruned ones."""
+    beams, children = [(list(prompt), 0.0)], {}
+    for _ in range(steps):
+        ranked = extensions(logits_fn, beams, keep=width + 2)
+        for rank, (tokens, total) in enumerate(ranked):
+            children.setdefault(tuple(tokens[:-1]), []).append((tokens, total, rank))
+        beams = [(tokens, total) for tokens, total, in ranked[:width]]
+
+    def draw_under(tokens: Sequence[int], margin: str) -> Iterator[str]:
+        branches = children.get(tuple(tokens), [])
+        for i, (longer, total, rank) in enumerate(branches):
+            fork, trunk = ("├─", "│  ") if i < len(branches) - 1 else ("└─", "   ")
+            yield f"{margin}{fork} {name(longer[-1])} {total:.2f} " + (f"#{rank + 1}" if rank < width else "×")
+            yield from draw_under(longer, margin + trunk) if rank < width else ()
+
+    return list(draw_under(prompt, ""))
+
+
+def show_beam(trace: Trace, knobs: Namespace) -> None:
+    """The tree, widths 1 to 8, length penalties, n-best, diverse beams."""
+    target, _ = models(knobs)
+    name, eos, n = lambda token: show_token(knobs.tokenizer.vocab[token]), knobs.eos, knobs.max_new_tokens
+    trace.say(f"Four steps of width 3 from {knobs.tail(knobs.tokens)!r}. Each token with the log-probability of the "
+              f"text so far; #1 to #3 are kept at their step, × are the two best that were pruned.")
+    trace.lines(beam_tree(target, knobs.tokens, 3, 4, name))
+
+    trace.say("Wider beams, to the end of the verse: the likeliest text found (length penalty 0), and the passes it "
+              "took. Exact search is the last row of each prompt, where it ends within 150 passes.")
+    rows, gaps = [], []
+    for prompt in (knobs.tokens, knobs.tokenizer.encode(SHORT_PROMPT)):
+        totals = []
+        for width in (1, 2, 4, 8):
+            target.passes = 0
+            tokens, total = beam_search(target, prompt, n, width=width, length_penalty=0.0, eos=eos)[0]
+            rows.append([knobs.tail(prompt) * (width == 1), str(width), f"{total:.2f}", str(len(tokens)),
+                         str(target.passes), knobs.clip(tokens, 27)])
+            totals.append(total)
+        target.passes = 0
+        if optimum := exact_search(target, prompt, n, eos=eos, max_passes=150):
+            rows.append(["", "exact", f"{optimum[1]:.2f}", str(len(optimum[0])), str(target.passes),
+                         knobs.clip(optimum[0], 27)])
+            gaps.append(optimum[1] - max(totals))
+    trace.table(["after", "width", "log p", "tokens", "passes", "text"], rows, left=(0, 5))
+    trace.say(f"Likelier is not better: every token costs, so a wide beam digs up short texts. The length penalty "
+              f"decides what \"best\" means. After {knobs.tail(knobs.tokens)!r}, width {knobs.width}:")
+    rows = []
+    for penalty in sorted({0.0, 0.5, 1.0, 2.0, knobs.length_penalty}):
+        tokens, score = beam_search(target, knobs.tokens, n, width=knobs.width, length_penalty=penalty, eos=eos)[0]
+        rows.append([f"{penalty:g}", f"{score:.3f}", str(len(tokens)), knobs.clip(tokens, 44)])
+    trace.table(["length penalty", "score", "tokens", "text"], rows, left=(3,))
+
+    found = beam_search(target, knobs.tokens, 6, width=4, length_penalty=knobs.length_penalty)
+    diverse = diverse_beam_search(target, knobs.tokens, 6, groups=4, diversity=2.0)
+    trace.say("The four best of a beam of width 4, six tokens, beside four diverse beams (diversity 2):")
+    trace.table(["log p", "beam search", "log p", "diverse beam search"],
+                [[f"{log_probability(target, knobs.tokens, tokens):.2f}", knobs.clip(tokens, 29), f"{total:.2f}",
+                  knobs.clip(other, 29)]
+                 for (tokens, _), (other, total) in zip(found, diverse)], left=(1, 3))
+
+    trace.check("width 1 = greedy", beam_search(target, knobs.tokens, n, width=1, eos=eos)[0][0]
+                == greedy(target, knobs.tokens, n, eos=eos), "the same tokens")
+    wide = beam_search(toy_logits, TOY_PROMPT, 4, width=27, length_penalty=0.0)
+    every = exhaustive(toy_logits, TOY_PROMPT, 4)
+    trace.check("on the toy, four words, a beam of 27 finds the best of all 81 texts", wide[0][0] == every[0][0]
+                and abs(wide[0][1] - every[0][1]) < 1e-12, f"log p = {every[0][1]:.3f}")
+    trace.check("a score is what the tokens' own log-probabilities add up to",
+                all(abs(score * len(tokens) ** knobs.length_penalty
+                        - log_probability(target, knobs.tokens, tokens)) < 1e-9
+                    for tokens, score in found), "|Δ| < 1e-9")
+    if gaps:
+        trace.check("no beam is above the exact optimum", min(gaps) > -1e-9, f"{max(gaps):.2f} below at most")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 5. Speculative decoding
+#
+# One pass of a large model over five tokens takes about as long as over one: the time goes into reading the
+# weights. So let a small draft model guess γ tokens, and have the target score them all in one pass: row i
+# says what the target would have put after the first i guesses. Keep the guesses up to the first wrong one. The
+# row behind the last one kept gives one more token for free, so each pass yields at least 1, at most γ + 1.
+#
+# Greedy: a guess is right if it is the target's argmax. The output *is* the target's, token for token.
+#
+# Sampling: right by chance, in a way that leaves the target's distribution p exactly as it was. The guess x is
+# drawn from the draft's own distribution q. Then:
+#
+#     keep x with probability min(1, p(x) / q(x))
+#     otherwise draw from max(0, p - q), normalised: where the target wants more than the draft gave
+#
+# Why it is exact: P(y) = q(y) min(1, p/q) + P(rejected) · max(0, p(y) - q(y)) / Σ max(0, p - q). The first term is
+# min(p, q), and P(rejected) = 1 - Σ min(p, q) = Σ max(0, p - q): the sum is min(p, q) + max(0, p - q) = p(y).
+# It holds for any q, good or bad, if the guess was drawn from that same q. Taking the draft's argmax, but judging it
+# by softmax q, is a common bug. Temperature and top-p go into p, as that is the distribution wanted, and into q as
+# well, so that the two agree more often. (Exact up to arithmetic: on a GPU, a pass over five tokens may round
+# otherwise than a pass over one. Here rows are computed one by one, and the bits are the same.)
+
+@dataclass
+class Counts:
+    """What a speculative run did: for every pass of the target, the tokens drafted and how many were accepted."""
+    rounds: list[tuple[list[int], int]] = field(default_factory=list)
+
+    @property
+    def target_passes(self) -> int:
+        """Passes of the target."""
+        return len(self.rounds)
+
+    @property
+    def drafted(self) -> int:
+        """Tokens drafted."""
+        return sum(len(drafts) for drafts, _ in self.rounds)
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that were kept."""
+        return sum(kept for _, kept in self.rounds)
+
+    @property
+    def rejected(self) -> int:
+        """Drafted tokens that were judged and thrown away: at most one a round; those after it nobody looks at."""
+        return sum(kept < len(drafts) for drafts, kept in self.rounds)
+
+
+def speculative_greedy(target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *,
+                       gamma: int) -> tuple[list[int], Counts]:
+    """(greedy(target_fn, …), Counts): `gamma` tokens at a time drafted by greedy(draft_fn, …).
+
+    ValueError: gamma below 1, an empty prompt, max_new_tokens below 0.
+    """
+    return speculate(target_fn, partial(greedy, draft_fn), prompt, max_new_tokens, gamma=gamma)
+
+
+def speculate(target_fn: LogitsFn, propose: Callable[[list[int], int], list[int]], prompt: Sequence[int],
+              max_new_tokens: int, *, gamma: int) -> tuple[list[int], Counts]:
+    """The same with any source of guesses: propose(tokens, n) gives up to n tokens, from wherever."""
+    check_request(prompt, max_new_tokens, gamma=gamma)
+    tokens, counts, end = list(prompt), Counts(), len(prompt) + max_new_tokens
+    while len(tokens) < end:
+        drafts = propose(tokens, min(gamma, end - len(tokens) - 1))
+        best = [argmax(row) for row in last_rows(target_fn, tokens + drafts, len(drafts) + 1)]
+        kept = agreement(drafts, best)
+        tokens += best[:kept + 1]  # the drafts that agree, and the target's own token after them
+        counts.rounds.append((drafts, kept))
+    return tokens[len(prompt):], counts
+
+
+def speculative_sample(target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *,
+                       gamma: int, rng: random.Random, temperature: float = 1.0, top_k: int | None = None,
+                       top_p: float | None = None, min_p: float | None = None,
+                       choose_draft: Callable[[Vector, random.Random], int] = draw) -> tuple[list[int], Counts]:
+    """(tokens distributed as sample(target_fn, …), Counts). As Leviathan et al. and Chen et al.
+
+    choose_draft picks a guess from q; anything but draw() is a mistake, and section 5 makes it.
+    ValueError: as speculative_greedy and sample, and if the two vocabularies differ in size.
+    """
+    check_request(prompt, max_new_tokens, gamma=gamma)
+    shape = partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    tokens, counts, end = list(prompt), Counts(), len(prompt) + max_new_tokens
+    while len(tokens) < end:
+        drafts, q = [], []
+        for _ in range(min(gamma, end - len(tokens) - 1)):
+            q.append(shape(draft_fn(tokens + drafts)))
+            drafts.append(choose_draft(q[-1], rng))
+        p = [shape(row) for row in last_rows(target_fn, tokens + drafts, len(drafts) + 1)]
+        kept = 0
+        while kept < len(drafts) and flip(acceptance(p[kept], q[kept])[drafts[kept]], rng):
+            kept += 1
+        after = p[kept] if kept == len(drafts) else residual(p[kept], q[kept])
+        tokens += drafts[:kept] + [draw(after, rng)]
+        counts.rounds.append((drafts, kept))
+    return tokens[len(prompt):], counts
+
+
+def acceptance(p: Vector, q: Vector) -> Vector:
+    """For each token, the probability that it is kept when drafted: min(1, p / q)."""
+    if len(p) != len(q):
+        raise ValueError(f"target and draft must have the same vocabulary, not {len(p)} and {len(q)} tokens")
+    return [min(1.0, a / b) if b else 1.0 for a, b in zip(p, q)]
+
+
+def residual(p: Vector, q: Vector) -> Vector:
+    """What a rejected draft is replaced from: max(0, p - q), normalised (p itself where p = q: nothing is rejected)."""
+    rest = [max(0.0, a - b) for a, b in zip(p, q)]
+    total = sum(rest)
+    return [value / total for value in rest] if total else p
+
+
+def flip(probability: float, rng: random.Random) -> bool:
+    """True with that probability."""
+    return draw([1 - probability, probability], rng) == 1
+
+
+def agreement(drafts: Sequence[int], best: Sequence[int]) -> int:
+    """How many of the drafts, from the first, are the target's choice."""
+    wrong = (i for i, (draft, token) in enumerate(zip(drafts, best)) if draft != token)
+    return next(wrong, min(len(drafts), len(best)))
+
+
+def last_rows(logits_fn: LogitsFn, tokens: Sequence[int], n: int) -> Matrix:
+    """Logits after each of the last n prefixes of tokens: [n][vocab_size], the last after all of them.
+
+    In one pass, where the model offers that as logits_fn.last_rows; else prefix by prefix.
+    """
+    if hasattr(logits_fn, "last_rows"):
+        return logits_fn.last_rows(tokens, n)
+    return [logits_fn(tokens[:end]) for end in range(len(tokens) - n + 1, len(tokens) + 1)]
+
+
+def show_speculative(trace: Trace, knobs: Namespace) -> None:
+    """Greedy, drafts marked; the rule drawn on one distribution; the proof by enumeration."""
+    target, draft = models(knobs)
+    n, gamma = knobs.max_new_tokens, knobs.gamma
+    tokens, counts = speculative_greedy(target, draft, knobs.tokens, n, gamma=gamma)
+    passes, forwards = target.passes, target.forwards
+    plain = greedy(CachedModel(target.llama), knobs.tokens, n)
+    trace.say(f"Greedy, gamma = {gamma}: each line is one pass of the target. + drafted and kept, × drafted and "
+              f"wrong, → what the target puts instead or behind.")
+    at = 0
+    for number, (drafts, kept) in enumerate(counts.rounds[:12], 1):
+        marks = [("+" if i < kept else "×") + knobs.name(token) for i, token in enumerate(drafts[:kept + 1])]
+        line = f"{number:>3}  " + " ".join(marks + [f"→{knobs.name(tokens[at + kept])}"])
+        trace.lines(textwrap.wrap(trace.plain(line), WIDTH, subsequent_indent=" " * 5, drop_whitespace=True))
+        at += kept + 1
+    trace.note(f"{len(tokens)} tokens in {counts.target_passes} passes ({len(tokens)} for greedy); {counts.drafted} "
+               f"drafted, {counts.accepted} kept.")
+
+    shape = partial(distribution, temperature=knobs.temperature, top_p=knobs.top_p)
+    p, q = shape(target(knobs.tokens)), shape(draft(knobs.tokens))
+    rest, overlap = residual(p, q), sum(map(min, p, q))
+    trace.say(f"Sampling: the rule on what may follow {knobs.tail(knobs.tokens)!r}, at temperature "
+              f"{knobs.temperature:g} and top-p {knobs.top_p:g} on both sides. A draft from q is kept with min(1, "
+              f"p/q), in all with probability Σ min(p, q) = {overlap:.2f}; otherwise the rest is drawn from.")
+    shown = sorted(range(len(p)), key=lambda i: -max(p[i], q[i]))[:9]
+    most = max(p + q + rest)
+    trace.table(["token", "p", "q", "kept", "target p", "draft q", "min(p, q)", "the rest"],
+                [[knobs.name(i), f"{p[i]:.2f}", f"{q[i]:.2f}", f"{acceptance(p, q)[i]:.0%}" if q[i] else "-"]
+                 + [bar(value, most, 11) for value in (p[i], q[i], min(p[i], q[i]), rest[i])] for i in shown],
+                left=(0, 4, 5, 6, 7))
+
+    rng, size, length = random.Random(knobs.seed), 3, 3
+    t_fn, d_fn = random_logits_fn(rng, size), random_logits_fn(rng, size)
+    exact = every_outcome(lambda rng: tuple(sample(t_fn, [0], length, rng=rng)))
+    ways = {"speculative": draw, "argmax drafts": lambda q, rng: argmax(q)}
+    got = {name: every_outcome(lambda rng: tuple(
+        speculative_sample(t_fn, d_fn, [0], length, gamma=2, rng=rng, choose_draft=way)[0]))
+        for name, way in ways.items()}
+    trace.say(f"The proof: a random target and a random draft over {size} tokens, all {size ** length} texts of "
+              f"{length} tokens, gamma = 2. Every branch that speculative_sample can take is taken and weighed. The "
+              f"six likeliest:")
+    top = sorted(exact, key=lambda text: -exact[text])[:6]
+    trace.table(["text", "target", "speculative", "argmax drafts", "target", "speculative", "argmax drafts"],
+                [[" ".join("abc"[token] for token in text), *(f"{p.get(text, 0):.4f}" for p in (exact, *got.values())),
+                  *(bar(p.get(text, 0), max(got["argmax drafts"].values()), 8) for p in (exact, *got.values()))]
+                 for text in top], left=(0, 4, 5, 6))
+    apart = {name: total_variation(p, exact) for name, p in got.items()}
+    trace.say(f"Drafting the argmax but judging it by softmax q is biased: {apart['argmax drafts']:.1%} of all texts "
+              f"come out other than they should (total variation).")
+
+    trace.check("greedy: the output is the target's own", tokens == plain, f"{len(tokens)} tokens")
+    trace.check("one pass scores all the drafts: forward passes run = rounds = tokens - drafts kept",
+                passes == forwards == counts.target_passes == n - counts.accepted, f"{passes} passes, {n} tokens")
+    trace.check_close("q · kept + P(rejected) · rest = p, token by token, for the distributions drawn above",
+                      [[b * keep + (1 - overlap) * r for b, keep, r in zip(q, acceptance(p, q), rest)]], [p], 1e-12)
+    trace.check("enumerated, speculative sampling has the target's distribution exactly",
+                max(abs(got["speculative"][text] - exact[text]) for text in exact) < 1e-12
+                and got["speculative"].keys() == exact.keys(), "max |Δ| < 1e-12")
+    both = dict(temperature=0.7, top_p=0.8)
+    exact = every_outcome(lambda rng: tuple(sample(t_fn, [0], length, rng=rng, **both)))
+    shaped = every_outcome(lambda rng: tuple(speculative_sample(t_fn, d_fn, [0], length, gamma=3, rng=rng, **both)[0]))
+    trace.check("the same with temperature 0.7 and top-p 0.8, gamma = 3", total_variation(shaped, exact) < 1e-12,
+                "Σ |Δ| / 2 < 1e-12")
+    trace.check("argmax drafts are caught by the same enumeration", apart["argmax drafts"] > 1e-3,
+                "more than 0.1% of all texts")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 6. When it pays
+#
+# The probability that one draft is kept is β = Σ_x q(x) min(1, p(x)/q(x)) = Σ min(p, q), different at every place;
+# call its mean α. If places were alike and independent, the tokens that a pass yields would be, on average,
+#
+#     1 + α + α² + … + α^γ = (1 - α^(γ+1)) / (1 - α)
+#
+# and if a pass of the draft costs c passes of the target, a round of γ drafts and one check costs γc + 1:
+#
+#     speed-up = (1 - α^(γ+1)) / ((1 - α)(γc + 1))
+#
+# That counts the target's pass over γ + 1 tokens as one over one token: true while reading the weights is what
+# takes the time, at small batches. A busy server has no idle arithmetic to spend, and gains little or loses.
+
+def expected_tokens(alpha: float, gamma: int) -> float:
+    """Mean tokens of a pass if each draft is kept with probability alpha: 1 + alpha + … + alpha^gamma."""
+    return sum(alpha ** i for i in range(gamma + 1))
+
+
+def speed_up(alpha: float, gamma: int, cost: float) -> float:
+    """How many times faster than without a draft, whose pass costs `cost` passes of the target."""
+    return expected_tokens(alpha, gamma) / (gamma * cost + 1)
+
+
+def best_gamma(alpha: float, cost: float, limit: int = 16) -> int:
+    """The γ up to limit with the best speed-up; 0: no drafts at all is best."""
+    return max(range(limit + 1), key=lambda gamma: speed_up(alpha, gamma, cost))
+
+
+def overlaps(target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence[int], tokens: Sequence[int],
+             counts: Counts) -> Vector:
+    """β = Σ min(p, q) at every place where a draft was judged."""
+    betas, at = [], len(prompt)
+    text = [*prompt, *tokens]
+    for drafts, kept in counts.rounds:
+        for place in range(at, at + min(kept + 1, len(drafts))):
+            betas.append(sum(map(min, softmax(target_fn(text[:place])), softmax(draft_fn(text[:place])))))
+        at += kept + 1
+    return betas
+
+
+def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
+    """Acceptance and tokens a pass, measured and by formula; the speed-up as γ and c change."""
+    target, draft = models(knobs)
+    rng, runs, n, rows, every, surplus = random.Random(knobs.seed), 2, 30, [], [], 0.0
+    trace.say(f"Measured on {runs} texts of {n} tokens for each gamma, temperature 1. Acceptance: kept, of those "
+              f"judged; beside it the mean of Σ min(p, q) at the same places. Tokens a pass: counted, and by the "
+              f"formula from that mean, alpha.")
+    for gamma in sorted({1, 2, 4, 8, knobs.gamma}):
+        kept = judged = passes = 0
+        betas: Vector = []
+        for _ in range(runs):
+            tokens, counts = speculative_sample(target, draft, knobs.tokens, n, gamma=gamma, rng=rng)
+            kept, judged = kept + counts.accepted, judged + counts.accepted + counts.rejected
+            passes += counts.target_passes
+            betas += overlaps(target, draft, knobs.tokens, tokens, counts)
+        alpha, every, surplus = fmean(betas), every + betas, surplus + kept - sum(betas)
+        rows.append([str(gamma), str(judged), f"{kept / judged:.2f}", f"{alpha:.2f}", f"{runs * n / passes:.2f}",
+                     f"{expected_tokens(alpha, gamma):.2f}", bar(runs * n / passes, gamma + 1, 14)])
+    trace.table(["gamma", "judged", "acceptance", "Σ min(p, q)", "tokens a pass", "formula", "of gamma + 1"],
+                rows, left=(6,))
+    alpha, cost = fmean(every), knobs.sizes[1] / knobs.sizes[0]
+    trace.say(f"The formula takes every place for average, and they are not: sure ones come in runs. Now the "
+              f"speed-up, for alpha = {alpha:.2f} and drafts of different cost. Ours has {cost:.2f} of the target's "
+              f"weights; * marks the best gamma.")
+    gammas, rows = (1, 2, 3, 4, 6, 8), []
+    for c in sorted({0.0, 0.05, 0.2, 0.5, round(cost, 3)}):
+        best = max(gammas, key=lambda gamma: speed_up(alpha, gamma, c))
+        rows.append([f"{c:.2f}"] + [f"{speed_up(alpha, gamma, c):.2f}" + ("*" if gamma == best else " ")
+                                    for gamma in gammas] + [str(best_gamma(alpha, c))])
+    trace.table(["c | gamma", *(f"{gamma} " for gamma in gammas), "best of 0 to 16"], rows)
+    trace.say("And the best gamma, with the speed-up it brings, for drafts that agree more or less often (c = 0.05):")
+    trace.table(["alpha", "best gamma", "speed-up", ""], [
+        [f"{a:.1f}", str(best_gamma(a, 0.05)), f"{speed_up(a, best_gamma(a, 0.05), 0.05):.2f}",
+         bar(speed_up(a, best_gamma(a, 0.05), 0.05), 6, 30)] for a in (0.2, 0.4, 0.6, 0.8, 0.9)], left=(3,))
+
+    spread = math.sqrt(sum(beta * (1 - beta) for beta in every) + 1)
+    trace.check(f"drafts kept = the sum over the {len(every)} places judged of Σ min(p, q), but for chance",
+                abs(surplus) < 6 * spread, "within 6 standard deviations")
+    p, q, gamma = [0.5, 0.3, 0.2], [0.2, 0.2, 0.6], 3
+    t_fn, d_fn = (lambda tokens, v=v: list(map(math.log, v)) for v in (p, q))
+    first = every_outcome(lambda rng: speculative_sample(t_fn, d_fn, [0], gamma + 1, gamma=gamma,
+                                                         rng=rng)[1].rounds[0][1])
+    trace.check("where all places are alike, tokens a pass, enumerated = the formula",
+                abs(sum((kept + 1) * p for kept, p in first.items()) - (1 - 0.6 ** (gamma + 1)) / 0.4) < 1e-12,
+                f"{expected_tokens(0.6, gamma):.3f}; |Δ| < 1e-12")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 7. Drafts for nothing
+#
+# A draft need not be a trained model. Text repeats itself: what followed these words last time may follow again.
+# Prompt lookup (Saxena 2023) finds the last few tokens earlier in the text and proposes what came after them;
+# summaries, edits and code copy a lot. An n-gram model counts which token follows which, in any corpus, and as
+# it has a distribution it can be sampled from too. And the target itself, with its weights rounded to a few bits
+# (microquant.py does that well; here the simple way), is a draft that agrees nearly always and reads less memory.
+
+def prompt_lookup(tokens: Sequence[int], n: int, max_ngram: int = 3) -> list[int]:
+    """Up to n tokens that followed the latest earlier occurrence of the last max_ngram tokens, or of fewer, or []."""
+    for size in range(min(max_ngram, len(tokens) - 1), 0, -1):
+        for start in range(len(tokens) - size - 1, -1, -1):
+            if tokens[start:start + size] == tokens[-size:]:
+                return list(tokens[start + size:start + size + n])
+    return []
+
+
+def ngram_model(corpus: Sequence[int], vocab_size: int, order: int = 3) -> LogitsFn:
+    """What followed in the corpus, counted: after the longest context, up to order - 1 tokens, that was seen there."""
+    counts: dict[tuple[int, ...], Counter[int]] = {}
+    for i, token in enumerate(corpus):
+        for size in range(min(order - 1, i) + 1):
+            counts.setdefault(tuple(corpus[i - size:i]), Counter())[token] += 1
+
+    def logits_fn(tokens: Sequence[int]) -> Vector:
+        contexts = (tuple(tokens[len(tokens) - size:]) for size in range(min(order - 1, len(tokens)), -1, -1))
+        seen = next(counts[context] for context in contexts if context in counts)
+        return [math.log(seen[token] + 0.01) for token in range(vocab_size)]
+
+    return logits_fn
+
+
+def rounded_weights(weights: dict[str, Matrix | Vector], bits: int) -> dict[str, Matrix | Vector]:
+    """Every row of every matrix rounded to 2^(bits-1) - 1 steps each way of its largest weight."""
+    steps = 2 ** (bits - 1) - 1
+
+    def rounded(row: Vector) -> Vector:
+        scale = max(map(abs, row)) / steps
+        return [round(x / scale) * scale for x in row] if scale else row
+
+    return {name: list(map(rounded, w)) if isinstance(w[0], list) else w for name, w in weights.items()}
+
+
+def show_free_drafts(trace: Trace, knobs: Namespace) -> None:
+    """Guesses from the text, from counts, from rounded weights and from a smaller model, on the same text."""
+    target, draft = models(knobs)
+    prompt = knobs.tokenizer.encode(CONTEXT) + knobs.tokens
+    n, gamma, size = knobs.max_new_tokens, knobs.gamma, len(knobs.tokenizer.vocab)
+    llama = target.llama
+    rounded = {bits: CachedModel(Llama(llama.config, rounded_weights(llama.weights, bits))) for bits in (8, 4, 3, 2)}
+    proposals = {"prompt lookup": (prompt_lookup, "-"),
+                 "3-grams of the rhyme": (partial(greedy, ngram_model(knobs.tokenizer.encode(TEXT), size)), "-"),
+                 "a smaller Llama": (partial(greedy, draft), f"{64 * knobs.sizes[1] / knobs.sizes[0]:.0f}"),
+                 **{f"the target in {bits} bits": (partial(greedy, model), str(bits))
+                    for bits, model in rounded.items()}}
+    plain = greedy(target, prompt, n)
+    trace.say(f"A verse about the cat stands before the prompt, so that there is something to look up. {n} tokens, "
+              f"greedy, gamma = {gamma}. Read: bits that one drafted token reads, for each weight of the target (64 "
+              f"bits as it is).")
+    rows, same = [], []
+    for name, (propose, bits) in proposals.items():
+        tokens, counts = speculate(target, propose, prompt, n, gamma=gamma)
+        same.append(tokens == plain)
+        judged = counts.accepted + counts.rejected
+        rows.append([name, bits, f"{counts.accepted / judged:.0%}" if judged else "-", str(counts.target_passes),
+                     f"{n / counts.target_passes:.2f}", bar(n / counts.target_passes, gamma + 1, 18)])
+    trace.table(["draft", "read", "accepted", "passes", "tokens a pass", ""], rows, left=(0, 5))
+    trace.say("Prompt lookup in words: the last tokens, where they were before, and what followed there.")
+    text = prompt + plain[:n // 2]
+    trace.table(["the text ends in", "proposed"],
+                [[knobs.tail(text[:end]), knobs.clip(prompt_lookup(text[:end], gamma), 40) or "(nothing)"]
+                 for end in range(max(len(prompt), len(text) - 3), len(text) + 1)], left=(0, 1))
+    trace.check("whoever drafts, the output is the target's own", all(same), f"{len(same)} drafts")
+    found = [(i, guess) for i in range(2, len(text)) if (guess := prompt_lookup(text[:i], 4))]
+    trace.check("what prompt lookup proposes stands in the text, after a token like the last",
+                all(any(text[j - 1] == text[i - 1] and text[j:j + len(guess)] == guess for j in range(1, i))
+                    for i, guess in found), f"{len(found)} places")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 8. Medusa
+#
+# Drop the draft model: the target's last hidden state h already knows something about the tokens after next.
+# Put extra heads on it, trained while the target stays frozen; head k guesses the token k places after the next:
+#
+#     logits_k = w2_k (h + silu(w1_k h))          w1 starts at 0 and w2 at the target's own output matrix
+#
+# The heads do not know what the others chose, so take the best few of each: the candidates form a tree, whose root
+# is the target's own next token. All of it is verified in one pass: every node sees the text and its ancestors, no
+# others, and its position is its depth. The longest path on which every node is the target's choice is kept, in the
+# text and in the KV cache. (The paper's best trees are sparse, with the likeliest paths only; and its "typical
+# acceptance", which is looser and changes the output, is left out.)
+
+Head = dict[str, Matrix]
+
+
+def medusa_head(h: Matrix, head: Head, run: Callable) -> Matrix:
+    """Hidden states [n][dim] -> logits [n][vocab_size] of the token that this head is for."""
+    ones = [[1.0] * len(h[0])] * len(h)
+    return run(linear, run(add, h, run(swiglu, run(linear, h, head["w1"]), ones)), head["w2"])
+
+
+def medusa_tree(token: int, head_rows: Matrix, tops: Sequence[int]) -> Tree:
+    """token, under it the tops[0] best of head 1, under each of these the tops[1] best of head 2, …"""
+    tree, level = [(token, -1)], [0]
+    for logits, top in zip(head_rows, tops):
+        best = sorted(range(len(logits)), key=lambda i: -logits[i])[:top]
+        start, tree = len(tree), tree + [(token, parent) for parent in level for token in best]
+        level = list(range(start, len(tree)))
+    return tree
+
+
+def tree_paths(tree: Tree) -> list[list[int]]:
+    """The tree attention mask: for each node the nodes it sees, which are its ancestors and itself."""
+    paths: list[list[int]] = []
+    for node, (_, parent) in enumerate(tree):
+        paths.append((paths[parent] if parent >= 0 else []) + [node])
+    return paths
+
+
+def tree_pass(llama: Llama, tree: Tree, cache: PrefixCache) -> tuple[Matrix, Matrix]:
+    """(logits, hidden states) after every node, [len(tree)][…], in one forward pass; all nodes see what is cached.
+
+    The nodes' own keys and values are cached too: cache.keep() then drops what was not accepted.
+    """
+    start = cache.length
+    sees = [[*range(start), *(start + node for node in path)] for path in tree_paths(tree)]
+    positions = [len(seen) - 1 for seen in sees]
+
+    def attend_on_tree(q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
+        keys, values, heads = split_heads(k, n_kv_heads), split_heads(v, n_kv_heads), []
+        for h, queries in enumerate(split_heads(q, n_heads)):
+            g, scale = h * n_kv_heads // n_heads, 1 / math.sqrt(len(queries[0]))
+            weights = [softmax([dot(query, keys[g][j]) * scale for j in seen]) for query, seen in zip(queries, sees)]
+            heads.append([[dot(w, column) for column in zip(*(values[g][j] for j in seen))]
+                          for w, seen in zip(weights, sees)])
+        return concat(*heads)
+
+    def run(operation: Callable, *inputs):
+        if operation is rope_heads:
+            return rope_heads(inputs[0], positions, *inputs[2:])
+        return (attend_on_tree if operation is attend else operation)(*inputs)
+
+    return forward_with_features(llama, [token for token, _ in tree], cache, run)
+
+
+def chain(tokens: Sequence[int]) -> Tree:
+    """A tree that does not branch: the tokens one after the other."""
+    return [(token, i - 1) for i, token in enumerate(tokens)]
+
+
+def accepted_path(tree: Tree, rows: Matrix) -> list[int]:
+    """The longest path from the root, node 0, on which each token is the argmax of its parent's row."""
+    paths = {0: [0]}
+    for node, (token, parent) in enumerate(tree):
+        if parent in paths and token == argmax(rows[parent]):
+            paths[node] = paths[parent] + [node]
+    return max(paths.values(), key=len)
+
+
+def tree_step(llama: Llama, tree: Tree, cache: PrefixCache) -> tuple[list[int], int, Matrix, Matrix]:
+    """One pass: (the tokens after the root that it yields, the last node kept, logits, hidden states).
+
+    The last of the tokens is the target's own choice after that node; it is not in the cache yet.
+    """
+    start = cache.length
+    rows, features = tree_pass(llama, tree, cache)
+    path = accepted_path(tree, rows)
+    cache.keep([*range(start), *(start + node for node in path)])
+    return [tree[node][0] for node in path[1:]] + [argmax(rows[path[-1]])], path[-1], rows, features
+
+
+def medusa_greedy(llama: Llama, heads: Sequence[Head], prompt: Sequence[int], max_new_tokens: int, *,
+                  tops: Sequence[int] = (3, 2, 1)) -> tuple[list[int], Counts]:
+    """(the same tokens as greedy, Counts); the first pass reads the prompt."""
+    check_request(prompt, max_new_tokens)
+    cache, counts = PrefixCache(llama.config.n_layers), Counts([([], 0)])
+    rows, features = tree_pass(llama, chain(prompt), cache)
+    tokens, feature = [*prompt, argmax(rows[-1])], features[-1]
+    while len(tokens) < len(prompt) + max_new_tokens:
+        tree = medusa_tree(tokens[-1], [medusa_head([feature], head, call)[0] for head in heads], tops)
+        found, last, _, features = tree_step(llama, tree, cache)
+        tokens, feature = tokens + found, features[last]
+        counts.rounds.append(([token for token, _ in tree[1:]], len(found) - 1))
+    return tokens[len(prompt):][:max_new_tokens], counts
+
+
+def train_medusa(llama: Llama, ids: Sequence[int], n_heads: int, steps: int, rate: float = 0.03) -> list[Head]:
+    """Heads for 1, 2, … places after the next token, on the frozen llama's hidden states."""
+    heads, batches = [], hidden_batches(llama, tuple(ids))
+    for ahead in range(2, 2 + n_heads):
+        dim = llama.config.dim
+        head = {"w1": [[0.0] * dim for _ in range(dim)], "w2": [list(row) for row in llama.weights["output"]]}
+        fit(head, [((h[:len(ids) - start - ahead],), ids[start + ahead:start + ahead + len(h)])
+                   for start, h in batches], medusa_head,
+            lambda logits, targets: cross_entropy(logits, targets)[1], steps, rate)
+        heads.append(head)
+    return heads
+
+
+def show_medusa(trace: Trace, knobs: Namespace) -> None:
+    """A tree with its mask and what was kept of it; passes against greedy's."""
+    target, _ = models(knobs)
+    llama, n = target.llama, knobs.max_new_tokens
+    heads, tops = medusa_heads(knobs.seed, knobs.steps), (3, 2, 1)
+    tokens, counts = medusa_greedy(llama, heads, knobs.tokens, n, tops=tops)
+    best = max(range(len(counts.rounds)), key=lambda i: counts.rounds[i][1])
+    text = knobs.tokens + tokens[:sum(kept + 1 for _, kept in counts.rounds[:max(best, 1)])]
+    cache = PrefixCache(llama.config.n_layers)
+    _, features = tree_pass(llama, chain(text[:-1]), cache)
+    tree = medusa_tree(text[-1], [medusa_head(features[-1:], head, call)[0] for head in heads], tops)
+    rows, _ = tree_pass(llama, tree, cache)
+    kept, paths = accepted_path(tree, rows), tree_paths(tree)
+    trace.say(f"{len(heads)} heads, the {', '.join(map(str, tops))} best of each: a tree of {len(tree)} nodes, "
+              f"verified in one pass after {knobs.tail(text[:-1])!r}. Its root is the target's own. Right: the tree "
+              f"attention mask, who (row) sees whom (column) besides the text. * is kept.")
+    trace.lines([("  " * (len(path) - 1) + knobs.name(tree[path[-1]][0]) + " *" * (path[-1] in kept)).ljust(28)
+                 + "".join("█" if node in path else "·" for node in range(len(tree))) for path in paths])
+    alone = [llama.forward(text[:-1] + [tree[node][0] for node in path])[-1] for path in paths]
+    guesses = speculate(target, partial(medusa_chain, target, heads), knobs.tokens, n, gamma=len(heads))[1]
+    trace.say(f"{n} tokens: one at a time {n} passes; the heads' best guesses as one chain {guesses.target_passes}; "
+              f"as a tree {counts.target_passes}. (The first pass reads the prompt.)")
+    trace.check("greedy output unchanged", tokens == greedy(target, knobs.tokens, n), f"{n} tokens")
+    trace.check_close("the tree in one pass = each path alone, through the model's own causal attention",
+                      rows, alone, 1e-12)
+
+
+def medusa_chain(target: CachedModel, heads: Sequence[Head], tokens: list[int], n: int) -> list[int]:
+    """Each head's best guess, as a draft for speculate(); none before the target has read anything."""
+    h = target.feature(tokens[:-1])
+    return [argmax(medusa_head([h], head, call)[0]) for head in heads[:n]] if h else []
+
+
+# ---------------------------------------------------------------------------------------------------
+# 9. EAGLE
+#
+# Medusa's heads guess tokens without knowing the token before. EAGLE guesses the next *hidden state*, one step at a
+# time, from the last one and the embedding of the token that was chosen there; the target's own output matrix
+# turns it into a token. Knowing that token settles most of what was uncertain about the state.
+#
+#     f_t+1 ≈ f_t + w2 silu(w1 [f_t ; embedding(x_t+1)])       draft x_t+2 = argmax(output f_t+1), and again
+#
+# Trained to hit the state, by squared error. (The paper adds a cross-entropy on the token, uses a whole decoder layer
+# with attention over all states so far, and drafts a tree; two matrices and a chain show the idea.)
+
+def eagle_step(x: Matrix, f: Matrix, head: Head, run: Callable) -> Matrix:
+    """x = [f ; embedding of the next token] [n][2·dim], f [n][dim] -> the next hidden states [n][dim]."""
+    hidden = run(linear, x, head["w1"])
+    return run(add, f, run(linear, run(swiglu, hidden, [[1.0] * len(hidden[0])] * len(hidden)), head["w2"]))
+
+
+def eagle_draft(target: CachedModel, head: Head, tokens: list[int], n: int) -> list[int]:
+    """Up to n guesses for speculate(), from the state where the target last was; none before it has read anything."""
+    drafts, f = [], target.feature(tokens[:-1])
+    weights = target.llama.weights
+    for _ in range(n if f else 0):
+        f = eagle_step([f + weights["tok_embeddings"][(tokens + drafts)[-1]]], [f], head, call)[0]
+        drafts.append(argmax(linear([f], weights["output"])[0]))
+    return drafts
+
+
+def train_eagle(llama: Llama, ids: Sequence[int], rng: random.Random, steps: int) -> Head:
+    """The head, fitted to the frozen llama's hidden states."""
+    dim, batches = llama.config.dim, []
+    head = {"w1": [[rng.gauss(0, (2 * dim) ** -0.5) for _ in range(2 * dim)] for _ in range(2 * dim)],
+            "w2": [[0.0] * (2 * dim) for _ in range(dim)]}
+    for start, f in hidden_batches(llama, tuple(ids)):
+        x = concat(f[:-1], look_up(llama.weights["tok_embeddings"], ids[start + 1:start + len(f)]))
+        batches.append(((x, f[:-1]), f[1:]))
+    fit(head, batches, eagle_step, lambda guess, states: [[(a - b) / (dim * len(states)) for a, b in zip(*rows)]
+                                                          for rows in zip(guess, states)], steps)
+    return head
+
+
+def show_eagle(trace: Trace, knobs: Namespace) -> None:
+    """EAGLE's drafts against Medusa's and the smaller model's, place by place and per parameter."""
+    target, draft = models(knobs)
+    n, gamma, plain = knobs.max_new_tokens, 3, greedy(target, knobs.tokens, knobs.max_new_tokens)
+    head, heads = eagle_head(knobs.seed, knobs.steps), medusa_heads(knobs.seed, knobs.steps)
+    drafters = {"a smaller Llama": (partial(greedy, draft), knobs.sizes[1]),
+                "Medusa, as a chain": (partial(medusa_chain, target, heads), sum(map(count_weights, heads))),
+                "EAGLE": (partial(eagle_draft, target, head), count_weights(head))}
+    prompts = [knobs.tokens, *(knobs.tokenizer.encode(text) for text in ("This is the man", "This is the cock"))]
+    trace.say(f"{len(prompts)} prompts, {n} tokens each, chains of {gamma}. The share kept of the first, second and "
+              f"third guess, of those judged; and what a thousand extra weights bring in tokens a pass above 1.")
+    rows, same = [], []
+    for name, (propose, extra) in drafters.items():
+        rounds = []
+        for prompt in prompts:
+            tokens, counts = speculate(target, propose, prompt, n, gamma=gamma)
+            same.append(tokens == greedy(target, prompt, n))
+            rounds += counts.rounds
+        shares = []
+        for i in range(gamma):
+            judged = [kept > i for drafts, kept in rounds if kept >= i and len(drafts) > i]
+            shares.append(f"{fmean(judged):.0%}" if judged else "-")
+        a_pass = len(prompts) * n / len(rounds)
+        rows.append([name, f"{extra:,}", *shares, f"{a_pass:.2f}", f"{1000 * (a_pass - 1) / extra:.3f}",
+                     bar(a_pass, gamma + 1, 8)])
+    trace.table(["draft", "weights", "1st", "2nd", "3rd", "tokens a pass", "per 1000", ""], rows, left=(0, 7))
+    trace.say(f"EAGLE's drafts after {knobs.tail(knobs.tokens + plain[:1])!r}:")
+    text = knobs.tokens + plain[:1]
+    trace.lines(quoted(" ".join(map(knobs.name, eagle_draft(target, head, text, 8)))))
+    trace.check("output unchanged, whoever drafts", all(same), f"{len(same)} texts")
+    x = [target.feature(knobs.tokens) + target.llama.weights["tok_embeddings"][plain[0]]]
+    hidden = [sum(map(operator.mul, x[0], row)) for row in head["w1"]]
+    gated = [value / (1 + math.exp(-value)) for value in hidden]
+    by_hand = [a + sum(map(operator.mul, gated, row)) for a, row in zip(x[0], head["w2"])]
+    trace.check_close("a step of the head = the equation, written out",
+                      eagle_step(x, [x[0][:len(by_hand)]], head, call), [by_hand], 1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 10. Jacobi and lookahead decoding
+#
+# Greedy text solves equations: x_t = argmax logits(x_1 … x_t-1) for every t. Guess them all, put the guesses in on
+# the right, and one pass renews every x_t at once (Jacobi's way; Santilli et al. 2023, arXiv:2305.10427). At least
+# the first is right after each pass, so after n passes all are; with luck several settle together.
+#
+# Mostly, good tokens appear in the wrong place and are overwritten. Lookahead decoding keeps them. `window` guesses
+# run side by side for ngram - 1 levels, each level renewed from the one before it; every column read downwards
+# is an n-gram that the target itself strung together, and goes into a pool. In the same pass, the n-grams of the
+# pool that start with the last token are verified, like Medusa's candidates: it is all one tree. (The paper's windows
+# keep a few more tokens in the first level; the idea is the same.) No draft, no training, more arithmetic a pass.
+
+def jacobi_greedy(target_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *,
+                  gamma: int) -> tuple[list[int], Counts]:
+    """(the same tokens as greedy, Counts): gamma guesses at a time, renewed by each pass."""
+    check_request(prompt, max_new_tokens, gamma=gamma)
+    tokens, counts, end = list(prompt), Counts(), len(prompt) + max_new_tokens
+    guesses: list[int] = []
+    while len(tokens) < end:
+        guesses = (guesses + [tokens[-1]] * gamma)[:min(gamma, end - len(tokens) - 1)]
+        best = [argmax(row) for row in last_rows(target_fn, tokens + guesses, len(guesses) + 1)]
+        kept = agreement(guesses, best)
+        counts.rounds.append((guesses, kept))
+        tokens, guesses = tokens + best[:kept + 1], best[kept + 1:]
+    return tokens[len(prompt):], counts
+
+
+def lookahead_greedy(llama: Llama, prompt: Sequence[int], max_new_tokens: int, *, window: int = 5, ngram: int = 3,
+                     guesses: int = 4) -> tuple[list[int], Counts]:
+    """(the same tokens as greedy, Counts); `guesses` n-grams of the pool, the latest, are verified in a pass."""
+    check_request(prompt, max_new_tokens, window=window, guesses=guesses)
+    cache, counts, pool = PrefixCache(llama.config.n_layers), Counts([([], 0)]), {}
+    rows, _ = tree_pass(llama, chain(prompt), cache)
+    tokens, levels = [*prompt, argmax(rows[-1])], [[prompt[j % len(prompt)] for j in range(window)]] * (ngram - 1)
+    while len(tokens) < len(prompt) + max_new_tokens:
+        tree = [(tokens[-1], -1)] + [(token, j if level == 0 else 1 + (level - 1) * window + j)
+                                     for level, row in enumerate(levels) for j, token in enumerate(row)]
+        size = len(tree)
+        for gram in list(pool.get(tokens[-1], {}))[-guesses:]:
+            tree += [(token, 0 if i == 0 else len(tree) + i - 1) for i, token in enumerate(gram)]
+        found, _, rows, _ = tree_step(llama, tree, cache)
+        renewed = [argmax(row) for row in rows[size - window:size]]  # what comes at the foot of each column
+        for first, *rest in zip(*levels, renewed):
+            grams = pool.setdefault(first, {})
+            grams.pop(tuple(rest), None)
+            grams[tuple(rest)] = True  # a dict keeps its order: the latest last
+        levels, tokens = levels[1:] + [renewed], tokens + found
+        counts.rounds.append(([token for token, _ in tree[1:]], len(found) - 1))
+    return tokens[len(prompt):][:max_new_tokens], counts
+
+
+def show_lookahead(trace: Trace, knobs: Namespace) -> None:
+    """Jacobi's guesses settling, pass by pass; passes of both against greedy's."""
+    target, _ = models(knobs)
+    n, gamma, prompt = knobs.max_new_tokens, 4, knobs.tokens
+    jacobi, counts = jacobi_greedy(target, prompt, n, gamma=gamma)
+    trace.say(f"Jacobi: {gamma} guesses, renewed all at once in each pass, the first six. + was right, × was not.")
+    for number, (guesses, kept) in enumerate(counts.rounds[:6], 1):
+        marks = "  ".join(("+" if i < kept else "×") + knobs.name(token) for i, token in enumerate(guesses))
+        trace.lines([f"pass {number}  " + (marks or "no guess: one token is left")])
+    lookahead, ahead = lookahead_greedy(target.llama, prompt, n)
+    plain = greedy(target, prompt, n)
+    trace.say(f"Passes for {n} tokens, no draft model anywhere, nothing trained:")
+    trace.table(["", "passes", "tokens a pass", ""], [
+        [name, str(passes), f"{n / passes:.2f}", bar(n / passes, 4, 32)] for name, passes in
+        (("greedy", n), ("Jacobi", counts.target_passes), ("lookahead", ahead.target_passes))], left=(0, 3))
+    trace.check("Jacobi's output is greedy's", jacobi == plain, f"{n} tokens")
+    trace.check("lookahead's output is greedy's", lookahead == plain, f"{n} tokens")
+    trace.check("no more passes than tokens", max(counts.target_passes, ahead.target_passes) <= n, "for both")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 11. Text with a shape
+#
+# Output that a program must read (JSON, a date, one of three answers) can be forced into shape: an automaton
+# reads what was written so far, and every token it could not go on from gets -inf. Its states here are regular
+# expressions themselves: after the character c, what must still follow is the derivative of the pattern by c
+# (Brzozowski 1964). A token is allowed if the derivative by all of its characters is not the empty set; the end, if
+# the state accepts nothing more. Which tokens a state allows never changes: production computes it once.
+#
+# The mask is local, though. It renormalises step by step: P_local(text) = Π p(x_t) / Z_t, where Z_t is the mass
+# that was allowed at step t. Asking the model for a text *given* that it fits would be P(text) / P(fits). Local
+# masking walks gladly into a place where the model has nothing good to say, since it never sees the bill, Π Z_t.
+
+Pattern = tuple  # ("char", c), ("seq", a, b), ("or", a, b), ("star", a), ("end",): nothing, ("none",): no text at all
+END, NONE = ("end",), ("none",)
+
+
+def parse_pattern(text: str) -> Pattern:
+    """A regular expression of characters, (…), | and *, as nested tuples. ValueError where brackets do not match."""
+    def alternatives(i: int) -> tuple[Pattern, int]:
+        options, here = NONE, END
+        while i < len(text) and text[i] != ")":
+            if text[i] == "|":
+                options, here, i = either(options, here), END, i + 1
+                continue
+            if text[i] == "(":
+                part, i = alternatives(i + 1)
+                if i == len(text):
+                    raise ValueError(f"pattern has an opening bracket without its closing one: {text!r}")
+            else:
+                part = ("char", text[i])
+            i += 1
+            if text[i:i + 1] == "*":
+                part, i = ("star", part), i + 1
+            here = then(here, part)
+        return either(options, here), i
+
+    pattern, end = alternatives(0)
+    if end < len(text):
+        raise ValueError(f"pattern has a closing bracket without its opening one: {text!r}")
+    return pattern
+
+
+def then(a: Pattern, b: Pattern) -> Pattern:
+    """a followed by b, simplified."""
+    return NONE if NONE in (a, b) else b if a == END else a if b == END else ("seq", a, b)
+
+
+def either(a: Pattern, b: Pattern) -> Pattern:
+    """a or b, simplified."""
+    return b if a in (NONE, b) else a if b == NONE else ("or", a, b)
+
+
+def may_end(pattern: Pattern) -> bool:
+    """Does it accept the empty text?"""
+    kind, *parts = pattern
+    if kind in ("seq", "or"):
+        return (all if kind == "seq" else any)(map(may_end, parts))
+    return kind in ("end", "star")
+
+
+@cache
+def derivative(pattern: Pattern, c: str) -> Pattern:
+    """What must follow c for the whole to match the pattern; NONE if nothing can."""
+    kind, *parts = pattern
+    if kind == "char":
+        return END if parts[0] == c else NONE
+    if kind == "or":
+        return either(*(derivative(part, c) for part in parts))
+    if kind == "star":
+        return then(derivative(parts[0], c), pattern)
+    if kind == "seq":
+        after = then(derivative(parts[0], c), parts[1])
+        return either(after, derivative(parts[1], c)) if may_end(parts[0]) else after
+    return NONE
+
+
+def constrain(logits_fn: LogitsFn, vocab: Sequence[str], pattern: str, prompt_length: int, eos: int) -> LogitsFn:
+    """logits_fn with -inf wherever the text after the prompt could no longer match; eos only where it may end."""
+    start = parse_pattern(pattern)
+
+    def read(state: Pattern, text: str) -> Pattern:
+        for c in text:
+            state = derivative(state, c)
+        return state
+
+    @cache
+    def allowed(state: Pattern) -> list[bool]:
+        return [may_end(state) if token == eos else read(state, text) != NONE for token, text in enumerate(vocab)]
+
+    def masked(tokens: Sequence[int]) -> Vector:
+        state = read(start, "".join(vocab[token] for token in tokens[prompt_length:]))
+        return keep_where(allowed(state), logits_fn(tokens))
+
+    return masked
+
+
+def show_constrained(trace: Trace, knobs: Namespace) -> None:
+    """Free and forced texts; the distribution of local masking against the true conditional one."""
+    target, _ = models(knobs)
+    prompt, vocab, eos, longest = knobs.tokens, knobs.tokenizer.vocab, knobs.eos, 60
+    story = " (cat|dog|rat|cow) (that (ate|killed|worried) the (cat|rat|malt) )*that lay in the house."
+    forced = constrain(target, vocab, story, len(prompt), eos)
+    trace.say("A pattern, and texts forced into it, by greedy and by sampling; any decoder takes the masked logits.")
+    trace.lines(quoted(story))
+    rng, texts = random.Random(knobs.seed), [greedy(forced, prompt, longest, eos=eos)]
+    texts += [sample(forced, prompt, longest, rng=rng, eos=eos) for _ in range(3)]
+    texts = [knobs.tokenizer.decode(text[:-1]) for text in texts if text[-1] == eos]
+    for text in texts:
+        trace.lines(quoted("…" + text))
+    small = " (cow|cat|rat) that"
+    forced = constrain(target, vocab, small, len(prompt), eos)
+    local = every_outcome(lambda rng: tuple(sample(forced, prompt, longest, rng=rng, eos=eos)))
+    true = {tokens: math.exp(log_probability(target, prompt, tokens)) for tokens in local}
+    fits = sum(true.values())
+    by_text = {name: Counter() for name in ("the model", "local mask", "given it fits")}
+    for tokens, p in local.items():
+        text = knobs.tokenizer.decode(tokens[:-1])
+        for name, value in zip(by_text, (true[tokens], p, true[tokens] / fits)):
+            by_text[name][text] += value
+    trace.say(f"How far local masking strays, on {small!r} and its end: all {len(local)} ways to write its "
+              f"{len(by_text['the model'])} texts in tokens, enumerated. (The model itself fits with probability "
+              f"{fits:.1e}.)")
+    trace.table(["text", "local mask", "given it fits", "local mask", "given it fits"],
+                [[text.strip(), *(f"{by_text[name][text]:.3f}" for name in list(by_text)[1:]),
+                  *(bar(by_text[name][text], 1, 18) for name in list(by_text)[1:])]
+                 for text in sorted(by_text["the model"])], left=(0, 3, 4))
+    apart = total_variation(by_text["local mask"], by_text["given it fits"])
+    trace.say(f"{apart:.0%} of the texts come out other than they should (total variation).")
+    trace.check("what was forced matches, says Python's re",
+                all(re.fullmatch(story.replace(".", "[.]"), text) for text in texts)
+                and all(re.fullmatch(small, text) for text in by_text["the model"]),
+                f"{len(texts)} + {len(local)} texts")
+    worst = 0.0
+    for tokens, p in local.items():
+        z = 1.0
+        for i in range(len(tokens)):
+            text = prompt + list(tokens[:i])
+            z *= sum(value for value, logit in zip(softmax(target(text)), forced(text)) if logit > -math.inf)
+        worst = max(worst, abs(p * z - true[tokens]))
+    trace.check("P_local times the product of all Z_t = P, text by text", worst < 1e-12, "max |Δ| < 1e-12")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 12. The table
+#
+# Everything above on the same prompts. log p is what the model says of the text, whoever chose it; distinct-2 the
+# share of its pairs of neighbours that differ; passes a token, what the target had to do (a beam's passes go
+# side by side in a batch, but each is paid for).
+
+def show_all_decoders(trace: Trace, knobs: Namespace) -> None:
+    """Every decoder on two prompts."""
+    target, draft = models(knobs)
+    llama, n, gamma, width = target.llama, min(knobs.max_new_tokens, 16), knobs.gamma, knobs.width
+    head = eagle_head(knobs.seed, knobs.steps)
+    chance = dict(temperature=knobs.temperature, top_p=knobs.top_p)
+    decoders = {
+        "greedy": lambda prompt, rng: greedy(target, prompt, n),
+        "sample": lambda prompt, rng: sample(target, prompt, n, rng=rng, temperature=knobs.temperature),
+        f"top-k {knobs.top_k}": lambda prompt, rng: sample(target, prompt, n, rng=rng, top_k=knobs.top_k),
+        f"top-p {knobs.top_p:g}": lambda prompt, rng: sample(target, prompt, n, rng=rng, **chance),
+        f"min-p {knobs.min_p:g}": lambda prompt, rng: sample(target, prompt, n, rng=rng, min_p=knobs.min_p),
+        f"beam, width {width}": lambda prompt, rng: beam_search(target, prompt, n, width=width,
+                                                               length_penalty=knobs.length_penalty)[0][0],
+        "speculative top-p": lambda prompt, rng: speculative_sample(target, draft, prompt, n, gamma=gamma, rng=rng,
+                                                                    **chance),
+        "speculative": lambda prompt, rng: speculative_greedy(target, draft, prompt, n, gamma=gamma),
+        "prompt lookup": lambda prompt, rng: speculate(target, prompt_lookup, prompt, n, gamma=gamma),
+        "Medusa": lambda prompt, rng: medusa_greedy(llama, medusa_heads(knobs.seed, knobs.steps), prompt, n),
+        "EAGLE": lambda prompt, rng: speculate(target, partial(eagle_draft, target, head), prompt, n, gamma=gamma),
+        "Jacobi": lambda prompt, rng: jacobi_greedy(target, prompt, n, gamma=gamma),
+        "lookahead": lambda prompt, rng: lookahead_greedy(llama, prompt, n)}
+    lossless, same, gaps = list(decoders)[7:], [], []
+    for prompt in (knobs.tokens, knobs.tokenizer.encode("This is the man")):
+        trace.say(f"After {knobs.tail(prompt)!r}, {n} tokens:")
+        rows, texts, plain = [], {}, greedy(target, prompt, n)
+        for name, decode in decoders.items():
+            target.passes = 0
+            found = decode(prompt, random.Random(knobs.seed))
+            tokens, passes = (found, target.passes) if isinstance(found, list) else (found[0], found[1].target_passes)
+            same += [tokens == plain] * (name in lossless)
+            pairs = list(zip(tokens, tokens[1:])) or [()]
+            log_p = log_probability(target, prompt, tokens)
+            if tuple(tokens) not in texts:
+                texts[tuple(tokens)] = list(map(log_softmax, llama.forward([*prompt, *tokens])[len(prompt) - 1:-1]))
+            gaps.append(abs(log_p - sum(row[token] for row, token in zip(texts[tuple(tokens)], tokens))))
+            rows.append([name, f"{log_p:.2f}", f"{len(set(pairs)) / len(pairs):.2f}", f"{passes / n:.2f}",
+                         knobs.clip(tokens, 21)])
+        trace.table(["decoder", "log p", "distinct-2", "passes a token", "text"], rows, left=(0, 4))
+    trace.check("the last six say what greedy says", all(same), f"{len(same)} texts")
+    trace.check("log p, with the cache = in one pass over the whole text", max(gaps) < 1e-9, "|Δ| < 1e-9")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The supporting cast: the models behind the sections, and small measures.
+
+class PrefixCache:
+    """Keys and values of the tokens read so far, as Llama.forward wants them; can forget the latest."""
+
+    def __init__(self, n_layers: int):
+        self.length, self.layers = 0, [([], []) for _ in range(n_layers)]
+
+    def update(self, layer: int, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
+        """Add those of new tokens; all so far."""
+        keys, values = self.layers[layer]
+        keys += k
+        values += v
+        self.length = len(self.layers[-1][0])
+        return keys, values
+
+    def keep(self, positions: Sequence[int]) -> None:
+        """Forget all but these, which come first from now on, in this order."""
+        self.length = len(positions)
+        for both in self.layers:
+            for rows in both:
+                rows[:] = [rows[i] for i in positions]
+
+
+class CachedModel:
+    """A Llama as logits_fn. It reads only what is new since the longest prefix it shares with the text before.
+
+    passes: how often a decoder asked; forwards: how often the Llama really ran (rows known already are kept).
+    """
+
+    def __init__(self, llama: Llama):
+        self.llama, self.cache, self.text = llama, PrefixCache(llama.config.n_layers), []
+        self.known: dict[tuple[int, ...], tuple[Vector, Vector]] = {}  # prefix: (logits, hidden state)
+        self.passes = self.forwards = 0
+
+    def __call__(self, tokens: Sequence[int]) -> Vector:
+        return self.last_rows(tokens, 1)[0]
+
+    def last_rows(self, tokens: Sequence[int], n: int) -> Matrix:
+        """Logits after each of the last n prefixes of tokens, [n][vocab_size], in one pass."""
+        self.passes += 1
+        prefixes = [tuple(tokens[:end]) for end in range(len(tokens) - n + 1, len(tokens) + 1)]
+        if any(prefix not in self.known for prefix in prefixes):
+            start = min(agreement(tokens, self.text), len(tokens) - n)
+            self.cache.keep(range(start))
+            rows, features = forward_with_features(self.llama, tokens[start:], self.cache)
+            self.forwards, self.text = self.forwards + 1, list(tokens)
+            for end, both in enumerate(zip(rows, features), start + 1):
+                self.known[tuple(tokens[:end])] = both
+        return [self.known[prefix][0] for prefix in prefixes]
+
+    def feature(self, tokens: Sequence[int]) -> Vector | None:
+        """The last hidden state, which the output matrix reads, after these tokens; None if they were not read yet."""
+        return self.known.get(tuple(tokens), (None, None))[1]
+
+
+def forward_with_features(llama: Llama, tokens: Sequence[int], cache: PrefixCache | None = None,
+                          run: Callable | None = None) -> tuple[Matrix, Matrix]:
+    """llama.forward, and what went into its last linear: the hidden states [len(tokens)][dim]."""
+    features: Matrix = []
+
+    def watch(operation: Callable, *inputs):
+        nonlocal features
+        features = inputs[0] if operation is linear else features
+        return (run or call)(operation, *inputs)
+
+    return llama.forward(tokens, cache, watch), features
+
+
+@cache
+def rhyme() -> tuple[Tokenizer, list[int]]:
+    """The tokenizer, and TEXT in tokens."""
+    tokenizer = Tokenizer.train(TEXT, VOCAB_SIZE)
+    return tokenizer, tokenizer.encode(TEXT)
+
+
+@cache
+def trained_llama(seed: int, steps: int, **sizes: int) -> Llama:
+    """A Llama of these sizes that has read the rhyme."""
+    return train(Config(VOCAB_SIZE, **sizes), rhyme()[1], random.Random(seed), steps, STEP_TOKENS)[0]
+
+
+def models(knobs: Namespace) -> tuple[CachedModel, CachedModel]:
+    """(target, draft) with nothing read yet."""
+    return (CachedModel(trained_llama(knobs.seed, knobs.steps, **TARGET)),
+            CachedModel(trained_llama(knobs.seed, -(-knobs.steps * 2 // 3), **DRAFT)))
+
+
+@cache
+def medusa_heads(seed: int, steps: int) -> list[Head]:
+    """Three heads on the trained target."""
+    return train_medusa(trained_llama(seed, steps, **TARGET), rhyme()[1], 3, max(1, steps // 2), 0.04)
+
+
+@cache
+def eagle_head(seed: int, steps: int) -> Head:
+    """The EAGLE head on the trained target."""
+    return train_eagle(trained_llama(seed, steps, **TARGET), rhyme()[1], random.Random(seed), steps)
+
+
+@cache
+def hidden_batches(llama: Llama, ids: tuple[int, ...]) -> list[tuple[int, Matrix]]:
+    """(start, hidden states) for every STEP_TOKENS tokens of ids: what a head on the frozen llama learns from."""
+    return [(start, forward_with_features(llama, ids[start:start + STEP_TOKENS])[1])
+            for start in range(0, len(ids) - STEP_TOKENS // 2, STEP_TOKENS)]
+
+
+def fit(head: Head, batches: Sequence[tuple], forward: Callable, slope: Callable, steps: int,
+        rate: float = 0.03) -> None:
+    """Train head, in place: forward(*inputs, head, run) and its gradient slope(output, goal), batch by batch."""
+    adam = Adam(head)
+    for step in range(steps):
+        inputs, goal = batches[step % len(batches)]
+        tape = Tape()
+        output = forward(*inputs, head, tape)
+        gradients = tape.backward(output, slope(output, goal))
+        adam.step({name: gradients[id(w)] for name, w in head.items()}, rate * (1 - step / steps))
+
+
+def count_weights(weights: dict[str, Matrix | Vector]) -> int:
+    """How many numbers there are."""
+    return sum(len(row) if isinstance(row, list) else 1 for w in weights.values() for row in w)
+
+
+def check_request(prompt: Sequence[int], max_new_tokens: int, at_least: int = 0, **at_least_1: int) -> None:
+    """ValueError, saying what would do, where a decoder cannot work."""
+    if not prompt:
+        raise ValueError("prompt must have at least one token: a model predicts what comes after something")
+    if max_new_tokens < at_least:
+        raise ValueError(f"max_new_tokens must be at least {at_least}, not {max_new_tokens}")
+    for name, value in at_least_1.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def check_eos(eos: int | None, vocab_size: int) -> None:
+    """ValueError if the end token is none of the vocabulary."""
+    if eos is not None and not 0 <= eos < vocab_size:
+        raise ValueError(f"eos must be a token id from 0 to {vocab_size - 1}, or None, not {eos}")
+
+
+def log_softmax(logits: Vector) -> Vector:
+    """log softmax(logits) = logits - log Σ exp(logits), without overflow."""
+    top = max(logits)
+    norm = top + math.log(math.fsum(math.exp(value - top) for value in logits))
+    return [value - norm for value in logits]
+
+
+def log_probability(logits_fn: LogitsFn, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+    """Σ log p(token | all before it), in nats."""
+    text = [*prompt, *tokens]
+    rows = last_rows(logits_fn, text[:-1], len(tokens))
+    return sum(log_softmax(row)[token] for row, token in zip(rows, tokens))
+
+
+def total_variation(p: dict, q: dict) -> float:
+    """Σ |p - q| / 2: the probability that has to move to make one distribution the other."""
+    return sum(abs(p.get(x, 0.0) - q.get(x, 0.0)) for x in {**p, **q}) / 2
+
+
+def random_logits_fn(rng: random.Random, vocab_size: int) -> LogitsFn:
+    """A model with no sense: for every prefix, normal logits of its own, the same whenever asked."""
+    salt = rng.random()
+    return lambda tokens: [random.Random(f"{salt} {list(tokens)} {i}").gauss(0, 1.5) for i in range(vocab_size)]
+
+
+def repeated(tokens: Sequence[int], n: int) -> float:
+    """The share of runs of n tokens that came before."""
+    runs = list(zip(*(tokens[i:] for i in range(n))))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def kept(logits: Vector) -> list[int]:
+    """The tokens that a filter has left."""
+    return [i for i, logit in enumerate(logits) if logit > -math.inf]
+
+
+def entropy(weights: Vector) -> float:
+    """Entropy in bits: 0 for one-hot, log2(n) for an even look at n keys."""
+    return max(0.0, -sum(w * math.log2(w) for w in weights if w > 0))
+
+
+def quoted(text: str) -> list[str]:
+    """A text, set in; a slash for the end of a line."""
+    return textwrap.wrap(text.replace("\n", " / ").strip(), WIDTH, initial_indent="    ", subsequent_indent="    ")
+
+
+def clip(tokenizer: Tokenizer, tokens: Sequence[int], width: int) -> str:
+    """The text of tokens on one line, cut to width characters."""
+    text = tokenizer.decode(tokens).replace("\n", "/").strip()
+    return text if len(text) <= width else text[:width - 2].rstrip() + " …"
+
+
+def tail(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """The end of a text, for quoting."""
+    text = tokenizer.decode(tokens).replace("\n", "/").strip()
+    return text if len(text) <= 24 else "… " + text[-22:].strip()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Shared by the five scripts, the same in each: arithmetic, the text, the tokenizer, the trace.
+
+def dot_by_hand(a: Sequence[float], b: Sequence[float]) -> float:
+    """Σ a[i]·b[i]."""
+    return sum(map(operator.mul, a, b))
+
+
+dot = getattr(math, "sumprod", dot_by_hand)  # Python 3.12 and newer have it built in
+
+
+def softmax(scores: Vector) -> Vector:
+    """exp(s) / Σ exp(s), with the largest score taken off first so that nothing overflows.
+
+    A score of -inf gets weight 0; where all are -inf, as in a row that sees nothing, all weights are 0.
+    """
+    top = max(scores, default=-math.inf)
+    if top == -math.inf:
+        return [0.0] * len(scores)
+    exps = [math.exp(s - top) for s in scores]
+    total = sum(exps)
+    return [e / total for e in exps]
+
+
+def linear(x: Matrix, w: Matrix) -> Matrix:
+    """y = W x for every row: x [n][in], w [out][in] -> [n][out], as nn.Linear without a bias."""
+    return [[dot(row, unit) for unit in w] for row in x]
+
+
+CLAUSES = ["the house that Jack built.", "the malt that lay in", "the rat that ate", "the cat that killed",
+           "the dog that worried", "the cow with the crumpled horn that tossed", "the maiden all forlorn that milked",
+           "the man all tattered and torn that kissed", "the priest all shaven and shorn that married",
+           "the cock that crowed in the morn that waked", "the farmer sowing his corn that kept",
+           "the horse and the hound and the horn that belonged to"]
+# The House That Jack Built: verse n tells clauses n, n - 1, …, 0.
+TEXT = "".join("This is " + " ".join(CLAUSES[n::-1]) + "\n" for n in range(len(CLAUSES)))
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Byte-pair encoding in miniature, over characters: vocab[id] is a token, merges are in order of learning.
+
+    Sennrich et al., Neural Machine Translation of Rare Words with Subword Units, 2016, arXiv:1508.07909.
+    """
+    vocab: list[str]
+    merges: list[tuple[str, str]]
+
+    @staticmethod
+    def words(text: str) -> list[str]:
+        """The units no merge crosses: words and punctuation with their leading space, other white space alone."""
+        return re.findall(r" ?\w+| ?[^\w\s]+|\s", text)
+
+    @staticmethod
+    def merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
+        """Join every occurrence of pair in parts, from the left."""
+        merged: list[str] = []
+        for part in parts:
+            if merged and (merged[-1], part) == pair:
+                merged[-1] += part
+            else:
+                merged.append(part)
+        return merged
+
+    @classmethod
+    def train(cls, text: str, vocab_size: int) -> Tokenizer:
+        """Start from the text's characters; merge the most frequent pair until there are vocab_size tokens.
+
+        Ties go to the pair that sorts first. The vocabulary stays smaller when every word is one token already.
+        ValueError if text is empty or has more characters than vocab_size.
+        """
+        vocab, merges = sorted(set(text)), []
+        if not 0 < len(vocab) <= vocab_size:
+            raise ValueError(f"vocab_size must be at least the number of different characters, {len(vocab)}, "
+                             f"and the text not empty; got {vocab_size}")
+        counts = Counter(cls.words(text))
+        parts = {word: list(word) for word in counts}
+        while len(vocab) < vocab_size:
+            pairs: Counter[tuple[str, str]] = Counter()
+            for word, count in counts.items():
+                for pair in zip(parts[word], parts[word][1:]):
+                    pairs[pair] += count
+            if not pairs:
+                break
+            best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+            merges.append(best)
+            if "".join(best) not in vocab:
+                vocab.append("".join(best))
+            parts = {word: cls.merge(split, best) for word, split in parts.items()}
+        return cls(vocab, merges)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text: the merges, in order, within each word. ValueError names an unknown character."""
+        ids = {token: i for i, token in enumerate(self.vocab)}
+        if unknown := next((c for c in text if c not in ids), None):
+            known = "".join(token for token in self.vocab if len(token) == 1)
+            raise ValueError(f"the vocabulary has no character {unknown!r}; it knows {known!r}")
+        parts = {word: list(word) for word in set(self.words(text))}
+        for pair in self.merges:
+            parts = {word: self.merge(split, pair) for word, split in parts.items()}
+        return [ids[part] for word in self.words(text) for part in parts[word]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that these token ids stand for."""
+        return "".join(self.vocab[i] for i in ids)
+
+
+WIDTH = 80  # columns of the trace
+# What a terminal without the left character gets instead of it.
+ASCII = str.maketrans({
+    "█": "#", "▓": "*", "▒": "+", "░": ":", "·": ".", "│": "|", "─": "-", "┌": "+", "┐": "+", "└": "+", "┘": "+",
+    "├": "+", "┤": "+", "┬": "+", "┴": "+", "┼": "+", "→": "->", "←": "<-", "␣": "_", "…": "...", "×": "x",
+    "√": "sqrt ", "Σ": "sum ", "Δ": "d", "ᵀ": "^T", "²": "^2", "±": "+-", "≤": "<=", "≥": ">=", "≈": "~"})
+
+
+class Trace:
+    """Prints the sections and their checks; knows what the output can show, and how many checks held."""
+
+    def __init__(self, ascii_only: bool = False):
+        encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+        probe = "".join(map(chr, ASCII))
+        self.ascii = ascii_only or probe.encode(encoding, "ignore").decode(encoding) != probe
+        self.colour = (sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+                       and os.environ.get("TERM", "dumb") != "dumb")
+        self.held = self.failed = 0
+        self.in_checks = False  # was the last line a check?
+
+    def plain(self, text: str) -> str:
+        """text as this output can show it."""
+        return text.translate(ASCII).encode("ascii", "backslashreplace").decode() if self.ascii else text
+
+    def lines(self, lines: Sequence[str], style: str = "") -> None:
+        """Print lines as they are (a picture, say); style: an ANSI code, for terminals."""
+        self.in_checks = False
+        for line in lines:
+            line = self.plain(line).rstrip()
+            print(f"\x1b[{style}m{line}\x1b[0m" if style and self.colour else line)
+
+    def section(self, number: int, title: str, functions: Sequence[Callable]) -> None:
+        """A section's head: its number and title, and the functions in the source that do the work."""
+        self.lines(["", f"── {number} ── {title} ".ljust(WIDTH, "─")], "1")
+        names = "in the source: " + ", ".join(function.__name__ for function in functions)
+        self.lines(textwrap.wrap(names, WIDTH, subsequent_indent=" " * 15), "2")
+
+    def say(self, text: str) -> None:
+        """A paragraph, wrapped."""
+        self.lines(["", *textwrap.wrap(self.plain(text), WIDTH)])
+
+    def note(self, text: str) -> None:
+        """A line under a picture: its legend."""
+        self.lines(textwrap.wrap(self.plain(text), WIDTH), "2")
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> None:
+        """A table, two blanks between the columns, right-aligned but for the columns named in left."""
+        cells = [[self.plain(cell) for cell in row] for row in (header, *rows)]
+        widths = [max(map(display_width, column)) for column in zip(*cells)]
+        for i, row in enumerate(cells):
+            pads = [" " * (width - display_width(cell)) for cell, width in zip(row, widths)]
+            self.lines(["  ".join(cell + pad if c in left else pad + cell
+                                  for c, (cell, pad) in enumerate(zip(row, pads)))], "2" if i == 0 else "")
+
+    def check(self, claim: str, holds: bool, evidence: str) -> None:
+        """Print one check: what is claimed, and what was compared or bounded. A failure makes the exit status 1."""
+        self.held, self.failed = self.held + bool(holds), self.failed + (not holds)
+        text = textwrap.wrap(self.plain(f"{claim} ({evidence})"), WIDTH - 6)
+        mark = "ok  " if holds else "FAIL"
+        if self.colour:
+            mark = f"\x1b[{'32' if holds else '1;31'}m{mark}\x1b[0m"
+        self.lines([""] * (not self.in_checks) + [f"{mark}  {text[0]}", *("      " + line for line in text[1:])])
+        self.in_checks = True
+
+    def check_close(self, claim: str, got: Matrix, expected: Matrix, bound: float) -> None:
+        """A check that two matrices have the same shape and differ by less than bound in every place."""
+        same_shape = [len(row) for row in got] == [len(row) for row in expected]
+        gaps = [abs(a - b) for p, q in zip(got, expected) for a, b in zip(p, q)]
+        holds = same_shape and all(gap < bound for gap in gaps)
+        failure = f"max |Δ| = {max(gaps):.1e}" if same_shape else "the shapes differ"
+        self.check(claim, holds, f"max |Δ| < {bound:.0e}" if holds else f"{failure}; bound {bound:.0e}")
+
+
+def display_width(text: str) -> int:
+    """Columns that text takes in a terminal: East Asian wide characters take two, combining marks none."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def show_token(token: str) -> str:
+    """A token as a label of 12 columns at most: no leading space, other white space and the unprintable escaped."""
+    text = token[1:] if len(token) > 1 and token[0] == " " else token.replace(" ", "␣")
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    while display_width(text) > 12:
+        text = text[:-2] + "…"
+    return text
+
+
+def bar(value: float, full: float, width: int) -> str:
+    """A bar of value / full times width characters; a trace of one for anything above zero."""
+    length = round(width * max(0.0, min(value / full, 1.0))) if full else 0
+    return "█" * length or "·" * (value > 0)
+
+
+class OneLineParser(ArgumentParser):
+    """argparse, except that a refusal is one line, on every Python."""
+
+    def parse_args(self, args=None, namespace=None):
+        for argument in sys.argv[1:] if args is None else args:
+            if argument.startswith("--") and argument.endswith("=--"):  # argparse takes these for no value at all
+                self.error(f"argument {argument[:-3]}: expected a value")
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from low to high."""
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not low <= int(text) <= high:
+            raise ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
+        return int(text)
+    return parse
+
+
+def section_numbers(count: int) -> Callable[[str], list[int]]:
+    """An argparse type: numbers of sections with commas between them."""
+    def parse(text: str) -> list[int]:
+        numbers = [int(part) if re.fullmatch(r" *[0-9]{1,4} *", part) else 0 for part in text.split(",")]
+        if not all(1 <= number <= count for number in numbers):
+            raise ArgumentTypeError(f"must be numbers from 1 to {count} (--list names them), as in 1,{count}, "
+                                             f"not {text!r}")
+        return numbers
+    return parse
+
+
+def common_parser(prog: str, description: str, n_sections: int) -> OneLineParser:
+    """The options that all five scripts have; the script adds its own knobs."""
+    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False,
+                           formatter_class=lambda prog: HelpFormatter(prog, width=WIDTH))
+    parser.add_argument("--list", action="store_true", help="list the sections and stop")
+    parser.add_argument("--section", metavar="N[,N...]", action="extend", type=section_numbers(n_sections),
+                        help="run only these sections (may be repeated)")
+    parser.add_argument("--seed", metavar="N", type=whole_number(0, 10**9), default=0,
+                        help="seed of all randomness (default 0)")
+    parser.add_argument("--ascii", action="store_true", help="print no character outside ASCII")
+    parser.add_argument("--time", action="store_true", help="print the seconds each section took, on stderr")
+    return parser
+
+
+def run_sections(sections: Sequence[tuple], knobs: Namespace, next_experiment: str) -> int:
+    """Print the chosen sections (title, show function, functions named in the head); the exit status.
+
+    0 when every check held, 1 when one failed, 130 after Ctrl-C. A reader who closes the pipe ends it quietly.
+    """
+    try:
+        trace = Trace(knobs.ascii)
+        if knobs.list:
+            trace.lines([f"{number:>2}  {title}" for number, (title, *_) in enumerate(sections, 1)])
+        else:
+            for number in sorted(set(knobs.section or range(1, len(sections) + 1))):
+                title, show, functions = sections[number - 1]
+                start = time.perf_counter()
+                trace.section(number, title, functions)
+                show(trace, knobs)
+                if knobs.time:
+                    sys.stdout.flush()
+                    print(f"section {number}: {time.perf_counter() - start:.2f} s", file=sys.stderr)
+            trace.lines(["", f"{trace.failed} of {trace.failed + trace.held} checks FAILED." if trace.failed else
+                         f"All {trace.held} checks held.", f"Try next: {next_experiment}"], "1")
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return 1 if trace.failed else 0
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing stdout cannot fail again
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"cannot write the trace: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def rope(x: Matrix, positions: Sequence[int], base: float = 10000.0) -> Matrix:
+    """Rotate row r of x [n][d] to positions[r] -> [n][d]. ValueError if d is odd or the lengths differ."""
+    d = len(x[0]) if x else 0
+    if d % 2 or len(positions) != len(x):
+        raise ValueError(f"x must have an even number of channels and one position a row, not {d} channels, "
+                         f"{len(x)} rows and {len(positions)} positions")
+    thetas = [base ** (-2 * m / d) for m in range(d // 2)]
+    out = []
+    for row, p in zip(x, positions):
+        turned = [complex(a, b) * cmath.rect(1.0, p * theta) for a, b, theta in zip(row[::2], row[1::2], thetas)]
+        out.append([part for z in turned for part in (z.real, z.imag)])
+    return out
+
+
+def split_heads(m: Matrix, n_heads: int) -> list[Matrix]:
+    """[n][n_heads·head_dim] -> n_heads matrices [n][head_dim]."""
+    width = len(m[0]) if m else 0
+    if n_heads < 1 or width % n_heads:
+        raise ValueError(f"n_heads must divide the {width} channels, and {n_heads} does not")
+    head_dim = width // n_heads
+    return [[row[h * head_dim:(h + 1) * head_dim] for row in m] for h in range(n_heads)]
+
+
+def concat(*blocks: Matrix) -> Matrix:
+    """Side by side: [n][a], [n][b], … -> [n][a + b + …]."""
+    return [[value for part in rows for value in part] for rows in zip(*blocks)]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The tiny Llama, the same in microkv, microquant and microbeam: RMSNorm, rotary positions, grouped-query
+# attention, SwiGLU, no biases, and Meta's names for the weights, so that they fit any Llama implementation.
+#
+# The forward pass is written once. It does everything through run(operation, *inputs), which just calls the
+# operation, unless it is told otherwise: training hands over a Tape, which also remembers, to run backwards.
+
+@dataclass(frozen=True)
+class Config:
+    """The sizes of a Llama; head_dim is dim / n_heads."""
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    hidden_dim: int
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if min(self.vocab_size, self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.hidden_dim) < 1:
+            raise ValueError(f"every size must be at least 1, not {self}")
+        if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads:
+            raise ValueError(f"dim must be a multiple of 2 · n_heads, and n_heads of n_kv_heads, not {self}")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.dim // self.n_heads
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of every weight; a matrix is [out][in], a norm's gain [dim]."""
+        kv_dim, shapes = self.n_kv_heads * self.head_dim, {"tok_embeddings": (self.vocab_size, self.dim)}
+        for layer in range(self.n_layers):
+            for name, shape in {"attention_norm": (self.dim,), "attention.wq": (self.dim, self.dim),
+                                "attention.wk": (kv_dim, self.dim), "attention.wv": (kv_dim, self.dim),
+                                "attention.wo": (self.dim, self.dim), "ffn_norm": (self.dim,),
+                                "feed_forward.w1": (self.hidden_dim, self.dim),
+                                "feed_forward.w2": (self.dim, self.hidden_dim),
+                                "feed_forward.w3": (self.hidden_dim, self.dim)}.items():
+                shapes[f"layers.{layer}.{name}"] = shape
+        return shapes | {"norm": (self.dim,), "output": (self.vocab_size, self.dim)}
+
+
+def call(operation: Callable, *inputs):
+    """operation(*inputs): the plain way to run an operation of the forward pass."""
+    return operation(*inputs)
+
+
+class Llama:
+    """weights: {name: matrix [out][in] or gain [dim]}, named and shaped as Config.shapes() says."""
+
+    def __init__(self, config: Config, weights: dict[str, Matrix | Vector]):
+        if missing := [name for name in config.shapes() if name not in weights]:
+            raise ValueError(f"weights must have {missing[0]!r}")
+        self.config, self.weights = config, weights
+
+    def forward(self, tokens: Sequence[int], cache=None, run: Callable = call) -> Matrix:
+        """Logits [len(tokens)][vocab_size]: row i predicts what follows tokens[i].
+
+        With a cache, tokens come after those already in it, and their keys and values are added to it.
+        """
+        c, w = self.config, self.weights
+        start = cache.length if cache is not None else 0
+        positions = range(start, start + len(tokens))
+        x = run(look_up, w["tok_embeddings"], tokens)
+        for layer in range(c.n_layers):
+            wq, wk, wv, wo = (w[f"layers.{layer}.attention.{name}"] for name in ("wq", "wk", "wv", "wo"))
+            w1, w2, w3 = (w[f"layers.{layer}.feed_forward.{name}"] for name in ("w1", "w2", "w3"))
+            h = run(rms_norm, x, w[f"layers.{layer}.attention_norm"], c.norm_eps)
+            q = run(rope_heads, run(linear, h, wq), positions, c.n_heads, c.rope_base)
+            k = run(rope_heads, run(linear, h, wk), positions, c.n_kv_heads, c.rope_base)
+            v = run(linear, h, wv)
+            if cache is not None:
+                k, v = cache.update(layer, k, v)  # of all tokens so far
+            x = run(add, x, run(linear, run(attend, q, k, v, c.n_heads, c.n_kv_heads), wo))
+            h = run(rms_norm, x, w[f"layers.{layer}.ffn_norm"], c.norm_eps)
+            x = run(add, x, run(linear, run(swiglu, run(linear, h, w1), run(linear, h, w3)), w2))
+        return run(linear, run(rms_norm, x, w["norm"], c.norm_eps), w["output"])
+
+
+def look_up(table: Matrix, tokens: Sequence[int]) -> Matrix:
+    """The embedding of each token: table [vocab_size][dim] -> [n][dim]."""
+    return [table[token] for token in tokens]
+
+
+def rms_norm(x: Matrix, gain: Vector, eps: float) -> Matrix:
+    """gain · x / √(mean(x²) + eps), row by row (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    scales = [1 / math.sqrt(dot(row, row) / len(row) + eps) for row in x]
+    return [[value * scale * g for value, g in zip(row, gain)] for row, scale in zip(x, scales)]
+
+
+def rope_heads(x: Matrix, positions: Sequence[int], n_heads: int, base: float) -> Matrix:
+    """rope() in each head of x [n][n_heads·head_dim]."""
+    return concat(*(rope(head, positions, base) for head in split_heads(x, n_heads)))
+
+
+def attend(q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
+    """Causal grouped-query attention: q [n_q][n_heads·head_dim], k and v [n_k][n_kv_heads·head_dim].
+
+    The queries are the last n_q of the n_k positions. -> [n_q][n_heads·head_dim].
+    """
+    group, heads = n_heads // n_kv_heads, []
+    keys, values = split_heads(k, n_kv_heads), split_heads(v, n_kv_heads)
+    for h, queries in enumerate(split_heads(q, n_heads)):
+        columns = list(zip(*values[h // group]))
+        heads.append([[dot(weights, column[:len(weights)]) for column in columns]
+                      for weights in causal_weights(queries, keys[h // group])])
+    return concat(*heads)
+
+
+def causal_weights(q: Matrix, k: Matrix) -> list[Vector]:
+    """softmax(q·k / √d) of one head; row i has weights for the keys it sees only, the first n_k - n_q + i + 1."""
+    scale, hidden = 1 / math.sqrt(len(k[0])), len(k) - len(q)
+    return [softmax([dot(query, key) * scale for key in k[:hidden + i + 1]]) for i, query in enumerate(q)]
+
+
+def swiglu(a: Matrix, b: Matrix) -> Matrix:
+    """silu(a) · b, element by element (Shazeer 2020, arXiv:2002.05202); silu(x) = x · sigmoid(x)."""
+    return [[x * sigmoid(x) * y for x, y in zip(p, q)] for p, q in zip(a, b)]
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)), for any x."""
+    return 0.5 + 0.5 * math.tanh(0.5 * x)
+
+
+def add(a: Matrix, b: Matrix) -> Matrix:
+    """The sum, element by element."""
+    return [list(map(operator.add, p, q)) for p, q in zip(a, b)]
+
+
+# Training: each operation's backward pass takes the gradient of its output, and its inputs, and returns the
+# gradients of those inputs that have one. Whole matrices at a time, so that here too all the work is in dot.
+
+def look_up_backward(d: Matrix, table: Matrix, tokens: Sequence[int]) -> list[Matrix]:
+    """Each token's gradient goes to its row of the table."""
+    d_table = [[0.0] * len(table[0]) for _ in table]
+    for row, token in zip(d, tokens):
+        d_table[token] = list(map(operator.add, d_table[token], row))
+    return [d_table]
+
+
+def linear_backward(d: Matrix, x: Matrix, w: Matrix) -> list[Matrix]:
+    """y = x wᵀ: dx = d w, dw = dᵀ x."""
+    return [linear(d, list(zip(*w))), linear(list(zip(*d)), list(zip(*x)))]
+
+
+def rms_norm_backward(d: Matrix, x: Matrix, gain: Vector, eps: float) -> list[Matrix | Vector]:
+    """y = gain · x̂ with x̂ = x / rms: dx = (g·d - x̂ · mean(g·d · x̂)) / rms."""
+    d_x, d_gain = [], [0.0] * len(gain)
+    for d_row, row in zip(d, x):
+        scale = 1 / math.sqrt(dot(row, row) / len(row) + eps)
+        unit, pull = [value * scale for value in row], list(map(operator.mul, d_row, gain))
+        share = dot(pull, unit) / len(row)
+        d_x.append([(p - u * share) * scale for p, u in zip(pull, unit)])
+        d_gain = [total + slope * u for total, slope, u in zip(d_gain, d_row, unit)]
+    return [d_x, d_gain]
+
+
+def rope_heads_backward(d: Matrix, x: Matrix, positions: Sequence[int], n_heads: int, base: float) -> list[Matrix]:
+    """The gradient is turned back."""
+    return [rope_heads(d, [-p for p in positions], n_heads, base)]
+
+
+def attend_backward(d: Matrix, q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int) -> list[Matrix]:
+    """With P = softmax(S), S = q kᵀ / √d: dv = Pᵀ d, dP = d vᵀ, dS = P·(dP - rowsum(P·dP)), dq = dS k, dk = dSᵀ q."""
+    group, d_q = n_heads // n_kv_heads, []
+    keys, values = split_heads(k, n_kv_heads), split_heads(v, n_kv_heads)
+    d_k, d_v = ([[[0.0] * len(head[0]) for _ in head] for head in heads] for heads in (keys, values))
+    for h, (queries, d_head) in enumerate(zip(split_heads(q, n_heads), split_heads(d, n_heads))):
+        g, scale = h // group, 1 / math.sqrt(len(queries[0]))
+        p, d_s = [], []
+        for weights, d_row in zip(causal_weights(queries, keys[g]), d_head):
+            d_p = [dot(d_row, value) for value in values[g][:len(weights)]]
+            mean = dot(weights, d_p)
+            unseen = [0.0] * (len(k) - len(weights))
+            p.append(weights + unseen)
+            d_s.append([w * (slope - mean) * scale for w, slope in zip(weights, d_p)] + unseen)
+        d_q.append(linear(d_s, list(zip(*keys[g]))))
+        d_k[g] = add(d_k[g], linear(list(zip(*d_s)), list(zip(*queries))))
+        d_v[g] = add(d_v[g], linear(list(zip(*p)), list(zip(*d_head))))
+    return [concat(*d_q), concat(*d_k), concat(*d_v)]
+
+
+def swiglu_backward(d: Matrix, a: Matrix, b: Matrix) -> list[Matrix]:
+    """y = x σ(x) · b: dx = b · σ(x) · (1 + x·(1 - σ(x))), db = x σ(x)."""
+    d_a, d_b = [], []
+    for d_row, a_row, b_row in zip(d, a, b):
+        gates = list(map(sigmoid, a_row))
+        d_a.append([slope * y * s * (1 + x * (1 - s)) for slope, x, y, s in zip(d_row, a_row, b_row, gates)])
+        d_b.append([slope * x * s for slope, x, s in zip(d_row, a_row, gates)])
+    return [d_a, d_b]
+
+
+def add_backward(d: Matrix, a: Matrix, b: Matrix) -> list[Matrix]:
+    """Both get it."""
+    return [d, d]
+
+
+BACKWARD = {look_up: look_up_backward, linear: linear_backward, rms_norm: rms_norm_backward,
+            rope_heads: rope_heads_backward, attend: attend_backward, swiglu: swiglu_backward, add: add_backward}
+
+
+class Tape:
+    """Runs operations and remembers them: forward(tokens, run=tape), then tape.backward(logits, d_logits)."""
+
+    def __init__(self):
+        self.steps: list[tuple] = []
+
+    def __call__(self, operation: Callable, *inputs):
+        output = operation(*inputs)
+        self.steps.append((operation, inputs, output))
+        return output
+
+    def backward(self, output: Matrix, d_output: Matrix) -> dict[int, Matrix | Vector]:
+        """{id(array): its gradient} for every array the output was made from that no operation made."""
+        gradients = {id(output): d_output}
+        for operation, inputs, result in reversed(self.steps):
+            for array, d in zip(inputs, BACKWARD[operation](gradients.pop(id(result)), *inputs)):
+                gradients[id(array)] = add(gradients[id(array)], d) if id(array) in gradients else d
+        return gradients
+
+
+def cross_entropy(logits: Matrix, targets: Sequence[int]) -> tuple[float, Matrix]:
+    """Mean of -log softmax(logits)[target] in nats, and its gradient in the logits."""
+    p = [softmax(row) for row in logits]
+    loss = -sum(math.log(row[target]) for row, target in zip(p, targets)) / len(targets)
+    return loss, [[(value - (i == target)) / len(targets) for i, value in enumerate(row)]
+                  for row, target in zip(p, targets)]
+
+
+class Adam:
+    """Kingma & Ba 2015, arXiv:1412.6980: steps scaled by running means of the gradient and of its square."""
+
+    def __init__(self, weights: dict[str, Matrix | Vector], beta1: float = 0.7, beta2: float = 0.95):
+        self.rows = {name: w if isinstance(w[0], list) else [w] for name, w in weights.items()}
+        self.beta1, self.beta2, self.steps = beta1, beta2, 0
+        self.m, self.v = ({name: [[0.0] * len(row) for row in rows] for name, rows in self.rows.items()}
+                          for _ in range(2))
+
+    def step(self, gradients: dict[str, Matrix | Vector], rate: float) -> None:
+        """Change the weights, in place."""
+        self.steps += 1
+        b1, b2 = self.beta1, self.beta2
+        rate, unbias = rate / (1 - b1 ** self.steps), 1 / (1 - b2 ** self.steps)
+        for name, gradient in gradients.items():
+            d_rows = gradient if isinstance(gradient[0], list) else [gradient]
+            for w, d, m, v in zip(self.rows[name], d_rows, self.m[name], self.v[name]):
+                m[:] = [b1 * a + (1 - b1) * slope for a, slope in zip(m, d)]
+                v[:] = [b2 * a + (1 - b2) * slope * slope for a, slope in zip(v, d)]
+                w[:] = [x - rate * a / (math.sqrt(b * unbias) + 1e-8) for x, a, b in zip(w, m, v)]
+
+
+def init_weights(config: Config, rng: random.Random) -> dict[str, Matrix | Vector]:
+    """Embeddings of size 1, matrices 1/√in, half of that where they write to the residual stream, gains of 1."""
+    weights: dict[str, Matrix | Vector] = {}
+    for name, shape in config.shapes().items():
+        size = 1.0 if name == "tok_embeddings" else shape[-1] ** -0.5 * (0.5 if name.endswith(("wo", "w2")) else 1)
+        weights[name] = ([1.0] * shape[0] if len(shape) == 1 else
+                         [[rng.gauss(0, size) for _ in range(shape[1])] for _ in range(shape[0])])
+    return weights
+
+
+def train(config: Config, ids: Sequence[int], rng: random.Random, steps: int, length: int,
+          learning_rate: float = 0.02) -> tuple[Llama, list[float]]:
+    """A Llama that has read ids, length tokens a step, from the start again at the end; the loss of each step.
+
+    The learning rate rises over 10 steps and falls to 0. Progress goes to stderr where that is a terminal.
+    """
+    model, losses = Llama(config, init_weights(config, rng)), []
+    adam, show = Adam(model.weights), sys.stderr is not None and sys.stderr.isatty()
+    for step in range(steps):
+        start = step * length % (len(ids) - length)
+        tape = Tape()
+        logits = model.forward(ids[start:start + length], run=tape)
+        loss, d_logits = cross_entropy(logits, ids[start + 1:start + length + 1])
+        gradients = tape.backward(logits, d_logits)
+        adam.step({name: gradients[id(w)] for name, w in model.weights.items()},
+                  learning_rate * min(1, (step + 1) / 10) * (1 - step / steps))
+        losses.append(loss)
+        if show:
+            print(f"\rtraining the tiny Llama: step {step + 1} of {steps}, loss {loss:.2f} ", end="", file=sys.stderr)
+    if show:
+        print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+    return model, losses
+
+
+# ---------------------------------------------------------------------------------------------------
+
+SECTIONS = [
+    ("Greedy", show_greedy, [greedy, extend_by, argmax]),
+    ("Shaping the distribution", show_filters,
+     [apply_temperature, top_k_filter, top_p_filter, min_p_filter, typical_filter, repetition_penalty, count_penalty]),
+    ("Sampling done right", show_sampling, [sample, draw, every_outcome, chi_square]),
+    ("Beam search", show_beam, [beam_search, extensions, diverse_beam_search, exact_search]),
+    ("Speculative decoding", show_speculative,
+     [speculative_greedy, speculate, speculative_sample, acceptance, residual]),
+    ("When it pays", show_when_it_pays, [expected_tokens, speed_up, best_gamma]),
+    ("Drafts for nothing", show_free_drafts, [prompt_lookup, ngram_model, rounded_weights]),
+    ("Medusa", show_medusa, [medusa_head, medusa_tree, tree_paths, tree_pass, accepted_path, medusa_greedy]),
+    ("EAGLE", show_eagle, [eagle_step, eagle_draft, train_eagle]),
+    ("Jacobi and lookahead decoding", show_lookahead, [jacobi_greedy, lookahead_greedy]),
+    ("Text with a shape", show_constrained, [parse_pattern, derivative, constrain]),
+    ("The table", show_all_decoders, [log_probability]),
+]
+
+
+def number(low: float, high: float, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number from low (or above it) to high."""
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or above and value == low:
+            bounds = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
+            raise ArgumentTypeError(f"must be a number {bounds}, not {text!r}")
+        return value
+    return parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the trace; the exit status."""
+    parser = common_parser("microbeam", "From logits to text: decoding, and speculative decoding.", len(SECTIONS))
+    parser.add_argument("--prompt", default=PROMPT, help=f"the text to go on from (default: {PROMPT!r})")
+    for option, kind, default, text in (
+            ("--max-new-tokens", whole_number(1, 64), MAX_NEW_TOKENS, "tokens generated"),
+            ("--temperature", number(0.05, 10), TEMPERATURE, "divides the logits"),
+            ("--top-k", whole_number(1, 999), TOP_K, "tokens that top-k keeps"),
+            ("--top-p", number(0, 1, above=True), TOP_P, "probability that top-p keeps"),
+            ("--min-p", number(0, 1), MIN_P, "share of the best probability that min-p asks for"),
+            ("--width", whole_number(1, 16), BEAM_WIDTH, "candidates that beam search keeps"),
+            ("--length-penalty", number(-2, 4), LENGTH_PENALTY, "score = log-probability / length^this"),
+            ("--gamma", whole_number(1, 16), GAMMA, "tokens drafted before each pass of the target"),
+            ("--steps", whole_number(1, 200), STEPS, "of training the models first; fewer: less sure, sooner done")):
+        parser.add_argument(option, metavar="N" if isinstance(default, int) else "X", type=kind, default=default,
+                            help=f"{text} (default {default:g})")
+    knobs = parser.parse_args(argv)
+
+    tokenizer, _ = rhyme()
+    try:
+        knobs.tokens = tokenizer.encode(knobs.prompt)
+    except ValueError as error:
+        parser.error(f"argument --prompt: {error}")
+    if not 0 < len(knobs.tokens) <= MAX_PROMPT:
+        parser.error(f"argument --prompt: must have from 1 to {MAX_PROMPT} tokens, not {len(knobs.tokens)}")
+    knobs.tokenizer, knobs.eos = tokenizer, tokenizer.vocab.index("\n")
+    knobs.sizes = [sum(map(math.prod, Config(VOCAB_SIZE, **sizes).shapes().values())) for sizes in (TARGET, DRAFT)]
+    knobs.name = lambda token: show_token(tokenizer.vocab[token])
+    knobs.clip = partial(clip, tokenizer)
+    knobs.tail = partial(tail, tokenizer)
+    return run_sections(SECTIONS, knobs, "python microbeam.py --section 5 --temperature 0.5 --gamma 8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
