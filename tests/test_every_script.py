@@ -413,7 +413,8 @@ def test_a_full_disk_is_told_in_one_line(script):
 
 @each_script
 def test_control_c_ends_with_130_and_no_traceback(script):
-    process = subprocess.Popen([sys.executable, "-u", str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-u", str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # even under nohup
     for _ in range(3):
         process.stdout.readline()
     process.send_signal(signal.SIGINT)
