@@ -780,7 +780,7 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
     top = sorted(exact, key=lambda text: -exact[text])[:6]
     trace.table(["text", "target", "speculative", "argmax drafts", "target", "speculative", "argmax drafts"],
                 [[" ".join("abc"[token] for token in text), *(f"{p.get(text, 0):.4f}" for p in (exact, *got.values())),
-                  *(bar(p.get(text, 0), max(got["argmax drafts"].values()), 8) for p in (exact, *got.values()))]
+                  *(bar(p.get(text, 0), max(got["argmax drafts"].values()), 9) for p in (exact, *got.values()))]
                  for text in top], left=(0, 4, 5, 6))
     apart = {name: total_variation(p, exact) for name, p in got.items()}
     trace.say(f"Drafting the argmax but judging it by softmax q is biased: {apart['argmax drafts']:.1%} of all texts "
