@@ -1785,15 +1785,19 @@ ASCII = str.maketrans({
 
 
 class Trace:
-    """Prints the sections and their checks; knows what the output can show, and how many checks held."""
+    """Prints the sections and their checks; knows what the output can show, and how many checks held.
 
-    def __init__(self, ascii_only: bool = False):
+    predict: ask the reader before each result; None: don't; False: ask, but wait for no answer.
+    """
+
+    def __init__(self, ascii_only: bool = False, predict: bool | None = None):
         encoding = getattr(sys.stdout, "encoding", None) or "ascii"
         probe = "".join(map(chr, ASCII))
         self.ascii = ascii_only or probe.encode(encoding, "ignore").decode(encoding) != probe
         self.colour = (sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
                        and os.environ.get("TERM", "dumb") != "dumb")
-        self.held = self.failed = 0
+        self.held = self.failed = self.unwritten = 0
+        self.predict, self.asked, self.right = predict, 0, 0
         self.in_checks = False  # was the last line a check?
 
     def plain(self, text: str) -> str:
@@ -1839,6 +1843,28 @@ class Trace:
             mark = f"\x1b[{'32' if holds else '1;31'}m{mark}\x1b[0m"
         self.lines([""] * (not self.in_checks) + [f"{mark}  {text[0]}", *("      " + line for line in text[1:])])
         self.in_checks = True
+
+    def ask(self, question: str, answer: float | str) -> None:
+        """With --predict: ask before the result is shown, wait for the reader's answer, show the computed one.
+
+        A number is right within a tenth, a text when it is the same but for case and blanks around it.
+        """
+        if self.predict is None:
+            return
+        shown = answer.strip() if isinstance(answer, str) else f"{answer:,}" if isinstance(answer, int) else f"{answer:,.3g}"
+        self.say(f"Predict: {question}")
+        reply = ""
+        if self.predict:
+            try:
+                reply = input("  your answer (Enter: pass) > ").strip()
+            except EOFError:
+                print()
+                self.predict = False  # no more answers to come
+        right = reply.casefold() == shown.casefold()
+        if not isinstance(answer, str) and (number := re.search(r"[+-]?[0-9][0-9,]*(\.[0-9]+)?|[+-]?\.[0-9]+", reply)):
+            right = abs(float(number[0].replace(",", "")) - answer) <= abs(answer) / 10
+        self.asked, self.right = self.asked + bool(reply), self.right + right
+        self.lines([f"  computed: {shown}" + (" - yes" if right else " - not quite") * bool(reply)], "1")
 
     def check_close(self, claim: str, got: Matrix, expected: Matrix, bound: float) -> None:
         """A check that two matrices have the same shape and differ by less than bound in every place."""
@@ -1915,16 +1941,29 @@ def common_parser(prog: str, description: str, n_sections: int) -> OneLineParser
                         help="seed of all randomness (default 0)")
     parser.add_argument("--ascii", action="store_true", help="print no character outside ASCII")
     parser.add_argument("--time", action="store_true", help="print the seconds each section took, on stderr")
+    parser.add_argument("--predict", action="store_true", help="be asked for each section's result before it is shown")
     return parser
+
+
+def announce(multiply_adds: float) -> None:
+    """On stderr, before a run that will take more than half a minute here: how long, from the work it will count."""
+    ones, start = [1.0] * 10_000, time.perf_counter()
+    for _ in range(20):
+        dot(ones, ones)
+    seconds = multiply_adds * (time.perf_counter() - start) / (20 * len(ones))
+    if seconds > 30:
+        print(f"these settings take about {multiply_adds:.0e} multiply-adds, {seconds:.0f} s or more on this machine; "
+              f"Ctrl-C ends it", file=sys.stderr)
 
 
 def run_sections(sections: Sequence[tuple], knobs: Namespace, next_experiment: str) -> int:
     """Print the chosen sections (title, show function, functions named in the head); the exit status.
 
-    0 when every check held, 1 when one failed, 130 after Ctrl-C. A reader who closes the pipe ends it quietly.
+    0 when every check held, 1 when one failed or a function is not written yet (an exercise: its section says so,
+    and the others go on), 130 after Ctrl-C. A reader who closes the pipe ends it quietly.
     """
     try:
-        trace = Trace(knobs.ascii)
+        trace = Trace(knobs.ascii, sys.stdin is not None and sys.stdin.isatty() if knobs.predict else None)
         if knobs.list:
             trace.lines([f"{number:>2}  {title}" for number, (title, *_) in enumerate(sections, 1)])
         else:
@@ -1932,15 +1971,22 @@ def run_sections(sections: Sequence[tuple], knobs: Namespace, next_experiment: s
                 title, show, functions = sections[number - 1]
                 start = time.perf_counter()
                 trace.section(number, title, functions)
-                show(trace, knobs)
+                try:
+                    show(trace, knobs)
+                except NotImplementedError as error:
+                    trace.unwritten += 1
+                    trace.say(f"Not written yet: {error}. This section goes on once it is.")
                 if knobs.time:
                     sys.stdout.flush()
                     print(f"section {number}: {time.perf_counter() - start:.2f} s", file=sys.stderr)
             trace.lines(["", f"{trace.failed} of {trace.failed + trace.held} checks FAILED." if trace.failed else
-                         f"All {trace.held} checks held.", f"Try next: {next_experiment}"], "1")
+                         f"All {trace.held} checks held.",
+                         *[f"Sections that wait for a function: {trace.unwritten}."] * bool(trace.unwritten),
+                         *[f"Predictions: {trace.right} of {trace.asked} right."] * bool(trace.asked),
+                         f"Try next: {next_experiment}"], "1")
         if sys.stdout is not None:
             sys.stdout.flush()
-        return 1 if trace.failed else 0
+        return 1 if trace.failed or trace.unwritten else 0
     except KeyboardInterrupt:
         return 130
     except OSError as error:

@@ -307,7 +307,7 @@ def test_list_and_section(script):
 def test_help_names_every_option(script):
     done = run(script, "--help", env=os.environ | {"COLUMNS": "200"})
     assert done.returncode == 0 and done.stderr == b""
-    for option in (b"--list", b"--section", b"--seed", b"--ascii", b"--time"):
+    for option in (b"--list", b"--section", b"--seed", b"--ascii", b"--time", b"--predict"):
         assert option in done.stdout
     assert max(map(len, done.stdout.decode().splitlines())) <= 80
 
