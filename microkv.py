@@ -1446,7 +1446,8 @@ class Trace:
         """
         if self.predict is None:
             return
-        shown = answer.strip() if isinstance(answer, str) else f"{answer:,}" if isinstance(answer, int) else f"{answer:,.3g}"
+        shown = answer.strip() if isinstance(answer, str) else (
+            f"{answer:,.0f}" if isinstance(answer, int) or abs(answer) >= 1000 else f"{answer:.3g}")
         self.say(f"Predict: {question}")
         reply = ""
         if self.predict:
@@ -1455,7 +1456,7 @@ class Trace:
             except EOFError:
                 print()
                 self.predict = False  # no more answers to come
-        right = reply.casefold() == shown.casefold()
+        right = bool(reply) and reply.casefold() == shown.casefold()
         if not isinstance(answer, str) and (number := re.search(r"[+-]?[0-9][0-9,]*(\.[0-9]+)?|[+-]?\.[0-9]+", reply)):
             right = abs(float(number[0].replace(",", "")) - answer) <= abs(answer) / 10
         self.asked, self.right = self.asked + bool(reply), self.right + right
@@ -1595,7 +1596,8 @@ def run_sections(sections: Sequence[tuple], knobs: Namespace, next_experiment: s
                     sys.stdout.flush()
                     print(f"section {number}: {time.perf_counter() - start:.2f} s", file=sys.stderr)
             trace.lines(["", f"{trace.failed} of {trace.failed + trace.held} checks FAILED." if trace.failed else
-                         f"All {trace.held} checks held.",
+                         f"All {trace.held} checks held." if trace.held else
+                         "No check was reached.",
                          *[f"Sections that wait for a function: {trace.unwritten}."] * bool(trace.unwritten),
                          *[f"Predictions: {trace.right} of {trace.asked} right."] * bool(trace.asked),
                          f"Try next: {next_experiment}"], "1")

@@ -6,6 +6,7 @@ the rule is seen to fail on it.
 
 import ast
 import functools
+import inspect
 import os
 import pty
 import re
@@ -17,6 +18,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
+from tests import readme
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["microattention", "microkv", "microflash", "microquant", "microbeam"]
@@ -37,7 +40,6 @@ BREAKAGE = {"microattention": ("return [e / total for e in exps]", "return [e / 
 def cheap(script):
     """The arguments of a cheap run."""
     return ["--section", CHEAP[script.stem], *CHEAPER.get(script.stem, [])]
-
 
 
 def run(script, *arguments, options=(), **settings):
@@ -184,6 +186,14 @@ def test_the_whole_trace_ends_well(script):
 
 
 @each_script
+def test_the_readme_shows_this_trace(script):
+    """`python tests/readme.py` refreshes it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- {script.stem} section" in text
+    assert readme.with_excerpts(text, script.stem, whole_trace(script).stdout.decode("utf-8")) == text
+
+
+@each_script
 def test_every_section_checks_something_and_names_functions_that_exist(script):
     text = whole_trace(script).stdout.decode("utf-8")
     module = __import__(script.stem)
@@ -284,6 +294,61 @@ def test_time_goes_to_stderr(script):
     timed = cheap_trace(script, "--time")
     assert timed.stdout == cheap_trace(script).stdout
     assert re.fullmatch(rb"(section \d+: \d+\.\d\d s\n){2}", timed.stderr)
+
+
+# ------------------------------------------------------------------------------------ predictions
+
+def converse(script, typed):
+    """The finished process of a cheap run with --predict, and what it printed, after typing all that at a terminal."""
+    ours, theirs = pty.openpty()
+    os.write(ours, typed.encode())
+    process = subprocess.Popen([sys.executable, str(script), "--predict", *cheap(script)], stdin=theirs,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    os.close(theirs)
+    out, errors = process.communicate(timeout=100)
+    os.close(ours)
+    assert errors == b""
+    return process.returncode, out.decode("utf-8")
+
+
+@each_script
+def test_every_section_has_a_question(script):
+    module = __import__(script.stem)
+    assert [title for title, show, _ in module.SECTIONS if "trace.ask(" not in inspect.getsource(show)] == []
+
+
+@each_script
+def test_predict_asks_shows_the_answer_and_keeps_the_score(script):
+    silent = cheap_trace(script, "--predict")  # no terminal: it asks, and waits for nothing
+    assert (silent.returncode, silent.stderr) == (0, b"")
+    text = silent.stdout.decode("utf-8")
+    answers = re.findall(r"^  computed: (.+)$", text, re.M)
+    assert len(answers) == text.count("\nPredict: ") >= 2 and "Predictions:" not in text
+    rest = re.sub(r"\nPredict: (?:.+\n)+?  computed: .+\n", "", text)
+    assert rest == cheap_trace(script).stdout.decode("utf-8")
+
+    status, out = converse(script, "".join(answer + "\n" for answer in answers))
+    assert status == 0 and f"\nPredictions: {len(answers)} of {len(answers)} right.\n" in out
+    status, out = converse(script, "no idea\n" * len(answers))
+    assert status == 0 and f"\nPredictions: 0 of {len(answers)} right.\n" in out and out.count(" - not quite") == len(answers)
+    status, out = converse(script, "\n\x04")  # a pass, then no more answers
+    assert status == 0 and "Predictions:" not in out
+
+
+@each_script
+def test_control_c_at_a_question(script):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-u", str(script), "--predict", *cheap(script)], stdin=theirs,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    os.close(theirs)
+    output = b""
+    while b"your answer" not in output:
+        output += os.read(process.stdout.fileno(), 4096)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    os.close(ours)
+    assert process.returncode == 130 and b"Traceback" not in errors
 
 
 # ------------------------------------------------------------------------------- the command line
