@@ -29,6 +29,8 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     option = config.option
+    if hasattr(config, "workerinput"):
+        return  # this is one of the two
     if option.impl is None and config.pluginmanager.hasplugin("xdist") and option.numprocesses is None and not option.usepdb:
         option.numprocesses, option.dist = 2, "loadgroup"
 
