@@ -2282,10 +2282,10 @@ def common_parser(prog: str, description: str, n_sections: int) -> OneLineParser
 
 def announce(multiply_adds: float) -> None:
     """On stderr, before a run that will take more than half a minute here: how long, from the work it will count."""
-    ones, start = [1.0] * 10_000, time.perf_counter()
+    ones, start = [1.0] * 10_000, time.process_time()
     for _ in range(20):
         dot(ones, ones)
-    seconds = multiply_adds * (time.perf_counter() - start) / (20 * len(ones))
+    seconds = multiply_adds * (time.process_time() - start) / (20 * len(ones))
     if seconds > 30:
         print(f"these settings take about {multiply_adds:.0e} multiply-adds, {seconds:.0f} s or more on this machine; "
               f"Ctrl-C ends it", file=sys.stderr)

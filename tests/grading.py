@@ -32,11 +32,10 @@ def pytest_cmdline_main(config):
     if hasattr(config, "workerinput"):
         return  # this is one of the two
     if option.impl is None and config.pluginmanager.hasplugin("xdist") and option.numprocesses is None and not option.usepdb:
-        option.numprocesses, option.dist = 2, "loadgroup"
+        option.numprocesses = 2
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "xdist_group(name): tests that share what is expensive, kept on one worker")
     if (folder := config.option.impl) is None:
         return
     folder = (config.invocation_params.dir / folder).resolve()
@@ -50,10 +49,17 @@ def pytest_configure(config):
     config.pluginmanager.register(Grader(config, folder, scripts), "grader")
 
 
-def pytest_collection_modifyitems(config, items):
-    for item in items:
-        script = getattr(item, "callspec", None) and item.callspec.params.get("script")
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {script.stem if script else ''}"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """What is expensive (a whole trace, a trained model) is made once: the tests of a file, or where they go through the
+    scripts, those of one script, stay together."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByScript(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            return file + next((name for name in NAMES if name in test), "")
+    return ByScript(config, log)
 
 
 # ------------------------------------------------------------------------------------- the grades
