@@ -66,10 +66,11 @@ BEAM_WIDTH = 4        # candidates kept by beam search
 LENGTH_PENALTY = 1.0  # score = log-probability / length^this
 GAMMA = 4             # tokens drafted before each pass of the target
 VOCAB_SIZE = 160      # every word of the rhyme is one token then
-TARGET = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 32}
-DRAFT = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 16}
-STEPS = 48            # of training the target, and EAGLE's head; two thirds for the draft, half for Medusa's
+TARGET = {"dim": 20, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 24}
+DRAFT = {"dim": 12, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 16}
+STEPS = 44            # of training the target, and EAGLE's head; two thirds for the draft, half for Medusa's
 STEP_TOKENS = 32      # read in each step
+LEARNING_RATE = 0.04  # of the Llamas and of the heads
 MAX_PROMPT = 64       # tokens of the longest prompt accepted
 
 
@@ -1022,19 +1023,13 @@ def tree_pass(llama: Llama, tree: Tree, cache: PrefixCache) -> tuple[Matrix, Mat
     sees = [[*range(start), *(start + node for node in path)] for path in tree_paths(tree)]
     positions = [len(seen) - 1 for seen in sees]
 
-    def attend_on_tree(q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
-        keys, values, heads = split_heads(k, n_kv_heads), split_heads(v, n_kv_heads), []
-        for h, queries in enumerate(split_heads(q, n_heads)):
-            g, scale = h * n_kv_heads // n_heads, 1 / math.sqrt(len(queries[0]))
-            weights = [softmax([dot(query, keys[g][j]) * scale for j in seen]) for query, seen in zip(queries, sees)]
-            heads.append([[dot(w, column) for column in zip(*(values[g][j] for j in seen))]
-                          for w, seen in zip(weights, sees)])
-        return concat(*heads)
-
     def run(operation: Callable, *inputs):
         if operation is rope_heads:
             return rope_heads(inputs[0], positions, *inputs[2:])
-        return (attend_on_tree if operation is attend else operation)(*inputs)
+        if operation is attend:
+            q, k, v, *n_heads = inputs
+            return [attend([row], [k[j] for j in seen], [v[j] for j in seen], *n_heads)[0] for row, seen in zip(q, sees)]
+        return operation(*inputs)
 
     return forward_with_features(llama, [token for token, _ in tree], cache, run)
 
@@ -1066,7 +1061,7 @@ def tree_step(llama: Llama, tree: Tree, cache: PrefixCache) -> tuple[list[int], 
 
 
 def medusa_greedy(llama: Llama, heads: Sequence[Head], prompt: Sequence[int], max_new_tokens: int, *,
-                  tops: Sequence[int] = (3, 2, 1)) -> tuple[list[int], Counts]:
+                  tops: Sequence[int] = (3, 2)) -> tuple[list[int], Counts]:
     """(the same tokens as greedy, Counts); the first pass reads the prompt."""
     check_request(prompt, max_new_tokens)
     cache, counts = PrefixCache(llama.config.n_layers), Counts([([], 0)])
@@ -1080,7 +1075,7 @@ def medusa_greedy(llama: Llama, heads: Sequence[Head], prompt: Sequence[int], ma
     return tokens[len(prompt):][:max_new_tokens], counts
 
 
-def train_medusa(llama: Llama, ids: Sequence[int], n_heads: int, steps: int, rate: float = 0.03) -> list[Head]:
+def train_medusa(llama: Llama, ids: Sequence[int], n_heads: int, steps: int, rate: float = LEARNING_RATE) -> list[Head]:
     """Heads for 1, 2, … places after the next token, on the frozen llama's hidden states."""
     heads, batches = [], hidden_batches(llama, tuple(ids))
     for ahead in range(2, 2 + n_heads):
@@ -1097,7 +1092,7 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
     """A tree with its mask and what was kept of it; passes against greedy's."""
     target, _ = models(knobs)
     llama, n = target.llama, knobs.max_new_tokens
-    heads, tops = medusa_heads(knobs.seed, knobs.steps), (3, 2, 1)
+    heads, tops = medusa_heads(knobs.seed, knobs.steps), (3, 2)
     tokens, counts = medusa_greedy(llama, heads, knobs.tokens, n, tops=tops)
     best = max(range(len(counts.rounds)), key=lambda i: counts.rounds[i][1])
     text = knobs.tokens + tokens[:sum(kept + 1 for _, kept in counts.rounds[:max(best, 1)])]
@@ -1157,8 +1152,8 @@ def eagle_draft(target: CachedModel, head: Head, tokens: list[int], n: int) -> l
 def train_eagle(llama: Llama, ids: Sequence[int], rng: random.Random, steps: int) -> Head:
     """The head, fitted to the frozen llama's hidden states."""
     dim, batches = llama.config.dim, []
-    head = {"w1": [[rng.gauss(0, (2 * dim) ** -0.5) for _ in range(2 * dim)] for _ in range(2 * dim)],
-            "w2": [[0.0] * (2 * dim) for _ in range(dim)]}
+    head = {"w1": [[rng.gauss(0, (2 * dim) ** -0.5) for _ in range(2 * dim)] for _ in range(dim)],
+            "w2": [[0.0] * dim for _ in range(dim)]}
     for start, f in hidden_batches(llama, tuple(ids)):
         x = concat(f[:-1], look_up(llama.weights["tok_embeddings"], ids[start + 1:start + len(f)]))
         batches.append(((x, f[:-1]), f[1:]))
@@ -1487,6 +1482,17 @@ class PrefixCache:
         self.length = len(self.layers[-1][0])
         return keys, values
 
+    def append(self, pairs: Sequence[tuple[Vector, Vector]]) -> None:
+        """Add one token's (key, value) of each layer."""
+        for (keys, values), (key, value) in zip(self.layers, pairs):
+            keys.append(key)
+            values.append(value)
+        self.length += 1
+
+    def at(self, i: int) -> list[tuple[Vector, Vector]]:
+        """The (key, value) of token i in each layer."""
+        return [(keys[i], values[i]) for keys, values in self.layers]
+
     def keep(self, positions: Sequence[int]) -> None:
         """Forget all but these, which come first from now on, in this order."""
         self.length = len(positions)
@@ -1496,15 +1502,16 @@ class PrefixCache:
 
 
 class CachedModel:
-    """A Llama as logits_fn. It reads only what is new since the longest prefix it shares with the text before.
+    """A Llama as logits_fn that reads nothing twice.
 
-    passes: how often a decoder asked; forwards: how often the Llama really ran (rows known already are kept).
+    Of every prefix it has read it keeps the logits, the hidden state, and the last token's keys and values: going
+    back to a text left earlier, as a beam does all the time, costs nothing.
+    passes: how often a decoder asked; forwards: how often the Llama ran.
     """
 
     def __init__(self, llama: Llama):
-        self.llama, self.cache, self.text = llama, PrefixCache(llama.config.n_layers), []
-        self.known: dict[tuple[int, ...], tuple[Vector, Vector]] = {}  # prefix: (logits, hidden state)
-        self.passes = self.forwards = 0
+        self.llama, self.passes, self.forwards = llama, 0, 0
+        self.known: dict[tuple[int, ...], tuple] = {}  # prefix: (logits, hidden state, [(key, value) of each layer])
 
     def __call__(self, tokens: Sequence[int]) -> Vector:
         return self.last_rows(tokens, 1)[0]
@@ -1512,15 +1519,17 @@ class CachedModel:
     def last_rows(self, tokens: Sequence[int], n: int) -> Matrix:
         """Logits after each of the last n prefixes of tokens, [n][vocab_size], in one pass."""
         self.passes += 1
-        prefixes = [tuple(tokens[:end]) for end in range(len(tokens) - n + 1, len(tokens) + 1)]
-        if any(prefix not in self.known for prefix in prefixes):
-            start = min(agreement(tokens, self.text), len(tokens) - n)
-            self.cache.keep(range(start))
-            rows, features = forward_with_features(self.llama, tokens[start:], self.cache)
-            self.forwards, self.text = self.forwards + 1, list(tokens)
-            for end, both in enumerate(zip(rows, features), start + 1):
-                self.known[tuple(tokens[:end])] = both
-        return [self.known[prefix][0] for prefix in prefixes]
+        prefixes = [tuple(tokens[:end]) for end in range(1, len(tokens) + 1)]
+        start = next((i for i, prefix in enumerate(prefixes) if prefix not in self.known), len(tokens))
+        if start < len(tokens):
+            cache = PrefixCache(self.llama.config.n_layers)
+            for prefix in prefixes[:start]:
+                cache.append(self.known[prefix][2])
+            rows, features = forward_with_features(self.llama, tokens[start:], cache)
+            self.forwards += 1
+            for i, (row, feature) in enumerate(zip(rows, features), start):
+                self.known[prefixes[i]] = row, feature, cache.at(i)
+        return [self.known[prefix][0] for prefix in prefixes[-n:]]
 
     def feature(self, tokens: Sequence[int]) -> Vector | None:
         """The last hidden state, which the output matrix reads, after these tokens; None if they were not read yet."""
@@ -1550,7 +1559,7 @@ def rhyme() -> tuple[Tokenizer, list[int]]:
 @cache
 def trained_llama(seed: int, steps: int, **sizes: int) -> Llama:
     """A Llama of these sizes that has read the rhyme."""
-    return train(Config(VOCAB_SIZE, **sizes), rhyme()[1], random.Random(seed), steps, STEP_TOKENS)[0]
+    return train(Config(VOCAB_SIZE, **sizes), rhyme()[1], random.Random(seed), steps, STEP_TOKENS, LEARNING_RATE)[0]
 
 
 def models(knobs: Namespace) -> tuple[CachedModel, CachedModel]:
@@ -1561,8 +1570,8 @@ def models(knobs: Namespace) -> tuple[CachedModel, CachedModel]:
 
 @cache
 def medusa_heads(seed: int, steps: int) -> list[Head]:
-    """Three heads on the trained target."""
-    return train_medusa(trained_llama(seed, steps, **TARGET), rhyme()[1], 3, max(1, steps // 2), 0.04)
+    """Two heads on the trained target."""
+    return train_medusa(trained_llama(seed, steps, **TARGET), rhyme()[1], 2, max(1, steps // 2))
 
 
 @cache
@@ -1579,7 +1588,7 @@ def hidden_batches(llama: Llama, ids: tuple[int, ...]) -> list[tuple[int, Matrix
 
 
 def fit(head: Head, batches: Sequence[tuple], forward: Callable, slope: Callable, steps: int,
-        rate: float = 0.03) -> None:
+        rate: float = LEARNING_RATE) -> None:
     """Train head, in place: forward(*inputs, head, run) and its gradient slope(output, goal), batch by batch."""
     adam = Adam(head)
     for step in range(steps):
