@@ -46,7 +46,7 @@ from argparse import ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial, reduce
+from functools import cache, partial
 from statistics import fmean
 
 Vector = list[float]
@@ -69,7 +69,7 @@ GAMMA = 4             # tokens drafted before each pass of the target
 VOCAB_SIZE = 160      # every word of the rhyme is one token then
 TARGET = {"dim": 20, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 24}
 DRAFT = {"dim": 12, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 16}
-STEPS = 44            # of training the target and the heads on it; two thirds for the draft
+STEPS = 44            # of training the target and the Medusa heads; two thirds for the draft, half as many again for EAGLE
 STEP_TOKENS = 32      # read in each step
 LEARNING_RATE = 0.04
 MAX_PROMPT = 64       # tokens of the longest prompt accepted
@@ -351,13 +351,12 @@ def every_outcome(sampler: Callable[[EveryBranch], object]) -> dict[object, floa
 
 
 def chi_square(counts: Sequence[int], p: Vector) -> tuple[float, int]:
-    """(χ², degrees of freedom) of counts against p; cells that expect fewer than 5 are put together."""
-    n = sum(counts)
-    cells = [(count, n * q) for count, q in zip(counts, p) if n * q >= 5]
-    rare = [(count, n * q) for count, q in zip(counts, p) if n * q < 5]
-    if any(map(any, rare)):
-        cells.append(tuple(map(sum, zip(*rare))))
-    return sum((seen - expected) ** 2 / expected if expected else math.inf for seen, expected in cells), len(cells) - 1
+    """(χ², degrees of freedom) of counts against p; the rarest cells are put together until each expects 5."""
+    cells = sorted((sum(counts) * q, count) for count, q in zip(counts, p))
+    while len(cells) > 1 and cells[0][0] < 5:
+        (expected, seen), (more, others), *rest = cells
+        cells = sorted([(expected + more, seen + others), *rest])
+    return sum((seen - expected) ** 2 / expected for expected, seen in cells), len(cells) - 1
 
 
 def show_sampling(trace: Trace, knobs: Namespace) -> None:
@@ -373,6 +372,7 @@ def show_sampling(trace: Trace, knobs: Namespace) -> None:
             for i in sorted(range(len(p)), key=lambda i: -p[i])[:8]]
     trace.table(["token", "expected", "drawn", "probability", "frequency"], rows, left=(0, 3, 4))
     total, freedom = chi_square(counts, p)
+    bound = freedom + 2 * math.sqrt(12 * freedom) + 24  # exceeded with P < exp(-12) (Laurent & Massart 2000, lemma 1)
     trace.say(f"Chi-square is {total:.1f} with {freedom} degrees of freedom.")
 
     ways = {"greedy": {"top_k": 1}, "t = 0.5": {"temperature": 0.5}, "as it is": {}, "t = 1.5": {"temperature": 1.5},
@@ -391,9 +391,7 @@ def show_sampling(trace: Trace, knobs: Namespace) -> None:
                      knobs.clip(found[-1], 22)])
     trace.table(["sampler", "likelihood", "distinct-2", "texts", "the last"], rows, left=(0, 4))
 
-    # Chance exceeds this bound less than once in 150,000 runs: P < exp(-12) (Laurent & Massart 2000, lemma 1).
-    trace.check("frequencies agree with the probabilities", total < freedom + 2 * math.sqrt(12 * freedom) + 24,
-                f"chi-square below {freedom + 2 * math.sqrt(12 * freedom) + 24:.0f}")
+    trace.check("frequencies agree with the probabilities", total < bound, f"chi-square below {bound:.0f}")
     exact = every_outcome(lambda rng: tuple(sample(toy_logits, TOY_PROMPT, 2, rng=rng)))
     trace.check_close("enumerated, sample() on the toy of section 1 gives each text its probability",
                       [[exact[a, b] for a in range(3) for b in range(3)]],
@@ -808,8 +806,8 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
     gammas, rows = (1, 2, 3, 4, 6, 8), []
     for c in sorted({0.0, 0.05, 0.2, 0.5, round(cost, 3)}):
         best = max(gammas, key=lambda gamma: speed_up(alpha, gamma, c))
-        rows.append([f"{c:.2f}"] + [f"{speed_up(alpha, gamma, c):.2f}" + ("*" if gamma == best else " ")
-                                    for gamma in gammas] + [str(best_gamma(alpha, c))])
+        rows.append([f"{c:.2f}", *(f"{speed_up(alpha, gamma, c):.2f}{'*' if gamma == best else ' '}" for gamma in gammas),
+                     str(best_gamma(alpha, c))])
     trace.table(["c | gamma", *(f"{gamma} " for gamma in gammas), "best of 0 to 16"], rows)
 
     spread = math.sqrt(sum(beta * (1 - beta) for beta in every) + 1)
@@ -879,7 +877,8 @@ def show_free_drafts(trace: Trace, knobs: Namespace) -> None:
         rounded = CachedModel(Llama(llama.config, rounded_weights(llama.weights, bits)))
         drafters[f"the target in {bits} bits"] = (str(bits), partial(greedy, rounded))
     trace.say(f"Greedy, {n} tokens, gamma = {gamma}, after a verse about the cat, so that there is something to look up. "
-              f"Read: bits that a drafted token reads for each weight of the target (64 bits as it is).")
+              f"Read: bits that a drafted token reads for each weight of the target (64 bits as it is). Accepted: of all "
+              f"that were drafted.")
     plain, rows, runs = greedy(target, prompt, n), [], {}
     for name, (bits, propose) in drafters.items():
         runs[name] = tokens, counts = speculate(target, propose, prompt, n, gamma=gamma)
@@ -972,14 +971,15 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
     n, tops, heads = knobs.max_new_tokens, (3, 2), medusa_heads(knobs.seed, knobs.steps)
     (tokens, counts), (_, chained) = (medusa_greedy(target, heads, knobs.tokens, n, tops=way) for way in (tops, (1, 1)))
 
-    text = (*knobs.tokens, tokens[0])
+    best = max(range(len(counts.rounds)), key=lambda i: counts.rounds[i][1])  # the pass that yields most
+    text = (*knobs.tokens, *tokens[:max(1, sum(kept + 1 for _, kept in counts.rounds[:best]))])
     candidates = medusa_candidates(target, heads, tops, text)
     nodes = list(dict.fromkeys(text + path[:end] for path in candidates for end in range(len(path) + 1)))
     found = text + tuple(verify_tree(target, text, candidates)[0])
     trace.ask(f"Under the target's own token the {tops[0]} best of head 1, under each of these the {tops[1]} best of "
               f"head 2. How many nodes has the tree?", len(nodes))
     trace.say(f"{len(heads)} heads, the {', '.join(map(str, tops))} best of each: a tree of {len(nodes)} nodes, "
-              f"verified in one pass after {knobs.tail(knobs.tokens)!r}. Its root is the target's own. Right: the tree "
+              f"verified in one pass after {knobs.tail(text[:-1])!r}. Its root is the target's own. Right: the tree "
               f"attention mask, who (row) sees whom (column) besides the text. * is kept.")
     trace.lines([("  " * (len(node) - len(text)) + knobs.name(node[-1]) + " *" * (node == found[:len(node)])).ljust(28)
                  + "".join("█" if node[:len(other)] == other else "·" for other in nodes) for node in nodes])
@@ -1129,109 +1129,64 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
 # 11. Text with a shape
 #
 # Output that a program must read (JSON, a date, one of three answers) can be forced into shape: an automaton reads
-# what was written so far, and every token it could not go on from gets -inf. Its states are regular expressions:
-# after the character c, what must still follow is the derivative of the pattern by c (Brzozowski 1964). A token
-# is allowed if the derivative by all of its characters is not the empty set; the end, if nothing more need follow.
+# what was written so far, and every token it could not go on from gets -inf. Here the shape is a grammar whose
+# rules are lists of (words, the rule that comes after them; None: the end), which can say all that a regular
+# expression can. The automaton may be in several states at once: (what is left of the words, the rule after them).
 #
 # The mask is local, though: P_local(text) = Π p(x_t) / Z_t, where Z_t is the mass that was allowed at step t. Asking
 # the model for a text *given* that it fits would be P(text) / P(fits). Local masking walks gladly into a place
 # where the model has nothing good to say, since it never sees the bill, Π Z_t.
 
-Pattern = tuple  # ("char", c), ("seq", a, b), ("or", a, b), ("star", a), ("end",): nothing, ("none",): no text at all
-END, NONE = ("end",), ("none",)
+Grammar = dict[str, list[tuple[str, str | None]]]  # it starts with its first rule; words are never empty
+States = frozenset[tuple[str, str | None]]
 
 
-def parse_pattern(text: str) -> Pattern:
-    """A regular expression of characters, (…), | and *, as nested tuples. ValueError where brackets do not match."""
-    groups: list[list[list[Pattern]]] = [[[]]]  # for each bracket still open: its alternatives, each a list of parts
-
-    def closed(alternatives: list[list[Pattern]]) -> Pattern:
-        return reduce(either, [reduce(lambda rest, part: then(part, rest), parts[::-1], END) for parts in alternatives])
-
+def follow(grammar: Grammar, states: States, text: str) -> States:
+    """The states after reading text in any of these; none if it does not fit."""
     for c in text:
-        if c == "(":
-            groups.append([[]])
-        elif c == "|":
-            groups[-1].append([])
-        elif c == "*" and groups[-1][-1]:
-            groups[-1][-1].append(("star", groups[-1][-1].pop()))
-        elif c == ")" and len(groups) > 1:
-            group = closed(groups.pop())
-            groups[-1][-1].append(group)
-        elif c in "*)":
-            raise ValueError(f"pattern has a {c!r} without a bracket to close or a part to repeat: {text!r}")
-        else:
-            groups[-1][-1].append(("char", c))
-    if len(groups) > 1:
-        raise ValueError(f"pattern has an opening bracket without its closing one: {text!r}")
-    return closed(groups[0])
+        choices = [choice for left, rule in states
+                   for choice in ([(left, rule)] if left else grammar.get(rule, []))]
+        states = frozenset((words[1:], rule) for words, rule in choices if words[0] == c)
+    return states
 
 
-def then(a: Pattern, b: Pattern) -> Pattern:
-    """a followed by b, simplified."""
-    return NONE if NONE in (a, b) else b if a == END else a if b == END else ("seq", a, b)
+def constrain(logits_fn: LogitsFn, vocab: Sequence[str], grammar: Grammar, prompt_length: int, eos: int) -> LogitsFn:
+    """logits_fn with -inf wherever the text after the prompt could no longer fit; eos only where it may end."""
+    start = frozenset({("", next(iter(grammar)))})
 
-
-def either(a: Pattern, b: Pattern) -> Pattern:
-    """a or b, simplified."""
-    return b if a in (NONE, b) else a if b == NONE else ("or", a, b)
-
-
-def may_end(pattern: Pattern) -> bool:
-    """Does it accept the empty text?"""
-    kind, *parts = pattern
-    if kind in ("seq", "or"):
-        return (all if kind == "seq" else any)(map(may_end, parts))
-    return kind in ("end", "star")
-
-
-@cache
-def derivative(pattern: Pattern, c: str) -> Pattern:
-    """What must follow c for the whole to match the pattern; NONE if nothing can."""
-    kind, *parts = pattern
-    if kind == "char":
-        return END if parts[0] == c else NONE
-    if kind == "or":
-        return either(*(derivative(part, c) for part in parts))
-    if kind == "star":
-        return then(derivative(parts[0], c), pattern)
-    if kind == "seq":
-        after = then(derivative(parts[0], c), parts[1])
-        return either(after, derivative(parts[1], c)) if may_end(parts[0]) else after
-    return NONE
-
-
-def constrain(logits_fn: LogitsFn, vocab: Sequence[str], pattern: str, prompt_length: int, eos: int) -> LogitsFn:
-    """logits_fn with -inf wherever the text after the prompt could no longer match; eos only where it may end."""
-    start = parse_pattern(pattern)
-
-    @cache
-    def allowed(state: Pattern) -> list[bool]:
-        return [may_end(state) if token == eos else reduce(derivative, text, state) != NONE
+    @cache  # which tokens a state allows never changes; production works it out beforehand
+    def allowed(states: States) -> list[bool]:
+        return [("", None) in states if token == eos else bool(follow(grammar, states, text))
                 for token, text in enumerate(vocab)]
 
     def masked(tokens: Sequence[int]) -> Vector:
         written = "".join(vocab[token] for token in tokens[prompt_length:])
-        return keep_where(allowed(reduce(derivative, written, start)), logits_fn(tokens))
+        return keep_where(allowed(follow(grammar, start, written)), logits_fn(tokens))
 
     return masked
+
+
+# Who killed or worried whom, as often as the model likes; and one of three animals.
+STORY = {"animal": [(" cat", "clause"), (" dog", "clause"), (" rat", "clause")],
+         "clause": [(" that killed the", "animal"), (" that worried the", "animal"), (" that lay in the house", None)]}
+STORY_RE = " (cat|dog|rat)( that (killed|worried) the (cat|dog|rat))* that lay in the house"
+ANIMALS = {"animal": [(" cow", "that"), (" cat", "that"), (" rat", "that")], "that": [(" that", None)]}
 
 
 def show_constrained(trace: Trace, knobs: Namespace) -> None:
     """Forced texts; the distribution of local masking against the true conditional one."""
     target, _ = models(knobs)
     prompt, vocab, eos, longest = knobs.tokens, knobs.tokenizer.vocab, knobs.eos, 60
-    story = " (cat|dog|rat|cow) (that (ate|killed|worried) the (cat|rat|malt) )*that lay in the house"
-    forced, rng = constrain(target, vocab, story, len(prompt), eos), random.Random(knobs.seed)
+    forced, rng = constrain(target, vocab, STORY, len(prompt), eos), random.Random(knobs.seed)
     texts = [greedy(forced, prompt, longest, eos=eos)]
     texts += [sample(forced, prompt, longest, rng=rng, eos=eos) for _ in range(3)]
     texts = [knobs.tokenizer.decode(text[:-1]) for text in texts if text[-1] == eos]
-    trace.say("A pattern, and texts forced into it, by greedy and by sampling; any decoder takes the masked logits.")
-    for text in (story, *texts):
-        trace.lines(quoted(text))
+    trace.say(f"A grammar, as a regular expression: {STORY_RE!r}. Texts forced into it, by greedy and by sampling; any "
+              f"decoder takes the masked logits.")
+    for text in texts:
+        trace.lines(quoted("…" + text))
 
-    small = " (cow|cat|rat) that"
-    forced = constrain(target, vocab, small, len(prompt), eos)
+    forced = constrain(target, vocab, ANIMALS, len(prompt), eos)
     local = every_outcome(lambda rng: tuple(sample(forced, prompt, longest, rng=rng, eos=eos)))
     true = {tokens: math.exp(log_probability(target, prompt, tokens)) for tokens in local}
     fits = sum(true.values())
@@ -1240,8 +1195,8 @@ def show_constrained(trace: Trace, knobs: Namespace) -> None:
         text = knobs.tokenizer.decode(tokens[:-1]).strip()
         masked[text] += p
         given[text] += true[tokens] / fits
-    trace.say(f"How far local masking strays, on {small!r}: all {len(local)} ways to write its {len(masked)} texts in "
-              f"tokens, enumerated. (The model itself fits with probability {fits:.1e}.)")
+    trace.say(f"How far local masking strays, on one animal and \"that\": all {len(local)} ways to write the "
+              f"{len(masked)} texts in tokens, enumerated. (The model itself fits with probability {fits:.1e}.)")
     widest = max(masked, key=lambda text: abs(masked[text] - given[text]))
     trace.ask(f"{widest!r} has probability {masked[widest]:.3f} under the local mask. Given that the text fits, is it "
               f"higher or lower?", "higher" if given[widest] > masked[widest] else "lower")
@@ -1249,8 +1204,8 @@ def show_constrained(trace: Trace, knobs: Namespace) -> None:
                 [[text, f"{masked[text]:.3f}", f"{given[text]:.3f}", bar(masked[text], 1, 18), bar(given[text], 1, 18)]
                  for text in sorted(masked)], left=(0, 3, 4))
     trace.say(f"{total_variation(masked, given):.0%} of the texts come out other than they should (total variation).")
-    trace.check("what was forced matches, says Python's re", all(re.fullmatch(story, text) for text in texts)
-                and all(re.fullmatch(small.strip(), text) for text in masked), f"{len(texts)} + {len(local)} texts")
+    trace.check("what was forced matches, says Python's re", all(re.fullmatch(STORY_RE, text) for text in texts)
+                and all(re.fullmatch("(cow|cat|rat) that", text) for text in masked), f"{len(texts)} + {len(local)} texts")
     worst = 0.0
     for tokens, p in local.items():
         bill = p
@@ -1272,8 +1227,7 @@ def show_all_decoders(trace: Trace, knobs: Namespace) -> None:
     target, draft = models(knobs)
     n, gamma = min(knobs.max_new_tokens, 16), knobs.gamma
     heads, head = medusa_heads(knobs.seed, knobs.steps), eagle_head(knobs.seed, knobs.steps)
-    chance = dict(temperature=knobs.temperature, top_p=knobs.top_p)
-    beam = dict(width=knobs.width, length_penalty=knobs.length_penalty)
+    chance, beam = dict(temperature=knobs.temperature, top_p=knobs.top_p), dict(width=knobs.width, length_penalty=knobs.length_penalty)
     decoders = {
         "greedy": lambda prompt, rng: greedy(target, prompt, n),
         "sample": lambda prompt, rng: sample(target, prompt, n, rng=rng, temperature=knobs.temperature),
@@ -1394,7 +1348,7 @@ def medusa_heads(seed: int, steps: int) -> list[Head]:
 @cache
 def eagle_head(seed: int, steps: int) -> Head:
     """The EAGLE head on the trained target."""
-    return train_eagle(trained_llama(seed, steps, **TARGET), rhyme()[1], random.Random(seed), steps)
+    return train_eagle(trained_llama(seed, steps, **TARGET), rhyme()[1], random.Random(seed), steps * 3 // 2)
 
 
 @cache
@@ -1484,12 +1438,12 @@ def entropy(weights: Vector) -> float:
 
 def quoted(text: str) -> list[str]:
     """A text, set in; a slash for the end of a line."""
-    return textwrap.wrap(text.replace("\\n", " / ").strip(), WIDTH, initial_indent="    ", subsequent_indent="    ")
+    return textwrap.wrap(text.replace("\n", " / ").strip(), WIDTH, initial_indent="    ", subsequent_indent="    ")
 
 
 def clip(text: str, width: int) -> str:
     """text on one line, cut to width characters."""
-    text = text.replace("\\n", "/").strip()
+    text = text.replace("\n", "/").strip()
     return text if len(text) <= width else text[:width - 2].rstrip() + " …"
 
 
@@ -2151,7 +2105,7 @@ SECTIONS = [
     ("Medusa", show_medusa, [medusa_head, medusa_candidates, verify_tree, CachedModel, medusa_greedy]),
     ("EAGLE", show_eagle, [eagle_step, eagle_draft, train_eagle]),
     ("Jacobi and lookahead decoding", show_lookahead, [jacobi_greedy, lookahead_greedy]),
-    ("Text with a shape", show_constrained, [parse_pattern, derivative, constrain]),
+    ("Text with a shape", show_constrained, [follow, constrain]),
     ("The table", show_all_decoders, [log_probability]),
 ]
 

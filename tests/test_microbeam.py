@@ -152,7 +152,8 @@ def test_log_softmax_and_chi_square():
     assert m.chi_square([90, 4, 3, 3], [0.9, 0.04, 0.03, 0.03]) == (pytest.approx(0), 1)   # the last three expect 4 + 3 + 3
     assert m.chi_square([55, 45], [0.5, 0.5]) == (pytest.approx(1.0), 1)
     assert m.chi_square([9, 5], [9 / 14, 5 / 14]) == (pytest.approx(0), 1)                 # 5 is not fewer than 5
-    assert m.chi_square([99, 1], [1.0, 0.0])[0] > 50                                       # what cannot come, came
+    assert m.chi_square([60, 30, 6, 3, 1], [0.6, 0.3, 0.04, 0.03, 0.03]) == (pytest.approx(0), 2)
+    assert m.chi_square([3], [1.0]) == (0.0, 0)
 
 
 # ------------------------------------------------------------------------- greedy, sampling, beams
@@ -738,54 +739,65 @@ def test_training_a_head_makes_it_better(llama):
 
 # --------------------------------------------------------------------------------- text with a shape
 
-PATTERNS = ["", "a", "ab", "a|b", "a*", "(ab)*", "a(b|c)*d", "(a|b)(c|)a*", "((a)|b*)c", "a*a", "(a|ab)(c|bc)", "(a*b)*"]
+GRAMMARS = {  # as a regular expression: the grammar
+    "ab": {"s": [("ab", None)]},
+    "a|b": {"s": [("a", None), ("b", None)]},
+    "(ab|c)*d": {"s": [("ab", "s"), ("c", "s"), ("d", None)]},
+    "a(b|c)*d": {"s": [("a", "t")], "t": [("b", "t"), ("c", "t"), ("d", None)]},
+    "a*ab": {"s": [("a", "s"), ("ab", None)]},                                     # which a is the last shows only later
+    "(a|ab)(c|bc)": {"s": [("a", "t"), ("ab", "t")], "t": [("c", None), ("bc", None)]},
+    "(abc)(abc|a)": {"s": [("abc", "t")], "t": [("abc", None), ("a", None)]}}
+VOCAB = ["a", "b", "c", "d", "ab", "bc", "abc", "ca", "$"]
+END = 8
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_derivatives_decide_as_python_s_re(pattern):
-    parsed = m.parse_pattern(pattern)
-    for n in range(6):
-        for text in map("".join, itertools.product("abcd", repeat=n)):
-            state = parsed
-            for c in text:
-                state = m.derivative(state, c)
-            assert m.may_end(state) == bool(re.fullmatch(pattern, text)), text
-            if state == m.NONE:                                             # dead: nothing longer matches either
-                assert not any(re.fullmatch(pattern, text + more) for more in ("", "a", "b", "c", "d", "bc", "ab", "bd", "ca"))
+@pytest.mark.parametrize("pattern", GRAMMARS)
+def test_a_grammar_is_its_regular_expression(pattern):
+    """Every text of up to 4 characters: may it end, may it go on? By re, trying all that may still come."""
+    grammar = GRAMMARS[pattern]
+    texts = ["".join(text) for n in range(5) for text in itertools.product("abcd", repeat=n)]
+    fits = {text for text in texts if re.fullmatch(pattern, text)}
+    endings = ["".join(text) for n in range(5) for text in itertools.product("abcd", repeat=n)]
+    for text in texts:
+        states = m.follow(grammar, frozenset({("", "s")}), text)
+        assert (("", None) in states) == (text in fits)
+        assert bool(states) == any(re.fullmatch(pattern, text + more) for more in endings)
 
 
-@pytest.mark.parametrize("pattern", ["(", "a(b", ")", "a)b", "(a))", "*a", "a|*", "(*)"])
-def test_brackets_that_do_not_match_are_refused(pattern):
-    with pytest.raises(ValueError, match="bracket"):
-        m.parse_pattern(pattern)
-
-
-VOCAB = ["a", "b", "c", "ab", "bc", "abc", "ca", "$"]
-
-
-@pytest.mark.parametrize("pattern", ["(ab|c)*", "a(b|c)*", "abc|cab", "(abc)(abc|a)"])
+@pytest.mark.parametrize("pattern", GRAMMARS)
 def test_constrained_output_always_matches(pattern):
-    for seed in range(12):
+    for seed in range(6):
         free = toy(seed, len(VOCAB))
-        eager = lambda tokens: [x + 2 * (i == 7) for i, x in enumerate(free(tokens))]         # wants to end
-        forced, rng = m.constrain(eager, VOCAB, pattern, 2, 7), random.Random(seed)
-        texts = [m.greedy(forced, [2, 7], 40, eos=7), m.sample(forced, [2, 7], 40, rng=rng, eos=7),
-                 *(tokens for tokens, _ in m.beam_search(forced, [2, 7], 40, width=3, eos=7))]
+        eager = lambda tokens: [x + 2 * (i in (3, END)) for i, x in enumerate(free(tokens))]         # wants to end
+        forced, rng = m.constrain(eager, VOCAB, GRAMMARS[pattern], 2, END), random.Random(seed)
+        texts = [m.greedy(forced, [2, END], 40, eos=END), m.sample(forced, [2, END], 40, rng=rng, eos=END),
+                 *(tokens for tokens, _ in m.beam_search(forced, [2, END], 40, width=3, eos=END))]
         for tokens in texts:
-            assert tokens[-1] != 7 or re.fullmatch(pattern, "".join(VOCAB[token] for token in tokens[:-1]))
-        assert any(tokens[-1] == 7 for tokens in texts)
+            assert tokens[-1] != END or re.fullmatch(pattern, "".join(VOCAB[token] for token in tokens[:-1]))
+        assert any(tokens[-1] == END for tokens in texts)
 
 
 def test_the_mask_allows_exactly_what_can_still_match():
-    pattern = "(ab|c)*"
-    forced = m.constrain(lambda tokens: [0.0] * 8, VOCAB, pattern, 1, 7)
-    prefixes = [text for n in range(4) for text in itertools.product(range(7), repeat=n)]
-    can_match = lambda text: any(re.fullmatch(pattern, text + more) for more in ("", "b", "c", "ab"))
-    for prefix in prefixes:
+    pattern = "(ab|c)*d"
+    forced = m.constrain(lambda tokens: [0.0] * 9, VOCAB, GRAMMARS[pattern], 1, END)
+    can_match = lambda text: any(re.fullmatch(pattern, text + more) for more in ("", "d", "bd"))
+    for prefix in (prefix for n in range(4) for prefix in itertools.product(range(8), repeat=n)):
         text = "".join(VOCAB[token] for token in prefix)
         if can_match(text):
-            expected = [can_match(text + token) for token in VOCAB[:7]] + [bool(re.fullmatch(pattern, text))]
+            expected = [can_match(text + token) for token in VOCAB[:8]] + [bool(re.fullmatch(pattern, text))]
             assert [x == 0.0 for x in forced([5, *prefix])] == expected
+        else:
+            assert forced([5, *prefix]) == [-INF] * 9
+
+
+def test_the_story_s_regular_expression_is_its_grammar():
+    rng = random.Random(0)
+    for _ in range(50):
+        text, rule = "", "animal"
+        while rule:
+            words, rule = rng.choice(m.STORY[rule])
+            text += words
+        assert re.fullmatch(m.STORY_RE, text)
 
 
 # ------------------------------------------------------------------------------------ clear errors
