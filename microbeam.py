@@ -946,9 +946,8 @@ def medusa_greedy(target: CachedModel, heads: Sequence[Head], prompt: Sequence[i
     check_request(prompt, max_new_tokens)
     tokens, counts = list(prompt), Counts()
     while len(tokens) < len(prompt) + max_new_tokens:
-        candidates = medusa_candidates(target, heads, tops, tokens)
-        found, _ = verify_tree(target, tokens, candidates)
-        counts.rounds.append(([token for path in candidates for token in path], len(found) - 1))
+        found, rows = verify_tree(target, tokens, medusa_candidates(target, heads, tops, tokens))
+        counts.rounds.append(([text[-1] for text in rows if len(text) > len(tokens)], len(found) - 1))
         tokens += found
     return tokens[len(prompt):][:max_new_tokens], counts
 
@@ -1094,15 +1093,14 @@ def lookahead_greedy(target: CachedModel, prompt: Sequence[int], max_new_tokens:
     while len(tokens) < len(prompt) + max_new_tokens:
         # The first level is a chain after the text; under each of its tokens hangs its column of the other levels.
         columns = [(*levels[0][:j], *column) for j, column in enumerate(zip(*levels))]
-        candidates = columns + list(pool.get(tokens[-1], {}))[-guesses:]
-        found, rows = verify_tree(target, tokens, candidates)
+        found, rows = verify_tree(target, tokens, columns + list(pool.get(tokens[-1], {}))[-guesses:])
+        counts.rounds.append(([text[-1] for text in rows if len(text) > len(tokens)], len(found) - 1))
         renewed = [argmax(rows[*tokens, *column]) for column in columns]  # what comes at the foot of each
         for first, *rest in zip(*levels, renewed):
             grams = pool.setdefault(first, {})
             grams.pop(tuple(rest), None)
             grams[tuple(rest)] = True  # a dict keeps its order: the latest last
         levels, tokens = levels[1:] + [renewed], tokens + found
-        counts.rounds.append(([token for path in candidates for token in path], len(found) - 1))
     return tokens[len(prompt):][:max_new_tokens], counts
 
 
@@ -1227,7 +1225,8 @@ def show_all_decoders(trace: Trace, knobs: Namespace) -> None:
     target, draft = models(knobs)
     n, gamma = min(knobs.max_new_tokens, 16), knobs.gamma
     heads, head = medusa_heads(knobs.seed, knobs.steps), eagle_head(knobs.seed, knobs.steps)
-    chance, beam = dict(temperature=knobs.temperature, top_p=knobs.top_p), dict(width=knobs.width, length_penalty=knobs.length_penalty)
+    chance = dict(temperature=knobs.temperature, top_p=knobs.top_p)
+    beam = dict(width=knobs.width, length_penalty=knobs.length_penalty)
     decoders = {
         "greedy": lambda prompt, rng: greedy(target, prompt, n),
         "sample": lambda prompt, rng: sample(target, prompt, n, rng=rng, temperature=knobs.temperature),

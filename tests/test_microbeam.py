@@ -589,8 +589,8 @@ def random_heads(llama, n, seed):
 def test_medusa_eagle_and_lookahead_are_greedy(llama, seed):
     rng = random.Random(seed)
     for prompt in ([seed], [rng.randrange(11) for _ in range(5)]):
-        plain = plain_greedy(llama, prompt, 14)
-        for n in (1, 5, 14):
+        plain = plain_greedy(llama, prompt, 12)
+        for n in (1, 2, 12):
             target = m.CachedModel(llama)
             tokens, counts = m.medusa_greedy(target, random_heads(llama, 2, seed), prompt, n, tops=(4, 3))
             assert target.passes == counts.target_passes == target.forwards
@@ -603,7 +603,7 @@ def test_medusa_eagle_and_lookahead_are_greedy(llama, seed):
             assert tokens == plain[:n] and target.passes == counts.target_passes == target.forwards
             if n > 1 and len(prompt) > 1:
                 assert counts.rounds[0] == ([], 0) and counts.drafted > 0 or n == 2
-            for window, ngram, guesses in ((1, 2, 1), (3, 3, 2), (5, 4, 3)):
+            for window, ngram, guesses in ((1, 2, 1), (4, 4, 3)):
                 target = m.CachedModel(llama)
                 tokens, counts = m.lookahead_greedy(target, prompt, n, window=window, ngram=ngram, guesses=guesses)
                 assert target.passes == counts.target_passes == target.forwards
@@ -620,13 +620,13 @@ def test_medusa_guesses_from_the_state_of_the_last_token_read(llama):
     prompt, heads = [3, 1, 4], random_heads(llama, 2, 7)
     heads = [{"w1": head["w1"], "w2": [[a + 3 * b for a, b in zip(*rows)] for rows in zip(head["w2"], llama.weights["output"])]}
              for head in heads]
-    tokens, counts = m.medusa_greedy(m.CachedModel(llama), heads, prompt, 30, tops=(3, 2))
-    text, states = [*prompt, *plain_greedy(llama, prompt, 40)], states_of(llama)
+    tokens, counts = m.medusa_greedy(m.CachedModel(llama), heads, prompt, 20, tops=(3, 2))
+    text, states = [*prompt, *plain_greedy(llama, prompt, 30)], states_of(llama)
     assert counts.rounds[0] == ([], 0)
     at = len(prompt)                                          # tokens read before this round's tree
     for drafts, kept in counts.rounds[1:]:
         first, second = (np.argsort(-reference_medusa_head(states(text[:at])[-1], head), kind="stable").tolist() for head in heads)
-        assert drafts == [token for a in first[:3] for b in second[:2] for token in (a, b)]
+        assert drafts == [token for a in first[:3] for token in (a, *second[:2])]
         expected = 0
         if text[at + 1] in first[:3]:
             expected = 2 if text[at + 2] in second[:2] else 1
@@ -654,7 +654,8 @@ def test_lookahead_keeps_the_n_grams_of_its_window(llama):
     for drafts, kept in counts.rounds:
         grams = [gram[1:] for gram in pool if gram[0] == text[-1]][-guesses:]
         paths = [first[:j + 1] + [second[j]] for j in range(window)] + grams
-        assert drafts == [token for path in paths for token in path]
+        nodes = dict.fromkeys(tuple(path[:end]) for path in paths for end in range(1, len(path) + 1))
+        assert drafts == [node[-1] for node in nodes]
         renewed = [best(text + first[:j + 1] + [second[j]]) for j in range(window)]
         following = plain_greedy(llama, text, 6)
         assert kept == max(next((i for i, (a, b) in enumerate(zip(path, following)) if a != b), len(path)) for path in paths)
