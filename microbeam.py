@@ -2155,7 +2155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     knobs.name = lambda token: show_token(tokenizer.vocab[token])
     knobs.clip = lambda tokens, width: clip(tokenizer.decode(tokens), width)
     knobs.tail = lambda tokens: ("… " + knobs.clip(tokens[-4:], 22)) if len(tokens) > 5 else knobs.clip(tokens, 24)
-    if not knobs.list:
+    if not knobs.list and (knobs.steps > STEPS or knobs.max_new_tokens > MAX_NEW_TOKENS or knobs.width > BEAM_WIDTH):
         learning = 3 * knobs.steps * STEP_TOKENS * (2 * knobs.sizes[0] + knobs.sizes[1])  # the heads: about one more target
         decoding = knobs.max_new_tokens * knobs.sizes[0] * (30 + 5 * knobs.width)         # passes a token, roughly
         announce(2 * (learning + decoding))  # dot products as short as these cost twice as much a number as long ones

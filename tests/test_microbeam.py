@@ -156,6 +156,27 @@ def test_log_softmax_and_chi_square():
     assert m.chi_square([3], [1.0]) == (0.0, 0)
 
 
+def test_the_small_measures():
+    assert m.distinct([[1, 2, 1, 2], [1, 2]]) == 2 / 4 and m.distinct([[1], [2]]) == 1.0
+    assert m.repeated([1, 2, 1, 2, 1], 2) == 2 / 4 and m.repeated([1, 2, 3], 4) == 0.0
+    assert m.total_variation({0: 0.5, 1: 0.5}, {1: 0.25, 2: 0.75}) == 0.75
+    assert m.count_weights({"w1": [[1.0] * 4] * 2, "w2": [[1.0] * 3]}) == 11
+    rng = random.Random(0)
+    a, b = m.random_logits_fn(rng, 3), m.random_logits_fn(rng, 3)
+    assert a([0]) == a((0,)) != b([0]) != a([1]) and len(a([0])) == 3
+
+
+def test_overlaps_are_taken_where_drafts_were_judged():
+    target, draft = toy(0, 3), toy(1, 3)
+    text, rounds = [0, 1, 2, 2, 1, 0], [([1, 0, 2], 1), ([1, 1], 2), ([], 0)]      # after the prompt [0]: 2 + 3 + 1 tokens
+    text.append(1)
+    counts = m.Counts(rounds)
+    found = m.overlaps(target, draft, text[:1], text[1:], counts)
+    expected = [np.minimum(probabilities(target(text[:end])), probabilities(draft(text[:end]))).sum() for end in (1, 2, 3, 4)]
+    np.testing.assert_allclose(found, expected, **TIGHT)
+    assert (counts.target_passes, counts.drafted, counts.accepted) == (3, 5, 3)
+
+
 # ------------------------------------------------------------------------- greedy, sampling, beams
 
 def reference_greedy(model, prompt, n, eos=None):
@@ -500,6 +521,8 @@ def test_ngram_model():
     assert m.argmax(model([4, 1])) == 2                                      # 4 1 never came; after 1: 2 twice, 3 once
     assert model([4, 4]) == pytest.approx([math.log(corpus.count(i) + 0.01) for i in range(5)])
     assert m.argmax(model([2])) == 0
+    model = m.ngram_model([0, 1, 2, 3, 1, 4, 3, 1, 4], 5, order=3)
+    assert [m.argmax(model(text)) for text in ([0, 1], [1], [2, 1])] == [2, 4, 4]        # the longest context that was seen
 
 
 def test_rounded_weights():
@@ -815,6 +838,7 @@ BAD = [
     (lambda: m.greedy(MODEL, [0], 2, eos=3), "eos"), (lambda: m.greedy(MODEL, [0], 2, eos=-1), "eos"),
     (lambda: m.sample(MODEL, [0], 2, rng=RNG, eos=3), "eos"), (lambda: m.beam_search(MODEL, [0], 2, width=2, eos=3), "eos"),
     (lambda: m.beam_search(MODEL, [0], 2, width=0), "width"), (lambda: m.diverse_beam_search(MODEL, [0], 2, groups=0, diversity=1), "groups"),
+    (lambda: m.diverse_beam_search(MODEL, [0], 0, groups=1, diversity=1), "max_new_tokens"),
     (lambda: m.speculative_greedy(MODEL, MODEL, [0], 3, gamma=0), "gamma"),
     (lambda: m.speculative_sample(MODEL, MODEL, [0], 3, gamma=0, rng=RNG), "gamma"),
     (lambda: m.jacobi_greedy(MODEL, [0], 3, gamma=0), "gamma"), (lambda: m.lookahead_greedy(None, [0], 3, window=0), "window"),
@@ -826,6 +850,14 @@ BAD = [
     *((lambda k=k: m.sample(MODEL, [0], 2, rng=RNG, top_k=k), "top_k") for k in (0, -3)),
     *((lambda p=p: m.repetition_penalty([0.0], [0], p), "penalty") for p in (0, -1.0)),
 ]
+
+
+def test_an_error_says_what_would_do():
+    for call, text in ((lambda: m.greedy(MODEL, [0], 2, eos=3), "from 0 to 2"), (lambda: m.greedy(MODEL, [0], -1), "at least 0"),
+                       (lambda: m.beam_search(MODEL, [0], 0, width=1), "at least 1")):
+        with pytest.raises(ValueError, match=text):
+            call()
+    assert m.greedy(MODEL, [0], 1, eos=2) and m.greedy(MODEL, [0], 1, eos=0)
 
 
 @pytest.mark.parametrize("bad, word", BAD, ids=[f"{i} {word}" for i, (_, word) in enumerate(BAD)])
