@@ -1053,7 +1053,7 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
         rows.append([name, f"{extra:,}", *shares, f"{a_pass:.2f}", f"{gains[name]:.2f}", bar(a_pass, gamma + 1, 12)])
     trace.say(f"{len(prompts)} prompts, {n} tokens each, chains of {gamma}. The share kept of the first and second "
               f"guess, of those judged; and what a thousand extra weights bring in tokens a pass above 1.")
-    trace.ask("Which brings most for a thousand weights: " + ", ".join(drafters) + "?", max(gains, key=gains.get))
+    trace.ask("Which brings most for a thousand weights: " + "; ".join(drafters) + "?", max(gains, key=gains.get))
     trace.table(["draft", "weights", "1st", "2nd", "tokens a pass", "per 1000", ""], rows, left=(0, 6))
     trace.check("output unchanged, whoever drafts", all(same), f"{len(same)} texts")
 

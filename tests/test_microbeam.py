@@ -487,6 +487,7 @@ def test_every_outcome_weighs_every_branch_once():
         first = m.draw([0.2, 0.0, 0.8], rng)
         return (first, m.draw([0.5, 0.5], rng)) if first else (first,)
     assert m.every_outcome(sampler) == pytest.approx({(0,): 0.2, (2, 0): 0.4, (2, 1): 0.4}, abs=1e-15)
+    assert m.every_outcome(lambda rng: m.draw([1.0, 3.0], rng)) == {0: 0.25, 1: 0.75}       # as random.choices takes weights
 
 
 # ------------------------------------------------------------------------------------ cheap drafts
@@ -752,6 +753,8 @@ def test_training_a_head_makes_it_better(llama):
         guesses = reference_medusa_head(states, head).argmax(axis=1)
         assert (guesses == [(i + ahead) % 7 for i in range(32)]).mean() > 0.9
     assert heads[0]["w2"] != llama.weights["output"]
+    head = m.train_eagle(llama, ids, random.Random(0), 0)                    # before training: the state stays as it is
+    assert not np.any(head["w2"]) and np.std(head["w1"]) == pytest.approx(16 ** -0.5, rel=0.15) and np.shape(head["w1"]) == (8, 16)
     head = m.train_eagle(llama, ids, random.Random(0), 60)
     x = [f + llama.weights["tok_embeddings"][(i + 1) % 7] for i, f in enumerate(states[:-1])]
     after = m.eagle_step(x, states[:-1], head, m.call)
