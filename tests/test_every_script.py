@@ -377,7 +377,7 @@ EDGES = {
                   "--steps 2 --temperature 0.05 --top-p 1 --min-p 1 --top-k 999 --max-new-tokens 8 --section 2,3,5,12",
                   "--steps 2 --temperature 10 --top-p 1e-9 --min-p 0 --top-k 1 --max-new-tokens 8 --section 2,5,12",
                   "--prompt=T --steps 2 --max-new-tokens 30 --section 1,8,10", "--prompt=\n --steps 2 --max-new-tokens 9 --section 2,5,9",
-                  "--seed 1000000000 --steps 1 --max-new-tokens 9 --section 5,8,11"],
+                  "--seed 1000000000 --steps 1 --max-new-tokens 9 --section 5,11"],
 }
 
 

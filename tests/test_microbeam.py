@@ -156,6 +156,11 @@ def test_log_softmax_and_chi_square():
     assert m.chi_square([3], [1.0]) == (0.0, 0)
 
 
+def test_the_toy_looks_at_the_last_word_and_not_at_the_prompt():
+    for text, words in (([0], ()), ([2], ()), ([0, 1], (1,)), ([1, 0, 2], (2,)), ([0, 0, 0, 0], (0,))):
+        np.testing.assert_allclose(np.exp(m.toy_logits(text)), m.TOY[words], **TIGHT)
+
+
 def test_the_small_measures():
     assert m.distinct([[1, 2, 1, 2], [1, 2]]) == 2 / 4 and m.distinct([[1], [2]]) == 1.0
     assert m.repeated([1, 2, 1, 2, 1], 2) == 2 / 4 and m.repeated([1, 2, 3], 4) == 0.0
@@ -749,6 +754,7 @@ def test_training_a_head_makes_it_better(llama):
     ids = [i % 7 for i in range(160)]
     states = states_of(llama)(ids[:32]).tolist()
     heads = m.train_medusa(llama, ids, 2, 60)
+    assert len(heads) == 2
     for ahead, head in zip((2, 3), heads):
         guesses = reference_medusa_head(states, head).argmax(axis=1)
         assert (guesses == [(i + ahead) % 7 for i in range(32)]).mean() > 0.9
