@@ -171,6 +171,16 @@ def test_the_small_measures():
     assert a([0]) == a((0,)) != b([0]) != a([1]) and len(a([0])) == 3
 
 
+def test_log_probability(llama):
+    model = toy(0, 4)
+    for prompt, text in (([1], [2, 0, 3]), ([3, 1, 1], [0]), ([0], [])):
+        expected = sum(math.log(probabilities(model([*prompt, *text[:i]]))[token]) for i, token in enumerate(text))
+        assert m.log_probability(model, prompt, text) == pytest.approx(expected, abs=1e-12)
+    target = m.CachedModel(llama)
+    whole = [math.log(probabilities(row)[token]) for row, token in zip(llama.forward([3, 1, 4, 1]), [1, 4, 1, 5])]
+    assert m.log_probability(target, [3], [1, 4, 1, 5]) == pytest.approx(sum(whole), abs=1e-12) and target.passes == 1
+
+
 def test_overlaps_are_taken_where_drafts_were_judged():
     target, draft = toy(0, 3), toy(1, 3)
     text, rounds = [0, 1, 2, 2, 1, 0], [([1, 0, 2], 1), ([1, 1], 2), ([], 0)]      # after the prompt [0]: 2 + 3 + 1 tokens
