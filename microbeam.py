@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
 """From logits to text: how the next token is chosen, and how several are had for one pass of the model.
 
-A language model gives a score for every possible next token. Everything after that is decoding: taking
-the best, drawing by chance, searching ahead, or letting something cheap guess several tokens that the
-model then checks all at once. This script does each on a tiny Llama that it trains first on a nursery
-rhyme, and proves what is usually just said: that speculative decoding changes nothing but the bill.
+A language model scores every possible next token. Everything after that is decoding: taking the best, drawing
+by chance, searching ahead, or letting something cheap guess several tokens that the model then checks all at
+once. This script does each on a tiny Llama that it trains first on a nursery rhyme, and proves what is usually
+just said: that speculative decoding changes nothing but the bill.
 
-Run it (`python microbeam.py`), read the trace, then read on from here in order: every section of the
-trace is a section of this file. A decoder knows a model only as logits_fn(tokens): the scores of what
-may follow those tokens. The Llama, its training and its cache stand behind the sections.
+Run it (`python microbeam.py`), read the trace, then read on from here: every section of the trace is a section
+of this file. A decoder knows a model only as logits_fn(tokens); the Llama, its training and its cache come last.
 
 The papers:
   Holtzman et al., The Curious Case of Neural Text Degeneration (top-p), 2019, 1904.09751   sections 1, 2
@@ -22,6 +21,8 @@ The papers:
     Speculative Sampling, 2023, arXiv:2302.01318                                            sections 5, 6
   Cai et al., Medusa, 2024, arXiv:2401.10774                                                section 8
   Li et al., EAGLE, 2024, arXiv:2401.15077                                                  section 9
+  Santilli et al., Accelerating Transformer Inference for Translation via Parallel
+    Decoding, 2023, arXiv:2305.10427                                                        section 10
   Fu et al., Break the Sequential Dependency of LLM Inference Using Lookahead Decoding,
     2024, arXiv:2402.02057                                                                  section 10
   Willard & Louf, Efficient Guided Generation for Large Language Models, 2023, 2307.09702   section 11
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import cmath
 import heapq
+import itertools
 import math
 import operator
 import os
@@ -51,10 +53,9 @@ Vector = list[float]
 Matrix = list[Vector]  # row-major: m[row][column]
 LogitsFn = Callable[[Sequence[int]], Vector]  # tokens so far -> a score for each possible next token
 Candidate = tuple[list[int], float]           # tokens, and the log-probability of those after the prompt
-Tree = list[tuple[int, int]]                  # (token, index of its parent); -1: it follows the text itself
 
 PROMPT = "This is the"
-SHORT_PROMPT = "This is the priest"  # where wide beams go wrong (section 4)
+SECOND_PROMPT = "This is the priest"
 CONTEXT = "This is the cat that killed the rat that ate the malt that lay in the house that Jack built.\n"
 MAX_NEW_TOKENS = 24   # tokens generated
 TEMPERATURE = 1.0     # divides the logits
@@ -66,21 +67,21 @@ BEAM_WIDTH = 4        # candidates kept by beam search
 LENGTH_PENALTY = 1.0  # score = log-probability / length^this
 GAMMA = 4             # tokens drafted before each pass of the target
 VOCAB_SIZE = 160      # every word of the rhyme is one token then
-TARGET = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 32}
-DRAFT = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 16}
-STEPS = 48            # of training the target, and EAGLE's head; two thirds for the draft, half for Medusa's
+TARGET = {"dim": 20, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 24}
+DRAFT = {"dim": 12, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 16}
+STEPS = 44            # of training the target and the Medusa heads; two thirds for the draft, half as many again for EAGLE
 STEP_TOKENS = 32      # read in each step
+LEARNING_RATE = 0.04
 MAX_PROMPT = 64       # tokens of the longest prompt accepted
 
 
 # ---------------------------------------------------------------------------------------------------
 # 1. Greedy
 #
-# Take the token with the highest score, append it, ask again: x_t = argmax logits(x_1 … x_{t-1}). It is the
-# shortest decoder there is, the same every time, and right where one answer is wanted (code, extraction).
-# Two things go wrong. It is short-sighted: the best first step may lead to where every next step is poor.
-# And it loops: once a text has come back to where it was, the same choice comes again, for ever; weak
-# models and long texts do it most (Holtzman et al. call it degeneration).
+# Take the token with the highest score, append it, ask again: x_t = argmax logits(x_1 … x_{t-1}). Right where one
+# answer is wanted (code, extraction). But it is short-sighted: the best first step may lead to where every next
+# step is poor. And it loops: once a text is back where it was, the same choice comes again, for ever; weak models
+# and long texts do it most (Holtzman et al. call it degeneration).
 
 def greedy(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, eos: int | None = None) -> list[int]:
     """The new tokens, each the likeliest (the lowest id of equals), up to and including eos if it comes.
@@ -110,9 +111,8 @@ def argmax(logits: Vector) -> int:
 
 
 # A language of three words. "a" is the likeliest first word, but whatever follows it is a toss-up.
-TOY_WORDS = ["a", "b", "c"]
 TOY = {(): [0.5, 0.4, 0.1], (0,): [0.4, 0.35, 0.25], (1,): [0.05, 0.05, 0.9], (2,): [0.2, 0.6, 0.2]}
-TOY_PROMPT = [0]  # any one token: what comes after it decides
+TOY_PROMPT = [0]  # any one token: the words come after it
 
 
 def toy_logits(tokens: Sequence[int]) -> Vector:
@@ -124,38 +124,35 @@ def show_greedy(trace: Trace, knobs: Namespace) -> None:
     """The toy where greedy loses, and greedy on two models: one good, one that loops."""
     trace.say("Greedy sees one step ahead. A toy language of three words, all its two-word texts with their "
               "probabilities: the best first word is not the first word of the best text.")
-    path, every = greedy(toy_logits, TOY_PROMPT, 2), exhaustive(toy_logits, TOY_PROMPT, 2)
-    rows = []
-    for a, p in enumerate(TOY[()]):
-        best = max(range(3), key=lambda b: TOY[a,][b])
-        for b, q in enumerate(TOY[a,]):
-            mark = "← greedy" if [a, b] == path else "← best" if [a, b] == every[0][0] else ""
-            rows.append([f"{TOY_WORDS[a]} {p:.2f}" * (b == 0), f"{TOY_WORDS[b]} {q:.2f}" + " *" * (b == best),
-                         f"{p * q:.3f}", bar(p * q, 0.4, 20), mark])
+    path, every = greedy(toy_logits, TOY_PROMPT, 2), {(a, b): TOY[()][a] * TOY[a,][b] for a in range(3) for b in range(3)}
+    best = max(every, key=every.get)
+    trace.ask("a begins with 0.5, b with 0.4, c with 0.1. After a come 0.4, 0.35, 0.25; after b 0.05, 0.05, 0.9; "
+              "after c 0.2, 0.6, 0.2. How probable is the best text of two words?", every[best])
+    rows = [[f"{'abc'[a]} {TOY[()][a]:.2f}" * (b == 0), f"{'abc'[b]} {TOY[a,][b]:.2f}", f"{p:.3f}", bar(p, 0.4, 20),
+             "← greedy" * ([a, b] == path) + "← best" * ((a, b) == best)] for (a, b), p in every.items()]
     trace.table(["first", "second", "both", "", ""], rows, left=(0, 1, 3, 4))
 
     target, draft = models(knobs)
     n = 2 * knobs.max_new_tokens
-    texts = {"the target": greedy(target, knobs.tokens, n), "a smaller model": greedy(draft, knobs.tokens, n)}
+    text = greedy(target, knobs.tokens, n)
     trace.say(f"Greedy from {knobs.prompt!r}, {n} tokens, on the tiny Llama of this chapter ({knobs.sizes[0]:,} "
               f"weights) and on a smaller one ({knobs.sizes[1]:,}). Repeated: the share of runs of four tokens that "
               f"were there before. (The slashes are line ends.)")
-    for name, tokens in texts.items():
+    for name, tokens in (("the target", text), ("a smaller model", greedy(draft, knobs.tokens, n))):
         trace.say(f"{name}: {repeated(tokens, 4):.0%} repeated")
         trace.lines(quoted(knobs.tokenizer.decode(tokens)))
-    best = every[0]
-    trace.check("the toy's best text by trying all: greedy misses it", best[0] == [1, 2] != path,
-                f"{math.exp(best[1]):.2f} against {TOY[()][path[0]] * TOY[path[0],][path[1]]:.2f}")
-    rows = target.llama.forward(knobs.tokens + texts["the target"])
+    trace.check("the toy's best text by trying all: greedy misses it", list(best) != path,
+                f"{every[best]:.2f} against {every[tuple(path)]:.2f}")
+    rows = target.llama.forward(knobs.tokens + text)
     trace.check("every token is the argmax of one pass over the whole text, without a cache",
-                [argmax(row) for row in rows[len(knobs.tokens) - 1:-1]] == texts["the target"], "equal")
+                [argmax(row) for row in rows[len(knobs.tokens) - 1:-1]] == text, "equal")
 
 
 # ---------------------------------------------------------------------------------------------------
 # 2. Shaping the distribution
 #
-# To sample is to draw the next token by its probability. The tail is the trouble: thousands of tokens that are
-# each unlikely and together are not, and one bad token spoils all that follow. So logits are reshaped first.
+# To sample is to draw the next token by its probability. The tail is the trouble: thousands of tokens, each
+# unlikely, together not, and one bad token spoils all that follow. So logits are reshaped first.
 #
 #     temperature   p ∝ exp(logit / t)          t < 1 sharpens, t > 1 flattens, the order stays
 #     top-k         the k likeliest             the same number, sure or unsure
@@ -164,10 +161,10 @@ def show_greedy(trace: Trace, knobs: Namespace) -> None:
 #     typical       those whose surprise -log p is nearest to the entropy H, the surprise expected, up to mass p:
 #                   it may throw out the likeliest token, if that says less than a text usually does
 #
-# A removed token gets -inf. Ties and edges here are those of Hugging Face transformers (the …LogitsWarper classes
-# of generation/logits_process.py), which also applies them in this order. Penalties come before and hold
-# against tokens that were there already: repetition divides (or, below 0, multiplies) a logit, once, however
-# often the token came; presence and frequency (OpenAI's API) subtract, once and per time.
+# A removed token gets -inf. Ties, edges and this order are those of Hugging Face transformers (the …LogitsWarper
+# classes of generation/logits_process.py). Penalties come before, against tokens that were there already:
+# repetition divides (or, below 0, multiplies) a logit, once; presence and frequency (OpenAI's API) subtract,
+# once and per time.
 
 def apply_temperature(logits: Vector, t: float) -> Vector:
     """logits / t. ValueError unless t > 0: for t -> 0, ask greedy()."""
@@ -206,14 +203,12 @@ def min_p_filter(logits: Vector, p: float) -> Vector:
     if not 0 <= p <= 1:
         raise ValueError(f"min_p must be from 0 to 1, not {p}")
     probabilities = softmax(logits)
-    return keep_where([value >= p * max(probabilities) for value in probabilities], logits)
+    least = p * max(probabilities)
+    return keep_where([value >= least for value in probabilities], logits)
 
 
 def typical_filter(logits: Vector, p: float) -> Vector:
-    """Those whose surprise is nearest to the entropy stay, until p is reached, and what ties.
-
-    ValueError unless 0 < p < 1.
-    """
+    """Those whose surprise is nearest to the entropy stay, until p is reached, and what ties. ValueError unless 0 < p < 1."""
     if not 0 < p < 1:
         raise ValueError(f"typical_p must be above 0 and below 1, not {p}")
     probabilities, surprises = softmax(logits), [-value for value in log_softmax(logits)]
@@ -259,67 +254,55 @@ def distribution(logits: Vector, temperature: float = 1.0, top_k: int | None = N
 
 def show_filters(trace: Trace, knobs: Namespace) -> None:
     """Each filter on the distribution where the model is least sure and where it is most; the penalties."""
-    target, _ = models(knobs)
+    target, draft = models(knobs)
     text = knobs.tokens + greedy(target, knobs.tokens, 16)
-    spread = [entropy(softmax(target(text[:n]))) for n in range(len(knobs.tokens), len(text))]
-    places = [len(knobs.tokens) + spread.index(pick(spread)) for pick in (max, min)]
+    places = sorted(range(len(knobs.tokens), len(text)), key=lambda n: entropy(softmax(target(text[:n]))))
+    sure, unsure = places[0], places[-1]
     ways = {"as is": {}, "t 0.5": {"temperature": 0.5}, "t 2": {"temperature": 2.0}, "top-k": {"top_k": knobs.top_k},
             "top-p": {"top_p": knobs.top_p}, "min-p": {"min_p": knobs.min_p}, "typical": {"typical_p": TYPICAL_P}}
-    shaped = [{name: distribution(target(text[:place]), **way) for name, way in ways.items()} for place in places]
-    unsure, most = shaped[0]["as is"], max(max(p) for name, p in shaped[0].items() if name != "top-k")
-    ranked = sorted(range(len(unsure)), key=lambda i: -unsure[i])
-    trace.say(f"One distribution, reshaped: what may follow {knobs.tail(text[:places[0]])!r}, where the model is "
-              f"least sure. Temperatures 0.5 and 2, top-k {knobs.top_k}, top-p {knobs.top_p:g}, min-p "
-              f"{knobs.min_p:g}, typical {TYPICAL_P:g}. A filter cuts, and what is left grows to fill 1. (The nine "
-              f"likeliest tokens.)")
-    trace.table(["token", "p", *ways], [[show_token(knobs.tokenizer.vocab[i]), f"{unsure[i]:.2f}"]
-                                        + [bar(p[i], most, 6) for p in shaped[0].values()] for i in ranked[:9]],
-                left=(0, *range(2, 9)))
-    trace.say(f"The same where the model is surest, after {knobs.tail(text[:places[1]])!r}: how many tokens survive, "
-              f"and the entropy in bits. top-k lets in as many as ever; the others close up.")
-    rows = []
-    for name in ways:
-        counts = [sum(p > 0 for p in at[name]) for at in shaped]
-        rows.append([name] + [cell for at, count in zip(shaped, counts)
-                              for cell in (str(count), f"{entropy(at[name]):.2f}")])
-    trace.table(["", "unsure: tokens", "entropy", "sure: tokens", "entropy"], rows, left=(0,))
+    shaped = {place: {name: distribution(target(text[:place]), **way) for name, way in ways.items()}
+              for place in (unsure, sure)}
+    p, most = shaped[unsure]["as is"], max(max(p) for name, p in shaped[unsure].items() if name != "top-k")
+    survive = {place: [sum(value > 0 for value in way) for way in shaped[place].values()] for place in shaped}
+    trace.ask(f"Where the model is surest it gives its best token {max(shaped[sure]['as is']):.3f}. How many tokens "
+              f"does top-p {knobs.top_p:g} keep there?", survive[sure][4])
+    trace.say(f"What may follow {knobs.tail(text[:unsure])!r}, where the model is least sure, reshaped: temperatures "
+              f"0.5 and 2, top-k {knobs.top_k}, top-p {knobs.top_p:g}, min-p {knobs.min_p:g}, typical {TYPICAL_P:g}. "
+              f"The nine likeliest tokens; then how many survive and the entropy in bits, there and where the model "
+              f"is surest, after {knobs.tail(text[:sure])!r}. There top-k lets in as many as ever; the others close up.")
+    rows = [[knobs.name(i), f"{p[i]:.2f}"] + [bar(way[i], most, 6) for way in shaped[unsure].values()]
+            for i in sorted(range(len(p)), key=lambda i: -p[i])[:9]]
+    for place, name in ((unsure, "unsure"), (sure, "sure")):
+        rows += [[f"{name}: tokens", "", *map(str, survive[place])],
+                 ["  entropy", "", *(f"{entropy(way):.2f}" for way in shaped[place].values())]]
+    trace.table(["token", "p", *ways], rows, left=(0, *range(2, 9)))
 
     trace.say("Penalties, on greedy's loop in the smaller model of section 1:")
-    _, draft = models(knobs)
-    n_prompt = len(knobs.tokens)
-    rows = []
+    rows, new = [], slice(len(knobs.tokens), None)
     penalties = {"none": lambda logits, tokens: logits,
                  "repetition 1.3": lambda logits, tokens: repetition_penalty(logits, tokens, 1.3),
-                 "presence 1": lambda logits, tokens: count_penalty(logits, tokens[n_prompt:], presence=1.0),
-                 "frequency 1": lambda logits, tokens: count_penalty(logits, tokens[n_prompt:], frequency=1.0)}
+                 "presence 1": lambda logits, tokens: count_penalty(logits, tokens[new], presence=1.0),
+                 "frequency 1": lambda logits, tokens: count_penalty(logits, tokens[new], frequency=1.0)}
     for name, penalise in penalties.items():
         tokens = greedy(lambda tokens: penalise(draft(tokens), tokens), knobs.tokens, 2 * knobs.max_new_tokens)
         rows.append([name, f"{repeated(tokens, 4):.0%}", str(len(set(tokens))), knobs.clip(tokens, 36)])
     trace.table(["penalty", "repeated", "different", "text"], rows, left=(0, 3))
 
-    sums = [abs(sum(p) - 1) for at in shaped for p in at.values()]
-    trace.check("each reshaped distribution sums to 1, and none is empty", max(sums) < 1e-12, "|Σ - 1| < 1e-12")
     tied = list(map(math.log, (0.4, 0.2, 0.2, 0.2)))
-    edges = [kept(top_k_filter(tied, 2)), kept(top_p_filter(tied, 0.3)), kept(top_p_filter(tied, 0.5)),
-             kept(min_p_filter(tied, 0.45)), kept(min_p_filter(tied, 1.0))]
+    cut = [top_k_filter(tied, 2), top_p_filter(tied, 0.3), top_p_filter(tied, 0.5), min_p_filter(tied, 0.45),
+           min_p_filter(tied, 1.0)]
     trace.check("edges on 0.4, 0.2, 0.2, 0.2: top-k 2 keeps the ties, top-p 0.3 the one that crosses, top-p 0.5 a "
-                "second, min-p 0.45 all, min-p 1 the best",
-                edges == [[0, 1, 2, 3], [0], [0, 3], [0, 1, 2, 3], [0]], "as in transformers")
-    nucleus, p = shaped[0]["top-p"], sorted(unsure, reverse=True)
-    size = sum(q > 0 for q in nucleus)
-    trace.check("top-p keeps the fewest that reach p: with one less it is not reached",
-                sum(p[:size]) >= knobs.top_p - 1e-9 and (size == 1 or sum(p[:size - 1]) < knobs.top_p + 1e-9),
-                f"{size} tokens")
+                "second, min-p 0.45 all, min-p 1 the best", [[i for i, x in enumerate(row) if x > -math.inf] for row in cut]
+                == [[0, 1, 2, 3], [0], [0, 3], [0, 1, 2, 3], [0]], "as in transformers")
 
 
 # ---------------------------------------------------------------------------------------------------
 # 3. Sampling done right
 #
 # A sampler is right if its texts come as often as the model says: P(x_1 … x_n) = Π_t p(x_t | what came before).
-# Looking at its output shows little. Two tests do. Counting: over many draws, Pearson's χ² = Σ (seen - expected)²
-# / expected should be about as large as its degrees of freedom. And enumerating: a sampler's only randomness is
-# draw(), so hand it a source that tries every outcome in turn, and add up what each text's branches weigh.
-# Nothing is estimated then; section 5 leans on it.
+# Two tests show it. Counting: over many draws, Pearson's χ² = Σ (seen - expected)² / expected should be about as
+# large as its degrees of freedom. And enumerating: a sampler's only randomness is draw(), so hand it a source that
+# tries every outcome in turn, and add up what each text's branches weigh. Nothing is estimated then.
 
 def sample(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, rng: random.Random,
            temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
@@ -333,7 +316,7 @@ def sample(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, r
 
 
 def draw(p: Vector, rng: random.Random) -> int:
-    """An index, i with probability p[i]. All randomness of this file goes through here."""
+    """An index, i with probability p[i]. All randomness of the decoders goes through here."""
     return rng.choices(range(len(p)), weights=p)[0]
 
 
@@ -341,51 +324,39 @@ class EveryBranch:
     """Stands in for random.Random in draw(): follows a script of choices, then takes the first possible one."""
 
     def __init__(self, script: Sequence[int]):
-        self.choice_of, self.probability, self.others = list(script), 1.0, []  # others: scripts not followed here
-        self.made = 0
+        self.script, self.chosen, self.probability = script, [], 1.0
+        self.others: list[list[int]] = []  # the scripts of the branches passed by
 
     def choices(self, population: Sequence[int], weights: Vector) -> list[int]:
         """The choice that the script says, its probability kept."""
-        possible = [i for i in population if weights[i] > 0]
-        if self.made == len(self.choice_of):
-            self.others += [self.choice_of + [i] for i in possible[1:]]
-            self.choice_of.append(possible[0])
-        choice = self.choice_of[self.made]
-        self.made += 1
+        if len(self.chosen) < len(self.script):
+            choice = self.script[len(self.chosen)]
+        else:
+            choice, *others = (i for i in population if weights[i] > 0)
+            self.others += [self.chosen + [other] for other in others]
+        self.chosen.append(choice)
         self.probability *= weights[choice] / sum(weights)
         return [choice]
 
 
 def every_outcome(sampler: Callable[[EveryBranch], object]) -> dict[object, float]:
     """{outcome: its exact probability}: sampler(rng) is run once for every way its draws can fall."""
-    outcomes: dict[object, float] = {}
-    scripts: list[Sequence[int]] = [()]
+    outcomes: Counter[object] = Counter()
+    scripts: list[list[int]] = [[]]
     while scripts:
         rng = EveryBranch(scripts.pop())
-        outcome = sampler(rng)
-        outcomes[outcome] = outcomes.get(outcome, 0.0) + rng.probability
+        outcomes[sampler(rng)] += rng.probability
         scripts += rng.others
-    return outcomes
+    return dict(outcomes)
 
 
-def chi_square(counts: Sequence[int], p: Vector) -> tuple[float, int, float]:
-    """(χ², degrees of freedom, z): counts against p. z is how far out that is, in standard deviations.
-
-    Cells that expect fewer than 5 are put together. z by Wilson & Hilferty: the cube root is nearly normal.
-    """
-    n, cells, small = sum(counts), [], [0.0, 0.0]
-    for count, q in zip(counts, p):
-        if n * q >= 5:
-            cells.append((count, n * q))
-        else:
-            small = [small[0] + count, small[1] + n * q]
-    cells += [tuple(small)] * (small[1] > 0 or small[0] > 0)
-    freedom = len(cells) - 1
-    if freedom < 1:
-        return 0.0, 0, 0.0
-    total = sum((seen - expected) ** 2 / expected if expected else math.inf for seen, expected in cells)
-    spread = 2 / (9 * freedom)
-    return total, freedom, ((total / freedom) ** (1 / 3) - 1 + spread) / math.sqrt(spread)
+def chi_square(counts: Sequence[int], p: Vector) -> tuple[float, int]:
+    """(χ², degrees of freedom) of counts against p; the rarest cells are put together until each expects 5."""
+    cells = sorted((sum(counts) * q, count) for count, q in zip(counts, p))
+    while len(cells) > 1 and cells[0][0] < 5:
+        (expected, seen), (more, others), *rest = cells
+        cells = sorted([(expected + more, seen + others), *rest])
+    return sum((seen - expected) ** 2 / expected for expected, seen in cells), len(cells) - 1
 
 
 def show_sampling(trace: Trace, knobs: Namespace) -> None:
@@ -397,31 +368,30 @@ def show_sampling(trace: Trace, knobs: Namespace) -> None:
     counts = [tokens.count(i) for i in range(len(p))]
     trace.say(f"{n} draws of the token after {knobs.tail(knobs.tokens)!r} at temperature {knobs.temperature:g}, "
               f"against the probabilities (the eight likeliest).")
-    rows = [[show_token(knobs.tokenizer.vocab[i]), f"{n * p[i]:.0f}", str(counts[i]), bar(p[i], max(p), 20),
-             bar(counts[i] / n, max(p), 20)] for i in sorted(range(len(p)), key=lambda i: -p[i])[:8]]
+    rows = [[knobs.name(i), f"{n * p[i]:.0f}", str(counts[i]), bar(p[i], max(p), 20), bar(counts[i] / n, max(p), 20)]
+            for i in sorted(range(len(p)), key=lambda i: -p[i])[:8]]
     trace.table(["token", "expected", "drawn", "probability", "frequency"], rows, left=(0, 3, 4))
-    wrong = distribution(target(knobs.tokens), knobs.temperature * 0.9)
-    (total, freedom, z), (_, _, z_wrong) = chi_square(counts, p), chi_square([round(n * q) for q in wrong], p)
-    trace.say(f"Chi-square is {total:.1f} with {freedom} degrees of freedom: {z:+.1f} standard deviations from what "
-              f"chance makes. Had the temperature been off by a tenth, it would be {z_wrong:+.1f}.")
+    total, freedom = chi_square(counts, p)
+    bound = freedom + 2 * math.sqrt(12 * freedom) + 24  # exceeded with P < exp(-12) (Laurent & Massart 2000, lemma 1)
+    trace.say(f"Chi-square is {total:.1f} with {freedom} degrees of freedom.")
 
     ways = {"greedy": {"top_k": 1}, "t = 0.5": {"temperature": 0.5}, "as it is": {}, "t = 1.5": {"temperature": 1.5},
             f"top-k {knobs.top_k}": {"top_k": knobs.top_k}, f"top-p {knobs.top_p:g}": {"top_p": knobs.top_p},
             f"min-p {knobs.min_p:g}, t = 1.5": {"min_p": knobs.min_p, "temperature": 1.5},
             f"typical {TYPICAL_P:g}": {"typical_p": TYPICAL_P}}
     runs, length, rows = 8, 12, []
+    texts = {name: [sample(target, knobs.tokens, length, rng=rng, **way) for _ in range(runs)]
+             for name, way in ways.items()}
+    trace.ask(f"How many different texts does greedy write in {runs} tries?", len(set(map(tuple, texts["greedy"]))))
     trace.say(f"What each sampler trades: {runs} texts of {length} tokens. Likelihood: mean log-probability of a "
               f"token under the model as it is. Distinct-2: different pairs of neighbours, of all pairs.")
-    for name, way in ways.items():
-        texts = [sample(target, knobs.tokens, length, rng=rng, **way) for _ in range(runs)]
-        pairs = [pair for text in texts for pair in zip(text, text[1:])]
-        likelihood = fmean(log_probability(target, knobs.tokens, text) / length for text in texts)
-        rows.append([name, f"{likelihood:.2f}", f"{len(set(pairs)) / len(pairs):.2f}", str(len(set(map(tuple, texts)))),
-                     knobs.clip(texts[-1], 22)])
+    for name, found in texts.items():
+        likelihood = fmean(log_probability(target, knobs.tokens, text) / length for text in found)
+        rows.append([name, f"{likelihood:.2f}", f"{distinct(found):.2f}", str(len(set(map(tuple, found)))),
+                     knobs.clip(found[-1], 22)])
     trace.table(["sampler", "likelihood", "distinct-2", "texts", "the last"], rows, left=(0, 4))
 
-    trace.check("frequencies agree with the probabilities", abs(z) < 5 or z < 0,
-                "chi-square within 5 standard deviations")
+    trace.check("frequencies agree with the probabilities", total < bound, f"chi-square below {bound:.0f}")
     exact = every_outcome(lambda rng: tuple(sample(toy_logits, TOY_PROMPT, 2, rng=rng)))
     trace.check_close("enumerated, sample() on the toy of section 1 gives each text its probability",
                       [[exact[a, b] for a in range(3) for b in range(3)]],
@@ -439,11 +409,10 @@ def show_sampling(trace: Trace, knobs: Namespace) -> None:
 #                                                  1: the mean per token; more favours the long
 #
 # With width 1 this is greedy; wide enough, it is exhaustive search. In between it usually finds likelier texts
-# than greedy, at `width` times the work: right for translation and for whatever has one best answer, dull for
-# stories. Wider is not always better: Stahlberg & Byrne searched exactly, and for more than half of their
-# sentences the likeliest translation of all was the empty one. The model's errors had been hidden by the search's.
-# (transformers keeps 2·width candidates a step, so that `width` of them go on even when some have ended.
-# What it calls early_stopping="never" is our False: stop when nothing running can still win.)
+# than greedy, at `width` times the work. (Nothing guarantees it: a beam may drop greedy's text half-way and then end
+# below it.) Nor is wider always better: Stahlberg & Byrne searched exactly, and for more than half of their sentences
+# the likeliest translation of all was the empty one. The model's errors had been hidden by the search's.
+# (transformers keeps 2·width candidates a step, so that `width` of them go on even when some have ended.)
 #
 # The texts in a beam tend to be twins. Diverse beam search makes several beams take turns and charges each
 # token `diversity` for every beam that has just chosen it.
@@ -503,14 +472,6 @@ def diverse_beam_search(logits_fn: LogitsFn, prompt: Sequence[int], max_new_toke
     return [(tokens[len(prompt):], total) for tokens, total in beams]
 
 
-def exhaustive(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int) -> list[Candidate]:
-    """Every text of that length, likeliest first: [(new tokens, log-probability)]."""
-    beams: list[Candidate] = [(list(prompt), 0.0)]
-    for _ in range(max_new_tokens):
-        beams = extensions(logits_fn, beams)
-    return [(tokens[len(prompt):], total) for tokens, total in beams]
-
-
 def exact_search(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, eos: int,
                  max_passes: int) -> Candidate | None:
     """The likeliest text of all that end with eos or at full length; None if max_passes cannot settle it.
@@ -535,7 +496,7 @@ def beam_tree(logits_fn: LogitsFn, prompt: Sequence[int], width: int, steps: int
         ranked = extensions(logits_fn, beams, keep=width + 2)
         for rank, (tokens, total) in enumerate(ranked):
             children.setdefault(tuple(tokens[:-1]), []).append((tokens, total, rank))
-        beams = [(tokens, total) for tokens, total, in ranked[:width]]
+        beams = ranked[:width]
 
     def draw_under(tokens: Sequence[int], margin: str) -> Iterator[str]:
         branches = children.get(tuple(tokens), [])
@@ -548,30 +509,33 @@ def beam_tree(logits_fn: LogitsFn, prompt: Sequence[int], width: int, steps: int
 
 
 def show_beam(trace: Trace, knobs: Namespace) -> None:
-    """The tree, widths 1 to 8, length penalties, n-best, diverse beams."""
+    """The tree, widths 1 to 8 beside exact search, length penalties, n-best and diverse beams."""
     target, _ = models(knobs)
-    name, eos, n = lambda token: show_token(knobs.tokenizer.vocab[token]), knobs.eos, knobs.max_new_tokens
+    eos, n = knobs.eos, knobs.max_new_tokens
     trace.say(f"Four steps of width 3 from {knobs.tail(knobs.tokens)!r}. Each token with the log-probability of the "
               f"text so far; #1 to #3 are kept at their step, × are the two best that were pruned.")
-    trace.lines(beam_tree(target, knobs.tokens, 3, 4, name))
+    trace.lines(beam_tree(target, knobs.tokens, 3, 4, knobs.name))
 
-    trace.say("Wider beams, to the end of the verse: the likeliest text found (length penalty 0), and the passes it "
-              "took. Exact search is the last row of each prompt, where it ends within 150 passes.")
-    rows, gaps = [], []
-    for prompt in (knobs.tokens, knobs.tokenizer.encode(SHORT_PROMPT)):
-        totals = []
-        for width in (1, 2, 4, 8):
+    rows, texts, gaps = [], [], []
+    for prompt in (knobs.tokens, knobs.tokenizer.encode(SECOND_PROMPT)):
+        totals = {}
+        for width in (1, 2, 4, 8, "exact"):
             target.passes = 0
-            tokens, total = beam_search(target, prompt, n, width=width, length_penalty=0.0, eos=eos)[0]
-            rows.append([knobs.tail(prompt) * (width == 1), str(width), f"{total:.2f}", str(len(tokens)),
-                         str(target.passes), knobs.clip(tokens, 27)])
-            totals.append(total)
-        target.passes = 0
-        if optimum := exact_search(target, prompt, n, eos=eos, max_passes=150):
-            rows.append(["", "exact", f"{optimum[1]:.2f}", str(len(optimum[0])), str(target.passes),
-                         knobs.clip(optimum[0], 27)])
-            gaps.append(optimum[1] - max(totals))
+            found = (exact_search(target, prompt, n, eos=eos, max_passes=150) if width == "exact" else
+                     beam_search(target, prompt, n, width=width, length_penalty=0.0, eos=eos)[0])
+            if found:
+                tokens, totals[width] = found
+                texts.append(tokens)
+                rows.append([knobs.tail(prompt) * (width == 1), str(width), f"{totals[width]:.2f}", str(len(tokens)),
+                             str(target.passes), knobs.clip(tokens, 24)])
+        gaps += [totals[width] - totals[1] for width in (2, 4, 8)] + [totals[8] - totals.get("exact", totals[8])]
+    narrow, wide = len(texts[0]), len(texts[3])
+    trace.ask("Log-probability alone decides. Is the best text of width 8 longer, shorter or as long as that of "
+              "width 1?", "as long" if wide == narrow else "shorter" if wide < narrow else "longer")
+    trace.say("Wider beams, to the end of the verse: the likeliest text found (length penalty 0), and the passes it "
+              "took. \"exact\" is the likeliest text of all, by a search that ends within 150 passes.")
     trace.table(["after", "width", "log p", "tokens", "passes", "text"], rows, left=(0, 5))
+
     trace.say(f"Likelier is not better: every token costs, so a wide beam digs up short texts. The length penalty "
               f"decides what \"best\" means. After {knobs.tail(knobs.tokens)!r}, width {knobs.width}:")
     rows = []
@@ -580,50 +544,44 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
         rows.append([f"{penalty:g}", f"{score:.3f}", str(len(tokens)), knobs.clip(tokens, 44)])
     trace.table(["length penalty", "score", "tokens", "text"], rows, left=(3,))
 
-    found = beam_search(target, knobs.tokens, 6, width=4, length_penalty=knobs.length_penalty)
-    diverse = diverse_beam_search(target, knobs.tokens, 6, groups=4, diversity=2.0)
     trace.say("The four best of a beam of width 4, six tokens, beside four diverse beams (diversity 2):")
+    twins = beam_search(target, knobs.tokens, 6, width=4, length_penalty=0.0)
+    others = diverse_beam_search(target, knobs.tokens, 6, groups=4, diversity=2.0)
     trace.table(["log p", "beam search", "log p", "diverse beam search"],
-                [[f"{log_probability(target, knobs.tokens, tokens):.2f}", knobs.clip(tokens, 29), f"{total:.2f}",
-                  knobs.clip(other, 29)]
-                 for (tokens, _), (other, total) in zip(found, diverse)], left=(1, 3))
+                [[cell for tokens, total in pair for cell in (f"{total:.2f}", knobs.clip(tokens, 29))]
+                 for pair in zip(twins, others)], left=(1, 3))
 
-    trace.check("width 1 = greedy", beam_search(target, knobs.tokens, n, width=1, eos=eos)[0][0]
-                == greedy(target, knobs.tokens, n, eos=eos), "the same tokens")
-    wide = beam_search(toy_logits, TOY_PROMPT, 4, width=27, length_penalty=0.0)
-    every = exhaustive(toy_logits, TOY_PROMPT, 4)
-    trace.check("on the toy, four words, a beam of 27 finds the best of all 81 texts", wide[0][0] == every[0][0]
-                and abs(wide[0][1] - every[0][1]) < 1e-12, f"log p = {every[0][1]:.3f}")
-    trace.check("a score is what the tokens' own log-probabilities add up to",
-                all(abs(score * len(tokens) ** knobs.length_penalty
-                        - log_probability(target, knobs.tokens, tokens)) < 1e-9
-                    for tokens, score in found), "|Δ| < 1e-9")
-    if gaps:
-        trace.check("no beam is above the exact optimum", min(gaps) > -1e-9, f"{max(gaps):.2f} below at most")
+    trace.check("width 1 = greedy", texts[0] == greedy(target, knobs.tokens, n, eos=eos), "the same tokens")
+    [(tokens, total), *_] = beam_search(toy_logits, TOY_PROMPT, 4, width=27, length_penalty=0.0)
+    every = every_outcome(lambda rng: tuple(sample(toy_logits, TOY_PROMPT, 4, rng=rng)))
+    trace.check("on the toy, four words, a beam of 27 finds the best of all 81 texts",
+                tuple(tokens) == max(every, key=every.get) and abs(math.exp(total) - every[tuple(tokens)]) < 1e-12,
+                f"p = {math.exp(total):.3f}")
+    if knobs.as_shipped:  # other prompts and other models may be the exception
+        trace.check("no beam ends below greedy, and width 8 meets the exact optimum", min(gaps) > -1e-9,
+                    "both prompts; |Δ| < 1e-9")
 
 
 # ---------------------------------------------------------------------------------------------------
 # 5. Speculative decoding
 #
 # One pass of a large model over five tokens takes about as long as over one: the time goes into reading the
-# weights. So let a small draft model guess γ tokens, and have the target score them all in one pass: row i
-# says what the target would have put after the first i guesses. Keep the guesses up to the first wrong one. The
-# row behind the last one kept gives one more token for free, so each pass yields at least 1, at most γ + 1.
+# weights. So let a small draft model guess γ tokens, and have the target score them all in one pass. Keep the
+# guesses up to the first wrong one; the row behind the last one kept gives one more token for free.
 #
 # Greedy: a guess is right if it is the target's argmax. The output *is* the target's, token for token.
 #
-# Sampling: right by chance, in a way that leaves the target's distribution p exactly as it was. The guess x is
-# drawn from the draft's own distribution q. Then:
+# Sampling: right by chance, so that the target's distribution p stays exactly as it was. The guess x is drawn from
+# the draft's own distribution q:
 #
 #     keep x with probability min(1, p(x) / q(x))
 #     otherwise draw from max(0, p - q), normalised: where the target wants more than the draft gave
 #
 # Why it is exact: P(y) = q(y) min(1, p/q) + P(rejected) · max(0, p(y) - q(y)) / Σ max(0, p - q). The first term is
 # min(p, q), and P(rejected) = 1 - Σ min(p, q) = Σ max(0, p - q): the sum is min(p, q) + max(0, p - q) = p(y).
-# It holds for any q, good or bad, if the guess was drawn from that same q. Taking the draft's argmax, but judging it
-# by softmax q, is a common bug. Temperature and top-p go into p, as that is the distribution wanted, and into q as
-# well, so that the two agree more often. (Exact up to arithmetic: on a GPU, a pass over five tokens may round
-# otherwise than a pass over one. Here rows are computed one by one, and the bits are the same.)
+# It holds for any q if the guess was drawn from that same q. Taking the draft's argmax, but judging it by softmax
+# q, is a common bug. Temperature and top-p go into p, as that is the distribution wanted, and into q, so that the
+# two agree more often. (Exact up to arithmetic: a GPU may round a pass over five tokens otherwise than over one.)
 
 @dataclass
 class Counts:
@@ -642,14 +600,8 @@ class Counts:
 
     @property
     def accepted(self) -> int:
-        """Drafted tokens that were kept."""
+        """Drafted tokens kept."""
         return sum(kept for _, kept in self.rounds)
-
-    @property
-    def rejected(self) -> int:
-        """Drafted tokens that were judged and thrown away: at most one a round; those after it nobody looks at."""
-        return sum(kept < len(drafts) for drafts, kept in self.rounds)
-
 
 def speculative_greedy(target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *,
                        gamma: int) -> tuple[list[int], Counts]:
@@ -667,8 +619,7 @@ def speculate(target_fn: LogitsFn, propose: Callable[[list[int], int], list[int]
     tokens, counts, end = list(prompt), Counts(), len(prompt) + max_new_tokens
     while len(tokens) < end:
         drafts = propose(tokens, min(gamma, end - len(tokens) - 1))
-        best = [argmax(row) for row in last_rows(target_fn, tokens + drafts, len(drafts) + 1)]
-        kept = agreement(drafts, best)
+        best, kept = verify(target_fn, tokens, drafts)
         tokens += best[:kept + 1]  # the drafts that agree, and the target's own token after them
         counts.rounds.append((drafts, kept))
     return tokens[len(prompt):], counts
@@ -693,7 +644,10 @@ def speculative_sample(target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence
             drafts.append(choose_draft(q[-1], rng))
         p = [shape(row) for row in last_rows(target_fn, tokens + drafts, len(drafts) + 1)]
         kept = 0
-        while kept < len(drafts) and flip(acceptance(p[kept], q[kept])[drafts[kept]], rng):
+        while kept < len(drafts):
+            keep = acceptance(p[kept], q[kept])[drafts[kept]]
+            if draw([keep, 1 - keep], rng):
+                break
             kept += 1
         after = p[kept] if kept == len(drafts) else residual(p[kept], q[kept])
         tokens += drafts[:kept] + [draw(after, rng)]
@@ -715,22 +669,14 @@ def residual(p: Vector, q: Vector) -> Vector:
     return [value / total for value in rest] if total else p
 
 
-def flip(probability: float, rng: random.Random) -> bool:
-    """True with that probability."""
-    return draw([1 - probability, probability], rng) == 1
-
-
-def agreement(drafts: Sequence[int], best: Sequence[int]) -> int:
-    """How many of the drafts, from the first, are the target's choice."""
-    wrong = (i for i, (draft, token) in enumerate(zip(drafts, best)) if draft != token)
-    return next(wrong, min(len(drafts), len(best)))
+def verify(target_fn: LogitsFn, tokens: list[int], drafts: list[int]) -> tuple[list[int], int]:
+    """One pass: (the target's own token after tokens and after each draft, how many drafts from the first agree)."""
+    best = [argmax(row) for row in last_rows(target_fn, tokens + drafts, len(drafts) + 1)]
+    return best, next((i for i, draft in enumerate(drafts) if draft != best[i]), len(drafts))
 
 
 def last_rows(logits_fn: LogitsFn, tokens: Sequence[int], n: int) -> Matrix:
-    """Logits after each of the last n prefixes of tokens: [n][vocab_size], the last after all of them.
-
-    In one pass, where the model offers that as logits_fn.last_rows; else prefix by prefix.
-    """
+    """Logits after each of the last n prefixes of tokens, [n][vocab_size]; in one pass where the model offers that."""
     if hasattr(logits_fn, "last_rows"):
         return logits_fn.last_rows(tokens, n)
     return [logits_fn(tokens[:end]) for end in range(len(tokens) - n + 1, len(tokens) + 1)]
@@ -742,78 +688,70 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
     n, gamma = knobs.max_new_tokens, knobs.gamma
     tokens, counts = speculative_greedy(target, draft, knobs.tokens, n, gamma=gamma)
     passes, forwards = target.passes, target.forwards
-    plain = greedy(CachedModel(target.llama), knobs.tokens, n)
     trace.say(f"Greedy, gamma = {gamma}: each line is one pass of the target. + drafted and kept, × drafted and "
               f"wrong, → what the target puts instead or behind.")
+    trace.ask(f"{n} tokens are wanted, and {counts.accepted} drafted ones were kept. How many passes did the target "
+              f"make?", counts.target_passes)
     at = 0
     for number, (drafts, kept) in enumerate(counts.rounds[:12], 1):
         marks = [("+" if i < kept else "×") + knobs.name(token) for i, token in enumerate(drafts[:kept + 1])]
         line = f"{number:>3}  " + " ".join(marks + [f"→{knobs.name(tokens[at + kept])}"])
         trace.lines(textwrap.wrap(trace.plain(line), WIDTH, subsequent_indent=" " * 5, drop_whitespace=True))
         at += kept + 1
-    trace.note(f"{len(tokens)} tokens in {counts.target_passes} passes ({len(tokens)} for greedy); {counts.drafted} "
-               f"drafted, {counts.accepted} kept.")
+    trace.note(f"{n} tokens in {counts.target_passes} passes; {counts.drafted} drafted, {counts.accepted} kept.")
 
-    shape = partial(distribution, temperature=knobs.temperature, top_p=knobs.top_p)
-    p, q = shape(target(knobs.tokens)), shape(draft(knobs.tokens))
-    rest, overlap = residual(p, q), sum(map(min, p, q))
+    p, q = (distribution(model(knobs.tokens), knobs.temperature, top_p=knobs.top_p) for model in (target, draft))
+    kept, rest, overlap = acceptance(p, q), residual(p, q), sum(map(min, p, q))
     trace.say(f"Sampling: the rule on what may follow {knobs.tail(knobs.tokens)!r}, at temperature "
-              f"{knobs.temperature:g} and top-p {knobs.top_p:g} on both sides. A draft from q is kept with min(1, "
-              f"p/q), in all with probability Σ min(p, q) = {overlap:.2f}; otherwise the rest is drawn from.")
-    shown = sorted(range(len(p)), key=lambda i: -max(p[i], q[i]))[:9]
+              f"{knobs.temperature:g} and top-p {knobs.top_p:g} on both sides. A draft is kept with probability Σ min(p, "
+              f"q) = {overlap:.2f} in all; otherwise the rest is drawn from.")
     most = max(p + q + rest)
     trace.table(["token", "p", "q", "kept", "target p", "draft q", "min(p, q)", "the rest"],
-                [[knobs.name(i), f"{p[i]:.2f}", f"{q[i]:.2f}", f"{acceptance(p, q)[i]:.0%}" if q[i] else "-"]
-                 + [bar(value, most, 11) for value in (p[i], q[i], min(p[i], q[i]), rest[i])] for i in shown],
-                left=(0, 4, 5, 6, 7))
+                [[knobs.name(i), f"{p[i]:.2f}", f"{q[i]:.2f}", f"{kept[i]:.0%}" if q[i] else "-"]
+                 + [bar(value, most, 11) for value in (p[i], q[i], min(p[i], q[i]), rest[i])]
+                 for i in sorted(range(len(p)), key=lambda i: -max(p[i], q[i]))[:9]], left=(0, 4, 5, 6, 7))
 
-    rng, size, length = random.Random(knobs.seed), 3, 3
-    t_fn, d_fn = random_logits_fn(rng, size), random_logits_fn(rng, size)
-    exact = every_outcome(lambda rng: tuple(sample(t_fn, [0], length, rng=rng)))
-    ways = {"speculative": draw, "argmax drafts": lambda q, rng: argmax(q)}
-    got = {name: every_outcome(lambda rng: tuple(
-        speculative_sample(t_fn, d_fn, [0], length, gamma=2, rng=rng, choose_draft=way)[0]))
-        for name, way in ways.items()}
-    trace.say(f"The proof: a random target and a random draft over {size} tokens, all {size ** length} texts of "
-              f"{length} tokens, gamma = 2. Every branch that speculative_sample can take is taken and weighed. The "
-              f"six likeliest:")
-    top = sorted(exact, key=lambda text: -exact[text])[:6]
-    trace.table(["text", "target", "speculative", "argmax drafts", "target", "speculative", "argmax drafts"],
-                [[" ".join("abc"[token] for token in text), *(f"{p.get(text, 0):.4f}" for p in (exact, *got.values())),
-                  *(bar(p.get(text, 0), max(got["argmax drafts"].values()), 9) for p in (exact, *got.values()))]
-                 for text in top], left=(0, 4, 5, 6))
-    apart = {name: total_variation(p, exact) for name, p in got.items()}
-    trace.say(f"Drafting the argmax but judging it by softmax q is biased: {apart['argmax drafts']:.1%} of all texts "
-              f"come out other than they should (total variation).")
+    rng = random.Random(knobs.seed)
+    t_fn, d_fn = random_logits_fn(rng, 3), random_logits_fn(rng, 3)
 
-    trace.check("greedy: the output is the target's own", tokens == plain, f"{len(tokens)} tokens")
+    def spread(gamma: int, choose_draft: Callable = draw, **way: float) -> dict:
+        return every_outcome(lambda rng: tuple(speculative_sample(t_fn, d_fn, [0], 3, gamma=gamma, rng=rng,
+                                                                  choose_draft=choose_draft, **way)[0]))
+
+    exact = every_outcome(lambda rng: tuple(sample(t_fn, [0], 3, rng=rng)))
+    ways = {"target": exact, "speculative": spread(2), "argmax drafts": spread(2, lambda q, rng: argmax(q))}
+    trace.say("The proof: a random target and a random draft over 3 tokens, all 27 texts of 3 tokens, gamma = 2. "
+              "Every branch that speculative_sample can take is taken and weighed. The six likeliest:")
+    most = max(max(way.values()) for way in ways.values())
+    trace.table(["text", *ways, *ways],
+                [[" ".join("abc"[token] for token in text), *(f"{way.get(text, 0):.4f}" for way in ways.values()),
+                  *(bar(way.get(text, 0), most, 9) for way in ways.values())]
+                 for text in sorted(exact, key=lambda text: -exact[text])[:6]], left=(0, 4, 5, 6))
+    bias = total_variation(ways["argmax drafts"], exact)
+    trace.say(f"Drafting the argmax but judging it by softmax q is biased: {bias:.1%} of all texts come out other "
+              f"than they should (total variation).")
+
+    trace.check("greedy: the output is the target's own", tokens == greedy(CachedModel(target.llama), knobs.tokens, n),
+                f"{n} tokens")
     trace.check("one pass scores all the drafts: forward passes run = rounds = tokens - drafts kept",
                 passes == forwards == counts.target_passes == n - counts.accepted, f"{passes} passes, {n} tokens")
-    trace.check_close("q · kept + P(rejected) · rest = p, token by token, for the distributions drawn above",
-                      [[b * keep + (1 - overlap) * r for b, keep, r in zip(q, acceptance(p, q), rest)]], [p], 1e-12)
     trace.check("enumerated, speculative sampling has the target's distribution exactly",
-                max(abs(got["speculative"][text] - exact[text]) for text in exact) < 1e-12
-                and got["speculative"].keys() == exact.keys(), "max |Δ| < 1e-12")
+                ways["speculative"].keys() == exact.keys()
+                and max(abs(ways["speculative"][text] - exact[text]) for text in exact) < 1e-12, "max |Δ| < 1e-12")
     both = dict(temperature=0.7, top_p=0.8)
-    exact = every_outcome(lambda rng: tuple(sample(t_fn, [0], length, rng=rng, **both)))
-    shaped = every_outcome(lambda rng: tuple(speculative_sample(t_fn, d_fn, [0], length, gamma=3, rng=rng, **both)[0]))
-    trace.check("the same with temperature 0.7 and top-p 0.8, gamma = 3", total_variation(shaped, exact) < 1e-12,
-                "Σ |Δ| / 2 < 1e-12")
-    trace.check("argmax drafts are caught by the same enumeration", apart["argmax drafts"] > 1e-3,
-                "more than 0.1% of all texts")
+    exact = every_outcome(lambda rng: tuple(sample(t_fn, [0], 3, rng=rng, **both)))
+    trace.check("the same with temperature 0.7 and top-p 0.8, gamma = 3",
+                total_variation(spread(3, **both), exact) < 1e-12, "Σ |Δ| / 2 < 1e-12")
 
 
 # ---------------------------------------------------------------------------------------------------
 # 6. When it pays
 #
 # The probability that one draft is kept is β = Σ_x q(x) min(1, p(x)/q(x)) = Σ min(p, q), different at every place;
-# call its mean α. If places were alike and independent, the tokens that a pass yields would be, on average,
-#
-#     1 + α + α² + … + α^γ = (1 - α^(γ+1)) / (1 - α)
-#
+# call its mean α. Were places alike and independent, a pass would yield (1 - α^(γ+1)) / (1 - α) tokens on average,
 # and if a pass of the draft costs c passes of the target, a round of γ drafts and one check costs γc + 1:
 #
-#     speed-up = (1 - α^(γ+1)) / ((1 - α)(γc + 1))
+#     speed-up = (1 + α + α² + … + α^γ) / (γc + 1)
 #
 # That counts the target's pass over γ + 1 tokens as one over one token: true while reading the weights is what
 # takes the time, at small batches. A busy server has no idle arithmetic to spend, and gains little or loses.
@@ -836,8 +774,7 @@ def best_gamma(alpha: float, cost: float, limit: int = 16) -> int:
 def overlaps(target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence[int], tokens: Sequence[int],
              counts: Counts) -> Vector:
     """β = Σ min(p, q) at every place where a draft was judged."""
-    betas, at = [], len(prompt)
-    text = [*prompt, *tokens]
+    betas, at, text = [], len(prompt), [*prompt, *tokens]
     for drafts, kept in counts.rounds:
         for place in range(at, at + min(kept + 1, len(drafts))):
             betas.append(sum(map(min, softmax(target_fn(text[:place])), softmax(draft_fn(text[:place])))))
@@ -849,36 +786,29 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
     """Acceptance and tokens a pass, measured and by formula; the speed-up as γ and c change."""
     target, draft = models(knobs)
     rng, runs, n, rows, every, surplus = random.Random(knobs.seed), 2, 30, [], [], 0.0
-    trace.say(f"Measured on {runs} texts of {n} tokens for each gamma, temperature 1. Acceptance: kept, of those "
-              f"judged; beside it the mean of Σ min(p, q) at the same places. Tokens a pass: counted, and by the "
-              f"formula from that mean, alpha.")
+    trace.say(f"{runs} texts of {n} tokens for each gamma, temperature 1. Acceptance: kept, of those judged; beside it "
+              f"the mean of Σ min(p, q) at the same places, alpha. Tokens a pass: counted, and by the formula.")
     for gamma in sorted({1, 2, 4, 8, knobs.gamma}):
-        kept = judged = passes = 0
-        betas: Vector = []
+        kept, passes, betas = 0, 0, []
         for _ in range(runs):
             tokens, counts = speculative_sample(target, draft, knobs.tokens, n, gamma=gamma, rng=rng)
-            kept, judged = kept + counts.accepted, judged + counts.accepted + counts.rejected
-            passes += counts.target_passes
+            kept, passes = kept + counts.accepted, passes + counts.target_passes
             betas += overlaps(target, draft, knobs.tokens, tokens, counts)
         alpha, every, surplus = fmean(betas), every + betas, surplus + kept - sum(betas)
-        rows.append([str(gamma), str(judged), f"{kept / judged:.2f}", f"{alpha:.2f}", f"{runs * n / passes:.2f}",
+        rows.append([str(gamma), str(len(betas)), f"{kept / len(betas):.2f}", f"{alpha:.2f}", f"{runs * n / passes:.2f}",
                      f"{expected_tokens(alpha, gamma):.2f}", bar(runs * n / passes, gamma + 1, 14)])
     trace.table(["gamma", "judged", "acceptance", "Σ min(p, q)", "tokens a pass", "formula", "of gamma + 1"],
                 rows, left=(6,))
     alpha, cost = fmean(every), knobs.sizes[1] / knobs.sizes[0]
-    trace.say(f"The formula takes every place for average, and they are not: sure ones come in runs. Now the "
-              f"speed-up, for alpha = {alpha:.2f} and drafts of different cost. Ours has {cost:.2f} of the target's "
-              f"weights; * marks the best gamma.")
+    trace.say(f"(Places are not alike: sure ones come in runs.) The speed-up for alpha = {alpha:.2f} and drafts of "
+              f"different cost c; ours has {cost:.2f} of the target's weights. * marks the best gamma.")
+    trace.ask(f"A draft costs {cost:.2f} of the target. Which gamma from 0 to 16 is best?", best_gamma(alpha, cost))
     gammas, rows = (1, 2, 3, 4, 6, 8), []
     for c in sorted({0.0, 0.05, 0.2, 0.5, round(cost, 3)}):
         best = max(gammas, key=lambda gamma: speed_up(alpha, gamma, c))
-        rows.append([f"{c:.2f}"] + [f"{speed_up(alpha, gamma, c):.2f}" + ("*" if gamma == best else " ")
-                                    for gamma in gammas] + [str(best_gamma(alpha, c))])
+        rows.append([f"{c:.2f}", *(f"{speed_up(alpha, gamma, c):.2f}{'*' if gamma == best else ' '}" for gamma in gammas),
+                     str(best_gamma(alpha, c))])
     trace.table(["c | gamma", *(f"{gamma} " for gamma in gammas), "best of 0 to 16"], rows)
-    trace.say("And the best gamma, with the speed-up it brings, for drafts that agree more or less often (c = 0.05):")
-    trace.table(["alpha", "best gamma", "speed-up", ""], [
-        [f"{a:.1f}", str(best_gamma(a, 0.05)), f"{speed_up(a, best_gamma(a, 0.05), 0.05):.2f}",
-         bar(speed_up(a, best_gamma(a, 0.05), 0.05), 6, 30)] for a in (0.2, 0.4, 0.6, 0.8, 0.9)], left=(3,))
 
     spread = math.sqrt(sum(beta * (1 - beta) for beta in every) + 1)
     trace.check(f"drafts kept = the sum over the {len(every)} places judged of Σ min(p, q), but for chance",
@@ -895,11 +825,10 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------
 # 7. Drafts for nothing
 #
-# A draft need not be a trained model. Text repeats itself: what followed these words last time may follow again.
-# Prompt lookup (Saxena 2023) finds the last few tokens earlier in the text and proposes what came after them;
-# summaries, edits and code copy a lot. An n-gram model counts which token follows which, in any corpus, and as
-# it has a distribution it can be sampled from too. And the target itself, with its weights rounded to a few bits
-# (microquant.py does that well; here the simple way), is a draft that agrees nearly always and reads less memory.
+# A draft need not be a trained model. Text repeats itself: prompt lookup (Saxena 2023) finds the last few tokens
+# earlier in the text and proposes what came after them; summaries, edits and code copy a lot. An n-gram model counts
+# which token follows which, in any corpus. And the target itself, with its weights rounded to a few bits
+# (microquant.py does that well; here the simple way), agrees nearly always and reads less memory.
 
 def prompt_lookup(tokens: Sequence[int], n: int, max_ngram: int = 3) -> list[int]:
     """Up to n tokens that followed the latest earlier occurrence of the last max_ngram tokens, or of fewer, or []."""
@@ -940,36 +869,28 @@ def show_free_drafts(trace: Trace, knobs: Namespace) -> None:
     """Guesses from the text, from counts, from rounded weights and from a smaller model, on the same text."""
     target, draft = models(knobs)
     prompt = knobs.tokenizer.encode(CONTEXT) + knobs.tokens
-    n, gamma, size = knobs.max_new_tokens, knobs.gamma, len(knobs.tokenizer.vocab)
-    llama = target.llama
-    rounded = {bits: CachedModel(Llama(llama.config, rounded_weights(llama.weights, bits))) for bits in (8, 4, 3, 2)}
-    proposals = {"prompt lookup": (prompt_lookup, "-"),
-                 "3-grams of the rhyme": (partial(greedy, ngram_model(knobs.tokenizer.encode(TEXT), size)), "-"),
-                 "a smaller Llama": (partial(greedy, draft), f"{64 * knobs.sizes[1] / knobs.sizes[0]:.0f}"),
-                 **{f"the target in {bits} bits": (partial(greedy, model), str(bits))
-                    for bits, model in rounded.items()}}
-    plain = greedy(target, prompt, n)
-    trace.say(f"A verse about the cat stands before the prompt, so that there is something to look up. {n} tokens, "
-              f"greedy, gamma = {gamma}. Read: bits that one drafted token reads, for each weight of the target (64 "
-              f"bits as it is).")
-    rows, same = [], []
-    for name, (propose, bits) in proposals.items():
-        tokens, counts = speculate(target, propose, prompt, n, gamma=gamma)
-        same.append(tokens == plain)
-        judged = counts.accepted + counts.rejected
-        rows.append([name, bits, f"{counts.accepted / judged:.0%}" if judged else "-", str(counts.target_passes),
+    n, gamma, llama = knobs.max_new_tokens, knobs.gamma, target.llama
+    drafters = {"prompt lookup": ("-", prompt_lookup),
+                "3-grams of the rhyme": ("-", partial(greedy, ngram_model(rhyme()[1], VOCAB_SIZE))),
+                "a smaller Llama": (f"{64 * knobs.sizes[1] / knobs.sizes[0]:.0f}", partial(greedy, draft))}
+    for bits in (8, 4, 2):
+        rounded = CachedModel(Llama(llama.config, rounded_weights(llama.weights, bits)))
+        drafters[f"the target in {bits} bits"] = (str(bits), partial(greedy, rounded))
+    trace.say(f"Greedy, {n} tokens, gamma = {gamma}, after a verse about the cat, so that there is something to look up. "
+              f"Read: bits that a drafted token reads for each weight of the target (64 bits as it is). Accepted: of all "
+              f"that were drafted.")
+    plain, rows, runs = greedy(target, prompt, n), [], {}
+    for name, (bits, propose) in drafters.items():
+        runs[name] = tokens, counts = speculate(target, propose, prompt, n, gamma=gamma)
+        share = f"{counts.accepted / counts.drafted:.0%}" if counts.drafted else "-"
+        rows.append([name, bits, share, str(counts.target_passes),
                      f"{n / counts.target_passes:.2f}", bar(n / counts.target_passes, gamma + 1, 18)])
+    lookup, small = (runs[name][1].target_passes for name in ("prompt lookup", "a smaller Llama"))
+    trace.ask(f"With the smaller Llama the target needs {small} passes. Does it need more, fewer or as many with "
+              f"prompt lookup?", "as many" if lookup == small else "more" if lookup > small else "fewer")
     trace.table(["draft", "read", "accepted", "passes", "tokens a pass", ""], rows, left=(0, 5))
-    trace.say("Prompt lookup in words: the last tokens, where they were before, and what followed there.")
-    text = prompt + plain[:n // 2]
-    trace.table(["the text ends in", "proposed"],
-                [[knobs.tail(text[:end]), knobs.clip(prompt_lookup(text[:end], gamma), 40) or "(nothing)"]
-                 for end in range(max(len(prompt), len(text) - 3), len(text) + 1)], left=(0, 1))
-    trace.check("whoever drafts, the output is the target's own", all(same), f"{len(same)} drafts")
-    found = [(i, guess) for i in range(2, len(text)) if (guess := prompt_lookup(text[:i], 4))]
-    trace.check("what prompt lookup proposes stands in the text, after a token like the last",
-                all(any(text[j - 1] == text[i - 1] and text[j:j + len(guess)] == guess for j in range(1, i))
-                    for i, guess in found), f"{len(found)} places")
+    trace.check("whoever drafts, the output is the target's own", all(tokens == plain for tokens, _ in runs.values()),
+                f"{len(runs)} drafts")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -980,158 +901,100 @@ def show_free_drafts(trace: Trace, knobs: Namespace) -> None:
 #
 #     logits_k = w2_k (h + silu(w1_k h))          w1 starts at 0 and w2 at the target's own output matrix
 #
-# The heads do not know what the others chose, so take the best few of each: the candidates form a tree, whose root
-# is the target's own next token. All of it is verified in one pass: every node sees the text and its ancestors, no
-# others, and its position is its depth. The longest path on which every node is the target's choice is kept, in the
-# text and in the KV cache. (The paper's best trees are sparse, with the likeliest paths only; and its "typical
-# acceptance", which is looser and changes the output, is left out.)
+# Take the best few of each head: the candidates form a tree, verified in one pass. A node of the tree is the text
+# that ends there, and it sees the nodes whose text begins its own, no other branch (CachedModel.run does that). The
+# longest path on which every token is the target's choice is kept. (The paper's best trees are sparse, with the
+# likeliest paths only; and its "typical acceptance", which is looser and changes the output, is left out.)
 
 Head = dict[str, Matrix]
 
 
 def medusa_head(h: Matrix, head: Head, run: Callable) -> Matrix:
     """Hidden states [n][dim] -> logits [n][vocab_size] of the token that this head is for."""
-    ones = [[1.0] * len(h[0])] * len(h)
-    return run(linear, run(add, h, run(swiglu, run(linear, h, head["w1"]), ones)), head["w2"])
+    return run(linear, run(add, h, silu(run(linear, h, head["w1"]), run)), head["w2"])
 
 
-def medusa_tree(token: int, head_rows: Matrix, tops: Sequence[int]) -> Tree:
-    """token, under it the tops[0] best of head 1, under each of these the tops[1] best of head 2, …"""
-    tree, level = [(token, -1)], [0]
-    for logits, top in zip(head_rows, tops):
-        best = sorted(range(len(logits)), key=lambda i: -logits[i])[:top]
-        start, tree = len(tree), tree + [(token, parent) for parent in level for token in best]
-        level = list(range(start, len(tree)))
-    return tree
+def silu(x: Matrix, run: Callable) -> Matrix:
+    """x · sigmoid(x), element by element: swiglu with nothing to gate."""
+    return run(swiglu, x, [[1.0] * len(x[0])] * len(x))
 
 
-def tree_paths(tree: Tree) -> list[list[int]]:
-    """The tree attention mask: for each node the nodes it sees, which are its ancestors and itself."""
-    paths: list[list[int]] = []
-    for node, (_, parent) in enumerate(tree):
-        paths.append((paths[parent] if parent >= 0 else []) + [node])
-    return paths
+def medusa_candidates(target: CachedModel, heads: Sequence[Head], tops: Sequence[int],
+                      tokens: Sequence[int]) -> list[tuple[int, ...]]:
+    """Every way to follow tokens with one of the tops[0] best of head 1, then one of the tops[1] best of head 2, …
 
-
-def tree_pass(llama: Llama, tree: Tree, cache: PrefixCache) -> tuple[Matrix, Matrix]:
-    """(logits, hidden states) after every node, [len(tree)][…], in one forward pass; all nodes see what is cached.
-
-    The nodes' own keys and values are cached too: cache.keep() then drops what was not accepted.
+    The heads read the state where the target last was, before the last token; before it has read anything: [].
     """
-    start = cache.length
-    sees = [[*range(start), *(start + node for node in path)] for path in tree_paths(tree)]
-    positions = [len(seen) - 1 for seen in sees]
-
-    def attend_on_tree(q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
-        keys, values, heads = split_heads(k, n_kv_heads), split_heads(v, n_kv_heads), []
-        for h, queries in enumerate(split_heads(q, n_heads)):
-            g, scale = h * n_kv_heads // n_heads, 1 / math.sqrt(len(queries[0]))
-            weights = [softmax([dot(query, keys[g][j]) * scale for j in seen]) for query, seen in zip(queries, sees)]
-            heads.append([[dot(w, column) for column in zip(*(values[g][j] for j in seen))]
-                          for w, seen in zip(weights, sees)])
-        return concat(*heads)
-
-    def run(operation: Callable, *inputs):
-        if operation is rope_heads:
-            return rope_heads(inputs[0], positions, *inputs[2:])
-        return (attend_on_tree if operation is attend else operation)(*inputs)
-
-    return forward_with_features(llama, [token for token, _ in tree], cache, run)
+    h = target.feature(tokens[:-1])
+    rows = [medusa_head([h], head, call)[0] for head in heads] if h else []
+    best = [sorted(range(len(row)), key=lambda i: -row[i])[:top] for row, top in zip(rows, tops)]
+    return list(itertools.product(*best)) if best else []
 
 
-def chain(tokens: Sequence[int]) -> Tree:
-    """A tree that does not branch: the tokens one after the other."""
-    return [(token, i - 1) for i, token in enumerate(tokens)]
+def verify_tree(target: CachedModel, tokens: Sequence[int], candidates: Sequence[Sequence[int]]) -> tuple[list[int], dict]:
+    """One pass: (what the target puts after tokens, as far as a candidate foresaw it, and one more; {text: logits})."""
+    text = tuple(tokens)
+    rows = target.read([text, *((*text, *path) for path in candidates)])
+    while text in rows:
+        text += (argmax(rows[text]),)
+    return list(text[len(tokens):]), rows
 
 
-def accepted_path(tree: Tree, rows: Matrix) -> list[int]:
-    """The longest path from the root, node 0, on which each token is the argmax of its parent's row."""
-    paths = {0: [0]}
-    for node, (token, parent) in enumerate(tree):
-        if parent in paths and token == argmax(rows[parent]):
-            paths[node] = paths[parent] + [node]
-    return max(paths.values(), key=len)
-
-
-def tree_step(llama: Llama, tree: Tree, cache: PrefixCache) -> tuple[list[int], int, Matrix, Matrix]:
-    """One pass: (the tokens after the root that it yields, the last node kept, logits, hidden states).
-
-    The last of the tokens is the target's own choice after that node; it is not in the cache yet.
-    """
-    start = cache.length
-    rows, features = tree_pass(llama, tree, cache)
-    path = accepted_path(tree, rows)
-    cache.keep([*range(start), *(start + node for node in path)])
-    return [tree[node][0] for node in path[1:]] + [argmax(rows[path[-1]])], path[-1], rows, features
-
-
-def medusa_greedy(llama: Llama, heads: Sequence[Head], prompt: Sequence[int], max_new_tokens: int, *,
-                  tops: Sequence[int] = (3, 2, 1)) -> tuple[list[int], Counts]:
+def medusa_greedy(target: CachedModel, heads: Sequence[Head], prompt: Sequence[int], max_new_tokens: int, *,
+                  tops: Sequence[int] = (3, 2)) -> tuple[list[int], Counts]:
     """(the same tokens as greedy, Counts); the first pass reads the prompt."""
     check_request(prompt, max_new_tokens)
-    cache, counts = PrefixCache(llama.config.n_layers), Counts([([], 0)])
-    rows, features = tree_pass(llama, chain(prompt), cache)
-    tokens, feature = [*prompt, argmax(rows[-1])], features[-1]
+    tokens, counts = list(prompt), Counts()
     while len(tokens) < len(prompt) + max_new_tokens:
-        tree = medusa_tree(tokens[-1], [medusa_head([feature], head, call)[0] for head in heads], tops)
-        found, last, _, features = tree_step(llama, tree, cache)
-        tokens, feature = tokens + found, features[last]
-        counts.rounds.append(([token for token, _ in tree[1:]], len(found) - 1))
+        found, rows = verify_tree(target, tokens, medusa_candidates(target, heads, tops, tokens))
+        counts.rounds.append(([text[-1] for text in rows if len(text) > len(tokens)], len(found) - 1))
+        tokens += found
     return tokens[len(prompt):][:max_new_tokens], counts
 
 
-def train_medusa(llama: Llama, ids: Sequence[int], n_heads: int, steps: int, rate: float = 0.03) -> list[Head]:
+def train_medusa(llama: Llama, ids: Sequence[int], n_heads: int, steps: int) -> list[Head]:
     """Heads for 1, 2, … places after the next token, on the frozen llama's hidden states."""
-    heads, batches = [], hidden_batches(llama, tuple(ids))
+    dim, heads = llama.config.dim, []
     for ahead in range(2, 2 + n_heads):
-        dim = llama.config.dim
         head = {"w1": [[0.0] * dim for _ in range(dim)], "w2": [list(row) for row in llama.weights["output"]]}
         fit(head, [((h[:len(ids) - start - ahead],), ids[start + ahead:start + ahead + len(h)])
-                   for start, h in batches], medusa_head,
-            lambda logits, targets: cross_entropy(logits, targets)[1], steps, rate)
+                   for start, h in hidden_batches(llama, tuple(ids))], medusa_head,
+            lambda logits, targets: cross_entropy(logits, targets)[1], steps)
         heads.append(head)
     return heads
 
 
 def show_medusa(trace: Trace, knobs: Namespace) -> None:
-    """A tree with its mask and what was kept of it; passes against greedy's."""
+    """A tree with its mask and what is kept of it; passes against a chain's and greedy's."""
     target, _ = models(knobs)
-    llama, n = target.llama, knobs.max_new_tokens
-    heads, tops = medusa_heads(knobs.seed, knobs.steps), (3, 2, 1)
-    tokens, counts = medusa_greedy(llama, heads, knobs.tokens, n, tops=tops)
-    best = max(range(len(counts.rounds)), key=lambda i: counts.rounds[i][1])
-    text = knobs.tokens + tokens[:sum(kept + 1 for _, kept in counts.rounds[:max(best, 1)])]
-    cache = PrefixCache(llama.config.n_layers)
-    _, features = tree_pass(llama, chain(text[:-1]), cache)
-    tree = medusa_tree(text[-1], [medusa_head(features[-1:], head, call)[0] for head in heads], tops)
-    rows, _ = tree_pass(llama, tree, cache)
-    kept, paths = accepted_path(tree, rows), tree_paths(tree)
-    trace.say(f"{len(heads)} heads, the {', '.join(map(str, tops))} best of each: a tree of {len(tree)} nodes, "
+    n, tops, heads = knobs.max_new_tokens, (3, 2), medusa_heads(knobs.seed, knobs.steps)
+    (tokens, counts), (_, chained) = (medusa_greedy(target, heads, knobs.tokens, n, tops=way) for way in (tops, (1, 1)))
+
+    best = max(range(len(counts.rounds)), key=lambda i: counts.rounds[i][1])  # the pass that yields most
+    text = (*knobs.tokens, *tokens[:max(1, sum(kept + 1 for _, kept in counts.rounds[:best]))])
+    candidates = medusa_candidates(target, heads, tops, text)
+    nodes = list(dict.fromkeys(text + path[:end] for path in candidates for end in range(len(path) + 1)))
+    found = text + tuple(verify_tree(target, text, candidates)[0])
+    trace.ask(f"Under the target's own token the {tops[0]} best of head 1, under each of these the {tops[1]} best of "
+              f"head 2. How many nodes has the tree?", len(nodes))
+    trace.say(f"{len(heads)} heads, the {', '.join(map(str, tops))} best of each: a tree of {len(nodes)} nodes, "
               f"verified in one pass after {knobs.tail(text[:-1])!r}. Its root is the target's own. Right: the tree "
               f"attention mask, who (row) sees whom (column) besides the text. * is kept.")
-    trace.lines([("  " * (len(path) - 1) + knobs.name(tree[path[-1]][0]) + " *" * (path[-1] in kept)).ljust(28)
-                 + "".join("█" if node in path else "·" for node in range(len(tree))) for path in paths])
-    alone = [llama.forward(text[:-1] + [tree[node][0] for node in path])[-1] for path in paths]
-    guesses = speculate(target, partial(medusa_chain, target, heads), knobs.tokens, n, gamma=len(heads))[1]
-    trace.say(f"{n} tokens: one at a time {n} passes; the heads' best guesses as one chain {guesses.target_passes}; "
+    trace.lines([("  " * (len(node) - len(text)) + knobs.name(node[-1]) + " *" * (node == found[:len(node)])).ljust(28)
+                 + "".join("█" if node[:len(other)] == other else "·" for other in nodes) for node in nodes])
+    trace.say(f"{n} tokens: one at a time {n} passes; the heads' best guesses as one chain {chained.target_passes}; "
               f"as a tree {counts.target_passes}. (The first pass reads the prompt.)")
     trace.check("greedy output unchanged", tokens == greedy(target, knobs.tokens, n), f"{n} tokens")
+    rows = CachedModel(target.llama).read(nodes)
     trace.check_close("the tree in one pass = each path alone, through the model's own causal attention",
-                      rows, alone, 1e-12)
-
-
-def medusa_chain(target: CachedModel, heads: Sequence[Head], tokens: list[int], n: int) -> list[int]:
-    """Each head's best guess, as a draft for speculate(); none before the target has read anything."""
-    h = target.feature(tokens[:-1])
-    return [argmax(medusa_head([h], head, call)[0]) for head in heads[:n]] if h else []
+                      [rows[node] for node in nodes], [target.llama.forward(node)[-1] for node in nodes], 1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------
 # 9. EAGLE
 #
-# Medusa's heads guess tokens without knowing the token before. EAGLE guesses the next *hidden state*, one step at a
-# time, from the last one and the embedding of the token that was chosen there; the target's own output matrix
-# turns it into a token. Knowing that token settles most of what was uncertain about the state.
+# Medusa's heads guess tokens without knowing the token before. EAGLE guesses the next *hidden state*, from the last
+# one and the embedding of the token chosen there; the target's own output matrix turns it into a token, and so on.
 #
 #     f_t+1 ≈ f_t + w2 silu(w1 [f_t ; embedding(x_t+1)])       draft x_t+2 = argmax(output f_t+1), and again
 #
@@ -1140,8 +1003,7 @@ def medusa_chain(target: CachedModel, heads: Sequence[Head], tokens: list[int], 
 
 def eagle_step(x: Matrix, f: Matrix, head: Head, run: Callable) -> Matrix:
     """x = [f ; embedding of the next token] [n][2·dim], f [n][dim] -> the next hidden states [n][dim]."""
-    hidden = run(linear, x, head["w1"])
-    return run(add, f, run(linear, run(swiglu, hidden, [[1.0] * len(hidden[0])] * len(hidden)), head["w2"]))
+    return run(add, f, run(linear, silu(run(linear, x, head["w1"]), run), head["w2"]))
 
 
 def eagle_draft(target: CachedModel, head: Head, tokens: list[int], n: int) -> list[int]:
@@ -1157,8 +1019,8 @@ def eagle_draft(target: CachedModel, head: Head, tokens: list[int], n: int) -> l
 def train_eagle(llama: Llama, ids: Sequence[int], rng: random.Random, steps: int) -> Head:
     """The head, fitted to the frozen llama's hidden states."""
     dim, batches = llama.config.dim, []
-    head = {"w1": [[rng.gauss(0, (2 * dim) ** -0.5) for _ in range(2 * dim)] for _ in range(2 * dim)],
-            "w2": [[0.0] * (2 * dim) for _ in range(dim)]}
+    head = {"w1": [[rng.gauss(0, (2 * dim) ** -0.5) for _ in range(2 * dim)] for _ in range(dim)],
+            "w2": [[0.0] * dim for _ in range(dim)]}
     for start, f in hidden_batches(llama, tuple(ids)):
         x = concat(f[:-1], look_up(llama.weights["tok_embeddings"], ids[start + 1:start + len(f)]))
         batches.append(((x, f[:-1]), f[1:]))
@@ -1170,53 +1032,43 @@ def train_eagle(llama: Llama, ids: Sequence[int], rng: random.Random, steps: int
 def show_eagle(trace: Trace, knobs: Namespace) -> None:
     """EAGLE's drafts against Medusa's and the smaller model's, place by place and per parameter."""
     target, draft = models(knobs)
-    n, gamma, plain = knobs.max_new_tokens, 3, greedy(target, knobs.tokens, knobs.max_new_tokens)
+    n, gamma = knobs.max_new_tokens, 2
     head, heads = eagle_head(knobs.seed, knobs.steps), medusa_heads(knobs.seed, knobs.steps)
     drafters = {"a smaller Llama": (partial(greedy, draft), knobs.sizes[1]),
-                "Medusa, as a chain": (partial(medusa_chain, target, heads), sum(map(count_weights, heads))),
+                "Medusa, as a chain": (lambda tokens, n: list(*medusa_candidates(target, heads[:n], (1, 1), tokens)),
+                                       sum(map(count_weights, heads))),
                 "EAGLE": (partial(eagle_draft, target, head), count_weights(head))}
-    prompts = [knobs.tokens, *(knobs.tokenizer.encode(text) for text in ("This is the man", "This is the cock"))]
-    trace.say(f"{len(prompts)} prompts, {n} tokens each, chains of {gamma}. The share kept of the first, second and "
-              f"third guess, of those judged; and what a thousand extra weights bring in tokens a pass above 1.")
-    rows, same = [], []
+    prompts = [knobs.tokens, knobs.tokenizer.encode(SECOND_PROMPT)]
+    rows, same, gains = [], [], {}
     for name, (propose, extra) in drafters.items():
         rounds = []
         for prompt in prompts:
             tokens, counts = speculate(target, propose, prompt, n, gamma=gamma)
             same.append(tokens == greedy(target, prompt, n))
             rounds += counts.rounds
-        shares = []
-        for i in range(gamma):
-            judged = [kept > i for drafts, kept in rounds if kept >= i and len(drafts) > i]
-            shares.append(f"{fmean(judged):.0%}" if judged else "-")
+        judged = [[kept > i for drafts, kept in rounds if kept >= i and len(drafts) > i] for i in range(gamma)]
+        shares = [f"{fmean(right):.0%}" if right else "-" for right in judged]
         a_pass = len(prompts) * n / len(rounds)
-        rows.append([name, f"{extra:,}", *shares, f"{a_pass:.2f}", f"{1000 * (a_pass - 1) / extra:.3f}",
-                     bar(a_pass, gamma + 1, 8)])
-    trace.table(["draft", "weights", "1st", "2nd", "3rd", "tokens a pass", "per 1000", ""], rows, left=(0, 7))
-    trace.say(f"EAGLE's drafts after {knobs.tail(knobs.tokens + plain[:1])!r}:")
-    text = knobs.tokens + plain[:1]
-    trace.lines(quoted(" ".join(map(knobs.name, eagle_draft(target, head, text, 8)))))
+        gains[name] = 1000 * (a_pass - 1) / extra
+        rows.append([name, f"{extra:,}", *shares, f"{a_pass:.2f}", f"{gains[name]:.2f}", bar(a_pass, gamma + 1, 12)])
+    trace.say(f"{len(prompts)} prompts, {n} tokens each, chains of {gamma}. The share kept of the first and second "
+              f"guess, of those judged; and what a thousand extra weights bring in tokens a pass above 1.")
+    trace.ask("Which brings most for a thousand weights: " + "; ".join(drafters) + "?", max(gains, key=gains.get))
+    trace.table(["draft", "weights", "1st", "2nd", "tokens a pass", "per 1000", ""], rows, left=(0, 6))
     trace.check("output unchanged, whoever drafts", all(same), f"{len(same)} texts")
-    x = [target.feature(knobs.tokens) + target.llama.weights["tok_embeddings"][plain[0]]]
-    hidden = [sum(map(operator.mul, x[0], row)) for row in head["w1"]]
-    gated = [value / (1 + math.exp(-value)) for value in hidden]
-    by_hand = [a + sum(map(operator.mul, gated, row)) for a, row in zip(x[0], head["w2"])]
-    trace.check_close("a step of the head = the equation, written out",
-                      eagle_step(x, [x[0][:len(by_hand)]], head, call), [by_hand], 1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------
 # 10. Jacobi and lookahead decoding
 #
-# Greedy text solves equations: x_t = argmax logits(x_1 … x_t-1) for every t. Guess them all, put the guesses in on
-# the right, and one pass renews every x_t at once (Jacobi's way; Santilli et al. 2023, arXiv:2305.10427). At least
-# the first is right after each pass, so after n passes all are; with luck several settle together.
+# Greedy text solves equations: x_t = argmax logits(x_1 … x_t-1) for every t. Guess them all, and one pass renews
+# every x_t at once (Jacobi's way; Santilli et al.). At least the first is right after each pass; with luck several
+# settle together. Mostly, good tokens appear in the wrong place and are overwritten.
 #
-# Mostly, good tokens appear in the wrong place and are overwritten. Lookahead decoding keeps them. `window` guesses
-# run side by side for ngram - 1 levels, each level renewed from the one before it; every column read downwards
-# is an n-gram that the target itself strung together, and goes into a pool. In the same pass, the n-grams of the
-# pool that start with the last token are verified, like Medusa's candidates: it is all one tree. (The paper's windows
-# keep a few more tokens in the first level; the idea is the same.) No draft, no training, more arithmetic a pass.
+# Lookahead decoding keeps them. `window` guesses run side by side for ngram - 1 levels, each level renewed from the
+# one before it; every column read downwards is an n-gram that the target itself strung together, and goes into a
+# pool. In the same pass, the n-grams of the pool that start with the last token are verified, like Medusa's
+# candidates. (The paper's windows keep a few more tokens in the first level.) No draft, no training, more arithmetic.
 
 def jacobi_greedy(target_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *,
                   gamma: int) -> tuple[list[int], Counts]:
@@ -1226,34 +1078,29 @@ def jacobi_greedy(target_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: in
     guesses: list[int] = []
     while len(tokens) < end:
         guesses = (guesses + [tokens[-1]] * gamma)[:min(gamma, end - len(tokens) - 1)]
-        best = [argmax(row) for row in last_rows(target_fn, tokens + guesses, len(guesses) + 1)]
-        kept = agreement(guesses, best)
+        best, kept = verify(target_fn, tokens, guesses)
         counts.rounds.append((guesses, kept))
         tokens, guesses = tokens + best[:kept + 1], best[kept + 1:]
     return tokens[len(prompt):], counts
 
 
-def lookahead_greedy(llama: Llama, prompt: Sequence[int], max_new_tokens: int, *, window: int = 5, ngram: int = 3,
-                     guesses: int = 4) -> tuple[list[int], Counts]:
+def lookahead_greedy(target: CachedModel, prompt: Sequence[int], max_new_tokens: int, *, window: int = 5,
+                     ngram: int = 3, guesses: int = 4) -> tuple[list[int], Counts]:
     """(the same tokens as greedy, Counts); `guesses` n-grams of the pool, the latest, are verified in a pass."""
     check_request(prompt, max_new_tokens, window=window, guesses=guesses)
-    cache, counts, pool = PrefixCache(llama.config.n_layers), Counts([([], 0)]), {}
-    rows, _ = tree_pass(llama, chain(prompt), cache)
-    tokens, levels = [*prompt, argmax(rows[-1])], [[prompt[j % len(prompt)] for j in range(window)]] * (ngram - 1)
+    tokens, counts, pool = list(prompt), Counts(), {}
+    levels = [[prompt[j % len(prompt)] for j in range(window)]] * (ngram - 1)
     while len(tokens) < len(prompt) + max_new_tokens:
-        tree = [(tokens[-1], -1)] + [(token, j if level == 0 else 1 + (level - 1) * window + j)
-                                     for level, row in enumerate(levels) for j, token in enumerate(row)]
-        size = len(tree)
-        for gram in list(pool.get(tokens[-1], {}))[-guesses:]:
-            tree += [(token, 0 if i == 0 else len(tree) + i - 1) for i, token in enumerate(gram)]
-        found, _, rows, _ = tree_step(llama, tree, cache)
-        renewed = [argmax(row) for row in rows[size - window:size]]  # what comes at the foot of each column
+        # The first level is a chain after the text; under each of its tokens hangs its column of the other levels.
+        columns = [(*levels[0][:j], *column) for j, column in enumerate(zip(*levels))]
+        found, rows = verify_tree(target, tokens, columns + list(pool.get(tokens[-1], {}))[-guesses:])
+        counts.rounds.append(([text[-1] for text in rows if len(text) > len(tokens)], len(found) - 1))
+        renewed = [argmax(rows[*tokens, *column]) for column in columns]  # what comes at the foot of each
         for first, *rest in zip(*levels, renewed):
             grams = pool.setdefault(first, {})
             grams.pop(tuple(rest), None)
             grams[tuple(rest)] = True  # a dict keeps its order: the latest last
         levels, tokens = levels[1:] + [renewed], tokens + found
-        counts.rounds.append(([token for token, _ in tree[1:]], len(found) - 1))
     return tokens[len(prompt):][:max_new_tokens], counts
 
 
@@ -1262,282 +1109,214 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
     target, _ = models(knobs)
     n, gamma, prompt = knobs.max_new_tokens, 4, knobs.tokens
     jacobi, counts = jacobi_greedy(target, prompt, n, gamma=gamma)
-    trace.say(f"Jacobi: {gamma} guesses, renewed all at once in each pass, the first six. + was right, × was not.")
+    lookahead, ahead = lookahead_greedy(target, prompt, n)
+    trace.say(f"Jacobi: {gamma} guesses, renewed all at once in each pass. + was right, × was not.")
     for number, (guesses, kept) in enumerate(counts.rounds[:6], 1):
         marks = "  ".join(("+" if i < kept else "×") + knobs.name(token) for i, token in enumerate(guesses))
         trace.lines([f"pass {number}  " + (marks or "no guess: one token is left")])
-    lookahead, ahead = lookahead_greedy(target.llama, prompt, n)
-    plain = greedy(target, prompt, n)
     trace.say(f"Passes for {n} tokens, no draft model anywhere, nothing trained:")
+    trace.ask(f"Greedy takes {n}, Jacobi {counts.target_passes}. And lookahead?", ahead.target_passes)
     trace.table(["", "passes", "tokens a pass", ""], [
         [name, str(passes), f"{n / passes:.2f}", bar(n / passes, 4, 32)] for name, passes in
         (("greedy", n), ("Jacobi", counts.target_passes), ("lookahead", ahead.target_passes))], left=(0, 3))
-    trace.check("Jacobi's output is greedy's", jacobi == plain, f"{n} tokens")
-    trace.check("lookahead's output is greedy's", lookahead == plain, f"{n} tokens")
+    trace.check("the output of both is greedy's", jacobi == lookahead == greedy(target, prompt, n), f"{n} tokens")
     trace.check("no more passes than tokens", max(counts.target_passes, ahead.target_passes) <= n, "for both")
 
 
 # ---------------------------------------------------------------------------------------------------
 # 11. Text with a shape
 #
-# Output that a program must read (JSON, a date, one of three answers) can be forced into shape: an automaton
-# reads what was written so far, and every token it could not go on from gets -inf. Its states here are regular
-# expressions themselves: after the character c, what must still follow is the derivative of the pattern by c
-# (Brzozowski 1964). A token is allowed if the derivative by all of its characters is not the empty set; the end, if
-# the state accepts nothing more. Which tokens a state allows never changes: production computes it once.
+# Output that a program must read (JSON, a date, one of three answers) can be forced into shape: an automaton reads
+# what was written so far, and every token it could not go on from gets -inf. Here the shape is a grammar whose
+# rules are lists of (words, the rule that comes after them; None: the end), which can say all that a regular
+# expression can. The automaton may be in several states at once: (what is left of the words, the rule after them).
 #
-# The mask is local, though. It renormalises step by step: P_local(text) = Π p(x_t) / Z_t, where Z_t is the mass
-# that was allowed at step t. Asking the model for a text *given* that it fits would be P(text) / P(fits). Local
-# masking walks gladly into a place where the model has nothing good to say, since it never sees the bill, Π Z_t.
+# The mask is local, though: P_local(text) = Π p(x_t) / Z_t, where Z_t is the mass that was allowed at step t. Asking
+# the model for a text *given* that it fits would be P(text) / P(fits). Local masking walks gladly into a place
+# where the model has nothing good to say, since it never sees the bill, Π Z_t.
 
-Pattern = tuple  # ("char", c), ("seq", a, b), ("or", a, b), ("star", a), ("end",): nothing, ("none",): no text at all
-END, NONE = ("end",), ("none",)
-
-
-def parse_pattern(text: str) -> Pattern:
-    """A regular expression of characters, (…), | and *, as nested tuples. ValueError where brackets do not match."""
-    def alternatives(i: int) -> tuple[Pattern, int]:
-        options, here = NONE, END
-        while i < len(text) and text[i] != ")":
-            if text[i] == "|":
-                options, here, i = either(options, here), END, i + 1
-                continue
-            if text[i] == "(":
-                part, i = alternatives(i + 1)
-                if i == len(text):
-                    raise ValueError(f"pattern has an opening bracket without its closing one: {text!r}")
-            else:
-                part = ("char", text[i])
-            i += 1
-            if text[i:i + 1] == "*":
-                part, i = ("star", part), i + 1
-            here = then(here, part)
-        return either(options, here), i
-
-    pattern, end = alternatives(0)
-    if end < len(text):
-        raise ValueError(f"pattern has a closing bracket without its opening one: {text!r}")
-    return pattern
+Grammar = dict[str, list[tuple[str, str | None]]]  # it starts with its first rule; words are never empty
+States = frozenset[tuple[str, str | None]]
 
 
-def then(a: Pattern, b: Pattern) -> Pattern:
-    """a followed by b, simplified."""
-    return NONE if NONE in (a, b) else b if a == END else a if b == END else ("seq", a, b)
+def follow(grammar: Grammar, states: States, text: str) -> States:
+    """The states after reading text in any of these; none if it does not fit."""
+    for c in text:
+        choices = [choice for left, rule in states
+                   for choice in ([(left, rule)] if left else grammar.get(rule, []))]
+        states = frozenset((words[1:], rule) for words, rule in choices if words[0] == c)
+    return states
 
 
-def either(a: Pattern, b: Pattern) -> Pattern:
-    """a or b, simplified."""
-    return b if a in (NONE, b) else a if b == NONE else ("or", a, b)
+def constrain(logits_fn: LogitsFn, vocab: Sequence[str], grammar: Grammar, prompt_length: int, eos: int) -> LogitsFn:
+    """logits_fn with -inf wherever the text after the prompt could no longer fit; eos only where it may end."""
+    start = frozenset({("", next(iter(grammar)))})
 
-
-def may_end(pattern: Pattern) -> bool:
-    """Does it accept the empty text?"""
-    kind, *parts = pattern
-    if kind in ("seq", "or"):
-        return (all if kind == "seq" else any)(map(may_end, parts))
-    return kind in ("end", "star")
-
-
-@cache
-def derivative(pattern: Pattern, c: str) -> Pattern:
-    """What must follow c for the whole to match the pattern; NONE if nothing can."""
-    kind, *parts = pattern
-    if kind == "char":
-        return END if parts[0] == c else NONE
-    if kind == "or":
-        return either(*(derivative(part, c) for part in parts))
-    if kind == "star":
-        return then(derivative(parts[0], c), pattern)
-    if kind == "seq":
-        after = then(derivative(parts[0], c), parts[1])
-        return either(after, derivative(parts[1], c)) if may_end(parts[0]) else after
-    return NONE
-
-
-def constrain(logits_fn: LogitsFn, vocab: Sequence[str], pattern: str, prompt_length: int, eos: int) -> LogitsFn:
-    """logits_fn with -inf wherever the text after the prompt could no longer match; eos only where it may end."""
-    start = parse_pattern(pattern)
-
-    def read(state: Pattern, text: str) -> Pattern:
-        for c in text:
-            state = derivative(state, c)
-        return state
-
-    @cache
-    def allowed(state: Pattern) -> list[bool]:
-        return [may_end(state) if token == eos else read(state, text) != NONE for token, text in enumerate(vocab)]
+    @cache  # which tokens a state allows never changes; production works it out beforehand
+    def allowed(states: States) -> list[bool]:
+        return [("", None) in states if token == eos else bool(follow(grammar, states, text))
+                for token, text in enumerate(vocab)]
 
     def masked(tokens: Sequence[int]) -> Vector:
-        state = read(start, "".join(vocab[token] for token in tokens[prompt_length:]))
-        return keep_where(allowed(state), logits_fn(tokens))
+        written = "".join(vocab[token] for token in tokens[prompt_length:])
+        return keep_where(allowed(follow(grammar, start, written)), logits_fn(tokens))
 
     return masked
 
 
+# Who killed or worried whom, as often as the model likes; and one of three animals.
+STORY = {"animal": [(" cat", "clause"), (" dog", "clause"), (" rat", "clause")],
+         "clause": [(" that killed the", "animal"), (" that worried the", "animal"), (" that lay in the house", None)]}
+STORY_RE = " (cat|dog|rat)( that (killed|worried) the (cat|dog|rat))* that lay in the house"
+ANIMALS = {"animal": [(" cow", "that"), (" cat", "that"), (" rat", "that")], "that": [(" that", None)]}
+
+
 def show_constrained(trace: Trace, knobs: Namespace) -> None:
-    """Free and forced texts; the distribution of local masking against the true conditional one."""
+    """Forced texts; the distribution of local masking against the true conditional one."""
     target, _ = models(knobs)
     prompt, vocab, eos, longest = knobs.tokens, knobs.tokenizer.vocab, knobs.eos, 60
-    story = " (cat|dog|rat|cow) (that (ate|killed|worried) the (cat|rat|malt) )*that lay in the house."
-    forced = constrain(target, vocab, story, len(prompt), eos)
-    trace.say("A pattern, and texts forced into it, by greedy and by sampling; any decoder takes the masked logits.")
-    trace.lines(quoted(story))
-    rng, texts = random.Random(knobs.seed), [greedy(forced, prompt, longest, eos=eos)]
+    forced, rng = constrain(target, vocab, STORY, len(prompt), eos), random.Random(knobs.seed)
+    texts = [greedy(forced, prompt, longest, eos=eos)]
     texts += [sample(forced, prompt, longest, rng=rng, eos=eos) for _ in range(3)]
     texts = [knobs.tokenizer.decode(text[:-1]) for text in texts if text[-1] == eos]
+    trace.say(f"A grammar, as a regular expression: {STORY_RE!r}. Texts forced into it, by greedy and by sampling; any "
+              f"decoder takes the masked logits.")
     for text in texts:
         trace.lines(quoted("…" + text))
-    small = " (cow|cat|rat) that"
-    forced = constrain(target, vocab, small, len(prompt), eos)
+
+    forced = constrain(target, vocab, ANIMALS, len(prompt), eos)
     local = every_outcome(lambda rng: tuple(sample(forced, prompt, longest, rng=rng, eos=eos)))
     true = {tokens: math.exp(log_probability(target, prompt, tokens)) for tokens in local}
     fits = sum(true.values())
-    by_text = {name: Counter() for name in ("the model", "local mask", "given it fits")}
+    masked, given = Counter(), Counter()  # by text, however it is cut into tokens
     for tokens, p in local.items():
-        text = knobs.tokenizer.decode(tokens[:-1])
-        for name, value in zip(by_text, (true[tokens], p, true[tokens] / fits)):
-            by_text[name][text] += value
-    trace.say(f"How far local masking strays, on {small!r} and its end: all {len(local)} ways to write its "
-              f"{len(by_text['the model'])} texts in tokens, enumerated. (The model itself fits with probability "
-              f"{fits:.1e}.)")
+        text = knobs.tokenizer.decode(tokens[:-1]).strip()
+        masked[text] += p
+        given[text] += true[tokens] / fits
+    trace.say(f"How far local masking strays, on one animal and \"that\": all {len(local)} ways to write the "
+              f"{len(masked)} texts in tokens, enumerated. (The model itself fits with probability {fits:.1e}.)")
+    widest = max(masked, key=lambda text: abs(masked[text] - given[text]))
+    trace.ask(f"{widest!r} has probability {masked[widest]:.3f} under the local mask. Given that the text fits, is it "
+              f"higher or lower?", "higher" if given[widest] > masked[widest] else "lower")
     trace.table(["text", "local mask", "given it fits", "local mask", "given it fits"],
-                [[text.strip(), *(f"{by_text[name][text]:.3f}" for name in list(by_text)[1:]),
-                  *(bar(by_text[name][text], 1, 18) for name in list(by_text)[1:])]
-                 for text in sorted(by_text["the model"])], left=(0, 3, 4))
-    apart = total_variation(by_text["local mask"], by_text["given it fits"])
-    trace.say(f"{apart:.0%} of the texts come out other than they should (total variation).")
-    trace.check("what was forced matches, says Python's re",
-                all(re.fullmatch(story.replace(".", "[.]"), text) for text in texts)
-                and all(re.fullmatch(small, text) for text in by_text["the model"]),
-                f"{len(texts)} + {len(local)} texts")
+                [[text, f"{masked[text]:.3f}", f"{given[text]:.3f}", bar(masked[text], 1, 18), bar(given[text], 1, 18)]
+                 for text in sorted(masked)], left=(0, 3, 4))
+    trace.say(f"{total_variation(masked, given):.0%} of the texts come out other than they should (total variation).")
+    trace.check("what was forced matches, says Python's re", all(re.fullmatch(STORY_RE, text) for text in texts)
+                and all(re.fullmatch("(cow|cat|rat) that", text) for text in masked), f"{len(texts)} + {len(local)} texts")
     worst = 0.0
     for tokens, p in local.items():
-        z = 1.0
+        bill = p
         for i in range(len(tokens)):
             text = prompt + list(tokens[:i])
-            z *= sum(value for value, logit in zip(softmax(target(text)), forced(text)) if logit > -math.inf)
-        worst = max(worst, abs(p * z - true[tokens]))
+            bill *= sum(value for value, logit in zip(softmax(target(text)), forced(text)) if logit > -math.inf)
+        worst = max(worst, abs(bill - true[tokens]))
     trace.check("P_local times the product of all Z_t = P, text by text", worst < 1e-12, "max |Δ| < 1e-12")
 
 
 # ---------------------------------------------------------------------------------------------------
 # 12. The table
 #
-# Everything above on the same prompts. log p is what the model says of the text, whoever chose it; distinct-2 the
-# share of its pairs of neighbours that differ; passes a token, what the target had to do (a beam's passes go
-# side by side in a batch, but each is paid for).
+# Everything above on the same prompts. log p: what the model says of the text, whoever chose it; distinct-2: the
+# share of its pairs of neighbours that differ; passes: of the target (a beam's go side by side, but each is paid for).
 
 def show_all_decoders(trace: Trace, knobs: Namespace) -> None:
     """Every decoder on two prompts."""
     target, draft = models(knobs)
-    llama, n, gamma, width = target.llama, min(knobs.max_new_tokens, 16), knobs.gamma, knobs.width
-    head = eagle_head(knobs.seed, knobs.steps)
+    n, gamma = min(knobs.max_new_tokens, 16), knobs.gamma
+    heads, head = medusa_heads(knobs.seed, knobs.steps), eagle_head(knobs.seed, knobs.steps)
     chance = dict(temperature=knobs.temperature, top_p=knobs.top_p)
+    beam = dict(width=knobs.width, length_penalty=knobs.length_penalty)
     decoders = {
         "greedy": lambda prompt, rng: greedy(target, prompt, n),
         "sample": lambda prompt, rng: sample(target, prompt, n, rng=rng, temperature=knobs.temperature),
         f"top-k {knobs.top_k}": lambda prompt, rng: sample(target, prompt, n, rng=rng, top_k=knobs.top_k),
         f"top-p {knobs.top_p:g}": lambda prompt, rng: sample(target, prompt, n, rng=rng, **chance),
         f"min-p {knobs.min_p:g}": lambda prompt, rng: sample(target, prompt, n, rng=rng, min_p=knobs.min_p),
-        f"beam, width {width}": lambda prompt, rng: beam_search(target, prompt, n, width=width,
-                                                               length_penalty=knobs.length_penalty)[0][0],
+        f"beam, width {knobs.width}": lambda prompt, rng: beam_search(target, prompt, n, **beam)[0][0],
         "speculative top-p": lambda prompt, rng: speculative_sample(target, draft, prompt, n, gamma=gamma, rng=rng,
                                                                     **chance),
         "speculative": lambda prompt, rng: speculative_greedy(target, draft, prompt, n, gamma=gamma),
         "prompt lookup": lambda prompt, rng: speculate(target, prompt_lookup, prompt, n, gamma=gamma),
-        "Medusa": lambda prompt, rng: medusa_greedy(llama, medusa_heads(knobs.seed, knobs.steps), prompt, n),
+        "Medusa": lambda prompt, rng: medusa_greedy(target, heads, prompt, n),
         "EAGLE": lambda prompt, rng: speculate(target, partial(eagle_draft, target, head), prompt, n, gamma=gamma),
         "Jacobi": lambda prompt, rng: jacobi_greedy(target, prompt, n, gamma=gamma),
-        "lookahead": lambda prompt, rng: lookahead_greedy(llama, prompt, n)}
-    lossless, same, gaps = list(decoders)[7:], [], []
-    for prompt in (knobs.tokens, knobs.tokenizer.encode("This is the man")):
-        trace.say(f"After {knobs.tail(prompt)!r}, {n} tokens:")
-        rows, texts, plain = [], {}, greedy(target, prompt, n)
+        "lookahead": lambda prompt, rng: lookahead_greedy(target, prompt, n)}
+    lossless, same = list(decoders)[7:], []
+    for prompt in (knobs.tokens, knobs.tokenizer.encode(SECOND_PROMPT)):
+        rows, plain = [], greedy(target, prompt, n)
         for name, decode in decoders.items():
             target.passes = 0
             found = decode(prompt, random.Random(knobs.seed))
             tokens, passes = (found, target.passes) if isinstance(found, list) else (found[0], found[1].target_passes)
             same += [tokens == plain] * (name in lossless)
-            pairs = list(zip(tokens, tokens[1:])) or [()]
             log_p = log_probability(target, prompt, tokens)
-            if tuple(tokens) not in texts:
-                texts[tuple(tokens)] = list(map(log_softmax, llama.forward([*prompt, *tokens])[len(prompt) - 1:-1]))
-            gaps.append(abs(log_p - sum(row[token] for row, token in zip(texts[tuple(tokens)], tokens))))
-            rows.append([name, f"{log_p:.2f}", f"{len(set(pairs)) / len(pairs):.2f}", f"{passes / n:.2f}",
-                         knobs.clip(tokens, 21)])
+            rows.append([name, f"{log_p:.2f}", f"{distinct([tokens]):.2f}", f"{passes / n:.2f}", knobs.clip(tokens, 21)])
+            if name.startswith("beam"):
+                trace.ask(f"After {knobs.tail(prompt)!r}, {n} tokens: greedy takes one pass a token. How many does a "
+                          f"beam of width {knobs.width} take?", passes / n)
+        trace.say(f"After {knobs.tail(prompt)!r}, {n} tokens:")
         trace.table(["decoder", "log p", "distinct-2", "passes a token", "text"], rows, left=(0, 4))
     trace.check("the last six say what greedy says", all(same), f"{len(same)} texts")
-    trace.check("log p, with the cache = in one pass over the whole text", max(gaps) < 1e-9, "|Δ| < 1e-9")
 
 
 # ---------------------------------------------------------------------------------------------------
 # The supporting cast: the models behind the sections, and small measures.
 
-class PrefixCache:
-    """Keys and values of the tokens read so far, as Llama.forward wants them; can forget the latest."""
-
-    def __init__(self, n_layers: int):
-        self.length, self.layers = 0, [([], []) for _ in range(n_layers)]
-
-    def update(self, layer: int, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
-        """Add those of new tokens; all so far."""
-        keys, values = self.layers[layer]
-        keys += k
-        values += v
-        self.length = len(self.layers[-1][0])
-        return keys, values
-
-    def keep(self, positions: Sequence[int]) -> None:
-        """Forget all but these, which come first from now on, in this order."""
-        self.length = len(positions)
-        for both in self.layers:
-            for rows in both:
-                rows[:] = [rows[i] for i in positions]
-
-
 class CachedModel:
-    """A Llama as logits_fn. It reads only what is new since the longest prefix it shares with the text before.
+    """A Llama as logits_fn that reads nothing twice.
 
-    passes: how often a decoder asked; forwards: how often the Llama really ran (rows known already are kept).
+    Of every text that it has read it keeps the logits, the hidden state, and in each layer its last token's key and
+    value. So going back to another text, as a beam does all the time, is free, and a tree of texts takes one pass.
+    passes: how often a decoder asked; forwards: how often the Llama ran.
     """
+    length = 0  # Llama.forward counts positions from here; run() puts in those of the tree
 
     def __init__(self, llama: Llama):
-        self.llama, self.cache, self.text = llama, PrefixCache(llama.config.n_layers), []
-        self.known: dict[tuple[int, ...], tuple[Vector, Vector]] = {}  # prefix: (logits, hidden state)
-        self.passes = self.forwards = 0
+        self.llama, self.passes, self.forwards, self.nodes = llama, 0, 0, []
+        self.known: dict[tuple[int, ...], tuple[Vector, Vector]] = {}  # text: (logits, hidden state)
+        self.layers = [{} for _ in range(llama.config.n_layers)]       # of each layer, text: (key, value)
 
     def __call__(self, tokens: Sequence[int]) -> Vector:
         return self.last_rows(tokens, 1)[0]
 
     def last_rows(self, tokens: Sequence[int], n: int) -> Matrix:
         """Logits after each of the last n prefixes of tokens, [n][vocab_size], in one pass."""
-        self.passes += 1
-        prefixes = [tuple(tokens[:end]) for end in range(len(tokens) - n + 1, len(tokens) + 1)]
-        if any(prefix not in self.known for prefix in prefixes):
-            start = min(agreement(tokens, self.text), len(tokens) - n)
-            self.cache.keep(range(start))
-            rows, features = forward_with_features(self.llama, tokens[start:], self.cache)
-            self.forwards, self.text = self.forwards + 1, list(tokens)
-            for end, both in enumerate(zip(rows, features), start + 1):
-                self.known[tuple(tokens[:end])] = both
-        return [self.known[prefix][0] for prefix in prefixes]
+        text = tuple(tokens)
+        rows = self.read([text])
+        return [rows[text[:end]] for end in range(len(text) - n + 1, len(text) + 1)]
+
+    def read(self, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Vector]:
+        """{text: logits after it} for these texts and everything that they begin with, in one pass."""
+        prefixes = dict.fromkeys(text[:end] for text in texts for end in range(1, len(text) + 1))
+        self.nodes, self.passes = [text for text in prefixes if text not in self.known], self.passes + 1
+        if self.nodes:
+            self.forwards += 1
+            rows = self.llama.forward([text[-1] for text in self.nodes], self, self.run)
+            self.known.update(zip(self.nodes, zip(rows, self.features)))
+        return {text: self.known[text][0] for text in prefixes}
+
+    def update(self, layer: int, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
+        """Llama.forward hands over the new keys and values of a layer; attention, in run(), will look them up."""
+        self.cached = self.layers[layer]
+        self.cached.update(zip(self.nodes, zip(k, v)))
+        return k, v
+
+    def run(self, operation: Callable, *inputs):
+        """operation(*inputs), but that each node has its position in its own text, and sees that text only."""
+        if operation is rope_heads:
+            return rope_heads(inputs[0], [len(text) - 1 for text in self.nodes], *inputs[2:])
+        if operation is attend:
+            q, _, _, *n_heads = inputs
+            seen = ([self.cached[text[:end]] for end in range(1, len(text) + 1)] for text in self.nodes)
+            return [attend([row], *zip(*pairs), *n_heads)[0] for row, pairs in zip(q, seen)]
+        if operation is linear:
+            self.features = inputs[0]  # after the last one: what the output matrix read
+        return operation(*inputs)
 
     def feature(self, tokens: Sequence[int]) -> Vector | None:
         """The last hidden state, which the output matrix reads, after these tokens; None if they were not read yet."""
         return self.known.get(tuple(tokens), (None, None))[1]
-
-
-def forward_with_features(llama: Llama, tokens: Sequence[int], cache: PrefixCache | None = None,
-                          run: Callable | None = None) -> tuple[Matrix, Matrix]:
-    """llama.forward, and what went into its last linear: the hidden states [len(tokens)][dim]."""
-    features: Matrix = []
-
-    def watch(operation: Callable, *inputs):
-        nonlocal features
-        features = inputs[0] if operation is linear else features
-        return (run or call)(operation, *inputs)
-
-    return llama.forward(tokens, cache, watch), features
 
 
 @cache
@@ -1550,7 +1329,7 @@ def rhyme() -> tuple[Tokenizer, list[int]]:
 @cache
 def trained_llama(seed: int, steps: int, **sizes: int) -> Llama:
     """A Llama of these sizes that has read the rhyme."""
-    return train(Config(VOCAB_SIZE, **sizes), rhyme()[1], random.Random(seed), steps, STEP_TOKENS)[0]
+    return train(Config(VOCAB_SIZE, **sizes), rhyme()[1], random.Random(seed), steps, STEP_TOKENS, LEARNING_RATE)[0]
 
 
 def models(knobs: Namespace) -> tuple[CachedModel, CachedModel]:
@@ -1561,25 +1340,28 @@ def models(knobs: Namespace) -> tuple[CachedModel, CachedModel]:
 
 @cache
 def medusa_heads(seed: int, steps: int) -> list[Head]:
-    """Three heads on the trained target."""
-    return train_medusa(trained_llama(seed, steps, **TARGET), rhyme()[1], 3, max(1, steps // 2), 0.04)
+    """Two heads on the trained target."""
+    return train_medusa(trained_llama(seed, steps, **TARGET), rhyme()[1], 2, steps)
 
 
 @cache
 def eagle_head(seed: int, steps: int) -> Head:
     """The EAGLE head on the trained target."""
-    return train_eagle(trained_llama(seed, steps, **TARGET), rhyme()[1], random.Random(seed), steps)
+    return train_eagle(trained_llama(seed, steps, **TARGET), rhyme()[1], random.Random(seed), steps * 3 // 2)
 
 
 @cache
 def hidden_batches(llama: Llama, ids: tuple[int, ...]) -> list[tuple[int, Matrix]]:
     """(start, hidden states) for every STEP_TOKENS tokens of ids: what a head on the frozen llama learns from."""
-    return [(start, forward_with_features(llama, ids[start:start + STEP_TOKENS])[1])
-            for start in range(0, len(ids) - STEP_TOKENS // 2, STEP_TOKENS)]
+    batches = []
+    for start in range(0, len(ids) - STEP_TOKENS // 2, STEP_TOKENS):
+        model, part = CachedModel(llama), ids[start:start + STEP_TOKENS]
+        model(part)
+        batches.append((start, [model.feature(part[:end]) for end in range(1, len(part) + 1)]))
+    return batches
 
 
-def fit(head: Head, batches: Sequence[tuple], forward: Callable, slope: Callable, steps: int,
-        rate: float = 0.03) -> None:
+def fit(head: Head, batches: Sequence[tuple], forward: Callable, slope: Callable, steps: int) -> None:
     """Train head, in place: forward(*inputs, head, run) and its gradient slope(output, goal), batch by batch."""
     adam = Adam(head)
     for step in range(steps):
@@ -1587,12 +1369,12 @@ def fit(head: Head, batches: Sequence[tuple], forward: Callable, slope: Callable
         tape = Tape()
         output = forward(*inputs, head, tape)
         gradients = tape.backward(output, slope(output, goal))
-        adam.step({name: gradients[id(w)] for name, w in head.items()}, rate * (1 - step / steps))
+        adam.step({name: gradients[id(w)] for name, w in head.items()}, LEARNING_RATE * (1 - step / steps))
 
 
-def count_weights(weights: dict[str, Matrix | Vector]) -> int:
+def count_weights(weights: dict[str, Matrix]) -> int:
     """How many numbers there are."""
-    return sum(len(row) if isinstance(row, list) else 1 for w in weights.values() for row in w)
+    return sum(len(row) for w in weights.values() for row in w)
 
 
 def check_request(prompt: Sequence[int], max_new_tokens: int, at_least: int = 0, **at_least_1: int) -> None:
@@ -1621,8 +1403,7 @@ def log_softmax(logits: Vector) -> Vector:
 
 def log_probability(logits_fn: LogitsFn, prompt: Sequence[int], tokens: Sequence[int]) -> float:
     """Σ log p(token | all before it), in nats."""
-    text = [*prompt, *tokens]
-    rows = last_rows(logits_fn, text[:-1], len(tokens))
+    rows = last_rows(logits_fn, [*prompt, *tokens][:-1], len(tokens))
     return sum(log_softmax(row)[token] for row, token in zip(rows, tokens))
 
 
@@ -1643,9 +1424,10 @@ def repeated(tokens: Sequence[int], n: int) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def kept(logits: Vector) -> list[int]:
-    """The tokens that a filter has left."""
-    return [i for i, logit in enumerate(logits) if logit > -math.inf]
+def distinct(texts: Sequence[Sequence[int]]) -> float:
+    """The share of the texts' pairs of neighbours that differ."""
+    pairs = [pair for text in texts for pair in zip(text, text[1:])]
+    return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
 def entropy(weights: Vector) -> float:
@@ -1658,16 +1440,10 @@ def quoted(text: str) -> list[str]:
     return textwrap.wrap(text.replace("\n", " / ").strip(), WIDTH, initial_indent="    ", subsequent_indent="    ")
 
 
-def clip(tokenizer: Tokenizer, tokens: Sequence[int], width: int) -> str:
-    """The text of tokens on one line, cut to width characters."""
-    text = tokenizer.decode(tokens).replace("\n", "/").strip()
+def clip(text: str, width: int) -> str:
+    """text on one line, cut to width characters."""
+    text = text.replace("\n", "/").strip()
     return text if len(text) <= width else text[:width - 2].rstrip() + " …"
-
-
-def tail(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """The end of a text, for quoting."""
-    text = tokenizer.decode(tokens).replace("\n", "/").strip()
-    return text if len(text) <= 24 else "… " + text[-22:].strip()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2327,10 +2103,10 @@ SECTIONS = [
      [speculative_greedy, speculate, speculative_sample, acceptance, residual]),
     ("When it pays", show_when_it_pays, [expected_tokens, speed_up, best_gamma]),
     ("Drafts for nothing", show_free_drafts, [prompt_lookup, ngram_model, rounded_weights]),
-    ("Medusa", show_medusa, [medusa_head, medusa_tree, tree_paths, tree_pass, accepted_path, medusa_greedy]),
+    ("Medusa", show_medusa, [medusa_head, medusa_candidates, verify_tree, CachedModel, medusa_greedy]),
     ("EAGLE", show_eagle, [eagle_step, eagle_draft, train_eagle]),
     ("Jacobi and lookahead decoding", show_lookahead, [jacobi_greedy, lookahead_greedy]),
-    ("Text with a shape", show_constrained, [parse_pattern, derivative, constrain]),
+    ("Text with a shape", show_constrained, [follow, constrain]),
     ("The table", show_all_decoders, [log_probability]),
 ]
 
@@ -2375,10 +2151,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 < len(knobs.tokens) <= MAX_PROMPT:
         parser.error(f"argument --prompt: must have from 1 to {MAX_PROMPT} tokens, not {len(knobs.tokens)}")
     knobs.tokenizer, knobs.eos = tokenizer, tokenizer.vocab.index("\n")
+    knobs.as_shipped = (knobs.prompt, knobs.seed, knobs.steps, knobs.max_new_tokens) == (PROMPT, 0, STEPS,
+                                                                                         MAX_NEW_TOKENS)
     knobs.sizes = [sum(map(math.prod, Config(VOCAB_SIZE, **sizes).shapes().values())) for sizes in (TARGET, DRAFT)]
     knobs.name = lambda token: show_token(tokenizer.vocab[token])
-    knobs.clip = partial(clip, tokenizer)
-    knobs.tail = partial(tail, tokenizer)
+    knobs.clip = lambda tokens, width: clip(tokenizer.decode(tokens), width)
+    knobs.tail = lambda tokens: ("… " + knobs.clip(tokens[-4:], 22)) if len(tokens) > 5 else knobs.clip(tokens, 24)
+    if not knobs.list and (knobs.steps > STEPS or knobs.max_new_tokens > MAX_NEW_TOKENS or knobs.width > BEAM_WIDTH):
+        learning = 3 * knobs.steps * STEP_TOKENS * (2 * knobs.sizes[0] + knobs.sizes[1])  # the heads: about one more target
+        decoding = knobs.max_new_tokens * knobs.sizes[0] * (30 + 5 * knobs.width)         # passes a token, roughly
+        announce(2 * (learning + decoding))  # dot products as short as these cost twice as much a number as long ones
     return run_sections(SECTIONS, knobs, "python microbeam.py --section 5 --temperature 0.5 --gamma 8")
 
 

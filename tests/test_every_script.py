@@ -34,7 +34,7 @@ BREAKAGE = {"microattention": ("return [e / total for e in exps]", "return [e / 
             "microkv": ("return 2 * n_layers * n_kv_heads", "return 3 * n_layers * n_kv_heads"),
             "microflash": ("return [e / total for e in exps]", "return [e / total + 1e-3 for e in exps]"),
             "microquant": ("return [value / above[0] for", "return [value / above[1] for"),
-            "microbeam": ("return [e / total for e in exps]", "return [e / total + 1e-3 for e in exps]")}
+            "microbeam": ("if gone > 1 - p:", "if gone > 2 - p:")}
 
 
 def cheap(script):
@@ -436,14 +436,13 @@ EDGES = {
                    "--group-size 1 --section 2", "--group-size 64 --section 12", "--calibration-tokens 1 --section 8,9",
                    "--alpha 0 --section 6", "--outliers 0,1 --section 1", "--outliers 16,1000 --section 7",
                    "--prompt=\n --section 3", "--seed 7 --section 4,5"],
-    "microbeam": ["--steps 2 --max-new-tokens 1 --section 1,2,4,5,7,8,9,10,12", "--steps 2 --max-new-tokens 64 --section 1,5,8,10",
-                  "--steps 2 --gamma 16 --section 5,7,10", "--steps 2 --gamma 1 --max-new-tokens 2 --section 5,6,7,9,10,12",
+    "microbeam": ["--steps 2 --max-new-tokens 1 --section 1,2,4,5,7,8,9,10,12",
+                  "--steps 1 --gamma 16 --max-new-tokens 18 --width 16 --length-penalty 4 --section 4,5,7,10",
+                  "--steps 2 --gamma 1 --max-new-tokens 2 --width 1 --length-penalty -2 --section 4,5,6,7,9,10,12",
                   "--steps 2 --temperature 0.05 --top-p 1 --min-p 1 --top-k 999 --max-new-tokens 8 --section 2,3,5,12",
                   "--steps 2 --temperature 10 --top-p 1e-9 --min-p 0 --top-k 1 --max-new-tokens 8 --section 2,5,12",
-                  "--steps 2 --width 1 --length-penalty -2 --max-new-tokens 5 --section 4,12",
-                  "--steps 2 --width 16 --length-penalty 4 --max-new-tokens 5 --section 4",
-                  "--prompt=T --steps 2 --max-new-tokens 9 --section 1,2,4,5,8,9,10,11", "--prompt=\n --steps 2 --section 1,5,8,9,10", "--seed 1 --steps 1 --section 1,5,8",
-                  "--seed 1000000000 --steps 1 --section 2,5,9"],
+                  "--prompt=T --steps 2 --max-new-tokens 30 --section 1,8,10", "--prompt=\n --steps 2 --max-new-tokens 9 --section 2,5,9",
+                  "--seed 1000000000 --steps 1 --max-new-tokens 9 --section 5,11"],
 }
 
 
