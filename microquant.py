@@ -51,16 +51,17 @@ from statistics import NormalDist, fmean
 Vector = list[float]
 Matrix = list[Vector]  # row-major: m[row][column]
 
-VOCAB_SIZE = 160           # tokens: every word of the text is then one token
+VOCAB_SIZE = 160           # tokens that the tokenizer learns: every word of the text is then one token
 DIM = 64                   # channels: two groups of 32 in a row
 HIDDEN_DIM = 32            # channels inside the feed-forward
-STEPS = 46                 # of training
-LENGTH = 32                # tokens a training step
+STEPS = 24                 # of training
+LENGTH = 40                # tokens a training step
+LEARNING_RATE = 0.03       # at its highest
 BITS = 4                   # of the low-bit formats
 GROUP_SIZE = 32            # weights that share a scale, where there are groups
 CALIBRATION_TOKENS = 64    # what GPTQ, AWQ and the others see of the activations
 ALPHA = 0.5                # SmoothQuant's: how much of the difficulty moves to the weights
-OUTLIERS = (2, 32.0)       # channels planted as outliers, and how many times larger they are made
+OUTLIERS = (2, 16.0)       # channels planted as outliers, and how many times larger they are made
 PROMPT = "This is the"     # what the samples of text continue
 
 
@@ -425,7 +426,7 @@ def show_bytes(trace: Trace, knobs: Namespace) -> None:
                   format(byte, "02x")] for pair, byte in zip((codes[i:i + 2] for i in range(0, 7, 2)), data)],
                 left=(0, 1))
 
-    config, rng, g, bits = model_config(VOCAB_SIZE), random.Random(knobs.seed), knobs.group_size, knobs.bits
+    config, rng, g, bits = model_config(len(word_tokenizer().vocab)), random.Random(knobs.seed), knobs.group_size, knobs.bits
     shapes = [shape for name, shape in config.shapes().items() if is_linear(name, shape)]
     rest = sum(map(math.prod, config.shapes().values())) - sum(map(math.prod, shapes))
     trace.say(f"The tiny model's file: its {len(shapes)} matrices in each format, encoded, and the bytes counted. "
@@ -1841,11 +1842,19 @@ def gates_and_readers(config: Config) -> dict[str, list[str]]:
     return {f"layers.{i}.feed_forward.w3": [f"layers.{i}.feed_forward.w2"] for i in range(config.n_layers)}
 
 
+def word_tokenizer() -> Tokenizer:
+    """A tokenizer for TEXT without the parts of words that it never needs: they would be half of the model."""
+    full = Tokenizer.train(TEXT, VOCAB_SIZE)
+    used = sorted(set(range(len(set(TEXT)))) | set(full.encode(TEXT)))
+    return Tokenizer([full.vocab[i] for i in used], full.merges)
+
+
 @lru_cache(maxsize=None)
 def trained(seed: int) -> tuple[Tokenizer, Llama]:
     """The tokenizer, and the tiny Llama after its training on TEXT, its weights in FP32."""
-    tokenizer = Tokenizer.train(TEXT, VOCAB_SIZE)
-    model, _ = train(model_config(len(tokenizer.vocab)), tokenizer.encode(TEXT), random.Random(seed), STEPS, LENGTH)
+    tokenizer = word_tokenizer()
+    model, _ = train(model_config(len(tokenizer.vocab)), tokenizer.encode(TEXT), random.Random(seed), STEPS, LENGTH,
+                     LEARNING_RATE)
     weights = {name: [list(map(fp32, row)) for row in w] if isinstance(w[0], list) else list(map(fp32, w))
                for name, w in model.weights.items()}
     return tokenizer, Llama(model.config, weights)
@@ -1857,7 +1866,19 @@ def plant_outliers(model: Llama, channels: int, size: float, rng: random.Random)
     scales = [1 / size if c in chosen else 1.0 for c in range(model.config.dim)]
     for norm, readers in norms_and_readers(model.config).items():
         weights = move_scales(weights, norm, readers, scales)
-    return Llama(model.config, weights)
+    c = model.config
+    for layer in range(c.n_layers):
+        wq, wk = (f"layers.{layer}.attention.{name}" for name in ("wq", "wk"))
+        factors = [1.0] * (c.n_kv_heads * c.head_dim)
+        for head in range(c.n_kv_heads):
+            for pair in rng.sample(range(c.head_dim // 2), channels // 2):
+                start = head * c.head_dim + 2 * pair
+                factors[start:start + 2] = [max(1.0, size / 2)] * 2
+        group = c.n_heads // c.n_kv_heads * c.head_dim
+        weights |= {wk: [[value * f for value in row] for row, f in zip(weights[wk], factors)],
+                    wq: [[value / factors[r // group * c.head_dim + r % c.head_dim] for value in row]
+                         for r, row in enumerate(weights[wq])]}
+    return Llama(c, weights)
 
 
 @lru_cache(maxsize=None)
@@ -1950,12 +1971,12 @@ def in_nf4(lab: Lab, double_quant: bool) -> Compressed:
 @lru_cache(maxsize=None)
 def in_gguf(lab: Lab, form: str) -> Compressed:
     """The whole model in one of llama.cpp's formats; rows of 64 follow each other, so that blocks of 256 fit."""
-    encode, decode, _ = GGUF[form]
+    encode, decode, size = GGUF[form]
 
     def method(_: str, w: Matrix) -> tuple[Matrix, int]:
         flat, width = [value for row in w for value in row], len(w[0])
-        data = encode(flat)
-        decoded = decode(data, len(flat))
+        data = encode(flat + [0.0] * (-len(flat) % size))  # the last block filled up
+        decoded = decode(data, len(flat) + -len(flat) % size)
         return [decoded[i:i + width] for i in range(0, len(flat), width)], len(data)
 
     return compress(lab, "GGUF " + form, method)
