@@ -2616,6 +2616,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         fits = False
     if not fits:
         parser.error(f"argument --prompt: must be 1 to 32 words of The House That Jack Built, not {knobs.prompt[:40]!r}")
+    if knobs.group_size < 8 or knobs.calibration_tokens > 2 * CALIBRATION_TOKENS:  # the knobs that take time
+        weights = sum(map(math.prod, model_config(len(word_tokenizer().vocab)).shapes().values()))
+        learned = STEPS * LENGTH + (TERNARY_STEPS + 3 * FEW_STEPS) * PIECE + knobs.calibration_tokens
+        read = 60 * EVALUATION_TOKENS + 10 * knobs.calibration_tokens
+        announce(weights * (3 * learned + read + 2000 / knobs.group_size))  # a small group costs what 2,000 tokens do
     return run_sections(SECTIONS, knobs, "python microquant.py --section 2,7,8 --bits 3")
 
 
