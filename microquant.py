@@ -336,9 +336,9 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
             c = rounded_to_nearest(lab, b, granularity)
             error = fmean(relative_distance(c.weights[n], lab.model.weights[n]) for n in lab.linears)
             rows.append([f"INT{b}", kind, f"{error:.1%}", *lab.scores(c)])
-            n_scales = sum({"tensor": 1, "channel": rows_}.get(kind, rows_ * -(-columns // g))
-                           for rows_, columns in (lab.model.config.shapes()[n] for n in lab.linears))
-            n_bytes = sum(-(-math.prod(lab.model.config.shapes()[n]) * b // 8) for n in lab.linears)
+            shapes = [lab.model.config.shapes()[n] for n in lab.linears]
+            n_scales = sum({"tensor": 1, "channel": height}.get(kind, height * -(-width // g)) for height, width in shapes)
+            n_bytes = sum(-(-height * width * b // 8) for height, width in shapes)
             sizes_agree &= c.bits_per_weight == 8 * (n_bytes + 2 * n_scales) / lab.n_weights
     trace.table(["", "a scale per", "error", "bits/weight", "perplexity", "KL", "changed"], rows, left=(0, 1))
 
@@ -1001,20 +1001,21 @@ def awq_search(w: Matrix, x: Matrix, bits: int, *, granularity: str | int,
     if grid < 1 or not x or len(x[0]) != len(w[0]):
         raise ValueError(f"grid must be at least 1, and x have rows of {len(w[0])}; got grid = {grid} and {len(x)} "
                          f"rows")
-    tried = [(*scaled_and_rounded(w, x, step / grid, bits, granularity), step / grid) for step in range(grid)]
+    exact = linear(x, w)
+    tried = [(*scaled_and_rounded(w, x, exact, step / grid, bits, granularity), step / grid) for step in range(grid)]
     _, scales, q, alpha = min(tried, key=lambda one: one[0])
     return scales, alpha, q
 
 
-def scaled_and_rounded(w: Matrix, x: Matrix, alpha: float, bits: int,
+def scaled_and_rounded(w: Matrix, x: Matrix, exact: Matrix, alpha: float, bits: int,
                        granularity: str | int) -> tuple[float, Vector, Quantized]:
-    """(output error as a share of the output, scales, Q(w · scales)) for one exponent."""
+    """(output error as a share of the exact output, scales, Q(w · scales)) for one exponent."""
     powers = [max(fmean(map(abs, column)), 1e-4) ** alpha for column in zip(*x)]
     middle = math.sqrt(max(powers) * min(powers))
     scales = [power / middle for power in powers]
     q = quantize([[value * s for value, s in zip(row, scales)] for row in w], bits, granularity=granularity)
     y = linear([[value / s for value, s in zip(row, scales)] for row in x], q.dequantize())
-    return relative_distance(y, linear(x, w)), scales, q
+    return relative_distance(y, exact), scales, q
 
 
 @lru_cache(maxsize=None)
@@ -1077,7 +1078,8 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"The search behind {source}: output error of {', '.join(name.split('.')[-1] for name in readers)} on "
               f"calibration tokens for some of the exponents; 0 is round to nearest. AWQ takes the least.")
     w, x = readers_of(lab, readers)
-    errors = {step / 20: scaled_and_rounded(w, x, step / 20, bits, g)[0] for step in (0, 4, 8, 12, 16, 19)}
+    exact = linear(x, w)
+    errors = {step / 20: scaled_and_rounded(w, x, exact, step / 20, bits, g)[0] for step in (0, 4, 8, 12, 16, 19)}
     trace.table(["exponent", "error", ""], [[f"{alpha:.2f}", f"{e:.2%}", bar(e, max(errors.values()), 44)]
                                             for alpha, e in errors.items()], left=(2,))
     trace.note("found: " + ", ".join(f"{name} {alpha:.2f}" for name, (_, alpha) in sorted(found.items())))
@@ -1086,7 +1088,7 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
                       folded.forward(lab.evaluation[:-1]), lab.logits, 1e-9)
     trace.check("exponent 0 alone = round to nearest", awq_search(w[:8], x, bits, granularity=g, grid=1) ==
                 ([1.0] * len(x[0]), 0.0, quantize(w[:8], bits, granularity=g)), "equal")
-    best = scaled_and_rounded(w, x, found[source][1], bits, g)[0]
+    best = scaled_and_rounded(w, x, exact, found[source][1], bits, g)[0]
     trace.check("what the search found is as good as every exponent tried above", best <= min(errors.values()),
                 f"{best:.2%}")
 
