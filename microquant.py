@@ -1296,7 +1296,7 @@ def in_one_bit(lab: Lab, method: str) -> Compressed:
     return compress(lab, {"BitNet": "1 bit, BitNet", "b1.58": "b1.58, untrained"}.get(method, method), rounded, weights)
 
 
-TERNARY_STEPS = 9
+TERNARY_STEPS = 6
 
 
 def show_one_bit(trace: Trace, knobs: Namespace) -> None:
@@ -1429,7 +1429,7 @@ def alignment(a: Matrix, b: Matrix) -> float:
     return fmean(abs(dot(u, v)) / math.sqrt(dot(u, u) * dot(v, v) or 1.0) for u, v in zip(a, b))
 
 
-FEW_STEPS, PIECE = 4, 32      # steps of these short runs, and their tokens a step
+FEW_STEPS, PIECE = 4, 48      # steps of these short runs, and their tokens a step
 
 
 def show_training(trace: Trace, knobs: Namespace) -> None:
