@@ -8,7 +8,8 @@ every method that people deploy, and measures each on the same three things: the
 model's loss, and how far its predictions moved.
 
 Run it (`python microquant.py`), read the trace, then read on from here in order: every section of the trace is
-a section of this file. The tiny Llama, its training and the measures stand at the end, in the supporting cast.
+a section of this file. The model under test and its measures stand after the last section, then what the five
+scripts share.
 
 The papers:
   Micikevicius et al., FP8 Formats for Deep Learning, 2022, arXiv:2209.05433                section 1
@@ -22,8 +23,8 @@ The papers:
   Kim et al., SqueezeLLM: Dense-and-Sparse Quantization, 2024, arXiv:2306.07629             section 9
   Wang et al., BitNet, 2023, arXiv:2310.11453; Ma et al., The Era of 1-bit LLMs, 2024,
     arXiv:2402.17764                                                                        section 10
-  Hu et al., LoRA, 2021, arXiv:2106.09685; Zhao et al., GaLore, 2024, arXiv:2403.03507;
-    Zhang et al., Q-GaLore, 2024, arXiv:2407.08296                                          section 11
+  Zhao et al., GaLore, 2024, arXiv:2403.03507; Zhang et al., Q-GaLore, 2024, arXiv:2407.08296   section 11
+  Liu et al., KIVI, 2024, arXiv:2402.02750: the large channels of keys      the model under test
 """
 
 from __future__ import annotations
@@ -44,21 +45,23 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
 from statistics import NormalDist, fmean
 
 Vector = list[float]
 Matrix = list[Vector]  # row-major: m[row][column]
 
-VOCAB_SIZE = 160           # tokens: every word of the text is then one token
+VOCAB_SIZE = 160           # tokens that the tokenizer learns: all words of the text but one are then one token
 DIM = 64                   # channels: two groups of 32 in a row
 HIDDEN_DIM = 32            # channels inside the feed-forward
-STEPS = 46                 # of training
-LENGTH = 32                # tokens a training step
+STEPS = 24                 # of training
+LENGTH = 40                # tokens a training step
+LEARNING_RATE = 0.03       # at its highest
 BITS = 4                   # of the low-bit formats
 GROUP_SIZE = 32            # weights that share a scale, where there are groups
 CALIBRATION_TOKENS = 64    # what GPTQ, AWQ and the others see of the activations
+EVALUATION_TOKENS = 48     # the last of the last verse: what every method has to predict
 ALPHA = 0.5                # SmoothQuant's: how much of the difficulty moves to the weights
 OUTLIERS = (2, 32.0)       # channels planted as outliers, and how many times larger they are made
 PROMPT = "This is the"     # what the samples of text continue
@@ -130,7 +133,20 @@ def quantize(w: Matrix, bits: int, *, symmetric: bool = True,
     """
     group = group_columns(w, bits, granularity)
     grids = lay_grids(w, bits, group, granularity, symmetric)
-    return with_grids(codes_on(w, grids, group, bits), grids, bits, group, granularity, symmetric)
+    return on_grids(w, grids, bits, group, granularity, symmetric)
+
+
+def group_columns(w: Matrix, bits: int, granularity: str | int) -> int:
+    """How many columns share a grid; ValueError where quantize() cannot work."""
+    if bits not in range(2, 9):
+        raise ValueError(f"bits must be a whole number from 2 to 8, not {bits!r}")
+    if granularity not in ("tensor", "channel") and not (type(granularity) is int and granularity > 0):
+        raise ValueError(f"granularity must be 'tensor', 'channel' or a positive group size, not {granularity!r}")
+    if not w or not w[0] or any(len(row) != len(w[0]) for row in w):
+        raise ValueError("w must have at least one row and one column, and rows of one length")
+    if not all(abs(value) <= FP16_MAX for row in w for value in row):
+        raise ValueError(f"w must hold finite numbers of at most {FP16_MAX:.0f}, what FP16 scales allow for")
+    return granularity if type(granularity) is int else len(w[0])
 
 
 def lay_grids(w: Matrix, bits: int, group: int, granularity: str | int, symmetric: bool = True) -> list[list[tuple]]:
@@ -150,35 +166,23 @@ def make_grid(values: Vector, bits: int, symmetric: bool) -> tuple[float, int]:
     return scale, low + round(-least / scale)
 
 
+def code_range(bits: int) -> tuple[int, int]:
+    """The least and the greatest code."""
+    return -2 ** (bits - 1), 2 ** (bits - 1) - 1
+
+
 def to_codes(values: Vector, scale: float, zero_point: float, bits: int) -> list[int]:
     """Each value's nearest grid point; halfway goes to the even one, as everywhere in Python and IEEE 754."""
     low, high = code_range(bits)
     return [min(max(round(value / scale + zero_point), low), high) for value in values]
 
 
-def codes_on(w: Matrix, grids: list[list[tuple]], group: int, bits: int) -> list[list[int]]:
-    """The codes of w [out][in], each group of a row on its own grid."""
-    return [[code for g, grid in enumerate(row_grids) for code in to_codes(row[g * group:(g + 1) * group], *grid, bits)]
-            for row, row_grids in zip(w, grids)]
-
-
-def code_range(bits: int) -> tuple[int, int]:
-    """The least and the greatest code."""
-    return -2 ** (bits - 1), 2 ** (bits - 1) - 1
-
-
-def group_columns(w: Matrix, bits: int, granularity: str | int) -> int:
-    """How many columns share a grid; ValueError where quantize() cannot work."""
-    if bits not in range(2, 9):
-        raise ValueError(f"bits must be a whole number from 2 to 8, not {bits!r}")
-    if granularity not in ("tensor", "channel") and not (type(granularity) is int and granularity > 0):
-        raise ValueError(f"granularity must be 'tensor', 'channel' or a positive group size, not {granularity!r}")
-    if not w or not w[0] or any(len(row) != len(w[0]) for row in w):
-        raise ValueError("w must have at least one row and one column, and rows of one length")
-    if not all(abs(value) <= FP16_MAX for row in w for value in row):
-        raise ValueError(f"w must hold finite numbers of at most {FP16_MAX:.0f}, the largest that FP16 scales allow "
-                         f"for")
-    return granularity if type(granularity) is int else len(w[0])
+def on_grids(w: Matrix, grids: list[list[tuple]], bits: int, group: int, granularity: str | int,
+             symmetric: bool = True) -> Quantized:
+    """w [out][in], each group of a row rounded to its own grid."""
+    codes = [[code for g, grid in enumerate(row_grids) for code in to_codes(row[g * group:(g + 1) * group], *grid, bits)]
+             for row, row_grids in zip(w, grids)]
+    return with_grids(codes, grids, bits, group, granularity, symmetric)
 
 
 def with_grids(codes: list[list[int]], grids: list[list[tuple]], bits: int, group: int, granularity: str | int,
@@ -231,47 +235,59 @@ def fp8_e5m2(x: float) -> float:
     return round_to_float(x, 5, 2, 57344.0, math.inf)
 
 
+def fp32(x: float) -> float:
+    """The nearest FP32."""
+    return struct.unpack("<f", struct.pack("<f", x))[0]
+
+
 def fp16_up(x: float) -> float:
     """The smallest FP16 number that is not below x >= 0."""
-    bits, = struct.unpack("<H", struct.pack("<e", x))
-    return fp16(x) if fp16(x) >= x else struct.unpack("<e", struct.pack("<H", bits + 1))[0]
+    data = struct.pack("<e", x)
+    near, pattern = struct.unpack("<e", data)[0], struct.unpack("<H", data)[0]
+    return near if near >= x else struct.unpack("<e", struct.pack("<H", pattern + 1))[0]
+
+
+def fp16_row(values: Sequence[float]) -> Vector:
+    """fp16() of every one, by struct, which is quicker; none may round beyond 65504."""
+    return list(struct.unpack(f"<{len(values)}e", struct.pack(f"<{len(values)}e", *values)))
+
+
+SAMPLES = (0.1, 300.0, 70000.0, 1e-6)
+FLOATS = {"FP16": (fp16, 5, 10, FP16_MAX), "BF16": (bf16, 8, 7, (2 - 2**-7) * 2.0**127),
+          "FP8 E4M3": (fp8_e4m3, 4, 3, 448.0), "FP8 E5M2": (fp8_e5m2, 5, 2, 57344.0)}
 
 
 def show_numbers(trace: Trace, knobs: Namespace) -> None:
     """The model, six weights there and back, a matrix's histogram with the grids under it, and the float formats."""
-    lab = laboratory(knobs)
+    lab, bits, (channels, size) = laboratory(knobs), knobs.bits, knobs.outliers
     config, name = lab.model.config, "layers.0.attention.wv"
-    w, bits = lab.model.weights[name], knobs.bits
-    channels, size = knobs.outliers
-    n_weights = sum(map(math.prod, config.shapes().values()))
+    w, n_weights = lab.model.weights[name], lab.fp32_bytes // 4
     trace.say(f"The patient: a Llama of {n_weights:,} weights, {config.dim} channels and {config.n_layers} layer, "
-              f"trained for "
-              f"{STEPS} steps on The House That Jack Built. Its perplexity on the last verse, on which everything "
-              f"here is "
-              f"measured, is {lab.perplexity:.3f}. (Calibration takes the tokens before that verse. The rhyme "
-              f"repeats its "
-              f"words, so what is held apart is the place, not the vocabulary; and training has read it all.)")
+              f"trained for {STEPS} steps on The House That Jack Built. Its perplexity on the last verse, on which "
+              f"everything here is measured, is {lab.perplexity:.3f}. (Calibration takes the tokens before that verse. "
+              f"Training has read it all: what is held apart is the place, not the words.)")
     trace.say(f"Large models have a few channels whose activations are many times the others'; a tiny one has not. "
-              f"So they "
-              f"are planted: on {channels} channels every norm's gain is made {size:g} times larger, and the columns "
-              f"that "
-              f"read them as much smaller, which changes nothing in exact arithmetic.")
-    trace.say(f"Some weights of {name}, rounded to INT8 and INT{bits} (one scale for the matrix) and back:")
+              f"So they are planted: on {channels} channels every norm's gain is made {size:g} times larger and the "
+              f"columns that read them as much smaller; in each head, as many channels of the keys {key_size(size):g} "
+              f"times larger and those of the queries as much smaller. In exact arithmetic that changes nothing.")
     forms = {"INT8": quantize(w, 8), f"INT{bits}": quantize(w, bits),
              f"INT{bits} asymmetric": quantize(w, bits, symmetric=False)}
     back = {form: q.dequantize() for form, q in forms.items()}
-    row = next(r for r, values in enumerate(w) if max(map(abs, values)) == max(abs(v) for values in w for v in values))
-    columns = sorted(range(len(w[row])), key=lambda c: w[row][c])[::len(w[row]) // 6]
+    row = max(range(len(w)), key=lambda r: max(map(abs, w[r])))
+    columns = sorted(range(len(w[row])), key=lambda c: w[row][c])
+    extreme = max(columns, key=lambda c: abs(w[row][c]))
+    trace.ask(f"the weight of {name} that is furthest out is {w[row][extreme]:+.4f}. Which code is it in INT{bits}?",
+              forms[f"INT{bits}"].codes[row][extreme])
+    trace.say(f"Some weights of {name}, rounded to INT8 and INT{bits} (one scale for the matrix) and back:")
     trace.table(["weight"] + [cell for form in forms for cell in (form, "back")],
                 [[f"{w[row][c]:+.4f}"] + [cell for form, q in forms.items()
                                           for cell in (str(q.codes[row][c]), f"{back[form][row][c]:+.4f}")]
-                 for c in columns])
+                 for c in sorted({*columns[::len(columns) // 6], extreme}, key=columns.index)])
     trace.say("Their histogram, and the grids under it: a mark where a code's value is. Most weights are small, and "
               "the few largest decide how wide the grid is laid.")
-    low, high = code_range(bits)
     trace.lines(histogram([value for values in w for value in values],
-                          {f"INT{bits}": [code * forms[f"INT{bits}"].scales[0][0] for code in range(low + 1, high + 1)],
-                           "INT8": [code * forms["INT8"].scales[0][0] for code in range(-127, 128)]}))
+                          {form: [code * forms[form].scales[0][0] for code in range(-most, most + 1)]
+                           for form, most in ((f"INT{bits}", code_range(bits)[1]), ("INT8", 127))}))
 
     trace.say("Floating point instead: what four formats make of the same numbers. Range is paid for with precision.")
     trace.table(["", "bits", "largest", "smallest", "step at 1", *(f"{x:g}" for x in SAMPLES)],
@@ -283,39 +299,15 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
                       lab.calm.forward(lab.evaluation[:-1]), 1e-9)
     for form, q in forms.items():
         gap = max(abs(a - b) / (q.scales[0][0] / 2) for p, r in zip(back[form], w) for a, b in zip(p, r))
-        trace.check(f"{form}: |error| ≤ scale / 2 on all {len(w) * len(w[0]):,} weights", gap <= 1 + 1e-12,
-                    "every weight")
-    halves = [value for values in w for value in values] + [10.0 ** e for e in range(-9, 5)]
-    trace.check("fp16() = what struct packs, bf16() = the nearer of FP32's two cuts",
-                all(fp16(x) == struct.unpack("<e", struct.pack("<e", x))[0] and bf16(x) == bf16_by_bits(x)
-                    for x in halves),
-                f"{len(halves):,} numbers, to the bit")
-    for form, exponent_bits, top in (("E4M3", 4, 448.0), ("E5M2", 5, 57344.0)):
-        values = fp8_values(exponent_bits, top)
-        trace.check(f"fp8_{form.lower()}() = the nearest of all {len(values)} values that {form} has",
-                    all(abs(FLOATS["FP8 " + form][0](x) - x) == min(abs(v - x) for v in values)
-                        for x in halves[::7] if abs(x) <= top), "every seventh of those numbers")
-
-
-SAMPLES = (0.1, 300.0, 70000.0, 1e-6)
-FLOATS = {"FP16": (fp16, 5, 10, FP16_MAX), "BF16": (bf16, 8, 7, (2 - 2**-7) * 2.0**127),
-          "FP8 E4M3": (fp8_e4m3, 4, 3, 448.0), "FP8 E5M2": (fp8_e5m2, 5, 2, 57344.0)}
-
-
-def bf16_by_bits(x: float) -> float:
-    """Rounding to bfloat16 as hardware does it, on the bits of an FP32: add half a step, cut 16 bits off."""
-    bits, = struct.unpack("<I", struct.pack("<f", x))
-    return struct.unpack("<f", struct.pack("<I", bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000))[0]
-
-
-def fp8_values(exponent_bits: int, largest: float) -> list[float]:
-    """Every finite value of an 8-bit float, bit pattern by bit pattern, zero once."""
-    mantissa_bits, bias, values = 7 - exponent_bits, 2 ** (exponent_bits - 1) - 1, set()
-    for pattern in range(128):
-        exponent, mantissa = pattern >> mantissa_bits, (pattern & 2**mantissa_bits - 1) / 2**mantissa_bits
-        value = (1 + mantissa) * 2.0 ** (exponent - bias) if exponent else mantissa * 2.0 ** (1 - bias)
-        values |= {value, -value} if value <= largest else set()
-    return sorted(values)
+        trace.check(f"{form}: |error| ≤ scale / 2", gap <= 1 + 1e-12, f"all {len(w) * len(w[0]):,} weights")
+    some = [value for values in w for value in values] + [10.0 ** e for e in range(-9, 5)]
+    trace.check("fp16() = what struct packs", all(fp16(x) == struct.unpack("<e", struct.pack("<e", x))[0]
+                                                  for x in some), f"{len(some):,} numbers, to the bit")
+    values = {s * (f / 8 * 2.0**-6 if e == 0 else (1 + f / 8) * 2.0 ** (e - 7))
+              for e in range(16) for f in range(8 - (e == 15)) for s in (1, -1)}  # bit pattern by bit pattern
+    trace.check(f"fp8_e4m3() = the nearest of all {len(values)} values that E4M3 has",
+                all(abs(fp8_e4m3(x) - x) == min(abs(v - x) for v in values) for x in some[::7] if abs(x) <= 448),
+                "every seventh of those")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -331,52 +323,47 @@ def fp8_values(exponent_bits: int, largest: float) -> list[float]:
 
 def show_granularity(trace: Trace, knobs: Namespace) -> None:
     """Bits, error and loss at each granularity, and what one outlier does to its neighbours."""
-    lab, g = laboratory(knobs), knobs.group_size
+    lab, g, bits = laboratory(knobs), knobs.group_size, knobs.bits
     kinds: dict[str, str | int] = {"tensor": "tensor", "channel": "channel", f"group of {g}": g}
     trace.say("The whole model rounded to nearest, at three granularities. Error: how far the weights moved, as a "
-              "share "
-              "of their size. Perplexity on unseen text; KL: how far the predictions moved from FP32's, in "
+              "share of their size. Perplexity on unseen text; KL: how far the predictions moved from FP32's, in "
               "nats a token; changed: how often the likeliest next token is another one.")
-    rows, sizes_agree = [["FP32", "", "32.000", "", f"{lab.perplexity:.3f}", "", ""]], True
-    for bits in dict.fromkeys((8, knobs.bits)):
+    trace.ask(f"INT{bits} with a scale for every group of {g}: how many bits a weight does that take?",
+              rounded_to_nearest(lab, bits, g).bits_per_weight)
+    rows, sizes_agree = [["FP32", "", "", "32.00", f"{lab.perplexity:.3f}", "", ""]], True
+    for b in dict.fromkeys((8, bits)):
         for kind, granularity in kinds.items():
-            c = rounded_to_nearest(lab, bits, granularity)
+            c = rounded_to_nearest(lab, b, granularity)
             error = fmean(relative_distance(c.weights[n], lab.model.weights[n]) for n in lab.linears)
-            m = measure(lab, c)
-            rows.append([f"INT{bits}", kind, f"{c.bits_per_weight:.3f}", f"{error:.1%}", f"{m.perplexity:.3f}",
-                         f"{m.kl:.4f}",
-                         f"{m.changed} of {lab.n_predicted}"])
-            n_scales = sum({"tensor": 1, "channel": len(w)}.get(kind, len(w) * -(-len(w[0]) // g))
-                           for w in (lab.model.weights[n] for n in lab.linears))
-            n_bytes = sum(-(-math.prod(config_shape) * bits // 8) for config_shape in
-                          (lab.model.config.shapes()[n] for n in lab.linears))
+            rows.append([f"INT{b}", kind, f"{error:.1%}", *lab.scores(c)])
+            shapes = [lab.model.config.shapes()[n] for n in lab.linears]
+            n_scales = sum({"tensor": 1, "channel": height}.get(kind, height * -(-width // g)) for height, width in shapes)
+            n_bytes = sum(-(-height * width * b // 8) for height, width in shapes)
             sizes_agree &= c.bits_per_weight == 8 * (n_bytes + 2 * n_scales) / lab.n_weights
-    trace.table(["", "a scale per", "bits/weight", "error", "perplexity", "KL", "changed"], rows, left=(0, 1))
+    trace.table(["", "a scale per", "error", "bits/weight", "perplexity", "KL", "changed"], rows, left=(0, 1))
 
     w = [list(row) for row in lab.calm.weights["layers.0.attention.wv"][:6]]
     typical = math.sqrt(fmean(value * value for row in w for value in row))
-    r, c = 2, len(w[0]) // 3
-    w[r][c] = 20 * typical
-    trace.say(f"One outlier's damage: {len(w)} rows of {len(w[0])} weights, one of them (row {r + 1}, column "
-              f"{c + 1}) made 20 "
-              f"times the typical size. How far INT{knobs.bits} moves each of the others:")
-    legend = "as a share of the typical weight: blank 0   · under 2%   ░ under 10%   ▒ under 30%   ▓ under 60%   █ more"
-    hurt = {}
+    w[2][len(w[0]) // 3] = 20 * typical
+    trace.say(f"One outlier's damage: {len(w)} rows of {len(w[0])} weights, one of them (in row 3) made 20 times the "
+              f"typical size. How far INT{bits} moves each of the others:")
     for kind, granularity in kinds.items():
-        back = quantize(w, knobs.bits, granularity=granularity).dequantize()
+        back = quantize(w, bits, granularity=granularity).dequantize()
         errors = [[abs(a - b) / typical for a, b in zip(p, q)] for p, q in zip(back, w)]
-        hurt[kind] = sum(e > 0.3 for row in errors for e in row)
-        trace.lines([f"a scale per {kind}: {hurt[kind]} weights moved by more than 30%"]
+        trace.lines([f"a scale per {kind}: {sum(e > 0.3 for row in errors for e in row)} weights moved by more than 30%"]
                     + ["  " + "".join(map(shade, row)) for row in errors])
-    trace.note(legend)
+    trace.note("as a share of the typical weight: blank 0   · under 2%   ░ under 10%   ▒ under 30%   ▓ under 60%   "
+               "█ more")
     trace.check("bits per weight counted from the bytes = the formula", sizes_agree, "equal")
-    q = quantize(w, knobs.bits, granularity=g)
+    q = quantize(w, bits, granularity=g)
     far = max(abs(a - b) / (q.scales[i][j // g] / 2) for i, (p, row) in enumerate(zip(q.dequantize(), w))
               for j, (a, b) in enumerate(zip(p, row)))
     trace.check("in groups too: |error| ≤ scale / 2, each with its own scale", far <= 1 + 1e-12, "every weight")
-    loss = -fmean(log_softmax(row)[target] for row, target in zip(lab.logits, lab.evaluation[1:]))
-    trace.check("FP32's perplexity by softmax = by log-sum-exp", abs(math.exp(loss) - lab.perplexity) < 1e-9,
-                "|Δ| < 1e-09")
+    if (bits, knobs.outliers) == (4, OUTLIERS):  # other widths and outliers may make less of a difference
+        tensor, group = (measure(lab, rounded_to_nearest(lab, 4, granularity)) for granularity in ("tensor", g))
+        trace.check("INT4: a scale per tensor is clearly worse than one per group, in perplexity and by twice in KL",
+                    tensor.perplexity > group.perplexity and tensor.kl > 2 * group.kl,
+                    f"KL {tensor.kl:.3f} against {group.kl:.3f}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -409,7 +396,7 @@ def pack_bits(codes: Sequence[int], bits: int) -> bytes:
 
 # Real models, so that the sizes below are computed from what they are: the fields of Config, and the parameter
 # count to compare with. Sources: each model's config.json (Touvron et al. 2023, arXiv:2307.09288; Llama team
-# 2024, arXiv:2407.21783, table 3) and the counts that go with the checkpoints.
+# 2024, arXiv:2407.21783) and the counts that go with the checkpoints.
 REAL_LLAMAS = {"Llama 2 7B": ((32000, 4096, 32, 32, 32, 11008), 6_738_415_616),
                "Llama 3.1 8B": ((128256, 4096, 32, 32, 8, 14336), 8_030_261_248),
                "Llama 3.1 70B": ((128256, 8192, 80, 64, 8, 28672), 70_553_706_496)}
@@ -417,7 +404,7 @@ REAL_LLAMAS = {"Llama 2 7B": ((32000, 4096, 32, 32, 32, 11008), 6_738_415_616),
 
 def show_bytes(trace: Trace, knobs: Namespace) -> None:
     """Nibbles in bytes, the model's file in each format, and what real models would take."""
-    codes = [3, -1, -8, 7, 0, 5, -2]
+    codes, g, bits = [3, -1, -8, 7, 0, 5, -2], knobs.group_size, knobs.bits
     data = pack_int4(codes)
     trace.say(f"{len(codes)} codes in {len(data)} bytes. Read each byte from the right: low half first.")
     trace.table(["codes", "in four bits", "byte", "hex"],
@@ -425,31 +412,26 @@ def show_bytes(trace: Trace, knobs: Namespace) -> None:
                   format(byte, "02x")] for pair, byte in zip((codes[i:i + 2] for i in range(0, 7, 2)), data)],
                 left=(0, 1))
 
-    config, rng, g, bits = model_config(VOCAB_SIZE), random.Random(knobs.seed), knobs.group_size, knobs.bits
+    config, rng = model_config(len(word_tokenizer().vocab)), random.Random(knobs.seed)
     shapes = [shape for name, shape in config.shapes().items() if is_linear(name, shape)]
     rest = sum(map(math.prod, config.shapes().values())) - sum(map(math.prod, shapes))
     trace.say(f"The tiny model's file: its {len(shapes)} matrices in each format, encoded, and the bytes counted. "
-              f"What only "
-              f"looks up or scales, the embedding and the norms, stays in FP16: {2 * rest:,} bytes.")
-    matrices = [[[rng.gauss(0, 0.1) for _ in range(shape[1])] for _ in range(shape[0])] for shape in shapes]
-    n = sum(map(math.prod, shapes))
-    sizes = {"FP32": (sum(len(struct.pack(f"<{len(row)}f", *row)) for w in matrices for row in w) + 4 * rest,
-                      4 * (n + rest)),
-             "FP16": (sum(len(struct.pack(f"<{len(row)}e", *row)) for w in matrices for row in w) + 2 * rest,
-                      2 * (n + rest))}
+              f"What only looks up or scales, the embedding and the norms, stays in FP16: {2 * rest:,} bytes.")
+    matrices = [[[rng.gauss(0, 0.1) for _ in range(columns)] for _ in range(rows)] for rows, columns in shapes]
+    sizes = {form: sum(len(struct.pack(f"<{len(row)}{code}", *row)) for w in matrices for row in w) + wide * rest
+             for form, code, wide in (("FP32", "f", 4), ("FP16", "e", 2))}
     for form, wide, granularity in (("INT8, channels", 8, "channel"), (f"INT{bits}, tensor", bits, "tensor"),
                                     (f"INT{bits}, groups of {g}", bits, g)):
-        scales = {"tensor": len(shapes), "channel": sum(rows for rows, _ in shapes)}.get(
-            granularity, sum(rows * -(-columns // g) for rows, columns in shapes))
-        sizes[form] = (sum(quantize(w, wide, granularity=granularity).nbytes for w in matrices) + 2 * rest,
-                       sum(-(-math.prod(shape) * wide // 8) for shape in shapes) + 2 * scales + 2 * rest)
+        sizes[form] = sum(quantize(w, wide, granularity=granularity).nbytes for w in matrices) + 2 * rest
     trace.table(["format", "bytes", "of FP32", ""],
-                [[form, f"{size:,}", f"{size / sizes['FP32'][0]:.0%}", bar(size, sizes["FP32"][0], 40)]
-                 for form, (size, _) in sizes.items()], left=(0, 3))
+                [[form, f"{size:,}", f"{size / sizes['FP32']:.0%}", bar(size, sizes["FP32"], 40)]
+                 for form, size in sizes.items()], left=(0, 3))
 
+    counts = {name: sum(map(math.prod, Config(*sizes).shapes().values())) for name, (sizes, _) in REAL_LLAMAS.items()}
+    trace.ask("how many GiB do the 8,030,261,248 weights of Llama 3.1 8B take at 4.5 bits, which is 4 bits and an FP16 "
+              "scale for every 32?", counts["Llama 3.1 8B"] * 4.5 / 8 / 2**30)
     trace.say("The weights of real models in GiB, all of them at so many bits; 4.5 is 4 bits and an FP16 scale for "
               "every 32.")
-    counts = {name: sum(map(math.prod, Config(*sizes).shapes().values())) for name, (sizes, _) in REAL_LLAMAS.items()}
     trace.table(["model", "parameters", *(f"{bits:g} bits" for bits in (32, 16, 8, 4.5, 4))],
                 [[name, f"{count:,}"] + [f"{count * bits / 8 / 2**30:.1f}" for bits in (32, 16, 8, 4.5, 4)]
                  for name, count in counts.items()], left=(0,))
@@ -458,7 +440,6 @@ def show_bytes(trace: Trace, knobs: Namespace) -> None:
                 all(unpack_int4(pack_int4(some), len(some)) == some for some in lengths), "equal")
     trace.check("pack_int4() = the general pack_bits() at 4 bits",
                 all(pack_int4(some) == pack_bits(some, 4) for some in lengths), "equal")
-    trace.check("bytes counted = the formula, for every format", all(a == b for a, b in sizes.values()), "equal")
     trace.check("parameters computed from the configurations = the published counts",
                 counts == {name: count for name, (_, count) in REAL_LLAMAS.items()}, "equal")
 
@@ -467,18 +448,18 @@ def show_bytes(trace: Trace, knobs: Namespace) -> None:
 # 4. NF4 and double quantization
 #
 # Weights are bell-shaped, so an even grid spends most of its codes where few weights are. NormalFloat puts its
-# 16 values at quantiles of the normal distribution instead: as many weights for each. A plain set of quantiles
+# 16 values at quantiles of the normal distribution instead: about as many weights for each. A plain set of quantiles
 # would have no zero, so the two sides are cut separately, 8 steps above zero and 7 below, both from
-# the quantile ½(31/32 + 29/30) = 1 - ½(1/32 + 1/30) inwards, and scaled to end at ±1.
+# the quantile 1 - ½(1/32 + 1/30) inwards, and scaled to end at ±1.
 #
 #     w ≈ codebook[code] · absmax                  absmax: of a block of 64, in FP32, so 4 + 32/64 = 4.5 bits
 #
 # Double quantization: those absmaxes are numbers too. Take their mean off, and store each in 8-bit floating
-# point with one FP32 scale for every 256 of them: 4 + 8/64 + 32/(64·256) = 4.127 bits. (QLoRA, section 3.
-# bitsandbytes uses an 8-bit float of its own making there; E4M3 does the same job.)
+# point with one FP32 scale for every 256 of them: 4 + 8/64 + 32/(64·256) = 4.127 bits. (bitsandbytes uses an
+# 8-bit float of its own making there; E4M3 does the same job.)
 
 def nf4_codebook() -> Vector:
-    """The 16 values of NF4, ascending from -1 to 1, 0 among them (QLoRA, equation 4 and appendix E)."""
+    """The 16 values of NF4, ascending from -1 to 1, 0 among them (QLoRA, section 3)."""
     far, quantile = 1 - (1 / 32 + 1 / 30) / 2, NormalDist().inv_cdf
     above = [quantile(far + (0.5 - far) * i / 8) for i in range(8)]
     below = [-quantile(far + (0.5 - far) * i / 7) for i in range(7)]
@@ -496,10 +477,10 @@ def quantize_nf4(w: Matrix, *, block_size: int = 64, double_quant: bool = False)
     parts = [[row[c:c + group] for c in range(0, len(row), group)] for row in w]
     absmax = [[fp32(max(map(abs, part))) for part in row] for row in parts]
     overhead = struct.pack(f"<{sum(map(len, absmax))}f", *(a for row in absmax for a in row))
-    if double_quant:
-        absmax, overhead = double_quantize(absmax)
     codes = [[bisect(between, value / a) if a else 7 for part, a in zip(*pair) for value in part]
              for pair in zip(parts, absmax)]
+    if double_quant:
+        absmax, overhead = double_quantize(absmax)
     return Quantized(codes, absmax, [[0] * len(row) for row in absmax], 4, group, overhead, codebook)
 
 
@@ -524,12 +505,7 @@ def e4m3_byte(x: float) -> int:
     return (math.copysign(1, x) < 0) << 7 | round(abs(x) / 2.0 ** (exponent - 3)) + (exponent + 6 << 3)
 
 
-def fp32(x: float) -> float:
-    """The nearest FP32."""
-    return struct.unpack("<f", struct.pack("<f", x))[0]
-
-
-# As bitsandbytes prints them (functional.py, get_4bit_type, 'nf4') and as QLoRA's appendix E lists them.
+# As bitsandbytes has them (functional.py, get_4bit_type, 'nf4').
 PUBLISHED_NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
                  -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
                  0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
@@ -538,17 +514,17 @@ PUBLISHED_NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.394917488098
 
 def show_nf4(trace: Trace, knobs: Namespace) -> None:
     """The codebook over a bell, NF4 against INT4 on two kinds of weights, and the bits of double quantization."""
-    rng, shape = random.Random(knobs.seed), (64, 512)
-    kinds = {"bell-shaped": [[rng.gauss(0, 1) for _ in range(shape[1])] for _ in range(shape[0])],
-             "uniform": [[rng.uniform(-1, 1) for _ in range(shape[1])] for _ in range(shape[0])]}
-    codebook = nf4_codebook()
+    rng, codebook = random.Random(knobs.seed), nf4_codebook()
+    kinds = {"bell-shaped": [[rng.gauss(0, 1) for _ in range(512)] for _ in range(32)],
+             "uniform": [[rng.uniform(-1, 1) for _ in range(512)] for _ in range(32)]}
+    trace.ask("of INT4's 15 values, laid over -1 to 1, three lie between -0.2 and 0.2. How many of NF4's 16?",
+              sum(abs(value) < 0.2 for value in codebook))
     trace.say("Normal numbers divided by the absmax of their block of 64, and the grids under them. NF4's values stand "
               "close where the numbers are; INT4's do not care.")
     normal = [v / max(map(abs, part)) for row in kinds["bell-shaped"] for part in (row[:64], row[64:128]) for v in part]
     trace.lines(histogram(normal, {"NF4": codebook, "INT4": [code / 7 for code in range(-7, 8)]}))
     trace.note("NF4: " + " ".join(f"{value:+.3f}" for value in codebook))
-    trace.say(f"{math.prod(shape):,} numbers of each kind, in blocks of 64: root mean square error, as a share of "
-              f"the numbers' own.")
+    trace.say("16,384 numbers of each kind, in blocks of 64: root mean square error, as a share of the numbers' own.")
     rows, errors = [], {}
     for kind, w in kinds.items():
         errors[kind] = [relative_distance(q.dequantize(), w) for q in (quantize(w, 4, granularity=64), quantize_nf4(w))]
@@ -557,25 +533,16 @@ def show_nf4(trace: Trace, knobs: Namespace) -> None:
     w = kinds["bell-shaped"]
     plain, double = quantize_nf4(w), quantize_nf4(w, double_quant=True)
     trace.say("What the scales cost, in bits a weight, and what double quantization leaves of it:")
-    rows = []
-    for form, q in (("NF4", plain), ("NF4, double quantization", double)):
-        rows.append([form, f"{q.nbytes:,}", f"{q.bits_per_weight:.3f}", f"{relative_distance(q.dequantize(), w):.2%}"])
-    trace.table(["", "bytes", "bits/weight", "error"], rows, left=(0,))
+    trace.table(["", "bytes", "bits/weight", "error"],
+                [[form, f"{q.nbytes:,}", f"{q.bits_per_weight:.3f}", f"{relative_distance(q.dequantize(), w):.2%}"]
+                 for form, q in (("NF4", plain), ("NF4, double quantization", double))], left=(0,))
     trace.check_close("the derived codebook = the 16 published values", [codebook], [PUBLISHED_NF4], 1e-6)
     trace.check("NF4 beats INT4 on bell-shaped numbers, and loses on uniform ones",
                 errors["bell-shaped"][1] < errors["bell-shaped"][0] and errors["uniform"][1] > errors["uniform"][0],
                 "both")
-    n_weights, blocks = math.prod(shape), math.prod(shape) // 64
     trace.check("bits counted = 4 + 32/64, and 4 + 8/64 + 32/(64·256) + the mean's 32 over all",
                 plain.bits_per_weight == 4.5
-                and double.bits_per_weight == 4 + 8 / 64 + 32 / (64 * 256) + 32 / n_weights, "equal")
-    sample = [value for row in w[:4] for value in row[:64]]
-    nearest = [min(codebook, key=lambda level: abs(level * max(map(abs, row[:64])) - value))
-               for row in w[:4] for value in row[:64]]
-    q = quantize_nf4([row[:64] for row in w[:4]])
-    trace.check("each code is the nearest of the 16 values",
-                [codebook[code] for row in q.codes for code in row] == nearest,
-                f"{len(sample)} weights by trying all")
+                and double.bits_per_weight == 4 + 8 / 64 + 32 / (64 * 256) + 32 / 16384, "equal")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -696,54 +663,46 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
     rng = random.Random(knobs.seed)
     rows = [[fp32(rng.gauss(0, 0.1)) for _ in range(512)] for _ in range(8)]
     row = rows[0][:32]
-    block = q4_0_encode(row)
-    d, = struct.unpack("<e", block[:2])
+    block, extreme = q4_0_encode(row), max(range(32), key=lambda i: abs(row[i]))
+    trace.ask("a Q4_0 block is an FP16 scale and 32 codes of 4 bits. How many bytes?", len(block))
     trace.say("One Q4_0 block of 32 weights, byte for byte as a GGUF file has it: the FP16 scale, lowest byte first, "
-              "then 16 "
-              "bytes of two codes each.")
+              "then 16 bytes of two codes each.")
     trace.lines(["  " + block[:2].hex(" ") + " │ " + block[2:].hex(" ")])
-    extreme = max(range(32), key=lambda i: abs(row[i]))
-    shown = sorted({0, 1, 16, 17, extreme})
-    back = q4_0_decode(block, 32)
     trace.table(["weight", "value", "in byte", "code", "(code - 8) · d"],
                 [[str(i), f"{row[i]:+.4f}", f"{2 + i % 16}, {'high' if i > 15 else 'low'} half",
-                  str(block[2 + i % 16] >> 4 if i > 15 else block[2 + i % 16] & 15), f"{back[i]:+.4f}"] for i in shown])
-    trace.note(f"d = {d:.6f}: weight {extreme}, the one furthest out, over -8. It alone can have code 0.")
+                  str(block[2 + i % 16] >> 4 if i > 15 else block[2 + i % 16] & 15),
+                  f"{q4_0_decode(block, 32)[i]:+.4f}"] for i in sorted({0, 1, 16, 17, extreme})])
+    trace.note(f"d = {struct.unpack('<e', block[:2])[0]:.6f}: weight {extreme}, the one furthest out, over -8. It "
+               f"alone can have code 0.")
 
-    lean = [[value + 0.15 for value in row] for row in rows]  # every weight leans to one side
+    lean = [[value + 0.15 for value in row] for row in rows]
     trace.say("The three formats on 4,096 weights around zero, and on the same weights moved to one side, where Q4_K's "
               "minimums pay off.")
-    table, sizes_agree = [], True
+    sizes, table = {}, []
     for form, (encode, decode, size) in GGUF.items():
-        data = b"".join(map(encode, rows))
-        sizes_agree &= len(data) == sum(map(len, rows)) // size * {"Q8_0": 34, "Q4_0": 18, "Q4_K": 144}[form]
+        sizes[form] = len(b"".join(map(encode, rows)))
         errors = [relative_distance([decode(encode(row), len(row)) for row in w], w) for w in (rows, lean)]
-        table.append([form, f"{len(encode(rows[0][:size]))} bytes", str(size), f"{8 * len(data) / 4096:.2f}",
+        table.append([form, f"{len(encode(rows[0][:size]))} bytes", str(size), f"{8 * sizes[form] / 4096:.2f}",
                       *(f"{error:.2%}" for error in errors)])
     trace.table(["", "block", "of weights", "bits/weight", "error", "moved aside"], table, left=(0,))
     data = q4_k_encode(rows[0][:256])
     d, dmin = struct.unpack("<2e", data[:4])
     trace.say(f"A Q4_K super-block's first 16 bytes: d = {d:.6f}, dmin = {dmin:.6f}, and eight scales and eight "
-              f"minimums "
-              f"in 12 bytes, the last four of each in two pieces:")
-    b = data[4:16]
-    trace.lines(["  " + data[:2].hex(" ") + " │ " + data[2:4].hex(" ") + " │ " + b.hex(" ")])
+              f"minimums in 12 bytes, the last four of each in two pieces:")
+    trace.lines(["  " + " │ ".join(part.hex(" ") for part in (data[:2], data[2:4], data[4:16]))])
     trace.table(["sub-block", *map(str, range(8))],
-                [[part, *map(str, values)] for part, values in zip(("scale", "min"), q4_k_scales(b))], left=(0,))
-    # Q8_0 of 1, 2, …, 32 by hand: d = 32/127, so weight i is code round(127·i/32).
-    ramp = [float(i) for i in range(1, 33)]
+                [[part, *map(str, values)] for part, values in zip(("scale", "min"), q4_k_scales(data[4:16]))],
+                left=(0,))
+    # 1, 2, …, 32: d = 32/127, so weight i is code round(127·i/32).
     fixture = struct.pack("<e", 32 / 127) + bytes(math.floor(127 * i / 32 + 0.5) for i in range(1, 33))
-    trace.check("Q8_0 of 1, 2, …, 32 = the block worked out by hand", q8_0_encode(ramp) == fixture, "34 bytes equal")
-    # Q4_0 of -8, …, 7, twice: d = 1, codes 0 to 15, weight j and weight j + 16 the same, so bytes 00, 11, …, ff.
-    ramp = [float(i) for i in range(-8, 8)] * 2
+    trace.check("Q8_0 of 1, 2, …, 32 = the block worked out by hand",
+                q8_0_encode([float(i) for i in range(1, 33)]) == fixture, "34 bytes equal")
+    # -8, …, 7, twice: d = 1, codes 0 to 15, weight j and weight j + 16 the same, so bytes 00, 11, …, ff.
     trace.check("Q4_0 of -8, …, 7, twice = the block worked out by hand",
-                q4_0_encode(ramp) == b"\x00\x3c" + bytes(17 * i for i in range(16)), "18 bytes equal")
-    trace.check("encoded bytes = blocks × the published block sizes, 34, 18 and 144", sizes_agree, "equal")
-    bound = [max(abs(a - b) / (max(map(abs, block)) / most) for row in rows for block in blocks_of(row, 32)
-                 for a, b in zip(decode(encode(block), 32), block))
-             for (encode, decode, _), most in ((GGUF["Q8_0"], 127), (GGUF["Q4_0"], 8))]
-    trace.check("no weight further off than half a step (Q8_0), one step (Q4_0)", bound[0] < 0.57 and bound[1] < 1.01,
-                "and FP16's rounding of the scale")
+                q4_0_encode([float(i) for i in range(-8, 8)] * 2) == b"\x00\x3c" + bytes(17 * i for i in range(16)),
+                "18 bytes equal")
+    trace.check("4,096 encoded weights = so many blocks of 34, 18 and 144 bytes",
+                list(sizes.values()) == [128 * 34, 128 * 18, 16 * 144], "equal")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -794,7 +753,7 @@ def llm_int8_matmul(x: Matrix, w: Matrix, *, threshold: float = 6.0) -> Matrix:
     """y = W x, the columns of x with a magnitude >= threshold in floating point, the others in INT8.
 
     x [n][in], w [out][in] -> [n][out]. Threshold 0 leaves no INT8, infinity no floating point. ValueError if it
-    is negative or NaN. Dettmers et al. 2022, section 3.2, equation 8.
+    is negative or NaN. Dettmers et al. 2022, section 3.2.
     """
     if not threshold >= 0:
         raise ValueError(f"threshold must be 0 or more, not {threshold}")
@@ -810,8 +769,7 @@ def smoothquant_scales(x_absmax: Vector, w_absmax: Vector, alpha: float = 0.5) -
     """s_j = max|x_j|^α / max|w_j|^(1-α) for every input channel; 1 where either is 0 (Xiao et al. 2023, equation 4)."""
     if not 0 <= alpha <= 1 or len(x_absmax) != len(w_absmax):
         raise ValueError(f"alpha must be from 0 to 1, and x_absmax as long as w_absmax; got {alpha}, {len(x_absmax)} "
-                         f"and "
-                         f"{len(w_absmax)}")
+                         f"and {len(w_absmax)}")
     return [a ** alpha / b ** (1 - alpha) if a and b else 1.0 for a, b in zip(x_absmax, w_absmax)]
 
 
@@ -837,65 +795,57 @@ def smoothquant(weights: dict, config: Config, inputs: dict[str, Matrix], alpha:
 
 
 @lru_cache(maxsize=None)
-def in_int8(lab: Lab, method: str, outliers: bool = True, alpha: float = ALPHA) -> Compressed:
-    """W8A8 by a method of static_scale(), "dynamic", "LLM.int8()" or "SmoothQuant"; outliers: the planted ones too?"""
-    weights = (lab.model if outliers else lab.calm).weights
-    inputs = lab.inputs if outliers else capture(lab.calm, lab.calibration)[0]
-    scales = {}
+def in_int8(lab: Lab, method: str, alpha: float = ALPHA) -> Compressed:
+    """The whole model in W8A8, by a method of static_scale(), "dynamic", "LLM.int8()" or "SmoothQuant"."""
+    weights = lab.model.weights
     if method == "SmoothQuant":
-        weights = smoothquant(weights, lab.model.config, inputs, alpha)
-    elif method not in ("dynamic", "LLM.int8()"):
-        found = {id(inputs[name]): static_scale(inputs[name], method) for name in lab.linears}
-        scales = {id(weights[name]): found[id(inputs[name])] for name in lab.linears}
-
+        weights = smoothquant(weights, lab.model.config, lab.inputs, alpha)
     codes = {id(weights[name]): quantize(weights[name], 8, granularity="channel") for name in lab.linears}
+    static = method in ("absmax", "percentile", "error")
+    scales = {id(weights[name]): static_scale(lab.inputs[name], method) if static else None for name in lab.linears}
 
     def run(operation: Callable, *values):
         if operation is not linear:
             return operation(*values)
         x, w = values
-        return llm_int8_matmul(x, w) if method == "LLM.int8()" else int8_matmul(x, codes[id(w)], scales.get(id(w)))
+        return llm_int8_matmul(x, w) if method == "LLM.int8()" else int8_matmul(x, codes[id(w)], scales[id(w)])
 
     nbytes = sum(q.nbytes for q in codes.values())
-    return Compressed({"dynamic": "W8A8 per token"}.get(method, method), weights, lab.rest_bytes + nbytes,
-                      8 * nbytes / lab.n_weights, run)
+    return Compressed({"dynamic": "W8A8 per token", "absmax": "W8A8 static"}.get(method, method), weights,
+                      lab.rest_bytes + nbytes, 8 * nbytes / lab.n_weights, run)
 
 
 def show_activations(trace: Trace, knobs: Namespace) -> None:
     """The activations' sizes, W8A8's ways to set a scale, and the two rescues."""
     lab, name = laboratory(knobs), "layers.0.attention.wq"
     absmax = [max(map(abs, column)) for column in zip(*lab.inputs[name])]
-    smooth = smoothquant(lab.model.weights, lab.model.config, lab.inputs, knobs.alpha)
-    smooth_inputs, _ = capture(Llama(lab.model.config, smooth), lab.calibration)
-    smoothed = [max(map(abs, column)) for column in zip(*smooth_inputs[name])]
+    smooth = Llama(lab.model.config, in_int8(lab, "SmoothQuant", knobs.alpha).weights)
+    smoothed = [max(map(abs, column)) for column in zip(*capture(smooth, lab.calibration)[0][name])]
     trace.say(f"The largest magnitude of each channel that goes into {name}, {len(absmax)} channels from left to "
-              f"right: as "
-              f"the model has it, and after SmoothQuant with exponent {knobs.alpha:g}.")
+              f"right: as the model has it, and after SmoothQuant with exponent {knobs.alpha:g}.")
     trace.lines(columns_picture(absmax) + [""] + columns_picture(smoothed))
+    kept = sum(size >= 6 for size in absmax)
+    trace.ask(f"how many of these {len(absmax)} columns will LLM.int8() keep in floating point on this text?", kept)
+    calm = replace(lab, model=lab.calm, inputs=capture(lab.calm, lab.calibration)[0])
     trace.say("Weights and activations in INT8: the model as it was trained, and with the planted outliers.")
-    rows = []
-    for method in ("absmax", "percentile", "error", "dynamic", "LLM.int8()", "SmoothQuant"):
-        calm, wild = (measure(lab, in_int8(lab, method, outliers, knobs.alpha)) for outliers in (False, True))
-        rows.append([{"absmax": "static, absmax", "percentile": "static, 99.9th percentile",
-                      "error": "static, least error",
-                      "dynamic": "dynamic, per token"}.get(method, method),
-                     f"{calm.perplexity:.3f}", f"{calm.kl:.4f}", f"{wild.perplexity:.3f}", f"{wild.kl:.4f}",
-                     f"{wild.changed} of {lab.n_predicted}"])
-    trace.table(["scales of the activations", "perplexity", "KL", "with outliers", "KL", "changed"], rows, left=(0,))
-    reached = [c for c, size in enumerate(absmax) if size >= 6]
-    trace.note(f"FP32: perplexity {lab.perplexity:.3f}. LLM.int8() kept {len(reached)} of {len(absmax)} columns of "
-               f"{name} in floating point.")
+    rows = [["static, absmax; no outliers", *calm.scores(in_int8(calm, "absmax"))]]
+    for label, method in (("static, absmax", "absmax"), ("static, 99.9th percentile", "percentile"),
+                          ("static, least error", "error"), ("dynamic, per token", "dynamic"),
+                          ("LLM.int8()", "LLM.int8()"), ("SmoothQuant, dynamic", "SmoothQuant")):
+        rows.append([label, *lab.scores(in_int8(lab, method, knobs.alpha))])
+    trace.table(["scales of the activations", "bits/weight", "perplexity", "KL", "changed"], rows, left=(0,))
+    trace.note(f"FP32: perplexity {lab.perplexity:.3f}. On the calibration tokens LLM.int8() keeps {kept} of "
+               f"{len(absmax)} columns of {name} in floating point.")
     x, w = lab.inputs[name][:8], lab.model.weights[name]
     trace.check_close("LLM.int8() with threshold 0 = the exact product", llm_int8_matmul(x, w, threshold=0),
                       linear(x, w), 1e-9)
-    q = quantize(w, 8, granularity="channel")
-    steps = [max(map(abs, row)) / 127 for row in x]
+    q, steps = quantize(w, 8, granularity="channel"), [max(map(abs, row)) / 127 for row in x]
     by_hand = [[sum(round(value / step) * code for value, code in zip(row, unit)) * step * s
                 for unit, (s,) in zip(q.codes, q.scales)] for row, step in zip(x, steps)]
     trace.check_close("LLM.int8() with threshold infinity = vector-wise INT8, worked out by hand",
                       llm_int8_matmul(x, w, threshold=math.inf), by_hand, 1e-9)
-    trace.check_close("SmoothQuant left the FP32 logits where they were",
-                      Llama(lab.model.config, smooth).forward(lab.evaluation[:-1]), lab.logits, 1e-9)
+    trace.check_close("SmoothQuant left the FP32 logits where they were", smooth.forward(lab.evaluation[:-1]),
+                      lab.logits, 1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -935,8 +885,7 @@ def gptq(w: Matrix, hessian: Matrix, bits: int, *, granularity: str | int, act_o
     if not 0 < damp < math.inf:
         raise ValueError(f"damp must be positive, not {damp}")
     order = sorted(range(n), key=lambda j: -hessian[j][j]) if act_order else list(range(n))
-    ridge = damp * fmean(hessian[j][j] for j in range(n)) or 1.0
-    u = list(zip(*cholesky(inverse([[hessian[i][j] + ridge * (i == j) for j in order] for i in order]))))
+    u = upper_factor([[hessian[i][j] for j in order] for i in order], damp)
     columns = [[row[j] for row in w] for j in order]  # those to the right change as we go
     codes = [[0] * n for _ in w]
     grids = [list(row) for row in lay_grids(w, bits, group, granularity)]
@@ -953,6 +902,13 @@ def gptq(w: Matrix, hessian: Matrix, bits: int, *, granularity: str | int, act_o
         for k in range(i + 1, n):
             columns[k] = [value - error * u[i][k] for value, error in zip(columns[k], errors)]
     return with_grids(codes, grids, bits, group, granularity)
+
+
+def upper_factor(hessian: Matrix, damp: float) -> Matrix:
+    """U with Uᵀ U = (H + damp · its mean diagonal)⁻¹."""
+    ridge = damp * fmean(row[j] for j, row in enumerate(hessian)) or 1.0
+    damped = [[value + ridge * (i == j) for j, value in enumerate(row)] for i, row in enumerate(hessian)]
+    return list(zip(*cholesky(inverse(damped))))
 
 
 def cholesky(a: Matrix) -> Matrix:
@@ -978,68 +934,46 @@ def inverse(a: Matrix) -> Matrix:
     return linear(columns, columns)
 
 
-def obq_in_order(w: Matrix, hessian: Matrix, bits: int, granularity: str | int, damp: float = 0.01) -> list[list[int]]:
-    """The codes of GPTQ without its shortcut: H of the columns left is inverted again for each one, row by row."""
-    n, ridge, all_codes = len(hessian), damp * fmean(row[j] for j, row in enumerate(hessian)), []
-    for row, ((scale, _),) in zip(w, lay_grids(w, bits, len(w[0]), granularity)):
-        row, codes = list(row), []
-        for i in range(n):
-            left = inverse([[hessian[a][b] + ridge * (a == b) for b in range(i, n)] for a in range(i, n)])
-            codes += to_codes(row[i:i + 1], scale, 0, bits)
-            error = (row[i] - codes[i] * scale) / left[0][0]
-            row[i:] = [value - error * slope for value, slope in zip(row[i:], left[0])]
-        all_codes.append(codes)
-    return all_codes
-
-
 @lru_cache(maxsize=None)
 def by_gptq(lab: Lab, bits: int, granularity: str | int, act_order: bool = False) -> Compressed:
     """The whole model by GPTQ."""
-    return compress(lab, "GPTQ" + ", act-order" * act_order,
-                    lambda name, w: gptq(w, lab.hessian(name), bits, granularity=granularity, act_order=act_order))
+    return compress(lab, "GPTQ" + ", act-order" * act_order, lambda name, w: gptq(
+        w, hessian_of(lab.inputs[name]), bits, granularity=granularity, act_order=act_order))
 
 
 def show_gptq(trace: Trace, knobs: Namespace) -> None:
-    """One row's codes, every matrix's output error, and the model."""
+    """Every matrix's output error, and the model's loss."""
     lab, bits, g = laboratory(knobs), knobs.bits, knobs.group_size
-    trace.say(f"Layer by layer: how far each matrix's output moves on text that the calibration never saw, |Wx - Qx| "
-              f"/ |Wx|, "
-              f"at INT{bits} in groups of {g}.")
     methods = {"to nearest": rounded_to_nearest(lab, bits, g), "GPTQ": by_gptq(lab, bits, g),
                "act-order": by_gptq(lab, bits, g, act_order=True)}
+    trace.ask(f"the KL of the model rounded to nearest at INT{bits} in groups of {g} is "
+              f"{measure(lab, methods['to nearest']).kl:.4f}. And by GPTQ?", measure(lab, methods["GPTQ"]).kl)
+    trace.say(f"Layer by layer: how far each matrix's output moves on text that the calibration never saw, "
+              f"|Wx - Qx| / |Wx|, at INT{bits} in groups of {g}.")
     rows = []
     for name in lab.linears:
-        errors = [lab.output_error(name, c.weights[name]) for c in methods.values()]
+        exact = linear(lab.unseen[name], lab.model.weights[name])
+        errors = [relative_distance(linear(lab.unseen[name], c.weights[name]), exact) for c in methods.values()]
         rows.append([name, *(f"{e:.1%}" for e in errors), bar(errors[0], 0.5, 10), bar(errors[1], 0.5, 10)])
     trace.table(["matrix", *methods, "to nearest", "GPTQ"], rows, left=(0, 4, 5))
     trace.say("And the model, by the loss that no layer saw:")
-    rows = []
-    for kind, granularity in (("channel", "channel"), (f"group of {g}", g)):
-        for form, c in (("to nearest", rounded_to_nearest(lab, bits, granularity)),
-                        ("GPTQ", by_gptq(lab, bits, granularity)),
-                        ("GPTQ, act-order", by_gptq(lab, bits, granularity, act_order=True))):
-            rows.append([kind, form, *lab.scores(c)])
-    trace.table(["a scale per", "method", "bits/weight", "perplexity", "KL", "changed"], rows, left=(0, 1))
+    trace.table(["method", "bits/weight", "perplexity", "KL", "changed"],
+                [[form, *lab.scores(c)] for form, c in methods.items()], left=(0,))
 
     name = "layers.0.feed_forward.w2"
     w, h = [row[:8] for row in lab.model.weights[name][:3]], hessian_of([row[:8] for row in lab.inputs[name]])
-    codes = {"to nearest": quantize(w, bits, granularity="tensor").codes[0],
-             "GPTQ": gptq(w, h, bits, granularity="tensor").codes[0]}
-    trace.say("Eight weights of a row: what both make of them. A code that GPTQ moved (*) carries errors from its "
-              "left.")
-    trace.table(["w / scale"] + [f"{v / quantize(w, bits).scales[0][0]:+.1f}" for v in w[0]],
-                [["to nearest", *map(str, codes["to nearest"])],
-                 ["GPTQ", *(f"{b}" + "*" * (a != b) for a, b in zip(*codes.values()))]], left=(0,))
-    trace.check("GPTQ's codes = OBQ's, inverting H again for every column",
-                gptq(w, h, bits, granularity="tensor").codes == obq_in_order(w, h, bits, "tensor"), "24 codes equal")
+    u, left = upper_factor(h, 0.01), []
+    ridge = 0.01 * fmean(h[j][j] for j in range(8))
+    for j in range(8):  # by hand: invert what is left of H, and divide its first row by the root of the diagonal
+        row = inverse([[h[a][b] + ridge * (a == b) for b in range(j, 8)] for a in range(j, 8)])[0]
+        left.append([0.0] * j + [value / math.sqrt(row[0]) for value in row])
+    size = max(max(map(abs, row)) for row in left)
+    trace.check_close("row j of U = OBS's, inverting the H of columns j, j + 1, … again",
+                      [[value / size for value in row] for row in u], [[value / size for value in row] for row in left],
+                      1e-9)
     eye = [[3.0 * (i == j) for j in range(8)] for i in range(8)]
     trace.check("with uncorrelated inputs GPTQ = round to nearest",
-                gptq(w, eye, bits, granularity=3) == quantize(w, bits, granularity=3),
-                "equal, scales too")
-    ridge = 0.01 * fmean(h[k][k] for k in range(8))
-    damped = [[value + ridge * (i == j) for j, value in enumerate(row)] for i, row in enumerate(h)]
-    trace.check_close("inverse(): H times its inverse = 1", linear(damped, inverse(damped)),
-                      [[float(i == j) for j in range(8)] for i in range(8)], 1e-6)
+                gptq(w, eye, bits, granularity=3) == quantize(w, bits, granularity=3), "equal, scales too")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1050,8 +984,7 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
 # within the format: multiply a salient channel of W by s > 1 before rounding and divide its input by s. The
 # grid hardly changes, and the channel's error shrinks by s. How strongly, is searched:
 #
-#     s = mean|x|^α, scaled to √(max s · min s) = 1          α from 0 (nothing) in 20 steps, for least |Wx -
-# Q(W·s)(x/s)|²
+#     s = mean|x|^α, scaled to √(max s · min s) = 1       α from 0 (nothing) in 20 steps, for least |Wx - Q(W·s)(x/s)|²
 #
 # x / s costs nothing: it is folded into the operation before, a norm's gain or the rows of another matrix
 # (w3 makes the channels that w2 reads). Matrices that read the same input share s. For wo there is no such
@@ -1068,43 +1001,41 @@ def awq_search(w: Matrix, x: Matrix, bits: int, *, granularity: str | int,
     if grid < 1 or not x or len(x[0]) != len(w[0]):
         raise ValueError(f"grid must be at least 1, and x have rows of {len(w[0])}; got grid = {grid} and {len(x)} "
                          f"rows")
-    target, best = linear(x, w), None
-    for step in range(grid):
-        scales = salience_scales(x, step / grid)
-        q = quantize([[value * s for value, s in zip(row, scales)] for row in w], bits, granularity=granularity)
-        y = linear([[value / s for value, s in zip(row, scales)] for row in x], q.dequantize())
-        loss = sum((a - b) ** 2 for p, r in zip(y, target) for a, b in zip(p, r))
-        if best is None or loss < best[0]:
-            best = loss, scales, step / grid, q
-    return best[1:]
+    exact = linear(x, w)
+    tried = [(*scaled_and_rounded(w, x, exact, step / grid, bits, granularity), step / grid) for step in range(grid)]
+    _, scales, q, alpha = min(tried, key=lambda one: one[0])
+    return scales, alpha, q
 
 
-def salience_scales(x: Matrix, alpha: float) -> Vector:
-    """mean|x|^α of every channel of x [n][in], scaled so that the largest times the least is 1."""
+def scaled_and_rounded(w: Matrix, x: Matrix, exact: Matrix, alpha: float, bits: int,
+                       granularity: str | int) -> tuple[float, Vector, Quantized]:
+    """(output error as a share of the exact output, scales, Q(w · scales)) for one exponent."""
     powers = [max(fmean(map(abs, column)), 1e-4) ** alpha for column in zip(*x)]
     middle = math.sqrt(max(powers) * min(powers))
-    return [power / middle for power in powers]
+    scales = [power / middle for power in powers]
+    q = quantize([[value * s for value, s in zip(row, scales)] for row in w], bits, granularity=granularity)
+    y = linear([[value / s for value, s in zip(row, scales)] for row in x], q.dequantize())
+    return relative_distance(y, exact), scales, q
 
 
 @lru_cache(maxsize=None)
 def awq_scales(lab: Lab, bits: int, granularity: str | int) -> dict[str, tuple[Vector, float]]:
     """{source: (scales, α)} for every norm, and for every w3, whose channels w2 reads."""
-    found = {}
-    for source, readers in (norms_and_readers(lab.model.config) | gates_and_readers(lab.model.config)).items():
-        w, x = [row for name in readers for row in lab.model.weights[name]], lab.inputs[readers[0]]
-        found[source] = awq_search(w, x[::max(1, len(x) // SEARCH_ROWS)], bits, granularity=granularity)[:2]
-    return found
+    return {source: awq_search(*readers_of(lab, readers), bits, granularity=granularity)[:2]
+            for source, readers in sources_and_readers(lab.model.config).items()}
 
 
-SEARCH_ROWS = 32  # calibration tokens that the search looks at
+def readers_of(lab: Lab, readers: Sequence[str]) -> tuple[Matrix, Matrix]:
+    """(the matrices that read one input, stacked, and that input on 16 of the calibration tokens or so)."""
+    x = lab.inputs[readers[0]]
+    return [row for name in readers for row in lab.model.weights[name]], x[::max(1, len(x) // 16)]
 
 
 def awq_fold(lab: Lab, found: dict[str, tuple[Vector, float]]) -> dict:
     """lab's weights with those scales moved into them: the same function."""
-    readers = norms_and_readers(lab.model.config) | gates_and_readers(lab.model.config)
     weights = lab.model.weights
-    for source, (scales, _) in found.items():
-        weights = move_scales(weights, source, readers[source], scales)
+    for source, readers in sources_and_readers(lab.model.config).items():
+        weights = move_scales(weights, source, readers, found[source][0])
     return weights
 
 
@@ -1117,16 +1048,15 @@ def by_awq(lab: Lab, bits: int, granularity: str | int) -> Compressed:
 
 @lru_cache(maxsize=None)
 def keeping_channels(lab: Lab, bits: int, granularity: str | int, count: int, by: str) -> Compressed:
-    """Rounded to nearest, but `count` channels of every matrix in FP16, by "activations", "weights" or "chance"."""
+    """Rounded to nearest, but `count` channels of every matrix in FP16, by "activations" or by "chance"."""
     rng = random.Random(0)
 
     def method(name: str, w: Matrix) -> tuple[Matrix, int]:
-        sizes = {"activations": [fmean(map(abs, column)) for column in zip(*lab.inputs[name])],
-                 "weights": [fmean(map(abs, column)) for column in zip(*w)], "chance": [rng.random() for _ in w[0]]}[by]
+        sizes = [fmean(map(abs, column)) if by == "activations" else rng.random() for column in zip(*lab.inputs[name])]
         kept = set(sorted(range(len(sizes)), key=lambda c: -sizes[c])[:count])
         q = quantize(w, bits, granularity=granularity)
-        mixed = [[fp16(value) if c in kept else code for c, (value, code) in enumerate(zip(*rows))]
-                 for rows in zip(w, q.dequantize())]
+        mixed = [[half if c in kept else value for c, (half, value) in enumerate(zip(fp16_row(row), back))]
+                 for row, back in zip(w, q.dequantize())]
         return mixed, q.nbytes + 2 * count * (len(w) + 1)  # and two bytes a channel to say which
 
     return compress(lab, f"{count} channels in FP16", method)
@@ -1135,41 +1065,31 @@ def keeping_channels(lab: Lab, bits: int, granularity: str | int, count: int, by
 def show_awq(trace: Trace, knobs: Namespace) -> None:
     """Which channels to protect, the search over α, and the model."""
     lab, bits, g = laboratory(knobs), knobs.bits, knobs.group_size
-    found, (source, readers) = awq_scales(lab, bits, g), list(norms_and_readers(lab.model.config).items())[0]
-    w, x = [row for name in readers for row in lab.model.weights[name]], lab.inputs[readers[0]]
-    trace.say(f"INT{bits} in groups of {g}, with one channel in {len(x[0])} of every matrix kept in FP16: whether that "
-              f"helps depends on how it is chosen. And AWQ, which keeps none.")
-    rows = [["none", *lab.scores(rounded_to_nearest(lab, bits, g))]]
-    for count, by in ((1, "chance"), (1, "weights"), (1, "activations"), (3, "activations")):
-        rows.append([f"{count}, by {'their ' * (by != 'chance')}{by}", 
-                     *lab.scores(keeping_channels(lab, bits, g, count, by))])
-    rows.append(["none: AWQ", *lab.scores(by_awq(lab, bits, g))])
-    trace.table(["channels in FP16", "bits/weight", "perplexity", "KL", "changed"], rows, left=(0,))
+    found, (source, readers) = awq_scales(lab, bits, g), next(iter(sources_and_readers(lab.model.config).items()))
+    trace.ask(f"which of the exponents 0, 0.05, …, 0.95 does the search find for {source}?", found[source][1])
+    trace.say(f"INT{bits} in groups of {g}, with one channel in {lab.model.config.dim} of every matrix kept in FP16: "
+              f"whether that helps depends on how it is chosen. And AWQ, which keeps none.")
+    trace.table(["channels in FP16", "bits/weight", "perplexity", "KL", "changed"],
+                [["none", *lab.scores(rounded_to_nearest(lab, bits, g))],
+                 ["1, by chance", *lab.scores(keeping_channels(lab, bits, g, 1, "chance"))],
+                 ["1, by its activations", *lab.scores(keeping_channels(lab, bits, g, 1, "activations"))],
+                 ["none: AWQ", *lab.scores(by_awq(lab, bits, g))]], left=(0,))
 
     trace.say(f"The search behind {source}: output error of {', '.join(name.split('.')[-1] for name in readers)} on "
-              f"the "
-              f"calibration tokens for each exponent; 0 is round to nearest. AWQ takes the least.")
-    few = x[::max(1, len(x) // SEARCH_ROWS)]
-    target = linear(few, w)
-
-    def error(scales: Vector) -> float:
-        q = quantize([[v * s for v, s in zip(row, scales)] for row in w], bits, granularity=g).dequantize()
-        return relative_distance(linear([[v / s for v, s in zip(row, scales)] for row in few], q), target)
-
-    errors = {alpha: error(salience_scales(few, alpha)) for alpha in (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)}
+              f"calibration tokens for some of the exponents; 0 is round to nearest. AWQ takes the least.")
+    w, x = readers_of(lab, readers)
+    exact = linear(x, w)
+    errors = {step / 20: scaled_and_rounded(w, x, exact, step / 20, bits, g)[0] for step in (0, 4, 8, 12, 16, 19)}
     trace.table(["exponent", "error", ""], [[f"{alpha:.2f}", f"{e:.2%}", bar(e, max(errors.values()), 44)]
                                             for alpha, e in errors.items()], left=(2,))
     trace.note("found: " + ", ".join(f"{name} {alpha:.2f}" for name, (_, alpha) in sorted(found.items())))
     folded = Llama(lab.model.config, awq_fold(lab, found))
     trace.check_close("AWQ's scales, folded in, left the FP32 logits where they were",
-                      folded.forward(lab.evaluation[:-1]),
-                      lab.logits, 1e-9)
-    ones, alpha, q = awq_search(w[:8], few, bits, granularity=g, grid=1)
-    trace.check("exponent 0 alone = round to nearest",
-                (ones, alpha, q) == ([1.0] * len(ones), 0.0, quantize(w[:8], bits, granularity=g)), "equal")
-    best = error(found[source][0])
-    trace.check("what the search found is as good as every exponent tried above",
-                best <= min(errors.values()) * (1 + 1e-9),
+                      folded.forward(lab.evaluation[:-1]), lab.logits, 1e-9)
+    trace.check("exponent 0 alone = round to nearest", awq_search(w[:8], x, bits, granularity=g, grid=1) ==
+                ([1.0] * len(x[0]), 0.0, quantize(w[:8], bits, granularity=g)), "equal")
+    best = scaled_and_rounded(w, x, exact, found[source][1], bits, g)[0]
+    trace.check("what the search found is as good as every exponent tried above", best <= min(errors.values()),
                 f"{best:.2%}")
 
 
@@ -1184,40 +1104,43 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
 #
 # SqueezeLLM lets the grid be any 2^bits values, found by k-means in which each weight counts by how much the loss
 # minds it (the squared gradient, a diagonal of the Fisher information); and takes 0.45% of the weights out into a
-# sparse
-# matrix in FP16: 0.05% that matter most, 0.4% that are largest. (The authors: a codebook for every row, of
+# sparse matrix in FP16: 0.05% that matter most, 0.4% that are largest. (The authors: a codebook for every row, of
 # thousands of weights; ours have 64, so it is one for the matrix.)
 
-def hqq(w: Matrix, bits: int, *, granularity: str | int, p: float = 0.7, beta: float = 10.0, kappa: float = 1.01,
-        iterations: int = 20) -> Quantized:
-    """w on grids whose zero points, real numbers in FP16, are optimised; the best of all turns is kept."""
+def hqq(w: Matrix, bits: int, *, granularity: str | int, iterations: int = 20) -> Quantized:
+    """w on grids whose zero points, real numbers in FP16, are optimised."""
     group = group_columns(w, bits, granularity)
-
-    def best_zero(values: Vector, scale: float, zero: float) -> tuple[float, float]:
-        b, tried = beta, []
-        for _ in range(iterations):
-            zero = float(fp16(zero))
-            codes = to_codes(values, scale, zero, bits)
-            rest = [value - (code - zero) * scale for value, code in zip(values, codes)]
-            tried.append((fmean(map(abs, rest)), zero))
-            shrunk = [math.copysign(max(abs(r) - abs(r) ** (p - 1) / b, 0.0), r) if r else 0.0 for r in rest]
-            zero = fmean(code - (value - e) / scale for code, value, e in zip(codes, values, shrunk))
-            b *= kappa
-        return scale, min(tried)[1]
-
     start = lay_grids(w, bits, group, granularity, symmetric=False)
     if granularity == "tensor":
-        grids = [[best_zero([value for row in w for value in row], *start[0][0])]] * len(w)
+        grids = [[best_zero([value for row in w for value in row], *start[0][0], bits, iterations)]] * len(w)
     else:
-        grids = [[best_zero(row[g * group:(g + 1) * group], *grid) for g, grid in enumerate(row_grids)]
-                 for row, row_grids in zip(w, start)]
-    return with_grids(codes_on(w, grids, group, bits), grids, bits, group, granularity, symmetric=False)
+        grids = [[best_zero(row[g * group:(g + 1) * group], *grid, bits, iterations)
+                  for g, grid in enumerate(row_grids)] for row, row_grids in zip(w, start)]
+    return on_grids(w, grids, bits, group, granularity, symmetric=False)
+
+
+def best_zero(values: Vector, scale: float, zero: float, bits: int, iterations: int, p: float = 0.7,
+              beta: float = 10.0, kappa: float = 1.01) -> tuple[float, float]:
+    """(scale, a zero point that leaves less mean |error|): turns are taken as long as each is better than the last."""
+    least, best = math.inf, zero
+    for _ in range(iterations):
+        zero = fp16(float(zero))
+        codes = to_codes(values, scale, zero, bits)
+        rest = [value - (code - zero) * scale for value, code in zip(values, codes)]
+        error = fmean(map(abs, rest))
+        if error >= least:
+            break
+        least, best = error, zero
+        shrunk = [math.copysign(max(abs(r) - abs(r) ** (p - 1) / beta, 0.0), r) if r else 0.0 for r in rest]
+        zero = fmean(code - (value - e) / scale for code, value, e in zip(codes, values, shrunk))
+        beta *= kappa
+    return scale, best
 
 
 def weighted_kmeans(values: Vector, weights: Vector, k: int, iterations: int = 12) -> Vector:
     """k values, ascending, for the least Σ weight · (value - its nearest)²: Lloyd's algorithm in one dimension."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    centroids = [values[order[(2 * i + 1) * len(order) // (2 * k)]] for i in range(k)]
+    order = sorted(values)
+    centroids = [order[(2 * i + 1) * len(order) // (2 * k)] for i in range(k)]
     for _ in range(iterations):
         between, mass, total = [(a + b) / 2 for a, b in zip(centroids, centroids[1:])], [0.0] * k, [0.0] * k
         for value, weight in zip(values, weights):
@@ -1230,20 +1153,20 @@ def weighted_kmeans(values: Vector, weights: Vector, k: int, iterations: int = 1
 def squeezellm(w: Matrix, sensitivity: Matrix, bits: int) -> tuple[Matrix, int]:
     """(what w decodes to, its bytes): a codebook of 2^bits FP16 values, codes, and 0.45% of the weights apart."""
     values, weights = [value for row in w for value in row], [s for row in sensitivity for s in row]
-    n, places = len(values), range(len(values))
-    apart = set(sorted(places, key=lambda i: -weights[i])[:math.ceil(0.0005 * n)])
-    apart |= set(sorted(places, key=lambda i: -abs(values[i]))[:math.ceil(0.004 * n)])
-    dense = [i for i in places if i not in apart]
-    codebook = [fp16(c) for c in weighted_kmeans([values[i] for i in dense], [weights[i] for i in dense], 2 ** bits)]
+    n, columns = len(values), len(w[0])
+    apart = set(sorted(range(n), key=lambda i: -weights[i])[:math.ceil(0.0005 * n)])
+    apart |= set(sorted(range(n), key=lambda i: -abs(values[i]))[:math.ceil(0.004 * n)])
+    dense = [i for i in range(n) if i not in apart]
+    codebook = fp16_row(weighted_kmeans([values[i] for i in dense], [weights[i] for i in dense], 2 ** bits))
     between = [(a + b) / 2 for a, b in zip(codebook, codebook[1:])]
     codes = [0 if i in apart else bisect(between, value) for i, value in enumerate(values)]
-    decoded = [fp16(value) if i in apart else codebook[code] for i, (value, code) in enumerate(zip(values, codes))]
+    decoded = [half if i in apart else codebook[code] for i, (half, code) in enumerate(zip(fp16_row(values), codes))]
     # The sparse matrix by rows (CSR): values, their columns, and for each row how many come before it.
-    before = [sum(i < r * len(w[0]) for i in apart) for r in range(len(w) + 1)]
+    before = [sum(i < r * columns for i in apart) for r in range(len(w) + 1)]
     sparse = struct.pack(f"<{len(apart)}e{len(apart)}H{len(before)}H", *(values[i] for i in sorted(apart)),
-                         *(i % len(w[0]) for i in sorted(apart)), *before)
+                         *(i % columns for i in sorted(apart)), *before)
     data = pack_bits(codes, bits) + struct.pack(f"<{len(codebook)}e", *codebook) + sparse
-    return [decoded[i:i + len(w[0])] for i in range(0, n, len(w[0]))], len(data)
+    return [decoded[i:i + columns] for i in range(0, n, columns)], len(data)
 
 
 @lru_cache(maxsize=None)
@@ -1275,28 +1198,26 @@ def by_squeezellm(lab: Lab, bits: int) -> Compressed:
 def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
     """Both beside round to nearest, and where k-means puts its values."""
     lab, bits, g, name = laboratory(knobs), knobs.bits, knobs.group_size, "layers.0.attention.wq"
-    w, s = lab.model.weights[name], sensitivities(lab)[name]
+    models = [rounded_to_nearest(lab, bits, g, False), by_hqq(lab, bits, g), by_squeezellm(lab, bits)]
+    trace.ask(f"at {bits} bits, which has the least KL: {', '.join(c.name for c in models)}?",
+              min(models, key=lambda c: measure(lab, c).kl).name)
     trace.say(f"At {bits} bits. HQQ moves the zero points; SqueezeLLM moves every value of the grid, and keeps a few "
               f"weights out.")
     trace.table(["method", "bits/weight", "perplexity", "KL", "changed"],
-                [[c.name, *lab.scores(c)] for c in (rounded_to_nearest(lab, bits, g, False), by_hqq(lab, bits, g),
-                                                    by_squeezellm(lab, bits))], left=(0,))
-    flat, weights = [v for row in w for v in row], [v for row in s for v in row]
+                [[c.name, *lab.scores(c)] for c in models], left=(0,))
+    flat, weights = ([v for row in m for v in row] for m in (lab.model.weights[name], sensitivities(lab)[name]))
     few = 2 ** min(bits, 4)
-    trace.say(f"Where {few} values go in {name}: evenly, or by k-means; and by k-means in which every weight counts "
-              f"by its sensitivity.")
     even = [max(map(abs, flat)) * (2 * i / (few - 1) - 1) for i in range(few)]
-    plain, sensitive = (weighted_kmeans(flat, by, few) for by in ([1.0] * len(flat), weights))
-    trace.lines(histogram(flat, {"even": even, "k-means": plain, "by loss": sensitive}))
-
-    start, better = quantize(w, bits, symmetric=False, granularity=g), hqq(w, bits, granularity=g)
+    best = weighted_kmeans(flat, weights, few)
+    trace.say(f"Where {few} values go in {name}: evenly; and by k-means, every weight counted by its sensitivity.")
+    trace.lines(histogram(flat, {"even": even, "k-means": best}))
+    start, better = quantize(w := lab.model.weights[name], bits, symmetric=False, granularity=g), hqq(w, bits, granularity=g)
     errors = [sum(abs(a - b) for p, r in zip(q.dequantize(), w) for a, b in zip(p, r)) for q in (start, better)]
     trace.check("HQQ: mean |error| no larger than where it started", errors[1] <= errors[0] * (1 + 1e-12),
                 f"{errors[1] / errors[0]:.1%} of it")
-    costs = [sum(by * min((v - level) ** 2 for level in weighted) for v, by in zip(flat, weights))
-             for weighted in (weighted_kmeans(flat, weights, few, turns) for turns in (0, 4, 12))]
-    trace.check("k-means: the weighted error falls from turn to turn", costs[0] >= costs[1] >= costs[2],
-                "after 0, 4 and 12")
+    costs = [sum(by * min((v - level) ** 2 for level in levels) for v, by in zip(flat, weights))
+             for levels in (weighted_kmeans(flat, weights, few, 0), best)]
+    trace.check("k-means: the weighted error falls from where it started", costs[1] <= costs[0], "after 12 turns")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1312,15 +1233,16 @@ def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
 # papers that goes for the whole training, with activations in 8 bits; here for a short run from trained weights.
 
 def bitnet_signs(w: Matrix) -> Matrix:
-    """w as BitNet has it (Wang et al. 2023, equations 1 to 3)."""
+    """w as BitNet has it: ± mean|W| (Wang et al. 2023)."""
     mean, scale = fmean(v for row in w for v in row), fmean(abs(v) for row in w for v in row)
     return [[scale if v > mean else -scale for v in row] for row in w]
 
 
 def ternary_codes(w: Matrix) -> tuple[list[list[int]], float]:
     """(codes -1, 0, 1, γ) of b1.58 (Ma et al. 2024, equations 1 to 3)."""
-    gamma = fmean(abs(v) for row in w for v in row) or 1.0
-    return [[min(max(round(v / gamma), -1), 1) for v in row] for row in w], gamma
+    gamma = fmean([abs(v) for row in w for v in row]) or 1.0
+    half = gamma / 2  # what is further out than that rounds to a code of 1 or more, and is clipped to 1
+    return [[(v > half) - (v < -half) for v in row] for row in w], gamma
 
 
 def ternary_weights(w: Matrix) -> Matrix:
@@ -1348,16 +1270,6 @@ def ternary_product(x: Vector, codes: list[list[int]], gamma: float) -> tuple[Ve
     return y, additions, len(y)
 
 
-def fine_tune(model: Llama, parameters: dict[str, Matrix | Vector], run_on: Callable[[Tape], Callable], step: Callable,
-              ids: Sequence[int], steps: int, length: int) -> None:
-    """A short run over ids: forward by run_on(tape), and step(gradients of the parameters, progress) each time."""
-    for i in range(steps):
-        tape, piece = Tape(), ids[i * length % (len(ids) - length):][:length + 1]
-        logits = model.forward(piece[:-1], run=run_on(tape))
-        gradients = tape.backward(logits, cross_entropy(logits, piece[1:])[1])
-        step({name: gradients[id(p)] for name, p in parameters.items()}, i / steps)
-
-
 def straight_through(tape: Tape) -> Callable:
     """Runs linear with ternary weights; their gradient goes to the weights behind them as it is."""
     return lambda operation, *inputs: (tape(linear, inputs[0], tape(ternary_weights, inputs[1])) if operation is linear
@@ -1366,49 +1278,45 @@ def straight_through(tape: Tape) -> Callable:
 
 @lru_cache(maxsize=None)
 def in_one_bit(lab: Lab, method: str) -> Compressed:
-    """The whole model as "BitNet" or "b1.58" after training, or "b1.58 trained"."""
+    """The whole model as "BitNet" or "b1.58" after training, or "b1.58 trained"; from the model without outliers."""
     weights = lab.calm.weights
     if method == "b1.58 trained":
-        weights = copy_weights(weights)
+        weights = map_rows(list, weights)
         adam = Adam(weights)
         fine_tune(Llama(lab.model.config, weights), weights, straight_through,
                   lambda gradients, progress: adam.step(gradients, 0.01 * (1 - progress)), lab.text, TERNARY_STEPS,
-                  LENGTH)
+                  PIECE)
 
-    def method_(n: str, _: Matrix) -> tuple[Matrix, int]:
-        w = weights[n]
+    def rounded(name: str, _: Matrix) -> tuple[Matrix, int]:
+        w = weights[name]
         if method == "BitNet":
             return bitnet_signs(w), len(pack_bits([v > 0 for row in w for v in row], 1)) + 2
         return ternary_weights(w), len(pack_ternary([c for row in ternary_codes(w)[0] for c in row])) + 2
 
-    return compress(lab, {"BitNet": "1 bit, BitNet", "b1.58": "b1.58, untrained"}.get(method, method), method_, weights)
+    return compress(lab, {"BitNet": "1 bit, BitNet", "b1.58": "b1.58, untrained"}.get(method, method), rounded, weights)
 
 
-TERNARY_STEPS = 16
+TERNARY_STEPS = 6
 
 
 def show_one_bit(trace: Trace, knobs: Namespace) -> None:
     """What is left of the model, before and after training that way; and products without multiplications."""
     lab, name = laboratory(knobs), "layers.0.attention.wq"
     trace.say(f"All matrices in one bit, or one of three values, after training; and trained that way for "
-              f"{TERNARY_STEPS} steps more "
-              f"(from the model without planted outliers; a scale for each matrix).")
+              f"{TERNARY_STEPS} steps more (from the model without planted outliers; a scale for each matrix).")
     trace.table(["", "bits/weight", "perplexity", "KL", "changed"],
-                [[c.name, *lab.scores(c)] for c in map(partial(in_one_bit, lab), ("BitNet", "b1.58", "b1.58 trained"))],
-                left=(0,))
+                [[c.name, *lab.scores(c)] for c in (in_one_bit(lab, "BitNet"), in_one_bit(lab, "b1.58"),
+                                                    in_one_bit(lab, "b1.58 trained"))], left=(0,))
     codes, gamma = ternary_codes(lab.calm.weights[name])
-    x = lab.inputs[name][0]
+    x, flat = lab.inputs[name][0], [code for row in codes for code in row]
     y, additions, multiplications = ternary_product(x, codes, gamma)
-    n = len(codes) * len(x)
+    trace.ask(f"{name} has {len(flat):,} weights, bell-shaped. With γ = mean|W|, how many become 0?", flat.count(0))
     trace.say(f"{name} times one token, counted while it is done: {additions:,} additions and {multiplications} "
-              f"multiplications, "
-              f"where the matrix in full has {n:,} of each. A corner of it:")
-    trace.lines(["  " + "".join(" -·+"[code + 2] for code in row[:64]) for row in codes[:6]])
+              f"multiplications, where the matrix in full has {len(flat):,} of each. A corner of it:")
+    trace.lines(["  " + "".join("-·+"[code + 1] for code in row) for row in codes[:6]])
     trace.check_close("the product without multiplications = the one with the decoded weights", [y],
                       linear([x], ternary_weights(lab.calm.weights[name])), 1e-9)
-    trace.check("additions counted = codes that are not 0", additions == n - sum(row.count(0) for row in codes),
-                f"{additions:,}")
-    flat = [code for row in codes for code in row]
+    trace.check("additions counted = codes that are not 0", additions == len(flat) - flat.count(0), f"{additions:,}")
     unpacked = [byte // 3**i % 3 - 1 for byte in pack_ternary(flat) for i in range(5)][:len(flat)]
     trace.check("five codes to a byte come back", unpacked == flat,
                 f"{len(pack_ternary(flat)):,} bytes for {len(flat):,} codes")
@@ -1447,10 +1355,25 @@ def with_adapters(adapters: dict[int, tuple[Matrix, Matrix]]) -> Callable[[Tape]
     return run_on
 
 
+@lru_cache(maxsize=None)
+def by_qlora(lab: Lab, rank: int = 4) -> tuple[Compressed, int]:
+    """(the NF4 model with adapters trained on top, how many numbers those have)."""
+    base, rng, adapters, parameters = in_nf4(lab, True), random.Random(1), {}, {}
+    for name in lab.linears:
+        w = base.weights[name]
+        a, b = [[rng.gauss(0, len(w[0]) ** -0.5) for _ in w[0]] for _ in range(rank)], [[0.0] * rank for _ in w]
+        adapters[id(w)], parameters[name + ".A"], parameters[name + ".B"] = (a, b), a, b
+    adam = Adam(parameters)
+    fine_tune(Llama(lab.model.config, base.weights), parameters, with_adapters(adapters),
+              lambda gradients, progress: adam.step(gradients, 0.005 * (1 - progress)), lab.recent, FEW_STEPS, PIECE)
+    n = sum(len(row) for p in parameters.values() for row in p)
+    return replace(base, name="NF4 + QLoRA", nbytes=base.nbytes + 2 * n, run=with_adapters(adapters)(call),
+                   bits_per_weight=base.bits_per_weight + 16 * n / lab.n_weights), n
+
+
 def subspace(g: Matrix, rank: int, rng: random.Random, turns: int = 2) -> Matrix:
     """About the top `rank` left singular vectors of g [m][n], as rows [rank][m]: orthogonal iteration on g gᵀ."""
-    vectors = [[rng.gauss(0, 1) for _ in g] for _ in range(rank)]
-    columns = list(zip(*g))
+    vectors, columns = [[rng.gauss(0, 1) for _ in g] for _ in range(rank)], list(zip(*g))
     for _ in range(turns):
         vectors = linear(linear(vectors, columns), g)
         for i, v in enumerate(vectors):
@@ -1467,20 +1390,20 @@ class QGaLore:
 
     def __init__(self, w: Matrix, rank: int, rng: random.Random, interval: int = 2):
         self.q, self.rank, self.rng = quantize(w, 8, granularity="channel"), rank, rng
+        self.w = self.q.dequantize()             # what a forward pass uses; changed in place
         self.wide = len(w) > len(w[0])           # project the shorter side
         self.projection: Quantized | None = None
         self.interval, self.next, self.steps, self.refreshed = interval, 0, 0, 0
         self.direction = [[0.0] * max(len(w), len(w[0])) for _ in range(rank)]
         self.adam = Adam({"R": self.direction})
 
-    def step(self, gradient: Matrix, rate: float) -> Matrix:
-        """Take one step; the weights as they now decode."""
+    def step(self, gradient: Matrix, rate: float) -> None:
+        """Take one step."""
         g = list(zip(*gradient)) if self.wide else gradient
         if self.steps == self.next:
             new = quantize(subspace(g, self.rank, self.rng), 4, granularity="channel")
-            if self.projection:
-                if alignment(self.projection.dequantize(), new.dequantize()) >= 0.4:
-                    self.interval *= 2
+            if self.projection and alignment(self.projection.dequantize(), new.dequantize()) >= 0.4:
+                self.interval *= 2
             self.projection, self.next, self.refreshed = new, self.steps + self.interval, self.refreshed + 1
         self.steps += 1
         p = self.projection.dequantize()                               # [r][m]
@@ -1488,12 +1411,12 @@ class QGaLore:
             row[:] = [0.0] * len(row)                                  # so that Adam leaves its step there
         self.adam.step({"R": linear(p, list(zip(*g)))}, rate)          # R = P g, [r][n]
         update = linear(list(zip(*p)), list(zip(*self.direction)))     # [m][n]
-        update = list(zip(*update)) if self.wide else update
-        w = [list(map(operator.add, row, change)) for row, change in zip(self.q.dequantize(), update)]
+        w = add(self.w, list(zip(*update)) if self.wide else update)
         grids = lay_grids(w, 8, len(w[0]), "channel")
         codes = [stochastic_codes(row, scale, self.rng) for row, ((scale, _),) in zip(w, grids)]
         self.q = with_grids(codes, grids, 8, len(w[0]), "channel")
-        return self.q.dequantize()
+        for row, new_row in zip(self.w, self.q.dequantize()):
+            row[:] = new_row
 
 
 def stochastic_codes(values: Vector, scale: float, rng: random.Random) -> list[int]:
@@ -1506,146 +1429,113 @@ def alignment(a: Matrix, b: Matrix) -> float:
     return fmean(abs(dot(u, v)) / math.sqrt(dot(u, u) * dot(v, v) or 1.0) for u, v in zip(a, b))
 
 
-@lru_cache(maxsize=None)
-def by_qlora(lab: Lab, rank: int = 4) -> tuple[Compressed, int]:
-    """(the NF4 model with adapters trained on top, how many numbers those have)."""
-    base, rng, adapters, parameters = in_nf4(lab, True), random.Random(1), {}, {}
-    for name in lab.linears:
-        w = base.weights[name]
-        a, b = [[rng.gauss(0, len(w[0]) ** -0.5) for _ in w[0]] for _ in range(rank)], [[0.0] * rank for _ in w]
-        adapters[id(w)], parameters[name + ".A"], parameters[name + ".B"] = (a, b), a, b
-    adam = Adam(parameters)
-    fine_tune(Llama(lab.model.config, base.weights), parameters, with_adapters(adapters),
-              lambda gradients, progress: adam.step(gradients, QLORA_RATE * (1 - progress)), lab.recent, FEW_STEPS,
-              PIECE)
-    n = sum(map(len, (row for p in parameters.values() for row in p)))
-    return replace(base, name="NF4 + QLoRA", nbytes=base.nbytes + 2 * n,
-                   bits_per_weight=base.bits_per_weight + 16 * n / lab.n_weights,
-                   run=with_adapters(adapters)(call)), n
-
-
-FEW_STEPS, PIECE = 4, 64                                   # steps of these short runs, and their tokens a step
-FULL_RATE, QLORA_RATE, GALORE_RATE = 0.001, 0.005, 0.005   # learning rates at their start
+FEW_STEPS, PIECE = 4, 48      # steps of these short runs, and their tokens a step
 
 
 def show_training(trace: Trace, knobs: Namespace) -> None:
     """QLoRA and Q-GaLore beside full training: what is kept, and what it does to the loss."""
-    lab, rank = laboratory(knobs), 8
-    rng = random.Random(knobs.seed)
+    lab, rank, rng = laboratory(knobs), 8, random.Random(knobs.seed)
+    full = map_rows(list, lab.calm.weights)
+    trained = {n: full[n] for n in lab.linears}
+    adam = Adam(trained)
+    fine_tune(Llama(lab.model.config, full), trained, lambda tape: tape,
+              lambda gradients, progress: adam.step(gradients, 0.001 * (1 - progress)), lab.recent, FEW_STEPS, PIECE)
     matrices = {n: QGaLore(lab.calm.weights[n], rank, rng) for n in lab.linears}
-    weights = lab.calm.weights | {n: m.q.dequantize() for n, m in matrices.items()}
-    before = Compressed("INT8", dict(weights), 0, 0, call)
-    tuned = Llama(lab.model.config, weights)
-    for i in range(FEW_STEPS):  # the arrays change with every step, so the tape is asked for them by name
-        fine_tune(tuned, {n: weights[n] for n in matrices}, lambda tape: tape, lambda gradients, _: weights.update(
-            {n: m.step(gradients[n], GALORE_RATE * (1 - i / FEW_STEPS)) for n, m in matrices.items()}),
-                  lab.recent[i % 2 * PIECE:], 1, PIECE)
-    full = copy_weights(lab.calm.weights)
-    adam = Adam({n: full[n] for n in lab.linears})
-    fine_tune(Llama(lab.model.config, full), {n: full[n] for n in lab.linears}, lambda tape: tape,
-              lambda gradients, progress: adam.step(gradients, FULL_RATE * (1 - progress)), lab.recent, FEW_STEPS,
-              PIECE)
-    qlora, n_adapters = by_qlora(lab)
+    weights = lab.calm.weights | {n: m.w for n, m in matrices.items()}
+    int8 = measure(lab, Compressed("INT8", map_rows(list, weights), 0, 0, call)).perplexity
+    fine_tune(Llama(lab.model.config, weights), {n: m.w for n, m in matrices.items()}, lambda tape: tape,
+              lambda gradients, progress: [m.step(gradients[n], 0.005 * (1 - progress)) for n, m in matrices.items()],
+              lab.recent, FEW_STEPS, PIECE)
+    base, (qlora, n_adapters) = in_nf4(lab, True), by_qlora(lab)
 
-    def loss(weights: dict, run: Callable = call) -> float:
-        return measure(lab, Compressed("", weights, 0, 0, run)).perplexity
+    def after(weights: dict) -> str:
+        return f"{measure(lab, Compressed('', weights, 0, 0, call)).perplexity:.3f}"
 
-    def numbers(arrays: Iterable[Matrix]) -> int:
-        return sum(len(row) for array in arrays for row in array)
-
-    state = numbers(m.direction for m in matrices.values())
+    state = sum(map(len, (row for m in matrices.values() for row in m.direction)))
     projections = sum(m.projection.nbytes for m in matrices.values())
-    int8 = sum(m.q.nbytes for m in matrices.values())
+    trace.ask("QLoRA at rank 4: how many numbers does it train beside all the matrices, whose rows and columns sum to "
+              f"{sum(sum(lab.model.config.shapes()[n]) for n in lab.linears):,}?", n_adapters)
     trace.say(f"{FEW_STEPS} steps of {PIECE} tokens more, on the text just before the last verse, three ways. Bytes "
               f"of the matrices as they are kept while training, and of what the optimizer keeps: two FP32 numbers for "
               f"each that it trains, and Q-GaLore's projections in INT4. Perplexity on the last verse.")
-    table = [["full", f"{lab.n_weights:,}", f"{4 * lab.n_weights:,}", f"{8 * numbers(adam.rows.values()):,}",
-              f"{lab.perplexity:.3f}", f"{loss(full):.3f}"],
-             ["QLoRA, rank 4", f"{n_adapters:,}", f"{in_nf4(lab, True).nbytes - lab.rest_bytes + 4 * n_adapters:,}",
-              f"{8 * n_adapters:,}",
-              f"{loss(in_nf4(lab, True).weights):.3f}", f"{loss(qlora.weights, qlora.run):.3f}"],
-             [f"Q-GaLore, rank {rank}", f"{lab.n_weights:,}", f"{int8:,}", f"{8 * state + projections:,}",
-              f"{loss(before.weights):.3f}", f"{loss(weights):.3f}"]]
-    trace.table(["", "trained", "weights", "optimizer", "before", "after"], table, left=(0,))
-    trace.say("Q-GaLore's projections are made again at intervals, which double where the new agrees with the old:")
-    trace.lines([f"  {name:<26}made {m.refreshed} times   interval now {m.interval}" for name, m in matrices.items()])
-
+    trace.table(["", "trained", "weights", "optimizer", "before", "after"], [
+        ["full", f"{lab.n_weights:,}", f"{4 * lab.n_weights:,}",
+         f"{8 * sum(len(row) for rows in adam.m.values() for row in rows):,}", f"{lab.perplexity:.3f}", after(full)],
+        ["QLoRA, rank 4", f"{n_adapters:,}", f"{base.nbytes - lab.rest_bytes + 4 * n_adapters:,}",
+         f"{8 * n_adapters:,}", f"{measure(lab, base).perplexity:.3f}", f"{measure(lab, qlora).perplexity:.3f}"],
+        [f"Q-GaLore, rank {rank}", f"{lab.n_weights:,}", f"{sum(m.q.nbytes for m in matrices.values()):,}",
+         f"{8 * state + projections:,}", f"{int8:.3f}", after(weights)]], left=(0,))
+    trace.note(f"Q-GaLore made its {len(matrices)} projections {sum(m.refreshed for m in matrices.values())} times "
+               f"in all.")
     shapes = [lab.model.config.shapes()[n] for n in lab.linears]
     trace.check("QLoRA trains r·(in + out) numbers a matrix", n_adapters == sum(4 * sum(shape) for shape in shapes),
                 f"{n_adapters:,}")
     trace.check("Q-GaLore's Adam keeps 2·r·max(in, out) numbers a matrix",
                 2 * state == sum(2 * rank * max(shape) for shape in shapes), f"{2 * state:,}")
-    trace.check("the frozen base did not change", qlora.weights is in_nf4(lab, True).weights and
-                all(lab.model.weights[n] is not qlora.weights[n] for n in lab.linears), "the same arrays")
     g = [[rng.gauss(0, 1) * (i < 3) + rng.gauss(0, 1e-6) for i in range(9)] for _ in range(12)]
     p = subspace(g, 3, rng)
-    back = list(zip(*linear(list(zip(*p)), list(zip(*linear(p, list(zip(*g))))))))
-    trace.check_close("P Pᵀ G = G for a gradient of rank 3", list(zip(*back)), g, 1e-4)
+    back = linear(list(zip(*p)), list(zip(*linear(p, list(zip(*g))))))
+    trace.check_close("P Pᵀ G = G for a gradient of rank 3", back, g, 1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------
 # 12. Mixed precision
 #
 # Not every matrix minds rounding as much. Measure each alone: the KL that it causes when it is quantized and nothing
-# else is,
-# on calibration data, at several bit widths. If the damages roughly add up, the best assignment under a budget of
-# bytes is a
-# small knapsack; with 8 matrices and 4 widths all 65,536 assignments can be tried. (llama.cpp's Q4_K_M mixes
-# in the same spirit, by rule: more bits for some of the attention and feed-forward matrices.)
+# else is, on calibration data, at several bit widths. If the damages roughly add up, the best assignment under a
+# budget of bytes is a small knapsack; with 8 matrices and 3 widths all 6,561 assignments can be tried. (llama.cpp's
+# Q4_K_M mixes in the same spirit, by rule: more bits for some of the attention and feed-forward matrices.)
 
 def widths(bits: int) -> list[int]:
     """The bit widths that mixed precision chooses from, at a budget of so many bits for all."""
-    return sorted({min(8, max(2, bits + change)) for change in (-1, 0, 1, 2)})
+    return sorted({min(8, max(2, bits + change)) for change in (-1, 0, 2)})
 
 
 @lru_cache(maxsize=None)
 def measure_sensitivity(lab: Lab, bits: int, group: int) -> dict[str, dict[int, tuple[float, int]]]:
-    """{matrix: {bits: (KL when it alone is quantized, on calibration tokens; bytes)}}."""
-    tokens = lab.calibration[:40]
+    """{matrix: {bits: (KL when it alone is quantized, on 16 calibration tokens; bytes)}}."""
+    tokens = lab.calibration[-16:]
     reference = [log_softmax(row) for row in lab.model.forward(tokens)]
     found: dict[str, dict[int, tuple[float, int]]] = {}
-    for name in lab.linears:
-        found[name] = {}
-        for width in widths(bits):
-            q = quantize(lab.model.weights[name], width, granularity=group)
-            ours = map(log_softmax, Llama(lab.model.config, lab.model.weights | {name: q.dequantize()}).forward(tokens))
-            found[name][width] = fmean(kl_divergence(p, o) for p, o in zip(reference, ours)), q.nbytes
+    for name, width in product(lab.linears, widths(bits)):
+        q = quantize(lab.model.weights[name], width, granularity=group)
+        ours = map(log_softmax, Llama(lab.model.config, lab.model.weights | {name: q.dequantize()}).forward(tokens))
+        found.setdefault(name, {})[width] = fmean(map(kl_divergence, reference, ours)), q.nbytes
     return found
 
 
 def assign_bits(damage: dict[str, dict[int, tuple[float, int]]], budget: int) -> dict[str, int]:
     """{matrix: bits} with the least sum of damages among all assignments of at most `budget` bytes."""
-    def cost(choice: Sequence[int]) -> float:
-        return sum(found[bits][0] for found, bits in zip(damage.values(), choice))
+    def total(choice: Sequence[int], part: int) -> float:
+        return sum(found[bits][part] for found, bits in zip(damage.values(), choice))
 
-    options = product(*(sorted(found) for found in damage.values()))
-    affordable = (c for c in options if sum(found[bits][1] for found, bits in zip(damage.values(), c)) <= budget)
-    return dict(zip(damage, min(affordable, key=cost)))
+    affordable = (choice for choice in product(*map(sorted, damage.values())) if total(choice, 1) <= budget)
+    return dict(zip(damage, min(affordable, key=lambda choice: total(choice, 0))))
 
 
 @lru_cache(maxsize=None)
-def in_mixed_precision(lab: Lab, bits: int, group: int) -> Compressed:
-    """The whole model, no larger than at `bits` throughout, its bits where they help most."""
+def in_mixed_precision(lab: Lab, bits: int, group: int) -> tuple[Compressed, dict[str, int]]:
+    """(the whole model, no larger than at `bits` throughout, its bits where they help most; the bits)."""
     damage = measure_sensitivity(lab, bits, group)
     chosen = assign_bits(damage, sum(found[bits][1] for found in damage.values()))
-    return compress(lab, "mixed bits", lambda name, w: quantize(w, chosen[name], granularity=group))
+    return compress(lab, "mixed bits", lambda name, w: quantize(w, chosen[name], granularity=group)), chosen
 
 
 def show_mixed(trace: Trace, knobs: Namespace) -> None:
     """Each matrix's sensitivity, the assignment, and the model against uniform bits."""
     lab, bits, g = laboratory(knobs), knobs.bits, knobs.group_size
-    damage = measure_sensitivity(lab, bits, g)
-    budget = sum(found[bits][1] for found in damage.values())
-    chosen = assign_bits(damage, budget)
+    damage, (mixed, chosen) = measure_sensitivity(lab, bits, g), in_mixed_precision(lab, bits, g)
+    trace.ask(f"rounded alone to {bits} bits, which matrix does the most damage: wq, wk, wv, wo, w1, w2, w3 or output?",
+              max(damage, key=lambda name: damage[name][bits][0]).split(".")[-1])
     trace.say(f"The KL that each matrix causes when it alone is quantized (in thousandths of a nat a token, on "
-              f"calibration tokens, in groups of {g}), "
-              f"and the bits it gets when all may take {budget:,} bytes, as at {bits} bits throughout.")
+              f"calibration tokens, in groups of {g}), and the bits it gets when all may take the bytes of {bits} bits "
+              f"throughout.")
     trace.table(["matrix", "weights", *(f"{width} bits" for width in widths(bits)), "gets", ""],
                 [[name, f"{math.prod(lab.model.config.shapes()[name]):,}",
                   *(f"{1000 * kl:.2f}" for kl, _ in found.values()), str(chosen[name]), "█" * chosen[name]]
                  for name, found in damage.items()], left=(0, 3 + len(widths(bits))))
     trace.say("On text that neither saw:")
-    uniform, mixed = rounded_to_nearest(lab, bits, g), in_mixed_precision(lab, bits, g)
+    uniform = rounded_to_nearest(lab, bits, g)
     trace.table(["", "bits/weight", "perplexity", "KL", "changed"],
                 [[f"{bits} bits throughout", *lab.scores(uniform)], ["mixed", *lab.scores(mixed)]], left=(0,))
     trace.check("mixed is no larger, in encoded bytes", mixed.nbytes <= uniform.nbytes,
@@ -1670,57 +1560,55 @@ def everything(lab: Lab, knobs: Namespace) -> list[Compressed]:
             rounded_to_nearest(lab, b, "tensor"), rounded_to_nearest(lab, b, "channel"),
             rounded_to_nearest(lab, b, g), rounded_to_nearest(lab, b, g, False),
             in_nf4(lab, False), in_nf4(lab, True), *(in_gguf(lab, form) for form in GGUF),
-            in_int8(lab, "dynamic"), in_int8(lab, "LLM.int8()"), in_int8(lab, "SmoothQuant", True, knobs.alpha),
+            in_int8(lab, "absmax", knobs.alpha), in_int8(lab, "LLM.int8()", knobs.alpha),
+            in_int8(lab, "SmoothQuant", knobs.alpha),
             by_gptq(lab, b, g), by_gptq(lab, b, g, True), by_awq(lab, b, g),
             by_hqq(lab, b, g), by_squeezellm(lab, b),
             *(in_one_bit(lab, method) for method in ("BitNet", "b1.58", "b1.58 trained")),
-            by_qlora(lab)[0], in_mixed_precision(lab, b, g)]
+            by_qlora(lab)[0], in_mixed_precision(lab, b, g)[0]]
 
 
 def show_table(trace: Trace, knobs: Namespace) -> None:
     """The table and the picture."""
-    lab = laboratory(knobs)
+    lab, letters = laboratory(knobs), "abcdefghijklmnopqrstuvwxyz"
     compressed = everything(lab, knobs)
-    trace.say(f"Every method on the same {lab.n_predicted} unseen tokens. Bits: per weight of the matrices, counted; "
-              f"bytes: the "
-              f"whole file; chg: likeliest tokens changed. The sample continues {knobs.prompt!r}. A letter marks the "
-              f"method "
-              f"in the picture below, with a star if nothing else is both as small and as good: the Pareto front.")
-    points = [(c.nbytes, measure(lab, c)) for c in compressed]
-    sizes = [(nbytes, m.kl, i) for i, (nbytes, m) in enumerate(points)]
-    front = [not any(a <= nbytes and b <= kl and (a, b, j) < (nbytes, kl, i) for a, b, j in sizes)
-             for nbytes, kl, i in sizes]
+    measured = [measure(lab, c) for c in compressed]
+    small = [i for i, c in enumerate(compressed) if c.bits_per_weight < 5.5]
+    trace.ask("which method under 5.5 bits a weight has the least KL? (One of "
+              + ", ".join(compressed[i].name for i in small) + ")",
+              compressed[min(small, key=lambda i: measured[i].kl)].name)
+    trace.say(f"Every method on the same {len(lab.logits)} unseen tokens. Bits: per weight of the matrices, counted; "
+              f"bytes: the whole file; chg: likeliest tokens changed. The sample continues {knobs.prompt!r}. A letter "
+              f"marks the method in the picture below, with a star if nothing else is both as small and as good: the "
+              f"Pareto front.")
+    front, least = set(), math.inf  # walking up in size, those that beat all smaller ones
+    for i in sorted(range(len(compressed)), key=lambda i: (compressed[i].nbytes, measured[i].kl)):
+        if measured[i].kl < least:
+            front, least = front | {i}, measured[i].kl
     rows = [["", "FP32", "32.00", f"{lab.fp32_bytes:,}", f"{lab.perplexity:.3f}", "", "",
              continue_text(lab, knobs, lab.model.weights, call)]]
-    for letter, c, (_, m), best in zip(LETTERS, compressed, points, front):
-        rows.append([letter + "*" * best, c.name, f"{c.bits_per_weight:.2f}", f"{c.nbytes:,}", f"{m.perplexity:.3f}",
-                     f"{m.kl:.3f}", str(m.changed),
-                     continue_text(lab, knobs, c.weights, c.run)])
+    for i, (c, m) in enumerate(zip(compressed, measured)):
+        rows.append([letters[i] + "*" * (i in front), c.name, f"{c.bits_per_weight:.2f}", f"{c.nbytes:,}",
+                     f"{m.perplexity:.3f}", f"{m.kl:.4f}", str(m.changed), continue_text(lab, knobs, c.weights, c.run)])
     trace.table(["", "method", "bits", "bytes", "ppl", "KL", "chg", "sample"], rows, left=(0, 1, 7))
     trace.note("The planted outliers make some columns of weights small. A grid with an exact zero loses them; one "
-               "without "
-               "(Q4_K and HQQ, whose zero points are free) gives them up to half a step, and their inputs multiply "
-               "that.")
+               "without (Q4_K and HQQ, whose zero points are free) gives them up to half a step, and their inputs "
+               "multiply that.")
     trace.say("Bytes of the file from left to right, KL from FP32 upwards (ten times for every four lines; the "
-              "lowest line "
-              "is for whatever is less). Down and left is better.")
-    trace.lines(scatter([(nbytes, m.kl, letter, best) for letter, (nbytes, m), best in zip(LETTERS, points, front)]))
-    trace.check("KL is nowhere negative", all(m.kl > -1e-12 for _, m in points), f"{len(points)} methods")
-    best_so_far, walked = math.inf, []
-    for _, kl, i in sorted(sizes):
-        if kl < best_so_far:
-            best_so_far, walked = kl, walked + [i]
-    trace.check("the front = those met by walking up in size that beat all smaller ones", walked == sorted(
-        (i for i, best in enumerate(front) if best), key=lambda i: points[i][0]), f"{len(walked)} methods")
-
-
-LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGH"
+              "lowest line is for whatever is less). Down and left is better.")
+    trace.lines(scatter([(c.nbytes, m.kl, letters[i], i in front)
+                         for i, (c, m) in enumerate(zip(compressed, measured))]))
+    trace.check("KL is nowhere negative", all(m.kl > -1e-12 for m in measured), f"{len(measured)} methods")
+    beaten = [any(a.nbytes <= c.nbytes and n.kl <= m.kl and (a.nbytes, n.kl, j) < (c.nbytes, m.kl, i)
+                  for j, (a, n) in enumerate(zip(compressed, measured)))
+              for i, (c, m) in enumerate(zip(compressed, measured))]
+    trace.check("the front = the methods that no other beats, by trying all pairs",
+                front == {i for i, worse in enumerate(beaten) if not worse}, f"{len(front)} methods")
 
 
 def scatter(points: Sequence[tuple[float, float, str, bool]], width: int = 70, height: int = 17) -> list[str]:
     """Points (x, y, letter, on the front) with y on a logarithmic axis, as lines of text; the front is drawn last."""
-    floor = 1e-5
-    logs = [math.log10(max(y, floor)) for _, y, _, _ in points]
+    logs = [math.log10(max(y, 1e-5)) for _, y, _, _ in points]
     top, least, most = max(logs), min(x for x, *_ in points), max(x for x, *_ in points)
     picture = [[" "] * width for _ in range(height)]
     for (x, _, letter, best), log in sorted(zip(points, logs), key=lambda pair: pair[0][3]):
@@ -1735,7 +1623,7 @@ def scatter(points: Sequence[tuple[float, float, str, bool]], width: int = 70, h
 
 
 # ---------------------------------------------------------------------------------------------------
-# The supporting cast of this script: the model under test, what it is measured by, and the pictures.
+# The model under test, what it is measured by, and the pictures.
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
@@ -1780,7 +1668,7 @@ class Lab:
 
     @property
     def n_weights(self) -> int:
-        """How many weights those have."""
+        """How many weights the quantized matrices have."""
         return sum(math.prod(self.model.config.shapes()[name]) for name in self.linears)
 
     @property
@@ -1794,32 +1682,26 @@ class Lab:
         return 4 * sum(map(math.prod, self.model.config.shapes().values()))
 
     @property
-    def n_predicted(self) -> int:
-        """Tokens that the evaluation predicts."""
-        return len(self.evaluation) - 1
-
-    @property
     def perplexity(self) -> float:
         """FP32's, on the evaluation tokens."""
         return math.exp(cross_entropy(self.logits, self.evaluation[1:])[0])
 
-    def hessian(self, name: str) -> Matrix:
-        """GPTQ's, of a matrix."""
-        return hessian_of(self.inputs[name])
-
-    def output_error(self, name: str, w: Matrix) -> float:
-        """How far w's output is from that of the matrix it stands for, on unseen inputs."""
-        return relative_distance(linear(self.unseen[name], w), linear(self.unseen[name], self.model.weights[name]))
-
     def scores(self, c: Compressed) -> list[str]:
         """Bits, perplexity, KL and changes as cells of a table."""
         m = measure(self, c)
-        return [f"{c.bits_per_weight:.2f}", f"{m.perplexity:.3f}", f"{m.kl:.4f}", f"{m.changed} of {self.n_predicted}"]
+        return [f"{c.bits_per_weight:.2f}", f"{m.perplexity:.3f}", f"{m.kl:.4f}", f"{m.changed} of {len(self.logits)}"]
+
+
+def word_tokenizer() -> Tokenizer:
+    """A tokenizer for TEXT without the parts of words that TEXT never needs: half of the vocabulary would be those."""
+    full = Tokenizer.train(TEXT, VOCAB_SIZE)
+    used = sorted(set(range(len(set(TEXT)))) | set(full.encode(TEXT)))
+    return Tokenizer([full.vocab[i] for i in used], full.merges)
 
 
 def model_config(vocab_size: int) -> Config:
     """The tiny Llama of this script."""
-    return Config(vocab_size, DIM, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=HIDDEN_DIM)
+    return Config(vocab_size, DIM, n_layers=1, n_heads=4, n_kv_heads=1, hidden_dim=HIDDEN_DIM)
 
 
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:
@@ -1836,28 +1718,42 @@ def norms_and_readers(config: Config) -> dict[str, list[str]]:
     return pairs | {"norm": ["output"]}
 
 
-def gates_and_readers(config: Config) -> dict[str, list[str]]:
-    """{w3: [w2]} of every layer: the rows of w3 scale the channels that w2 reads."""
-    return {f"layers.{i}.feed_forward.w3": [f"layers.{i}.feed_forward.w2"] for i in range(config.n_layers)}
+def sources_and_readers(config: Config) -> dict[str, list[str]]:
+    """The same, and {w3: [w2]} of every layer: the rows of w3 scale the channels that w2 reads."""
+    return norms_and_readers(config) | {f"layers.{i}.feed_forward.w3": [f"layers.{i}.feed_forward.w2"]
+                                        for i in range(config.n_layers)}
 
 
 @lru_cache(maxsize=None)
 def trained(seed: int) -> tuple[Tokenizer, Llama]:
     """The tokenizer, and the tiny Llama after its training on TEXT, its weights in FP32."""
-    tokenizer = Tokenizer.train(TEXT, VOCAB_SIZE)
-    model, _ = train(model_config(len(tokenizer.vocab)), tokenizer.encode(TEXT), random.Random(seed), STEPS, LENGTH)
-    weights = {name: [list(map(fp32, row)) for row in w] if isinstance(w[0], list) else list(map(fp32, w))
-               for name, w in model.weights.items()}
-    return tokenizer, Llama(model.config, weights)
+    tokenizer = word_tokenizer()
+    model, _ = train(model_config(len(tokenizer.vocab)), tokenizer.encode(TEXT), random.Random(seed), STEPS, LENGTH,
+                     LEARNING_RATE)
+    return tokenizer, Llama(model.config, map_rows(lambda row: list(map(fp32, row)), model.weights))
 
 
 def plant_outliers(model: Llama, channels: int, size: float, rng: random.Random) -> Llama:
-    """The same function, but every norm puts out some channels `size` times larger."""
-    weights, chosen = model.weights, rng.sample(range(model.config.dim), channels)
-    scales = [1 / size if c in chosen else 1.0 for c in range(model.config.dim)]
-    for norm, readers in norms_and_readers(model.config).items():
+    """The same function, but every norm puts out some channels `size` times larger, and the keys some of theirs.
+
+    A key's channels come in pairs, since rope() turns two together; the queries' are made as much smaller.
+    """
+    config, weights, chosen = model.config, model.weights, rng.sample(range(model.config.dim), channels)
+    scales = [1 / size if c in chosen else 1.0 for c in range(config.dim)]
+    for norm, readers in norms_and_readers(config).items():
         weights = move_scales(weights, norm, readers, scales)
-    return Llama(model.config, weights)
+    pairs = set(rng.sample(range(config.head_dim // 2), min(channels // 2, config.head_dim // 2)))
+    rows = [key_size(size) if r % config.head_dim // 2 in pairs else 1.0 for r in range(config.dim)]
+    for layer in range(config.n_layers):
+        wq, wk = (f"layers.{layer}.attention.{name}" for name in ("wq", "wk"))
+        weights = weights | {wk: [[value * s for value in row] for row, s in zip(weights[wk], rows)],
+                             wq: [[value / s for value in row] for row, s in zip(weights[wq], rows)]}
+    return Llama(config, weights)
+
+
+def key_size(size: float) -> float:
+    """How much larger the large channels of keys are, where those of the norms are `size` times larger."""
+    return max(1.0, size / 4)
 
 
 @lru_cache(maxsize=None)
@@ -1869,7 +1765,7 @@ def build_lab(seed: int, calibration_tokens: int, outliers: tuple[int, float]) -
     tokenizer, calm = trained(seed)
     model = plant_outliers(calm, *outliers, random.Random(seed))
     ids, n_last = tokenizer.encode(TEXT), len(tokenizer.encode(TEXT.splitlines(True)[-1]))
-    calibration, evaluation = ids[:-n_last][-calibration_tokens:], ids[-n_last:]
+    calibration, evaluation = ids[:-n_last][-calibration_tokens:], ids[-EVALUATION_TOKENS - 1:]
     unseen, logits = capture(model, evaluation[:-1])
     return Lab(tokenizer, model, calm, ids[:-n_last], calibration, evaluation, capture(model, calibration)[0], unseen,
                logits)
@@ -1902,11 +1798,6 @@ def measure(lab: Lab, c: Compressed) -> Measured:
     return Measured(math.exp(loss), fmean(map(kl_divergence, theirs, ours)), changed)
 
 
-def copy_weights(weights: dict[str, Matrix | Vector]) -> dict[str, Matrix | Vector]:
-    """The same numbers in arrays of their own, to train on."""
-    return {name: [list(row) for row in w] if isinstance(w[0], list) else list(w) for name, w in weights.items()}
-
-
 def log_softmax(logits: Vector) -> Vector:
     """log softmax(logits) = logits - log Σ exp(logits), without overflow."""
     top = max(logits)
@@ -1919,11 +1810,25 @@ def kl_divergence(p: Vector, q: Vector) -> float:
     return math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q))
 
 
+def map_rows(function: Callable[[Vector], Vector], weights: dict[str, Matrix | Vector]) -> dict[str, Matrix | Vector]:
+    """The function of every row of a matrix, and of every gain, in arrays of their own; list just copies."""
+    return {name: list(map(function, w)) if isinstance(w[0], list) else function(w) for name, w in weights.items()}
+
+
+def fine_tune(model: Llama, parameters: dict[str, Matrix | Vector], run_on: Callable[[Tape], Callable], step: Callable,
+              ids: Sequence[int], steps: int, length: int) -> None:
+    """A short run over ids: forward by run_on(tape), and step(gradients of the parameters, progress) each time."""
+    for i in range(steps):
+        tape, piece = Tape(), ids[i * length % (len(ids) - length):][:length + 1]
+        logits = model.forward(piece[:-1], run=run_on(tape))
+        gradients = tape.backward(logits, cross_entropy(logits, piece[1:])[1])
+        step({name: gradients[id(p)] for name, p in parameters.items()}, i / steps)
+
+
 def compress(lab: Lab, name: str, method: Callable, weights: dict | None = None) -> Compressed:
     """lab's model with every matrix through method(name, w) -> Quantized, or (decoded, bytes); the rest in FP16."""
     weights = lab.model.weights if weights is None else weights
-    out = {n: [list(map(fp16, row)) for row in w] if isinstance(w[0], list) else list(map(fp16, w))
-           for n, w in weights.items() if n not in lab.linears}
+    out = map_rows(fp16_row, {n: w for n, w in weights.items() if n not in lab.linears})
     nbytes = 0
     for n in lab.linears:
         q = method(n, weights[n])
@@ -1943,38 +1848,34 @@ def rounded_to_nearest(lab: Lab, bits: int, granularity: str | int, symmetric: b
 @lru_cache(maxsize=None)
 def in_nf4(lab: Lab, double_quant: bool) -> Compressed:
     """The whole model by quantize_nf4()."""
-    return compress(lab, "NF4" + ", double quant." * double_quant, lambda _,
-                    w: quantize_nf4(w, double_quant=double_quant))
+    return compress(lab, "NF4" + ", double quant." * double_quant,
+                    lambda _, w: quantize_nf4(w, double_quant=double_quant))
 
 
 @lru_cache(maxsize=None)
 def in_gguf(lab: Lab, form: str) -> Compressed:
-    """The whole model in one of llama.cpp's formats; rows of 64 follow each other, so that blocks of 256 fit."""
-    encode, decode, _ = GGUF[form]
+    """The whole model in one of llama.cpp's formats; rows follow each other, and zeros fill the last block up."""
+    encode, decode, size = GGUF[form]
 
     def method(_: str, w: Matrix) -> tuple[Matrix, int]:
         flat, width = [value for row in w for value in row], len(w[0])
-        data = encode(flat)
-        decoded = decode(data, len(flat))
+        filled = flat + [0.0] * (-len(flat) % size)
+        data = encode(filled)
+        decoded = decode(data, len(filled))
         return [decoded[i:i + width] for i in range(0, len(flat), width)], len(data)
 
     return compress(lab, "GGUF " + form, method)
 
 
-def continue_text(lab: Lab, knobs: Namespace, weights: dict, run: Callable, n_tokens: int = 4) -> str:
-    """What the model writes after the prompt, the likeliest token each time."""
+def continue_text(lab: Lab, knobs: Namespace, weights: dict, run: Callable, n_tokens: int = 3) -> str:
+    """What the model writes after the prompt, the likeliest token each time, on one line of 17 characters."""
     model, tokens = Llama(lab.model.config, weights), lab.tokenizer.encode(knobs.prompt)
     n = len(tokens)
     for _ in range(n_tokens):
         logits = model.forward(tokens, run=run)[-1]
         tokens = tokens + [logits.index(max(logits))]
-    return show_text(lab.tokenizer.decode(tokens[n:]), 17)
-
-
-def show_text(text: str, width: int) -> str:
-    """text on one line of at most width characters, without its outer blanks."""
-    text = text.replace("\n", " ").strip()
-    return text if len(text) <= width else text[:width - 1] + "…"
+    text = lab.tokenizer.decode(tokens[n:]).replace("\n", " ").strip()
+    return text if len(text) <= 17 else text[:16] + "…"
 
 
 def relative_distance(a: Matrix, b: Matrix) -> float:
@@ -2671,10 +2572,10 @@ SECTIONS = [
     ("llama.cpp's blocks", show_gguf, [q8_0_encode, q4_0_encode, q4_k_encode, q4_k_decode]),
     ("Activations too", show_activations, [int8_matmul, static_scale, llm_int8_matmul, smoothquant_scales,
                                            move_scales]),
-    ("GPTQ", show_gptq, [hessian_of, gptq, cholesky, inverse]),
-    ("AWQ", show_awq, [awq_search, awq_fold, move_scales]),
-    ("HQQ, SqueezeLLM", show_hqq_squeezellm, [hqq, weighted_kmeans, squeezellm, sensitivities]),
-    ("One bit and a bit", show_one_bit, [bitnet_signs, ternary_codes, straight_through, fine_tune, ternary_product]),
+    ("GPTQ", show_gptq, [hessian_of, gptq, upper_factor]),
+    ("AWQ", show_awq, [awq_search, scaled_and_rounded, awq_fold]),
+    ("HQQ, SqueezeLLM", show_hqq_squeezellm, [hqq, best_zero, weighted_kmeans, squeezellm, sensitivities]),
+    ("One bit and a bit", show_one_bit, [bitnet_signs, ternary_codes, straight_through, ternary_product]),
     ("Training in few bits", show_training, [with_adapters, by_qlora, QGaLore, subspace]),
     ("Mixed precision", show_mixed, [measure_sensitivity, assign_bits]),
     ("The table", show_table, [everything, measure]),
@@ -2714,10 +2615,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", default=PROMPT, help=f"what the samples continue (default: {PROMPT!r})")
     knobs = parser.parse_args(argv)
     try:
-        if not 0 < len(Tokenizer.train(TEXT, VOCAB_SIZE).encode(knobs.prompt)) <= 32:
-            parser.error("argument --prompt: there must be something in it, and at most 32 tokens")
-    except ValueError as error:
-        parser.error(f"argument --prompt: {error}")
+        fits = 0 < len(word_tokenizer().encode(knobs.prompt)) <= 32
+    except (KeyError, ValueError):  # a part of a word, or a character, that the vocabulary lacks
+        fits = False
+    if not fits:
+        parser.error(f"argument --prompt: must be 1 to 32 words of The House That Jack Built, not {knobs.prompt[:40]!r}")
+    if knobs.group_size < 8 or knobs.calibration_tokens > 2 * CALIBRATION_TOKENS:  # the knobs that take time
+        weights = sum(map(math.prod, model_config(len(word_tokenizer().vocab)).shapes().values()))
+        learned = STEPS * LENGTH + (TERNARY_STEPS + 3 * FEW_STEPS) * PIECE + knobs.calibration_tokens
+        read = 60 * EVALUATION_TOKENS + 10 * knobs.calibration_tokens
+        announce(weights * (3 * learned + read + 2000 / knobs.group_size))  # a small group costs what 2,000 tokens do
     return run_sections(SECTIONS, knobs, "python microquant.py --section 2,7,8 --bits 3")
 
 
