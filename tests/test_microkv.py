@@ -416,8 +416,8 @@ def test_every_schedule_gives_every_request_what_it_gets_alone(seed):
             for prefix_caching in (False, True):
                 budget = rng.randrange(settings["max_num_seqs"], 12) if policy == "chunked" else 64
                 blocks = smallest + rng.choice([0, 0, 1, 3, 50])
-                engine = m.make_engine(model, requests, policy, blocks, max_num_batched_tokens=budget,
-                                       preemption=preemption, prefix_caching=prefix_caching, **settings)
+                engine = m.Engine(model, requests, policy=policy, num_blocks=blocks, max_num_batched_tokens=budget,
+                                  preemption=preemption, prefix_caching=prefix_caching, **settings)
                 while engine.waiting or engine.running:
                     engine.step()
                     check_engine(engine, requests, budget)
@@ -428,8 +428,8 @@ def test_every_schedule_gives_every_request_what_it_gets_alone(seed):
                 assert all(list(times) == sorted(times) and times[0] > r.arrival for times, r in zip(report.times, requests))
                 assert report.computed == sum(n for *_, work in report.steps for n in work.values())
                 if not report.preempted:
-                    assert report.computed + report.found == sum(len(r.prompt) + r.max_new_tokens - 1 for r in requests)
-                    assert report.swapped_bytes == 0
+                    assert report.computed + sum(state.found for state in report.states) == sum(len(r.prompt) + r.max_new_tokens - 1 for r in requests)
+                    assert report.swapped_tokens == 0
                 if preemption == "swap" and not prefix_caching and policy != "chunked":
                     assert report.computed == sum(len(r.prompt) + r.max_new_tokens - 1 for r in requests)
                 preempted += len(report.preempted)
@@ -468,8 +468,8 @@ def test_preemption_happens_and_both_ways_cost_what_they_say():
     settings = dict(num_blocks=6, block_size=2, max_num_seqs=2, max_num_batched_tokens=64)
     again, swapped = (m.serve(model, requests, preemption=way, **settings) for way in ("recompute", "swap"))
     assert again.preempted == swapped.preempted and [number for _, number in again.preempted] == [1]
-    assert again.computed > swapped.computed == 20 and again.swapped_bytes == 0
-    stashed = swapped.swapped_bytes / m.LLAMA_8B.kv_bytes
+    assert again.computed > swapped.computed == 20 and again.swapped_tokens == 0
+    stashed = swapped.swapped_tokens
     assert stashed == 2 * (again.computed - swapped.computed)  # out and back; computed again otherwise
     slow = [end - start for start, end, _ in swapped.steps]
     fast = [end - start for start, end, _ in again.steps]
@@ -501,7 +501,6 @@ def test_static_batches_are_closed_and_the_clock_waits_only_for_work():
     assert [sorted(work) for *_, work in report.steps] == [[0]] * 5 + [[1]] * 2
     report = m.serve(model, [m.Request((1,), 5), m.Request((2,), 1, 1.0)], **settings)
     assert report.times[0][-1] < 1 < report.times[1][0]
-    assert report.found == 0
 
 
 def test_prefix_caching_in_the_engine():
@@ -509,8 +508,8 @@ def test_prefix_caching_in_the_engine():
     requests = [m.Request(prompt, 2), m.Request(prompt, 2, 1.0)]
     settings = dict(num_blocks=40, block_size=2, max_num_seqs=2, max_num_batched_tokens=64)
     report = m.serve(model, requests, prefix_caching=True, **settings)
-    assert report.found == 4 and report.tokens[0] == report.tokens[1] == m.generate(model, prompt, 2)
-    assert m.serve(model, requests, **settings).found == 0
+    assert [state.found for state in report.states] == [0, 4] and report.tokens[0] == report.tokens[1] == m.generate(model, prompt, 2)
+    assert [state.found for state in m.serve(model, requests, **settings).states] == [0, 0]
 
 
 def test_more_seats_than_budget_is_fine_where_prompts_are_whole():
@@ -568,8 +567,8 @@ def test_empty_requests_are_refused(request_):
 
 def test_the_crossing_takes_its_time_and_changes_nothing():
     model, requests = make_model(), [m.Request((1, 2, 3), 3, 0.5), m.Request((4, 5), 2)]
-    settings = dict(num_blocks=3, block_size=2, max_num_seqs=2)
-    prefill = m.serve(model, [m.replace(r, max_new_tokens=1) for r in requests], max_num_batched_tokens=64, **settings)
+    settings = dict(num_blocks=3, block_size=2, max_num_seqs=2, max_num_batched_tokens=64)
+    prefill = m.serve(model, [m.replace(r, max_new_tokens=1) for r in requests], **settings)
     first, again = (m.hand_over(prefill, model, requests, 1e8, **settings)[0] for _ in range(2))
     assert first.tokens == again.tokens == [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
     crossing = 3 * m.LLAMA_8B.kv_bytes / 1e8
@@ -581,8 +580,8 @@ def test_the_crossing_takes_its_time_and_changes_nothing():
 def test_two_machines_write_what_one_writes(seed):
     model = make_model()
     requests, settings, smallest, _ = request_set(seed)
-    settings |= dict(num_blocks=smallest)
-    prefill = m.serve(model, [m.replace(r, max_new_tokens=1) for r in requests], max_num_batched_tokens=1024, **settings)
+    settings |= dict(num_blocks=smallest, max_num_batched_tokens=1024)
+    prefill = m.serve(model, [m.replace(r, max_new_tokens=1) for r in requests], **settings)
     report, crossed = m.hand_over(prefill, model, requests, 1e9, **settings)
     assert report.tokens == [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
     assert crossed == sum(len(r.prompt) for r in requests) * m.LLAMA_8B.kv_bytes
@@ -628,6 +627,11 @@ def test_round_to_grid(bits):
     expected = [grid[np.abs(grid - v).argmin()] for v in values]
     np.testing.assert_allclose(m.round_to_grid(values.tolist(), bits), expected, **TIGHT)
     assert m.round_to_grid([3.0, 3.0], bits) == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("bits, per, expected", [(16, "-", 7 * 6 * 2), (8, "token", 7 * 6 + 7 * 2 * 4), (3, "channel", 7 * 6 * 3 / 8 + 6 * 4)])
+def test_bytes_of_a_quantized_cache(bits, per, expected):
+    assert m.quantized_bytes([[0.0] * 6] * 7, bits, 2, per) == expected
 
 
 @pytest.mark.parametrize("per", ["token", "channel"])
