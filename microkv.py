@@ -250,8 +250,8 @@ def show_intensity(trace: Trace, knobs: Namespace) -> None:
         intensity[n_new, n_cached] = 2 * count.products / read
         rows.append(["decode" if n_new == 1 else "prefill", str(n_new), str(n_cached), f"{2 * count.products:,}",
                      f"{read:,}", f"{2 * count.products / read:.1f}", bar(2 * count.products / read, 64, 16)])
-    trace.ask("how many times as many FLOPs for each byte does a prefill of 64 tokens make as a decode step with nothing "
-              "cached?", intensity[64, 0] / intensity[1, 0])
+    trace.ask("how many times as many FLOPs for each byte does a prefill of 64 tokens make as a decode step with "
+              "nothing cached?", intensity[64, 0] / intensity[1, 0])
     trace.table(["", "new tokens", "cached", "FLOPs", "bytes", "FLOPs a byte", ""], rows, left=(0, 6))
 
     trace.say(f"{LLAMA_8B.name}, {LLAMA_8B.parameters / 1e9:.2f} billion parameters: one decoding step for a batch of "
@@ -268,12 +268,12 @@ def show_intensity(trace: Trace, knobs: Namespace) -> None:
     for cached in (0, 256, 1024):
         row = [str(cached)]
         for card in (A100, H100):
-            request = step_seconds(card, LLAMA_8B, 1, cached, weight_bytes=0)  # what one more request adds to both times
+            request = step_seconds(card, LLAMA_8B, 1, cached, weight_bytes=0)  # what one more adds to both times
             _, weights = step_seconds(card, LLAMA_8B, 0, 0)
             row.append(f"{weights / (request[0] - request[1]):,.0f}" if request[0] > request[1] else "never")
         rows.append(row)
-    trace.say("From which batch size on arithmetic is the longer time, so that a bigger batch buys nothing. With much in "
-              "the caches that never comes: reading them grows with the batch as well.")
+    trace.say("From which batch size on arithmetic is the longer time, so that a bigger batch buys nothing. With much "
+              "in the caches that never comes: reading them grows with the batch as well.")
     trace.table(["tokens cached, each", A100.name, H100.name], rows)
     trace.check("decode stays near 1 FLOP a byte, prefill of n tokens near n",
                 all(n / 2 < ratio < 1.5 * n for (n, _), ratio in intensity.items()), "between n / 2 and 1.5 n")
@@ -294,8 +294,8 @@ def show_size(trace: Trace, knobs: Namespace) -> None:
         weights, request = 2 * model.parameters, 4096 * model.kv_bytes
         fit = int((A100.hbm_bytes - weights) // request)
         if model is LLAMA_8B:
-            trace.ask(f"{model.name}: weights of {weights / 1e9:.0f} GB, {request / 1e9:.2f} GB of cache for a request. "
-                      "How many requests fit?", fit)
+            trace.ask(f"{model.name}: weights of {weights / 1e9:.0f} GB, {request / 1e9:.2f} GB of cache for a "
+                      "request. How many requests fit?", fit)
         rows.append([model.name, f"{weights / 1e9:.0f} GB", f"{model.kv_bytes / 1024:.0f} KiB",
                      f"{request / 1e9:.2f} GB", str(fit) if fit > 0 else "weights too big", bar(max(fit, 0), 128, 20)])
     trace.table(["model", "weights", "a token", "4K tokens", "requests", ""], rows, left=(0, 5))
@@ -514,8 +514,8 @@ def show_paging(trace: Trace, knobs: Namespace) -> None:
     requests, size, most = [replace(request, arrival=0) for request in knobs.requests] * 2, 128 // bs * bs, 64
     lengths = [(len(request.prompt), len(request.prompt) + request.max_new_tokens) for request in requests]
     finals = [final for _, final in lengths]
-    trace.say(f"Waste. {len(requests)} requests that end with {min(finals)} to {max(finals)} tokens, which nobody could "
-              f"know, share {size} slots; {most} tokens is the most anyone may use. What became of the slots, averaged "
+    trace.say(f"Waste. {len(requests)} requests that end with {min(finals)} to {max(finals)} tokens, which nobody "
+              f"could know, share {size} slots; {most} tokens is the most anyone may use. What became of the slots, averaged "
               "over the steps in which somebody waited for room:")
     paged_share, most_idle = paged_waste(model, requests, size // bs, bs)
     wastes = {f"in one piece: the most, {most}": contiguous_waste(lengths, size, lambda final: most),
@@ -541,7 +541,7 @@ def show_paging(trace: Trace, knobs: Namespace) -> None:
 def show_sharing(trace: Trace, knobs: Namespace) -> None:
     """Four different continuations of one prompt: blocks with and without sharing."""
     model, bs, n_new, n_samples = knobs.model(), knobs.block_size, min(knobs.max_new_tokens, 8), 4
-    half_full = -(-12 // bs) * bs + (bs // 2 - len(knobs.prompt_ids)) % bs  # so that the prompt ends in the middle of a block
+    half_full = -(-12 // bs) * bs + (bs // 2 - len(knobs.prompt_ids)) % bs  # so that it ends inside a block
     prompt = knobs.tokenizer.encode(TEXT)[-half_full:] + knobs.prompt_ids
     pool = BlockPool(n_samples * -(-(len(prompt) + n_new + 1) // bs), bs)
     first = PagedKVCache(pool, model.config)
@@ -550,7 +550,7 @@ def show_sharing(trace: Trace, knobs: Namespace) -> None:
     best = sorted(range(len(logits)), key=lambda token: -logits[token])[:n_samples]  # each starts with another word
     texts, forked = [prompt + [token] for token in best], list(first.block_table)
     trace.say(f"A prompt of {len(prompt)} tokens, {n_samples} answers that begin with the {n_samples} likeliest words, "
-              f"blocks of {bs}. After the prompt all four have one block table, blocks {forked[0]} to {forked[-1]}, and "
+              f"blocks of {bs}. After the prompt all have one block table, blocks {forked[0]} to {forked[-1]}, and "
               f"each of these has {pool.ref_count[0]} references. Then every answer writes a token.")
 
     def write_a_token() -> None:
@@ -652,18 +652,18 @@ def show_prefix_caching(trace: Trace, knobs: Namespace) -> None:
     texts = [prompt + tuple(new[:-1]) for prompt, new in zip(prompts, report.tokens)]  # the last token is never run
     naive = [max([common_full_blocks(prompt[:-1], text, bs) for text in texts[:n]], default=0)
              for n, prompt in enumerate(prompts)]
-    trace.say("Requests that begin alike: the rhyme so far, then a new line. Each comes when the one before has ended and "
-              "given its blocks back. Then a stranger comes, request 4, and the last one asks again. █ the prompt tokens "
-              "the model ran, ░ those it found in the pool.")
+    trace.say("Requests that begin alike: the rhyme so far, then a new line. Each comes when the one before has ended "
+              "and given its blocks back. Then a stranger comes, request 4, and the last one asks again. █ the prompt "
+              "tokens the model ran, ░ those it found in the pool.")
     found = [state.found for state in report.states]
     alike = max(common_full_blocks(prompts[3], text, 1) for text in texts[:3])
-    trace.ask(f"the first {alike} tokens of request 3 are those of an earlier text. How many does it find in the pool, with "
-              f"blocks of {bs}?", found[3])
+    trace.ask(f"the first {alike} tokens of request 3 are those of an earlier text. How many does it find in the pool, "
+              f"with blocks of {bs}?", found[3])
     trace.table(["request", "prompt", f"found in {plenty} blocks", "", f"in {enough} blocks"],
-                [[str(n), str(len(prompt)), str(found[n]), "░" * (found[n] // 3) + "█" * ((len(prompt) - found[n]) // 3),
-                  str(small.states[n].found)] for n, prompt in enumerate(prompts)], left=(3,))
-    trace.note(f"In {enough} blocks, no more than the largest request needs, the stranger's content takes the place of the "
-               "least recently used.")
+                [[str(n), str(len(prompt)), str(hit), "░" * (hit // 3) + "█" * ((len(prompt) - hit) // 3), str(state.found)]
+                 for n, (prompt, hit, state) in enumerate(zip(prompts, found, small.states))], left=(3,))
+    trace.note(f"In {enough} blocks, no more than the largest request needs, the stranger's content takes the place of "
+               "the least recently used.")
     trace.check("found = the longest run of full blocks shared with any earlier text", found == naive,
                 ", ".join(map(str, found)))
     trace.check("tokens computed without, less those computed with it = those found",
@@ -730,9 +730,9 @@ class Report:
     """What serve() did."""
     states: list[RequestState]
     max_num_seqs: int
-    steps: list[tuple[float, float, dict[int, int]]] = field(default_factory=list)  # (start, end, {request: tokens run})
-    preempted: list[tuple[int, int]] = field(default_factory=list)                  # (step, request)
-    swapped_tokens: int = 0                                                         # whose keys and values went to the host or came back
+    steps: list[tuple[float, float, dict[int, int]]] = field(default_factory=list)  # start, end, {request: tokens}
+    preempted: list[tuple[int, int]] = field(default_factory=list)                  # step, request
+    swapped_tokens: int = 0                                                         # moved to the host or back
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -941,8 +941,8 @@ def show_continuous(trace: Trace, knobs: Namespace) -> None:
               f"token.")
     for policy, report in reports.items():
         if policy == "continuous":
-            trace.ask(f"static batches took {len(reports['static'].steps)} steps. How many does it take if whoever is done "
-                      "leaves at once, and whoever waits comes in?", len(report.steps))
+            trace.ask(f"static batches took {len(reports['static'].steps)} steps. How many does it take if whoever is "
+                      "done leaves at once, and whoever waits comes in?", len(report.steps))
         trace.lines(["", f"{policy}:"] + timeline(report))
     trace.lines([""])
     trace.table(["", "steps", "places used", "ms in all", "tokens/s", "first token", "each later"],
@@ -1009,13 +1009,13 @@ def show_chunked(trace: Trace, knobs: Namespace) -> None:
                     block_size=knobs.block_size, max_num_seqs=n_seqs)
     reports = {"whole": serve(model, requests, policy="continuous", max_num_batched_tokens=1024, **settings),
                "chunked": serve(model, requests, policy="chunked", max_num_batched_tokens=budget, **settings)}
-    trace.say(f"Requests 0 to 2 have come when request 3 does, with a prompt of {len(long_prompt)} tokens. A column is a "
-              f"millisecond; a mark says that a new token came out in it.")
+    trace.say(f"Requests 0 to 2 have come when request 3 does, with a prompt of {len(long_prompt)} tokens. A column is "
+              f"a millisecond; a mark says that a new token came out in it.")
     worst = {name: max(token_gaps(report, slice(3))) for name, report in reports.items()}
     for name, report in reports.items():
         if name == "chunked":
-            trace.ask(f"the long prompt made users 0 to 2 wait {worst['whole'] * 1e3:.1f} ms for a token. What is their "
-                      f"longest wait, in ms, if a step runs at most {budget} tokens?", worst["chunked"] * 1e3)
+            trace.ask(f"the long prompt made users 0 to 2 wait {worst['whole'] * 1e3:.1f} ms for a token. What is "
+                      f"their longest wait, in ms, if a step runs at most {budget} tokens?", worst["chunked"] * 1e3)
         trace.lines(["", "whole prompts:" if name == "whole" else f"chunked, at most {budget} tokens a step:"])
         trace.lines(clock_line(report))
     rows = []
@@ -1060,7 +1060,7 @@ def show_preemption(trace: Trace, knobs: Namespace) -> None:
     settings = dict(block_size=bs, max_num_seqs=knobs.max_num_seqs, max_num_batched_tokens=1024)
     alone = [knobs.alone(request) for request in requests]
     trace.say(f"The requests of section 7 again; the largest needs {smallest} blocks of {bs}. Computed: tokens run "
-              f"through the model. Swapped: both ways, at {LLAMA_8B.kv_bytes / 1024:.0f} KiB a token, as Llama 3.1 8B takes.")
+              f"through the model. Swapped: both ways, at {LLAMA_8B.kv_bytes / 1024:.0f} KiB a token (Llama 3.1 8B).")
     rows, unchanged, empty, reports = [], True, True, {}
     for blocks in pools:
         for preemption in ("recompute", "swap"):
@@ -1072,8 +1072,8 @@ def show_preemption(trace: Trace, knobs: Namespace) -> None:
                          f"{report.swapped_tokens * LLAMA_8B.kv_bytes / 2**20:.0f} MiB", str(len(report.steps)),
                          f"{report.steps[-1][1] * 1e3:.1f}"])
     trace.ask(f"the prompts have {sum(len(request.prompt) for request in requests)} tokens, the answers "
-              f"{sum(map(len, alone))}; the last token of each of the {len(requests)} answers is never run. How many tokens "
-              "go through the model when blocks are swapped out and in?", reports["swap"].computed)
+              f"{sum(map(len, alone))}; the last token of each of the {len(requests)} answers is never run. How many "
+              "tokens go through the model when blocks are swapped out and in?", reports["swap"].computed)
     trace.table(["blocks", "preemption by", "preempted", "computed", "swapped", "steps", "ms in all"], rows, left=(1,))
     trace.say(f"In {pools[-1]} blocks, by recomputation; × marks where a request lost its blocks:")
     trace.lines(timeline(reports["recompute"]))
@@ -1132,8 +1132,8 @@ def show_split(trace: Trace, knobs: Namespace) -> None:
     prefill = serve(model, [replace(request, max_new_tokens=1) for request in requests], **settings)
     runs = {"one machine": (serve(model, requests, **settings), 0.0)}
     runs |= {name: hand_over(prefill, model, requests, rate, **settings) for name, (rate, _) in LINKS.items()}
-    trace.say(f"{len(requests)} requests, {prompt_tokens} tokens of prompts, on one machine and on two. Gaps: between one "
-              "token of a request and its next; the first has the crossing in it, and the wait for the step under way; "
+    trace.say(f"{len(requests)} requests, {prompt_tokens} tokens of prompts, on one machine and on two. Gaps: between "
+              "one token of a request and its next; the first has the crossing in it, and the wait for the step under way; "
               "later: the worst of the others. Crossing: on average, a request.")
     trace.ask(f"how many MB of keys and values cross, all in all, at {kv_bytes / 1024:.0f} KiB a token?",
               runs["two machines, HDR"][1] / 1e6)
@@ -1149,7 +1149,8 @@ def show_split(trace: Trace, knobs: Namespace) -> None:
     trace.check("two machines write what one writes, and what each request gets alone", same,
                 f"{len(requests)} requests")
     trace.check("the keys and values of every prompt token crossed, once",
-                all(crossed == prompt_tokens * kv_bytes for _, crossed in [*runs.values()][1:]), f"{prompt_tokens} tokens")
+                [crossed for _, crossed in runs.values()][1:] == [prompt_tokens * kv_bytes] * len(LINKS),
+                f"{prompt_tokens} tokens")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1196,8 +1197,8 @@ def show_small_cache(trace: Trace, knobs: Namespace) -> None:
     keys, values = [list(k) for k in exact.keys], [list(v) for v in exact.values]
     reference = model.forward(tokens[half:], exact)
     trace.say(f"The first {half} tokens of two verses are cached and rounded; then the model reads the next "
-              f"{len(tokens) - half}. The error in its logits (root mean square), how often its favourite token changes, "
-              f"and what the {half} tokens take, the offset and scale of each group included (16 bits each).")
+              f"{len(tokens) - half}. The error in its logits (root mean square), how often its favourite token "
+              f"changes, and what the {half} tokens take, the offset and scale of each group included (16 bits each).")
     rows, errors = [], {}
     for key_bits, value_bits, per in ((16, 16, "-"), (8, 8, "token"), (4, 16, "token"), (4, 16, "channel"),
                                       (2, 16, "token"), (2, 16, "channel"), (16, 4, "token"), (16, 4, "channel")):
@@ -1215,8 +1216,8 @@ def show_small_cache(trace: Trace, knobs: Namespace) -> None:
     better = "channel" if errors[4, 16, "channel"] < errors[4, 16, "token"] else "token"
     trace.ask("on the keys of this model, does a grid of 4 bits do better per token or per channel?", better)
     trace.table(["key bits", "value bits", "grid per", "bytes", "error", "", "changed"], rows, left=(2, 5))
-    trace.note(f"A head of ours has {c.head_dim} channels, so offset and scale weigh much. With the 128 of real models, 8 "
-               f"bits per token take {(128 + 4) / (2 * 128):.0%} of 16, not {rows[1][3]} of {rows[0][3]}.")
+    trace.note(f"A head of ours has {c.head_dim} channels, so offset and scale weigh much. With the 128 of real models, "
+               f"8 bits per token take {(128 + 4) / (2 * 128):.0%} of 16, not {rows[1][3]} of {rows[0][3]}.")
     spread = [fmean(max(map(abs, channel)) for channel in zip(*k)) for k in keys]
     largest = [max(max(map(abs, channel)) for channel in zip(*k)) for k in keys]
     factor = max(most / mean for most, mean in zip(largest, spread))
