@@ -100,7 +100,9 @@ class Traffic:
         return tile
 
     def store(self, matrix: list, rows: range, tile: Sequence) -> None:
-        """Write a tile from SRAM over these rows of a matrix (or vector) in HBM."""
+        """Write a tile from SRAM over these rows of a matrix (or vector) in HBM, or after its last."""
+        if len(tile) != len(rows) or rows.start > len(matrix):
+            raise ValueError(f"tile must have a row for each of {rows} and leave no gap, not {len(tile)} rows")
         matrix[rows.start:rows.stop] = tile
         self.writes += count_numbers(tile)
 
@@ -950,8 +952,6 @@ RESCALE_THRESHOLD = 8 * math.log(2)  # 16-bit inputs: flash_attn/cute/flash_fwd_
 
 def round_to_e4m3(x: float) -> float:
     """The nearest FP8 e4m3 number, ties to even; beyond ±448, ±448. (OCP 8-bit floating point, 2023.)"""
-    if x == 0:
-        return x
     step = 2.0 ** (max(math.frexp(x)[1] - 1, -6) - 3)  # below 2⁻⁶ numbers are evenly spaced
     return max(-E4M3_MAX, min(E4M3_MAX, round(x / step) * step))
 

@@ -11,7 +11,8 @@ import pytest
 import microkv as m
 
 TIGHT = dict(rtol=0, atol=1e-12)
-CONFIGS = [m.Config(13, 8, 2, 4, 2, 6), m.Config(5, 6, 1, 3, 1, 7, rope_base=500.0, norm_eps=1e-3), m.Config(17, 16, 3, 4, 4, 5, rope_base=500.0)]
+CONFIGS = [m.Config(13, 8, 2, 4, 2, 6), m.Config(5, 6, 1, 3, 1, 7, rope_base=500.0, norm_eps=1e-3), m.Config(17, 8, 3, 2, 2, 5, rope_base=500.0)]
+SMALL = m.Config(13, 4, 1, 2, 1, 3)  # for schedules, which are none of its business
 
 
 def make_model(config=CONFIGS[0], seed=0):
@@ -87,7 +88,7 @@ def test_gradients_are_finite_differences_for_every_weight(config):
         d_rows = gradients[id(w)] if isinstance(w[0], list) else [gradients[id(w)]]
         assert (len(d_rows), len(d_rows[0])) == (len(rows), len(rows[0]))
         places = [(i, j) for i in range(len(rows)) for j in range(len(rows[0]))]
-        for i, j in rng.sample(places, min(8, len(places))):
+        for i, j in rng.sample(places, min(3, len(places))):
             kept, losses = rows[i][j], []
             for shift in (1e-5, -1e-5):
                 rows[i][j] = kept + shift
@@ -405,9 +406,9 @@ def request_set(seed):
     return requests, dict(block_size=block_size, max_num_seqs=n_seqs), smallest, rng
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_every_schedule_gives_every_request_what_it_gets_alone(seed):
-    model = make_model()
+    model = make_model(SMALL)
     requests, settings, smallest, rng = request_set(seed)
     alone = [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
     preempted = 0
@@ -440,8 +441,8 @@ PREEMPTED = {}  # seed -> how often, over all its runs
 
 
 def test_the_random_request_sets_did_force_preemption():
-    if len(PREEMPTED) == 40:
-        assert sum(n > 0 for n in PREEMPTED.values()) > 15
+    if len(PREEMPTED) == 24:
+        assert sum(n > 0 for n in PREEMPTED.values()) > 9
 
 
 def check_engine(engine, requests, budget):
@@ -578,7 +579,7 @@ def test_the_crossing_takes_its_time_and_changes_nothing():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_two_machines_write_what_one_writes(seed):
-    model = make_model()
+    model = make_model(SMALL)
     requests, settings, smallest, _ = request_set(seed)
     settings |= dict(num_blocks=smallest, max_num_batched_tokens=1024)
     prefill = m.serve(model, [m.replace(r, max_new_tokens=1) for r in requests], **settings)
