@@ -185,7 +185,7 @@ BLOCKS = ["word", "here", "before", "start"]
 def multi_head_attention(x: Matrix, wq: Matrix, wk: Matrix, wv: Matrix, wo: Matrix, n_heads: int, **mask) -> Matrix:
     """x [n][dim]; wq, wk, wv [n_heads·head_dim][dim]; wo [dim][n_heads·head_dim] -> [n][dim].
 
-    mask: the options of attention(). ValueError if n_heads does not divide the rows. Vaswani et al., 3.2.2.
+    mask: the options of attention(). ValueError if n_heads does not divide the rows. Vaswani et al. 2017.
     """
     q, k, v = (split_heads(linear(x, w), n_heads) for w in (wq, wk, wv))
     return linear(concat(*(attention(q[h], k[h], v[h], **mask) for h in range(n_heads))), wo)
@@ -239,7 +239,7 @@ def show_multi_head(trace: Trace, knobs: Namespace) -> None:
 def multi_query_attention(x: Matrix, wq: Matrix, wk: Matrix, wv: Matrix, wo: Matrix, n_heads: int, **mask) -> Matrix:
     """All query heads share one KV head: wq [n_heads·head_dim][dim], wk and wv [head_dim][dim] -> [n][dim].
 
-    mask: the options of attention(). Shazeer 2019, section 3.
+    mask: the options of attention(). Shazeer 2019.
     """
     k, v = linear(x, wk), linear(x, wv)
     return linear(concat(*(attention(q, k, v, **mask) for q in split_heads(linear(x, wq), n_heads))), wo)
@@ -437,7 +437,7 @@ def show_window(trace: Trace, knobs: Namespace) -> None:
 # 5. Multi-head latent attention (MLA, DeepSeek-V2)
 #
 # Instead of sharing heads, compress: from each token keep one small latent c, out of which every head's
-# own keys and values are made again. With DeepSeek-V2's names (equations 9 to 19 of the paper):
+# own keys and values are made again. With DeepSeek-V2's names (section 2.1 of its paper):
 #
 #     c      = x W_DKVᵀ             the latent, d_c numbers: this is cached
 #     k_rope = RoPE(x W_KRᵀ)        one key for positions, shared by all heads, d_R numbers: cached
@@ -545,7 +545,7 @@ def show_mla(trace: Trace, knobs: Namespace) -> None:
 # 6. Positions: RoPE and ALiBi
 #
 # Attention itself is blind to order. RoPE turns each adjacent pair of channels of q and k, read as one
-# complex number, by an angle proportional to the position p (RoFormer, section 3.2; Meta's Llama):
+# complex number, by an angle proportional to the position p (RoFormer; Meta's Llama):
 #
 #     (x[2m], x[2m+1])  ->  (x[2m] + i·x[2m+1]) · exp(i·p·θ_m)       with i = √-1, θ_m = base^(-2m/d)
 #
@@ -739,7 +739,7 @@ def show_bill(trace: Trace, knobs: Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------
 # 8. Tensor parallelism
 #
-# Heads never talk to each other before wo, so they can live on different cards (Megatron-LM, section 3).
+# Heads never talk to each other before wo, so they can live on different cards (Megatron-LM).
 # Each rank holds the rows of wq, wk and wv that make its heads, and the columns of wo that read them. (Megatron
 # writes y = xA, so there it is A's columns, then rows.) Each rank's output is a partial sum of the whole
 # output; one all-reduce adds them up and leaves the total on every rank.

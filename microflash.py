@@ -141,7 +141,7 @@ def standard_attention(q: Matrix, k: Matrix, v: Matrix, *, causal: bool = False,
     causal: no key after the query's own position; the queries are the last n_q of the n_k positions. window: and
     none more than window - 1 positions back. scale: 1/√d unless given. A query that sees nothing gets zeros, and
     -inf. Each kernel goes row by row and reads k or v only once, which flatters it: they stay in SRAM whole.
-    Raises ValueError where the arguments do not fit together. Dao et al. 2022, Algorithm 0.
+    Raises ValueError where the arguments do not fit together. Dao et al. 2022.
     """
     scale, hbm = check_arguments(q, k, v, scale, traffic, window=window)
     scores, weights, out, lse = ([], [], [], [])                       # these four are in HBM
@@ -266,7 +266,7 @@ def safe_softmax(scores: Vector, traffic: Traffic | None = None) -> Vector:
 def online_softmax(scores: Vector, *, tile: int = 1, traffic: Traffic | None = None) -> Vector:
     """Softmax in two passes, one for m and l together and one for the weights; `tile` scores at a time.
 
-    Scores of -inf get 0. ValueError if tile < 1. Milakov and Gimelshein 2018, Algorithm 3.
+    Scores of -inf get 0. ValueError if tile < 1. Milakov and Gimelshein 2018.
     """
     if tile < 1:
         raise ValueError(f"tile must be at least 1 score, not {tile}")
@@ -318,7 +318,7 @@ def show_online(trace: Trace, knobs: Namespace) -> None:
 # Now the tiles. A block of keys and values comes into SRAM (outer loop); then, one after another, every block of
 # queries (inner loop) with what it has so far: o, m and l. It absorbs the tile of scores q kᵀ, which is made in
 # SRAM, used, and dropped. Then o, m and l go back to HBM. Algorithm 1 keeps o divided by l at all times, so each
-# visit takes the old division back and makes a new one; the paper writes both in its line 12:
+# visit takes the old division back and makes a new one; the paper writes both in one line:
 #
 #     o = diag(l_new)⁻¹ (diag(l) · exp(m - m_new) · o + …)
 #
@@ -633,7 +633,7 @@ def flash_attention_backward(q: Matrix, k: Matrix, v: Matrix, out: Matrix, lse: 
                              traffic: Traffic | None = None) -> tuple[Matrix, Matrix, Matrix]:
     """(dq [n_q][d], dk [n_k][d], dv [n_k][d_v]) from what the forward pass left, out and lse, and d_out [n_q][d_v].
 
-    The options are those of flash_attention, and must be the same. Dao, FlashAttention-2, Algorithm 2.
+    The options are those of flash_attention, and must be the same. Dao, FlashAttention-2.
     """
     scale, hbm = check_arguments(q, k, v, scale, traffic, block_q=block_q, block_k=block_k, window=window)
     d, d_v = len(k[0]), len(v[0])
@@ -677,7 +677,7 @@ def recompute_weights(scores: Matrix, lse: Vector) -> Matrix:
 def standard_attention_backward(q: Matrix, k: Matrix, v: Matrix, weights: Matrix, d_out: Matrix, *,
                                 scale: float | None = None,
                                 traffic: Traffic | None = None) -> tuple[Matrix, Matrix, Matrix]:
-    """(dq, dk, dv) from the weights P [n_q][n_k], kept since the forward pass. Dao et al. 2022, Algorithm 3.
+    """(dq, dk, dv) from the weights P [n_q][n_k], kept since the forward pass. Dao et al. 2022.
 
     Five kernels, through dP and dS in HBM; each is again read in one go, as though SRAM held it whole.
     """

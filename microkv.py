@@ -432,7 +432,7 @@ class PagedKVCache:
 
 @dataclass
 class Waste:
-    """Slots of a memory, summed over steps, by what became of them (Kwon et al. 2023, section 3.1)."""
+    """Slots of a memory, summed over steps, by what became of them (Kwon et al. 2023)."""
     used: int = 0       # hold a token
     reserved: int = 0   # will hold one before the request ends
     internal: int = 0   # set aside, and the request ends without having used them
@@ -1222,8 +1222,8 @@ def show_small_cache(trace: Trace, knobs: Namespace) -> None:
     largest = [max(max(map(abs, channel)) for channel in zip(*k)) for k in keys]
     factor = max(most / mean for most, mean in zip(largest, spread))
     trace.say(f"On this model's keys, 4 bits do better per {better}. Its largest key channel is {factor:.1f} times the "
-              f"mean one. Real models have a few key channels that are far larger than the rest for every token (KIVI, "
-              f"figure 2): those spoil the grid of every token, and channels gain.")
+              f"mean one. Real models have a few key channels that are far larger than the rest for every token (KIVI): "
+              f"those spoil the grid of every token, and channels gain.")
     groups = [row for k in keys for head in split_heads(k, c.n_kv_heads) for row in head]
     trace.check("8 bits: every value comes back to within half a step",
                 all(abs(a - b) <= (max(row) - min(row)) / 255 / 2 * (1 + 1e-9)

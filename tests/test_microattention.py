@@ -217,7 +217,7 @@ def test_multiplications_are_those_of_the_visible_pairs(n_q, n_k, options):
 # ---------------------------------------------------------------------------------------------- MLA
 
 def reference_mla(x, w):
-    """DeepSeek-V2's equations 9 to 19 for a whole text, without a cache."""
+    """DeepSeek-V2's equations for a whole text, without a cache."""
     c = x @ np.array(w.w_down).T
     k_rope = reference_rope(x @ np.array(w.wk_rope).T, range(len(x)))
     heads = []
@@ -246,7 +246,7 @@ def test_mla_plain_and_absorbed(n, dim, n_heads, head_dim, v_dim, d_c, d_rope):
 # ---------------------------------------------------------------------------------------- positions
 
 def reference_rope(x, positions, base=10000.0):
-    """Each pair of adjacent channels times its 2 × 2 rotation matrix (RoFormer, equation 15)."""
+    """Each pair of adjacent channels times its 2 × 2 rotation matrix (RoFormer)."""
     x, out = np.array(x, float), np.zeros(np.shape(x))
     for r, p in enumerate(positions):
         for i in range(x.shape[1] // 2):
