@@ -464,10 +464,10 @@ def show_flash_v2(trace: Trace, knobs: Namespace) -> None:
                                  **knobs.blocks)
             for name in versions for mask in ("full", "causal")}
     walks = {key: t.walk for key, (_, t) in runs.items()}
-    trace.ask(f"without a mask {len(walks['2', 'full'])} tiles are computed. How many under a causal mask?",
-              len(walks["2", "causal"]))
     trace.say("The causal walk: rows are blocks of queries, columns blocks of keys, the numbers tell in which order "
               "the tiles come. Version 1 goes down the columns, version 2 along the rows.")
+    trace.ask(f"without a mask {len(walks['2', 'full'])} tiles are computed. How many under a causal mask?",
+              len(walks["2", "causal"]))
     trace.lines(side_by_side([draw_walk(f"version {name}", n, knobs, walks[name, "causal"], n) for name in "12"], 4))
     trace.note(WALK_LEGEND)
     size, width, block = min(n, 12), min(d, 8), 4

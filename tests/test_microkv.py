@@ -126,6 +126,37 @@ def test_training_learns_and_says_nothing(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_training_reads_the_text_in_order_and_starts_again():
+    """With a rate of 0 the weights stay what they were, and each step's loss tells which tokens it read."""
+    config, ids = CONFIGS[0], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
+    model, losses = m.train(config, ids, random.Random(0), steps=5, length=5, learning_rate=0.0)
+    assert model.weights == m.init_weights(config, random.Random(0))
+    for loss, start in zip(losses, (0, 5, 10 - 7, 15 - 14, 20 - 14), strict=True):
+        logits = reference_logits(config, model.weights, ids[start:start + 5])
+        chosen = logits[range(5), ids[start + 1:start + 6]]
+        assert loss == pytest.approx((np.log(np.exp(logits).sum(axis=1)) - chosen).mean(), abs=1e-12)
+
+
+def test_the_learning_rate_rises_over_ten_steps_and_falls_to_nothing(monkeypatch):
+    rates = []
+    monkeypatch.setattr(m.Adam, "step", lambda self, gradients, rate: rates.append(rate))
+    for settings, peak in ((dict(learning_rate=3.0), 3.0), (dict(), 0.02)):
+        m.train(SMALL, [1, 2, 3, 4], random.Random(0), steps=20, length=2, **settings)
+        assert rates == pytest.approx([peak * min(1, s / 10) * (21 - s) / 20 for s in range(1, 21)], abs=1e-15)
+        rates.clear()
+    adam = m.Adam({"g": [1.0]})
+    assert (adam.beta1, adam.beta2) == (0.7, 0.95)
+
+
+def test_weights_begin_at_their_sizes():
+    weights = m.init_weights(m.Config(50, 64, 1, 2, 2, 16), random.Random(0))
+    sizes = {name: np.std(w) for name, w in weights.items() if np.ndim(w) == 2}
+    expected = {"tok_embeddings": 1, "layers.0.attention.wo": 0.5 / 8, "layers.0.feed_forward.w2": 0.5 / 4}
+    for name, size in sizes.items():
+        assert size == pytest.approx(expected.get(name, 1 / 8), rel=0.08), name
+    assert weights["norm"] == weights["layers.0.ffn_norm"] == [1.0] * 64
+
+
 @pytest.mark.parametrize("sizes", [(0, 8, 1, 2, 1, 4), (5, 6, 1, 2, 1, 4), (5, 8, 1, 2, 3, 4), (5, 8, 0, 2, 1, 4)])
 def test_impossible_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="must be"):
@@ -371,6 +402,12 @@ def test_prefix_hits_are_the_longest_common_run_of_full_blocks(seed):
         earlier.append(prompt)
         cache.free()
     check_pool(pool, [])
+
+
+@pytest.mark.parametrize("a, b, block_size, expected", [("abcdefg", "abcdefx", 2, 6), ("abcdefg", "abcdefx", 4, 4), ("ab", "abcd", 1, 2),
+                                                         ("abc", "xbc", 1, 0), ("", "abc", 1, 0), ("abcd", "abcd", 3, 3)])
+def test_common_full_blocks(a, b, block_size, expected):
+    assert m.common_full_blocks(a, b, block_size) == m.common_full_blocks(b, a, block_size) == expected
 
 
 def test_eviction_takes_the_least_recently_used_and_ends_first():
