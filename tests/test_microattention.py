@@ -321,6 +321,13 @@ def test_kinds_fit_their_numbers():
         assert model.kind == kind and model.source and model.n_heads % model.n_kv_heads == 0
 
 
+def test_random_mla_weights_keep_sizes_and_a_model_is_plain_unless_it_says_otherwise():
+    w = m.random_mla_weights(random.Random(0), 64, 2, 16, 16, 64, 16)
+    assert np.std(w.w_down) == pytest.approx(1 / 8, rel=0.05) and np.std(w.wk_up) == pytest.approx(1 / 8, rel=0.08)
+    model = m.RealModel("tiny", "MHA", 1, 8, 2, 2, 4, 99, "here")
+    assert (model.window, model.d_c, model.d_rope) == (None, 0, 0)
+
+
 def test_the_cache_stops_growing_at_the_window():
     mistral = next(model for model in m.REAL_MODELS if model.window)
     assert m.cache_bytes(mistral, 4095) < m.cache_bytes(mistral, 4096) == m.cache_bytes(mistral, 10 ** 6)
