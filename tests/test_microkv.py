@@ -163,6 +163,11 @@ def test_impossible_sizes_are_refused(sizes):
         m.Config(*sizes)
 
 
+def test_a_llama_is_metas_unless_it_says_otherwise():
+    config = m.Config(5, 8, 1, 2, 1, 4)
+    assert (config.rope_base, config.norm_eps) == (10000.0, 1e-5)
+
+
 def test_missing_weights_are_named():
     model = make_model()
     with pytest.raises(ValueError, match="layers.1.attention.wo"):
