@@ -672,7 +672,7 @@ def test_round_to_grid(bits):
     assert m.round_to_grid([3.0, 3.0], bits) == [3.0, 3.0]
 
 
-@pytest.mark.parametrize("bits, per, expected", [(16, "-", 7 * 6 * 2), (8, "token", 7 * 6 + 7 * 2 * 4), (3, "channel", 7 * 6 * 3 / 8 + 6 * 4)])
+@pytest.mark.parametrize("bits, per, expected", [(16, "-", 7 * 6 * 2), (15, "token", 7 * 6 * 15 / 8 + 7 * 2 * 4), (8, "token", 7 * 6 + 7 * 2 * 4), (3, "channel", 7 * 6 * 3 / 8 + 6 * 4)])
 def test_bytes_of_a_quantized_cache(bits, per, expected):
     assert m.quantized_bytes([[0.0] * 6] * 7, bits, 2, per) == expected
 
