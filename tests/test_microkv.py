@@ -368,7 +368,7 @@ def test_multiplications_are_counted_where_they_are_made(config, n_new, n_cached
 def test_step_seconds_is_the_roofline():
     card = m.Card("toy", flops=100.0, hbm_bytes_per_s=10.0, hbm_bytes=1.0, n_sms=1, sram_kb=1, source="")
     model = m.ServedModel("toy", 5.0, 1, 1, 1, "")
-    assert card.ridge == 10 and model.kv_bytes == 4
+    assert card.ridge == 10 and model.kv_bytes == 4 and m.kv_bytes_per_token(3, 5, 7, 0.5) == 105
     assert m.step_seconds(card, model, 3, 0) == (0.3, 1.0)
     assert m.step_seconds(card, model, 3, 5, weight_bytes=0.5) == (0.3, 2.25)
 
