@@ -43,7 +43,7 @@ from argparse import ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from statistics import fmean
 
 Vector = list[float]
@@ -128,8 +128,10 @@ def show_cache(trace: Trace, knobs: Namespace) -> None:
                               subsequent_indent="    "))
     trace.say("Multiplications in dot products, counted at each step. Without a cache each step does all the tokens "
               "again; with one, the first step does the prompt (prefill) and each later one a single token (decode).")
+    trace.ask("over all steps, how many times fewer multiplications are made with the cache?",
+              sum(runs["without"][2]) / sum(runs["with"][2]))
     most, rows = runs["without"][2][-1], []
-    for t in sorted({0, 1, 2, *range(3, n_new - 1, max(1, n_new // 6)), n_new - 1} & set(range(n_new))):
+    for t in sorted({0, 1, *range(3, n_new - 1, max(1, n_new // 5)), n_new - 1} & set(range(n_new))):
         without, with_ = runs["without"][2][t], runs["with"][2][t]
         rows.append([str(t + 1), f"{without:,}", bar(without, most, 24), f"{with_:,}", bar(with_, most, 24)])
     rows.append(["all", f"{sum(runs['without'][2]):,}", "", f"{sum(runs['with'][2]):,}", ""])
@@ -182,7 +184,6 @@ class Card:
 
 A100 = Card("A100 80GB SXM", 312e12, 2039e9, 80e9, 108, 164, "NVIDIA A100 data sheet; Ampere tuning guide")
 H100 = Card("H100 80GB SXM", 989.4e12, 3350e9, 80e9, 132, 228, "NVIDIA Hopper white paper; Hopper tuning guide")
-CARDS = [A100, H100]
 
 
 @dataclass(frozen=True)
@@ -232,8 +233,8 @@ def show_intensity(trace: Trace, knobs: Namespace) -> None:
     model = Llama(c, init_weights(c, random.Random(knobs.seed)))  # the counts do not depend on what it learned
     trace.say("Our own model: FLOPs (2 for each multiplication, counted) and the bytes of all weights and cached keys "
               "and values that the step's operations touched (counted, at 2 a number).")
-    rows, products, intensity = [], {}, {}
-    for n_new, n_cached in ((1, 0), (1, 31), (1, 63), (8, 0), (32, 0), (64, 0)):
+    rows, intensity = [], {}
+    for n_new, n_cached in ((1, 0), (1, 63), (8, 0), (64, 0)):
         cache = KVCache(c)
         if n_cached:
             model.forward([0] * n_cached, cache)
@@ -246,40 +247,36 @@ def show_intensity(trace: Trace, knobs: Namespace) -> None:
         with counted_dots() as count:
             model.forward([0] * n_new, cache, run=counting)
         read = 2 * sum(len(row) for matrix in touched for row in matrix)
-        products[n_new, n_cached], intensity[n_new, n_cached] = count.products, 2 * count.products / read
-        rows.append([f"{'decode' if n_new == 1 else 'prefill'}", str(n_new), str(n_cached), f"{2 * count.products:,}",
-                     f"{read:,}", f"{intensity[n_new, n_cached]:.1f}", bar(intensity[n_new, n_cached], 64, 16)])
+        intensity[n_new, n_cached] = 2 * count.products / read
+        rows.append(["decode" if n_new == 1 else "prefill", str(n_new), str(n_cached), f"{2 * count.products:,}",
+                     f"{read:,}", f"{2 * count.products / read:.1f}", bar(2 * count.products / read, 64, 16)])
+    trace.ask("how many times as many FLOPs for each byte does a prefill of 64 tokens make as a decode step with "
+              "nothing cached?", intensity[64, 0] / intensity[1, 0])
     trace.table(["", "new tokens", "cached", "FLOPs", "bytes", "FLOPs a byte", ""], rows, left=(0, 6))
 
     trace.say(f"{LLAMA_8B.name}, {LLAMA_8B.parameters / 1e9:.2f} billion parameters: one decoding step for a batch of "
-              f"requests, each with 1024 tokens cached. It takes the longer of the two times.")
-    for card in CARDS:
-        rows = []
-        for batch in (1, 8, 32, 128, 384):
-            arithmetic, reading = step_seconds(card, LLAMA_8B, batch, batch * 1024)
-            rows.append([str(batch), f"{arithmetic * 1e3:.2f}", f"{reading * 1e3:.2f}",
-                         f"{arithmetic * card.flops / (reading * card.hbm_bytes_per_s):.0f}",
-                         f"{batch / max(arithmetic, reading):,.0f}", f"{batch * 1024 * LLAMA_8B.kv_bytes / 1e9:.1f}"])
-        trace.say(f"{card.name}, ridge at {card.ridge:.0f} FLOPs a byte:")
-        trace.table(["batch", "arithmetic, ms", "reading, ms", "FLOPs a byte", "tokens a second", "cache, GB"], rows)
+              f"requests, each with 1024 tokens cached, on an {A100.name}, whose ridge is at {A100.ridge:.0f} FLOPs a "
+              "byte. It takes the longer of the two times.")
     rows = []
-    for cached in (0, 256, 1024, 4096):
+    for batch in (1, 8, 32, 128, 384):
+        arithmetic, reading = step_seconds(A100, LLAMA_8B, batch, batch * 1024)
+        rows.append([str(batch), f"{arithmetic * 1e3:.2f}", f"{reading * 1e3:.2f}",
+                     f"{arithmetic * A100.flops / (reading * A100.hbm_bytes_per_s):.0f}",
+                     f"{batch / max(arithmetic, reading):,.0f}", f"{batch * 1024 * LLAMA_8B.kv_bytes / 1e9:.1f}"])
+    trace.table(["batch", "arithmetic, ms", "reading, ms", "FLOPs a byte", "tokens a second", "cache, GB"], rows)
+    rows = []
+    for cached in (0, 256, 1024):
         row = [str(cached)]
-        for card in CARDS:
-            per_token = 2 * LLAMA_8B.parameters / card.flops - cached * LLAMA_8B.kv_bytes / card.hbm_bytes_per_s
-            weights = LLAMA_8B.parameters * 2 / card.hbm_bytes_per_s
-            row.append(f"{weights / per_token:,.0f}" if per_token > 0 else "never")
+        for card in (A100, H100):
+            request = step_seconds(card, LLAMA_8B, 1, cached, weight_bytes=0)  # what one more adds to both times
+            _, weights = step_seconds(card, LLAMA_8B, 0, 0)
+            row.append(f"{weights / (request[0] - request[1]):,.0f}" if request[0] > request[1] else "never")
         rows.append(row)
-    trace.say("From which batch size on a bigger batch buys nothing, because arithmetic has become the longer time. "
-              "With much in the caches that never comes: reading them grows with the batch as well.")
-    trace.table(["tokens cached, each", *(card.name for card in CARDS)], rows)
+    trace.say("From which batch size on arithmetic is the longer time, so that a bigger batch buys nothing. With much "
+              "in the caches that never comes: reading them grows with the batch as well.")
+    trace.table(["tokens cached, each", A100.name, H100.name], rows)
     trace.check("decode stays near 1 FLOP a byte, prefill of n tokens near n",
                 all(n / 2 < ratio < 1.5 * n for (n, _), ratio in intensity.items()), "between n / 2 and 1.5 n")
-    weights = sum(math.prod(shape) for name, shape in c.shapes().items()
-                  if len(shape) == 2 and name != "tok_embeddings")
-    others = (2 * c.n_layers + 1) * c.dim + 2 * c.n_layers * c.dim  # in the norms, and of one pair in attention
-    trace.check("in decode, a token is multiplied with every weight once: counted", products[1, 0] - others == weights,
-                f"{weights:,}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -296,21 +293,20 @@ def show_size(trace: Trace, knobs: Namespace) -> None:
     for model in SERVED_MODELS:
         weights, request = 2 * model.parameters, 4096 * model.kv_bytes
         fit = int((A100.hbm_bytes - weights) // request)
+        if model is LLAMA_8B:
+            trace.ask(f"{model.name}: weights of {weights / 1e9:.0f} GB, {request / 1e9:.2f} GB of cache for a "
+                      "request. How many requests fit?", fit)
         rows.append([model.name, f"{weights / 1e9:.0f} GB", f"{model.kv_bytes / 1024:.0f} KiB",
                      f"{request / 1e9:.2f} GB", str(fit) if fit > 0 else "weights too big", bar(max(fit, 0), 128, 20)])
     trace.table(["model", "weights", "a token", "4K tokens", "requests", ""], rows, left=(0, 5))
-    c, cache = knobs.config, KVCache(knobs.config)
+    c, cache, held = knobs.config, KVCache(knobs.config), []
     model = Llama(c, init_weights(c, random.Random(knobs.seed)))
-    trace.say("Our own, measured as it grows: numbers in the cache's lists, at 2 bytes each.")
-    rows, linear_growth = [], True
-    for length in (1, 8, 16, 32):
-        model.forward([0] * (length - cache.length), cache)
-        held = 2 * sum(len(row) for layers in (cache.keys, cache.values) for layer in layers for row in layer)
-        linear_growth &= held == length * kv_bytes_per_token(c.n_layers, c.n_kv_heads, c.head_dim)
-        rows.append([str(length), f"{held:,}", bar(held, 32 * 256, 40)])
-    trace.table(["tokens", "bytes", ""], rows, left=(2,))
-    trace.check("every token adds kv_bytes_per_token()", linear_growth,
-                f"{kv_bytes_per_token(c.n_layers, c.n_kv_heads, c.head_dim):.0f} bytes")
+    for _ in range(8):
+        model.forward([0, 0], cache)
+        held.append(2 * sum(len(row) for layers in (cache.keys, cache.values) for layer in layers for row in layer))
+    each = kv_bytes_per_token(c.n_layers, c.n_kv_heads, c.head_dim)
+    trace.check("our own cache, measured as it grows: every token adds kv_bytes_per_token()",
+                held == [n * each for n in range(2, 18, 2)], f"{each:.0f} bytes")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -436,7 +432,7 @@ class PagedKVCache:
 
 @dataclass
 class Waste:
-    """Slots of a memory, summed over steps, by what became of them (Kwon et al. 2023, section 3.1)."""
+    """Slots of a memory, summed over steps, by what became of them (Kwon et al. 2023)."""
     used: int = 0       # hold a token
     reserved: int = 0   # will hold one before the request ends
     internal: int = 0   # set aside, and the request ends without having used them
@@ -473,7 +469,8 @@ def contiguous_waste(lengths: Sequence[tuple[int, int]], size: int, reserve: Cal
 
 def paged_waste(model: Llama, requests: Sequence[Request], num_blocks: int, block_size: int) -> tuple[Waste, int]:
     """The same for a pool of blocks, by the engine of section 7; and the most idle slots any request ever had."""
-    engine = make_engine(model, requests, "continuous", num_blocks, block_size, len(requests), 1024)
+    engine = Engine(model, requests, num_blocks=num_blocks, block_size=block_size, max_num_seqs=len(requests),
+                    max_num_batched_tokens=1024)
     waste, most_idle = Waste(), 0
     while engine.waiting or engine.running:
         engine.step()
@@ -510,21 +507,17 @@ def show_paging(trace: Trace, knobs: Namespace) -> None:
     for name, cache in zip("AB", paged):
         trace.lines(textwrap.wrap(f"block table of {name}: " + " ".join(map(str, cache.block_table)), WIDTH))
     last = paged[0].length - 1
+    trace.ask(f"slots are numbered from the first of block 0. In which slot is token {last} of A, its last (its first "
+              "is token 0)?", paged[0].slot(last))
     trace.lines([f"token {last} of A: block_table[{last // bs}] · {bs} + {last % bs} = slot {paged[0].slot(last)}"])
 
-    prompts = [knobs.tokenizer.encode("This is " + clause) for clause in CLAUSES[1:7]]
-    finals, end_of_line, size, most = [], knobs.tokenizer.encode("\n"), 128 // bs * bs, 64
-    for prompt in prompts:
-        line, cache = list(prompt), KVCache(model.config)
-        while line[-1:] != end_of_line and len(line) < most:
-            line += generate(model, line, 1, cache)
-        finals.append(len(line))
-    trace.say(f"Waste. {len(prompts)} requests, twice, written by the model until their line ends: {min(finals)} to "
-              f"{max(finals)} tokens, and nobody could know. They share {size} slots; {most} is the most anyone "
-              f"may use. What became of the slots, averaged over the steps in which somebody waited for room:")
-    lengths = list(zip(map(len, prompts), finals)) * 2
-    twice = [Request(prompt, final - len(prompt)) for prompt, final in zip(prompts, finals)] * 2
-    paged_share, most_idle = paged_waste(model, twice, size // bs, bs)
+    requests, size, most = [replace(request, arrival=0) for request in knobs.requests] * 2, 128 // bs * bs, 64
+    lengths = [(len(request.prompt), len(request.prompt) + request.max_new_tokens) for request in requests]
+    finals = [final for _, final in lengths]
+    trace.say(f"Waste. {len(requests)} requests that end with {min(finals)} to {max(finals)} tokens, which nobody "
+              f"could know, share {size} slots; {most} tokens is the most anyone may use. What became of the slots, averaged "
+              "over the steps in which somebody waited for room:")
+    paged_share, most_idle = paged_waste(model, requests, size // bs, bs)
     wastes = {f"in one piece: the most, {most}": contiguous_waste(lengths, size, lambda final: most),
               "the next power of 2": contiguous_waste(lengths, size, lambda final: 1 << (final - 1).bit_length()),
               "what it will be (an oracle)": contiguous_waste(lengths, size, lambda final: final),
@@ -535,7 +528,6 @@ def show_paging(trace: Trace, knobs: Namespace) -> None:
                "blocks enough. Kwon et al. found 20.4% to 38.2% used in the systems before theirs.")
     trace.check("paged logits = contiguous logits at every step", same, "equal to the bit")
     trace.check("no request ever had more than block_size - 1 idle slots", most_idle < bs, f"at most {most_idle}")
-
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -549,42 +541,42 @@ def show_paging(trace: Trace, knobs: Namespace) -> None:
 def show_sharing(trace: Trace, knobs: Namespace) -> None:
     """Four different continuations of one prompt: blocks with and without sharing."""
     model, bs, n_new, n_samples = knobs.model(), knobs.block_size, min(knobs.max_new_tokens, 8), 4
-    half_full = 4 * bs + (bs // 2 - len(knobs.prompt_ids)) % bs  # so that the prompt ends in the middle of a block
+    half_full = -(-12 // bs) * bs + (bs // 2 - len(knobs.prompt_ids)) % bs  # so that it ends inside a block
     prompt = knobs.tokenizer.encode(TEXT)[-half_full:] + knobs.prompt_ids
     pool = BlockPool(n_samples * -(-(len(prompt) + n_new + 1) // bs), bs)
     first = PagedKVCache(pool, model.config)
     logits = model.forward(prompt, first)[-1]
     samples = [first] + [first.fork() for _ in range(n_samples - 1)]
     best = sorted(range(len(logits)), key=lambda token: -logits[token])[:n_samples]  # each starts with another word
-    texts = [prompt + [token] for token in best]
-
-    def picture(title: str) -> None:
-        trace.say(title)
-        for name, cache in zip("ABCD", samples):
-            trace.lines(textwrap.wrap(f"{name}: blocks " + " ".join(map(str, cache.block_table)), WIDTH - 2,
-                                      initial_indent="  ", subsequent_indent=" " * 12))
-        trace.lines(textwrap.wrap("references to blocks 0, 1, …: " + " ".join(str(n) for n in pool.ref_count if n),
-                                  WIDTH - 2, initial_indent="  ", subsequent_indent=" " * 12))
-
+    texts, forked = [prompt + [token] for token in best], list(first.block_table)
     trace.say(f"A prompt of {len(prompt)} tokens, {n_samples} answers that begin with the {n_samples} likeliest words, "
-              f"blocks of {bs}.")
-    picture("After the prompt, forked: one set of blocks, four tables.")
-    copies = 0
-    for step in range(n_new):
+              f"blocks of {bs}. After the prompt all have one block table, blocks {forked[0]} to {forked[-1]}, and "
+              f"each of these has {pool.ref_count[0]} references. Then every answer writes a token.")
+
+    def write_a_token() -> None:
         for text, cache in zip(texts, samples):
             text.append(argmax(model.forward(text[cache.length:], cache)[-1]))
-        if step == 0 and n_new > 1:
-            copies = len({cache.block_table[len(prompt) // bs] for cache in samples}) - 1 if len(prompt) % bs else 0
-            picture(f"One token later: {copies} wrote into the half-full block and took a copy first; the last to hold it "
-                    f"needed none." if copies else "One token later, each in a new block:")
-    picture(f"After {n_new} tokens each:")
+
+    write_a_token()
+    copies = sum(cache.block_table[:len(forked)] != forked for cache in samples)
+    trace.ask(f"the prompt fills {len(prompt) % bs} slots of its last block (0: all). How many of the {n_samples} "
+              "copy that block before they write?", copies)
+    trace.lines([""])
+    for name, cache in zip("ABCD", samples):
+        trace.lines(textwrap.wrap(f"{name}: blocks " + " ".join(map(str, cache.block_table)), WIDTH,
+                                  subsequent_indent=" " * 10))
+    trace.lines(textwrap.wrap("references to blocks 0, 1, …: " + " ".join(str(n) for n in pool.ref_count if n), WIDTH))
+    trace.note(f"{copies} wrote into the half-full block and took a copy first; the last to hold it needed none."
+               if copies else "Each took a new block: the prompt had filled its last one.")
+    for _ in range(n_new - 1):
+        write_a_token()
     used, alone = pool.num_blocks - pool.num_free_blocks, sum(-(-cache.length // bs) for cache in samples)
+    trace.say(f"After {n_new} tokens each, {used} blocks are in use; without sharing it would be {alone}.")
     for name, text in zip("ABCD", texts):
-        trace.lines([f"  {name}: … " + knobs.tokenizer.decode(text[len(prompt) - 3:])[:WIDTH - 8].replace("\n", " / ")])
-    trace.say(f"In use: {used} blocks; without sharing it would be {alone}.")
+        trace.lines([f"{name}: … " + knobs.tokenizer.decode(text[len(prompt) - 3:])[:WIDTH - 8].replace("\n", " / ")])
     undisturbed = all(text == prompt + [token] + generate(model, prompt + [token], n_new, KVCache(model.config))
                       for text, token in zip(texts, best))
-    trace.check("copies taken = answers - 1, if the prompt ends inside a block", n_new == 1 or copies
+    trace.check("copies taken = answers - 1, if the prompt ends inside a block", copies
                 == (n_samples - 1) * (len(prompt) % bs > 0), f"{copies}")
     trace.check("every answer = what it is without sharing", undisturbed, f"{n_samples} × {n_new} tokens")
     held = Counter(block for cache in samples for block in cache.block_table)
@@ -648,57 +640,36 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
 
 
 def show_prefix_caching(trace: Trace, knobs: Namespace) -> None:
-    """A conversation that grows by a verse a turn: each turn finds the turns before it in the pool."""
-    model, bs = knobs.model(), knobs.block_size
-    verses = TEXT.splitlines(keepends=True)
-    turns = ["".join(verses[:n]) + f"This is {CLAUSES[n].split(' that')[0]}" for n in range(1, 5)]
-    prompts = [knobs.tokenizer.encode(turn) for turn in turns[:2] + turns[1:]]  # the second is asked twice
-    pool = BlockPool(sum(len(prompt) + 4 for prompt in prompts) // bs + len(prompts), bs)
-    trace.say(f"Requests that begin alike: the rhyme so far, then a new line. Each comes when the one before has "
-              f"ended and given its blocks back. █ the prompt tokens the model ran, ░ those it found in the pool.")
-    rows, texts, found, unchanged = [], [], [], True
-    for prompt in prompts:
-        cache = PagedKVCache(pool, model.config)
-        found.append(adopt_prefix(cache, prompt))
-        new = generate(model, prompt, 4, cache)
-        unchanged &= new == generate(model, prompt, 4, KVCache(model.config))
-        texts.append(prompt + new[:-1])  # what is in the cache: the last token was never run
-        register_blocks(cache, texts[-1])
-        cache.free()
-        rows.append([str(len(texts)), str(len(prompt)), str(found[-1]), "░" * (found[-1] // 2)
-                     + "█" * ((len(prompt) - found[-1]) // 2), knobs.tokenizer.decode(new).strip().replace("\n", "/")])
-    trace.table(["request", "prompt", "found", "", "goes on"], rows, left=(3, 4))
-
-    rhyme = knobs.tokenizer.encode(TEXT)
-    a, b = rhyme[:3 * bs], rhyme[1:3 * bs + 1]  # two texts of three blocks that begin differently
-    small = BlockPool(6, bs)
-    for text in (a, b):
-        cache = PagedKVCache(small, model.config)
-        model.forward(text, cache)
-        register_blocks(cache, text)
-        cache.free()
-    again = PagedKVCache(small, model.config)
-    adopt_prefix(again, a[:bs] + b[:1])
-    again.free()  # the first block of A has been used again, by a text that begins like it
-    left = []
-    for _ in range(6):
-        left.append(tuple(next((i for i, name in enumerate(block_hashes(text, bs)) if name not in small.block_of), 3)
-                          for text in (a, b)))
-        small.allocate()
-    trace.say("Eviction: text A, then text B, three blocks each, fill a pool and are done; A's first block is used once "
-              "more. Then others take the blocks, one by one. How many blocks of (A, B) can still be found, from the "
-              "start: " + ", ".join(map(str, left)) + ".")
+    """A conversation that grows by a verse a turn; then a stranger comes between."""
+    model, bs, verses = knobs.model(), knobs.block_size, TEXT.splitlines(keepends=True)
+    turns = ["".join(verses[:n]) + f"This is {CLAUSES[n].split(' that')[0]}" for n in (1, 2, 2, 3)]
+    prompts = [tuple(knobs.tokenizer.encode(text)) for text in [*turns, verses[5], turns[-1]]]
+    requests = [Request(prompt, 4, float(i)) for i, prompt in enumerate(prompts)]  # a second apart: each runs alone
+    plenty, enough = (f(blocks_for(request, bs) for request in requests) for f in (sum, max))
+    without, report, small = (serve(model, requests, num_blocks=blocks, block_size=bs, max_num_seqs=1,
+                                    max_num_batched_tokens=1024, prefix_caching=caching)
+                              for blocks, caching in ((plenty, False), (plenty, True), (enough, True)))
+    texts = [prompt + tuple(new[:-1]) for prompt, new in zip(prompts, report.tokens)]  # the last token is never run
     naive = [max([common_full_blocks(prompt[:-1], text, bs) for text in texts[:n]], default=0)
              for n, prompt in enumerate(prompts)]
+    trace.say("Requests that begin alike: the rhyme so far, then a new line. Each comes when the one before has ended "
+              "and given its blocks back. Then a stranger comes, request 4, and the last one asks again. █ the prompt "
+              "tokens the model ran, ░ those it found in the pool.")
+    found = [state.found for state in report.states]
+    alike = max(common_full_blocks(prompts[3], text, 1) for text in texts[:3])
+    trace.ask(f"the first {alike} tokens of request 3 are those of an earlier text. How many does it find in the pool, "
+              f"with blocks of {bs}?", found[3])
+    trace.table(["request", "prompt", f"found in {plenty} blocks", "", f"in {enough} blocks"],
+                [[str(n), str(len(prompt)), str(hit), "░" * (hit // 3) + "█" * ((len(prompt) - hit) // 3), str(state.found)]
+                 for n, (prompt, hit, state) in enumerate(zip(prompts, found, small.states))], left=(3,))
+    trace.note(f"In {enough} blocks, no more than the largest request needs, the stranger's content takes the place of "
+               "the least recently used.")
     trace.check("found = the longest run of full blocks shared with any earlier text", found == naive,
                 ", ".join(map(str, found)))
-    trace.check("the answers are what they are without it", unchanged, f"{len(prompts)} requests")
-    cache = PagedKVCache(pool, model.config)
-    whole = texts[-1][:len(texts[-1]) // bs * bs]
-    trace.check("of a prompt that is cached to its end, the last token is still run",
-                adopt_prefix(cache, whole) == max(len(whole) - bs, 0), f"{cache.length} of {len(whole)} found")
-    trace.check("the least recently used blocks go first, a text's end before its beginning",
-                left == [(3, 3), (2, 3), (1, 3), (1, 2), (1, 1), (1, 0)], "in that order")
+    trace.check("tokens computed without, less those computed with it = those found",
+                without.computed - report.computed == sum(found), f"{without.computed} - {report.computed}")
+    trace.check("the answers are what each request gets alone", all(r.tokens == [knobs.alone(q) for q in requests] for r
+                in (without, report, small)), f"{len(requests)} requests")
 
 
 def common_full_blocks(a: Sequence[int], b: Sequence[int], block_size: int) -> int:
@@ -745,6 +716,7 @@ class RequestState:
     cache: PagedKVCache
     times: list[float] = field(default_factory=list)
     stash: list[dict] | None = None  # its slots' contents while they are not in the pool
+    found: int = 0                   # tokens that prefix caching spared it
     swapped: bool = False            # is the stash in the host's memory, a PCIe transfer away?
 
     @property
@@ -755,30 +727,56 @@ class RequestState:
 
 @dataclass
 class Report:
-    """What serve() did. times: when each new token came, in seconds; steps: (start, end, {request: tokens run})."""
-    tokens: list[list[int]]
-    times: list[list[float]]
-    steps: list[tuple[float, float, dict[int, int]]]
-    preempted: list[tuple[int, int]]  # (step, request)
-    computed: int      # tokens run through the model
-    found: int         # tokens that prefix caching skipped
-    swapped_bytes: float
-    utilisation: float  # share of the max_num_seqs places that did useful work, over the steps
+    """What serve() did."""
     states: list[RequestState]
+    max_num_seqs: int
+    steps: list[tuple[float, float, dict[int, int]]] = field(default_factory=list)  # start, end, {request: tokens}
+    preempted: list[tuple[int, int]] = field(default_factory=list)                  # step, request
+    swapped_tokens: int = 0                                                         # moved to the host or back
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Every request's new tokens."""
+        return [state.tokens[len(state.request.prompt):] for state in self.states]
+
+    @property
+    def times(self) -> list[list[float]]:
+        """When each of them came, in seconds."""
+        return [state.times for state in self.states]
+
+    @property
+    def computed(self) -> int:
+        """Tokens run through the model."""
+        return sum(n for _, _, work in self.steps for n in work.values())
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the max_num_seqs places that did useful work, over the steps."""
+        return fmean(len(work) for _, _, work in self.steps) / self.max_num_seqs
 
 
+@dataclass(eq=False)
 class Engine:
-    """The scheduler and the loop around the model. policy: "static", "continuous" or "chunked" (section 8)."""
+    """The scheduler and the loop around the model. The settings are those of serve(), which explains them."""
+    model: Llama
+    requests: Sequence[Request]
+    _: KW_ONLY
+    policy: str = "continuous"
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    preemption: str = "recompute"
+    prefix_caching: bool = False
 
-    def __init__(self, model: Llama, states: list[RequestState], pool: BlockPool, policy: str, max_num_seqs: int,
-                 max_num_batched_tokens: int, preemption: str, prefix_caching: bool):
-        self.model, self.states, self.pool, self.policy = model, states, pool, policy
-        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
-        self.preemption, self.prefix_caching = preemption, prefix_caching
+    def __post_init__(self):
+        check_settings(self)
+        self.pool = BlockPool(self.num_blocks, self.block_size)
+        states = [RequestState(number, request, list(request.prompt), PagedKVCache(self.pool, self.model.config))
+                  for number, request in enumerate(self.requests)]
         self.waiting = deque(sorted(states, key=lambda state: (state.request.arrival, state.number)))
         self.running: list[RequestState] = []  # oldest first
-        self.clock, self.moved_tokens, self.seats = 0.0, 0, 0
-        self.report = Report([], [], [], [], 0, 0, 0.0, 0.0, states)
+        self.clock, self.report = 0.0, Report(states, self.max_num_seqs)
 
     def schedule(self) -> list[tuple[RequestState, int]]:
         """What the next step runs: (request, how many of its tokens). Blocks for them are reserved."""
@@ -815,11 +813,11 @@ class Engine:
         if not 0 < n <= budget or cache.blocks_needed(known - cache.length + n) > self.pool.num_free_blocks:
             cache.free()  # what it had found stays findable
             return 0
-        self.report.found += cache.length
+        state.found += cache.length
         cache.reserve(known - cache.length + n)
         if state.stash is not None:
             swap_in(cache, state.stash)
-            self.moved_tokens += known * state.swapped
+            self.report.swapped_tokens += known * state.swapped
             state.stash, state.swapped = None, False
         return n
 
@@ -830,14 +828,15 @@ class Engine:
         self.report.preempted.append((len(self.report.steps), state.number))
         if self.preemption == "swap":
             state.stash, state.swapped = swap_out(state.cache), True
-            self.moved_tokens += len(state.stash)
+            self.report.swapped_tokens += len(state.stash)
         state.cache.free()
 
     def step(self) -> None:
         """Schedule, run the model, advance the clock."""
         if not self.running and self.waiting:
             self.clock = max(self.clock, self.waiting[0].request.arrival)
-        work, start = self.schedule(), self.clock
+        start, swapped = self.clock, self.report.swapped_tokens
+        work = self.schedule()
         for state, n in work:
             first = state.cache.length
             logits = self.model.forward(state.tokens[first:first + n], state.cache)
@@ -845,20 +844,16 @@ class Engine:
                 state.tokens.append(argmax(logits[-1]))
             if self.prefix_caching:
                 register_blocks(state.cache, state.tokens)
-        padding = sum(state.done for state in self.running) - sum(state.done for state, _ in work)
-        run, cached = sum(n for _, n in work), sum(state.cache.length for state in self.running)
-        moved_bytes = self.moved_tokens * LLAMA_8B.kv_bytes
-        self.clock += max(step_seconds(A100, LLAMA_8B, run + padding, cached, PRICED_WEIGHT_BYTES)) + moved_bytes / PCIE
+        cached = sum(state.cache.length for state in self.running)
+        self.clock += max(step_seconds(A100, LLAMA_8B, sum(n for _, n in work), cached, PRICED_WEIGHT_BYTES))
+        self.clock += (self.report.swapped_tokens - swapped) * LLAMA_8B.kv_bytes / PCIE
         self.report.steps.append((start, self.clock, {state.number: n for state, n in work}))
-        self.report.computed += run
-        self.report.swapped_bytes += moved_bytes
-        self.moved_tokens, self.seats = 0, self.seats + len(work)
         for state, _ in work:
             new = len(state.tokens) - len(state.request.prompt)
             state.times += [self.clock] * (new - len(state.times))
-        for state in [state for state, _ in work if state.done]:
-            state.stash = swap_out(state.cache)  # section 10 hands it on
-            state.cache.free()
+            if state.done:
+                state.stash = swap_out(state.cache)  # section 10 hands it on
+                state.cache.free()
         if self.policy != "static" or all(state.done for state in self.running):
             self.running = [state for state in self.running if not state.done]
 
@@ -868,53 +863,43 @@ class Engine:
             self.step()
             if not self.report.steps[-1][2]:
                 raise RuntimeError("a step had no work: the scheduler is stuck")
-        self.report.tokens = [state.tokens[len(state.request.prompt):] for state in self.states]
-        self.report.times = [state.times for state in self.states]
-        self.report.utilisation = self.seats / max(1, len(self.report.steps) * self.max_num_seqs)
         return self.report
 
 
-def serve(model: Llama, requests: Sequence[Request], *, policy: str = "continuous", num_blocks: int, block_size: int,
-          max_num_seqs: int, max_num_batched_tokens: int, preemption: str = "recompute",
-          prefix_caching: bool = False) -> Report:
-    """Every request's greedy tokens and the schedule that made them.
+def serve(model: Llama, requests: Sequence[Request], **settings) -> Report:
+    """Every request's greedy tokens and the schedule that made them. The settings, by name:
 
-    policy: "static" (batches that start and end together), "continuous" (whole prompts join running decodes) or
-    "chunked" (prompts are cut to the token budget). preemption: "recompute" or "swap". ValueError for settings
-    under which some request could never run.
+    policy: "static" (batches that start and end together), "continuous" (whole prompts join running decodes; the
+    default) or "chunked" (prompts are cut to the token budget, section 8). num_blocks, block_size: the pool.
+    max_num_seqs: requests that run at the same time. max_num_batched_tokens: tokens of a step.
+    preemption: "recompute" (the default) or "swap" (section 9). prefix_caching: False unless given (section 6).
+    ValueError for settings under which some request could never run.
     """
-    engine = make_engine(model, requests, policy, num_blocks, block_size, max_num_seqs, max_num_batched_tokens,
-                         preemption, prefix_caching)
-    return engine.run()
+    return Engine(model, requests, **settings).run()
 
 
-def make_engine(model: Llama, requests: Sequence[Request], policy: str, num_blocks: int, block_size: int,
-                max_num_seqs: int, max_num_batched_tokens: int, preemption: str = "recompute",
-                prefix_caching: bool = False) -> Engine:
-    """An Engine ready to run, its settings checked."""
-    if policy not in ("static", "continuous", "chunked") or preemption not in ("recompute", "swap"):
+def check_settings(engine: Engine) -> None:
+    """ValueError, with what would do, where some request could never run."""
+    policy, budget, num_blocks = engine.policy, engine.max_num_batched_tokens, engine.num_blocks
+    if policy not in ("static", "continuous", "chunked") or engine.preemption not in ("recompute", "swap"):
         raise ValueError(f'policy must be "static", "continuous" or "chunked" and preemption "recompute" or "swap", '
-                         f"not {policy!r} and {preemption!r}")
-    if max_num_seqs < 1 or max_num_batched_tokens < 1:
-        raise ValueError(f"max_num_seqs and max_num_batched_tokens must be at least 1, not {max_num_seqs} and "
-                         f"{max_num_batched_tokens}")
-    pool = BlockPool(num_blocks, block_size)
-    for number, request in enumerate(requests):
+                         f"not {policy!r} and {engine.preemption!r}")
+    if engine.max_num_seqs < 1 or budget < 1 or engine.block_size < 1:
+        raise ValueError(f"max_num_seqs, max_num_batched_tokens and block_size must be at least 1, not "
+                         f"{engine.max_num_seqs}, {budget} and {engine.block_size}")
+    if policy == "chunked" and budget < engine.max_num_seqs:
+        raise ValueError(f"max_num_batched_tokens must be at least max_num_seqs, {engine.max_num_seqs}, so that every "
+                         f"running request gets a token, not {budget}")
+    for number, request in enumerate(engine.requests):
         total = len(request.prompt) + request.max_new_tokens
         if not request.prompt or request.max_new_tokens < 1:
             raise ValueError(f"request {number} must have a prompt and max_new_tokens of at least 1")
-        if (need := blocks_for(request, block_size)) > num_blocks:
-            raise ValueError(f"request {number} needs {need} blocks of {block_size} for its {total} tokens, so "
+        if (need := blocks_for(request, engine.block_size)) > num_blocks:
+            raise ValueError(f"request {number} needs {need} blocks of {engine.block_size} for its {total} tokens, so "
                              f"num_blocks must be at least {need}, not {num_blocks}")
-        if policy != "chunked" and total > max_num_batched_tokens:
+        if policy != "chunked" and total > budget:
             raise ValueError(f"request {number} may have to run {total} tokens in one step, so max_num_batched_tokens "
-                             f'must be at least {total}, not {max_num_batched_tokens}; or policy "chunked"')
-        if policy == "chunked" and max_num_batched_tokens < max_num_seqs:
-            raise ValueError(f"max_num_batched_tokens must be at least max_num_seqs, {max_num_seqs}, so that every "
-                             f"running request gets a token, not {max_num_batched_tokens}")
-    states = [RequestState(number, request, list(request.prompt), PagedKVCache(pool, model.config))
-              for number, request in enumerate(requests)]
-    return Engine(model, states, pool, policy, max_num_seqs, max_num_batched_tokens, preemption, prefix_caching)
+                             f'must be at least {total}, not {budget}; or policy "chunked"')
 
 
 def blocks_for(request: Request, block_size: int) -> int:
@@ -955,6 +940,9 @@ def show_continuous(trace: Trace, knobs: Namespace) -> None:
               f"is a step, a row a request (its prompt + new tokens): dots while it waits, █ its prompt runs, ▒ a new "
               f"token.")
     for policy, report in reports.items():
+        if policy == "continuous":
+            trace.ask(f"static batches took {len(reports['static'].steps)} steps. How many does it take if whoever is "
+                      "done leaves at once, and whoever waits comes in?", len(report.steps))
         trace.lines(["", f"{policy}:"] + timeline(report))
     trace.lines([""])
     trace.table(["", "steps", "places used", "ms in all", "tokens/s", "first token", "each later"],
@@ -965,10 +953,8 @@ def show_continuous(trace: Trace, knobs: Namespace) -> None:
     for policy, report in reports.items():
         trace.check(f"{policy}: every request's tokens are what it gets alone", report.tokens == alone,
                     f"{sum(map(len, alone))} tokens")
-    ran = [sum(work.values()) for report in reports.values() for _, _, work in report.steps]
-    trace.check("a step never ran more requests than there are places",
-                max(len(work) for report in reports.values() for _, _, work in report.steps) <= knobs.max_num_seqs,
-                f"{sum(ran):,} tokens run in {len(ran)} steps")
+    most = max(len(work) for report in reports.values() for _, _, work in report.steps)
+    trace.check("a step never ran more requests than there are places", most <= knobs.max_num_seqs, f"at most {most}")
 
 
 def metrics(report: Report) -> list[str]:
@@ -1023,19 +1009,21 @@ def show_chunked(trace: Trace, knobs: Namespace) -> None:
                     block_size=knobs.block_size, max_num_seqs=n_seqs)
     reports = {"whole": serve(model, requests, policy="continuous", max_num_batched_tokens=1024, **settings),
                "chunked": serve(model, requests, policy="chunked", max_num_batched_tokens=budget, **settings)}
-    trace.say(f"Requests 0 to 2 have come when request 3 does, with a prompt of {len(long_prompt)} tokens. A column is a "
-              f"millisecond; a mark says that a new token came out in it.")
+    trace.say(f"Requests 0 to 2 have come when request 3 does, with a prompt of {len(long_prompt)} tokens. A column is "
+              f"a millisecond; a mark says that a new token came out in it.")
+    worst = {name: max(token_gaps(report, slice(3))) for name, report in reports.items()}
     for name, report in reports.items():
+        if name == "chunked":
+            trace.ask(f"the long prompt made users 0 to 2 wait {worst['whole'] * 1e3:.1f} ms for a token. What is "
+                      f"their longest wait, in ms, if a step runs at most {budget} tokens?", worst["chunked"] * 1e3)
         trace.lines(["", "whole prompts:" if name == "whole" else f"chunked, at most {budget} tokens a step:"])
         trace.lines(clock_line(report))
     rows = []
     for name, report in reports.items():
-        gaps = token_gaps(report, slice(3))
-        rows.append([name, f"{max(gaps) * 1e3:.1f}", f"{fmean(gaps) * 1e3:.1f}",
-                     f"{(report.times[3][0] - requests[3].arrival) * 1e3:.1f}",
+        rows.append([name, f"{worst[name] * 1e3:.1f}", f"{(report.times[3][0] - requests[3].arrival) * 1e3:.1f}",
                      str(max(sum(work.values()) for _, _, work in report.steps))])
     trace.lines([""])
-    trace.table(["ms", "worst gap", "mean gap", "until 3's first token", "largest step, tokens"], rows, left=(0,))
+    trace.table(["", "worst gap, ms", "3's first token, ms", "largest step, tokens"], rows, left=(0,))
     alone = [knobs.alone(request) for request in requests]
     trace.check("every request's tokens are those it gets alone, both ways",
                 all(report.tokens == alone for report in reports.values()), f"{sum(map(len, alone))} tokens")
@@ -1069,28 +1057,29 @@ def show_preemption(trace: Trace, knobs: Namespace) -> None:
     model, requests, bs = knobs.model(), knobs.requests, knobs.block_size
     smallest = max(blocks_for(request, bs) for request in requests)
     pools = [knobs.num_blocks] if knobs.num_blocks else [2 * smallest, smallest]
+    settings = dict(block_size=bs, max_num_seqs=knobs.max_num_seqs, max_num_batched_tokens=1024)
     alone = [knobs.alone(request) for request in requests]
     trace.say(f"The requests of section 7 again; the largest needs {smallest} blocks of {bs}. Computed: tokens run "
-              f"through the model. Swapped: both ways, at {LLAMA_8B.kv_bytes / 1024:.0f} KiB a token, as Llama 3.1 8B takes.")
-    rows, unchanged, empty, last = [], True, True, None
+              f"through the model. Swapped: both ways, at {LLAMA_8B.kv_bytes / 1024:.0f} KiB a token (Llama 3.1 8B).")
+    rows, unchanged, empty, reports = [], True, True, {}
     for blocks in pools:
         for preemption in ("recompute", "swap"):
-            engine = make_engine(model, requests, "continuous", blocks, bs, knobs.max_num_seqs, 1024, preemption)
-            report = engine.run()
+            engine = Engine(model, requests, num_blocks=blocks, preemption=preemption, **settings)
+            report = reports[preemption] = engine.run()
             unchanged &= report.tokens == alone
             empty &= engine.pool.num_free_blocks == blocks and not any(engine.pool.ref_count)
-            last = report if preemption == "recompute" else last
             rows.append([str(blocks), preemption, str(len(report.preempted)), str(report.computed),
-                         f"{report.swapped_bytes / 2**20:.0f} MiB", str(len(report.steps)),
+                         f"{report.swapped_tokens * LLAMA_8B.kv_bytes / 2**20:.0f} MiB", str(len(report.steps)),
                          f"{report.steps[-1][1] * 1e3:.1f}"])
+    trace.ask(f"the prompts have {sum(len(request.prompt) for request in requests)} tokens, the answers "
+              f"{sum(map(len, alone))}; the last token of each of the {len(requests)} answers is never run. How many "
+              "tokens go through the model when blocks are swapped out and in?", reports["swap"].computed)
     trace.table(["blocks", "preemption by", "preempted", "computed", "swapped", "steps", "ms in all"], rows, left=(1,))
-    trace.say(f"In {pools[-1]} blocks, by recomputation"
-              + ("; × marks where a request lost its blocks:" if last.preempted else ": nobody was preempted."))
-    trace.lines(timeline(last))
+    trace.say(f"In {pools[-1]} blocks, by recomputation; × marks where a request lost its blocks:")
+    trace.lines(timeline(reports["recompute"]))
+    refusal = ""
     try:
-        serve(model, requests, num_blocks=smallest - 1, block_size=bs, max_num_seqs=knobs.max_num_seqs,
-              max_num_batched_tokens=1024)
-        refusal = ""
+        serve(model, requests, num_blocks=smallest - 1, **settings)
     except ValueError as error:
         refusal = str(error)
     trace.say(f"One block less than the smallest: {refusal}.")
@@ -1112,21 +1101,21 @@ LINKS = {"two cards, NVLink": (300e9, "A100 data sheet: 600 GB/s, both ways toge
          "two machines, HDR": (25e9, "InfiniBand HDR, 200 Gb/s")}
 
 
-def hand_over(prefill: Report, model: Llama, requests: Sequence[Request], link: float, num_blocks: int,
-              block_size: int, max_num_seqs: int) -> tuple[Report, float]:
+def hand_over(prefill: Report, model: Llama, requests: Sequence[Request], link: float,
+              **settings) -> tuple[Report, float]:
     """(what the decode machine does, bytes that crossed), after a prefill machine has made each first token.
 
     A request arrives at the decode machine with its keys and values, as soon as a link of that many bytes/s
-    has carried them.
+    has carried them. settings: those of serve().
     """
-    engine = make_engine(model, requests, "continuous", num_blocks, block_size, max_num_seqs, 1024)
+    engine = Engine(model, requests, **settings)
     crossed = 0.0
-    for state, done in zip(engine.states, prefill.states):
+    for state, done in zip(engine.report.states, prefill.states):
         size = len(done.stash) * LLAMA_8B.kv_bytes
         state.tokens, state.stash, state.times = list(done.tokens), done.stash, list(done.times)
         state.request = replace(state.request, arrival=done.times[0] + size / link)
         crossed += size
-    engine.waiting = deque(sorted((state for state in engine.states if not state.done),
+    engine.waiting = deque(sorted((state for state in engine.report.states if not state.done),
                                   key=lambda state: state.request.arrival))
     return engine.run(), crossed
 
@@ -1137,32 +1126,31 @@ def show_split(trace: Trace, knobs: Namespace) -> None:
     rng, verses = random.Random(knobs.seed), TEXT.splitlines(keepends=True)
     requests = [Request(tuple(knobs.tokenizer.encode("".join(verses[:n]))), rng.randint(8, 16), 0.008 * i)
                 for i, n in enumerate((3, 5, 4))]
-    settings = dict(num_blocks=sum(blocks_for(request, bs) for request in requests), block_size=bs, max_num_seqs=4)
-    one = serve(model, requests, max_num_batched_tokens=1024, **settings)
-    prefill = serve(model, [replace(request, max_new_tokens=1) for request in requests], max_num_batched_tokens=1024,
-                    **settings)
-    trace.say(f"{len(requests)} requests with prompts of {min(len(r.prompt) for r in requests)} to "
-              f"{max(len(r.prompt) for r in requests)} tokens, on one machine and on two. Gaps: between one token of a "
-              f"request and its next; the first has the crossing in it, and the wait for the step "
-              f"under way; later: the worst of the others.")
-    rows, same, crossed_tokens = [], True, []
-    for name, link in {"one machine": None, **{name: rate for name, (rate, _) in LINKS.items()}}.items():
-        report, crossed = one, 0.0
-        if link:
-            report, crossed = hand_over(prefill, model, requests, link, **settings)
-            crossed_tokens.append(crossed / LLAMA_8B.kv_bytes)
+    settings = dict(num_blocks=sum(blocks_for(request, bs) for request in requests), block_size=bs, max_num_seqs=4,
+                    max_num_batched_tokens=1024)
+    prompt_tokens, kv_bytes = sum(len(request.prompt) for request in requests), LLAMA_8B.kv_bytes
+    prefill = serve(model, [replace(request, max_new_tokens=1) for request in requests], **settings)
+    runs = {"one machine": (serve(model, requests, **settings), 0.0)}
+    runs |= {name: hand_over(prefill, model, requests, rate, **settings) for name, (rate, _) in LINKS.items()}
+    trace.say(f"{len(requests)} requests, {prompt_tokens} tokens of prompts, on one machine and on two. Gaps: between "
+              "one token of a request and its next; the first has the crossing in it, and the wait for the step under way; "
+              "later: the worst of the others. Crossing: on average, a request.")
+    trace.ask(f"how many MB of keys and values cross, all in all, at {kv_bytes / 1024:.0f} KiB a token?",
+              runs["two machines, HDR"][1] / 1e6)
+    rows, same = [], True
+    for name, (report, crossed) in runs.items():
         same &= report.tokens == [knobs.alone(request) for request in requests]
-        gaps = token_gaps(report)
+        first = fmean(times[0] - request.arrival for times, request in zip(report.times, requests))
         later = max(b - a for times in report.times for a, b in zip(times[1:], times[2:]))
-        first = fmean(times[0] - r.arrival for times, r in zip(report.times, requests))
-        rows.append([name, *(f"{ms * 1e3:.1f}" for ms in (first, fmean(gaps), max(gaps), later)),
-                     f"{crossed / 1e6:.1f} MB", f"{crossed / link * 1e3 / len(requests):.2f}" if link else "-"])
-    trace.table(["ms", "first token", "mean gap", "worst", "later", "crossed", "crossing"], rows, left=(0,))
+        crossing = f"{crossed / LINKS[name][0] * 1e3 / len(requests):.2f}" if crossed else "-"
+        rows.append([name, *(f"{s * 1e3:.1f}" for s in (first, max(token_gaps(report)), later)), f"{crossed / 1e6:.1f}",
+                     crossing])
+    trace.table(["", "first, ms", "worst, ms", "later, ms", "crossed, MB", "crossing, ms"], rows, left=(0,))
     trace.check("two machines write what one writes, and what each request gets alone", same,
                 f"{len(requests)} requests")
-    prompt_tokens = sum(len(r.prompt) for r in requests)
     trace.check("the keys and values of every prompt token crossed, once",
-                crossed_tokens == [prompt_tokens] * len(LINKS), f"{prompt_tokens} tokens")
+                [crossed for _, crossed in runs.values()][1:] == [prompt_tokens * kv_bytes] * len(LINKS),
+                f"{prompt_tokens} tokens")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1191,6 +1179,13 @@ def quantize_cache(m: Matrix, bits: int, n_kv_heads: int, per: str) -> Matrix:
     return concat(*([round_to_grid(row, bits) for row in head] for head in split_heads(m, n_kv_heads)))
 
 
+def quantized_bytes(m: Matrix, bits: int, n_kv_heads: int, per: str) -> float:
+    """Bytes that quantize_cache(m, …) takes: the codes, and an offset and a scale of 16 bits for each group."""
+    n, width = len(m), len(m[0])
+    groups = 0 if bits >= 16 else width if per == "channel" else n * n_kv_heads
+    return n * width * bits / 8 + groups * 4
+
+
 def show_small_cache(trace: Trace, knobs: Namespace) -> None:
     """The error in the logits, and the tokens that change, for keys and values of fewer bits."""
     model, n_new = knobs.model(), 24
@@ -1202,35 +1197,37 @@ def show_small_cache(trace: Trace, knobs: Namespace) -> None:
     keys, values = [list(k) for k in exact.keys], [list(v) for v in exact.values]
     reference = model.forward(tokens[half:], exact)
     trace.say(f"The first {half} tokens of two verses are cached and rounded; then the model reads the next "
-              f"{len(tokens) - half}. The error in its logits (root mean square), and how often its favourite token changes.")
+              f"{len(tokens) - half}. The error in its logits (root mean square), how often its favourite token "
+              f"changes, and what the {half} tokens take, the offset and scale of each group included (16 bits each).")
     rows, errors = [], {}
-    for key_bits, value_bits, per in ((8, 8, "token"), (8, 8, "channel"), (4, 16, "token"), (4, 16, "channel"),
+    for key_bits, value_bits, per in ((16, 16, "-"), (8, 8, "token"), (4, 16, "token"), (4, 16, "channel"),
                                       (2, 16, "token"), (2, 16, "channel"), (16, 4, "token"), (16, 4, "channel")):
         cache = KVCache(c)
         cache.keys = [quantize_cache(k, key_bits, c.n_kv_heads, per) for k in keys]
-        cache.values = [quantize_cache(v, value_bits, c.n_kv_heads, "token" if key_bits < 16 else per) for v in values]
+        cache.values = [quantize_cache(v, value_bits, c.n_kv_heads, per) for v in values]
         logits = model.forward(tokens[half:], cache)
         gaps = [a - b for p, q in zip(logits, reference) for a, b in zip(p, q)]
-        errors[key_bits, value_bits, per] = math.sqrt(dot(gaps, gaps) / len(gaps))
+        error = errors[key_bits, value_bits, per] = math.sqrt(dot(gaps, gaps) / len(gaps))
+        nbytes = sum(quantized_bytes(m, bits, c.n_kv_heads, per)
+                     for matrices, bits in ((keys, key_bits), (values, value_bits)) for m in matrices)
         changed = sum(argmax(p) != argmax(q) for p, q in zip(logits, reference))
-        error = errors[key_bits, value_bits, per]
-        rows.append([f"{key_bits}", f"{value_bits}", f"{'keys' if key_bits < 16 else 'values'} per {per}",
-                     f"{error:.4f}", bar(error, 1, 16), f"{changed} of {len(logits)}"])
-    trace.table(["key bits", "value bits", "grid", "error", "", "changed"], rows, left=(2, 4))
+        rows.append([f"{key_bits}", f"{value_bits}", per, f"{nbytes:,.0f}", f"{error:.4f}", bar(error, 1, 16),
+                     f"{changed} of {len(logits)}"])
+    better = "channel" if errors[4, 16, "channel"] < errors[4, 16, "token"] else "token"
+    trace.ask("on the keys of this model, does a grid of 4 bits do better per token or per channel?", better)
+    trace.table(["key bits", "value bits", "grid per", "bytes", "error", "", "changed"], rows, left=(2, 5))
+    trace.note(f"A head of ours has {c.head_dim} channels, so offset and scale weigh much. With the 128 of real models, "
+               f"8 bits per token take {(128 + 4) / (2 * 128):.0%} of 16, not {rows[1][3]} of {rows[0][3]}.")
     spread = [fmean(max(map(abs, channel)) for channel in zip(*k)) for k in keys]
     largest = [max(max(map(abs, channel)) for channel in zip(*k)) for k in keys]
-    better = "channel" if errors[4, 16, "channel"] < errors[4, 16, "token"] else "token"
     factor = max(most / mean for most, mean in zip(largest, spread))
     trace.say(f"On this model's keys, 4 bits do better per {better}. Its largest key channel is {factor:.1f} times the "
-              f"mean one. Real models have a few key channels that are far larger than the rest for every token (KIVI, "
-              f"figure 2): those spoil the grid of every token, and channels gain.")
-    rows = [row for k in keys for head in split_heads(k, c.n_kv_heads) for row in head]
+              f"mean one. Real models have a few key channels that are far larger than the rest for every token (KIVI): "
+              f"those spoil the grid of every token, and channels gain.")
+    groups = [row for k in keys for head in split_heads(k, c.n_kv_heads) for row in head]
     trace.check("8 bits: every value comes back to within half a step",
                 all(abs(a - b) <= (max(row) - min(row)) / 255 / 2 * (1 + 1e-9)
-                    for row in rows for a, b in zip(round_to_grid(row, 8), row)), "scale / 2")
-    trace.check("what was rounded is a copy: the cache it came from still has its tokens",
-                all(len(m) == half for m in keys + values), f"{half} tokens")
-
+                    for row in groups for a, b in zip(round_to_grid(row, 8), row)), "scale / 2")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1956,7 +1953,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help=f"tokens to generate (default {MAX_NEW_TOKENS})")
     parser.add_argument("--block-size", metavar="N", type=whole_number(1, 64), default=BLOCK_SIZE,
                         help=f"tokens a block holds (default {BLOCK_SIZE})")
-    parser.add_argument("--num-blocks", metavar="N", type=whole_number(1, 9999),
+    parser.add_argument("--num-blocks", metavar="N", type=whole_number(1, 999),
                         help="blocks in the pool of sections 7 and 9 (default: plenty, and ever fewer)")
     parser.add_argument("--max-num-seqs", metavar="N", type=whole_number(1, 64), default=MAX_NUM_SEQS,
                         help=f"requests that may run at the same time (default {MAX_NUM_SEQS})")
@@ -1982,6 +1979,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     knobs.model = functools.cache(lambda: train(knobs.config, ids, random.Random(knobs.seed), **TRAINING)[0])
     knobs.alone = functools.cache(lambda request: generate(knobs.model(), request.prompt, request.max_new_tokens,
                                                            KVCache(knobs.config)))
+    if not knobs.list:
+        again = sum(forward_products(knobs.config, len(knobs.prompt_ids) + t, 0) for t in range(knobs.max_new_tokens))
+        announce(3 * count_parameters(knobs.config) * TRAINING["steps"] * TRAINING["length"] + 4 * again)
     return run_sections(SECTIONS, knobs, "python microkv.py --section 9 --num-blocks 8 --max-num-seqs 8")
 
 

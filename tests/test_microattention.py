@@ -217,7 +217,7 @@ def test_multiplications_are_those_of_the_visible_pairs(n_q, n_k, options):
 # ---------------------------------------------------------------------------------------------- MLA
 
 def reference_mla(x, w):
-    """DeepSeek-V2's equations 9 to 19 for a whole text, without a cache."""
+    """DeepSeek-V2's equations for a whole text, without a cache."""
     c = x @ np.array(w.w_down).T
     k_rope = reference_rope(x @ np.array(w.wk_rope).T, range(len(x)))
     heads = []
@@ -246,7 +246,7 @@ def test_mla_plain_and_absorbed(n, dim, n_heads, head_dim, v_dim, d_c, d_rope):
 # ---------------------------------------------------------------------------------------- positions
 
 def reference_rope(x, positions, base=10000.0):
-    """Each pair of adjacent channels times its 2 × 2 rotation matrix (RoFormer, equation 15)."""
+    """Each pair of adjacent channels times its 2 × 2 rotation matrix (RoFormer)."""
     x, out = np.array(x, float), np.zeros(np.shape(x))
     for r, p in enumerate(positions):
         for i in range(x.shape[1] // 2):
@@ -319,6 +319,13 @@ def test_kinds_fit_their_numbers():
         kind = ("MLA" if model.d_c else "MHA" if model.n_kv_heads == model.n_heads else "MQA" if model.n_kv_heads == 1
                 else "GQA") + " + window" * (model.window is not None)
         assert model.kind == kind and model.source and model.n_heads % model.n_kv_heads == 0
+
+
+def test_random_mla_weights_keep_sizes_and_a_model_is_plain_unless_it_says_otherwise():
+    w = m.random_mla_weights(random.Random(0), 64, 2, 16, 16, 64, 16)
+    assert np.std(w.w_down) == pytest.approx(1 / 8, rel=0.05) and np.std(w.wk_up) == pytest.approx(1 / 8, rel=0.08)
+    model = m.RealModel("tiny", "MHA", 1, 8, 2, 2, 4, 99, "here")
+    assert (model.window, model.d_c, model.d_rope) == (None, 0, 0)
 
 
 def test_the_cache_stops_growing_at_the_window():

@@ -11,7 +11,8 @@ import pytest
 import microkv as m
 
 TIGHT = dict(rtol=0, atol=1e-12)
-CONFIGS = [m.Config(13, 8, 2, 4, 2, 6), m.Config(5, 6, 1, 3, 1, 7, rope_base=500.0, norm_eps=1e-3), m.Config(17, 16, 3, 4, 4, 5, rope_base=500.0)]
+CONFIGS = [m.Config(13, 8, 2, 4, 2, 6), m.Config(5, 6, 1, 3, 1, 7, rope_base=500.0, norm_eps=1e-3), m.Config(17, 8, 3, 2, 2, 5, rope_base=500.0)]
+SMALL = m.Config(13, 4, 1, 2, 1, 3)  # for schedules, which are none of its business
 
 
 def make_model(config=CONFIGS[0], seed=0):
@@ -87,7 +88,7 @@ def test_gradients_are_finite_differences_for_every_weight(config):
         d_rows = gradients[id(w)] if isinstance(w[0], list) else [gradients[id(w)]]
         assert (len(d_rows), len(d_rows[0])) == (len(rows), len(rows[0]))
         places = [(i, j) for i in range(len(rows)) for j in range(len(rows[0]))]
-        for i, j in rng.sample(places, min(8, len(places))):
+        for i, j in rng.sample(places, min(3, len(places))):
             kept, losses = rows[i][j], []
             for shift in (1e-5, -1e-5):
                 rows[i][j] = kept + shift
@@ -125,10 +126,46 @@ def test_training_learns_and_says_nothing(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_training_reads_the_text_in_order_and_starts_again():
+    """With a rate of 0 the weights stay what they were, and each step's loss tells which tokens it read."""
+    config, ids = CONFIGS[0], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
+    model, losses = m.train(config, ids, random.Random(0), steps=5, length=5, learning_rate=0.0)
+    assert model.weights == m.init_weights(config, random.Random(0))
+    for loss, start in zip(losses, (0, 5, 10 - 7, 15 - 14, 20 - 14), strict=True):
+        logits = reference_logits(config, model.weights, ids[start:start + 5])
+        chosen = logits[range(5), ids[start + 1:start + 6]]
+        assert loss == pytest.approx((np.log(np.exp(logits).sum(axis=1)) - chosen).mean(), abs=1e-12)
+
+
+def test_the_learning_rate_rises_over_ten_steps_and_falls_to_nothing(monkeypatch):
+    rates = []
+    monkeypatch.setattr(m.Adam, "step", lambda self, gradients, rate: rates.append(rate))
+    for settings, peak in ((dict(learning_rate=3.0), 3.0), (dict(), 0.02)):
+        m.train(SMALL, [1, 2, 3, 4], random.Random(0), steps=20, length=2, **settings)
+        assert rates == pytest.approx([peak * min(1, s / 10) * (21 - s) / 20 for s in range(1, 21)], abs=1e-15)
+        rates.clear()
+    adam = m.Adam({"g": [1.0]})
+    assert (adam.beta1, adam.beta2) == (0.7, 0.95)
+
+
+def test_weights_begin_at_their_sizes():
+    weights = m.init_weights(m.Config(50, 64, 1, 2, 2, 16), random.Random(0))
+    sizes = {name: np.std(w) for name, w in weights.items() if np.ndim(w) == 2}
+    expected = {"tok_embeddings": 1, "layers.0.attention.wo": 0.5 / 8, "layers.0.feed_forward.w2": 0.5 / 4}
+    for name, size in sizes.items():
+        assert size == pytest.approx(expected.get(name, 1 / 8), rel=0.08), name
+    assert weights["norm"] == weights["layers.0.ffn_norm"] == [1.0] * 64
+
+
 @pytest.mark.parametrize("sizes", [(0, 8, 1, 2, 1, 4), (5, 6, 1, 2, 1, 4), (5, 8, 1, 2, 3, 4), (5, 8, 0, 2, 1, 4)])
 def test_impossible_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="must be"):
         m.Config(*sizes)
+
+
+def test_a_llama_is_metas_unless_it_says_otherwise():
+    config = m.Config(5, 8, 1, 2, 1, 4)
+    assert (config.rope_base, config.norm_eps) == (10000.0, 1e-5)
 
 
 def test_missing_weights_are_named():
@@ -331,7 +368,7 @@ def test_multiplications_are_counted_where_they_are_made(config, n_new, n_cached
 def test_step_seconds_is_the_roofline():
     card = m.Card("toy", flops=100.0, hbm_bytes_per_s=10.0, hbm_bytes=1.0, n_sms=1, sram_kb=1, source="")
     model = m.ServedModel("toy", 5.0, 1, 1, 1, "")
-    assert card.ridge == 10 and model.kv_bytes == 4
+    assert card.ridge == 10 and model.kv_bytes == 4 and m.kv_bytes_per_token(3, 5, 7, 0.5) == 105
     assert m.step_seconds(card, model, 3, 0) == (0.3, 1.0)
     assert m.step_seconds(card, model, 3, 5, weight_bytes=0.5) == (0.3, 2.25)
 
@@ -372,6 +409,12 @@ def test_prefix_hits_are_the_longest_common_run_of_full_blocks(seed):
     check_pool(pool, [])
 
 
+@pytest.mark.parametrize("a, b, block_size, expected", [("abcdefg", "abcdefx", 2, 6), ("abcdefg", "abcdefx", 4, 4), ("ab", "abcd", 1, 2),
+                                                         ("abc", "xbc", 1, 0), ("", "abc", 1, 0), ("abcd", "abcd", 3, 3)])
+def test_common_full_blocks(a, b, block_size, expected):
+    assert m.common_full_blocks(a, b, block_size) == m.common_full_blocks(b, a, block_size) == expected
+
+
 def test_eviction_takes_the_least_recently_used_and_ends_first():
     model, pool = make_model(), m.BlockPool(4, 1)
     for text in ([1, 2], [3, 4]):
@@ -405,9 +448,9 @@ def request_set(seed):
     return requests, dict(block_size=block_size, max_num_seqs=n_seqs), smallest, rng
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_every_schedule_gives_every_request_what_it_gets_alone(seed):
-    model = make_model()
+    model = make_model(SMALL)
     requests, settings, smallest, rng = request_set(seed)
     alone = [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
     preempted = 0
@@ -416,8 +459,8 @@ def test_every_schedule_gives_every_request_what_it_gets_alone(seed):
             for prefix_caching in (False, True):
                 budget = rng.randrange(settings["max_num_seqs"], 12) if policy == "chunked" else 64
                 blocks = smallest + rng.choice([0, 0, 1, 3, 50])
-                engine = m.make_engine(model, requests, policy, blocks, max_num_batched_tokens=budget,
-                                       preemption=preemption, prefix_caching=prefix_caching, **settings)
+                engine = m.Engine(model, requests, policy=policy, num_blocks=blocks, max_num_batched_tokens=budget,
+                                  preemption=preemption, prefix_caching=prefix_caching, **settings)
                 while engine.waiting or engine.running:
                     engine.step()
                     check_engine(engine, requests, budget)
@@ -428,8 +471,8 @@ def test_every_schedule_gives_every_request_what_it_gets_alone(seed):
                 assert all(list(times) == sorted(times) and times[0] > r.arrival for times, r in zip(report.times, requests))
                 assert report.computed == sum(n for *_, work in report.steps for n in work.values())
                 if not report.preempted:
-                    assert report.computed + report.found == sum(len(r.prompt) + r.max_new_tokens - 1 for r in requests)
-                    assert report.swapped_bytes == 0
+                    assert report.computed + sum(state.found for state in report.states) == sum(len(r.prompt) + r.max_new_tokens - 1 for r in requests)
+                    assert report.swapped_tokens == 0
                 if preemption == "swap" and not prefix_caching and policy != "chunked":
                     assert report.computed == sum(len(r.prompt) + r.max_new_tokens - 1 for r in requests)
                 preempted += len(report.preempted)
@@ -440,8 +483,8 @@ PREEMPTED = {}  # seed -> how often, over all its runs
 
 
 def test_the_random_request_sets_did_force_preemption():
-    if len(PREEMPTED) == 40:
-        assert sum(n > 0 for n in PREEMPTED.values()) > 15
+    if len(PREEMPTED) == 24:
+        assert sum(n > 0 for n in PREEMPTED.values()) > 9
 
 
 def check_engine(engine, requests, budget):
@@ -468,8 +511,8 @@ def test_preemption_happens_and_both_ways_cost_what_they_say():
     settings = dict(num_blocks=6, block_size=2, max_num_seqs=2, max_num_batched_tokens=64)
     again, swapped = (m.serve(model, requests, preemption=way, **settings) for way in ("recompute", "swap"))
     assert again.preempted == swapped.preempted and [number for _, number in again.preempted] == [1]
-    assert again.computed > swapped.computed == 20 and again.swapped_bytes == 0
-    stashed = swapped.swapped_bytes / m.LLAMA_8B.kv_bytes
+    assert again.computed > swapped.computed == 20 and again.swapped_tokens == 0
+    stashed = swapped.swapped_tokens
     assert stashed == 2 * (again.computed - swapped.computed)  # out and back; computed again otherwise
     slow = [end - start for start, end, _ in swapped.steps]
     fast = [end - start for start, end, _ in again.steps]
@@ -501,7 +544,6 @@ def test_static_batches_are_closed_and_the_clock_waits_only_for_work():
     assert [sorted(work) for *_, work in report.steps] == [[0]] * 5 + [[1]] * 2
     report = m.serve(model, [m.Request((1,), 5), m.Request((2,), 1, 1.0)], **settings)
     assert report.times[0][-1] < 1 < report.times[1][0]
-    assert report.found == 0
 
 
 def test_prefix_caching_in_the_engine():
@@ -509,8 +551,8 @@ def test_prefix_caching_in_the_engine():
     requests = [m.Request(prompt, 2), m.Request(prompt, 2, 1.0)]
     settings = dict(num_blocks=40, block_size=2, max_num_seqs=2, max_num_batched_tokens=64)
     report = m.serve(model, requests, prefix_caching=True, **settings)
-    assert report.found == 4 and report.tokens[0] == report.tokens[1] == m.generate(model, prompt, 2)
-    assert m.serve(model, requests, **settings).found == 0
+    assert [state.found for state in report.states] == [0, 4] and report.tokens[0] == report.tokens[1] == m.generate(model, prompt, 2)
+    assert [state.found for state in m.serve(model, requests, **settings).states] == [0, 0]
 
 
 def test_more_seats_than_budget_is_fine_where_prompts_are_whole():
@@ -568,8 +610,8 @@ def test_empty_requests_are_refused(request_):
 
 def test_the_crossing_takes_its_time_and_changes_nothing():
     model, requests = make_model(), [m.Request((1, 2, 3), 3, 0.5), m.Request((4, 5), 2)]
-    settings = dict(num_blocks=3, block_size=2, max_num_seqs=2)
-    prefill = m.serve(model, [m.replace(r, max_new_tokens=1) for r in requests], max_num_batched_tokens=64, **settings)
+    settings = dict(num_blocks=3, block_size=2, max_num_seqs=2, max_num_batched_tokens=64)
+    prefill = m.serve(model, [m.replace(r, max_new_tokens=1) for r in requests], **settings)
     first, again = (m.hand_over(prefill, model, requests, 1e8, **settings)[0] for _ in range(2))
     assert first.tokens == again.tokens == [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
     crossing = 3 * m.LLAMA_8B.kv_bytes / 1e8
@@ -579,10 +621,10 @@ def test_the_crossing_takes_its_time_and_changes_nothing():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_two_machines_write_what_one_writes(seed):
-    model = make_model()
+    model = make_model(SMALL)
     requests, settings, smallest, _ = request_set(seed)
-    settings |= dict(num_blocks=smallest)
-    prefill = m.serve(model, [m.replace(r, max_new_tokens=1) for r in requests], max_num_batched_tokens=1024, **settings)
+    settings |= dict(num_blocks=smallest, max_num_batched_tokens=1024)
+    prefill = m.serve(model, [m.replace(r, max_new_tokens=1) for r in requests], **settings)
     report, crossed = m.hand_over(prefill, model, requests, 1e9, **settings)
     assert report.tokens == [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
     assert crossed == sum(len(r.prompt) for r in requests) * m.LLAMA_8B.kv_bytes
@@ -628,6 +670,11 @@ def test_round_to_grid(bits):
     expected = [grid[np.abs(grid - v).argmin()] for v in values]
     np.testing.assert_allclose(m.round_to_grid(values.tolist(), bits), expected, **TIGHT)
     assert m.round_to_grid([3.0, 3.0], bits) == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("bits, per, expected", [(16, "-", 7 * 6 * 2), (15, "token", 7 * 6 * 15 / 8 + 7 * 2 * 4), (8, "token", 7 * 6 + 7 * 2 * 4), (3, "channel", 7 * 6 * 3 / 8 + 6 * 4)])
+def test_bytes_of_a_quantized_cache(bits, per, expected):
+    assert m.quantized_bytes([[0.0] * 6] * 7, bits, 2, per) == expected
 
 
 @pytest.mark.parametrize("per", ["token", "channel"])
