@@ -826,16 +826,27 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     trace.lines(columns_picture(absmax) + [""] + columns_picture(smoothed))
     kept = sum(size >= 6 for size in absmax)
     trace.ask(f"how many of these {len(absmax)} columns will LLM.int8() keep in floating point on this text?", kept)
-    calm = replace(lab, model=lab.calm, inputs=capture(lab.calm, lab.calibration)[0])
-    trace.say("Weights and activations in INT8: the model as it was trained, and with the planted outliers.")
-    rows = [["static, absmax; no outliers", *calm.scores(in_int8(calm, "absmax"))]]
-    for label, method in (("static, absmax", "absmax"), ("static, 99.9th percentile", "percentile"),
-                          ("static, least error", "error"), ("dynamic, per token", "dynamic"),
-                          ("LLM.int8()", "LLM.int8()"), ("SmoothQuant, dynamic", "SmoothQuant")):
-        rows.append([label, *lab.scores(in_int8(lab, method, knobs.alpha))])
+    trace.say(f"Weights and activations in INT8. FP32's perplexity is {lab.perplexity:.3f}; on the calibration tokens "
+              f"LLM.int8() keeps {kept} of {len(absmax)} columns of {name} in floating point.")
+    rows = [[label, *lab.scores(in_int8(lab, method, knobs.alpha))] for label, method in (
+        ("static, absmax", "absmax"), ("static, 99.9th percentile", "percentile"), ("static, least error", "error"),
+        ("dynamic, per token", "dynamic"), ("LLM.int8()", "LLM.int8()"), ("SmoothQuant, dynamic", "SmoothQuant"))]
     trace.table(["scales of the activations", "bits/weight", "perplexity", "KL", "changed"], rows, left=(0,))
-    trace.note(f"FP32: perplexity {lab.perplexity:.3f}. On the calibration tokens LLM.int8() keeps {kept} of "
-               f"{len(absmax)} columns of {name} in floating point.")
+    channels, size = knobs.outliers
+    trace.say(f"The same as the outliers grow (perplexity, then KL): one scale for a whole matrix or token serves "
+              f"{channels} large channels at the cost of all others; LLM.int8() and SmoothQuant do not mind.")
+    kls, rows = [], []
+    for times in (1 / size, 1, 4):
+        other = build_lab(knobs.seed, knobs.calibration_tokens, (channels, times * size))
+        measured = [measure(other, in_int8(other, method, knobs.alpha))
+                    for method in ("absmax", "LLM.int8()", "SmoothQuant")]
+        kls.append([m.kl for m in measured])
+        rows.append([f"{times * size:g} times" if times * size > 1 else "none",
+                     *(f"{m.perplexity:.3f}  {m.kl:.4f}" for m in measured)])
+    trace.table(["outliers", "W8A8, absmax", "LLM.int8()", "SmoothQuant"], rows)
+    if (knobs.outliers, knobs.alpha, knobs.calibration_tokens) == (OUTLIERS, ALPHA, CALIBRATION_TOKENS):
+        trace.check("plain W8A8 fails where both rescues hold", all(w8a8 > 50 * max(rest) for w8a8, *rest in kls[1:]),
+                    f"KL over 50 times as large, for outliers of {size:g} and of {4 * size:g}")
     x, w = lab.inputs[name][:8], lab.model.weights[name]
     trace.check_close("LLM.int8() with threshold 0 = the exact product", llm_int8_matmul(x, w, threshold=0),
                       linear(x, w), 1e-9)

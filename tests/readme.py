@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 from tests.exercise import NAMES, sections  # noqa: E402
 
-EXCERPT = re.compile(r"(<!-- (\w+) section (\d+), (\d+) lines from: (.+) -->\n```text\n)(.*?)(```\n)", re.S)
+EXCERPT = re.compile(r"(<!-- (\w+) section (\d+), (\d+) lines from: ([^\n]+) -->\n```text\n)(.*?)(```\n)", re.S)
 MAP = re.compile(r"(<!-- map -->\n)(.*?)(<!-- end of map -->\n)", re.S)
 
 

@@ -344,7 +344,8 @@ def test_control_c_at_a_question(script):
     os.close(theirs)
     output = b""
     while b"your answer" not in output:
-        output += os.read(process.stdout.fileno(), 4096)
+        assert (chunk := os.read(process.stdout.fileno(), 4096))
+        output += chunk
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     os.close(ours)
