@@ -61,7 +61,7 @@ def test_a_half_done_script_prints_its_trace_all_the_same(name, tmp_path, capsys
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    chosen = {"microquant": ["--section", "3,4"], "microbeam": ["--section", "1,2"], "microkv": ["--section", "3,4"]}
+    chosen = {"microquant": ["--section", "3,4"], "microbeam": ["--section", "1,2", "--steps", "2"], "microkv": ["--section", "2,3"]}
     assert module.main(chosen.get(name, [])) == 1
     out = capsys.readouterr().out
     heads = len(re.findall(r"^── ", out, re.M))
