@@ -51,14 +51,12 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """What is expensive (a whole trace, a trained model) is made once: the tests of a file, or where they go through the
-    scripts, those of one script, stay together."""
+    """The tests about one script stay together, so that what is expensive (its whole trace, say) is made once."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByScript(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            file, _, test = nodeid.partition("::")
-            return file + next((name for name in NAMES if name in test), "")
+            return next((name for name in NAMES if name in nodeid), nodeid.partition("::")[0])
     return ByScript(config, log)
 
 

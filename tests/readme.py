@@ -87,15 +87,21 @@ def test_of(name: str, function: str) -> str | None:
     return max(using, key=using.get, default=None)
 
 
+@functools.cache
+def calls_of(source: str) -> dict[str, list[str]]:
+    """{function or class: what it mentions} of a script, but for what only shows."""
+    return {node.name: mentions([node]) for node in ast.parse(source).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith(("show_", "main"))}
+
+
 def graded_by(name: str, function: str, source: str, seen: tuple = ()) -> str:
     """The test of a function; failing that, of a function that calls it; failing that, the checks of its trace."""
     if test := test_of(name, function):
         return f"`{test}`"
-    for node in ast.parse(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith(("show_", "main")):
-            if function in mentions([node]) and node.name not in (function, *seen):
-                if (found := graded_by(name, node.name, source, (function, *seen))) != "—":
-                    return found if "through" in found else f"{found}, through `{node.name}`"
+    for caller, mentioned in calls_of(source).items():
+        if function in mentioned and caller not in (function, *seen):
+            if (found := graded_by(name, caller, source, (function, *seen))) != "—":
+                return found if "through" in found else f"{found}, through `{caller}`"
     return "—" if seen else "`test_the_whole_trace_ends_well`, by its checks"
 
 
