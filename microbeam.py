@@ -1436,8 +1436,8 @@ def entropy(weights: Vector) -> float:
 
 
 def quoted(text: str) -> list[str]:
-    """A text, set in; a slash for the end of a line."""
-    return textwrap.wrap(text.replace("\n", " / ").strip(), WIDTH, initial_indent="    ", subsequent_indent="    ")
+    """A text, set in; a slash for the end of a line. There is room for an ellipsis as three dots."""
+    return textwrap.wrap(text.replace("\n", " / ").strip(), WIDTH - 2, initial_indent="    ", subsequent_indent="    ")
 
 
 def clip(text: str, width: int) -> str:
