@@ -1729,7 +1729,7 @@ def announce(multiply_adds: float) -> None:
         dot(ones, ones)
     seconds = multiply_adds * (time.process_time() - start) / (20 * len(ones))
     if seconds > 30:
-        print(f"these settings take about {multiply_adds:.0e} multiply-adds, {seconds:.0f} s or more on this machine; "
+        print(f"these settings take about {multiply_adds:.0e} multiply-adds, {seconds:.0f} s on this machine; "
               f"Ctrl-C ends it", file=sys.stderr)
 
 
