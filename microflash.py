@@ -260,11 +260,15 @@ def finish(state: State) -> tuple[Vector, float]:
 def safe_softmax(scores: Vector, traffic: Traffic | None = None) -> Vector:
     """Softmax in the three passes of the textbooks, each of which reads the scores from HBM again. -inf gets 0."""
     hbm, row, weights = traffic or Traffic(), range(len(scores)), []
-    m = max(hbm.load(scores, row), default=-math.inf)
-    if m > -math.inf:
+    with hbm.frame():
+        m = max(hbm.load(scores, row), default=-math.inf)
+    if m == -math.inf:
+        return [0.0] * len(scores)
+    with hbm.frame():
         l = sum(math.exp(s - m) for s in hbm.load(scores, row))
+    with hbm.frame():
         hbm.store(weights, row, [math.exp(s - m) / l for s in hbm.load(scores, row)])
-    return weights or [0.0] * len(scores)
+    return weights
 
 
 def online_softmax(scores: Vector, *, tile: int = 1, traffic: Traffic | None = None) -> Vector:
@@ -772,8 +776,7 @@ def flash_decode(q: Matrix, k: Matrix, v: Matrix, *, n_splits: int, block_q: int
 
     A second kernel merges: it reads all parts from HBM, where the runs wrote them, and writes out and lse there.
     """
-    check_arguments(q, k, v, scale, traffic, n_splits=n_splits)
-    hbm = traffic or Traffic()
+    scale, hbm = check_arguments(q, k, v, scale, traffic, n_splits=n_splits)
     parts = [flash_attention(q, k, v, keys=keys, block_q=block_q, block_k=block_k, causal=causal, window=window,
                              scale=scale, traffic=hbm) for keys in split_evenly(len(k), n_splits)]
     out, lse, whole = [], [], range(len(q))
@@ -794,10 +797,8 @@ def merge_partials(parts: Sequence[tuple[Matrix, Vector]]) -> tuple[Matrix, Vect
                          f"{[len(rows) for part in parts for rows in part]}")
     merged = []
     for outs, lses in zip(zip(*(out for out, _ in parts)), zip(*(lse for _, lse in parts))):
-        weights = softmax(list(lses))                                  # exp(L_s - L)
-        top = max(lses)                                                # the largest weight is exp(top - L)
-        merged.append(([dot(weights, column) for column in zip(*outs)],
-                       top - math.log(max(weights)) if top > -math.inf else -math.inf))
+        # As if each part were one key, with L_s its score and out_s its value.
+        merged.append(finish(absorb((*EMPTY, [0.0] * len(outs[0])), list(lses), list(zip(*outs)))))
     return [out for out, _ in merged], [lse for _, lse in merged]
 
 
