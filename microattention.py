@@ -258,7 +258,10 @@ def grouped_query_attention(x: Matrix, wq: Matrix, wk: Matrix, wv: Matrix, wo: M
 
 
 def mean_pool_kv_heads(w: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
-    """An MHA checkpoint's wk or wv [n_heads·head_dim][dim] -> GQA's [n_kv_heads·head_dim][dim]: group means."""
+    """An MHA checkpoint's wk or wv [n_heads·head_dim][dim] -> GQA's [n_kv_heads·head_dim][dim]: group means.
+
+    ValueError if n_heads does not divide the rows, or n_kv_heads n_heads.
+    """
     group = group_size(n_heads, n_kv_heads)
     if len(w) % n_heads:
         raise ValueError(f"n_heads must divide the {len(w)} rows of w, and {n_heads} does not")
@@ -349,7 +352,7 @@ class RollingKVCache:
         self.slots: dict[int, tuple[int, Vector, Vector]] = {}  # slot -> (position, key, value)
 
     def append(self, key: Vector, value: Vector) -> int:
-        """Keep the next position's key and value; the slot they went to."""
+        """Keep the next position's key and value; the slot they went to: p for a sink, else sinks + p mod window."""
         position = self.length
         slot = position if position < self.sinks else self.sinks + position % self.window
         self.slots[slot] = (position, key, value)
@@ -552,8 +555,7 @@ def show_mla(trace: Trace, knobs: Namespace) -> None:
 # In q·k, the turn of the query and the turn of the key meet as exp(i·(p_q - p_k)·θ): the score depends on the
 # distance alone. The key's own turn depends on its own position alone. So a key is rotated once and cached that
 # way: later tokens change nothing about it. (StreamingLLM renumbers positions, so it must cache keys unrotated.
-# Checkpoints in Hugging Face's layout pair channel i with i + d/2
-# instead: the same rotation, the channels permuted.)
+# Checkpoints in Hugging Face's layout pair channel i with i + d/2 instead: the same rotation, the channels permuted.)
 #
 # ALiBi leaves q and k alone and lowers each score by slope × distance, with a slope of its own for each head:
 # steep slopes look near, gentle ones far. As softmax ignores what is added to a whole row, slope × the key's
@@ -577,6 +579,7 @@ def alibi_slopes(n_heads: int) -> Vector:
     """One slope a head: 2^(-8/n), 2^(-16/n), … for n a power of two; other n as in the authors' code.
 
     Those take the slopes of the power of two below n, then every other slope of the power of two above.
+    ValueError if n_heads < 1.
     """
     if n_heads < 1:
         raise ValueError(f"n_heads must be at least 1, not {n_heads}")
@@ -586,7 +589,10 @@ def alibi_slopes(n_heads: int) -> Vector:
 
 
 def alibi_bias(n_q: int, n_k: int, slope: float) -> Matrix:
-    """What ALiBi adds to the scores: -slope × distance, [n_q][n_k]; the queries are the last n_q positions."""
+    """What ALiBi adds to the scores: -slope × distance, [n_q][n_k]; the queries are the last n_q positions.
+
+    The distance is query's position - key's, so below 0 for keys to come, which a causal mask hides.
+    """
     return [[-slope * (n_k - n_q + i - j) for j in range(n_k)] for i in range(n_q)]
 
 
@@ -686,9 +692,10 @@ def cache_bytes(model: RealModel, n_tokens: int, bytes_per_value: float = 2) -> 
 
 
 def decode_multiplications(model: RealModel, n_tokens: int) -> int:
-    """Multiplications in QKᵀ and weights·V for one new token that sees n_tokens; FLOPs are twice that.
+    """Multiplications in QKᵀ and weights·V for one new token among n_tokens; FLOPs are twice that.
 
-    MLA in its absorbed form. The projections, whose cost does not grow with n_tokens, are not in it.
+    What a window hides is not computed; MLA in its absorbed form. The projections, whose cost does not grow with
+    n_tokens, are not in it.
     """
     seen = n_tokens if model.window is None else min(n_tokens, model.window)
     per_pair = 2 * model.head_dim if not model.d_c else (model.d_c + model.d_rope) + model.d_c
@@ -767,7 +774,10 @@ def shard_weights(wq: Matrix, wk: Matrix, wv: Matrix, wo: Matrix, n_heads: int, 
 
 
 def heads_of_ranks(n_heads: int, n_kv_heads: int, n_ranks: int) -> list[tuple[range, range]]:
-    """Each rank's (query heads, KV heads). A KV head stands on every rank that has a query head of its group."""
+    """Each rank's (query heads, KV heads). A KV head stands on every rank that has a query head of its group.
+
+    ValueError if n_ranks is none of possible_ranks().
+    """
     if n_ranks not in possible_ranks(n_heads, n_kv_heads):
         raise ValueError(f"n_ranks must divide n_heads = {n_heads}, and divide n_kv_heads = {n_kv_heads} or be a "
                          f"multiple of it, and {n_ranks} does not")

@@ -93,14 +93,17 @@ class Traffic:
         return self.reads + self.writes
 
     def load(self, matrix: Sequence, rows: range) -> list:
-        """Copy these rows of a matrix (or numbers of a vector) from HBM into SRAM."""
+        """Copy these rows of a matrix (or numbers of a vector) from HBM into SRAM: a change to the copy stays there."""
         tile = [row if isinstance(row, (int, float)) else list(row) for row in matrix[rows.start:rows.stop]]
         self.reads += count_numbers(tile)
         self.hold(count_numbers(tile))
         return tile
 
     def store(self, matrix: list, rows: range, tile: Sequence) -> None:
-        """Write a tile from SRAM over these rows of a matrix (or vector) in HBM, or after its last."""
+        """Write a tile from SRAM over these rows of a matrix (or vector) in HBM, or after its last.
+
+        ValueError if the tile has more rows or fewer than that, or would leave a gap.
+        """
         if len(tile) != len(rows) or rows.start > len(matrix):
             raise ValueError(f"tile must have a row for each of {rows} and leave no gap, not {len(tile)} rows")
         matrix[rows.start:rows.stop] = tile
@@ -235,7 +238,8 @@ EMPTY = -math.inf, 0.0               # m and l before the first key
 def absorb(state: State, scores: Vector, columns: Sequence[Sequence[float]], threshold: float = 0.0) -> State:
     """One query takes in one more tile of keys: its scores [n], and the columns of v [d_v][n].
 
-    threshold: how far the maximum may be exceeded before m follows it (section 9; 0 is the usual softmax).
+    Scores of -inf weigh nothing, and may be all there is.
+    threshold: how far m may be exceeded before it follows (section 9; 0 is the usual softmax).
     """
     m, l, o = state
     top = max(scores)
@@ -254,13 +258,17 @@ def finish(state: State) -> tuple[Vector, float]:
 
 
 def safe_softmax(scores: Vector, traffic: Traffic | None = None) -> Vector:
-    """Softmax in the three passes of the textbooks, each of which reads the scores from HBM again."""
+    """Softmax in the three passes of the textbooks, each of which reads the scores from HBM again. -inf gets 0."""
     hbm, row, weights = traffic or Traffic(), range(len(scores)), []
-    m = max(hbm.load(scores, row), default=-math.inf)
-    if m > -math.inf:
+    with hbm.frame():
+        m = max(hbm.load(scores, row), default=-math.inf)
+    if m == -math.inf:
+        return [0.0] * len(scores)
+    with hbm.frame():
         l = sum(math.exp(s - m) for s in hbm.load(scores, row))
+    with hbm.frame():
         hbm.store(weights, row, [math.exp(s - m) / l for s in hbm.load(scores, row)])
-    return weights or [0.0] * len(scores)
+    return weights
 
 
 def online_softmax(scores: Vector, *, tile: int = 1, traffic: Traffic | None = None) -> Vector:
@@ -330,8 +338,9 @@ def flash_attention_v1(q: Matrix, k: Matrix, v: Matrix, *, block_q: int, block_k
                        traffic: Traffic | None = None) -> tuple[Matrix, Vector]:
     """(out, lse) as standard_attention, tile by tile in the order of 2022: Dao et al., Algorithm 1.
 
-    block_q, block_k: rows in a tile of q, and of k and v; they need not divide anything. HBM is left with m and l
-    of each row, from which lse is made on the way out.
+    block_q, block_k: rows in a tile of q, and of k and v; they need not divide anything. HBM begins with o, m and
+    l of no keys, written for every row, and is left with m and l, from which lse is made on the way out. Every block
+    of k and v is loaded, even one that nobody sees.
     """
     scale, hbm = check_arguments(q, k, v, scale, traffic, block_q=block_q, block_k=block_k, window=window)
     out, stats = [], []                                                # in HBM: o, and (m, l)
@@ -633,7 +642,8 @@ def flash_attention_backward(q: Matrix, k: Matrix, v: Matrix, out: Matrix, lse: 
                              traffic: Traffic | None = None) -> tuple[Matrix, Matrix, Matrix]:
     """(dq [n_q][d], dk [n_k][d], dv [n_k][d_v]) from what the forward pass left, out and lse, and d_out [n_q][d_v].
 
-    The options are those of flash_attention, and must be the same. Dao, FlashAttention-2.
+    The options are those of flash_attention, and must be the same. D, block by block of queries, and zeros for dq are
+    written first. Dao, FlashAttention-2.
     """
     scale, hbm = check_arguments(q, k, v, scale, traffic, block_q=block_q, block_k=block_k, window=window)
     d, d_v = len(k[0]), len(v[0])
@@ -762,9 +772,11 @@ def show_backward(trace: Trace, knobs: Namespace) -> None:
 def flash_decode(q: Matrix, k: Matrix, v: Matrix, *, n_splits: int, block_q: int = BLOCK_Q, block_k: int = BLOCK_K,
                  causal: bool = False, window: int | None = None, scale: float | None = None,
                  traffic: Traffic | None = None) -> tuple[Matrix, Vector]:
-    """(out, lse) as flash_attention, the keys cut into n_splits runs that do not wait for each other, then merged."""
-    check_arguments(q, k, v, scale, traffic, n_splits=n_splits)
-    hbm = traffic or Traffic()
+    """(out, lse) as flash_attention, the keys cut into n_splits runs that do not wait for each other, then merged.
+
+    A second kernel merges: it reads all parts from HBM, where the runs wrote them, and writes out and lse there.
+    """
+    scale, hbm = check_arguments(q, k, v, scale, traffic, n_splits=n_splits)
     parts = [flash_attention(q, k, v, keys=keys, block_q=block_q, block_k=block_k, causal=causal, window=window,
                              scale=scale, traffic=hbm) for keys in split_evenly(len(k), n_splits)]
     out, lse, whole = [], [], range(len(q))
@@ -785,10 +797,8 @@ def merge_partials(parts: Sequence[tuple[Matrix, Vector]]) -> tuple[Matrix, Vect
                          f"{[len(rows) for part in parts for rows in part]}")
     merged = []
     for outs, lses in zip(zip(*(out for out, _ in parts)), zip(*(lse for _, lse in parts))):
-        weights = softmax(list(lses))                                  # exp(L_s - L)
-        top = max(lses)                                                # the largest weight is exp(top - L)
-        merged.append(([dot(weights, column) for column in zip(*outs)],
-                       top - math.log(max(weights)) if top > -math.inf else -math.inf))
+        # As if each part were one key, with L_s its score and out_s its value.
+        merged.append(finish(absorb((*EMPTY, [0.0] * len(outs[0])), list(lses), list(zip(*outs)))))
     return [out for out, _ in merged], [lse for _, lse in merged]
 
 
@@ -798,7 +808,10 @@ def split_evenly(n: int, n_splits: int) -> list[range]:
 
 
 def splits_that_fill(card: Card, work: int, n_tiles: int) -> int:
-    """How many splits give each SM something to do, for `work` independent problems of n_tiles tiles of keys."""
+    """The most splits, up to n_tiles, for which no SM gets a second job; at least 1.
+
+    work: independent problems of n_tiles tiles of keys, each of which makes a job a split.
+    """
     return max(1, min(n_tiles, card.n_sms // work))
 
 
@@ -861,7 +874,10 @@ def show_decode(trace: Trace, knobs: Namespace) -> None:
 
 def flash_grouped_query(q_heads: Sequence[Matrix], k_heads: Sequence[Matrix], v_heads: Sequence[Matrix],
                         **options) -> list[tuple[Matrix, Vector]]:
-    """(out, lse) of each query head; n_heads of q, n_kv_heads of k and v. options: those of flash_attention."""
+    """(out, lse) of each query head; n_heads of q, n_kv_heads of k and v. options: those of flash_attention.
+
+    ValueError if n_kv_heads does not divide n_heads.
+    """
     if not k_heads or len(q_heads) % len(k_heads) or len(v_heads) != len(k_heads):
         raise ValueError(f"n_kv_heads must divide the {len(q_heads)} query heads, and be the same for k and v; "
                          f"{len(k_heads)} and {len(v_heads)} do not")
@@ -957,7 +973,7 @@ def round_to_e4m3(x: float) -> float:
 
 
 def quantise_blocks(m: Matrix, block: int) -> Matrix:
-    """m as FP8 can hold it, each block of rows with a scale of its own that takes its largest value to 448."""
+    """m as FP8 can hold it, each block of rows with a scale of its own that takes its largest value, if not 0, to 448."""
     out = []
     for rows in tiles(range(len(m)), block):
         scale = max(abs(x) for i in rows for x in m[i]) / E4M3_MAX or 1.0
@@ -966,7 +982,10 @@ def quantise_blocks(m: Matrix, block: int) -> Matrix:
 
 
 def hadamard_rotate(m: Matrix, signs: Vector) -> Matrix:
-    """m R, R = diag(signs) · Hadamard / √d: every row's d channels mixed evenly. d must be a power of two."""
+    """m R, R = diag(signs) · H / √d, H as Sylvester built it, [[H, H], [H, -H]] again and again: mixes all d channels.
+
+    ValueError unless d is a power of two, and there is one sign for each channel.
+    """
     d = len(signs)
     if d < 1 or d & (d - 1) or any(len(row) != d for row in m):
         raise ValueError(f"signs must be one for each channel of m, and a power of two of them, not {d}")
@@ -981,7 +1000,7 @@ def hadamard_rotate(m: Matrix, signs: Vector) -> Matrix:
 
 
 def count_rescalings(rows: Matrix, tile: int, threshold: float) -> int:
-    """How often o would be rescaled while rows of scores are taken in tile by tile."""
+    """How often o would be rescaled while rows of scores are taken in tile by tile: m moves, the first time aside."""
     count = 0
     for row in rows:
         state = (*EMPTY, [])

@@ -297,7 +297,7 @@ def test_traffic_is_what_an_independent_count_says(shape, causal, window, blocks
         attend(q, k, v, traffic=traffic, **options)
         assert (traffic.reads, traffic.writes, traffic.peak, traffic.walk) == (reads, writes, peak, visited)
         assert traffic.accesses == reads + writes and traffic.held == 0 and traffic.tiles == len(visited)
-        with pytest.raises(ValueError, match="SRAM holds"):
+        with pytest.raises(ValueError):
             attend(q, k, v, traffic=m.Traffic(sram=peak - 1), **options)
     reads, writes, peak, visited = count("backward", *shape, *blocks, causal, window)
     out, lse, _ = dense(*arrays, causal, window)
