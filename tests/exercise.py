@@ -6,7 +6,7 @@
     python tests/exercise.py --list                           every technique, and the section it is in
 
 A technique is a function or class that the head of a section names and that stands in a numbered section. Its
-docstring and the prose around it stay, and so does the supporting cast. `pytest --impl my` then grades what is in
+docstring and the prose around it stay, and so does the supporting cast. `pytest --impl=my` then grades what is in
 my/, and `python my/microflash.py` prints its trace as far as it goes. A file that is there is never overwritten.
 """
 
@@ -120,7 +120,7 @@ def main() -> int:
     except OSError as error:
         parser.exit(2, f"exercise.py: cannot write {target}: {error.strerror}\n")
     print(f"{target}: {len(chosen)} to write: {', '.join(technique.name for technique in chosen)}.\n"
-          f"Grade it with: python -m pytest --impl {arguments.folder}")
+          f"Grade it with: python -m pytest --impl={arguments.folder}")
     return 0
 
 

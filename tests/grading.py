@@ -13,13 +13,15 @@ import inspect
 import math
 import reprlib
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from tests.exercise import NAMES, ROOT, techniques
 
-LARGEST_CASE = 4000  # characters of arguments; a call with more is not kept for the report
+LARGEST_CASE = 4000  # characters of arguments; a call with more is not kept for the report,
+MOST_CASES = 60      # nor are more calls of one technique in a test
 
 
 def pytest_addoption(parser):
@@ -45,6 +47,8 @@ def pytest_configure(config):
                                 f"python tests/exercise.py microattention {config.option.impl}")
     if not any(argument.startswith("--tb") for argument in config.invocation_params.args):
         config.option.tbstyle, config.option.reportchars = "no", "N"
+    raises = pytest.raises  # that something is refused is graded, in what words is not
+    pytest.raises = lambda *arguments, match=None, **options: raises(*arguments, **options)
     sys.path.insert(0, str(folder))
     config.pluginmanager.register(Grader(config, folder, scripts), "grader")
 
@@ -68,6 +72,8 @@ class Outcome(NamedTuple):
     failed: bool
     waits_for: str | None
     called: frozenset
+    agreed: frozenset  # called, and every call compared gave what the original gives
+    differed: frozenset
     message: list[str]
 
 
@@ -81,7 +87,7 @@ class Grader:
         self.outcomes = []
         self.cases = {}       # (script, name): (size, arguments, result, expected result), the smallest that differs
         self.calls_inside = {}  # (script, name): techniques called while it ran
-        self.running, self.called, self.calls = [], set(), []
+        self.running, self.called, self.calls, self.unchecked, self.n_calls = [], set(), [], set(), Counter()
 
     def pytest_ignore_collect(self, collection_path):
         """Only parity tests; unless tests were named, only those of the scripts that are in the folder."""
@@ -109,9 +115,10 @@ class Grader:
                 owner, _, name = technique.rpartition(".")
                 owner = getattr(module, owner) if owner else module
                 value = vars(owner)[name]
-                compare = None if "." in technique else getattr(original, technique)
+                whose = getattr(original, owner.__name__) if owner is not module else original
+                compare = vars(whose)[name]
                 if isinstance(value, property):
-                    setattr(owner, name, property(self.watched((script, technique), value.fget, None)))
+                    setattr(owner, name, property(self.watched((script, technique), value.fget, compare.fget)))
                 elif inspect.isfunction(value):
                     setattr(owner, name, self.watched((script, technique), value, compare))
 
@@ -122,7 +129,9 @@ class Grader:
             self.called.add(key)
             for outer in self.running:
                 self.calls_inside.setdefault(outer, set()).add(key)
-            kept = original and key not in self.running and attempt(lambda: copy.deepcopy((arguments, options)))
+            self.n_calls[key] += 1
+            keep = self.n_calls[key] <= MOST_CASES and key not in self.running
+            kept = attempt(lambda: copy.deepcopy((arguments, options))) if keep else None
             self.running.append(key)
             try:
                 result = function(*arguments, **options)
@@ -132,12 +141,15 @@ class Grader:
             finally:
                 self.running.pop()
                 if kept and not isinstance(kept, Exception) and (size := len(repr(kept))) <= LARGEST_CASE:
-                    self.calls.append((size, key, original, kept, attempt(lambda: copy.deepcopy(result))))
+                    after = attempt(lambda: copy.deepcopy((result, arguments, options)))
+                    self.calls.append((size, key, original, kept, after))
+                elif key not in self.running:
+                    self.unchecked.add(key)
             return result
         return call
 
     def pytest_runtest_setup(self):
-        self.called, self.calls = set(), []
+        self.called, self.calls, self.unchecked, self.n_calls = set(), [], set(), Counter()
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item, call):
@@ -147,13 +159,21 @@ class Grader:
         error = call.excinfo and call.excinfo.value
         waits_for = str(error) if isinstance(error, NotImplementedError) else None
         message = [line for line in call.excinfo.exconly().splitlines() if line.strip()][:8] if report.failed else []
-        self.outcomes.append(Outcome(item.name, report.failed, waits_for, frozenset(self.called), message))
-        for size, key, original, (arguments, options), result in sorted(self.calls, key=lambda c: c[0]) if report.failed else []:
-            if size < self.cases.get(key, (math.inf,))[0] and not isinstance(result, NotImplementedError):
-                shown = ", ".join([*map(short, arguments), *(f"{name}={short(value)}" for name, value in options.items())])
-                expected = attempt(lambda: original(*arguments, **options))
-                if not same(result, expected):
-                    self.cases[key] = size, shown, short(result), short(expected)
+        compared, differed = set(), set()
+        calls = sorted(self.calls, key=lambda call: call[0]) if report.failed else []
+        for size, key, original, (arguments, options), after in calls:
+            if key in differed or isinstance(after, Exception) or isinstance(after[0], NotImplementedError):
+                continue
+            shown = ", ".join([*map(short, arguments), *(f"{name}={short(value)}" for name, value in options.items())])
+            expected = attempt(lambda: original(*arguments, **options)), arguments, options
+            compared.add(key)
+            if not same(after, expected):
+                differed.add(key)
+                if size < self.cases.get(key, (math.inf,))[0]:
+                    self.cases[key] = size, shown, *difference(after, expected)
+        agreed = compared - differed - self.unchecked
+        self.outcomes.append(Outcome(item.name, report.failed, waits_for, frozenset(self.called), frozenset(agreed),
+                                     frozenset(differed), message))
 
     def verdict(self, key):
         """(word, lines) for one technique."""
@@ -161,19 +181,24 @@ class Grader:
         if self.techniques[key] == "unwritten":
             return "not yet", ["not yet written"]
         tests = [outcome for outcome in self.outcomes if key in outcome.called]
-        failed = [outcome for outcome in tests if outcome.failed]
+        failed = [outcome for outcome in tests if outcome.failed and not (outcome.differed and key in outcome.agreed)]
         waits = sorted({outcome.waits_for for outcome in failed if outcome.waits_for} - {name})
-        n_wrong = sum(not outcome.waits_for for outcome in failed)
         passed = f"{len(tests) - len(failed)} of {len(tests)} tests pass"
-        inner = sorted(inside[1] for inside in self.calls_inside.get(key, ()) if inside != key and inside in self.cases)
-        blamed = inner or sorted({other for outcome in failed for _, other in outcome.called & self.cases.keys()})
+        wrong = {other for outcome in failed
+                 for other in outcome.differed or (outcome.called & self.cases.keys()) - outcome.agreed}
+        unexplained = [outcome for outcome in failed if not outcome.waits_for and not outcome.differed
+                       and not (outcome.called & self.cases.keys()) - outcome.agreed - {key}]
+        inner = sorted(inside[1] for inside in self.calls_inside.get(key, ()) if inside != key and inside in wrong)
+        blamed = inner or sorted({other for _, other in wrong - {key}})
         if key in self.cases and not inner:
             _, arguments, result, expected = self.cases[key]
             return "wrong", [f"{passed}; the smallest call that shows it:", f"{name}({arguments})",
                              f"  yours     {result}", f"  expected  {expected}"]
-        if n_wrong and not blamed:
-            first = min((outcome for outcome in failed if not outcome.waits_for), key=lambda o: (len(o.test), o.test))
-            return "wrong", [f"{passed}; the smallest that fails: {first.test}", *first.message]
+        if unexplained:
+            first = min(unexplained, key=lambda o: (len(o.test), o.test))
+            others = sorted(other for _, other in first.called - {key})
+            doubt = f" (or it is {', '.join(others)})" if others else ""
+            return "wrong", [f"{passed}; the smallest that fails{doubt}: {first.test}", *first.message]
         if failed:
             return "waits", [f"{passed}; for the others {', '.join(blamed or waits)} must be right first"]
         return ("done", [passed]) if tests else ("not yet", ["written, but no test that ran calls it"])
@@ -182,7 +207,8 @@ class Grader:
         write = terminalreporter.write_line
         for script in self.scripts:
             keys = [key for key in self.techniques if key[0] == script]
-            terminalreporter.section(f"{script}: {len(keys)} techniques of your own" if keys else f"{script}: as the original")
+            originals = len(all_techniques(script)) - len(keys)
+            terminalreporter.section(f"{script}: {len(keys)} techniques of your own, {originals} as the original")
             grades = {key: self.verdict(key) for key in keys}
             for key, (word, (first, *more)) in grades.items():
                 write(f"{word:8} {key[1]}: {first}", **{"done": {"green": True}, "wrong": {"red": True}}.get(word, {}))
@@ -191,6 +217,11 @@ class Grader:
             if keys:
                 done = sum(word == "done" for word, _ in grades.values())
                 write(f"{done} of {len(keys)} done.", bold=True)
+
+
+def all_techniques(script):
+    """The techniques of a script."""
+    return techniques((ROOT / f"{script}.py").read_text(encoding="utf-8"))
 
 
 def functions(source):
@@ -230,7 +261,21 @@ def same(a, b):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, Exception) or isinstance(b, Exception):
         return type(a) is type(b)
+    if hasattr(a, "__dict__") and hasattr(b, "__dict__"):
+        return same(vars(a), vars(b))
     return a == b or repr(a) == repr(b)
+
+
+def difference(mine, theirs):
+    """Two reports of a call, (result, arguments, options), as shown: the results, or what became of the arguments."""
+    if same(mine[0], theirs[0]):
+        mine, theirs = ([*arguments, *options.values()] for _, arguments, options in (mine, theirs))
+        a, b = next((a, b) for a, b in zip(mine, theirs) if not same(a, b))
+        if hasattr(a, "__dict__"):
+            a, b = ({name: value for name, value in vars(x).items() if not same(value, vars(y).get(name))}
+                    for x, y in ((a, b), (b, a)))
+        return f"leaves {short(a)}", f"leaves {short(b)}"
+    return short(mine[0]), short(theirs[0])
 
 
 class Short(reprlib.Repr):
@@ -240,6 +285,9 @@ class Short(reprlib.Repr):
         self.maxlist = self.maxtuple = 8
         self.maxstring = self.maxother = 200
         self.maxlevel = 4
+
+    def repr_instance(self, x, level):
+        return f"{type(x).__name__} with {self.repr1(vars(x), level - 1)}" if hasattr(x, "__dict__") else repr(x)
 
     def repr_float(self, x, level):
         return f"{x:.5g}"

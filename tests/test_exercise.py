@@ -150,12 +150,20 @@ def test_a_grade_blames_the_function_inside(tmp_path):
     assert re.search(r"^waits    grouped_query_attention: .* attention must be right first$", report, re.M)
 
 
-def test_a_method_is_graded_by_its_smallest_failing_test(tmp_path):
+def test_a_method_is_graded_by_what_it_does_to_its_object(tmp_path):
     done, report = grade(tmp_path, {"BlockPool.free": "self.ref_count[block_id] -= 1"}, "-k", "pool or fork",
                          what="microkv.BlockPool.free")
-    assert done.returncode == 1
-    assert re.search(r"^wrong    BlockPool\.free: .* the smallest that fails: test_\w+.*\n +\S.*Error.*", report, re.M)
+    assert done.returncode == 1 and "microkv: 1 techniques of your own, " in report
+    assert re.search(r"^wrong    BlockPool\.free: .* the smallest call that shows it:\n +BlockPool\.free\(.*\n"
+                     r" +yours .*\n +expected .*", report, re.M)
     assert report.rstrip().splitlines()[-2] == "0 of 1 done."
+
+
+def test_refusals_are_graded_but_not_their_words(tmp_path):
+    ways = bodies("microattention", "alibi_slopes")
+    ways["alibi_slopes"] = ways["alibi_slopes"].replace("n_heads must be at least 1", "no")
+    done, report = grade(tmp_path, ways, "-k", "alibi_slopes", what="microattention.alibi_slopes")
+    assert done.returncode == 0 and "\ndone     alibi_slopes: 1 of 1 tests pass\n" in report
 
 
 def test_what_is_not_in_the_folder_falls_back_and_an_empty_folder_is_refused(tmp_path):
