@@ -10,7 +10,8 @@ Run it (`python microbeam.py`), read the trace, then read on from here: every se
 of this file. A decoder knows a model only as logits_fn(tokens); the Llama, its training and its cache come last.
 
 The papers:
-  Holtzman et al., The Curious Case of Neural Text Degeneration (top-p), 2019, 1904.09751   sections 1, 2
+  Holtzman et al., The Curious Case of Neural Text Degeneration (top-p), 2019,
+    arXiv:1904.09751                                                                        sections 1, 2
   Keskar et al., CTRL (the repetition penalty), 2019, arXiv:1909.05858                      section 2
   Meister et al., Locally Typical Sampling, 2022, arXiv:2202.00666                          section 2
   Nguyen et al., Turning Up the Heat: Min-p Sampling, 2024, arXiv:2407.01082                section 2
@@ -25,7 +26,8 @@ The papers:
     Decoding, 2023, arXiv:2305.10427                                                        section 10
   Fu et al., Break the Sequential Dependency of LLM Inference Using Lookahead Decoding,
     2024, arXiv:2402.02057                                                                  section 10
-  Willard & Louf, Efficient Guided Generation for Large Language Models, 2023, 2307.09702   section 11
+  Willard & Louf, Efficient Guided Generation for Large Language Models, 2023,
+    arXiv:2307.09702                                                                        section 11
 """
 
 from __future__ import annotations
@@ -252,6 +254,11 @@ def distribution(logits: Vector, temperature: float = 1.0, top_k: int | None = N
     return softmax(logits)
 
 
+def survivors(p: Vector) -> int:
+    """How many tokens have any probability left."""
+    return sum(value > 0 for value in p)
+
+
 def show_filters(trace: Trace, knobs: Namespace) -> None:
     """Each filter on the distribution where the model is least sure and where it is most; the penalties."""
     target, draft = models(knobs)
@@ -263,9 +270,8 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
     shaped = {place: {name: distribution(target(text[:place]), **way) for name, way in ways.items()}
               for place in (unsure, sure)}
     p, most = shaped[unsure]["as is"], max(max(p) for name, p in shaped[unsure].items() if name != "top-k")
-    survive = {place: [sum(value > 0 for value in way) for way in shaped[place].values()] for place in shaped}
     trace.ask(f"Where the model is surest it gives its best token {max(shaped[sure]['as is']):.3f}. How many tokens "
-              f"does top-p {knobs.top_p:g} keep there?", survive[sure][4])
+              f"does top-p {knobs.top_p:g} keep there?", survivors(shaped[sure]["top-p"]))
     trace.say(f"What may follow {knobs.tail(text[:unsure])!r}, where the model is least sure, reshaped: temperatures "
               f"0.5 and 2, top-k {knobs.top_k}, top-p {knobs.top_p:g}, min-p {knobs.min_p:g}, typical {TYPICAL_P:g}. "
               f"The nine likeliest tokens; then how many survive and the entropy in bits, there and where the model "
@@ -273,7 +279,7 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
     rows = [[knobs.name(i), f"{p[i]:.2f}"] + [bar(way[i], most, 6) for way in shaped[unsure].values()]
             for i in sorted(range(len(p)), key=lambda i: -p[i])[:9]]
     for place, name in ((unsure, "unsure"), (sure, "sure")):
-        rows += [[f"{name}: tokens", "", *map(str, survive[place])],
+        rows += [[f"{name}: tokens", "", *(str(survivors(way)) for way in shaped[place].values())],
                  ["  entropy", "", *(f"{entropy(way):.2f}" for way in shaped[place].values())]]
     trace.table(["token", "p", *ways], rows, left=(0, *range(2, 9)))
 
@@ -516,20 +522,17 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
               f"text so far; #1 to #3 are kept at their step, × are the two best that were pruned.")
     trace.lines(beam_tree(target, knobs.tokens, 3, 4, knobs.name))
 
-    rows, texts, gaps = [], [], []
-    for prompt in (knobs.tokens, knobs.tokenizer.encode(SECOND_PROMPT)):
-        totals = {}
+    rows, found, prompts = [], {}, (knobs.tokens, knobs.tokenizer.encode(SECOND_PROMPT))
+    for first, prompt in zip((True, False), prompts):
         for width in (1, 2, 4, 8, "exact"):
             target.passes = 0
-            found = (exact_search(target, prompt, n, eos=eos, max_passes=150) if width == "exact" else
-                     beam_search(target, prompt, n, width=width, length_penalty=0.0, eos=eos)[0])
-            if found:
-                tokens, totals[width] = found
-                texts.append(tokens)
-                rows.append([knobs.tail(prompt) * (width == 1), str(width), f"{totals[width]:.2f}", str(len(tokens)),
+            best = (exact_search(target, prompt, n, eos=eos, max_passes=150) if width == "exact" else
+                    beam_search(target, prompt, n, width=width, length_penalty=0.0, eos=eos)[0])
+            if best:
+                found[first, width] = tokens, total = best
+                rows.append([knobs.tail(prompt) * (width == 1), str(width), f"{total:.2f}", str(len(tokens)),
                              str(target.passes), knobs.clip(tokens, 24)])
-        gaps += [totals[width] - totals[1] for width in (2, 4, 8)] + [totals[8] - totals.get("exact", totals[8])]
-    narrow, wide = len(texts[0]), len(texts[3])
+    narrow, wide = (len(found[True, width][0]) for width in (1, 8))
     trace.ask("Log-probability alone decides. Is the best text of width 8 longer, shorter or as long as that of "
               "width 1?", "as long" if wide == narrow else "shorter" if wide < narrow else "longer")
     trace.say("Wider beams, to the end of the verse: the likeliest text found (length penalty 0), and the passes it "
@@ -551,13 +554,16 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
                 [[cell for tokens, total in pair for cell in (f"{total:.2f}", knobs.clip(tokens, 29))]
                  for pair in zip(twins, others)], left=(1, 3))
 
-    trace.check("width 1 = greedy", texts[0] == greedy(target, knobs.tokens, n, eos=eos), "the same tokens")
+    trace.check("width 1 = greedy", found[True, 1][0] == greedy(target, knobs.tokens, n, eos=eos), "the same tokens")
     [(tokens, total), *_] = beam_search(toy_logits, TOY_PROMPT, 4, width=27, length_penalty=0.0)
     every = every_outcome(lambda rng: tuple(sample(toy_logits, TOY_PROMPT, 4, rng=rng)))
     trace.check("on the toy, four words, a beam of 27 finds the best of all 81 texts",
                 tuple(tokens) == max(every, key=every.get) and abs(math.exp(total) - every[tuple(tokens)]) < 1e-12,
                 f"p = {math.exp(total):.3f}")
     if knobs.as_shipped:  # other prompts and other models may be the exception
+        log_p = {key: total for key, (_, total) in found.items()}
+        gaps = [log_p[first, width] - log_p[first, to] for first in (True, False)
+                for width, to in ((2, 1), (4, 1), (8, 1), (8, "exact"))]
         trace.check("no beam ends below greedy, and width 8 meets the exact optimum", min(gaps) > -1e-9,
                     "both prompts; |Δ| < 1e-9")
 
@@ -603,6 +609,7 @@ class Counts:
         """Drafted tokens kept."""
         return sum(kept for _, kept in self.rounds)
 
+
 def speculative_greedy(target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *,
                        gamma: int) -> tuple[list[int], Counts]:
     """(greedy(target_fn, …), Counts): `gamma` tokens at a time drafted by greedy(draft_fn, …).
@@ -614,7 +621,10 @@ def speculative_greedy(target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence
 
 def speculate(target_fn: LogitsFn, propose: Callable[[list[int], int], list[int]], prompt: Sequence[int],
               max_new_tokens: int, *, gamma: int) -> tuple[list[int], Counts]:
-    """The same with any source of guesses: propose(tokens, n) gives up to n tokens, from wherever."""
+    """(greedy(target_fn, …), Counts), whoever guesses: propose(tokens, n) gives up to n tokens to follow tokens.
+
+    A pass is asked for at most gamma guesses, and never for more than it can use: it puts one token itself.
+    """
     check_request(prompt, max_new_tokens, gamma=gamma)
     tokens, counts, end = list(prompt), Counts(), len(prompt) + max_new_tokens
     while len(tokens) < end:
@@ -646,7 +656,8 @@ def speculative_sample(target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence
         kept = 0
         while kept < len(drafts):
             keep = acceptance(p[kept], q[kept])[drafts[kept]]
-            if draw([keep, 1 - keep], rng):
+            rejected = draw([keep, 1 - keep], rng)  # 0 or 1
+            if rejected:
                 break
             kept += 1
         after = p[kept] if kept == len(drafts) else residual(p[kept], q[kept])
@@ -1034,9 +1045,13 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
     target, draft = models(knobs)
     n, gamma = knobs.max_new_tokens, 2
     head, heads = eagle_head(knobs.seed, knobs.steps), medusa_heads(knobs.seed, knobs.steps)
+
+    def chain(tokens: list[int], n: int) -> list[int]:
+        """The best of each head: one candidate, or none yet."""
+        return [token for path in medusa_candidates(target, heads[:n], (1, 1), tokens) for token in path]
+
     drafters = {"a smaller Llama": (partial(greedy, draft), knobs.sizes[1]),
-                "Medusa, as a chain": (lambda tokens, n: list(*medusa_candidates(target, heads[:n], (1, 1), tokens)),
-                                       sum(map(count_weights, heads))),
+                "Medusa, as a chain": (chain, sum(map(count_weights, heads))),
                 "EAGLE": (partial(eagle_draft, target, head), count_weights(head))}
     prompts = [knobs.tokens, knobs.tokenizer.encode(SECOND_PROMPT)]
     rows, same, gains = [], [], {}
@@ -1087,7 +1102,7 @@ def jacobi_greedy(target_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: in
 def lookahead_greedy(target: CachedModel, prompt: Sequence[int], max_new_tokens: int, *, window: int = 5,
                      ngram: int = 3, guesses: int = 4) -> tuple[list[int], Counts]:
     """(the same tokens as greedy, Counts); `guesses` n-grams of the pool, the latest, are verified in a pass."""
-    check_request(prompt, max_new_tokens, window=window, guesses=guesses)
+    check_request(prompt, max_new_tokens, window=window, ngram=ngram, guesses=guesses)
     tokens, counts, pool = list(prompt), Counts(), {}
     levels = [[prompt[j % len(prompt)] for j in range(window)]] * (ngram - 1)
     while len(tokens) < len(prompt) + max_new_tokens:
@@ -1225,31 +1240,33 @@ def show_all_decoders(trace: Trace, knobs: Namespace) -> None:
     target, draft = models(knobs)
     n, gamma = min(knobs.max_new_tokens, 16), knobs.gamma
     heads, head = medusa_heads(knobs.seed, knobs.steps), eagle_head(knobs.seed, knobs.steps)
-    chance = dict(temperature=knobs.temperature, top_p=knobs.top_p)
-    beam = dict(width=knobs.width, length_penalty=knobs.length_penalty)
+    warm, nucleus = {"temperature": knobs.temperature}, {"temperature": knobs.temperature, "top_p": knobs.top_p}
+    beam = {"width": knobs.width, "length_penalty": knobs.length_penalty}
     decoders = {
         "greedy": lambda prompt, rng: greedy(target, prompt, n),
-        "sample": lambda prompt, rng: sample(target, prompt, n, rng=rng, temperature=knobs.temperature),
-        f"top-k {knobs.top_k}": lambda prompt, rng: sample(target, prompt, n, rng=rng, top_k=knobs.top_k),
-        f"top-p {knobs.top_p:g}": lambda prompt, rng: sample(target, prompt, n, rng=rng, **chance),
-        f"min-p {knobs.min_p:g}": lambda prompt, rng: sample(target, prompt, n, rng=rng, min_p=knobs.min_p),
+        "sample": lambda prompt, rng: sample(target, prompt, n, rng=rng, **warm),
+        f"top-k {knobs.top_k}": lambda prompt, rng: sample(target, prompt, n, rng=rng, top_k=knobs.top_k, **warm),
+        f"top-p {knobs.top_p:g}": lambda prompt, rng: sample(target, prompt, n, rng=rng, **nucleus),
+        f"min-p {knobs.min_p:g}": lambda prompt, rng: sample(target, prompt, n, rng=rng, min_p=knobs.min_p, **warm),
         f"beam, width {knobs.width}": lambda prompt, rng: beam_search(target, prompt, n, **beam)[0][0],
         "speculative top-p": lambda prompt, rng: speculative_sample(target, draft, prompt, n, gamma=gamma, rng=rng,
-                                                                    **chance),
-        "speculative": lambda prompt, rng: speculative_greedy(target, draft, prompt, n, gamma=gamma),
-        "prompt lookup": lambda prompt, rng: speculate(target, prompt_lookup, prompt, n, gamma=gamma),
-        "Medusa": lambda prompt, rng: medusa_greedy(target, heads, prompt, n),
-        "EAGLE": lambda prompt, rng: speculate(target, partial(eagle_draft, target, head), prompt, n, gamma=gamma),
-        "Jacobi": lambda prompt, rng: jacobi_greedy(target, prompt, n, gamma=gamma),
-        "lookahead": lambda prompt, rng: lookahead_greedy(target, prompt, n)}
-    lossless, same = list(decoders)[7:], []
+                                                                    **nucleus)}
+    lossless = {
+        "speculative": lambda prompt, _: speculative_greedy(target, draft, prompt, n, gamma=gamma),
+        "prompt lookup": lambda prompt, _: speculate(target, prompt_lookup, prompt, n, gamma=gamma),
+        "Medusa": lambda prompt, _: medusa_greedy(target, heads, prompt, n),
+        "EAGLE": lambda prompt, _: speculate(target, partial(eagle_draft, target, head), prompt, n, gamma=gamma),
+        "Jacobi": lambda prompt, _: jacobi_greedy(target, prompt, n, gamma=gamma),
+        "lookahead": lambda prompt, _: lookahead_greedy(target, prompt, n)}
+    same = []
     for prompt in (knobs.tokens, knobs.tokenizer.encode(SECOND_PROMPT)):
         rows, plain = [], greedy(target, prompt, n)
-        for name, decode in decoders.items():
+        for name, decode in (decoders | lossless).items():
             target.passes = 0
             found = decode(prompt, random.Random(knobs.seed))
             tokens, passes = (found, target.passes) if isinstance(found, list) else (found[0], found[1].target_passes)
-            same += [tokens == plain] * (name in lossless)
+            if name in lossless:
+                same.append(tokens == plain)
             log_p = log_probability(target, prompt, tokens)
             rows.append([name, f"{log_p:.2f}", f"{distinct([tokens]):.2f}", f"{passes / n:.2f}", knobs.clip(tokens, 21)])
             if name.startswith("beam"):
