@@ -126,12 +126,12 @@ def show_greedy(trace: Trace, knobs: Namespace) -> None:
     """The toy where greedy loses, and greedy on two models: one good, one that loops."""
     trace.say("Greedy sees one step ahead. A toy language of three words, all its two-word texts with their "
               "probabilities: the best first word is not the first word of the best text.")
-    path, every = greedy(toy_logits, TOY_PROMPT, 2), {(a, b): TOY[()][a] * TOY[a,][b] for a in range(3) for b in range(3)}
-    best = max(every, key=every.get)
+    every = {(a, b): TOY[()][a] * TOY[a,][b] for a in range(3) for b in range(3)}
+    path, best = tuple(greedy(toy_logits, TOY_PROMPT, 2)), max(every, key=every.get)
     trace.ask("a begins with 0.5, b with 0.4, c with 0.1. After a come 0.4, 0.35, 0.25; after b 0.05, 0.05, 0.9; "
               "after c 0.2, 0.6, 0.2. How probable is the best text of two words?", every[best])
     rows = [[f"{'abc'[a]} {TOY[()][a]:.2f}" * (b == 0), f"{'abc'[b]} {TOY[a,][b]:.2f}", f"{p:.3f}", bar(p, 0.4, 20),
-             "← greedy" * ([a, b] == path) + "← best" * ((a, b) == best)] for (a, b), p in every.items()]
+             "← greedy" * ((a, b) == path) + "← best" * ((a, b) == best)] for (a, b), p in every.items()]
     trace.table(["first", "second", "both", "", ""], rows, left=(0, 1, 3, 4))
 
     target, draft = models(knobs)
@@ -141,10 +141,10 @@ def show_greedy(trace: Trace, knobs: Namespace) -> None:
               f"weights) and on a smaller one ({knobs.sizes[1]:,}). Repeated: the share of runs of four tokens that "
               f"were there before. (The slashes are line ends.)")
     for name, tokens in (("the target", text), ("a smaller model", greedy(draft, knobs.tokens, n))):
-        trace.say(f"{name}: {repeated(tokens, 4):.0%} repeated")
+        trace.say(f"{name}: {1 - distinct([tokens], 4):.0%} repeated")
         trace.lines(quoted(knobs.tokenizer.decode(tokens)))
-    trace.check("the toy's best text by trying all: greedy misses it", list(best) != path,
-                f"{every[best]:.2f} against {every[tuple(path)]:.2f}")
+    trace.check("the toy's best text by trying all: greedy misses it", best != path,
+                f"{every[best]:.2f} against {every[path]:.2f}")
     rows = target.llama.forward(knobs.tokens + text)
     trace.check("every token is the argmax of one pass over the whole text, without a cache",
                 [argmax(row) for row in rows[len(knobs.tokens) - 1:-1]] == text, "equal")
@@ -291,7 +291,7 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
                  "frequency 1": lambda logits, tokens: count_penalty(logits, tokens[new], frequency=1.0)}
     for name, penalise in penalties.items():
         tokens = greedy(lambda tokens: penalise(draft(tokens), tokens), knobs.tokens, 2 * knobs.max_new_tokens)
-        rows.append([name, f"{repeated(tokens, 4):.0%}", str(len(set(tokens))), knobs.clip(tokens, 36)])
+        rows.append([name, f"{1 - distinct([tokens], 4):.0%}", str(len(set(tokens))), knobs.clip(tokens, 36)])
     trace.table(["penalty", "repeated", "different", "text"], rows, left=(0, 3))
 
     tied = list(map(math.log, (0.4, 0.2, 0.2, 0.2)))
@@ -393,7 +393,7 @@ def show_sampling(trace: Trace, knobs: Namespace) -> None:
               f"token under the model as it is. Distinct-2: different pairs of neighbours, of all pairs.")
     for name, found in texts.items():
         likelihood = fmean(log_probability(target, knobs.tokens, text) / length for text in found)
-        rows.append([name, f"{likelihood:.2f}", f"{distinct(found):.2f}", str(len(set(map(tuple, found)))),
+        rows.append([name, f"{likelihood:.2f}", f"{distinct(found, 2):.2f}", str(len(set(map(tuple, found)))),
                      knobs.clip(found[-1], 22)])
     trace.table(["sampler", "likelihood", "distinct-2", "texts", "the last"], rows, left=(0, 4))
 
@@ -443,7 +443,7 @@ def beam_search(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int,
         divisor = (max_new_tokens if length_penalty > 0 else length) ** length_penalty
         hopeless = len(finished) == width and all(total / divisor <= score(finished[-1]) for _, total in beams)
         if hopeless or early_stopping and len(finished) == width:
-            beams = []
+            beams = []  # what still runs is no answer
         if not beams:
             break
     ranked = sorted(finished + beams, key=score, reverse=True)[:width]
@@ -796,7 +796,7 @@ def overlaps(target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence[int], tok
 def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
     """Acceptance and tokens a pass, measured and by formula; the speed-up as γ and c change."""
     target, draft = models(knobs)
-    rng, runs, n, rows, every, surplus = random.Random(knobs.seed), 2, 30, [], [], 0.0
+    rng, runs, n, rows, total, every = random.Random(knobs.seed), 2, 30, [], 0, []
     trace.say(f"{runs} texts of {n} tokens for each gamma, temperature 1. Acceptance: kept, of those judged; beside it "
               f"the mean of Σ min(p, q) at the same places, alpha. Tokens a pass: counted, and by the formula.")
     for gamma in sorted({1, 2, 4, 8, knobs.gamma}):
@@ -805,25 +805,23 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
             tokens, counts = speculative_sample(target, draft, knobs.tokens, n, gamma=gamma, rng=rng)
             kept, passes = kept + counts.accepted, passes + counts.target_passes
             betas += overlaps(target, draft, knobs.tokens, tokens, counts)
-        alpha, every, surplus = fmean(betas), every + betas, surplus + kept - sum(betas)
+        alpha, total, every = fmean(betas), total + kept, every + betas
         rows.append([str(gamma), str(len(betas)), f"{kept / len(betas):.2f}", f"{alpha:.2f}", f"{runs * n / passes:.2f}",
                      f"{expected_tokens(alpha, gamma):.2f}", bar(runs * n / passes, gamma + 1, 14)])
     trace.table(["gamma", "judged", "acceptance", "Σ min(p, q)", "tokens a pass", "formula", "of gamma + 1"],
                 rows, left=(6,))
     alpha, cost = fmean(every), knobs.sizes[1] / knobs.sizes[0]
     trace.say(f"(Places are not alike: sure ones come in runs.) The speed-up for alpha = {alpha:.2f} and drafts of "
-              f"different cost c; ours has {cost:.2f} of the target's weights. * marks the best gamma.")
+              f"different cost c; ours has {cost:.2f} of the target's weights. Last: the best gamma from 0 to 16.")
     trace.ask(f"A draft costs {cost:.2f} of the target. Which gamma from 0 to 16 is best?", best_gamma(alpha, cost))
-    gammas, rows = (1, 2, 3, 4, 6, 8), []
-    for c in sorted({0.0, 0.05, 0.2, 0.5, round(cost, 3)}):
-        best = max(gammas, key=lambda gamma: speed_up(alpha, gamma, c))
-        rows.append([f"{c:.2f}", *(f"{speed_up(alpha, gamma, c):.2f}{'*' if gamma == best else ' '}" for gamma in gammas),
-                     str(best_gamma(alpha, c))])
-    trace.table(["c | gamma", *(f"{gamma} " for gamma in gammas), "best of 0 to 16"], rows)
+    gammas = (1, 2, 3, 4, 6, 8)
+    trace.table(["c | gamma", *map(str, gammas), "best"],
+                [[f"{c:.2f}", *(f"{speed_up(alpha, gamma, c):.2f}" for gamma in gammas), str(best_gamma(alpha, c))]
+                 for c in sorted({0.0, 0.05, 0.2, 0.5, cost})])
 
     spread = math.sqrt(sum(beta * (1 - beta) for beta in every) + 1)
     trace.check(f"drafts kept = the sum over the {len(every)} places judged of Σ min(p, q), but for chance",
-                abs(surplus) < 6 * spread, "within 6 standard deviations")
+                abs(total - sum(every)) < 6 * spread, "within 6 standard deviations")
     p, q, gamma = [0.5, 0.3, 0.2], [0.2, 0.2, 0.6], 3
     t_fn, d_fn = (lambda tokens, v=v: list(map(math.log, v)) for v in (p, q))
     first = every_outcome(lambda rng: speculative_sample(t_fn, d_fn, [0], gamma + 1, gamma=gamma,
@@ -842,7 +840,10 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
 # (microquant.py does that well; here the simple way), agrees nearly always and reads less memory.
 
 def prompt_lookup(tokens: Sequence[int], n: int, max_ngram: int = 3) -> list[int]:
-    """Up to n tokens that followed the latest earlier occurrence of the last max_ngram tokens, or of fewer, or []."""
+    """Up to n tokens that followed the last max_ngram tokens when they last came, or as many as did come, or [].
+
+    (transformers takes the first place where they came, and looks for two tokens at most unless told otherwise.)
+    """
     for size in range(min(max_ngram, len(tokens) - 1), 0, -1):
         for start in range(len(tokens) - size - 1, -1, -1):
             if tokens[start:start + size] == tokens[-size:]:
@@ -1134,8 +1135,8 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
     trace.table(["", "passes", "tokens a pass", ""], [
         [name, str(passes), f"{n / passes:.2f}", bar(n / passes, 4, 32)] for name, passes in
         (("greedy", n), ("Jacobi", counts.target_passes), ("lookahead", ahead.target_passes))], left=(0, 3))
-    trace.check("the output of both is greedy's", jacobi == lookahead == greedy(target, prompt, n), f"{n} tokens")
-    trace.check("no more passes than tokens", max(counts.target_passes, ahead.target_passes) <= n, "for both")
+    trace.check("the output of both is greedy's, in no more passes", jacobi == lookahead == greedy(target, prompt, n)
+                and max(counts.target_passes, ahead.target_passes) <= n, f"{n} tokens")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1268,7 +1269,7 @@ def show_all_decoders(trace: Trace, knobs: Namespace) -> None:
             if name in lossless:
                 same.append(tokens == plain)
             log_p = log_probability(target, prompt, tokens)
-            rows.append([name, f"{log_p:.2f}", f"{distinct([tokens]):.2f}", f"{passes / n:.2f}", knobs.clip(tokens, 21)])
+            rows.append([name, f"{log_p:.2f}", f"{distinct([tokens], 2):.2f}", f"{passes / n:.2f}", knobs.clip(tokens, 21)])
             if name.startswith("beam"):
                 trace.ask(f"After {knobs.tail(prompt)!r}, {n} tokens: greedy takes one pass a token. How many does a "
                           f"beam of width {knobs.width} take?", passes / n)
@@ -1435,16 +1436,10 @@ def random_logits_fn(rng: random.Random, vocab_size: int) -> LogitsFn:
     return lambda tokens: [random.Random(f"{salt} {list(tokens)} {i}").gauss(0, 1.5) for i in range(vocab_size)]
 
 
-def repeated(tokens: Sequence[int], n: int) -> float:
-    """The share of runs of n tokens that came before."""
-    runs = list(zip(*(tokens[i:] for i in range(n))))
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
-
-
-def distinct(texts: Sequence[Sequence[int]]) -> float:
-    """The share of the texts' pairs of neighbours that differ."""
-    pairs = [pair for text in texts for pair in zip(text, text[1:])]
-    return len(set(pairs)) / len(pairs) if pairs else 1.0
+def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
+    """Distinct-n: of all runs of n tokens in the texts, the share that remains when each is counted once."""
+    runs = [run for text in texts for run in zip(*(text[i:] for i in range(n)))]
+    return len(set(runs)) / len(runs) if runs else 1.0
 
 
 def entropy(weights: Vector) -> float:

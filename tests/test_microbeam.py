@@ -162,8 +162,8 @@ def test_the_toy_looks_at_the_last_word_and_not_at_the_prompt():
 
 
 def test_the_small_measures():
-    assert m.distinct([[1, 2, 1, 2], [1, 2]]) == 2 / 4 and m.distinct([[1], [2]]) == 1.0
-    assert m.repeated([1, 2, 1, 2, 1], 2) == 2 / 4 and m.repeated([1, 2, 3], 4) == 0.0
+    assert m.distinct([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4 and m.distinct([[1], [2]], 2) == 1.0
+    assert m.distinct([[1, 2, 3, 1, 2, 3, 1, 2]], 4) == 3 / 5 and m.distinct([[1, 2, 3]], 4) == 1.0
     assert m.total_variation({0: 0.5, 1: 0.5}, {1: 0.25, 2: 0.75}) == 0.75
     assert m.count_weights({"w1": [[1.0] * 4] * 2, "w2": [[1.0] * 3]}) == 11
     rng = random.Random(0)
