@@ -169,7 +169,7 @@ def show_greedy(trace: Trace, knobs: Namespace) -> None:
 # once and per time.
 
 def apply_temperature(logits: Vector, t: float) -> Vector:
-    """logits / t. ValueError unless t > 0: for t -> 0, ask greedy()."""
+    """logits / t. ValueError unless t is above 0 (for t -> 0, ask greedy()) and finite."""
     if not 0 < t < math.inf:
         raise ValueError(f"temperature must be above 0 (greedy is the limit at 0), not {t}")
     return [logit / t for logit in logits]
@@ -230,7 +230,7 @@ def keep_where(kept: Sequence[bool], logits: Vector) -> Vector:
 
 
 def repetition_penalty(logits: Vector, tokens: Sequence[int], penalty: float) -> Vector:
-    """Tokens seen before: positive logits / penalty, negative × penalty. ValueError unless penalty > 0."""
+    """Tokens seen before: positive logits / penalty, negative × penalty. ValueError unless it is above 0 and finite."""
     if not 0 < penalty < math.inf:
         raise ValueError(f"penalty must be above 0 (1 changes nothing), not {penalty}")
     seen = set(tokens)
@@ -425,8 +425,10 @@ def show_sampling(trace: Trace, knobs: Namespace) -> None:
 
 def beam_search(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, width: int,
                 length_penalty: float = 1.0, eos: int | None = None, early_stopping: bool = False) -> list[Candidate]:
-    """[(new tokens, score)], best first, at most `width`. early_stopping: stop as soon as `width` have ended.
+    """[(new tokens, score)], best first, at most `width`; those still running at the end count too.
 
+    It stops before max_new_tokens when `width` have ended and none that runs can still beat the worst of them, however
+    long it gets; with early_stopping as soon as `width` have ended, leaving out what still runs.
     ValueError: width or max_new_tokens below 1, an empty prompt, eos outside the vocabulary.
     """
     check_request(prompt, max_new_tokens, width=width, at_least=1)
@@ -443,7 +445,7 @@ def beam_search(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int,
         divisor = (max_new_tokens if length_penalty > 0 else length) ** length_penalty
         hopeless = len(finished) == width and all(total / divisor <= score(finished[-1]) for _, total in beams)
         if hopeless or early_stopping and len(finished) == width:
-            beams = []  # what still runs is no answer
+            beams = []
         if not beams:
             break
     ranked = sorted(finished + beams, key=score, reverse=True)[:width]
@@ -452,7 +454,7 @@ def beam_search(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int,
 
 def extensions(logits_fn: LogitsFn, beams: Sequence[Candidate], eos: int | None = None,
                keep: int | None = None) -> list[Candidate]:
-    """The likeliest `keep` (all, if None) of every beam with every possible next token, best first."""
+    """The likeliest `keep` (all, if None) of every beam with every next token that is not forbidden (-inf), best first."""
     out = []
     for tokens, total in beams:
         log_p = log_softmax(logits_fn(tokens))
@@ -954,7 +956,7 @@ def verify_tree(target: CachedModel, tokens: Sequence[int], candidates: Sequence
 
 def medusa_greedy(target: CachedModel, heads: Sequence[Head], prompt: Sequence[int], max_new_tokens: int, *,
                   tops: Sequence[int] = (3, 2)) -> tuple[list[int], Counts]:
-    """(the same tokens as greedy, Counts); the first pass reads the prompt."""
+    """(the same tokens as greedy, Counts: a round's drafts are all nodes of its tree); the first pass reads the prompt."""
     check_request(prompt, max_new_tokens)
     tokens, counts = list(prompt), Counts()
     while len(tokens) < len(prompt) + max_new_tokens:
@@ -1088,7 +1090,7 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
 
 def jacobi_greedy(target_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *,
                   gamma: int) -> tuple[list[int], Counts]:
-    """(the same tokens as greedy, Counts): gamma guesses at a time, renewed by each pass."""
+    """(the same tokens as greedy, Counts): gamma guesses at a time, renewed by each pass; a new one is the last token."""
     check_request(prompt, max_new_tokens, gamma=gamma)
     tokens, counts, end = list(prompt), Counts(), len(prompt) + max_new_tokens
     guesses: list[int] = []
@@ -1102,7 +1104,11 @@ def jacobi_greedy(target_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: in
 
 def lookahead_greedy(target: CachedModel, prompt: Sequence[int], max_new_tokens: int, *, window: int = 5,
                      ngram: int = 3, guesses: int = 4) -> tuple[list[int], Counts]:
-    """(the same tokens as greedy, Counts); `guesses` n-grams of the pool, the latest, are verified in a pass."""
+    """(the same tokens as greedy, Counts: a round's drafts are all nodes of its tree).
+
+    Every level begins as the first `window` tokens of the prompt, over again if it is shorter. Verified in a pass: of
+    the pool's n-grams that begin with the last token, the `guesses` that came up last.
+    """
     check_request(prompt, max_new_tokens, window=window, ngram=ngram, guesses=guesses)
     tokens, counts, pool = list(prompt), Counts(), {}
     levels = [[prompt[j % len(prompt)] for j in range(window)]] * (ngram - 1)

@@ -163,6 +163,7 @@ def test_the_toy_looks_at_the_last_word_and_not_at_the_prompt():
 
 def test_the_small_measures():
     assert m.distinct([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4 and m.distinct([[1], [2]], 2) == 1.0
+    assert m.survivors([0.5, 0.0, 0.5, 0.0]) == 2
     assert m.distinct([[1, 2, 3, 1, 2, 3, 1, 2]], 4) == 3 / 5 and m.distinct([[1, 2, 3]], 4) == 1.0
     assert m.total_variation({0: 0.5, 1: 0.5}, {1: 0.25, 2: 0.75}) == 0.75
     assert m.count_weights({"w1": [[1.0] * 4] * 2, "w2": [[1.0] * 3]}) == 11
@@ -212,6 +213,8 @@ def test_greedy(seed):
         assert found == reference_greedy(model, [0, 1], 12, eos) and found.count(eos) == (found[-1] == eos)
     assert m.greedy(lambda tokens: [1.0, 3.0, 3.0], [0], 2) == [1, 1]          # the first of equals
     assert m.greedy(model, [0], 0) == []
+    assert m.extend_by(lambda logits: len(logits) - 1, model, [0], 3, None) == [4, 4, 4]
+    assert m.extend_by(lambda logits: len(logits) - 1, model, [0], 3, 4) == [4]
 
 
 def all_texts(model, prompt, n, eos=None):
@@ -539,12 +542,16 @@ def test_ngram_model():
     assert m.argmax(model([2])) == 0
     model = m.ngram_model([0, 1, 2, 3, 1, 4, 3, 1, 4], 5, order=3)
     assert [m.argmax(model(text)) for text in ([0, 1], [1], [2, 1])] == [2, 4, 4]        # the longest context that was seen
+    model = m.ngram_model([0, 1, 2, 3, 2, 4, 2, 4], 5, order=5)
+    assert m.argmax(model([0, 1, 2])) == 3 and m.argmax(model([2])) == 4     # a text shorter than the context
 
 
 def test_rounded_weights():
-    w = {"a": np.random.default_rng(0).normal(size=(3, 5)).tolist() + [[0.0] * 5], "norm": [1.5, 2.5]}
+    w = {"a": np.random.default_rng(0).normal(size=(3, 5)).tolist() + [[0.0] * 5], "norm": [1.5, 2.5],
+         "row": [[3.0, -1.4, 0.0]]}
     for bits in (2, 4, 8):
         out, steps = m.rounded_weights(w, bits), 2 ** (bits - 1) - 1
+        assert out["row"][0][0] == 3.0 and abs(out["row"][0][1] + 1.4) <= 1.5 / steps
         assert out["norm"] == w["norm"] and out["a"][3] == [0.0] * 5
         for row, rounded in zip(w["a"][:3], out["a"]):
             scale = max(map(abs, row)) / steps
@@ -659,7 +666,7 @@ def test_medusa_guesses_from_the_state_of_the_last_token_read(llama):
     prompt, heads = [3, 1, 4], random_heads(llama, 2, 7)
     heads = [{"w1": head["w1"], "w2": [[a + 3 * b for a, b in zip(*rows)] for rows in zip(head["w2"], llama.weights["output"])]}
              for head in heads]
-    tokens, counts = m.medusa_greedy(m.CachedModel(llama), heads, prompt, 20, tops=(3, 2))
+    tokens, counts = m.medusa_greedy(m.CachedModel(llama), heads, prompt, 20)
     text, states = [*prompt, *plain_greedy(llama, prompt, 30)], states_of(llama)
     assert counts.rounds[0] == ([], 0)
     at = len(prompt)                                          # tokens read before this round's tree
