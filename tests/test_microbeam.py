@@ -309,6 +309,15 @@ def test_width_1_is_greedy(seed):
             assert score == pytest.approx(total / len(tokens) ** length_penalty, abs=1e-12)
 
 
+def test_what_is_not_asked_for_is_the_default():
+    model, context = toy(1, 4), [1, 2, 3, 4, 9, 2, 3, 4, 8, 1, 2, 3, 4]                  # 3 tokens: 8 follows; 4: 9
+    assert m.beam_search(model, [0], 5, width=3, eos=1) == m.beam_search(model, [0], 5, width=3, eos=1, length_penalty=1.0,
+                                                                         early_stopping=False)
+    assert m.distribution(model([0])) == m.distribution(model([0]), temperature=1.0)
+    assert m.prompt_lookup(context, 1) == m.prompt_lookup(context, 1, 3) == [8] != m.prompt_lookup(context, 1, 4) == [9]
+    assert m.best_gamma(0.99, 0.0) == 16
+
+
 def test_early_stopping_ends_with_the_first_that_end_and_saves_calls():
     calls = [0, 0]
 
@@ -764,6 +773,16 @@ def test_eagle_drafts_from_the_last_state_and_the_last_token(llama):
         f = f + np.array(head["w2"]) @ (z / (1 + np.exp(-z)))
         text.append(int(np.argmax(np.array(llama.weights["output"]) @ f)))
     assert m.eagle_draft(target, head, tokens, 3) == text[4:]
+
+
+def test_a_medusa_head_learns_the_token_it_is_for(llama, monkeypatch):
+    fits, ids = [], [i * i % 11 for i in range(50)]                          # two batches: 32 tokens and the other 18
+    monkeypatch.setattr(m, "fit", lambda head, batches, *_: fits.append(batches))
+    m.train_medusa(llama, ids, 2, 5)
+    for ahead, batches in zip((2, 3), fits):
+        for start, n, ((h,), goal) in zip((0, 32), (32, 18 - ahead), batches):
+            assert goal == [ids[start + i + ahead] for i in range(n)]
+            np.testing.assert_allclose(h, states_of(llama)(ids[start:start + n]), **TIGHT)
 
 
 def test_training_a_head_makes_it_better(llama):
