@@ -10,7 +10,8 @@ Run it (`python microbeam.py`), read the trace, then read on from here: every se
 of this file. A decoder knows a model only as logits_fn(tokens); the Llama, its training and its cache come last.
 
 The papers:
-  Holtzman et al., The Curious Case of Neural Text Degeneration (top-p), 2019, 1904.09751   sections 1, 2
+  Holtzman et al., The Curious Case of Neural Text Degeneration (top-p), 2019,
+    arXiv:1904.09751                                                                        sections 1, 2
   Keskar et al., CTRL (the repetition penalty), 2019, arXiv:1909.05858                      section 2
   Meister et al., Locally Typical Sampling, 2022, arXiv:2202.00666                          section 2
   Nguyen et al., Turning Up the Heat: Min-p Sampling, 2024, arXiv:2407.01082                section 2
@@ -25,7 +26,8 @@ The papers:
     Decoding, 2023, arXiv:2305.10427                                                        section 10
   Fu et al., Break the Sequential Dependency of LLM Inference Using Lookahead Decoding,
     2024, arXiv:2402.02057                                                                  section 10
-  Willard & Louf, Efficient Guided Generation for Large Language Models, 2023, 2307.09702   section 11
+  Willard & Louf, Efficient Guided Generation for Large Language Models, 2023,
+    arXiv:2307.09702                                                                        section 11
 """
 
 from __future__ import annotations
@@ -124,12 +126,12 @@ def show_greedy(trace: Trace, knobs: Namespace) -> None:
     """The toy where greedy loses, and greedy on two models: one good, one that loops."""
     trace.say("Greedy sees one step ahead. A toy language of three words, all its two-word texts with their "
               "probabilities: the best first word is not the first word of the best text.")
-    path, every = greedy(toy_logits, TOY_PROMPT, 2), {(a, b): TOY[()][a] * TOY[a,][b] for a in range(3) for b in range(3)}
-    best = max(every, key=every.get)
+    every = {(a, b): TOY[()][a] * TOY[a,][b] for a in range(3) for b in range(3)}
+    path, best = tuple(greedy(toy_logits, TOY_PROMPT, 2)), max(every, key=every.get)
     trace.ask("a begins with 0.5, b with 0.4, c with 0.1. After a come 0.4, 0.35, 0.25; after b 0.05, 0.05, 0.9; "
               "after c 0.2, 0.6, 0.2. How probable is the best text of two words?", every[best])
     rows = [[f"{'abc'[a]} {TOY[()][a]:.2f}" * (b == 0), f"{'abc'[b]} {TOY[a,][b]:.2f}", f"{p:.3f}", bar(p, 0.4, 20),
-             "← greedy" * ([a, b] == path) + "← best" * ((a, b) == best)] for (a, b), p in every.items()]
+             "← greedy" * ((a, b) == path) + "← best" * ((a, b) == best)] for (a, b), p in every.items()]
     trace.table(["first", "second", "both", "", ""], rows, left=(0, 1, 3, 4))
 
     target, draft = models(knobs)
@@ -139,10 +141,10 @@ def show_greedy(trace: Trace, knobs: Namespace) -> None:
               f"weights) and on a smaller one ({knobs.sizes[1]:,}). Repeated: the share of runs of four tokens that "
               f"were there before. (The slashes are line ends.)")
     for name, tokens in (("the target", text), ("a smaller model", greedy(draft, knobs.tokens, n))):
-        trace.say(f"{name}: {repeated(tokens, 4):.0%} repeated")
+        trace.say(f"{name}: {1 - distinct([tokens], 4):.0%} repeated")
         trace.lines(quoted(knobs.tokenizer.decode(tokens)))
-    trace.check("the toy's best text by trying all: greedy misses it", list(best) != path,
-                f"{every[best]:.2f} against {every[tuple(path)]:.2f}")
+    trace.check("the toy's best text by trying all: greedy misses it", best != path,
+                f"{every[best]:.2f} against {every[path]:.2f}")
     rows = target.llama.forward(knobs.tokens + text)
     trace.check("every token is the argmax of one pass over the whole text, without a cache",
                 [argmax(row) for row in rows[len(knobs.tokens) - 1:-1]] == text, "equal")
@@ -167,7 +169,7 @@ def show_greedy(trace: Trace, knobs: Namespace) -> None:
 # once and per time.
 
 def apply_temperature(logits: Vector, t: float) -> Vector:
-    """logits / t. ValueError unless t > 0: for t -> 0, ask greedy()."""
+    """logits / t. ValueError unless t is above 0 (for t -> 0, ask greedy()) and finite."""
     if not 0 < t < math.inf:
         raise ValueError(f"temperature must be above 0 (greedy is the limit at 0), not {t}")
     return [logit / t for logit in logits]
@@ -228,7 +230,7 @@ def keep_where(kept: Sequence[bool], logits: Vector) -> Vector:
 
 
 def repetition_penalty(logits: Vector, tokens: Sequence[int], penalty: float) -> Vector:
-    """Tokens seen before: positive logits / penalty, negative × penalty. ValueError unless penalty > 0."""
+    """Tokens seen before: positive logits / penalty, negative × penalty. ValueError unless it is above 0 and finite."""
     if not 0 < penalty < math.inf:
         raise ValueError(f"penalty must be above 0 (1 changes nothing), not {penalty}")
     seen = set(tokens)
@@ -252,6 +254,11 @@ def distribution(logits: Vector, temperature: float = 1.0, top_k: int | None = N
     return softmax(logits)
 
 
+def survivors(p: Vector) -> int:
+    """How many tokens have any probability left."""
+    return sum(value > 0 for value in p)
+
+
 def show_filters(trace: Trace, knobs: Namespace) -> None:
     """Each filter on the distribution where the model is least sure and where it is most; the penalties."""
     target, draft = models(knobs)
@@ -263,9 +270,8 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
     shaped = {place: {name: distribution(target(text[:place]), **way) for name, way in ways.items()}
               for place in (unsure, sure)}
     p, most = shaped[unsure]["as is"], max(max(p) for name, p in shaped[unsure].items() if name != "top-k")
-    survive = {place: [sum(value > 0 for value in way) for way in shaped[place].values()] for place in shaped}
     trace.ask(f"Where the model is surest it gives its best token {max(shaped[sure]['as is']):.3f}. How many tokens "
-              f"does top-p {knobs.top_p:g} keep there?", survive[sure][4])
+              f"does top-p {knobs.top_p:g} keep there?", survivors(shaped[sure]["top-p"]))
     trace.say(f"What may follow {knobs.tail(text[:unsure])!r}, where the model is least sure, reshaped: temperatures "
               f"0.5 and 2, top-k {knobs.top_k}, top-p {knobs.top_p:g}, min-p {knobs.min_p:g}, typical {TYPICAL_P:g}. "
               f"The nine likeliest tokens; then how many survive and the entropy in bits, there and where the model "
@@ -273,7 +279,7 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
     rows = [[knobs.name(i), f"{p[i]:.2f}"] + [bar(way[i], most, 6) for way in shaped[unsure].values()]
             for i in sorted(range(len(p)), key=lambda i: -p[i])[:9]]
     for place, name in ((unsure, "unsure"), (sure, "sure")):
-        rows += [[f"{name}: tokens", "", *map(str, survive[place])],
+        rows += [[f"{name}: tokens", "", *(str(survivors(way)) for way in shaped[place].values())],
                  ["  entropy", "", *(f"{entropy(way):.2f}" for way in shaped[place].values())]]
     trace.table(["token", "p", *ways], rows, left=(0, *range(2, 9)))
 
@@ -285,7 +291,7 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
                  "frequency 1": lambda logits, tokens: count_penalty(logits, tokens[new], frequency=1.0)}
     for name, penalise in penalties.items():
         tokens = greedy(lambda tokens: penalise(draft(tokens), tokens), knobs.tokens, 2 * knobs.max_new_tokens)
-        rows.append([name, f"{repeated(tokens, 4):.0%}", str(len(set(tokens))), knobs.clip(tokens, 36)])
+        rows.append([name, f"{1 - distinct([tokens], 4):.0%}", str(len(set(tokens))), knobs.clip(tokens, 36)])
     trace.table(["penalty", "repeated", "different", "text"], rows, left=(0, 3))
 
     tied = list(map(math.log, (0.4, 0.2, 0.2, 0.2)))
@@ -387,7 +393,7 @@ def show_sampling(trace: Trace, knobs: Namespace) -> None:
               f"token under the model as it is. Distinct-2: different pairs of neighbours, of all pairs.")
     for name, found in texts.items():
         likelihood = fmean(log_probability(target, knobs.tokens, text) / length for text in found)
-        rows.append([name, f"{likelihood:.2f}", f"{distinct(found):.2f}", str(len(set(map(tuple, found)))),
+        rows.append([name, f"{likelihood:.2f}", f"{distinct(found, 2):.2f}", str(len(set(map(tuple, found)))),
                      knobs.clip(found[-1], 22)])
     trace.table(["sampler", "likelihood", "distinct-2", "texts", "the last"], rows, left=(0, 4))
 
@@ -419,8 +425,10 @@ def show_sampling(trace: Trace, knobs: Namespace) -> None:
 
 def beam_search(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, width: int,
                 length_penalty: float = 1.0, eos: int | None = None, early_stopping: bool = False) -> list[Candidate]:
-    """[(new tokens, score)], best first, at most `width`. early_stopping: stop as soon as `width` have ended.
+    """[(new tokens, score)], best first, at most `width`; those still running at the end count too.
 
+    It stops before max_new_tokens when `width` have ended and none that runs can still beat the worst of them, however
+    long it gets; with early_stopping as soon as `width` have ended, leaving out what still runs.
     ValueError: width or max_new_tokens below 1, an empty prompt, eos outside the vocabulary.
     """
     check_request(prompt, max_new_tokens, width=width, at_least=1)
@@ -446,7 +454,7 @@ def beam_search(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int,
 
 def extensions(logits_fn: LogitsFn, beams: Sequence[Candidate], eos: int | None = None,
                keep: int | None = None) -> list[Candidate]:
-    """The likeliest `keep` (all, if None) of every beam with every possible next token, best first."""
+    """The likeliest `keep` (all, if None) of every beam with every next token that is not forbidden (-inf), best first."""
     out = []
     for tokens, total in beams:
         log_p = log_softmax(logits_fn(tokens))
@@ -516,20 +524,17 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
               f"text so far; #1 to #3 are kept at their step, × are the two best that were pruned.")
     trace.lines(beam_tree(target, knobs.tokens, 3, 4, knobs.name))
 
-    rows, texts, gaps = [], [], []
-    for prompt in (knobs.tokens, knobs.tokenizer.encode(SECOND_PROMPT)):
-        totals = {}
+    rows, found, prompts = [], {}, (knobs.tokens, knobs.tokenizer.encode(SECOND_PROMPT))
+    for first, prompt in zip((True, False), prompts):
         for width in (1, 2, 4, 8, "exact"):
             target.passes = 0
-            found = (exact_search(target, prompt, n, eos=eos, max_passes=150) if width == "exact" else
-                     beam_search(target, prompt, n, width=width, length_penalty=0.0, eos=eos)[0])
-            if found:
-                tokens, totals[width] = found
-                texts.append(tokens)
-                rows.append([knobs.tail(prompt) * (width == 1), str(width), f"{totals[width]:.2f}", str(len(tokens)),
+            best = (exact_search(target, prompt, n, eos=eos, max_passes=150) if width == "exact" else
+                    beam_search(target, prompt, n, width=width, length_penalty=0.0, eos=eos)[0])
+            if best:
+                found[first, width] = tokens, total = best
+                rows.append([knobs.tail(prompt) * (width == 1), str(width), f"{total:.2f}", str(len(tokens)),
                              str(target.passes), knobs.clip(tokens, 24)])
-        gaps += [totals[width] - totals[1] for width in (2, 4, 8)] + [totals[8] - totals.get("exact", totals[8])]
-    narrow, wide = len(texts[0]), len(texts[3])
+    narrow, wide = (len(found[True, width][0]) for width in (1, 8))
     trace.ask("Log-probability alone decides. Is the best text of width 8 longer, shorter or as long as that of "
               "width 1?", "as long" if wide == narrow else "shorter" if wide < narrow else "longer")
     trace.say("Wider beams, to the end of the verse: the likeliest text found (length penalty 0), and the passes it "
@@ -551,13 +556,16 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
                 [[cell for tokens, total in pair for cell in (f"{total:.2f}", knobs.clip(tokens, 29))]
                  for pair in zip(twins, others)], left=(1, 3))
 
-    trace.check("width 1 = greedy", texts[0] == greedy(target, knobs.tokens, n, eos=eos), "the same tokens")
+    trace.check("width 1 = greedy", found[True, 1][0] == greedy(target, knobs.tokens, n, eos=eos), "the same tokens")
     [(tokens, total), *_] = beam_search(toy_logits, TOY_PROMPT, 4, width=27, length_penalty=0.0)
     every = every_outcome(lambda rng: tuple(sample(toy_logits, TOY_PROMPT, 4, rng=rng)))
     trace.check("on the toy, four words, a beam of 27 finds the best of all 81 texts",
                 tuple(tokens) == max(every, key=every.get) and abs(math.exp(total) - every[tuple(tokens)]) < 1e-12,
                 f"p = {math.exp(total):.3f}")
     if knobs.as_shipped:  # other prompts and other models may be the exception
+        log_p = {key: total for key, (_, total) in found.items()}
+        gaps = [log_p[first, width] - log_p[first, to] for first in (True, False)
+                for width, to in ((2, 1), (4, 1), (8, 1), (8, "exact"))]
         trace.check("no beam ends below greedy, and width 8 meets the exact optimum", min(gaps) > -1e-9,
                     "both prompts; |Δ| < 1e-9")
 
@@ -603,6 +611,7 @@ class Counts:
         """Drafted tokens kept."""
         return sum(kept for _, kept in self.rounds)
 
+
 def speculative_greedy(target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *,
                        gamma: int) -> tuple[list[int], Counts]:
     """(greedy(target_fn, …), Counts): `gamma` tokens at a time drafted by greedy(draft_fn, …).
@@ -614,7 +623,10 @@ def speculative_greedy(target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence
 
 def speculate(target_fn: LogitsFn, propose: Callable[[list[int], int], list[int]], prompt: Sequence[int],
               max_new_tokens: int, *, gamma: int) -> tuple[list[int], Counts]:
-    """The same with any source of guesses: propose(tokens, n) gives up to n tokens, from wherever."""
+    """(greedy(target_fn, …), Counts), whoever guesses: propose(tokens, n) gives up to n tokens to follow tokens.
+
+    A pass is asked for at most gamma guesses, and never for more than it can use: it puts one token itself.
+    """
     check_request(prompt, max_new_tokens, gamma=gamma)
     tokens, counts, end = list(prompt), Counts(), len(prompt) + max_new_tokens
     while len(tokens) < end:
@@ -646,7 +658,8 @@ def speculative_sample(target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence
         kept = 0
         while kept < len(drafts):
             keep = acceptance(p[kept], q[kept])[drafts[kept]]
-            if draw([keep, 1 - keep], rng):
+            rejected = draw([keep, 1 - keep], rng)  # 0 or 1
+            if rejected:
                 break
             kept += 1
         after = p[kept] if kept == len(drafts) else residual(p[kept], q[kept])
@@ -785,7 +798,7 @@ def overlaps(target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence[int], tok
 def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
     """Acceptance and tokens a pass, measured and by formula; the speed-up as γ and c change."""
     target, draft = models(knobs)
-    rng, runs, n, rows, every, surplus = random.Random(knobs.seed), 2, 30, [], [], 0.0
+    rng, runs, n, rows, total, every = random.Random(knobs.seed), 2, 30, [], 0, []
     trace.say(f"{runs} texts of {n} tokens for each gamma, temperature 1. Acceptance: kept, of those judged; beside it "
               f"the mean of Σ min(p, q) at the same places, alpha. Tokens a pass: counted, and by the formula.")
     for gamma in sorted({1, 2, 4, 8, knobs.gamma}):
@@ -794,25 +807,23 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
             tokens, counts = speculative_sample(target, draft, knobs.tokens, n, gamma=gamma, rng=rng)
             kept, passes = kept + counts.accepted, passes + counts.target_passes
             betas += overlaps(target, draft, knobs.tokens, tokens, counts)
-        alpha, every, surplus = fmean(betas), every + betas, surplus + kept - sum(betas)
+        alpha, total, every = fmean(betas), total + kept, every + betas
         rows.append([str(gamma), str(len(betas)), f"{kept / len(betas):.2f}", f"{alpha:.2f}", f"{runs * n / passes:.2f}",
                      f"{expected_tokens(alpha, gamma):.2f}", bar(runs * n / passes, gamma + 1, 14)])
     trace.table(["gamma", "judged", "acceptance", "Σ min(p, q)", "tokens a pass", "formula", "of gamma + 1"],
                 rows, left=(6,))
     alpha, cost = fmean(every), knobs.sizes[1] / knobs.sizes[0]
     trace.say(f"(Places are not alike: sure ones come in runs.) The speed-up for alpha = {alpha:.2f} and drafts of "
-              f"different cost c; ours has {cost:.2f} of the target's weights. * marks the best gamma.")
+              f"different cost c; ours has {cost:.2f} of the target's weights. Last: the best gamma from 0 to 16.")
     trace.ask(f"A draft costs {cost:.2f} of the target. Which gamma from 0 to 16 is best?", best_gamma(alpha, cost))
-    gammas, rows = (1, 2, 3, 4, 6, 8), []
-    for c in sorted({0.0, 0.05, 0.2, 0.5, round(cost, 3)}):
-        best = max(gammas, key=lambda gamma: speed_up(alpha, gamma, c))
-        rows.append([f"{c:.2f}", *(f"{speed_up(alpha, gamma, c):.2f}{'*' if gamma == best else ' '}" for gamma in gammas),
-                     str(best_gamma(alpha, c))])
-    trace.table(["c | gamma", *(f"{gamma} " for gamma in gammas), "best of 0 to 16"], rows)
+    gammas = (1, 2, 3, 4, 6, 8)
+    trace.table(["c | gamma", *map(str, gammas), "best"],
+                [[f"{c:.2f}", *(f"{speed_up(alpha, gamma, c):.2f}" for gamma in gammas), str(best_gamma(alpha, c))]
+                 for c in sorted({0.0, 0.05, 0.2, 0.5, cost})])
 
     spread = math.sqrt(sum(beta * (1 - beta) for beta in every) + 1)
     trace.check(f"drafts kept = the sum over the {len(every)} places judged of Σ min(p, q), but for chance",
-                abs(surplus) < 6 * spread, "within 6 standard deviations")
+                abs(total - sum(every)) < 6 * spread, "within 6 standard deviations")
     p, q, gamma = [0.5, 0.3, 0.2], [0.2, 0.2, 0.6], 3
     t_fn, d_fn = (lambda tokens, v=v: list(map(math.log, v)) for v in (p, q))
     first = every_outcome(lambda rng: speculative_sample(t_fn, d_fn, [0], gamma + 1, gamma=gamma,
@@ -831,7 +842,10 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
 # (microquant.py does that well; here the simple way), agrees nearly always and reads less memory.
 
 def prompt_lookup(tokens: Sequence[int], n: int, max_ngram: int = 3) -> list[int]:
-    """Up to n tokens that followed the latest earlier occurrence of the last max_ngram tokens, or of fewer, or []."""
+    """Up to n tokens that followed the last max_ngram tokens when they last came, or as many as did come, or [].
+
+    (transformers takes the first place where they came, and looks for two tokens at most unless told otherwise.)
+    """
     for size in range(min(max_ngram, len(tokens) - 1), 0, -1):
         for start in range(len(tokens) - size - 1, -1, -1):
             if tokens[start:start + size] == tokens[-size:]:
@@ -942,7 +956,7 @@ def verify_tree(target: CachedModel, tokens: Sequence[int], candidates: Sequence
 
 def medusa_greedy(target: CachedModel, heads: Sequence[Head], prompt: Sequence[int], max_new_tokens: int, *,
                   tops: Sequence[int] = (3, 2)) -> tuple[list[int], Counts]:
-    """(the same tokens as greedy, Counts); the first pass reads the prompt."""
+    """(the same tokens as greedy, Counts: a round's drafts are all nodes of its tree); the first pass reads the prompt."""
     check_request(prompt, max_new_tokens)
     tokens, counts = list(prompt), Counts()
     while len(tokens) < len(prompt) + max_new_tokens:
@@ -1034,9 +1048,13 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
     target, draft = models(knobs)
     n, gamma = knobs.max_new_tokens, 2
     head, heads = eagle_head(knobs.seed, knobs.steps), medusa_heads(knobs.seed, knobs.steps)
+
+    def chain(tokens: list[int], n: int) -> list[int]:
+        """The best of each head: one candidate, or none yet."""
+        return [token for path in medusa_candidates(target, heads[:n], (1, 1), tokens) for token in path]
+
     drafters = {"a smaller Llama": (partial(greedy, draft), knobs.sizes[1]),
-                "Medusa, as a chain": (lambda tokens, n: list(*medusa_candidates(target, heads[:n], (1, 1), tokens)),
-                                       sum(map(count_weights, heads))),
+                "Medusa, as a chain": (chain, sum(map(count_weights, heads))),
                 "EAGLE": (partial(eagle_draft, target, head), count_weights(head))}
     prompts = [knobs.tokens, knobs.tokenizer.encode(SECOND_PROMPT)]
     rows, same, gains = [], [], {}
@@ -1072,7 +1090,7 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
 
 def jacobi_greedy(target_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *,
                   gamma: int) -> tuple[list[int], Counts]:
-    """(the same tokens as greedy, Counts): gamma guesses at a time, renewed by each pass."""
+    """(the same tokens as greedy, Counts): gamma guesses at a time, renewed by each pass; a new one is the last token."""
     check_request(prompt, max_new_tokens, gamma=gamma)
     tokens, counts, end = list(prompt), Counts(), len(prompt) + max_new_tokens
     guesses: list[int] = []
@@ -1086,8 +1104,12 @@ def jacobi_greedy(target_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: in
 
 def lookahead_greedy(target: CachedModel, prompt: Sequence[int], max_new_tokens: int, *, window: int = 5,
                      ngram: int = 3, guesses: int = 4) -> tuple[list[int], Counts]:
-    """(the same tokens as greedy, Counts); `guesses` n-grams of the pool, the latest, are verified in a pass."""
-    check_request(prompt, max_new_tokens, window=window, guesses=guesses)
+    """(the same tokens as greedy, Counts: a round's drafts are all nodes of its tree).
+
+    Every level begins as the first `window` tokens of the prompt, over again if it is shorter. Verified in a pass: of
+    the pool's n-grams that begin with the last token, the `guesses` that came up last.
+    """
+    check_request(prompt, max_new_tokens, window=window, ngram=ngram, guesses=guesses)
     tokens, counts, pool = list(prompt), Counts(), {}
     levels = [[prompt[j % len(prompt)] for j in range(window)]] * (ngram - 1)
     while len(tokens) < len(prompt) + max_new_tokens:
@@ -1119,8 +1141,8 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
     trace.table(["", "passes", "tokens a pass", ""], [
         [name, str(passes), f"{n / passes:.2f}", bar(n / passes, 4, 32)] for name, passes in
         (("greedy", n), ("Jacobi", counts.target_passes), ("lookahead", ahead.target_passes))], left=(0, 3))
-    trace.check("the output of both is greedy's", jacobi == lookahead == greedy(target, prompt, n), f"{n} tokens")
-    trace.check("no more passes than tokens", max(counts.target_passes, ahead.target_passes) <= n, "for both")
+    trace.check("the output of both is greedy's, in no more passes", jacobi == lookahead == greedy(target, prompt, n)
+                and max(counts.target_passes, ahead.target_passes) <= n, f"{n} tokens")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1225,33 +1247,35 @@ def show_all_decoders(trace: Trace, knobs: Namespace) -> None:
     target, draft = models(knobs)
     n, gamma = min(knobs.max_new_tokens, 16), knobs.gamma
     heads, head = medusa_heads(knobs.seed, knobs.steps), eagle_head(knobs.seed, knobs.steps)
-    chance = dict(temperature=knobs.temperature, top_p=knobs.top_p)
-    beam = dict(width=knobs.width, length_penalty=knobs.length_penalty)
+    warm, nucleus = {"temperature": knobs.temperature}, {"temperature": knobs.temperature, "top_p": knobs.top_p}
+    beam = {"width": knobs.width, "length_penalty": knobs.length_penalty}
     decoders = {
         "greedy": lambda prompt, rng: greedy(target, prompt, n),
-        "sample": lambda prompt, rng: sample(target, prompt, n, rng=rng, temperature=knobs.temperature),
-        f"top-k {knobs.top_k}": lambda prompt, rng: sample(target, prompt, n, rng=rng, top_k=knobs.top_k),
-        f"top-p {knobs.top_p:g}": lambda prompt, rng: sample(target, prompt, n, rng=rng, **chance),
-        f"min-p {knobs.min_p:g}": lambda prompt, rng: sample(target, prompt, n, rng=rng, min_p=knobs.min_p),
+        "sample": lambda prompt, rng: sample(target, prompt, n, rng=rng, **warm),
+        f"top-k {knobs.top_k}": lambda prompt, rng: sample(target, prompt, n, rng=rng, top_k=knobs.top_k, **warm),
+        f"top-p {knobs.top_p:g}": lambda prompt, rng: sample(target, prompt, n, rng=rng, **nucleus),
+        f"min-p {knobs.min_p:g}": lambda prompt, rng: sample(target, prompt, n, rng=rng, min_p=knobs.min_p, **warm),
         f"beam, width {knobs.width}": lambda prompt, rng: beam_search(target, prompt, n, **beam)[0][0],
         "speculative top-p": lambda prompt, rng: speculative_sample(target, draft, prompt, n, gamma=gamma, rng=rng,
-                                                                    **chance),
-        "speculative": lambda prompt, rng: speculative_greedy(target, draft, prompt, n, gamma=gamma),
-        "prompt lookup": lambda prompt, rng: speculate(target, prompt_lookup, prompt, n, gamma=gamma),
-        "Medusa": lambda prompt, rng: medusa_greedy(target, heads, prompt, n),
-        "EAGLE": lambda prompt, rng: speculate(target, partial(eagle_draft, target, head), prompt, n, gamma=gamma),
-        "Jacobi": lambda prompt, rng: jacobi_greedy(target, prompt, n, gamma=gamma),
-        "lookahead": lambda prompt, rng: lookahead_greedy(target, prompt, n)}
-    lossless, same = list(decoders)[7:], []
+                                                                    **nucleus)}
+    lossless = {
+        "speculative": lambda prompt, _: speculative_greedy(target, draft, prompt, n, gamma=gamma),
+        "prompt lookup": lambda prompt, _: speculate(target, prompt_lookup, prompt, n, gamma=gamma),
+        "Medusa": lambda prompt, _: medusa_greedy(target, heads, prompt, n),
+        "EAGLE": lambda prompt, _: speculate(target, partial(eagle_draft, target, head), prompt, n, gamma=gamma),
+        "Jacobi": lambda prompt, _: jacobi_greedy(target, prompt, n, gamma=gamma),
+        "lookahead": lambda prompt, _: lookahead_greedy(target, prompt, n)}
+    same = []
     for prompt in (knobs.tokens, knobs.tokenizer.encode(SECOND_PROMPT)):
         rows, plain = [], greedy(target, prompt, n)
-        for name, decode in decoders.items():
+        for name, decode in (decoders | lossless).items():
             target.passes = 0
             found = decode(prompt, random.Random(knobs.seed))
             tokens, passes = (found, target.passes) if isinstance(found, list) else (found[0], found[1].target_passes)
-            same += [tokens == plain] * (name in lossless)
+            if name in lossless:
+                same.append(tokens == plain)
             log_p = log_probability(target, prompt, tokens)
-            rows.append([name, f"{log_p:.2f}", f"{distinct([tokens]):.2f}", f"{passes / n:.2f}", knobs.clip(tokens, 21)])
+            rows.append([name, f"{log_p:.2f}", f"{distinct([tokens], 2):.2f}", f"{passes / n:.2f}", knobs.clip(tokens, 21)])
             if name.startswith("beam"):
                 trace.ask(f"After {knobs.tail(prompt)!r}, {n} tokens: greedy takes one pass a token. How many does a "
                           f"beam of width {knobs.width} take?", passes / n)
@@ -1418,16 +1442,10 @@ def random_logits_fn(rng: random.Random, vocab_size: int) -> LogitsFn:
     return lambda tokens: [random.Random(f"{salt} {list(tokens)} {i}").gauss(0, 1.5) for i in range(vocab_size)]
 
 
-def repeated(tokens: Sequence[int], n: int) -> float:
-    """The share of runs of n tokens that came before."""
-    runs = list(zip(*(tokens[i:] for i in range(n))))
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
-
-
-def distinct(texts: Sequence[Sequence[int]]) -> float:
-    """The share of the texts' pairs of neighbours that differ."""
-    pairs = [pair for text in texts for pair in zip(text, text[1:])]
-    return len(set(pairs)) / len(pairs) if pairs else 1.0
+def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
+    """Distinct-n: of all runs of n tokens in the texts, the share that remains when each is counted once."""
+    runs = [run for text in texts for run in zip(*(text[i:] for i in range(n)))]
+    return len(set(runs)) / len(runs) if runs else 1.0
 
 
 def entropy(weights: Vector) -> float:

@@ -162,8 +162,9 @@ def test_the_toy_looks_at_the_last_word_and_not_at_the_prompt():
 
 
 def test_the_small_measures():
-    assert m.distinct([[1, 2, 1, 2], [1, 2]]) == 2 / 4 and m.distinct([[1], [2]]) == 1.0
-    assert m.repeated([1, 2, 1, 2, 1], 2) == 2 / 4 and m.repeated([1, 2, 3], 4) == 0.0
+    assert m.distinct([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4 and m.distinct([[1], [2]], 2) == 1.0
+    assert m.survivors([0.5, 0.0, 0.5, 0.0]) == 2
+    assert m.distinct([[1, 2, 3, 1, 2, 3, 1, 2]], 4) == 3 / 5 and m.distinct([[1, 2, 3]], 4) == 1.0
     assert m.total_variation({0: 0.5, 1: 0.5}, {1: 0.25, 2: 0.75}) == 0.75
     assert m.count_weights({"w1": [[1.0] * 4] * 2, "w2": [[1.0] * 3]}) == 11
     rng = random.Random(0)
@@ -212,6 +213,8 @@ def test_greedy(seed):
         assert found == reference_greedy(model, [0, 1], 12, eos) and found.count(eos) == (found[-1] == eos)
     assert m.greedy(lambda tokens: [1.0, 3.0, 3.0], [0], 2) == [1, 1]          # the first of equals
     assert m.greedy(model, [0], 0) == []
+    assert m.extend_by(lambda logits: len(logits) - 1, model, [0], 3, None) == [4, 4, 4]
+    assert m.extend_by(lambda logits: len(logits) - 1, model, [0], 3, 4) == [4]
 
 
 def all_texts(model, prompt, n, eos=None):
@@ -304,6 +307,15 @@ def test_width_1_is_greedy(seed):
             assert tokens == reference_greedy(model, [1], 8, eos)
             total = sum(math.log(probabilities(model([1, *tokens[:i]]))[token]) for i, token in enumerate(tokens))
             assert score == pytest.approx(total / len(tokens) ** length_penalty, abs=1e-12)
+
+
+def test_what_is_not_asked_for_is_the_default():
+    model, context = toy(1, 4), [1, 2, 3, 4, 9, 2, 3, 4, 8, 1, 2, 3, 4]                  # 3 tokens: 8 follows; 4: 9
+    assert m.beam_search(model, [0], 5, width=3, eos=1) == m.beam_search(model, [0], 5, width=3, eos=1, length_penalty=1.0,
+                                                                         early_stopping=False)
+    assert m.distribution(model([0])) == m.distribution(model([0]), temperature=1.0)
+    assert m.prompt_lookup(context, 1) == m.prompt_lookup(context, 1, 3) == [8] != m.prompt_lookup(context, 1, 4) == [9]
+    assert m.best_gamma(0.99, 0.0) == 16
 
 
 def test_early_stopping_ends_with_the_first_that_end_and_saves_calls():
@@ -539,12 +551,16 @@ def test_ngram_model():
     assert m.argmax(model([2])) == 0
     model = m.ngram_model([0, 1, 2, 3, 1, 4, 3, 1, 4], 5, order=3)
     assert [m.argmax(model(text)) for text in ([0, 1], [1], [2, 1])] == [2, 4, 4]        # the longest context that was seen
+    model = m.ngram_model([0, 1, 2, 3, 2, 4, 2, 4], 5, order=5)
+    assert m.argmax(model([0, 1, 2])) == 3 and m.argmax(model([2])) == 4     # a text shorter than the context
 
 
 def test_rounded_weights():
-    w = {"a": np.random.default_rng(0).normal(size=(3, 5)).tolist() + [[0.0] * 5], "norm": [1.5, 2.5]}
+    w = {"a": np.random.default_rng(0).normal(size=(3, 5)).tolist() + [[0.0] * 5], "norm": [1.5, 2.5],
+         "row": [[3.0, -1.4, 0.0]]}
     for bits in (2, 4, 8):
         out, steps = m.rounded_weights(w, bits), 2 ** (bits - 1) - 1
+        assert out["row"][0][0] == 3.0 and abs(out["row"][0][1] + 1.4) <= 1.5 / steps
         assert out["norm"] == w["norm"] and out["a"][3] == [0.0] * 5
         for row, rounded in zip(w["a"][:3], out["a"]):
             scale = max(map(abs, row)) / steps
@@ -659,7 +675,7 @@ def test_medusa_guesses_from_the_state_of_the_last_token_read(llama):
     prompt, heads = [3, 1, 4], random_heads(llama, 2, 7)
     heads = [{"w1": head["w1"], "w2": [[a + 3 * b for a, b in zip(*rows)] for rows in zip(head["w2"], llama.weights["output"])]}
              for head in heads]
-    tokens, counts = m.medusa_greedy(m.CachedModel(llama), heads, prompt, 20, tops=(3, 2))
+    tokens, counts = m.medusa_greedy(m.CachedModel(llama), heads, prompt, 20)
     text, states = [*prompt, *plain_greedy(llama, prompt, 30)], states_of(llama)
     assert counts.rounds[0] == ([], 0)
     at = len(prompt)                                          # tokens read before this round's tree
@@ -757,6 +773,16 @@ def test_eagle_drafts_from_the_last_state_and_the_last_token(llama):
         f = f + np.array(head["w2"]) @ (z / (1 + np.exp(-z)))
         text.append(int(np.argmax(np.array(llama.weights["output"]) @ f)))
     assert m.eagle_draft(target, head, tokens, 3) == text[4:]
+
+
+def test_a_medusa_head_learns_the_token_it_is_for(llama, monkeypatch):
+    fits, ids = [], [i * i % 11 for i in range(50)]                          # two batches: 32 tokens and the other 18
+    monkeypatch.setattr(m, "fit", lambda head, batches, *_: fits.append(batches))
+    m.train_medusa(llama, ids, 2, 5)
+    for ahead, batches in zip((2, 3), fits):
+        for start, n, ((h,), goal) in zip((0, 32), (32, 18 - ahead), batches):
+            assert goal == [ids[start + i + ahead] for i in range(n)]
+            np.testing.assert_allclose(h, states_of(llama)(ids[start:start + n]), **TIGHT)
 
 
 def test_training_a_head_makes_it_better(llama):
