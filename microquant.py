@@ -153,7 +153,7 @@ def group_columns(w: Matrix, bits: int, granularity: str | int) -> int:
 
 
 def lay_grids(w: Matrix, bits: int, group: int, granularity: str | int, symmetric: bool = True) -> list[list[tuple]]:
-    """For each row of w, the (scale, zero_point) of each group of its columns; "tensor": the same for all rows."""
+    """For each row of w, make_grid() of each group of its columns; "tensor": one grid, the same for all rows."""
     if granularity == "tensor":
         return [[make_grid([value for row in w for value in row], bits, symmetric)]] * len(w)
     return [[make_grid(row[c:c + group], bits, symmetric) for c in range(0, len(row), group)] for row in w]
@@ -181,7 +181,7 @@ def to_codes(values: Vector, scale: float, zero_point: float, bits: int) -> list
 
 
 def on_grids(w: Matrix, grids: list[list[tuple]], bits: int, group: int, granularity: str | int,
-             symmetric: bool = True) -> Quantized:
+             symmetric: bool) -> Quantized:
     """w [out][in], each group of a row rounded to its own grid."""
     codes = [[code for g, grid in enumerate(row_grids) for code in to_codes(row[g * group:(g + 1) * group], *grid, bits)]
              for row, row_grids in zip(w, grids)]
@@ -741,9 +741,9 @@ def int8_matmul(x: Matrix, q: Quantized, x_scale: float | None = None) -> Matrix
 def static_scale(x: Matrix, method: str) -> float:
     """A scale for INT8 activations like x [n][in], by one of three methods; 1 where it would be 0.
 
-    "absmax": nothing is clipped. "percentile": 99.9% of the magnitudes are not, the rest become 127. "error": of 1/12,
-    2/12, … 12/12 of the first, the one with the least squared error; the least of equally good ones. ValueError
-    for another method.
+    "absmax": nothing is clipped. "percentile": the least with which 99.9% of the magnitudes are not, the others become
+    127. "error": of 80%, 82%, … 100% of the first, the one with the least squared error, the smallest of equally good
+    ones. ValueError for another method.
     """
     sizes = sorted(abs(value) for row in x for value in row)
     if method == "absmax":
@@ -756,7 +756,7 @@ def static_scale(x: Matrix, method: str) -> float:
     def squared_error(scale: float) -> float:
         return sum((size - min(round(size / scale), 127) * scale) ** 2 for size in sizes)
 
-    return min((sizes[-1] * i / 12 / 127 or 1.0 for i in range(1, 13)), key=squared_error)
+    return min((sizes[-1] * i / 50 / 127 or 1.0 for i in range(40, 51)), key=squared_error)
 
 
 def llm_int8_matmul(x: Matrix, w: Matrix, *, threshold: float = 6.0) -> Matrix:
@@ -895,7 +895,7 @@ def hessian_of(x: Matrix) -> Matrix:
 
 def gptq(w: Matrix, hessian: Matrix, bits: int, *, granularity: str | int, act_order: bool = False,
          damp: float = 0.01) -> Quantized:
-    """w [out][in] on grids as quantize() has them, the codes chosen for least output error under hessian [in][in].
+    """w [out][in] on symmetric grids as quantize() has them, the codes chosen for least output error under hessian [in][in].
 
     A group's grid is laid when its first column comes up, on the weights as they then are; under act_order, whose
     groups come in pieces, on the weights given. damp: a share of the mean diagonal. ValueError if it is not
@@ -918,9 +918,9 @@ def gptq(w: Matrix, hessian: Matrix, bits: int, *, granularity: str | int, act_o
                 row[j // group] = grid
         errors = []
         for r, value in enumerate(columns[i]):
-            scale, zero = grids[r][j // group]
-            codes[r][j], = to_codes([value], scale, zero, bits)
-            errors.append((value - (codes[r][j] - zero) * scale) / u[i][i])
+            scale, _ = grids[r][j // group]
+            codes[r][j], = to_codes([value], scale, 0, bits)
+            errors.append((value - codes[r][j] * scale) / u[i][i])
         for k in range(i + 1, n):
             columns[k] = [value - error * u[i][k] for value, error in zip(columns[k], errors)]
     return with_grids(codes, grids, bits, group, granularity)
@@ -1015,7 +1015,7 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
 
 def awq_search(w: Matrix, x: Matrix, bits: int, *, granularity: str | int,
                grid: int = 20) -> tuple[Vector, float, Quantized]:
-    """(scales [in], α, Q(w · scales)) for the least output error on inputs x [n][in], over α = 0, 1/grid, ….
+    """(scales [in], α, Q(w · scales)) for the least output error on inputs x [n][in], over α = 0, 1/grid, … (grid - 1)/grid.
 
     w [out][in]. The first of equally good α wins. ValueError if grid < 1, or as for quantize(). Lin et al. 2024,
     equation 5.
@@ -1211,7 +1211,7 @@ def squeezellm(w: Matrix, sensitivity: Matrix, bits: int) -> tuple[Matrix, int]:
 
 @lru_cache(maxsize=None)
 def sensitivities(lab: Lab) -> dict[str, Matrix]:
-    """{matrix: Σ of the squared gradients of its weights}, over pieces of the calibration tokens."""
+    """{matrix: Σ of the squared gradients of its weights}, over the calibration text, 16 tokens to predict at a time."""
     total: dict[str, Matrix] = {}
     for start in range(0, max(1, len(lab.calibration) - 1), 16):
         tape, piece = Tape(), lab.calibration[start:start + 17]
@@ -1273,7 +1273,7 @@ def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
 # papers that goes for the whole training, with activations in 8 bits; here for a short run from trained weights.
 
 def bitnet_signs(w: Matrix) -> Matrix:
-    """w as BitNet has it: ± mean|W| (Wang et al. 2023)."""
+    """w as BitNet has it: mean|W| where it is above the mean, -mean|W| elsewhere (Wang et al. 2023)."""
     mean, scale = fmean(v for row in w for v in row), fmean(abs(v) for row in w for v in row)
     return [[scale if v > mean else -scale for v in row] for row in w]
 
@@ -1298,7 +1298,7 @@ def pack_ternary(codes: Sequence[int]) -> bytes:
 
 
 def ternary_product(x: Vector, codes: list[list[int]], gamma: float) -> tuple[Vector, int, int]:
-    """(y = γ · codes x, additions, multiplications)."""
+    """(y = γ · codes x; how many additions and subtractions of values it took; how many multiplications)."""
     y, additions = [], 0
     for row in codes:
         total = 0.0
@@ -1327,10 +1327,10 @@ def in_one_bit(lab: Lab, method: str) -> Compressed:
                   lambda gradients, progress: adam.step(gradients, 0.01 * (1 - progress)), lab.text, TERNARY_STEPS,
                   PIECE)
 
-    def rounded(name: str, _: Matrix) -> tuple[Matrix, int]:
-        w = weights[name]
+    def rounded(_: str, w: Matrix) -> tuple[Matrix, int]:  # and two bytes for the scale
         if method == "BitNet":
-            return bitnet_signs(w), len(pack_bits([v > 0 for row in w for v in row], 1)) + 2
+            signs = bitnet_signs(w)
+            return signs, len(pack_bits([v > 0 for row in signs for v in row], 1)) + 2
         return ternary_weights(w), len(pack_ternary([c for row in ternary_codes(w)[0] for c in row])) + 2
 
     return compress(lab, {"BitNet": "1 bit, BitNet", "b1.58": "b1.58, untrained"}.get(method, method), rounded, weights)
@@ -1394,7 +1394,7 @@ def with_adapters(adapters: dict[int, tuple[Matrix, Matrix]]) -> Callable[[Tape]
 
 @lru_cache(maxsize=None)
 def by_qlora(lab: Lab, rank: int = 4) -> tuple[Compressed, int]:
-    """(the NF4 model with adapters trained on top, how many numbers those have)."""
+    """(the NF4 model with adapters trained on top, which its file keeps in FP16; how many numbers they have)."""
     base, rng, adapters, parameters = in_nf4(lab, True), random.Random(1), {}, {}
     for name in lab.linears:
         w = base.weights[name]
@@ -1435,7 +1435,11 @@ class QGaLore:
         self.adam = Adam({"R": self.direction})
 
     def step(self, gradient: Matrix, rate: float) -> None:
-        """Take one step down the gradient [out][in]; before it make P again, if it is time."""
+        """Take one step down the gradient [out][in], to stochastic_codes() on grids laid anew; self.w changes in place.
+
+        Before it, if step number `next` is reached, P is made of this gradient (of its transpose, if the matrix is
+        tall), and `next` moves on by the interval, twice as long if the old and the new P agree by alignment().
+        """
         g = list(zip(*gradient)) if self.wide else gradient
         if self.steps == self.next:
             new = quantize(subspace(g, self.rank, self.rng), 4, granularity="channel")
@@ -1589,7 +1593,7 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
 # training. (A trained model of 64 channels has little to spare: bits cost it more than they cost a large one.)
 
 def everything(lab: Lab, knobs: Namespace) -> list[Compressed]:
-    """Every compressed model of this script."""
+    """Every compressed model of this script, in the table's order."""
     b, g = knobs.bits, knobs.group_size
     return [rounded_to_nearest(lab, 8, "tensor"), rounded_to_nearest(lab, 8, "channel"),
             rounded_to_nearest(lab, b, "tensor"), rounded_to_nearest(lab, b, "channel"),
