@@ -462,9 +462,8 @@ def test_static_scales():
     sizes = np.sort(np.abs(x).ravel())
     assert m.static_scale(x.tolist(), "absmax") == 90.0 / 127
     assert m.static_scale(x.tolist(), "percentile") == sizes[math.ceil(0.999 * 3000) - 1] / 127 < 5 / 127
-    on_the_coarsest = 0.8 / 127 * np.append(np.arange(9000) % 90, 127 / 0.8)[None]  # many numbers on the 80% grid, and one 1
-    chosen = set()
-    for x in (x, on_the_coarsest, *(numbers(seed, 2, 3 + seed % 4) for seed in range(80))):
+    chosen, on_a_grid = set(), [share / 127 * np.append(np.arange(14000) % 90, 127 / share)[None] for share in (0.8, 0.78)]
+    for x in (x, *on_a_grid, *(numbers(seed, 2, 3 + seed % 4) for seed in range(80)), *numbers(0, 12, 10, 100)):
         errors = {}
         for percent in range(80, 102, 2):
             s = np.abs(x).max() * percent / 100 / 127
