@@ -65,6 +65,9 @@ EVALUATION_TOKENS = 48     # the last of the last verse: what every method has t
 ALPHA = 0.5                # SmoothQuant's: how much of the difficulty moves to the weights
 OUTLIERS = (2, 32.0)       # channels planted as outliers, and how many times larger they are made
 PROMPT = "This is the"     # what the samples of text continue
+TERNARY_STEPS = 6          # of training with ternary weights, section 10
+FEW_STEPS = 4              # of the short runs of section 11
+PIECE = 48                 # tokens a step of both
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -86,8 +89,8 @@ PROMPT = "This is the"     # what the samples of text continue
 class Quantized:
     """A matrix [out][in] in few bits: w ≈ (code - zero_point) · scale, or codebook[code] · scale.
 
-    scales[r][c // group] and zero_points[r][c // group] belong to codes[r][c]. overhead: the bytes in which
-    the scales and zero points (and what else decoding needs) are stored; what is shared is in there once.
+    scales[r][c // group] and zero_points[r][c // group] belong to codes[r][c]. overhead: the scales and zero points
+    as a file stores them, and what else decoding needs; a scale that all rows share is in there once.
     """
     codes: list[list[int]]
     scales: Matrix
@@ -150,7 +153,7 @@ def group_columns(w: Matrix, bits: int, granularity: str | int) -> int:
 
 
 def lay_grids(w: Matrix, bits: int, group: int, granularity: str | int, symmetric: bool = True) -> list[list[tuple]]:
-    """For each row of w, the (scale, zero_point) of each group of its columns; "tensor": the same for all rows."""
+    """For each row of w, make_grid() of each group of its columns; "tensor": one grid, the same for all rows."""
     if granularity == "tensor":
         return [[make_grid([value for row in w for value in row], bits, symmetric)]] * len(w)
     return [[make_grid(row[c:c + group], bits, symmetric) for c in range(0, len(row), group)] for row in w]
@@ -178,7 +181,7 @@ def to_codes(values: Vector, scale: float, zero_point: float, bits: int) -> list
 
 
 def on_grids(w: Matrix, grids: list[list[tuple]], bits: int, group: int, granularity: str | int,
-             symmetric: bool = True) -> Quantized:
+             symmetric: bool) -> Quantized:
     """w [out][in], each group of a row rounded to its own grid."""
     codes = [[code for g, grid in enumerate(row_grids) for code in to_codes(row[g * group:(g + 1) * group], *grid, bits)]
              for row, row_grids in zip(w, grids)]
@@ -252,7 +255,6 @@ def fp16_row(values: Sequence[float]) -> Vector:
     return list(struct.unpack(f"<{len(values)}e", struct.pack(f"<{len(values)}e", *values)))
 
 
-SAMPLES = (0.1, 300.0, 70000.0, 1e-6)
 FLOATS = {"FP16": (fp16, 5, 10, FP16_MAX), "BF16": (bf16, 8, 7, (2 - 2**-7) * 2.0**127),
           "FP8 E4M3": (fp8_e4m3, 4, 3, 448.0), "FP8 E5M2": (fp8_e5m2, 5, 2, 57344.0)}
 
@@ -290,9 +292,10 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
                            for form, most in ((f"INT{bits}", code_range(bits)[1]), ("INT8", 127))}))
 
     trace.say("Floating point instead: what four formats make of the same numbers. Range is paid for with precision.")
-    trace.table(["", "bits", "largest", "smallest", "step at 1", *(f"{x:g}" for x in SAMPLES)],
+    samples = (0.1, 300.0, 70000.0, 1e-6)
+    trace.table(["", "bits", "largest", "smallest", "step at 1", *(f"{x:g}" for x in samples)],
                 [[form, str(1 + e + m), f"{largest:.3g}", f"2^{2 - 2 ** (e - 1) - m}", f"2^-{m}",
-                  *(f"{rounded(x):.5g}" for x in SAMPLES)] for form, (rounded, e, m, largest) in FLOATS.items()],
+                  *(f"{rounded(x):.5g}" for x in samples)] for form, (rounded, e, m, largest) in FLOATS.items()],
                 left=(0,))
 
     trace.check_close("the planted outliers left the FP32 logits where they were", lab.logits,
@@ -303,11 +306,6 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     some = [value for values in w for value in values] + [10.0 ** e for e in range(-9, 5)]
     trace.check("fp16() = what struct packs", all(fp16(x) == struct.unpack("<e", struct.pack("<e", x))[0]
                                                   for x in some), f"{len(some):,} numbers, to the bit")
-    values = {s * (f / 8 * 2.0**-6 if e == 0 else (1 + f / 8) * 2.0 ** (e - 7))
-              for e in range(16) for f in range(8 - (e == 15)) for s in (1, -1)}  # bit pattern by bit pattern
-    trace.check(f"fp8_e4m3() = the nearest of all {len(values)} values that E4M3 has",
-                all(abs(fp8_e4m3(x) - x) == min(abs(v - x) for v in values) for x in some[::7] if abs(x) <= 448),
-                "every seventh of those")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -355,10 +353,6 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
     trace.note("as a share of the typical weight: blank 0   · under 2%   ░ under 10%   ▒ under 30%   ▓ under 60%   "
                "█ more")
     trace.check("bits per weight counted from the bytes = the formula", sizes_agree, "equal")
-    q = quantize(w, bits, granularity=g)
-    far = max(abs(a - b) / (q.scales[i][j // g] / 2) for i, (p, row) in enumerate(zip(q.dequantize(), w))
-              for j, (a, b) in enumerate(zip(p, row)))
-    trace.check("in groups too: |error| ≤ scale / 2, each with its own scale", far <= 1 + 1e-12, "every weight")
     if (bits, knobs.outliers) == (4, OUTLIERS):  # other widths and outliers may make less of a difference
         tensor, group = (measure(lab, rounded_to_nearest(lab, 4, granularity)) for granularity in ("tensor", g))
         trace.check("INT4: a scale per tensor is clearly worse than one per group, in perplexity and by twice in KL",
@@ -469,23 +463,27 @@ def nf4_codebook() -> Vector:
 def quantize_nf4(w: Matrix, *, block_size: int = 64, double_quant: bool = False) -> Quantized:
     """w [out][in] in NF4, one absmax per block_size columns of a row (the last block of a row may be shorter).
 
-    double_quant: the absmaxes in 8-bit floats. ValueError as for quantize().
+    An absmax is the block's scale; a block of zeros gets the code of 0. overhead: the absmaxes in FP32, or with
+    double_quant as double_quantize() stores them. ValueError as for quantize().
     """
     group = group_columns(w, 4, block_size)
     codebook = tuple(nf4_codebook())
     between = [(a + b) / 2 for a, b in zip(codebook, codebook[1:])]  # a value between these two is nearest to …
-    parts = [[row[c:c + group] for c in range(0, len(row), group)] for row in w]
-    absmax = [[fp32(max(map(abs, part))) for part in row] for row in parts]
+    absmax = [[fp32(max(map(abs, row[c:c + group]))) for c in range(0, len(row), group)] for row in w]
     overhead = struct.pack(f"<{sum(map(len, absmax))}f", *(a for row in absmax for a in row))
-    codes = [[bisect(between, value / a) if a else 7 for part, a in zip(*pair) for value in part]
-             for pair in zip(parts, absmax)]
+    codes = [[bisect(between, value / scales[c // group]) if scales[c // group] else 7 for c, value in enumerate(row)]
+             for row, scales in zip(w, absmax)]
     if double_quant:
         absmax, overhead = double_quantize(absmax)
     return Quantized(codes, absmax, [[0] * len(row) for row in absmax], 4, group, overhead, codebook)
 
 
 def double_quantize(absmax: Matrix, block_size: int = 256) -> tuple[Matrix, bytes]:
-    """The absmaxes as E4M3 decodes them, and their bytes: the mean, a scale per 256 of them, a byte for each."""
+    """(the absmaxes as they decode, none below 0; their bytes).
+
+    The bytes: the mean in FP32, then for every block_size absmaxes a scale in FP32, which takes the furthest from the
+    mean to 448, and each one's difference from the mean, over that scale, in E4M3.
+    """
     flat = [a for row in absmax for a in row]
     mean, decoded = fp32(fmean(flat)), []
     overhead = struct.pack("<f", mean)
@@ -525,11 +523,9 @@ def show_nf4(trace: Trace, knobs: Namespace) -> None:
     trace.lines(histogram(normal, {"NF4": codebook, "INT4": [code / 7 for code in range(-7, 8)]}))
     trace.note("NF4: " + " ".join(f"{value:+.3f}" for value in codebook))
     trace.say("16,384 numbers of each kind, in blocks of 64: root mean square error, as a share of the numbers' own.")
-    rows, errors = [], {}
-    for kind, w in kinds.items():
-        errors[kind] = [relative_distance(q.dequantize(), w) for q in (quantize(w, 4, granularity=64), quantize_nf4(w))]
-        rows.append([kind, *(f"{e:.2%}" for e in errors[kind]), "NF4" if errors[kind][1] < errors[kind][0] else "INT4"])
-    trace.table(["", "INT4", "NF4", "better"], rows, left=(0, 3))
+    errors = {kind: [relative_distance(q.dequantize(), w) for q in (quantize(w, 4, granularity=64), quantize_nf4(w))]
+              for kind, w in kinds.items()}
+    trace.table(["", "INT4", "NF4"], [[kind, *(f"{e:.2%}" for e in errors[kind])] for kind in kinds], left=(0,))
     w = kinds["bell-shaped"]
     plain, double = quantize_nf4(w), quantize_nf4(w, double_quant=True)
     trace.say("What the scales cost, in bits a weight, and what double quantization leaves of it:")
@@ -550,15 +546,17 @@ def show_nf4(trace: Trace, knobs: Namespace) -> None:
 #
 # A GGUF file holds a quantized matrix as blocks of consecutive weights, each with its scale in front:
 #
-#     Q8_0   32 weights   d (FP16), 32 signed bytes                   d = absmax / 127             w ≈ d · q
-#     Q4_0   32 weights   d (FP16), 16 bytes                          d = (the extreme one) / -8   w ≈ d · (q - 8)
-#            byte j holds weight j in its low half and weight j + 16 in its high half
+#     Q8_0   32 weights   d (FP16), 32 signed bytes                   w ≈ d · q         d = absmax / 127
+#            q = w / d, rounded, halves away from 0
+#     Q4_0   32 weights   d (FP16), 16 bytes                          w ≈ d · (q - 8)   d = (the extreme one) / -8
+#            q = w / d + 8.5, cut off, at most 15; byte j holds weight j in its low half and weight j + 16 in its high
 #     Q4_K   256 weights  d, dmin (FP16), 12 bytes, 128 bytes         w ≈ d · scale · q - dmin · min
 #            eight sub-blocks of 32, each with a scale and a min of 6 bits, quantized themselves: 4.5 bits a weight
-#            like Q4_0, but with a zero point. Bits of the 12 bytes: see q4_k_encode().
+#            like Q4_0, but with a zero point. Bytes: see q4_k_decode().
 #
-# ggml computes in FP32, and so does the code below: hence all the fp32(). (Q4_K's own encoder tries several
-# scales for each sub-block and keeps the best; ours takes the range from min to max. The layout is the same.)
+# ggml computes in FP32, and so does the code below: hence all the fp32(). It finds q with the d of FP32, times
+# 1 / d, and only then stores d in FP16. (Q4_K's own encoder tries several scales for each sub-block and keeps the
+# best; ours takes the range from min to max. The layout is the same.)
 
 def blocks_of(row: Sequence[float], size: int) -> list[Vector]:
     """row cut into blocks, in FP32. ValueError if it is no multiple of size, or holds what FP16 scales cannot."""
@@ -609,7 +607,11 @@ def q4_0_decode(data: bytes, n: int) -> Vector:
 
 
 def q4_k_encode(row: Sequence[float]) -> bytes:
-    """Weights (a multiple of 256) -> GGUF Q4_K super-blocks of 144 bytes."""
+    """Weights (a multiple of 256) -> GGUF Q4_K super-blocks of 144 bytes, laid out as q4_k_decode() says.
+
+    A sub-block's minimum is how far it reaches below 0, its step 1/15 of the way from there to its largest weight;
+    the largest step is 63 · d and the largest minimum 63 · dmin. q: nearest to what then decodes, from 0 to 15.
+    """
     data = b""
     for block in blocks_of(row, 256):
         parts = [block[i:i + 32] for i in range(0, 256, 32)]
@@ -618,8 +620,6 @@ def q4_k_encode(row: Sequence[float]) -> bytes:
         d, dmin = fp16(max(steps) / 63), fp16(max(mins) / 63)
         sc, mn = ([min(63, round(value / unit)) if unit else 0 for value in values]
                   for values, unit in ((steps, d), (mins, dmin)))
-        # 16 numbers of 6 bits in 12 bytes: the first four of each whole, in the low 6 bits of bytes 0-3 and 4-7;
-        # of the last four, the low 4 bits in bytes 8-11, and the high 2 where those six left room.
         data += struct.pack("<2e12B", d, dmin, *(sc[j] | sc[j + 4] >> 4 << 6 for j in range(4)),
                             *(mn[j] | mn[j + 4] >> 4 << 6 for j in range(4)),
                             *(sc[j] & 15 | (mn[j] & 15) << 4 for j in range(4, 8)))
@@ -630,7 +630,10 @@ def q4_k_encode(row: Sequence[float]) -> bytes:
 
 
 def q4_k_decode(data: bytes, n: int) -> Vector:
-    """The n weights of Q4_K super-blocks."""
+    """The n weights of Q4_K super-blocks: d and dmin, 12 bytes of scales and minimums, 4 × 32 bytes of codes.
+
+    Of those four, number j holds sub-block 2j in the low halves and sub-block 2j + 1 in the high halves.
+    """
     check_blocks(data, n, 256, 144)
     out: Vector = []
     for d, dmin, *rest in struct.iter_unpack("<2e140B", data):
@@ -642,7 +645,11 @@ def q4_k_decode(data: bytes, n: int) -> Vector:
 
 
 def q4_k_scales(b: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The eight scales and the eight minimums in a super-block's 12 bytes."""
+    """The eight scales and the eight minimums in a super-block's 12 bytes.
+
+    The first four of each are whole, in the low 6 bits of bytes 0-3 and 4-7. Of the last four, bytes 8-11 hold the low
+    4 bits (the scale's in the low half, the minimum's in the high), and the 2 bits left above those six the rest.
+    """
     return ([b[j] & 63 for j in range(4)] + [b[8 + j] & 15 | b[j] >> 6 << 4 for j in range(4)],
             [b[4 + j] & 63 for j in range(4)] + [b[8 + j] >> 4 | b[4 + j] >> 6 << 4 for j in range(4)])
 
@@ -678,11 +685,11 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
     lean = [[value + 0.15 for value in row] for row in rows]
     trace.say("The three formats on 4,096 weights around zero, and on the same weights moved to one side, where Q4_K's "
               "minimums pay off.")
-    sizes, table = {}, []
+    table = []
     for form, (encode, decode, size) in GGUF.items():
-        sizes[form] = len(b"".join(map(encode, rows)))
         errors = [relative_distance([decode(encode(row), len(row)) for row in w], w) for w in (rows, lean)]
-        table.append([form, f"{len(encode(rows[0][:size]))} bytes", str(size), f"{8 * sizes[form] / 4096:.2f}",
+        n_bytes = len(encode(rows[0][:size]))
+        table.append([form, f"{n_bytes} bytes", str(size), f"{8 * n_bytes / size:.2f}",
                       *(f"{error:.2%}" for error in errors)])
     trace.table(["", "block", "of weights", "bits/weight", "error", "moved aside"], table, left=(0,))
     data = q4_k_encode(rows[0][:256])
@@ -701,8 +708,6 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
     trace.check("Q4_0 of -8, …, 7, twice = the block worked out by hand",
                 q4_0_encode([float(i) for i in range(-8, 8)] * 2) == b"\x00\x3c" + bytes(17 * i for i in range(16)),
                 "18 bytes equal")
-    trace.check("4,096 encoded weights = so many blocks of 34, 18 and 144 bytes",
-                list(sizes.values()) == [128 * 34, 128 * 18, 16 * 144], "equal")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -734,7 +739,12 @@ def int8_matmul(x: Matrix, q: Quantized, x_scale: float | None = None) -> Matrix
 
 
 def static_scale(x: Matrix, method: str) -> float:
-    """A scale for INT8 activations like x: by "absmax", "percentile" (99.9) or least squared "error"."""
+    """A scale for INT8 activations like x [n][in], by one of three methods; 1 where it would be 0.
+
+    "absmax": nothing is clipped. "percentile": the least with which 99.9% of the magnitudes are not, the others become
+    127. "error": of 80%, 82%, … 100% of the first, the one with the least squared error, the smallest of equally good
+    ones. ValueError for another method.
+    """
     sizes = sorted(abs(value) for row in x for value in row)
     if method == "absmax":
         return sizes[-1] / 127 or 1.0
@@ -746,7 +756,7 @@ def static_scale(x: Matrix, method: str) -> float:
     def squared_error(scale: float) -> float:
         return sum((size - min(round(size / scale), 127) * scale) ** 2 for size in sizes)
 
-    return min((sizes[-1] * i / 12 / 127 or 1.0 for i in range(1, 13)), key=squared_error)
+    return min((sizes[-1] * i / 50 / 127 or 1.0 for i in range(40, 51)), key=squared_error)
 
 
 def llm_int8_matmul(x: Matrix, w: Matrix, *, threshold: float = 6.0) -> Matrix:
@@ -823,7 +833,8 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     smoothed = [max(map(abs, column)) for column in zip(*capture(smooth, lab.calibration)[0][name])]
     trace.say(f"The largest magnitude of each channel that goes into {name}, {len(absmax)} channels from left to "
               f"right: as the model has it, and after SmoothQuant with exponent {knobs.alpha:g}.")
-    trace.lines(columns_picture(absmax) + [""] + columns_picture(smoothed))
+    trace.lines([f"{mark:>7} {line}" for sizes in (absmax, smoothed)
+                 for mark, line in zip([f"{max(sizes):.1f}"] + [""] * 6, columns_picture(sizes, 6) + [""])][:-1])
     kept = sum(size >= 6 for size in absmax)
     trace.ask(f"how many of these {len(absmax)} columns will LLM.int8() keep in floating point on this text?", kept)
     trace.say(f"Weights and activations in INT8. FP32's perplexity is {lab.perplexity:.3f}; on the calibration tokens "
@@ -869,9 +880,9 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
 #
 #     error_j = (w_j - quant(w_j)) / U[j][j]          w_k -= error_j · U[j][k]  for every k > j
 #
-# U is the upper Cholesky factor of H⁻¹: row j of it is what OBS would get by inverting H again for
-# every step. Damping (1% of H's mean diagonal) keeps H invertible. act-order takes the columns with the largest
-# diagonal first, while there is still somewhere to put their errors.
+# U is the upper Cholesky factor of H⁻¹, Uᵀ U = H⁻¹. Its row j is, but for a factor, what OBS at step j takes from the
+# inverse of what is left of H, without inverting again. Damping (1% of H's mean diagonal) keeps H invertible.
+# act-order takes the columns with the largest diagonal first, while there is still somewhere to put their errors.
 #
 # Production goes block by block through the network, with inputs from the layers already quantized; ours takes
 # all inputs from the FP32 model. The arithmetic in a layer is the same.
@@ -884,7 +895,7 @@ def hessian_of(x: Matrix) -> Matrix:
 
 def gptq(w: Matrix, hessian: Matrix, bits: int, *, granularity: str | int, act_order: bool = False,
          damp: float = 0.01) -> Quantized:
-    """w [out][in] on grids as quantize() has them, the codes chosen for least output error under hessian [in][in].
+    """w [out][in] on symmetric grids as quantize() has them, the codes chosen for least output error under hessian [in][in].
 
     A group's grid is laid when its first column comes up, on the weights as they then are; under act_order, whose
     groups come in pieces, on the weights given. damp: a share of the mean diagonal. ValueError if it is not
@@ -907,16 +918,16 @@ def gptq(w: Matrix, hessian: Matrix, bits: int, *, granularity: str | int, act_o
                 row[j // group] = grid
         errors = []
         for r, value in enumerate(columns[i]):
-            scale, zero = grids[r][j // group]
-            codes[r][j], = to_codes([value], scale, zero, bits)
-            errors.append((value - (codes[r][j] - zero) * scale) / u[i][i])
+            scale, _ = grids[r][j // group]
+            codes[r][j], = to_codes([value], scale, 0, bits)
+            errors.append((value - codes[r][j] * scale) / u[i][i])
         for k in range(i + 1, n):
             columns[k] = [value - error * u[i][k] for value, error in zip(columns[k], errors)]
     return with_grids(codes, grids, bits, group, granularity)
 
 
 def upper_factor(hessian: Matrix, damp: float) -> Matrix:
-    """U with Uᵀ U = (H + damp · its mean diagonal)⁻¹."""
+    """U, upper triangular, with Uᵀ U = (H + damp · its mean diagonal · I)⁻¹; an H of zeros gets I instead."""
     ridge = damp * fmean(row[j] for j, row in enumerate(hessian)) or 1.0
     damped = [[value + ridge * (i == j) for j, value in enumerate(row)] for i, row in enumerate(hessian)]
     return list(zip(*cholesky(inverse(damped))))
@@ -965,8 +976,8 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
     for name in lab.linears:
         exact = linear(lab.unseen[name], lab.model.weights[name])
         errors = [relative_distance(linear(lab.unseen[name], c.weights[name]), exact) for c in methods.values()]
-        rows.append([name, *(f"{e:.1%}" for e in errors), bar(errors[0], 0.5, 10), bar(errors[1], 0.5, 10)])
-    trace.table(["matrix", *methods, "to nearest", "GPTQ"], rows, left=(0, 4, 5))
+        rows.append([name, *(f"{e:.1%}" for e in errors)])
+    trace.table(["matrix", *methods], rows, left=(0,))
     trace.say("And the model, by the loss that no layer saw:")
     trace.table(["method", "bits/weight", "perplexity", "KL", "changed"],
                 [[form, *lab.scores(c)] for form, c in methods.items()], left=(0,))
@@ -1004,7 +1015,7 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
 
 def awq_search(w: Matrix, x: Matrix, bits: int, *, granularity: str | int,
                grid: int = 20) -> tuple[Vector, float, Quantized]:
-    """(scales [in], α, Q(w · scales)) for the least output error on inputs x [n][in], over α = 0, 1/grid, ….
+    """(scales [in], α, Q(w · scales)) for the least output error on inputs x [n][in], over α = 0, 1/grid, … (grid - 1)/grid.
 
     w [out][in]. The first of equally good α wins. ValueError if grid < 1, or as for quantize(). Lin et al. 2024,
     equation 5.
@@ -1020,7 +1031,10 @@ def awq_search(w: Matrix, x: Matrix, bits: int, *, granularity: str | int,
 
 def scaled_and_rounded(w: Matrix, x: Matrix, exact: Matrix, alpha: float, bits: int,
                        granularity: str | int) -> tuple[float, Vector, Quantized]:
-    """(output error as a share of the exact output, scales, Q(w · scales)) for one exponent."""
+    """(output error as a share of the exact output, scales, Q(w · scales)) for one exponent.
+
+    A channel's mean |x| counts as 1e-4 at least, so that a dead one has a scale too.
+    """
     powers = [max(fmean(map(abs, column)), 1e-4) ** alpha for column in zip(*x)]
     middle = math.sqrt(max(powers) * min(powers))
     scales = [power / middle for power in powers]
@@ -1111,7 +1125,8 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
 # to the power p < 1, which forgives the few outliers and cares for the many. Half-quadratic splitting: an error e of
 # its own for every weight, drawn to W - Q(W), shrunk towards 0, turn by turn with a mean for z:
 #
-#     e = shrink(W - Q(W), β)          z = mean(code - (W - e) / scale)          β grows a little every turn
+#     e = shrink(W - Q(W), β)          shrink(r, β) = sign(r) · max(|r| - |r|^(p-1) / β, 0)
+#     z = mean(code - (W - e) / scale)                                           β grows a little every turn
 #
 # SqueezeLLM lets the grid be any 2^bits values, found by k-means in which each weight counts by how much the loss
 # minds it (the squared gradient, a diagonal of the Fisher information); and takes 0.45% of the weights out into a
@@ -1119,7 +1134,10 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
 # thousands of weights; ours have 64, so it is one for the matrix.)
 
 def hqq(w: Matrix, bits: int, *, granularity: str | int, iterations: int = 20) -> Quantized:
-    """w on grids whose zero points, real numbers in FP16, are optimised."""
+    """w [out][in] on the asymmetric grids of quantize(), their zero points, real numbers in FP16, by best_zero().
+
+    ValueError as for quantize().
+    """
     group = group_columns(w, bits, granularity)
     start = lay_grids(w, bits, group, granularity, symmetric=False)
     if granularity == "tensor":
@@ -1132,7 +1150,11 @@ def hqq(w: Matrix, bits: int, *, granularity: str | int, iterations: int = 20) -
 
 def best_zero(values: Vector, scale: float, zero: float, bits: int, iterations: int, p: float = 0.7,
               beta: float = 10.0, kappa: float = 1.01) -> tuple[float, float]:
-    """(scale, a zero point that leaves less mean |error|): turns are taken as long as each is better than the last."""
+    """(scale, the zero point that left the least mean |error|), from `zero` on.
+
+    A turn rounds z to FP16, codes the values with it, and stops if their mean |error| is not less than before;
+    then come e, the next z, and β times kappa.
+    """
     least, best = math.inf, zero
     for _ in range(iterations):
         zero = fp16(float(zero))
@@ -1149,7 +1171,10 @@ def best_zero(values: Vector, scale: float, zero: float, bits: int, iterations: 
 
 
 def weighted_kmeans(values: Vector, weights: Vector, k: int, iterations: int = 12) -> Vector:
-    """k values, ascending, for the least Σ weight · (value - its nearest)²: Lloyd's algorithm in one dimension."""
+    """k values, ascending, for the least Σ weight · (value - its nearest)²: Lloyd's algorithm in one dimension.
+
+    It starts from the middles of k equal shares of the sorted values. A value that none is nearest to stays.
+    """
     order = sorted(values)
     centroids = [order[(2 * i + 1) * len(order) // (2 * k)] for i in range(k)]
     for _ in range(iterations):
@@ -1162,7 +1187,11 @@ def weighted_kmeans(values: Vector, weights: Vector, k: int, iterations: int = 1
 
 
 def squeezellm(w: Matrix, sensitivity: Matrix, bits: int) -> tuple[Matrix, int]:
-    """(what w decodes to, its bytes): a codebook of 2^bits FP16 values, codes, and 0.45% of the weights apart."""
+    """(what w decodes to, its bytes): a codebook of 2^bits FP16 values, codes, and 0.45% of the weights apart.
+
+    w [out][in], sensitivity of the same shape. Those apart (0.05% and 0.4%, each rounded up) are kept in FP16, and no
+    part of the k-means; they have a code all the same, and beside the value 2 bytes for the column; rows take 2 each.
+    """
     values, weights = [value for row in w for value in row], [s for row in sensitivity for s in row]
     n, columns = len(values), len(w[0])
     apart = set(sorted(range(n), key=lambda i: -weights[i])[:math.ceil(0.0005 * n)])
@@ -1182,7 +1211,7 @@ def squeezellm(w: Matrix, sensitivity: Matrix, bits: int) -> tuple[Matrix, int]:
 
 @lru_cache(maxsize=None)
 def sensitivities(lab: Lab) -> dict[str, Matrix]:
-    """{matrix: Σ of the squared gradients of its weights}, over pieces of the calibration tokens."""
+    """{matrix: Σ of the squared gradients of its weights}, over the calibration text, 16 tokens to predict at a time."""
     total: dict[str, Matrix] = {}
     for start in range(0, max(1, len(lab.calibration) - 1), 16):
         tape, piece = Tape(), lab.calibration[start:start + 17]
@@ -1244,7 +1273,7 @@ def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
 # papers that goes for the whole training, with activations in 8 bits; here for a short run from trained weights.
 
 def bitnet_signs(w: Matrix) -> Matrix:
-    """w as BitNet has it: ± mean|W| (Wang et al. 2023)."""
+    """w as BitNet has it: mean|W| where it is above the mean, -mean|W| elsewhere (Wang et al. 2023)."""
     mean, scale = fmean(v for row in w for v in row), fmean(abs(v) for row in w for v in row)
     return [[scale if v > mean else -scale for v in row] for row in w]
 
@@ -1269,7 +1298,7 @@ def pack_ternary(codes: Sequence[int]) -> bytes:
 
 
 def ternary_product(x: Vector, codes: list[list[int]], gamma: float) -> tuple[Vector, int, int]:
-    """(y = γ · codes x, additions, multiplications)."""
+    """(y = γ · codes x; how many additions and subtractions of values it took; how many multiplications)."""
     y, additions = [], 0
     for row in codes:
         total = 0.0
@@ -1282,7 +1311,7 @@ def ternary_product(x: Vector, codes: list[list[int]], gamma: float) -> tuple[Ve
 
 
 def straight_through(tape: Tape) -> Callable:
-    """Runs linear with ternary weights; their gradient goes to the weights behind them as it is."""
+    """Runs linear with ternary weights; their gradient goes to the weights behind them as it is (see BACKWARD below)."""
     return lambda operation, *inputs: (tape(linear, inputs[0], tape(ternary_weights, inputs[1])) if operation is linear
                                        else tape(operation, *inputs))
 
@@ -1298,16 +1327,13 @@ def in_one_bit(lab: Lab, method: str) -> Compressed:
                   lambda gradients, progress: adam.step(gradients, 0.01 * (1 - progress)), lab.text, TERNARY_STEPS,
                   PIECE)
 
-    def rounded(name: str, _: Matrix) -> tuple[Matrix, int]:
-        w = weights[name]
+    def rounded(_: str, w: Matrix) -> tuple[Matrix, int]:  # and two bytes for the scale
         if method == "BitNet":
-            return bitnet_signs(w), len(pack_bits([v > 0 for row in w for v in row], 1)) + 2
+            signs = bitnet_signs(w)
+            return signs, len(pack_bits([v > 0 for row in signs for v in row], 1)) + 2
         return ternary_weights(w), len(pack_ternary([c for row in ternary_codes(w)[0] for c in row])) + 2
 
     return compress(lab, {"BitNet": "1 bit, BitNet", "b1.58": "b1.58, untrained"}.get(method, method), rounded, weights)
-
-
-TERNARY_STEPS = 6
 
 
 def show_one_bit(trace: Trace, knobs: Namespace) -> None:
@@ -1346,11 +1372,11 @@ def show_one_bit(trace: Trace, knobs: Namespace) -> None:
 #     W = round_stochastically(W - rate · P · Adam(Pᵀ G))
 #
 # Rounding up or down by chance, in proportion, lets steps smaller than INT8's act on average. P is made
-# again at intervals, and where the new one agrees with the old (cosine ≥ 0.4), the interval doubles. (The authors keep
-# Adam's state in 8 bits as well; ours has FP32.)
+# again at intervals, and where the new one agrees with the old (cosine ≥ 0.4), the interval doubles. (The authors ask
+# for several agreements in a row, and keep Adam's state in 8 bits as well; ours has FP32.)
 
 def frozen_linear(x: Matrix, w: Matrix) -> Matrix:
-    """linear(), whose weights get no gradient."""
+    """linear(), but the weights get no gradient (see BACKWARD below)."""
     return linear(x, w)
 
 
@@ -1368,7 +1394,7 @@ def with_adapters(adapters: dict[int, tuple[Matrix, Matrix]]) -> Callable[[Tape]
 
 @lru_cache(maxsize=None)
 def by_qlora(lab: Lab, rank: int = 4) -> tuple[Compressed, int]:
-    """(the NF4 model with adapters trained on top, how many numbers those have)."""
+    """(the NF4 model with adapters trained on top, which its file keeps in FP16; how many numbers they have)."""
     base, rng, adapters, parameters = in_nf4(lab, True), random.Random(1), {}, {}
     for name in lab.linears:
         w = base.weights[name]
@@ -1409,7 +1435,11 @@ class QGaLore:
         self.adam = Adam({"R": self.direction})
 
     def step(self, gradient: Matrix, rate: float) -> None:
-        """Take one step."""
+        """Take one step down the gradient [out][in], to stochastic_codes() on grids laid anew; self.w changes in place.
+
+        Before it, if step number `next` is reached, P is made of this gradient (of its transpose, if the matrix is
+        tall), and `next` moves on by the interval, twice as long if the old and the new P agree by alignment().
+        """
         g = list(zip(*gradient)) if self.wide else gradient
         if self.steps == self.next:
             new = quantize(subspace(g, self.rank, self.rng), 4, granularity="channel")
@@ -1417,11 +1447,11 @@ class QGaLore:
                 self.interval *= 2
             self.projection, self.next, self.refreshed = new, self.steps + self.interval, self.refreshed + 1
         self.steps += 1
-        p = self.projection.dequantize()                               # [r][m]
+        p = self.projection.dequantize()                               # Pᵀ, [r][m]
         for row in self.direction:
-            row[:] = [0.0] * len(row)                                  # so that Adam leaves its step there
-        self.adam.step({"R": linear(p, list(zip(*g)))}, rate)          # R = P g, [r][n]
-        update = linear(list(zip(*p)), list(zip(*self.direction)))     # [m][n]
+            row[:] = [0.0] * len(row)                                  # Adam changes it in place: from 0 to its step
+        self.adam.step({"R": linear(p, list(zip(*g)))}, rate)          # R = Pᵀ G, [r][n]
+        update = linear(list(zip(*p)), list(zip(*self.direction)))     # P · Adam(R), [m][n]
         w = add(self.w, list(zip(*update)) if self.wide else update)
         grids = lay_grids(w, 8, len(w[0]), "channel")
         codes = [stochastic_codes(row, scale, self.rng) for row, ((scale, _),) in zip(w, grids)]
@@ -1440,9 +1470,6 @@ def alignment(a: Matrix, b: Matrix) -> float:
     return fmean(abs(dot(u, v)) / math.sqrt(dot(u, u) * dot(v, v) or 1.0) for u, v in zip(a, b))
 
 
-FEW_STEPS, PIECE = 4, 48      # steps of these short runs, and their tokens a step
-
-
 def show_training(trace: Trace, knobs: Namespace) -> None:
     """QLoRA and Q-GaLore beside full training: what is kept, and what it does to the loss."""
     lab, rank, rng = laboratory(knobs), 8, random.Random(knobs.seed)
@@ -1453,14 +1480,15 @@ def show_training(trace: Trace, knobs: Namespace) -> None:
               lambda gradients, progress: adam.step(gradients, 0.001 * (1 - progress)), lab.recent, FEW_STEPS, PIECE)
     matrices = {n: QGaLore(lab.calm.weights[n], rank, rng) for n in lab.linears}
     weights = lab.calm.weights | {n: m.w for n, m in matrices.items()}
-    int8 = measure(lab, Compressed("INT8", map_rows(list, weights), 0, 0, call)).perplexity
+
+    def perplexity(weights: dict) -> str:
+        return f"{measure(lab, Compressed('', weights, 0, 0, call)).perplexity:.3f}"
+
+    int8 = perplexity(weights)
     fine_tune(Llama(lab.model.config, weights), {n: m.w for n, m in matrices.items()}, lambda tape: tape,
               lambda gradients, progress: [m.step(gradients[n], 0.005 * (1 - progress)) for n, m in matrices.items()],
               lab.recent, FEW_STEPS, PIECE)
     base, (qlora, n_adapters) = in_nf4(lab, True), by_qlora(lab)
-
-    def after(weights: dict) -> str:
-        return f"{measure(lab, Compressed('', weights, 0, 0, call)).perplexity:.3f}"
 
     state = sum(map(len, (row for m in matrices.values() for row in m.direction)))
     projections = sum(m.projection.nbytes for m in matrices.values())
@@ -1471,11 +1499,11 @@ def show_training(trace: Trace, knobs: Namespace) -> None:
               f"each that it trains, and Q-GaLore's projections in INT4. Perplexity on the last verse.")
     trace.table(["", "trained", "weights", "optimizer", "before", "after"], [
         ["full", f"{lab.n_weights:,}", f"{4 * lab.n_weights:,}",
-         f"{8 * sum(len(row) for rows in adam.m.values() for row in rows):,}", f"{lab.perplexity:.3f}", after(full)],
+         f"{8 * sum(len(row) for rows in adam.m.values() for row in rows):,}", f"{lab.perplexity:.3f}", perplexity(full)],
         ["QLoRA, rank 4", f"{n_adapters:,}", f"{base.nbytes - lab.rest_bytes + 4 * n_adapters:,}",
          f"{8 * n_adapters:,}", f"{measure(lab, base).perplexity:.3f}", f"{measure(lab, qlora).perplexity:.3f}"],
         [f"Q-GaLore, rank {rank}", f"{lab.n_weights:,}", f"{sum(m.q.nbytes for m in matrices.values()):,}",
-         f"{8 * state + projections:,}", f"{int8:.3f}", after(weights)]], left=(0,))
+         f"{8 * state + projections:,}", int8, perplexity(weights)]], left=(0,))
     trace.note(f"Q-GaLore made its {len(matrices)} projections {sum(m.refreshed for m in matrices.values())} times "
                f"in all.")
     shapes = [lab.model.config.shapes()[n] for n in lab.linears]
@@ -1541,10 +1569,10 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"The KL that each matrix causes when it alone is quantized (in thousandths of a nat a token, on "
               f"calibration tokens, in groups of {g}), and the bits it gets when all may take the bytes of {bits} bits "
               f"throughout.")
-    trace.table(["matrix", "weights", *(f"{width} bits" for width in widths(bits)), "gets", ""],
+    trace.table(["matrix", "weights", *(f"{width} bits" for width in widths(bits)), "gets"],
                 [[name, f"{math.prod(lab.model.config.shapes()[name]):,}",
-                  *(f"{1000 * kl:.2f}" for kl, _ in found.values()), str(chosen[name]), "█" * chosen[name]]
-                 for name, found in damage.items()], left=(0, 3 + len(widths(bits))))
+                  *(f"{1000 * kl:.2f}" for kl, _ in found.values()), str(chosen[name])]
+                 for name, found in damage.items()], left=(0,))
     trace.say("On text that neither saw:")
     uniform = rounded_to_nearest(lab, bits, g)
     trace.table(["", "bits/weight", "perplexity", "KL", "changed"],
@@ -1565,7 +1593,7 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
 # training. (A trained model of 64 channels has little to spare: bits cost it more than they cost a large one.)
 
 def everything(lab: Lab, knobs: Namespace) -> list[Compressed]:
-    """Every compressed model of this script."""
+    """Every compressed model of this script, in the table's order."""
     b, g = knobs.bits, knobs.group_size
     return [rounded_to_nearest(lab, 8, "tensor"), rounded_to_nearest(lab, 8, "channel"),
             rounded_to_nearest(lab, b, "tensor"), rounded_to_nearest(lab, b, "channel"),
@@ -1901,9 +1929,7 @@ def histogram(values: Sequence[float], grids: dict[str, Sequence[float]], width:
     """How many values fall where, as columns, from -absmax to absmax; under them, marks where each grid has a point."""
     absmax = max(map(abs, values))
     places = Counter(round((value / absmax + 1) / 2 * (width - 1)) for value in values)
-    most, margin = max(places.values()), max(map(len, grids)) + 1
-    lines = ["".join("█" if places[c] / most > level / height else " " for c in range(width))
-             for level in range(height)][::-1]
+    lines, margin = columns_picture([places[c] for c in range(width)], height), max(map(len, grids)) + 1
     for points in grids.values():
         marked = {round((point / absmax + 1) / 2 * (width - 1)) for point in points
                   if abs(point) <= absmax * (1 + 1e-3)}
@@ -1912,11 +1938,11 @@ def histogram(values: Sequence[float], grids: dict[str, Sequence[float]], width:
     return [label.ljust(margin) + line for label, line in zip([""] * height + list(grids) + [""], lines)]
 
 
-def columns_picture(sizes: Sequence[float], height: int = 6) -> list[str]:
-    """Sizes as columns side by side, the largest of them `height` high and named."""
+def columns_picture(sizes: Sequence[float], height: int) -> list[str]:
+    """Sizes as columns side by side, the largest of them `height` lines high."""
     most = max(sizes)
-    lines = ["".join("█" if size / most > level / height else " " for size in sizes) for level in range(height)][::-1]
-    return [f"{mark:>7} " + line for mark, line in zip([f"{most:.1f}"] + [""] * (height - 1), lines)]
+    return ["".join("█" if size / most > level / height else " " for size in sizes)
+            for level in reversed(range(height))]
 
 
 # ---------------------------------------------------------------------------------------------------

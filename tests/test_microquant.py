@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import struct
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -242,7 +243,7 @@ def test_nf4_takes_the_nearest_value(block):
             if absmax:
                 gaps = np.abs(codebook - w[r, c] / absmax)
                 assert gaps[q.codes[r][c]] <= gaps.min() + 1e-15
-            assert q.dequantize()[r][c] == codebook[q.codes[r][c]] * absmax
+            assert q.dequantize()[r][c] == codebook[q.codes[r][c]] * absmax and q.zero_points[r][c // block] == 0
         n_blocks = w.shape[0] * -(-w.shape[1] // block)
         assert q.nbytes == -(-w.size // 2) + 4 * n_blocks
 
@@ -364,6 +365,26 @@ def test_q4_k_encodes_what_decodes_close():
             assert (np.abs(back[start:start + 256] - block).reshape(8, 32) <= bound[:, None]).all()
 
 
+def hard_q4_k_rows():
+    """Sub-blocks far narrower than their minimum is rounded; weights so small that d or dmin is a subnormal half, and 63 too few."""
+    yield np.float32(-10 - 7.3 * np.repeat(np.arange(8), 32) + 0.01 * numbers(12, 256))
+    yield np.float32(np.tile(np.linspace(-4e-5, 3.9e-5, 32), 8))
+    yield np.float32(np.tile(np.linspace(-5.2e-6, 0.1, 32), 8))
+
+
+def test_q4_k_takes_the_nearest_of_what_it_can_store():
+    for row in itertools.chain(gguf_rows(), hard_q4_k_rows()):
+        data = m.q4_k_encode(row.tolist())
+        for i, block in enumerate(row.astype(float).reshape(-1, 8, 32)):
+            lows = np.maximum(-block.min(1), 0)
+            steps = (block.max(1) + lows) / 15
+            (d, sc), (dmin, mn) = ((unit, np.minimum(np.rint(values / unit), 63) if unit else np.zeros(8)) for values in (steps, lows)
+                                   for unit in [float(np.float16(values.max() / 63))])
+            scale, low = (d * sc)[:, None], (dmin * mn)[:, None]
+            codes = np.clip(np.rint((block + low) / np.where(scale, scale, np.inf)), 0, 15)
+            same(reference_q4_k(data[144 * i:144 * i + 144]), (d * sc[:, None] * codes - low).ravel())
+
+
 def test_q4_k_by_hand():
     """Sub-block j holds 0, s, …, 15·s twice (and minimum 0), s = j + 1: scales 63·s/8 in 6 bits."""
     row = [float((j + 1) * (i % 16)) for j in range(8) for i in range(32)]
@@ -441,11 +462,17 @@ def test_static_scales():
     sizes = np.sort(np.abs(x).ravel())
     assert m.static_scale(x.tolist(), "absmax") == 90.0 / 127
     assert m.static_scale(x.tolist(), "percentile") == sizes[math.ceil(0.999 * 3000) - 1] / 127 < 5 / 127
-    errors = {}
-    for i in range(1, 13):
-        s = 90.0 * i / 12 / 127
-        errors[s] = ((x - np.clip(np.rint(x / s), -127, 127) * s) ** 2).sum()
-    assert m.static_scale(x.tolist(), "error") == pytest.approx(min(errors, key=errors.get), abs=1e-15)
+    chosen, on_a_grid = set(), [share / 127 * np.append(np.arange(14000) % 90, 127 / share)[None] for share in (0.8, 0.78)]
+    for x in (x, *on_a_grid, *(numbers(seed, 2, 3 + seed % 4) for seed in range(80)), *numbers(0, 12, 10, 100)):
+        errors = {}
+        for percent in range(80, 102, 2):
+            s = np.abs(x).max() * percent / 100 / 127
+            errors[percent] = ((x - np.clip(np.rint(x / s), -127, 127) * s) ** 2).sum()
+        best = min(errors, key=errors.get)
+        assert m.static_scale(x.tolist(), "error") == pytest.approx(np.abs(x).max() * best / 100 / 127, rel=1e-12)
+        chosen.add(best)
+    assert chosen >= {80, 98, 100}
+    assert m.static_scale([[0.0]], "error") == 1.0
     assert m.static_scale([[0.0]], "absmax") == m.static_scale([[0.0]], "percentile") == 1.0
     with pytest.raises(ValueError, match="method"):
         m.static_scale(x.tolist(), "median")
@@ -530,6 +557,55 @@ def test_smoothquant_leaves_the_function_and_does_what_it_says(lab, alpha):
     np.testing.assert_allclose(after, before ** (1 - alpha) * weights ** (1 - alpha), rtol=1e-9)
 
 
+@pytest.mark.parametrize("method", ["absmax", "percentile", "error", "dynamic", "LLM.int8()", "SmoothQuant"])
+def test_a_whole_model_in_int8(lab, method):
+    """By replacing linear with the reference's product; the codes are those of the weights that it multiplies."""
+    c = m.in_int8(lab, method, 0.4)
+    expected = m.smoothquant(lab.model.weights, CONFIG, lab.inputs, 0.4) if method == "SmoothQuant" else lab.model.weights
+    assert c.weights == expected
+    names = {id(w): name for name, w in c.weights.items()}
+
+    def run(operation, *inputs):
+        if operation is not m.linear:
+            return operation(*inputs)
+        x, w, name = np.array(inputs[0]), np.array(inputs[1]), names[id(inputs[1])]
+        if method == "LLM.int8()":
+            exact = np.abs(x).max(0) >= 6
+            return (x[:, exact] @ w[:, exact].T + (reference_int8(x[:, ~exact], w[:, ~exact]) if not exact.all() else 0)).tolist()
+        scale = m.static_scale(lab.inputs[name], method) if method in ("absmax", "percentile", "error") else None
+        return reference_int8(x, w, scale).tolist()
+
+    tokens = lab.evaluation[:-1]
+    got = m.Llama(CONFIG, c.weights).forward(tokens, run=c.run)
+    np.testing.assert_allclose(got, m.Llama(CONFIG, c.weights).forward(tokens, run=run), rtol=0, atol=1e-9)
+
+
+def test_the_table_has_every_model_once_and_counts_its_bytes(lab, monkeypatch):
+    monkeypatch.setattr(m, "assign_bits", lambda damage, budget: dict.fromkeys(damage, 3))  # 15 matrices are too many for it
+    models = m.everything(lab, Namespace(bits=3, group_size=4, alpha=0.5))
+    assert len({c.name for c in models}) == len(models) == 24
+    for c in models:  # a file is the rest in FP16, and its matrices at so many bits a weight
+        assert c.nbytes == pytest.approx(lab.rest_bytes + c.bits_per_weight * lab.n_weights / 8, rel=1e-12)
+    sizes = {c.name: c.nbytes - lab.rest_bytes for c in models}
+    adapters = sum(4 * (len(lab.model.weights[name]) + len(lab.model.weights[name][0])) for name in lab.linears)
+    assert m.by_qlora(lab)[1] == adapters
+    assert sizes["NF4 + QLoRA"] == sizes["NF4, double quant."] + 2 * adapters
+    matrices = [np.array(lab.calm.weights[name]) for name in lab.linears]
+    for name, per_byte in (("1 bit, BitNet", 8), ("b1.58, untrained", 5), ("b1.58 trained", 5)):
+        assert sizes[name] == sum(-(-w.size // per_byte) + 2 for w in matrices)
+
+
+def test_one_bit_models_decode_to_signs_and_ternaries_of_the_calm_weights(lab):
+    for method, rounded in (("BitNet", m.bitnet_signs), ("b1.58", m.ternary_weights)):
+        c = m.in_one_bit(lab, method)
+        assert all(c.weights[name] == rounded(lab.calm.weights[name]) for name in lab.linears)
+        same(c.weights["norm"], np.array(lab.calm.weights["norm"]).astype(np.float16))
+    trained = m.in_one_bit(lab, "b1.58 trained")
+    for name in lab.linears:
+        assert len({abs(v) for row in trained.weights[name] for v in row}) == 2  # 0 and γ
+        assert trained.weights[name] != m.in_one_bit(lab, "b1.58").weights[name]
+
+
 def test_measure_is_perplexity_kl_and_changes(lab):
     c = m.rounded_to_nearest(lab, 3, "tensor")
     ours, theirs = np.array(m.Llama(CONFIG, c.weights).forward(lab.evaluation[:-1])), np.array(lab.logits)
@@ -606,6 +682,13 @@ def test_gptq_default_damping_and_dead_inputs():
     assert m.gptq(w.tolist(), h, 3, granularity="channel").codes == reference_obq(w, 2 * x.T @ x, 3, "channel", False, 0.01)[0].tolist()
     zero = m.gptq(w.tolist(), np.zeros((6, 6)).tolist(), 3, granularity=4)
     assert zero == m.quantize(w.tolist(), 3, granularity=4)
+
+
+def test_gptq_damps_by_a_hundredth_unless_told():
+    w, x = numbers(0, 40, 30), numbers(1, 40, 5) @ numbers(2, 5, 30) + 0.3 * numbers(3, 40, 30)
+    by_damp = [m.gptq(w.tolist(), (2 * x.T @ x).tolist(), 3, granularity=4, **damp)
+               for damp in ({}, {"damp": 0.01}, {"damp": 0.011})]
+    assert by_damp[0] == by_damp[1] != by_damp[2]
 
 
 def test_gptq_moves_the_output_less():
@@ -868,6 +951,14 @@ def test_stochastic_rounding_is_right_on_average():
     seen = np.array([m.stochastic_codes([0.25, -0.25, 3.0, 500.0, -1.9], 0.5, rng) for _ in range(2000)])
     assert [set(column) for column in seen.T] == [{0, 1}, {-1, 0}, {6}, {127}, {-4, -3}]
     np.testing.assert_allclose(seen.mean(0), [0.5, -0.5, 6, 127, -3.8], rtol=0, atol=0.05)
+
+
+def test_alignment_is_the_mean_cosine_whatever_the_sign():
+    a, b = numbers(0, 3, 5), numbers(1, 3, 5)
+    cosines = [abs(u @ v) / np.linalg.norm(u) / np.linalg.norm(v) for u, v in zip(a, b)]
+    assert m.alignment(a.tolist(), b.tolist()) == pytest.approx(np.mean(cosines), abs=1e-15)
+    assert m.alignment((-3 * a).tolist(), a.tolist()) == pytest.approx(1, abs=1e-15)
+    assert m.alignment([[0.0, 0.0]], [[1.0, 2.0]]) == 0
 
 
 def test_projections_that_agree_are_refreshed_less_often():
