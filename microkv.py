@@ -91,7 +91,10 @@ class KVCache:
 
 
 def generate(model: Llama, prompt: Sequence[int], max_new_tokens: int, cache=None) -> list[int]:
-    """The new tokens, each the likeliest next one (greedy). With a cache: prefill the prompt, then one a step."""
+    """The new tokens, each the likeliest next one (greedy). With a cache: prefill what it lacks, then one a step.
+
+    ValueError for an empty prompt, a negative max_new_tokens, or a cache that holds the whole prompt already.
+    """
     if not prompt or max_new_tokens < 0:
         raise ValueError(f"prompt must have a token and max_new_tokens be at least 0, not {len(prompt)} tokens "
                          f"and {max_new_tokens}")
@@ -99,7 +102,7 @@ def generate(model: Llama, prompt: Sequence[int], max_new_tokens: int, cache=Non
         raise ValueError(f"cache must hold less than the prompt, whose last token is needed for its logits; it holds "
                          f"{cache.length} of {len(prompt)} tokens")
     tokens = list(prompt)
-    while len(tokens) < len(prompt) + max_new_tokens:
+    for _ in range(max_new_tokens):
         tokens.append(argmax(model.forward(tokens[0 if cache is None else cache.length:], cache)[-1]))
     return tokens[len(prompt):]
 
@@ -360,7 +363,7 @@ class BlockPool:
         self.ref_count[block] += 1
 
     def free(self, block: int) -> None:
-        """One reference less; at none the block is free, and last in line to be handed out."""
+        """One reference less; at none the block is free, last in line to be handed out. ValueError if it was free."""
         if self.ref_count[block] < 1:
             raise ValueError(f"block {block} is free already")
         self.ref_count[block] -= 1
@@ -406,7 +409,10 @@ class PagedKVCache:
             self.block_table.append(self.pool.allocate())
 
     def update(self, layer: int, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
-        """Write the new tokens' k and v of a layer into their slots; the keys and values of all, read by the table."""
+        """Write the new tokens' k and v of a layer into their slots; the keys and values of all, read by the table.
+
+        Reserves what is missing. The tokens count in length once the last layer has them.
+        """
         self.reserve(len(k))
         for position, row in enumerate(zip(k, v), self.length):
             self.pool.slots[self.slot(position)][layer] = row
@@ -418,8 +424,9 @@ class PagedKVCache:
     def fork(self) -> PagedKVCache:
         """A second cache with the same content, in the same blocks: no copy, one more reference each (section 5)."""
         twin = PagedKVCache(self.pool, self.config)
-        twin.block_table, twin.length = list(self.block_table), self.length
-        for block in self.block_table:
+        filled = -(-self.length // self.pool.block_size)  # blocks only reserved so far stay ours alone
+        twin.block_table, twin.length = self.block_table[:filled], self.length
+        for block in twin.block_table:
             self.pool.share(block)
         return twin
 
@@ -447,7 +454,8 @@ class Waste:
 def contiguous_waste(lengths: Sequence[tuple[int, int]], size: int, reserve: Callable[[int], int]) -> Waste:
     """Requests of (prompt, final) tokens, each kept in one piece of reserve(final) slots, for as long as some wait.
 
-    First come, first served; a request takes the first gap it fits, grows by a token a step, and goes.
+    First come, first served; a request takes the first gap it fits. It is there for a step with its prompt, one with
+    a token more, …, one with all; then it goes. ValueError for a piece larger than size, the slots there are.
     """
     waiting, placed, waste = deque(lengths), [], Waste()  # placed: [start, length of the piece, tokens now, final]
     while waiting:
@@ -459,6 +467,8 @@ def contiguous_waste(lengths: Sequence[tuple[int, int]], size: int, reserve: Cal
         if start + piece <= size:
             placed.append([start, piece, *waiting.popleft()])
             continue
+        if not placed:
+            raise ValueError(f"size must be at least {piece}, for the piece a request reserves, not {size}")
         waste.used += sum(now for _, _, now, _ in placed)
         waste.reserved += sum(final - now for _, _, now, final in placed)
         waste.internal += sum(length - final for _, length, _, final in placed)
@@ -604,7 +614,7 @@ def show_sharing(trace: Trace, knobs: Namespace) -> None:
 # SGLang keeps a radix tree instead of hashes: the same idea, token by token instead of block by block.)
 
 def hash_block(parent_hash: str, token_ids: Sequence[int]) -> str:
-    """A name for a full block: SHA-256 of the parent's name ("" for the first) and the block's tokens."""
+    """A full block's name: SHA-256, in hex, of "<the parent's name, empty for the first>|<tokens with commas>"."""
     return hashlib.sha256(f"{parent_hash}|{','.join(map(str, token_ids))}".encode()).hexdigest()
 
 
@@ -779,16 +789,20 @@ class Engine:
         self.clock, self.report = 0.0, Report(states, self.max_num_seqs)
 
     def schedule(self) -> list[tuple[RequestState, int]]:
-        """What the next step runs: (request, how many of its tokens). Blocks for them are reserved."""
+        """What the next step runs: (request, how many of its tokens). Blocks for them are reserved.
+
+        The running first, oldest first: all that the cache lacks and the budget allows. Then the waiting, in order,
+        until one does not fit; but none in a step that had to preempt, nor into a static batch under way.
+        """
         budget, work, full = self.max_num_batched_tokens, [], False
         for state in list(self.running):
-            if state not in self.running or state.done:
-                continue  # preempted a moment ago; or done, and keeping its place in a static batch
+            if state not in self.running:
+                continue  # preempted a moment ago
             n = min(len(state.tokens) - state.cache.length, budget)
             while state in self.running and state.cache.blocks_needed(n) > self.pool.num_free_blocks:
-                self.preempt([other for other in self.running if not other.done][-1])  # the youngest, be it this one
+                self.preempt(self.running[-1])  # the youngest, be it this one
                 full = True
-            if state in self.running and n:
+            if state in self.running:
                 state.cache.reserve(n)
                 work.append((state, n))
                 budget -= n
@@ -803,7 +817,10 @@ class Engine:
         return work
 
     def admit(self, state: RequestState, budget: int) -> int:
-        """Let a waiting request in: bring back or find what is cached, reserve blocks; the tokens to run, or 0."""
+        """Let a waiting request in: bring back its stash or find its prefix, reserve blocks; how many tokens to run.
+
+        0, and nothing has changed, if blocks or budget do not do for all it has to run; "chunked" may run a part.
+        """
         cache = state.cache
         if state.stash is None and self.prefix_caching:
             adopt_prefix(cache, state.tokens)
@@ -832,30 +849,30 @@ class Engine:
         state.cache.free()
 
     def step(self) -> None:
-        """Schedule, run the model, advance the clock."""
-        if not self.running and self.waiting:
+        """Schedule, advance the clock, run the model. Whoever has all its tokens leaves, its slots in its stash.
+
+        The clock: step_seconds() with the caches as they are after the step, then PCIe for what was swapped.
+        """
+        if not self.running:
             self.clock = max(self.clock, self.waiting[0].request.arrival)
         start, swapped = self.clock, self.report.swapped_tokens
         work = self.schedule()
-        for state, n in work:
-            first = state.cache.length
-            logits = self.model.forward(state.tokens[first:first + n], state.cache)
-            if state.cache.length == len(state.tokens):  # not the case halfway through a prompt
-                state.tokens.append(argmax(logits[-1]))
-            if self.prefix_caching:
-                register_blocks(state.cache, state.tokens)
-        cached = sum(state.cache.length for state in self.running)
+        cached = sum(state.cache.length + n for state, n in work)
         self.clock += max(step_seconds(A100, LLAMA_8B, sum(n for _, n in work), cached, PRICED_WEIGHT_BYTES))
         self.clock += (self.report.swapped_tokens - swapped) * LLAMA_8B.kv_bytes / PCIE
         self.report.steps.append((start, self.clock, {state.number: n for state, n in work}))
-        for state, _ in work:
-            new = len(state.tokens) - len(state.request.prompt)
-            state.times += [self.clock] * (new - len(state.times))
+        for state, n in work:
+            first = state.cache.length
+            logits = self.model.forward(state.tokens[first:first + n], state.cache)
+            if self.prefix_caching:
+                register_blocks(state.cache, state.tokens)
+            if state.cache.length == len(state.tokens):  # not the case halfway through a prompt
+                state.tokens.append(argmax(logits[-1]))
+                state.times.append(self.clock)
             if state.done:
                 state.stash = swap_out(state.cache)  # section 10 hands it on
                 state.cache.free()
-        if self.policy != "static" or all(state.done for state in self.running):
-            self.running = [state for state in self.running if not state.done]
+                self.running.remove(state)
 
     def run(self) -> Report:
         """Step until nobody is left."""
@@ -1105,19 +1122,16 @@ def hand_over(prefill: Report, model: Llama, requests: Sequence[Request], link: 
               **settings) -> tuple[Report, float]:
     """(what the decode machine does, bytes that crossed), after a prefill machine has made each first token.
 
-    A request arrives at the decode machine with its keys and values, as soon as a link of that many bytes/s
-    has carried them. settings: those of serve().
+    A request arrives at the decode machine with the stash the prefill machine left of it, as soon as a link of that
+    many bytes/s, all its own, has carried it. settings: those of serve().
     """
-    engine = Engine(model, requests, **settings)
-    crossed = 0.0
-    for state, done in zip(engine.report.states, prefill.states):
-        size = len(done.stash) * LLAMA_8B.kv_bytes
-        state.tokens, state.stash, state.times = list(done.tokens), done.stash, list(done.times)
-        state.request = replace(state.request, arrival=done.times[0] + size / link)
-        crossed += size
-    engine.waiting = deque(sorted((state for state in engine.report.states if not state.done),
-                                  key=lambda state: state.request.arrival))
-    return engine.run(), crossed
+    sizes = [len(state.stash) * LLAMA_8B.kv_bytes for state in prefill.states]
+    engine = Engine(model, [replace(request, arrival=times[0] + size / link)
+                            for request, times, size in zip(requests, prefill.times, sizes)], **settings)
+    for state, before in zip(engine.report.states, prefill.states):
+        state.tokens, state.stash, state.times = list(before.tokens), before.stash, list(before.times)
+    engine.waiting = deque(state for state in engine.waiting if not state.done)
+    return engine.run(), sum(sizes)
 
 
 def show_split(trace: Trace, knobs: Namespace) -> None:
@@ -1164,7 +1178,7 @@ def show_split(trace: Trace, knobs: Namespace) -> None:
 # do that: the newest ones wait in full precision.)
 
 def round_to_grid(values: Vector, bits: int) -> Vector:
-    """Each value to the nearest of 2^bits even steps from min to max."""
+    """Each value to the nearest of 2^bits evenly spaced numbers, the first their smallest, the last their largest."""
     low, high = min(values), max(values)
     scale = (high - low) / (2 ** bits - 1) or 1.0
     return [low + round((value - low) / scale) * scale for value in values]
