@@ -481,15 +481,21 @@ def paged_waste(model: Llama, requests: Sequence[Request], num_blocks: int, bloc
     """The same for a pool of blocks, by the engine of section 7; and the most idle slots any request ever had."""
     engine = Engine(model, requests, num_blocks=num_blocks, block_size=block_size, max_num_seqs=len(requests),
                     max_num_batched_tokens=1024)
-    waste, most_idle = Waste(), 0
-    while engine.waiting or engine.running:
-        engine.step()
-        idle = [len(state.cache.block_table) * block_size - state.cache.length for state in engine.running]
-        most_idle = max([most_idle, *idle])
+    schedule, waste, most_idle = engine.schedule, Waste(), 0
+
+    def counting() -> list[tuple[RequestState, int]]:
+        nonlocal most_idle
+        work = schedule()
+        idle = [len(state.cache.block_table) * block_size - state.cache.length - n for state, n in work]
+        most_idle = max(most_idle, *idle)
         if engine.waiting:
-            waste.used += sum(state.cache.length for state in engine.running)
+            waste.used += sum(state.cache.length + n for state, n in work)
             waste.internal += sum(idle)
             waste.free += engine.pool.num_free_blocks * block_size
+        return work
+
+    engine.schedule = counting
+    engine.run()
     return waste, most_idle
 
 
@@ -522,11 +528,11 @@ def show_paging(trace: Trace, knobs: Namespace) -> None:
     trace.lines([f"token {last} of A: block_table[{last // bs}] · {bs} + {last % bs} = slot {paged[0].slot(last)}"])
 
     requests, size, most = [replace(request, arrival=0) for request in knobs.requests] * 2, 128 // bs * bs, 64
-    lengths = [(len(request.prompt), len(request.prompt) + request.max_new_tokens) for request in requests]
+    lengths = [(len(request.prompt), len(request.prompt) + request.max_new_tokens - 1) for request in requests]
     finals = [final for _, final in lengths]
-    trace.say(f"Waste. {len(requests)} requests that end with {min(finals)} to {max(finals)} tokens, which nobody "
-              f"could know, share {size} slots; {most} tokens is the most anyone may use. What became of the slots, averaged "
-              "over the steps in which somebody waited for room:")
+    trace.say(f"Waste. {len(requests)} requests that end up with {min(finals)} to {max(finals)} cached tokens, which "
+              f"nobody could know, share {size} slots; {most} is the most anyone may use. What became of the slots, "
+              "averaged over the steps in which somebody waited for room:")
     paged_share, most_idle = paged_waste(model, requests, size // bs, bs)
     wastes = {f"in one piece: the most, {most}": contiguous_waste(lengths, size, lambda final: most),
               "the next power of 2": contiguous_waste(lengths, size, lambda final: 1 << (final - 1).bit_length()),

@@ -666,8 +666,8 @@ def test_a_piece_that_never_fits_is_refused():
 def test_paged_waste_counts_while_somebody_waits():
     model = make_model()
     waste, idle = m.paged_waste(model, [m.Request((1,), 3), m.Request((1, 2, 3), 2)], 2, 2)
-    # One at a time. After the first's steps: 1 token in a block, 2 in a block, and then it has left.
-    assert waste == m.Waste(used=1 + 2 + 0, reserved=0, internal=1 + 0 + 0, free=2 + 2 + 4) and idle == 1
+    # One at a time. In the first's steps: 1 token in a block, 2 in a block, 3 in two; its last is never written.
+    assert waste == m.Waste(used=1 + 2 + 3, reserved=0, internal=1 + 0 + 1, free=2 + 2 + 0) and idle == 1
 
 
 def test_first_fit_uses_a_gap_between_others():
