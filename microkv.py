@@ -56,8 +56,7 @@ MAX_NUM_SEQS = 4             # requests that may run at the same time
 MAX_NUM_BATCHED_TOKENS = 24  # tokens a step may compute where prompts are cut up, section 8
 VOCAB_SIZE = 160             # every word of TEXT is then one token
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32)
-TRAINING = dict(steps=54, length=26)  # length: tokens a step. 0.09 to 0.12 µs per token and parameter on builds of 3.11:
-                                      # two thirds of it in dot, a fifth in Adam (profiled)
+TRAINING = dict(steps=54, length=26)  # length: tokens a step
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -348,7 +347,7 @@ class BlockPool:
         return len(self.free_blocks)
 
     def allocate(self) -> int:
-        """A free block, now with one reference; what it held is forgotten. ValueError if none is free."""
+        """A free block, now with one reference; nobody finds what it held any more. ValueError if none is free."""
         if not self.free_blocks:
             raise ValueError(f"all {self.num_blocks} blocks are in use; free some, or make num_blocks larger")
         block, _ = self.free_blocks.popitem(last=False)
@@ -707,9 +706,8 @@ def common_full_blocks(a: Sequence[int], b: Sequence[int], block_size: int) -> i
 #
 # The model really runs every step here, request by request. (An engine runs all tokens of a step through each
 # matrix at once. The rows do not mix, so the numbers are the same, but for rounding on a GPU, where the shape of a
-# batch changes the order of sums.) The clock is one stated cost model: a step
-# takes step_seconds() of Llama 3.1 8B on an A100, with 4-bit weights, so that 38 tokens a step, as many as our
-# short texts have, already use up the card.
+# batch changes the order of sums.) The clock is one stated cost model: a step takes step_seconds() of Llama 3.1 8B
+# on an A100, with 4-bit weights, so that 38 tokens a step, as many as our short texts have, already use up the card.
 
 PRICED_WEIGHT_BYTES = 0.5   # a weight, 4 bits
 PCIE = 32e9                 # bytes/s each way, PCI Express 4.0 with 16 lanes (A100 data sheet: 64 GB/s both ways)
@@ -881,7 +879,7 @@ class Engine:
                 self.running.remove(state)
 
     def run(self) -> Report:
-        """Step until nobody is left."""
+        """Step until nobody is left; the report."""
         while self.waiting or self.running:
             self.step()
             if not self.report.steps[-1][2]:
@@ -1152,9 +1150,10 @@ def show_split(trace: Trace, knobs: Namespace) -> None:
     prefill = serve(model, [replace(request, max_new_tokens=1) for request in requests], **settings)
     runs = {"one machine": (serve(model, requests, **settings), 0.0)}
     runs |= {name: hand_over(prefill, model, requests, rate, **settings) for name, (rate, _) in LINKS.items()}
-    trace.say(f"{len(requests)} requests, {prompt_tokens} tokens of prompts, on one machine and on two. Gaps: between "
-              "one token of a request and its next; the first has the crossing in it, and the wait for the step under way; "
-              "later: the worst of the others. Crossing: on average, a request.")
+    trace.say(f"{len(requests)} requests, {prompt_tokens} tokens of prompts, on one machine and on two. First token: "
+              "after arrival, on average. Worst gap: the longest between two tokens of a request. Later gap: the longest "
+              "but for the first ones, which have the crossing in them and the wait for the step under way. Crossing: a "
+              "request's, on average.")
     trace.ask(f"how many MB of keys and values cross, all in all, at {kv_bytes / 1024:.0f} KiB a token?",
               runs["two machines, HDR"][1] / 1e6)
     rows, same = [], True
@@ -1163,9 +1162,9 @@ def show_split(trace: Trace, knobs: Namespace) -> None:
         first = fmean(times[0] - request.arrival for times, request in zip(report.times, requests))
         later = max(b - a for times in report.times for a, b in zip(times[1:], times[2:]))
         crossing = f"{crossed / LINKS[name][0] * 1e3 / len(requests):.2f}" if crossed else "-"
-        rows.append([name, *(f"{s * 1e3:.1f}" for s in (first, max(token_gaps(report)), later)), f"{crossed / 1e6:.1f}",
-                     crossing])
-    trace.table(["", "first, ms", "worst, ms", "later, ms", "crossed, MB", "crossing, ms"], rows, left=(0,))
+        rows.append([name, *(f"{s * 1e3:.1f}" for s in (first, max(token_gaps(report)), later)), crossing,
+                     f"{crossed / 1e6:.1f}"])
+    trace.table(["times in ms", "first token", "worst gap", "later gap", "crossing", "MB crossed"], rows, left=(0,))
     trace.check("two machines write what one writes, and what each request gets alone", same,
                 f"{len(requests)} requests")
     trace.check("the keys and values of every prompt token crossed, once",
