@@ -879,7 +879,7 @@ class Engine:
                 self.running.remove(state)
 
     def run(self) -> Report:
-        """Step until nobody is left; the report."""
+        """Step until nobody is left; the report. RuntimeError for a step without work: it would go on for ever."""
         while self.waiting or self.running:
             self.step()
             if not self.report.steps[-1][2]:
@@ -1237,9 +1237,8 @@ def show_small_cache(trace: Trace, knobs: Namespace) -> None:
     trace.table(["key bits", "value bits", "grid per", "bytes", "error", "", "changed"], rows, left=(2, 5))
     trace.note(f"A head of ours has {c.head_dim} channels, so offset and scale weigh much. With the 128 of real models, "
                f"8 bits per token take {(128 + 4) / (2 * 128):.0%} of 16, not {rows[1][3]} of {rows[0][3]}.")
-    spread = [fmean(max(map(abs, channel)) for channel in zip(*k)) for k in keys]
-    largest = [max(max(map(abs, channel)) for channel in zip(*k)) for k in keys]
-    factor = max(most / mean for most, mean in zip(largest, spread))
+    largest = [[max(map(abs, channel)) for channel in zip(*k)] for k in keys]
+    factor = max(max(channels) / fmean(channels) for channels in largest)
     trace.say(f"On this model's keys, 4 bits do better per {better}. Its largest key channel is {factor:.1f} times the "
               f"mean one. Real models have a few key channels that are far larger than the rest for every token (KIVI): "
               f"those spoil the grid of every token, and channels gain.")
@@ -1257,16 +1256,11 @@ def count_parameters(c: Config) -> int:
     return sum(math.prod(shape) for shape in c.shapes().values())
 
 
-class Products:
-    """A count of multiplications."""
-    products = 0
-
-
 @contextmanager
-def counted_dots() -> Iterator[Products]:
+def counted_dots() -> Iterator[Namespace]:
     """While this is open, every dot product that anybody makes adds its length to .products."""
     global dot
-    plain, count = dot, Products()
+    plain, count = dot, Namespace(products=0)
 
     def counting(a: Sequence[float], b: Sequence[float]) -> float:
         count.products += len(a)

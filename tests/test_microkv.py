@@ -586,6 +586,15 @@ def test_gaps_metrics_and_timeline():
     assert m.metrics(report)[0] == str(len(report.steps))
 
 
+def test_a_scheduler_that_is_stuck_is_noticed():
+    model, requests = make_model(), [m.Request((1,), 2)]
+    engine = m.Engine(model, requests, num_blocks=9, block_size=2, max_num_seqs=1, max_num_batched_tokens=64)
+    engine.step()
+    engine.schedule = lambda: []
+    with pytest.raises(RuntimeError, match="no work"):
+        engine.run()
+
+
 def test_nobody_overtakes():
     """A long prompt at the head of the queue is not passed by a short one behind it."""
     model = make_model()
@@ -659,7 +668,7 @@ def test_contiguous_waste_by_hand():
 
 
 def test_a_piece_that_never_fits_is_refused():
-    with pytest.raises(ValueError, match="at least 9"):
+    with pytest.raises(ValueError, match="9"):
         m.contiguous_waste([(1, 2), (1, 9)], 8, lambda final: final)
 
 
