@@ -798,21 +798,22 @@ class Engine:
         The running first, oldest first: all that the cache lacks and the budget allows. Then the waiting, in order,
         until one does not fit; but none in a step that had to preempt, nor into a static batch under way.
         """
-        budget, work, full = self.max_num_batched_tokens, [], False
+        budget, work = self.max_num_batched_tokens, []
+        admits = self.policy != "static" or not self.running
         for state in list(self.running):
             if state not in self.running:
                 continue  # preempted a moment ago
             n = min(len(state.tokens) - state.cache.length, budget)
             while state in self.running and state.cache.blocks_needed(n) > self.pool.num_free_blocks:
                 self.preempt(self.running[-1])  # the youngest, be it this one
-                full = True
+                admits = False
             if state in self.running:
                 state.cache.reserve(n)
                 work.append((state, n))
                 budget -= n
-        batch_closed = self.policy == "static" and len(self.running) > 0
-        while self.waiting and self.waiting[0].request.arrival <= self.clock and not (full or batch_closed):
-            n = self.admit(self.waiting[0], budget) if len(self.running) < self.max_num_seqs else 0
+        while (admits and self.waiting and self.waiting[0].request.arrival <= self.clock
+               and len(self.running) < self.max_num_seqs):
+            n = self.admit(self.waiting[0], budget)
             if not n:
                 break  # first come, first served: nobody overtakes
             self.running.append(self.waiting.popleft())
@@ -823,7 +824,7 @@ class Engine:
     def admit(self, state: RequestState, budget: int) -> int:
         """Let a waiting request in: bring back its stash or find its prefix, reserve blocks; how many tokens to run.
 
-        0, and nothing has changed, if blocks or budget do not do for all it has to run; "chunked" may run a part.
+        0, and its cache empty as before, if blocks or budget do not do for all it has to run; "chunked" may run a part.
         """
         cache = state.cache
         if state.stash is None and self.prefix_caching:
