@@ -840,7 +840,7 @@ class Engine:
         if state.stash is not None:
             swap_in(cache, state.stash)
             self.report.swapped_tokens += known * state.swapped
-            state.stash, state.swapped = None, False
+            state.stash = None
         return n
 
     def preempt(self, state: RequestState) -> None:
