@@ -337,7 +337,7 @@ class BlockPool:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.ref_count = [0] * num_blocks
         self.free_blocks = OrderedDict.fromkeys(range(num_blocks))  # an ordered set, oldest first
-        self.slots: list[dict[int, tuple[Vector, Vector]]] = [{} for _ in range(num_blocks * block_size)]  # {layer: (k, v)}
+        self.slots: list[dict[int, tuple[Vector, Vector]]] = [{} for _ in range(num_blocks * block_size)]  # layer: k, v
         self.block_of: dict[str, int] = {}   # hash -> block with that content (section 6)
         self.hash_of: dict[int, str] = {}    # and back
 
