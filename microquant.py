@@ -1614,7 +1614,7 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
     measured = [measure(lab, c) for c in compressed]
     small = [i for i, c in enumerate(compressed) if c.bits_per_weight < 5.5]
     trace.ask("which method under 5.5 bits a weight has the least KL? (One of "
-              + ", ".join(compressed[i].name for i in small) + ")",
+              + "; ".join(compressed[i].name for i in small) + ")",
               compressed[min(small, key=lambda i: measured[i].kl)].name)
     trace.say(f"Every method on the same {len(lab.logits)} unseen tokens. Bits: per weight of the matrices, counted; "
               f"bytes: the whole file; chg: likeliest tokens changed. The sample continues {knobs.prompt!r}. A letter "

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import math
 import reprlib
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.exercise import NAMES, ROOT, techniques
 
 LARGEST_CASE = 4000  # characters of arguments; a call with more is not kept for the report,
 MOST_CASES = 60      # nor are more calls of one technique in a test
+LONGEST_TEST = 60    # seconds
 
 
 def pytest_addoption(parser):
@@ -67,7 +69,7 @@ def pytest_xdist_make_scheduler(config, log):
 # ------------------------------------------------------------------------------------- the grades
 
 class Outcome(NamedTuple):
-    """How a test ended: what it waited for is the unwritten technique that stopped it, called are the techniques."""
+    """How a test ended: it waited for the technique, unwritten or not, whose error stopped it; called are all it used."""
     test: str
     failed: bool
     waits_for: str | None
@@ -87,7 +89,8 @@ class Grader:
         self.outcomes = []
         self.cases = {}       # (script, name): (size, arguments, result, expected result), the smallest that differs
         self.calls_inside = {}  # (script, name): techniques called while it ran
-        self.running, self.called, self.calls, self.unchecked, self.n_calls = [], set(), [], set(), Counter()
+        self.running = []
+        self.pytest_runtest_setup()
 
     def pytest_ignore_collect(self, collection_path):
         """Only parity tests; unless tests were named, only those of the scripts that are in the folder."""
@@ -136,6 +139,8 @@ class Grader:
             try:
                 result = function(*arguments, **options)
             except Exception as error:
+                if error is not self.raised[0]:
+                    self.raised = error, key  # the innermost technique that it left
                 result = error
                 raise
             finally:
@@ -149,7 +154,19 @@ class Grader:
         return call
 
     def pytest_runtest_setup(self):
-        self.called, self.calls, self.unchecked, self.n_calls = set(), [], set(), Counter()
+        self.called, self.calls, self.unchecked, self.n_calls, self.raised = set(), [], set(), Counter(), (None, None)
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_call(self):
+        """A loop that never ends fails its test, and no more."""
+        def too_long(*_):
+            raise TimeoutError(f"a test took more than {LONGEST_TEST} seconds")
+        if hasattr(signal, "SIGALRM"):
+            signal.signal(signal.SIGALRM, too_long)
+            signal.alarm(LONGEST_TEST)
+        yield
+        if hasattr(signal, "SIGALRM"):
+            signal.alarm(0)
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item, call):
@@ -172,6 +189,8 @@ class Grader:
                 if size < self.cases.get(key, (math.inf,))[0]:
                     self.cases[key] = size, shown, *difference(after, expected)
         agreed = compared - differed - self.unchecked
+        if error is not None and error is self.raised[0] and waits_for is None and self.raised[1] not in agreed:
+            waits_for = self.raised[1][1]
         self.outcomes.append(Outcome(item.name, report.failed, waits_for, frozenset(self.called), frozenset(agreed),
                                      frozenset(differed), message))
 
@@ -186,7 +205,7 @@ class Grader:
         passed = f"{len(tests) - len(failed)} of {len(tests)} tests pass"
         wrong = {other for outcome in failed
                  for other in outcome.differed or (outcome.called & self.cases.keys()) - outcome.agreed}
-        unexplained = [outcome for outcome in failed if not outcome.waits_for and not outcome.differed
+        unexplained = [outcome for outcome in failed if outcome.waits_for in (None, name) and not outcome.differed
                        and not (outcome.called & self.cases.keys()) - outcome.agreed - {key}]
         inner = sorted(inside[1] for inside in self.calls_inside.get(key, ()) if inside != key and inside in wrong)
         blamed = inner or sorted({other for _, other in wrong - {key}})

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,6 +128,7 @@ def with_map(readme: str) -> str:
 
 
 def main() -> None:
+    ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
     readme = with_map((ROOT / "README.md").read_text(encoding="utf-8"))
     for name in NAMES:
         start = time.perf_counter()

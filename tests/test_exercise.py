@@ -159,6 +159,16 @@ def test_a_method_is_graded_by_what_it_does_to_its_object(tmp_path):
     assert report.rstrip().splitlines()[-2] == "0 of 1 done."
 
 
+def test_an_error_is_blamed_on_the_function_it_left(tmp_path):
+    wrong = {**bodies("microattention", "visible_keys", "attention_weights"), "attention": "return nonsense"}
+    wrong["grouped_query_attention"] = "# mine\n    pass\n    " + bodies("microattention", "grouped_query_attention")[
+        "grouped_query_attention"]
+    wrong |= bodies("microattention", "split_heads")
+    _, report = grade(tmp_path, wrong, "-k", "dense_masked or grouped")
+    assert re.search(r"^wrong    attention: .*", report, re.M) and "NameError" in report
+    assert re.search(r"^waits    grouped_query_attention: .* attention must be right first$", report, re.M)
+
+
 def test_refusals_are_graded_but_not_their_words(tmp_path):
     ways = bodies("microattention", "alibi_slopes")
     ways["alibi_slopes"] = ways["alibi_slopes"].replace("n_heads must be at least 1", "no")
