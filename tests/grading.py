@@ -57,12 +57,13 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """The tests about one script stay together, so that what is expensive (its whole trace, say) is made once."""
+    """A file's tests stay together, or those about one script, so that what is expensive (a trace, say) is made once."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByScript(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return next((name for name in NAMES if name in nodeid), nodeid.partition("::")[0])
+            file, _, test = nodeid.partition("::")
+            return file + next((name for name in NAMES if name in test), "")
     return ByScript(config, log)
 
 

@@ -138,8 +138,8 @@ def main() -> None:
         readme = with_excerpts(readme, name, trace)
         readme = re.sub(rf"(<!-- time of {name} -->)about [\d.]+ s", rf"\g<1>about {max(1, round(seconds))} s", readme)
     collected = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q"], capture_output=True, text=True, cwd=ROOT).stdout
-    if count := re.search(r"^(\d+) tests? collected", collected, re.M):
-        readme = re.sub(r"(<!-- tests -->)[\d,]+", rf"\g<1>{int(count[1]):,}", readme)
+    if counts := re.findall(r"^tests/\S+: (\d+)$", collected, re.M):
+        readme = re.sub(r"(<!-- tests -->)[\d,]+", rf"\g<1>{sum(map(int, counts)):,}", readme)
     (ROOT / "README.md").write_text(readme, encoding="utf-8")
 
 

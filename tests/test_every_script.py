@@ -83,13 +83,13 @@ TRAINED = {}
 
 
 def remembered(train):
-    """train(), for at most six steps, which looks up what it was asked before."""
+    """train(), for at most four steps, which looks up what it was asked before."""
     models = {}
 
     def look_up(config, ids, rng, steps, *arguments, **settings):
         key = repr((config, tuple(ids), rng.getstate(), steps, arguments, settings))
         if key not in models:
-            models[key] = train(config, ids, rng, min(steps, 6), *arguments, **settings)
+            models[key] = train(config, ids, rng, min(steps, 4), *arguments, **settings)
         return models[key]
     return look_up
 
@@ -462,7 +462,7 @@ EDGES = {
                    "--text=a\tb\nc --section 2,9", "--text=Ünïcödé—日本語🙂 --section 2,9",
                    "--text=" + "the\nrat\n" * 60 + " --section 2,9", "--text=\udcffbroken --section 2,9"],
     "microquant": ["--bits 2 --group-size 7 --section 7", "--bits 8 --outliers 16,1000 --section 3,12",
-                   "--bits 3 --group-size 1 --calibration-tokens 1 --section 8,9", "--group-size 64 --outliers 0,1 --section 1",
+                   "--bits 3 --group-size 1 --section 2", "--bits 3 --calibration-tokens 1 --section 8,9", "--group-size 64 --outliers 0,1 --section 1",
                    "--alpha 0 --section 6", "--prompt=\n --seed 7 --section 3,4,5"],
     "microbeam": ["--steps 2 --max-new-tokens 1 --section 1,2,4,5,7,8,9,10,12",
                   "--steps 1 --gamma 16 --max-new-tokens 9 --width 16 --length-penalty 4 --section 4,5,7,10",
