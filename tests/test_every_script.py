@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -370,8 +369,13 @@ def test_control_c_at_a_question(script):
     while b"your answer" not in output:
         assert (chunk := os.read(process.stdout.fileno(), 4096))
         output += chunk
-    time.sleep(0.3)  # the prompt is out a moment before Python listens
-    process.send_signal(signal.SIGINT)
+    for _ in range(40):  # the prompt is out a moment before Python listens: an interrupt may come too soon
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(0.5)
+            break
+        except subprocess.TimeoutExpired:
+            pass
     _, errors = process.communicate(timeout=20)
     os.close(ours)
     assert process.returncode == 130 and b"Traceback" not in errors
