@@ -953,7 +953,7 @@ def show_family(trace: Trace, knobs: Namespace) -> None:
 #
 # The tiles stayed. Version 3 (Hopper) overlaps the copying with the products, and softmax with both, and can run the
 # products in FP8: e4m3 numbers have 3 bits after the leading one, and lie between 2⁻⁹ and 448. Outliers are what is
-# feared then, and there are two remedies. Block quantisation: each tile has a scale of its own. Incoherent processing:
+# feared then, and there are two remedies. Block quantization: each tile has a scale of its own. Incoherent processing:
 # multiply q and k by the same random orthogonal matrix R first. Since (qR)(kR)ᵀ = q R Rᵀ kᵀ = q kᵀ, no score changes,
 # but every outlier is spread over all d channels. R is a Hadamard matrix with random signs: d·log d additions.
 #
@@ -972,7 +972,7 @@ def round_to_e4m3(x: float) -> float:
     return max(-E4M3_MAX, min(E4M3_MAX, round(x / step) * step))
 
 
-def quantise_blocks(m: Matrix, block: int) -> Matrix:
+def quantize_blocks(m: Matrix, block: int) -> Matrix:
     """m as FP8 can hold it, each block of rows with a scale of its own that takes its largest value, if not 0, to 448."""
     out = []
     for rows in tiles(range(len(m)), block):
@@ -1028,7 +1028,7 @@ def show_later_versions(trace: Trace, knobs: Namespace) -> None:
         rotated, exact = [hadamard_rotate(m, signs) for m in (q, k)], linear(q, k)
         rotation.append(relative_error(linear(*rotated), exact))
         errors[kind] = [fmean(relative_error([got], [want]) for got, want
-                              in zip(linear(quantise_blocks(a, rows), quantise_blocks(b, rows)), exact))
+                              in zip(linear(quantize_blocks(a, rows), quantize_blocks(b, rows)), exact))
                         for a, b, rows in ((q, k, n), (q, k, block), (*rotated, block))]
     remedies = errors["outliers in one channel"]
     trace.ask("one channel is large in every row. What lowers the error more, a 'scale' for each tile or 'rotation'?",
@@ -1600,7 +1600,7 @@ SECTIONS = [
     ("Flash-Decoding", show_decode, [flash_decode, merge_partials, splits_that_fill]),
     ("Grouped queries, windows and pages", show_family, [flash_grouped_query, flash_attention, PagedRows]),
     ("What FlashAttention-3 and -4 changed", show_later_versions,
-     [quantise_blocks, hadamard_rotate, absorb, count_rescalings]),
+     [quantize_blocks, hadamard_rotate, absorb, count_rescalings]),
 ]
 
 

@@ -718,8 +718,8 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
 # A scale for x is either static, chosen once from calibration data (its absmax; a percentile, which clips the rare
 # extremes; or whatever gives the least error), or dynamic: each token's own absmax.
 #
-# A channel that is always 30 times the others breaks all of these: on a grid laid for it, the others round
-# to almost nothing. Two ways out. LLM.int8() takes columns of x that reach 6.0 out and multiplies them
+# A channel that is always 30 times the others hurts all of these, and at 128 times it ruins the model: on a grid
+# laid for it, the others round to almost nothing. Two ways out. LLM.int8() takes columns of x that reach 6.0 out and multiplies them
 # in floating point; the rest in INT8, a scale for each row of x and of W (vector-wise). SmoothQuant moves
 # the difficulty to the weights, where a scale per channel and static data can deal with it:
 #

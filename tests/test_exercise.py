@@ -134,6 +134,8 @@ def test_grades_tell_done_from_wrong_and_unwritten(tmp_path):
     assert re.search(r"^done     mean_pool_kv_heads: (\d+) of \1 tests pass$", report, re.M)
     slopes = re.search(r"^wrong    alibi_slopes: .*\n +alibi_slopes\(12\)\n +yours     \[(.*)\]\n +expected  \[(.*)\]$", report, re.M)
     assert slopes[2].startswith("0.5, 0.25, 0.125, ") and slopes[1].startswith("0.62996, 0.39685, ")
+    shown = re.search(r"```text\n(wrong .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    assert shown in report  # what the README says a grade looks like
     assert "alibi_bias" not in report  # is the original's
     assert re.search(r"^\d of 21 done\.$", report, re.M)
 

@@ -488,17 +488,17 @@ def test_e4m3_is_the_nearest_of_the_format():
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7])
-def test_block_quantisation(block):
+def test_block_quantization(block):
     x = numbers(0, 7, 4) * np.logspace(0, 9, 7)[:, None]
     values = np.array(e4m3_values())
     grid = np.concatenate([-values, values])
-    got = np.array(m.quantise_blocks(x.tolist(), block))
+    got = np.array(m.quantize_blocks(x.tolist(), block))
     for start in range(0, 7, block):
         rows = slice(start, start + block)
         scale = np.abs(x[rows]).max() / 448
         nearest = grid[np.abs(x[rows, :, None] / scale - grid).argmin(axis=2)] * scale
         np.testing.assert_allclose(got[rows], nearest, rtol=1e-14, atol=0)
-    assert m.quantise_blocks([[0.0, 0.0]], block) == [[0.0, 0.0]]
+    assert m.quantize_blocks([[0.0, 0.0]], block) == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize("d", [1, 2, 8, 64])
@@ -546,7 +546,7 @@ def test_arguments_are_left_as_they_were():
     m.standard_attention_backward(q, k, v, [[0.2] * 5] * 5, d_out)
     m.merge_partials([(out, lse), (out, lse)])
     m.flash_decode(q, k, v, n_splits=2, **blocks)
-    m.quantise_blocks(q, 2)
+    m.quantize_blocks(q, 2)
     m.hadamard_rotate(q, signs)
     m.online_softmax(lse)
     state, row = (1.0, 2.0, [3.0]), [5.0, 6.0]
