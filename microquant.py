@@ -41,11 +41,11 @@ import textwrap
 import time
 import unicodedata
 from argparse import ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from statistics import NormalDist, fmean
 
@@ -55,9 +55,9 @@ Matrix = list[Vector]  # row-major: m[row][column]
 VOCAB_SIZE = 160           # tokens that the tokenizer learns: all words of the text but one are then one token
 DIM = 64                   # channels: two groups of 32 in a row
 HIDDEN_DIM = 32            # channels inside the feed-forward
-STEPS = 24                 # of training
+STEPS = 20                 # of training
 LENGTH = 40                # tokens a training step
-LEARNING_RATE = 0.03       # at its highest
+LEARNING_RATE = 0.035      # at its highest
 BITS = 4                   # of the low-bit formats
 GROUP_SIZE = 32            # weights that share a scale, where there are groups
 CALIBRATION_TOKENS = 64    # what GPTQ, AWQ and the others see of the activations
@@ -65,9 +65,9 @@ EVALUATION_TOKENS = 48     # the last of the last verse: what every method has t
 ALPHA = 0.5                # SmoothQuant's: how much of the difficulty moves to the weights
 OUTLIERS = (2, 32.0)       # channels planted as outliers, and how many times larger they are made
 PROMPT = "This is the"     # what the samples of text continue
-TERNARY_STEPS = 6          # of training with ternary weights, section 10
-FEW_STEPS = 4              # of the short runs of section 11
-PIECE = 48                 # tokens a step of both
+TERNARY_STEPS = 8          # of training with ternary weights, section 10
+FEW_STEPS = 6              # of the short runs of section 11
+PIECE = 24                 # tokens a step of both
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ class Quantized:
 
     def to_bytes(self) -> bytes:
         """What a file would hold: the codes, packed, then the overhead."""
-        return pack_bits([code for row in self.codes for code in row], self.bits) + self.overhead
+        return pack_bits(flatten(self.codes), self.bits) + self.overhead
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +135,7 @@ def quantize(w: Matrix, bits: int, *, symmetric: bool = True,
     bits: 2 to 8. ValueError for anything else, for ragged or empty w, NaN, and infinities.
     """
     group = group_columns(w, bits, granularity)
-    grids = lay_grids(w, bits, group, granularity, symmetric)
+    grids = lay_grids(w, group, granularity, partial(make_grid, bits=bits, symmetric=symmetric))
     return on_grids(w, grids, bits, group, granularity, symmetric)
 
 
@@ -147,19 +147,19 @@ def group_columns(w: Matrix, bits: int, granularity: str | int) -> int:
         raise ValueError(f"granularity must be 'tensor', 'channel' or a positive group size, not {granularity!r}")
     if not w or not w[0] or any(len(row) != len(w[0]) for row in w):
         raise ValueError("w must have at least one row and one column, and rows of one length")
-    if not all(abs(value) <= FP16_MAX for row in w for value in row):
+    if not all(map(FP16_MAX.__ge__, map(abs, flatten(w)))):
         raise ValueError(f"w must hold finite numbers of at most {FP16_MAX:.0f}, what FP16 scales allow for")
     return granularity if type(granularity) is int else len(w[0])
 
 
-def lay_grids(w: Matrix, bits: int, group: int, granularity: str | int, symmetric: bool = True) -> list[list[tuple]]:
-    """For each row of w, make_grid() of each group of its columns; "tensor": one grid, the same for all rows."""
+def lay_grids(w: Matrix, group: int, granularity: str | int, make: Callable[[Vector], tuple]) -> list[list[tuple]]:
+    """For each row of w, make() of each group of its columns; "tensor": of all values at once, the same for all rows."""
     if granularity == "tensor":
-        return [[make_grid([value for row in w for value in row], bits, symmetric)]] * len(w)
-    return [[make_grid(row[c:c + group], bits, symmetric) for c in range(0, len(row), group)] for row in w]
+        return [[make(flatten(w))]] * len(w)
+    return [[make(row[c:c + group]) for c in range(0, len(row), group)] for row in w]
 
 
-def make_grid(values: Vector, bits: int, symmetric: bool) -> tuple[float, int]:
+def make_grid(values: Vector, *, bits: int, symmetric: bool) -> tuple[float, int]:
     """(scale, zero_point) of the finest grid on which no value is clipped."""
     low, high = code_range(bits)
     if symmetric:
@@ -177,7 +177,8 @@ def code_range(bits: int) -> tuple[int, int]:
 def to_codes(values: Vector, scale: float, zero_point: float, bits: int) -> list[int]:
     """Each value's nearest grid point; halfway goes to the even one, as everywhere in Python and IEEE 754."""
     low, high = code_range(bits)
-    return [min(max(round(value / scale + zero_point), low), high) for value in values]
+    codes = [round(value / scale + zero_point) for value in values]
+    return codes if low <= min(codes) and max(codes) <= high else [min(max(code, low), high) for code in codes]
 
 
 def on_grids(w: Matrix, grids: list[list[tuple]], bits: int, group: int, granularity: str | int,
@@ -191,7 +192,7 @@ def on_grids(w: Matrix, grids: list[list[tuple]], bits: int, group: int, granula
 def with_grids(codes: list[list[int]], grids: list[list[tuple]], bits: int, group: int, granularity: str | int,
                symmetric: bool = True) -> Quantized:
     """A Quantized; scales are stored in FP16, zero points (unless symmetric) like codes, or in FP16 if they are real."""
-    stored = grids[0] if granularity == "tensor" else [grid for row in grids for grid in row]
+    stored = grids[0] if granularity == "tensor" else flatten(grids)
     overhead = struct.pack(f"<{len(stored)}e", *(scale for scale, _ in stored))
     if not symmetric:
         zeros = [zero for _, zero in stored]
@@ -201,6 +202,10 @@ def with_grids(codes: list[list[int]], grids: list[list[tuple]], bits: int, grou
 
 
 FP16_MAX = 65504.0
+# Bits of the exponent, bits of the mantissa, the largest number, and what anything larger becomes: E4M3 has no infinity,
+# and ends at 448, as hardware does when it saturates.
+FLOATS = {"FP16": (5, 10, FP16_MAX, math.inf), "BF16": (8, 7, (2 - 2**-7) * 2.0**127, math.inf),
+          "FP8 E4M3": (4, 3, 448.0, 448.0), "FP8 E5M2": (5, 2, 57344.0, math.inf)}
 
 
 def round_to_float(x: float, exponent_bits: int, mantissa_bits: int, largest: float, overflow: float) -> float:
@@ -219,23 +224,23 @@ def round_to_float(x: float, exponent_bits: int, mantissa_bits: int, largest: fl
 
 
 def fp16(x: float) -> float:
-    """The nearest IEEE half: 5 exponent bits, 10 of mantissa; ±inf beyond 65504."""
-    return round_to_float(x, 5, 10, FP16_MAX, math.inf)
+    """The nearest IEEE half; ±inf beyond 65504."""
+    return round_to_float(x, *FLOATS["FP16"])
 
 
 def bf16(x: float) -> float:
-    """The nearest bfloat16: FP32's 8 exponent bits, 7 of mantissa; ±inf beyond 3.39e38."""
-    return round_to_float(x, 8, 7, (2 - 2**-7) * 2.0**127, math.inf)
+    """The nearest bfloat16, an FP32 cut short; ±inf beyond 3.39e38."""
+    return round_to_float(x, *FLOATS["BF16"])
 
 
 def fp8_e4m3(x: float) -> float:
-    """The nearest FP8 E4M3, which has no infinity: anything too large becomes ±448, as hardware saturates."""
-    return round_to_float(x, 4, 3, 448.0, 448.0)
+    """The nearest FP8 E4M3; ±448 for anything larger."""
+    return round_to_float(x, *FLOATS["FP8 E4M3"])
 
 
 def fp8_e5m2(x: float) -> float:
-    """The nearest FP8 E5M2: half an FP16, ±inf beyond 57344."""
-    return round_to_float(x, 5, 2, 57344.0, math.inf)
+    """The nearest FP8 E5M2, an FP16 cut short; ±inf beyond 57344."""
+    return round_to_float(x, *FLOATS["FP8 E5M2"])
 
 
 def fp32(x: float) -> float:
@@ -255,10 +260,6 @@ def fp16_row(values: Sequence[float]) -> Vector:
     return list(struct.unpack(f"<{len(values)}e", struct.pack(f"<{len(values)}e", *values)))
 
 
-FLOATS = {"FP16": (fp16, 5, 10, FP16_MAX), "BF16": (bf16, 8, 7, (2 - 2**-7) * 2.0**127),
-          "FP8 E4M3": (fp8_e4m3, 4, 3, 448.0), "FP8 E5M2": (fp8_e5m2, 5, 2, 57344.0)}
-
-
 def show_numbers(trace: Trace, knobs: Namespace) -> None:
     """The model, six weights there and back, a matrix's histogram with the grids under it, and the float formats."""
     lab, bits, (channels, size) = laboratory(knobs), knobs.bits, knobs.outliers
@@ -275,37 +276,36 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     forms = {"INT8": quantize(w, 8), f"INT{bits}": quantize(w, bits),
              f"INT{bits} asymmetric": quantize(w, bits, symmetric=False)}
     back = {form: q.dequantize() for form, q in forms.items()}
-    row = max(range(len(w)), key=lambda r: max(map(abs, w[r])))
-    columns = sorted(range(len(w[row])), key=lambda c: w[row][c])
-    extreme = max(columns, key=lambda c: abs(w[row][c]))
-    trace.ask(f"the weight of {name} that is furthest out is {w[row][extreme]:+.4f}. Which code is it in INT{bits}?",
-              forms[f"INT{bits}"].codes[row][extreme])
+    widest = max(range(len(w)), key=lambda r: max(map(abs, w[r])))
+    ranks = sorted(range(len(w[widest])), key=lambda c: w[widest][c])
+    extreme = max(ranks, key=lambda c: abs(w[widest][c]))
+    trace.ask(f"the weight of {name} that is furthest out is {w[widest][extreme]:+.4f}. Which code is it in "
+              f"INT{bits}?", forms[f"INT{bits}"].codes[widest][extreme])
     trace.say(f"Some weights of {name}, rounded to INT8 and INT{bits} (one scale for the matrix) and back:")
     trace.table(["weight"] + [cell for form in forms for cell in (form, "back")],
-                [[f"{w[row][c]:+.4f}"] + [cell for form, q in forms.items()
-                                          for cell in (str(q.codes[row][c]), f"{back[form][row][c]:+.4f}")]
-                 for c in sorted({*columns[::len(columns) // 6], extreme}, key=columns.index)])
+                [[f"{w[widest][c]:+.4f}"] + [cell for form, q in forms.items()
+                                             for cell in (str(q.codes[widest][c]), f"{back[form][widest][c]:+.4f}")]
+                 for c in sorted({*ranks[::len(ranks) // 6], extreme}, key=ranks.index)])
     trace.say("Their histogram, and the grids under it: a mark where a code's value is. Most weights are small, and "
               "the few largest decide how wide the grid is laid.")
-    trace.lines(histogram([value for values in w for value in values],
-                          {form: [code * forms[form].scales[0][0] for code in range(-most, most + 1)]
-                           for form, most in ((f"INT{bits}", code_range(bits)[1]), ("INT8", 127))}))
+    trace.lines(histogram(flatten(w), {form: [code * forms[form].scales[0][0] for code in range(-most, most + 1)]
+                                       for form, most in ((f"INT{bits}", code_range(bits)[1]), ("INT8", 127))}))
 
     trace.say("Floating point instead: what four formats make of the same numbers. Range is paid for with precision.")
     samples = (0.1, 300.0, 70000.0, 1e-6)
     trace.table(["", "bits", "largest", "smallest", "step at 1", *(f"{x:g}" for x in samples)],
                 [[form, str(1 + e + m), f"{largest:.3g}", f"2^{2 - 2 ** (e - 1) - m}", f"2^-{m}",
-                  *(f"{rounded(x):.5g}" for x in samples)] for form, (rounded, e, m, largest) in FLOATS.items()],
-                left=(0,))
+                  *(f"{round_to_float(x, e, m, largest, over):.5g}" for x in samples)]
+                 for form, (e, m, largest, over) in FLOATS.items()], left=(0,))
 
     trace.check_close("the planted outliers left the FP32 logits where they were", lab.logits,
                       lab.calm.forward(lab.evaluation[:-1]), 1e-9)
     for form, q in forms.items():
-        gap = max(abs(a - b) / (q.scales[0][0] / 2) for p, r in zip(back[form], w) for a, b in zip(p, r))
-        trace.check(f"{form}: |error| ≤ scale / 2", gap <= 1 + 1e-12, f"all {len(w) * len(w[0]):,} weights")
-    some = [value for values in w for value in values] + [10.0 ** e for e in range(-9, 5)]
-    trace.check("fp16() = what struct packs", all(fp16(x) == struct.unpack("<e", struct.pack("<e", x))[0]
-                                                  for x in some), f"{len(some):,} numbers, to the bit")
+        gap = max(abs(a - b) for a, b in zip(flatten(back[form]), flatten(w)))
+        trace.check(f"{form}: |error| ≤ scale / 2", gap <= q.scales[0][0] / 2 * (1 + 1e-12),
+                    f"all {len(flatten(w)):,} weights")
+    some = flatten(w) + [10.0 ** e for e in range(-9, 5)]
+    trace.check("fp16() = what struct packs", [fp16(x) for x in some] == fp16_row(some), f"{len(some):,} numbers")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
     trace.table(["", "a scale per", "error", "bits/weight", "perplexity", "KL", "changed"], rows, left=(0, 1))
 
     w = [list(row) for row in lab.calm.weights["layers.0.attention.wv"][:6]]
-    typical = math.sqrt(fmean(value * value for row in w for value in row))
+    typical = math.sqrt(fmean(value * value for value in flatten(w)))
     w[2][len(w[0]) // 3] = 20 * typical
     trace.say(f"One outlier's damage: {len(w)} rows of {len(w[0])} weights, one of them (in row 3) made 20 times the "
               f"typical size. How far INT{bits} moves each of the others:")
@@ -384,8 +384,8 @@ def unpack_int4(data: bytes, n: int) -> list[int]:
 
 def pack_bits(codes: Sequence[int], bits: int) -> bytes:
     """Codes of so many bits each, in one long number, the first code lowest."""
-    digits = "".join(format(code & 2**bits - 1, f"0{bits}b") for code in reversed(codes))
-    return int(digits or "0", 2).to_bytes((len(codes) * bits + 7) // 8, "little")
+    digits = [format(code, f"0{bits}b") for code in range(2**bits)]  # a negative index counts from the end: -1 is 1…1
+    return int("".join([digits[code] for code in reversed(codes)]) or "0", 2).to_bytes((len(codes) * bits + 7) // 8, "little")
 
 
 # Real models, so that the sizes below are computed from what they are: the fields of Config, and the parameter
@@ -466,16 +466,20 @@ def quantize_nf4(w: Matrix, *, block_size: int = 64, double_quant: bool = False)
     An absmax is the block's scale; a block of zeros gets the code of 0. overhead: the absmaxes in FP32, or with
     double_quant as double_quantize() stores them. ValueError as for quantize().
     """
-    group = group_columns(w, 4, block_size)
-    codebook = tuple(nf4_codebook())
-    between = [(a + b) / 2 for a, b in zip(codebook, codebook[1:])]  # a value between these two is nearest to …
-    absmax = [[fp32(max(map(abs, row[c:c + group]))) for c in range(0, len(row), group)] for row in w]
-    overhead = struct.pack(f"<{sum(map(len, absmax))}f", *(a for row in absmax for a in row))
-    codes = [[bisect(between, value / scales[c // group]) if scales[c // group] else 7 for c, value in enumerate(row)]
+    group, codebook = group_columns(w, 4, block_size), tuple(nf4_codebook())
+    absmax = lay_grids(w, group, group, lambda values: fp32(max(map(abs, values))))
+    overhead = struct.pack(f"<{len(flatten(absmax))}f", *flatten(absmax))
+    codes = [nearest([value / (scales[c // group] or 1.0) for c, value in enumerate(row)], codebook)
              for row, scales in zip(w, absmax)]
     if double_quant:
         absmax, overhead = double_quantize(absmax)
     return Quantized(codes, absmax, [[0] * len(row) for row in absmax], 4, group, overhead, codebook)
+
+
+def nearest(values: Sequence[float], levels: Sequence[float]) -> list[int]:
+    """For each value which of the levels, in ascending order, is nearest; halfway goes to the upper one."""
+    between = [(a + b) / 2 for a, b in zip(levels, levels[1:])]
+    return [bisect(between, value) for value in values]
 
 
 def double_quantize(absmax: Matrix, block_size: int = 256) -> tuple[Matrix, bytes]:
@@ -484,7 +488,7 @@ def double_quantize(absmax: Matrix, block_size: int = 256) -> tuple[Matrix, byte
     The bytes: the mean in FP32, then for every block_size absmaxes a scale in FP32, which takes the furthest from the
     mean to 448, and each one's difference from the mean, over that scale, in E4M3.
     """
-    flat = [a for row in absmax for a in row]
+    flat = flatten(absmax)
     mean, decoded = fp32(fmean(flat)), []
     overhead = struct.pack("<f", mean)
     for start in range(0, len(flat), block_size):
@@ -745,7 +749,7 @@ def static_scale(x: Matrix, method: str) -> float:
     127. "error": of 80%, 82%, … 100% of the first, the one with the least squared error, the smallest of equally good
     ones. ValueError for another method.
     """
-    sizes = sorted(abs(value) for row in x for value in row)
+    sizes = sorted(map(abs, flatten(x)))
     if method == "absmax":
         return sizes[-1] / 127 or 1.0
     if method == "percentile":
@@ -839,10 +843,10 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     trace.ask(f"how many of these {len(absmax)} columns will LLM.int8() keep in floating point on this text?", kept)
     trace.say(f"Weights and activations in INT8. FP32's perplexity is {lab.perplexity:.3f}; on the calibration tokens "
               f"LLM.int8() keeps {kept} of {len(absmax)} columns of {name} in floating point.")
-    rows = [[label, *lab.scores(in_int8(lab, method, knobs.alpha))] for label, method in (
+    score_table(trace, lab, {label: in_int8(lab, method, knobs.alpha) for label, method in (
         ("static, absmax", "absmax"), ("static, 99.9th percentile", "percentile"), ("static, least error", "error"),
-        ("dynamic, per token", "dynamic"), ("LLM.int8()", "LLM.int8()"), ("SmoothQuant, dynamic", "SmoothQuant"))]
-    trace.table(["scales of the activations", "bits/weight", "perplexity", "KL", "changed"], rows, left=(0,))
+        ("dynamic, per token", "dynamic"), ("LLM.int8()", "LLM.int8()"), ("SmoothQuant, dynamic", "SmoothQuant"))},
+                "scales of the activations")
     channels, size = knobs.outliers
     trace.say(f"The same as the outliers grow (perplexity, then KL): one scale for a whole matrix or token serves "
               f"{channels} large channels at the cost of all others; LLM.int8() and SmoothQuant do not mind.")
@@ -910,11 +914,12 @@ def gptq(w: Matrix, hessian: Matrix, bits: int, *, granularity: str | int, act_o
     u = upper_factor([[hessian[i][j] for j in order] for i in order], damp)
     columns = [[row[j] for row in w] for j in order]  # those to the right change as we go
     codes = [[0] * n for _ in w]
-    grids = [list(row) for row in lay_grids(w, bits, group, granularity)]
+    make = partial(make_grid, bits=bits, symmetric=True)
+    grids = [list(row) for row in lay_grids(w, group, granularity, make)]
     for i, j in enumerate(order):
         if j % group == 0 and not act_order:
             now = [list(row) for row in zip(*columns[i:i + group])]
-            for row, (grid,) in zip(grids, lay_grids(now, bits, group, granularity)):
+            for row, (grid,) in zip(grids, lay_grids(now, group, granularity, make)):
                 row[j // group] = grid
         errors = []
         for r, value in enumerate(columns[i]):
@@ -979,8 +984,7 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
         rows.append([name, *(f"{e:.1%}" for e in errors)])
     trace.table(["matrix", *methods], rows, left=(0,))
     trace.say("And the model, by the loss that no layer saw:")
-    trace.table(["method", "bits/weight", "perplexity", "KL", "changed"],
-                [[form, *lab.scores(c)] for form, c in methods.items()], left=(0,))
+    score_table(trace, lab, methods, "method")
 
     name = "layers.0.feed_forward.w2"
     w, h = [row[:8] for row in lab.model.weights[name][:3]], hessian_of([row[:8] for row in lab.inputs[name]])
@@ -1035,7 +1039,7 @@ def scaled_and_rounded(w: Matrix, x: Matrix, exact: Matrix, alpha: float, bits: 
 
     A channel's mean |x| counts as 1e-4 at least, so that a dead one has a scale too.
     """
-    powers = [max(fmean(map(abs, column)), 1e-4) ** alpha for column in zip(*x)]
+    powers = [max(sum(map(abs, column)) / len(x), 1e-4) ** alpha for column in zip(*x)]
     middle = math.sqrt(max(powers) * min(powers))
     scales = [power / middle for power in powers]
     q = quantize([[value * s for value, s in zip(row, scales)] for row in w], bits, granularity=granularity)
@@ -1094,11 +1098,10 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
     trace.ask(f"which of the exponents 0, 0.05, …, 0.95 does the search find for {source}?", found[source][1])
     trace.say(f"INT{bits} in groups of {g}, with one channel in {lab.model.config.dim} of every matrix kept in FP16: "
               f"whether that helps depends on how it is chosen. And AWQ, which keeps none.")
-    trace.table(["channels in FP16", "bits/weight", "perplexity", "KL", "changed"],
-                [["none", *lab.scores(rounded_to_nearest(lab, bits, g))],
-                 ["1, by chance", *lab.scores(keeping_channels(lab, bits, g, 1, "chance"))],
-                 ["1, by its activations", *lab.scores(keeping_channels(lab, bits, g, 1, "activations"))],
-                 ["none: AWQ", *lab.scores(by_awq(lab, bits, g))]], left=(0,))
+    score_table(trace, lab, {"none": rounded_to_nearest(lab, bits, g),
+                             "1, by chance": keeping_channels(lab, bits, g, 1, "chance"),
+                             "1, by its activations": keeping_channels(lab, bits, g, 1, "activations"),
+                             "none: AWQ": by_awq(lab, bits, g)}, "channels in FP16")
 
     trace.say(f"The search behind {source}: output error of {', '.join(name.split('.')[-1] for name in readers)} on "
               f"calibration tokens for some of the exponents; 0 is round to nearest. AWQ takes the least.")
@@ -1139,12 +1142,8 @@ def hqq(w: Matrix, bits: int, *, granularity: str | int, iterations: int = 20) -
     ValueError as for quantize().
     """
     group = group_columns(w, bits, granularity)
-    start = lay_grids(w, bits, group, granularity, symmetric=False)
-    if granularity == "tensor":
-        grids = [[best_zero([value for row in w for value in row], *start[0][0], bits, iterations)]] * len(w)
-    else:
-        grids = [[best_zero(row[g * group:(g + 1) * group], *grid, bits, iterations)
-                  for g, grid in enumerate(row_grids)] for row, row_grids in zip(w, start)]
+    grids = lay_grids(w, group, granularity,
+                      lambda values: best_zero(values, *make_grid(values, bits=bits, symmetric=False), bits, iterations))
     return on_grids(w, grids, bits, group, granularity, symmetric=False)
 
 
@@ -1178,9 +1177,8 @@ def weighted_kmeans(values: Vector, weights: Vector, k: int, iterations: int = 1
     order = sorted(values)
     centroids = [order[(2 * i + 1) * len(order) // (2 * k)] for i in range(k)]
     for _ in range(iterations):
-        between, mass, total = [(a + b) / 2 for a, b in zip(centroids, centroids[1:])], [0.0] * k, [0.0] * k
-        for value, weight in zip(values, weights):
-            i = bisect(between, value)
+        mass, total = [0.0] * k, [0.0] * k
+        for i, value, weight in zip(nearest(values, centroids), values, weights):
             mass[i], total[i] = mass[i] + weight, total[i] + weight * value
         centroids = [t / m if m else c for t, m, c in zip(total, mass, centroids)]
     return sorted(centroids)
@@ -1192,19 +1190,20 @@ def squeezellm(w: Matrix, sensitivity: Matrix, bits: int) -> tuple[Matrix, int]:
     w [out][in], sensitivity of the same shape. Those apart (0.05% and 0.4%, each rounded up) are kept in FP16, and no
     part of the k-means; they have a code all the same, and beside the value 2 bytes for the column; rows take 2 each.
     """
-    values, weights = [value for row in w for value in row], [s for row in sensitivity for s in row]
-    n, columns = len(values), len(w[0])
-    apart = set(sorted(range(n), key=lambda i: -weights[i])[:math.ceil(0.0005 * n)])
-    apart |= set(sorted(range(n), key=lambda i: -abs(values[i]))[:math.ceil(0.004 * n)])
-    dense = [i for i in range(n) if i not in apart]
+    values, weights, columns = flatten(w), flatten(sensitivity), len(w[0])
+    n, places = len(values), range(len(values))
+    apart = sorted({*sorted(places, key=lambda i: -weights[i])[:math.ceil(0.0005 * n)],
+                    *sorted(places, key=lambda i: -abs(values[i]))[:math.ceil(0.004 * n)]})
+    dense = sorted({*places} - {*apart})
     codebook = fp16_row(weighted_kmeans([values[i] for i in dense], [weights[i] for i in dense], 2 ** bits))
-    between = [(a + b) / 2 for a, b in zip(codebook, codebook[1:])]
-    codes = [0 if i in apart else bisect(between, value) for i, value in enumerate(values)]
-    decoded = [half if i in apart else codebook[code] for i, (half, code) in enumerate(zip(fp16_row(values), codes))]
+    codes = nearest(values, codebook)
+    decoded = [codebook[code] for code in codes]
+    for i in apart:
+        decoded[i] = fp16(values[i])
     # The sparse matrix by rows (CSR): values, their columns, and for each row how many come before it.
-    before = [sum(i < r * columns for i in apart) for r in range(len(w) + 1)]
-    sparse = struct.pack(f"<{len(apart)}e{len(apart)}H{len(before)}H", *(values[i] for i in sorted(apart)),
-                         *(i % columns for i in sorted(apart)), *before)
+    before = [bisect_left(apart, r * columns) for r in range(len(w) + 1)]
+    sparse = struct.pack(f"<{len(apart)}e{len(apart)}H{len(before)}H", *(values[i] for i in apart),
+                         *(i % columns for i in apart), *before)
     data = pack_bits(codes, bits) + struct.pack(f"<{len(codebook)}e", *codebook) + sparse
     return [decoded[i:i + columns] for i in range(0, n, columns)], len(data)
 
@@ -1243,20 +1242,18 @@ def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
               min(models, key=lambda c: measure(lab, c).kl).name)
     trace.say(f"At {bits} bits. HQQ moves the zero points; SqueezeLLM moves every value of the grid, and keeps a few "
               f"weights out.")
-    trace.table(["method", "bits/weight", "perplexity", "KL", "changed"],
-                [[c.name, *lab.scores(c)] for c in models], left=(0,))
-    flat, weights = ([v for row in m for v in row] for m in (lab.model.weights[name], sensitivities(lab)[name]))
-    few = 2 ** min(bits, 4)
-    even = [max(map(abs, flat)) * (2 * i / (few - 1) - 1) for i in range(few)]
-    best = weighted_kmeans(flat, weights, few)
+    score_table(trace, lab, {c.name: c for c in models})
+    w, few = lab.model.weights[name], 2 ** min(bits, 4)
+    flat, weights, most = flatten(w), flatten(sensitivities(lab)[name]), max(map(abs, flatten(w)))
+    start, best = (weighted_kmeans(flat, weights, few, turns) for turns in (0, 12))
     trace.say(f"Where {few} values go in {name}: evenly; and by k-means, every weight counted by its sensitivity.")
-    trace.lines(histogram(flat, {"even": even, "k-means": best}))
-    start, better = quantize(w := lab.model.weights[name], bits, symmetric=False, granularity=g), hqq(w, bits, granularity=g)
-    errors = [sum(abs(a - b) for p, r in zip(q.dequantize(), w) for a, b in zip(p, r)) for q in (start, better)]
+    trace.lines(histogram(flat, {"even": [most * (2 * i / (few - 1) - 1) for i in range(few)], "k-means": best}))
+    errors = [fmean(abs(a - b) for a, b in zip(flatten(q.dequantize()), flat))
+              for q in (quantize(w, bits, symmetric=False, granularity=g), hqq(w, bits, granularity=g))]
     trace.check("HQQ: mean |error| no larger than where it started", errors[1] <= errors[0] * (1 + 1e-12),
                 f"{errors[1] / errors[0]:.1%} of it")
-    costs = [sum(by * min((v - level) ** 2 for level in levels) for v, by in zip(flat, weights))
-             for levels in (weighted_kmeans(flat, weights, few, 0), best)]
+    costs = [sum(weight * min((value - level) ** 2 for level in levels) for value, weight in zip(flat, weights))
+             for levels in (start, best)]
     trace.check("k-means: the weighted error falls from where it started", costs[1] <= costs[0], "after 12 turns")
 
 
@@ -1274,13 +1271,13 @@ def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
 
 def bitnet_signs(w: Matrix) -> Matrix:
     """w as BitNet has it: mean|W| where it is above the mean, -mean|W| elsewhere (Wang et al. 2023)."""
-    mean, scale = fmean(v for row in w for v in row), fmean(abs(v) for row in w for v in row)
+    mean, scale = fmean(flatten(w)), fmean(map(abs, flatten(w)))
     return [[scale if v > mean else -scale for v in row] for row in w]
 
 
 def ternary_codes(w: Matrix) -> tuple[list[list[int]], float]:
     """(codes -1, 0, 1, γ) of b1.58 (Ma et al. 2024, equations 1 to 3)."""
-    gamma = fmean([abs(v) for row in w for v in row]) or 1.0
+    gamma = fmean(map(abs, flatten(w))) or 1.0
     half = gamma / 2  # what is further out than that rounds to a code of 1 or more, and is clipped to 1
     return [[(v > half) - (v < -half) for v in row] for row in w], gamma
 
@@ -1316,6 +1313,9 @@ def straight_through(tape: Tape) -> Callable:
                                        else tape(operation, *inputs))
 
 
+ONE_BIT = ("BitNet", "b1.58", "b1.58 trained")
+
+
 @lru_cache(maxsize=None)
 def in_one_bit(lab: Lab, method: str) -> Compressed:
     """The whole model as "BitNet" or "b1.58" after training, or "b1.58 trained"; from the model without outliers."""
@@ -1323,15 +1323,15 @@ def in_one_bit(lab: Lab, method: str) -> Compressed:
     if method == "b1.58 trained":
         weights = map_rows(list, weights)
         adam = Adam(weights)
-        fine_tune(Llama(lab.model.config, weights), weights, straight_through,
-                  lambda gradients, progress: adam.step(gradients, 0.01 * (1 - progress)), lab.text, TERNARY_STEPS,
-                  PIECE)
+        for gradients, rate in short_run(Llama(lab.model.config, weights), weights, lab.text, TERNARY_STEPS, 0.02,
+                                         straight_through):
+            adam.step(gradients, rate)
 
     def rounded(_: str, w: Matrix) -> tuple[Matrix, int]:  # and two bytes for the scale
         if method == "BitNet":
             signs = bitnet_signs(w)
-            return signs, len(pack_bits([v > 0 for row in signs for v in row], 1)) + 2
-        return ternary_weights(w), len(pack_ternary([c for row in ternary_codes(w)[0] for c in row])) + 2
+            return signs, len(pack_bits([v > 0 for v in flatten(signs)], 1)) + 2
+        return ternary_weights(w), len(pack_ternary(flatten(ternary_codes(w)[0]))) + 2
 
     return compress(lab, {"BitNet": "1 bit, BitNet", "b1.58": "b1.58, untrained"}.get(method, method), rounded, weights)
 
@@ -1341,12 +1341,10 @@ def show_one_bit(trace: Trace, knobs: Namespace) -> None:
     lab, name = laboratory(knobs), "layers.0.attention.wq"
     trace.say(f"All matrices in one bit, or one of three values, after training; and trained that way for "
               f"{TERNARY_STEPS} steps more (from the model without planted outliers; a scale for each matrix).")
-    trace.table(["", "bits/weight", "perplexity", "KL", "changed"],
-                [[c.name, *lab.scores(c)] for c in (in_one_bit(lab, "BitNet"), in_one_bit(lab, "b1.58"),
-                                                    in_one_bit(lab, "b1.58 trained"))], left=(0,))
-    codes, gamma = ternary_codes(lab.calm.weights[name])
-    x, flat = lab.inputs[name][0], [code for row in codes for code in row]
+    score_table(trace, lab, {c.name: c for c in (in_one_bit(lab, method) for method in ONE_BIT)})
+    (codes, gamma), x = ternary_codes(lab.calm.weights[name]), lab.inputs[name][0]
     y, additions, multiplications = ternary_product(x, codes, gamma)
+    flat, packed = flatten(codes), pack_ternary(flatten(codes))
     trace.ask(f"{name} has {len(flat):,} weights, bell-shaped. With γ = mean|W|, how many become 0?", flat.count(0))
     trace.say(f"{name} times one token, counted while it is done: {additions:,} additions and {multiplications} "
               f"multiplications, where the matrix in full has {len(flat):,} of each. A corner of it:")
@@ -1354,9 +1352,8 @@ def show_one_bit(trace: Trace, knobs: Namespace) -> None:
     trace.check_close("the product without multiplications = the one with the decoded weights", [y],
                       linear([x], ternary_weights(lab.calm.weights[name])), 1e-9)
     trace.check("additions counted = codes that are not 0", additions == len(flat) - flat.count(0), f"{additions:,}")
-    unpacked = [byte // 3**i % 3 - 1 for byte in pack_ternary(flat) for i in range(5)][:len(flat)]
-    trace.check("five codes to a byte come back", unpacked == flat,
-                f"{len(pack_ternary(flat)):,} bytes for {len(flat):,} codes")
+    trace.check("five codes to a byte come back", [byte // 3**i % 3 - 1 for byte in packed for i in range(5)][:len(flat)]
+                == flat, f"{len(packed):,} bytes for {len(flat):,} codes")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1401,9 +1398,10 @@ def by_qlora(lab: Lab, rank: int = 4) -> tuple[Compressed, int]:
         a, b = [[rng.gauss(0, len(w[0]) ** -0.5) for _ in w[0]] for _ in range(rank)], [[0.0] * rank for _ in w]
         adapters[id(w)], parameters[name + ".A"], parameters[name + ".B"] = (a, b), a, b
     adam = Adam(parameters)
-    fine_tune(Llama(lab.model.config, base.weights), parameters, with_adapters(adapters),
-              lambda gradients, progress: adam.step(gradients, 0.005 * (1 - progress)), lab.recent, FEW_STEPS, PIECE)
-    n = sum(len(row) for p in parameters.values() for row in p)
+    for gradients, rate in short_run(Llama(lab.model.config, base.weights), parameters, lab.recent, FEW_STEPS, 0.005,
+                                     with_adapters(adapters)):
+        adam.step(gradients, rate)
+    n = sum(len(flatten(p)) for p in parameters.values())
     return replace(base, name="NF4 + QLoRA", nbytes=base.nbytes + 2 * n, run=with_adapters(adapters)(call),
                    bits_per_weight=base.bits_per_weight + 16 * n / lab.n_weights), n
 
@@ -1453,7 +1451,7 @@ class QGaLore:
         self.adam.step({"R": linear(p, list(zip(*g)))}, rate)          # R = Pᵀ G, [r][n]
         update = linear(list(zip(*p)), list(zip(*self.direction)))     # P · Adam(R), [m][n]
         w = add(self.w, list(zip(*update)) if self.wide else update)
-        grids = lay_grids(w, 8, len(w[0]), "channel")
+        grids = lay_grids(w, len(w[0]), "channel", partial(make_grid, bits=8, symmetric=True))
         codes = [stochastic_codes(row, scale, self.rng) for row, ((scale, _),) in zip(w, grids)]
         self.q = with_grids(codes, grids, 8, len(w[0]), "channel")
         for row, new_row in zip(self.w, self.q.dequantize()):
@@ -1473,44 +1471,43 @@ def alignment(a: Matrix, b: Matrix) -> float:
 def show_training(trace: Trace, knobs: Namespace) -> None:
     """QLoRA and Q-GaLore beside full training: what is kept, and what it does to the loss."""
     lab, rank, rng = laboratory(knobs), 8, random.Random(knobs.seed)
-    full = map_rows(list, lab.calm.weights)
-    trained = {n: full[n] for n in lab.linears}
-    adam = Adam(trained)
-    fine_tune(Llama(lab.model.config, full), trained, lambda tape: tape,
-              lambda gradients, progress: adam.step(gradients, 0.001 * (1 - progress)), lab.recent, FEW_STEPS, PIECE)
-    matrices = {n: QGaLore(lab.calm.weights[n], rank, rng) for n in lab.linears}
-    weights = lab.calm.weights | {n: m.w for n, m in matrices.items()}
+    config, base, (qlora, n_adapters) = lab.model.config, in_nf4(lab, True), by_qlora(lab)
 
     def perplexity(weights: dict) -> str:
         return f"{measure(lab, Compressed('', weights, 0, 0, call)).perplexity:.3f}"
 
-    int8 = perplexity(weights)
-    fine_tune(Llama(lab.model.config, weights), {n: m.w for n, m in matrices.items()}, lambda tape: tape,
-              lambda gradients, progress: [m.step(gradients[n], 0.005 * (1 - progress)) for n, m in matrices.items()],
-              lab.recent, FEW_STEPS, PIECE)
-    base, (qlora, n_adapters) = in_nf4(lab, True), by_qlora(lab)
+    full = map_rows(list, lab.calm.weights)
+    adam = Adam({name: full[name] for name in lab.linears})
+    for gradients, rate in short_run(Llama(config, full), {n: full[n] for n in lab.linears}, lab.recent, FEW_STEPS, 0.001):
+        adam.step(gradients, rate)
 
-    state = sum(map(len, (row for m in matrices.values() for row in m.direction)))
-    projections = sum(m.projection.nbytes for m in matrices.values())
+    matrices = {name: QGaLore(lab.calm.weights[name], rank, rng) for name in lab.linears}
+    inside = {name: matrix.w for name, matrix in matrices.items()}
+    weights = lab.calm.weights | inside
+    int8 = perplexity(weights)
+    for gradients, rate in short_run(Llama(config, weights), inside, lab.recent, FEW_STEPS, 0.005):
+        for name, matrix in matrices.items():
+            matrix.step(gradients[name], rate)
+
+    shapes = [config.shapes()[name] for name in lab.linears]
     trace.ask("QLoRA at rank 4: how many numbers does it train beside all the matrices, whose rows and columns sum to "
-              f"{sum(sum(lab.model.config.shapes()[n]) for n in lab.linears):,}?", n_adapters)
+              f"{sum(map(sum, shapes)):,}?", n_adapters)
     trace.say(f"{FEW_STEPS} steps of {PIECE} tokens more, on the text just before the last verse, three ways. Bytes "
               f"of the matrices as they are kept while training, and of what the optimizer keeps: two FP32 numbers for "
               f"each that it trains, and Q-GaLore's projections in INT4. Perplexity on the last verse.")
+    state = sum(len(flatten(matrix.direction)) for matrix in matrices.values())
     trace.table(["", "trained", "weights", "optimizer", "before", "after"], [
-        ["full", f"{lab.n_weights:,}", f"{4 * lab.n_weights:,}",
-         f"{8 * sum(len(row) for rows in adam.m.values() for row in rows):,}", f"{lab.perplexity:.3f}", perplexity(full)],
+        ["full", f"{lab.n_weights:,}", f"{4 * lab.n_weights:,}", f"{8 * sum(len(flatten(m)) for m in adam.m.values()):,}",
+         f"{lab.perplexity:.3f}", perplexity(full)],
         ["QLoRA, rank 4", f"{n_adapters:,}", f"{base.nbytes - lab.rest_bytes + 4 * n_adapters:,}",
          f"{8 * n_adapters:,}", f"{measure(lab, base).perplexity:.3f}", f"{measure(lab, qlora).perplexity:.3f}"],
         [f"Q-GaLore, rank {rank}", f"{lab.n_weights:,}", f"{sum(m.q.nbytes for m in matrices.values()):,}",
-         f"{8 * state + projections:,}", int8, perplexity(weights)]], left=(0,))
+         f"{8 * state + sum(m.projection.nbytes for m in matrices.values()):,}", int8, perplexity(weights)]], left=(0,))
     trace.note(f"Q-GaLore made its {len(matrices)} projections {sum(m.refreshed for m in matrices.values())} times "
                f"in all.")
-    shapes = [lab.model.config.shapes()[n] for n in lab.linears]
-    trace.check("QLoRA trains r·(in + out) numbers a matrix", n_adapters == sum(4 * sum(shape) for shape in shapes),
-                f"{n_adapters:,}")
+    trace.check("QLoRA trains r·(in + out) numbers a matrix", n_adapters == 4 * sum(map(sum, shapes)), f"{n_adapters:,}")
     trace.check("Q-GaLore's Adam keeps 2·r·max(in, out) numbers a matrix",
-                2 * state == sum(2 * rank * max(shape) for shape in shapes), f"{2 * state:,}")
+                2 * state == 2 * rank * sum(map(max, shapes)), f"{2 * state:,}")
     g = [[rng.gauss(0, 1) * (i < 3) + rng.gauss(0, 1e-6) for i in range(9)] for _ in range(12)]
     p = subspace(g, 3, rng)
     back = linear(list(zip(*p)), list(zip(*linear(p, list(zip(*g))))))
@@ -1527,7 +1524,7 @@ def show_training(trace: Trace, knobs: Namespace) -> None:
 
 def widths(bits: int) -> list[int]:
     """The bit widths that mixed precision chooses from, at a budget of so many bits for all."""
-    return sorted({min(8, max(2, bits + change)) for change in (-1, 0, 2)})
+    return sorted({min(8, max(2, bits + change)) for change in (-1, 0, 1)})
 
 
 @lru_cache(maxsize=None)
@@ -1575,8 +1572,7 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
                  for name, found in damage.items()], left=(0,))
     trace.say("On text that neither saw:")
     uniform = rounded_to_nearest(lab, bits, g)
-    trace.table(["", "bits/weight", "perplexity", "KL", "changed"],
-                [[f"{bits} bits throughout", *lab.scores(uniform)], ["mixed", *lab.scores(mixed)]], left=(0,))
+    score_table(trace, lab, {f"{bits} bits throughout": uniform, "mixed": mixed})
     trace.check("mixed is no larger, in encoded bytes", mixed.nbytes <= uniform.nbytes,
                 f"{mixed.nbytes:,} of {uniform.nbytes:,}")
     ours, even = (sum(found[b][0] for found, b in zip(damage.values(), choice))
@@ -1603,7 +1599,7 @@ def everything(lab: Lab, knobs: Namespace) -> list[Compressed]:
             in_int8(lab, "SmoothQuant", knobs.alpha),
             by_gptq(lab, b, g), by_gptq(lab, b, g, True), by_awq(lab, b, g),
             by_hqq(lab, b, g), by_squeezellm(lab, b),
-            *(in_one_bit(lab, method) for method in ("BitNet", "b1.58", "b1.58 trained")),
+            *(in_one_bit(lab, method) for method in ONE_BIT),
             by_qlora(lab)[0], in_mixed_precision(lab, b, g)[0]]
 
 
@@ -1620,10 +1616,8 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
               f"bytes: the whole file; chg: likeliest tokens changed. The sample continues {knobs.prompt!r}. A letter "
               f"marks the method in the picture below, with a star if nothing else is both as small and as good: the "
               f"Pareto front.")
-    front, least = set(), math.inf  # walking up in size, those that beat all smaller ones
-    for i in sorted(range(len(compressed)), key=lambda i: (compressed[i].nbytes, measured[i].kl)):
-        if measured[i].kl < least:
-            front, least = front | {i}, measured[i].kl
+    points = [(c.nbytes, m.kl) for c, m in zip(compressed, measured)]
+    front = pareto_front(points)
     rows = [["", "FP32", "32.00", f"{lab.fp32_bytes:,}", f"{lab.perplexity:.3f}", "", "",
              continue_text(lab, knobs, lab.model.weights, call)]]
     for i, (c, m) in enumerate(zip(compressed, measured)):
@@ -1635,14 +1629,20 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
                "multiply that.")
     trace.say("Bytes of the file from left to right, KL from FP32 upwards (ten times for every four lines; the "
               "lowest line is for whatever is less). Down and left is better.")
-    trace.lines(scatter([(c.nbytes, m.kl, letters[i], i in front)
-                         for i, (c, m) in enumerate(zip(compressed, measured))]))
+    trace.lines(scatter([(*point, letters[i], i in front) for i, point in enumerate(points)]))
     trace.check("KL is nowhere negative", all(m.kl > -1e-12 for m in measured), f"{len(measured)} methods")
-    beaten = [any(a.nbytes <= c.nbytes and n.kl <= m.kl and (a.nbytes, n.kl, j) < (c.nbytes, m.kl, i)
-                  for j, (a, n) in enumerate(zip(compressed, measured)))
-              for i, (c, m) in enumerate(zip(compressed, measured))]
-    trace.check("the front = the methods that no other beats, by trying all pairs",
-                front == {i for i, worse in enumerate(beaten) if not worse}, f"{len(front)} methods")
+    trace.check("the front = the methods that no other beats, by trying all pairs", front == {
+        i for i, (x, y) in enumerate(points) if not any(a <= x and b <= y and (a, b, j) < (x, y, i)
+                                                        for j, (a, b) in enumerate(points))}, f"{len(front)} methods")
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
+    """Which of the points (x, y), walking to the right, lie lower than all before; of equal ones the first."""
+    front, least = set(), math.inf
+    for i in sorted(range(len(points)), key=points.__getitem__):
+        if points[i][1] < least:
+            front, least = front | {i}, points[i][1]
+    return front
 
 
 def scatter(points: Sequence[tuple[float, float, str, bool]], width: int = 70, height: int = 17) -> list[str]:
@@ -1846,7 +1846,7 @@ def log_softmax(logits: Vector) -> Vector:
 
 def kl_divergence(p: Vector, q: Vector) -> float:
     """Σ p · log(p / q) in nats, of log-probabilities."""
-    return math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q))
+    return sum(math.exp(a) * (a - b) for a, b in zip(p, q))
 
 
 def map_rows(function: Callable[[Vector], Vector], weights: dict[str, Matrix | Vector]) -> dict[str, Matrix | Vector]:
@@ -1854,14 +1854,14 @@ def map_rows(function: Callable[[Vector], Vector], weights: dict[str, Matrix | V
     return {name: list(map(function, w)) if isinstance(w[0], list) else function(w) for name, w in weights.items()}
 
 
-def fine_tune(model: Llama, parameters: dict[str, Matrix | Vector], run_on: Callable[[Tape], Callable], step: Callable,
-              ids: Sequence[int], steps: int, length: int) -> None:
-    """A short run over ids: forward by run_on(tape), and step(gradients of the parameters, progress) each time."""
+def short_run(model: Llama, parameters: dict[str, Matrix | Vector], ids: Sequence[int], steps: int, rate: float,
+              run_on: Callable[[Tape], Callable] = lambda tape: tape) -> Iterator[tuple[dict, float]]:
+    """PIECE tokens of ids a step: the parameters' gradients, and a learning rate that falls to 0; the caller steps."""
     for i in range(steps):
-        tape, piece = Tape(), ids[i * length % (len(ids) - length):][:length + 1]
+        tape, piece = Tape(), ids[i * PIECE % (len(ids) - PIECE):][:PIECE + 1]
         logits = model.forward(piece[:-1], run=run_on(tape))
         gradients = tape.backward(logits, cross_entropy(logits, piece[1:])[1])
-        step({name: gradients[id(p)] for name, p in parameters.items()}, i / steps)
+        yield {name: gradients[id(p)] for name, p in parameters.items()}, rate * (1 - i / steps)
 
 
 def compress(lab: Lab, name: str, method: Callable, weights: dict | None = None) -> Compressed:
@@ -1897,13 +1897,19 @@ def in_gguf(lab: Lab, form: str) -> Compressed:
     encode, decode, size = GGUF[form]
 
     def method(_: str, w: Matrix) -> tuple[Matrix, int]:
-        flat, width = [value for row in w for value in row], len(w[0])
+        flat, width = flatten(w), len(w[0])
         filled = flat + [0.0] * (-len(flat) % size)
         data = encode(filled)
         decoded = decode(data, len(filled))
         return [decoded[i:i + width] for i in range(0, len(flat), width)], len(data)
 
     return compress(lab, "GGUF " + form, method)
+
+
+def score_table(trace: Trace, lab: Lab, compressed: dict[str, Compressed], title: str = "") -> None:
+    """Bits, perplexity, KL and changes of some models."""
+    trace.table([title, "bits/weight", "perplexity", "KL", "changed"],
+                [[label, *lab.scores(c)] for label, c in compressed.items()], left=(0,))
 
 
 def continue_text(lab: Lab, knobs: Namespace, weights: dict, run: Callable, n_tokens: int = 3) -> str:
@@ -1917,11 +1923,15 @@ def continue_text(lab: Lab, knobs: Namespace, weights: dict, run: Callable, n_to
     return text if len(text) <= 17 else text[:16] + "…"
 
 
+def flatten(rows: Iterable[Sequence]) -> list:
+    """All of the rows in one."""
+    return [value for row in rows for value in row]
+
+
 def relative_distance(a: Matrix, b: Matrix) -> float:
     """|a - b| / |b| in the Frobenius norm; 0 where both are 0."""
-    difference = [x - y for p, r in zip(a, b) for x, y in zip(p, r)]
-    size = math.sqrt(sum(dot(row, row) for row in b))
-    return math.sqrt(dot(difference, difference)) / size if size else 0.0
+    size = math.hypot(*flatten(b))
+    return math.dist(flatten(a), flatten(b)) / size if size else 0.0
 
 
 def histogram(values: Sequence[float], grids: dict[str, Sequence[float]], width: int = 69,
