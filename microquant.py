@@ -1242,7 +1242,10 @@ def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
               min(models, key=lambda c: measure(lab, c).kl).name)
     trace.say(f"At {bits} bits. HQQ moves the zero points; SqueezeLLM moves every value of the grid, and keeps a few "
               f"weights out.")
-    score_table(trace, lab, {c.name: c for c in models})
+    calm = without_outliers(knobs)
+    plain = [rounded_to_nearest(calm, bits, g, False), by_hqq(calm, bits, g), by_squeezellm(calm, bits)]
+    trace.table(["method", "bits/weight", "perplexity", "KL", "changed", "KL without outliers"],
+                [[c.name, *lab.scores(c), f"{measure(calm, p).kl:.4f}"] for c, p in zip(models, plain)], left=(0,))
     w, few = lab.model.weights[name], 2 ** min(bits, 4)
     flat, weights, most = flatten(w), flatten(sensitivities(lab)[name]), max(map(abs, flatten(w)))
     start, best = (weighted_kmeans(flat, weights, few, turns) for turns in (0, 12))
@@ -1624,9 +1627,11 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
         rows.append([letters[i] + "*" * (i in front), c.name, f"{c.bits_per_weight:.2f}", f"{c.nbytes:,}",
                      f"{m.perplexity:.3f}", f"{m.kl:.4f}", str(m.changed), continue_text(lab, knobs, c.weights, c.run)])
     trace.table(["", "method", "bits", "bytes", "ppl", "KL", "chg", "sample"], rows, left=(0, 1, 7))
-    trace.note("The planted outliers make some columns of weights small. A grid with an exact zero loses them; one "
-               "without (Q4_K and HQQ, whose zero points are free) gives them up to half a step, and their inputs "
-               "multiply that.")
+    calm = without_outliers(knobs)
+    free = [f"{c.name.split()[-1]} {measure(calm, c).kl:.4f}" for c in (in_gguf(calm, "Q4_K"), by_hqq(calm, knobs.bits, knobs.group_size))]
+    trace.note(f"The planted outliers make some columns of weights small. A grid with an exact zero loses them; one "
+               f"without (Q4_K and HQQ, whose zero points are free) gives them up to half a step, and their inputs "
+               f"multiply that. Without planted outliers their KL: {', '.join(free)}.")
     trace.say("Bytes of the file from left to right, KL from FP32 upwards (ten times for every four lines; the "
               "lowest line is for whatever is less). Down and left is better.")
     trace.lines(scatter([(*point, letters[i], i in front) for i, point in enumerate(points)]))
@@ -1813,6 +1818,11 @@ def build_lab(seed: int, calibration_tokens: int, outliers: tuple[int, float]) -
 def laboratory(knobs: Namespace) -> Lab:
     """The lab that the knobs describe."""
     return build_lab(knobs.seed, knobs.calibration_tokens, knobs.outliers)
+
+
+def without_outliers(knobs: Namespace) -> Lab:
+    """The same, but with no outliers planted."""
+    return build_lab(knobs.seed, knobs.calibration_tokens, (0, 1.0))
 
 
 def capture(model: Llama, tokens: Sequence[int]) -> tuple[dict[str, Matrix], Matrix]:
