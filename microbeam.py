@@ -1132,9 +1132,13 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
     n, gamma, prompt = knobs.max_new_tokens, 4, knobs.tokens
     jacobi, counts = jacobi_greedy(target, prompt, n, gamma=gamma)
     lookahead, ahead = lookahead_greedy(target, prompt, n)
-    trace.say(f"Jacobi: {gamma} guesses, renewed all at once in each pass. + was right, × was not.")
+    trace.say(f"Jacobi: {gamma} guesses, renewed all at once in each pass. + was right and kept. ~ comes in the text "
+              f"near here, but in another place, or behind a wrong guess: overwritten. × does not.")
+    done = 0
     for number, (guesses, kept) in enumerate(counts.rounds[:6], 1):
-        marks = "  ".join(("+" if i < kept else "×") + knobs.name(token) for i, token in enumerate(guesses))
+        near, done = jacobi[max(0, done - gamma):done + 2 * gamma], done + kept + 1
+        marks = "  ".join(("+" if i < kept else "~" if token in near else "×") + knobs.name(token)
+                          for i, token in enumerate(guesses))
         trace.lines([f"pass {number}  " + (marks or "no guess: one token is left")])
     trace.say(f"Passes for {n} tokens, no draft model anywhere, nothing trained:")
     trace.ask(f"Greedy takes {n}, Jacobi {counts.target_passes}. And lookahead?", ahead.target_passes)
