@@ -1627,11 +1627,12 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
         rows.append([letters[i] + "*" * (i in front), c.name, f"{c.bits_per_weight:.2f}", f"{c.nbytes:,}",
                      f"{m.perplexity:.3f}", f"{m.kl:.4f}", str(m.changed), continue_text(lab, knobs, c.weights, c.run)])
     trace.table(["", "method", "bits", "bytes", "ppl", "KL", "chg", "sample"], rows, left=(0, 1, 7))
-    calm = without_outliers(knobs)
-    free = [f"{c.name.split()[-1]} {measure(calm, c).kl:.4f}" for c in (in_gguf(calm, "Q4_K"), by_hqq(calm, knobs.bits, knobs.group_size))]
-    trace.note(f"The planted outliers make some columns of weights small. A grid with an exact zero loses them; one "
-               f"without (Q4_K and HQQ, whose zero points are free) gives them up to half a step, and their inputs "
-               f"multiply that. Without planted outliers their KL: {', '.join(free)}.")
+    calm, b, g = without_outliers(knobs), knobs.bits, knobs.group_size
+    free = (rounded_to_nearest(calm, b, g), in_gguf(calm, "Q4_K"), by_hqq(calm, b, g))
+    trace.note("The planted outliers make some columns of weights small. A grid with an exact zero loses them; one "
+               "without (Q4_K and HQQ, whose zero points are free) gives them up to half a step, and their inputs "
+               "multiply that. With none planted, KL is "
+               + ", ".join(f"{measure(calm, c).kl:.4f} for {c.name.removeprefix('GGUF ')}" for c in free) + ".")
     trace.say("Bytes of the file from left to right, KL from FP32 upwards (ten times for every four lines; the "
               "lowest line is for whatever is less). Down and left is better.")
     trace.lines(scatter([(*point, letters[i], i in front) for i, point in enumerate(points)]))
@@ -1716,14 +1717,14 @@ class Lab:
         return sum(math.prod(self.model.config.shapes()[name]) for name in self.linears)
 
     @property
-    def rest_bytes(self) -> int:
-        """Bytes of all other weights in FP16."""
-        return 2 * (self.fp32_bytes // 4 - self.n_weights)
-
-    @property
     def fp32_bytes(self) -> int:
         """Bytes of the whole model in FP32."""
         return 4 * sum(map(math.prod, self.model.config.shapes().values()))
+
+    @property
+    def rest_bytes(self) -> int:
+        """Bytes of all weights that are not quantized, in FP16."""
+        return self.fp32_bytes // 2 - 2 * self.n_weights
 
     @property
     def perplexity(self) -> float:
@@ -1769,12 +1770,12 @@ def sources_and_readers(config: Config) -> dict[str, list[str]]:
 
 
 @lru_cache(maxsize=None)
-def trained(seed: int) -> tuple[Tokenizer, Llama]:
-    """The tokenizer, and the tiny Llama after its training on TEXT, its weights in FP32."""
+def trained(seed: int) -> Llama:
+    """The tiny Llama after its training on TEXT, its weights in FP32."""
     tokenizer = word_tokenizer()
     model, _ = train(model_config(len(tokenizer.vocab)), tokenizer.encode(TEXT), random.Random(seed), STEPS, LENGTH,
                      LEARNING_RATE)
-    return tokenizer, Llama(model.config, map_rows(lambda row: list(map(fp32, row)), model.weights))
+    return Llama(model.config, map_rows(lambda row: list(map(fp32, row)), model.weights))
 
 
 def plant_outliers(model: Llama, channels: int, size: float, rng: random.Random) -> Llama:
@@ -1806,13 +1807,12 @@ def build_lab(seed: int, calibration_tokens: int, outliers: tuple[int, float]) -
 
     The last verse is for measuring; calibration takes the tokens just before it.
     """
-    tokenizer, calm = trained(seed)
+    tokenizer, calm = word_tokenizer(), trained(seed)
     model = plant_outliers(calm, *outliers, random.Random(seed))
-    ids, n_last = tokenizer.encode(TEXT), len(tokenizer.encode(TEXT.splitlines(True)[-1]))
-    calibration, evaluation = ids[:-n_last][-calibration_tokens:], ids[-EVALUATION_TOKENS - 1:]
+    text, last = (tokenizer.encode(part) for part in re.fullmatch(r"(.*\n)(.*\n)", TEXT, re.DOTALL).groups())
+    calibration, evaluation = text[-calibration_tokens:], last[-EVALUATION_TOKENS - 1:]
     unseen, logits = capture(model, evaluation[:-1])
-    return Lab(tokenizer, model, calm, ids[:-n_last], calibration, evaluation, capture(model, calibration)[0], unseen,
-               logits)
+    return Lab(tokenizer, model, calm, text, calibration, evaluation, capture(model, calibration)[0], unseen, logits)
 
 
 def laboratory(knobs: Namespace) -> Lab:
