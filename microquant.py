@@ -718,49 +718,40 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
 # 6. Activations too
 #
 # With weights alone in INT8, every product is still done in floating point. If the activations are INT8 as well
-# (W8A8), the matrix product runs on integer units: y = (codes of x)·(codes of w) · scale_x · scale_w, the sum exact.
-# A scale for x is either static, chosen once from calibration data (its absmax; a percentile, which clips the rare
-# extremes; or whatever gives the least error), or dynamic: each token's own absmax.
+# (W8A8), integer units do it: y = (codes of x)·(codes of w) · scale_x · scale_w, the sum exact. The scale of x is
+# static, chosen once from calibration data (its absmax; a percentile, which clips the rare extremes; or whatever
+# gives the least error), or dynamic: each token's own absmax.
 #
 # A channel that is always 30 times the others hurts all of these, and at 128 times it ruins the model: on a grid
-# laid for it, the others round to almost nothing. Two ways out. LLM.int8() takes columns of x that reach 6.0 out and multiplies them
-# in floating point; the rest in INT8, a scale for each row of x and of W (vector-wise). SmoothQuant moves
-# the difficulty to the weights, where a scale per channel and static data can deal with it:
+# laid for it, the others round to almost nothing. Two ways out. LLM.int8() multiplies the columns of x that reach
+# 6.0 in floating point, the rest in INT8 with a scale for each row of x and of W (vector-wise). SmoothQuant moves
+# some of the difficulty into the weights, which are easier to round; with α = 1/2 both get the same maxima:
 #
 #     s_j = max|x_j|^α / max|w_j|^(1-α)          y = (x / s) · (w · s)          x / s: folded into the norm's gain
 
 def int8_matmul(x: Matrix, q: Quantized, x_scale: float | None = None) -> Matrix:
-    """y = W x in integers: x [n][in], q: W [out][in] in INT8 with a scale per row -> [n][out].
-
-    x is rounded to INT8 here, with x_scale, or each row with its own absmax / 127.
-    """
-    out = []
+    """W x in integers: x [n][in] rounded with x_scale, or a row's own absmax / 127 (or 1); q: W [out][in] by row."""
+    y = []
     for row in x:
         scale = x_scale or max(map(abs, row)) / 127 or 1.0
         codes = to_codes(row, scale, 0, 8)
-        out.append([dot(codes, unit) * scale * unit_scale for unit, (unit_scale,) in zip(q.codes, q.scales)])
-    return out
+        y.append([dot(codes, unit) * scale * unit_scale for unit, (unit_scale,) in zip(q.codes, q.scales)])
+    return y
 
 
 def static_scale(x: Matrix, method: str) -> float:
-    """A scale for INT8 activations like x [n][in], by one of three methods; 1 where it would be 0.
+    """A scale for INT8 activations like x [n][in]; 1 where it would be 0. ValueError for any other method than:
 
-    "absmax": nothing is clipped. "percentile": the least with which 99.9% of the magnitudes are not, the others become
-    127. "error": of 80%, 82%, … 100% of the first, the one with the least squared error, the smallest of equally good
-    ones. ValueError for another method.
+    "absmax": nothing is clipped, to ±127. "percentile": the least with which 99.9% of the magnitudes are not.
+    "error": of 80%, 82%, … 100% of the first, the one of least squared error, the smallest of equally good ones.
     """
     sizes = sorted(map(abs, flatten(x)))
-    if method == "absmax":
-        return sizes[-1] / 127 or 1.0
-    if method == "percentile":
-        return sizes[math.ceil(0.999 * len(sizes)) - 1] / 127 or 1.0
-    if method != "error":
+    largest = {"absmax": [sizes[-1]], "percentile": [sizes[math.ceil(0.999 * len(sizes)) - 1]],
+               "error": [sizes[-1] * percent / 100 for percent in range(80, 101, 2)]}
+    if method not in largest:
         raise ValueError(f"method must be 'absmax', 'percentile' or 'error', not {method!r}")
-
-    def squared_error(scale: float) -> float:
-        return sum((size - min(round(size / scale), 127) * scale) ** 2 for size in sizes)
-
-    return min((sizes[-1] * i / 50 / 127 or 1.0 for i in range(40, 51)), key=squared_error)
+    return min((size / 127 or 1.0 for size in largest[method]),
+               key=lambda scale: sum((size - min(round(size / scale), 127) * scale) ** 2 for size in sizes))
 
 
 def llm_int8_matmul(x: Matrix, w: Matrix, *, threshold: float = 6.0) -> Matrix:
@@ -772,7 +763,7 @@ def llm_int8_matmul(x: Matrix, w: Matrix, *, threshold: float = 6.0) -> Matrix:
     if not threshold >= 0:
         raise ValueError(f"threshold must be 0 or more, not {threshold}")
     exact = [c for c, column in enumerate(zip(*x)) if max(map(abs, column)) >= threshold]
-    rest = sorted(set(range(len(w[0]))) - set(exact))
+    rest = [c for c in range(len(w[0])) if c not in exact]
     x_exact, w_exact, x_rest, w_rest = ([[row[c] for c in columns] for row in m]
                                         for columns in (exact, rest) for m in (x, w))
     y = linear(x_exact, w_exact)  # zeros if there are none
@@ -780,31 +771,27 @@ def llm_int8_matmul(x: Matrix, w: Matrix, *, threshold: float = 6.0) -> Matrix:
 
 
 def smoothquant_scales(x_absmax: Vector, w_absmax: Vector, alpha: float = 0.5) -> Vector:
-    """s_j = max|x_j|^α / max|w_j|^(1-α) for every input channel; 1 where either is 0 (Xiao et al. 2023, equation 4)."""
+    """s_j = max|x_j|^α / max|w_j|^(1-α) per input channel; 1 where either is 0. Xiao et al. 2023, equation 4."""
     if not 0 <= alpha <= 1 or len(x_absmax) != len(w_absmax):
-        raise ValueError(f"alpha must be from 0 to 1, and x_absmax as long as w_absmax; got {alpha}, {len(x_absmax)} "
-                         f"and {len(w_absmax)}")
+        raise ValueError(f"alpha must be from 0 to 1, and x_absmax as long as w_absmax; got {alpha}, "
+                         f"{len(x_absmax)} and {len(w_absmax)}")
     return [a ** alpha / b ** (1 - alpha) if a and b else 1.0 for a, b in zip(x_absmax, w_absmax)]
 
 
 def move_scales(weights: dict, source: str, readers: Sequence[str], scales: Vector) -> dict:
-    """New weights, the same function: source's channels divided by scales, its readers' columns multiplied.
-
-    source: a norm's gain, or a matrix whose rows make the channels.
-    """
-    made = weights[source]
-    divided = ([[value / s for value in row] for row, s in zip(made, scales)] if isinstance(made[0], list) else
-               [gain / s for gain, s in zip(made, scales)])
-    return weights | {source: divided} | {name: [[value * s for value, s in zip(row, scales)] for row in weights[name]]
-                                          for name in readers}
+    """The same function: source's channels (a gain, or rows) divided by scales, readers' columns multiplied."""
+    divided = [[value / s for value in made] if isinstance(made, list) else made / s
+               for made, s in zip(weights[source], scales)]
+    return weights | {source: divided} | {
+        name: [[value * s for value, s in zip(row, scales)] for row in weights[name]] for name in readers}
 
 
 def smoothquant(weights: dict, config: Config, inputs: dict[str, Matrix], alpha: float) -> dict:
     """New weights, the same function, with the activations after every norm smoothed by calibration inputs."""
     for source, readers in norms_and_readers(config).items():
-        columns = [max(map(abs, column)) for column in zip(*(row for name in readers for row in weights[name]))]
-        x_absmax = [max(map(abs, column)) for column in zip(*inputs[readers[0]])]
-        weights = move_scales(weights, source, readers, smoothquant_scales(x_absmax, columns, alpha))
+        seen = inputs[readers[0]], flatten(weights[name] for name in readers)
+        absmax = ([max(map(abs, column)) for column in zip(*m)] for m in seen)
+        weights = move_scales(weights, source, readers, smoothquant_scales(*absmax, alpha))
     return weights
 
 
@@ -815,14 +802,14 @@ def in_int8(lab: Lab, method: str, alpha: float = ALPHA) -> Compressed:
     if method == "SmoothQuant":
         weights = smoothquant(weights, lab.model.config, lab.inputs, alpha)
     codes = {id(weights[name]): quantize(weights[name], 8, granularity="channel") for name in lab.linears}
-    static = method in ("absmax", "percentile", "error")
-    scales = {id(weights[name]): static_scale(lab.inputs[name], method) if static else None for name in lab.linears}
+    scales = {id(weights[name]): static_scale(lab.inputs[name], method) for name in lab.linears
+              if method in ("absmax", "percentile", "error")}
 
     def run(operation: Callable, *values):
         if operation is not linear:
             return operation(*values)
         x, w = values
-        return llm_int8_matmul(x, w) if method == "LLM.int8()" else int8_matmul(x, codes[id(w)], scales[id(w)])
+        return llm_int8_matmul(x, w) if method == "LLM.int8()" else int8_matmul(x, codes[id(w)], scales.get(id(w)))
 
     nbytes = sum(q.nbytes for q in codes.values())
     return Compressed({"dynamic": "W8A8 per token", "absmax": "W8A8 static"}.get(method, method), weights,
@@ -832,44 +819,38 @@ def in_int8(lab: Lab, method: str, alpha: float = ALPHA) -> Compressed:
 def show_activations(trace: Trace, knobs: Namespace) -> None:
     """The activations' sizes, W8A8's ways to set a scale, and the two rescues."""
     lab, name = laboratory(knobs), "layers.0.attention.wq"
-    absmax = [max(map(abs, column)) for column in zip(*lab.inputs[name])]
     smooth = Llama(lab.model.config, in_int8(lab, "SmoothQuant", knobs.alpha).weights)
-    smoothed = [max(map(abs, column)) for column in zip(*capture(smooth, lab.calibration)[0][name])]
-    trace.say(f"The largest magnitude of each channel that goes into {name}, {len(absmax)} channels from left to "
+    before, after = ([max(map(abs, column)) for column in zip(*inputs[name])]
+                     for inputs in (lab.inputs, capture(smooth, lab.calibration)[0]))
+    trace.say(f"The largest magnitude of each channel that goes into {name}, {len(before)} channels from left to "
               f"right: as the model has it, and after SmoothQuant with exponent {knobs.alpha:g}.")
-    trace.lines([f"{mark:>7} {line}" for sizes in (absmax, smoothed)
+    trace.lines([f"{mark:>7} {line}" for sizes in (before, after)
                  for mark, line in zip([f"{max(sizes):.1f}"] + [""] * 6, columns_picture(sizes, 6) + [""])][:-1])
-    kept = sum(size >= 6 for size in absmax)
-    trace.ask(f"how many of these {len(absmax)} columns will LLM.int8() keep in floating point on this text?", kept)
-    trace.say(f"Weights and activations in INT8. FP32's perplexity is {lab.perplexity:.3f}; on the calibration tokens "
-              f"LLM.int8() keeps {kept} of {len(absmax)} columns of {name} in floating point.")
-    score_table(trace, lab, {label: in_int8(lab, method, knobs.alpha) for label, method in (
-        ("static, absmax", "absmax"), ("static, 99.9th percentile", "percentile"), ("static, least error", "error"),
-        ("dynamic, per token", "dynamic"), ("LLM.int8()", "LLM.int8()"), ("SmoothQuant, dynamic", "SmoothQuant"))},
-                "scales of the activations")
+    kept = sum(size >= 6 for size in before)
+    trace.ask(f"how many of these {len(before)} columns will LLM.int8() keep in floating point here?", kept)
     channels, size = knobs.outliers
-    trace.say(f"The same as the outliers grow (perplexity, then KL): one scale for a whole matrix or token serves "
-              f"{channels} large channels at the cost of all others; LLM.int8() and SmoothQuant do not mind.")
-    kls, rows = [], []
-    for times in (1 / size, 1, 4):
-        other = build_lab(knobs.seed, knobs.calibration_tokens, (channels, times * size))
-        measured = [measure(other, in_int8(other, method, knobs.alpha))
-                    for method in ("absmax", "LLM.int8()", "SmoothQuant")]
-        kls.append([m.kl for m in measured])
-        rows.append([f"{times * size:g} times" if times * size > 1 else "none",
-                     *(f"{m.perplexity:.3f}  {m.kl:.4f}" for m in measured)])
-    trace.table(["outliers", "W8A8, absmax", "LLM.int8()", "SmoothQuant"], rows)
+    trace.say(f"LLM.int8() keeps {kept} of these {len(before)} columns in floating point. The model with weights "
+              f"and activations in INT8: perplexity (FP32's is {lab.perplexity:.3f}) and KL as the outliers grow. "
+              f"One scale for a whole matrix or token serves {channels} large channels at the cost of all others; "
+              f"LLM.int8() and SmoothQuant do not mind.")
+    labs = [build_lab(knobs.seed, knobs.calibration_tokens, (channels, grown)) for grown in (1.0, size, 4 * size)]
+    methods = {"absmax": "static, absmax", "percentile": "static, 99.9th percentile",
+               "error": "static, least error", "dynamic": "dynamic, per token", "LLM.int8()": "LLM.int8()",
+               "SmoothQuant": "SmoothQuant, dynamic"}
+    found = {method: [measure(other, in_int8(other, method, knobs.alpha)) for other in labs] for method in methods}
+    rows = [[methods[method], *(f"{m.perplexity:.3f}  {m.kl:.4f}" for m in ms)] for method, ms in found.items()]
+    trace.table(["scales of x", "no outliers", f"{size:g} times", f"{4 * size:g} times"], rows, left=(0,))
     if (knobs.outliers, knobs.alpha, knobs.calibration_tokens) == (OUTLIERS, ALPHA, CALIBRATION_TOKENS):
-        trace.check("plain W8A8 fails where both rescues hold", all(w8a8 > 50 * max(rest) for w8a8, *rest in kls[1:]),
+        plain, *rescued = ([m.kl for m in found[method][1:]] for method in ("absmax", "LLM.int8()", "SmoothQuant"))
+        trace.check("plain W8A8 fails where both rescues hold",
+                    all(kl > 50 * max(others) for kl, *others in zip(plain, *rescued)),
                     f"KL over 50 times as large, for outliers of {size:g} and of {4 * size:g}")
     x, w = lab.inputs[name][:8], lab.model.weights[name]
-    trace.check_close("LLM.int8() with threshold 0 = the exact product", llm_int8_matmul(x, w, threshold=0),
-                      linear(x, w), 1e-9)
-    q, steps = quantize(w, 8, granularity="channel"), [max(map(abs, row)) / 127 for row in x]
-    by_hand = [[sum(round(value / step) * code for value, code in zip(row, unit)) * step * s
-                for unit, (s,) in zip(q.codes, q.scales)] for row, step in zip(x, steps)]
-    trace.check_close("LLM.int8() with threshold infinity = vector-wise INT8, worked out by hand",
-                      llm_int8_matmul(x, w, threshold=math.inf), by_hand, 1e-9)
+    steps = [max(map(abs, row)) / 127 for row in x]
+    rounded = [[round(value / step) * step for value in row] for row, step in zip(x, steps)]
+    trace.check_close("LLM.int8() with threshold infinity = the product of the rounded x and W",
+                      llm_int8_matmul(x, w, threshold=math.inf),
+                      linear(rounded, quantize(w, 8, granularity="channel").dequantize()), 1e-9)
     trace.check_close("SmoothQuant left the FP32 logits where they were", smooth.forward(lab.evaluation[:-1]),
                       lab.logits, 1e-9)
 
@@ -878,18 +859,16 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
 # 7. GPTQ
 #
 # Rounding each weight to the nearest is best for the weights, not for what the layer puts out. GPTQ minimises
-# |W x - Q x|² over calibration inputs. That is a quadratic with the Hessian H = 2 X Xᵀ, the same for every row of W.
-# Quantize the columns from left to right; each column's rounding error is pushed into the columns that are not
-# quantized yet, as far as their inputs are correlated, where it does the least harm (Optimal Brain Surgeon):
+# |W x - Q x|² over calibration inputs: a quadratic with the Hessian H = 2 X Xᵀ, the same for every row of W.
+# Column by column from the left, the rounding error is pushed into the columns that are not quantized yet, as far
+# as their inputs are correlated, where it does the least harm (Optimal Brain Surgeon):
 #
 #     error_j = (w_j - quant(w_j)) / U[j][j]          w_k -= error_j · U[j][k]  for every k > j
 #
-# U is the upper Cholesky factor of H⁻¹, Uᵀ U = H⁻¹. Its row j is, but for a factor, what OBS at step j takes from the
-# inverse of what is left of H, without inverting again. Damping (1% of H's mean diagonal) keeps H invertible.
+# U is the upper Cholesky factor of H⁻¹, Uᵀ U = H⁻¹. Its row j is, but for a factor, what OBS at step j takes from
+# the inverse of what is left of H, without inverting again. Damping (1% of H's mean diagonal) keeps H invertible.
 # act-order takes the columns with the largest diagonal first, while there is still somewhere to put their errors.
-#
-# Production goes block by block through the network, with inputs from the layers already quantized; ours takes
-# all inputs from the FP32 model. The arithmetic in a layer is the same.
+# Production takes a block's inputs from the quantized blocks before it; ours takes all from the FP32 model.
 
 def hessian_of(x: Matrix) -> Matrix:
     """H = 2 X Xᵀ of inputs x [n][in] -> [in][in]; the factor cancels out of GPTQ."""
@@ -899,66 +878,52 @@ def hessian_of(x: Matrix) -> Matrix:
 
 def gptq(w: Matrix, hessian: Matrix, bits: int, *, granularity: str | int, act_order: bool = False,
          damp: float = 0.01) -> Quantized:
-    """w [out][in] on symmetric grids as quantize() has them, the codes chosen for least output error under hessian [in][in].
+    """w [out][in] on symmetric grids as quantize() has them, but the codes by Frantar et al. 2023, algorithm 1.
 
     A group's grid is laid when its first column comes up, on the weights as they then are; under act_order, whose
-    groups come in pieces, on the weights given. damp: a share of the mean diagonal. ValueError if it is not
-    positive, if hessian is not [in][in] and finite, or as for quantize(). Frantar et al. 2023, algorithm 1.
+    groups come in pieces, on the weights given. To hessian's [in][in] diagonal, damp times its mean is added, or
+    1 if that is 0. ValueError if damp is not positive, if hessian is not [in][in], finite, and positive definite
+    then, or as for quantize().
     """
     group, n = group_columns(w, bits, granularity), len(w[0])
     if len(hessian) != n or any(len(row) != n or not all(map(math.isfinite, row)) for row in hessian):
         raise ValueError(f"hessian must hold {n} × {n} finite numbers, a row and a column for each column of w")
     if not 0 < damp < math.inf:
         raise ValueError(f"damp must be positive, not {damp}")
-    order = sorted(range(n), key=lambda j: -hessian[j][j]) if act_order else list(range(n))
-    u = upper_factor([[hessian[i][j] for j in order] for i in order], damp)
+    order = sorted(range(n), key=lambda j: -hessian[j][j]) if act_order else range(n)
+    ridge = damp * fmean(hessian[j][j] for j in range(n)) or 1.0
+    u = upper_factor([[hessian[i][j] + ridge * (i == j) for j in order] for i in order])
+    make, (low, high) = partial(make_grid, bits=bits, symmetric=True), code_range(bits)
+    grids = lay_grids(w, group, granularity, make) if act_order else [[] for _ in w]
     columns = [[row[j] for row in w] for j in order]  # those to the right change as we go
-    codes = [[0] * n for _ in w]
-    make = partial(make_grid, bits=bits, symmetric=True)
-    grids = [list(row) for row in lay_grids(w, group, granularity, make)]
+    codes: list = [None] * n
     for i, j in enumerate(order):
         if j % group == 0 and not act_order:
-            now = [list(row) for row in zip(*columns[i:i + group])]
-            for row, (grid,) in zip(grids, lay_grids(now, group, granularity, make)):
-                row[j // group] = grid
-        errors = []
-        for r, value in enumerate(columns[i]):
-            scale, _ = grids[r][j // group]
-            codes[r][j], = to_codes([value], scale, 0, bits)
-            errors.append((value - codes[r][j] * scale) / u[i][i])
+            now = list(zip(*columns[i:i + group]))
+            grids = [row + laid for row, laid in zip(grids, lay_grids(now, group, granularity, make))]
+        scales = [row[j // group][0] for row in grids]
+        codes[j] = [min(max(round(value / scale), low), high) for value, scale in zip(columns[i], scales)]
+        errors = [(value - code * scale) / u[i][i] for value, code, scale in zip(columns[i], codes[j], scales)]
         for k in range(i + 1, n):
             columns[k] = [value - error * u[i][k] for value, error in zip(columns[k], errors)]
-    return with_grids(codes, grids, bits, group, granularity)
+    return with_grids(list(map(list, zip(*codes))), grids, bits, group, granularity)
 
 
-def upper_factor(hessian: Matrix, damp: float) -> Matrix:
-    """U, upper triangular, with Uᵀ U = (H + damp · its mean diagonal · I)⁻¹; an H of zeros gets I instead."""
-    ridge = damp * fmean(row[j] for j, row in enumerate(hessian)) or 1.0
-    damped = [[value + ridge * (i == j) for j, value in enumerate(row)] for i, row in enumerate(hessian)]
-    return list(zip(*cholesky(inverse(damped))))
+def upper_factor(h: Matrix) -> Matrix:
+    """U, upper triangular, with Uᵀ U = h⁻¹, for a symmetric h [n][n]; ValueError if that is not positive definite.
 
-
-def cholesky(a: Matrix) -> Matrix:
-    """The lower triangle L of a symmetric positive definite matrix: L Lᵀ = a. ValueError if it is not one."""
-    lower = [[0.0] * len(a) for _ in a]
-    for i, row in enumerate(a):
-        for j in range(i + 1):
-            rest = row[j] - dot(lower[i][:j], lower[j][:j])
-            if i == j and rest <= 0:
-                raise ValueError("a must be positive definite; more damping would make it so")
-            lower[i][j] = math.sqrt(rest) if i == j else rest / lower[j][j]
-    return lower
-
-
-def inverse(a: Matrix) -> Matrix:
-    """The inverse of a symmetric positive definite matrix: L⁻ᵀ L⁻¹, with L its Cholesky factor."""
-    lower, columns = cholesky(a), []
-    for j in range(len(a)):  # column j of L⁻¹, from the top down
-        column: Vector = []
-        for i, row in enumerate(lower):
-            column.append(((i == j) - dot(row[:i], column)) / row[i])
-        columns.append(column)
-    return linear(columns, columns)
+    From the last row up: with b = h[j][j+1:], V the part of U below and right of U[j][j], and t = V b, row j is
+    (1, -Vᵀ t) / √(h[j][j] - t·t) from the diagonal on.
+    """
+    u: Matrix = []
+    for j in reversed(range(len(h))):
+        t = [dot(row, h[j][j + 1:]) for row in u]
+        rest = h[j][j] - dot(t, t)
+        if rest <= 0:
+            raise ValueError("h must be positive definite; more damping would make it so")
+        top = [1.0, *(-dot(column, t) for column in zip(*u))]
+        u = [[value / math.sqrt(rest) for value in top], *([0.0] + row for row in u)]
+    return u
 
 
 @lru_cache(maxsize=None)
@@ -986,65 +951,61 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
     trace.say("And the model, by the loss that no layer saw:")
     score_table(trace, lab, methods, "method")
 
-    name = "layers.0.feed_forward.w2"
-    w, h = [row[:8] for row in lab.model.weights[name][:3]], hessian_of([row[:8] for row in lab.inputs[name]])
-    u, left = upper_factor(h, 0.01), []
-    ridge = 0.01 * fmean(h[j][j] for j in range(8))
-    for j in range(8):  # by hand: invert what is left of H, and divide its first row by the root of the diagonal
-        row = inverse([[h[a][b] + ridge * (a == b) for b in range(j, 8)] for a in range(j, 8)])[0]
-        left.append([0.0] * j + [value / math.sqrt(row[0]) for value in row])
-    size = max(max(map(abs, row)) for row in left)
-    trace.check_close("row j of U = OBS's, inverting the H of columns j, j + 1, … again",
-                      [[value / size for value in row] for row in u], [[value / size for value in row] for row in left],
-                      1e-9)
-    eye = [[3.0 * (i == j) for j in range(8)] for i in range(8)]
+    name, n = "layers.0.feed_forward.w2", HIDDEN_DIM
+    w, identity = lab.model.weights[name], [[float(i == j) for j in range(n)] for i in range(n)]
+    h = add(hessian_of(lab.inputs[name]), identity)
+    u = upper_factor(h)
+    trace.check_close("row j of U = OBS's: times the H of columns j, j + 1, … it is 0 but for column j",
+                      [[dot(u[j], row) * u[j][j] for row in h[j:]] for j in range(n)],
+                      [row[j:] for j, row in enumerate(identity)], 1e-9)
     trace.check("with uncorrelated inputs GPTQ = round to nearest",
-                gptq(w, eye, bits, granularity=3) == quantize(w, bits, granularity=3), "equal, scales too")
+                gptq(w, identity, bits, granularity=g) == quantize(w, bits, granularity=g), "equal, scales too")
 
 
 # ---------------------------------------------------------------------------------------------------
 # 8. AWQ
 #
 # Not all weights matter alike: those that multiply large activations do most. Kept in FP16, 1% of the channels,
-# chosen by their activations, would save most of the loss; but a matrix of mixed formats is slow. AWQ protects them
-# within the format: multiply a salient channel of W by s > 1 before rounding and divide its input by s. The
-# grid hardly changes, and the channel's error shrinks by s. How strongly, is searched:
+# chosen by their activations, would save most of the loss; but a matrix of mixed formats is slow. AWQ protects
+# them within the format: multiply a salient channel of W by s > 1 before rounding and divide its input by s. The
+# grid hardly changes, and the channel's error shrinks by s. How strongly, is searched, for least output error:
 #
-#     s = mean|x|^α, scaled to √(max s · min s) = 1       α from 0 (nothing) in 20 steps, for least |Wx - Q(W·s)(x/s)|²
+#     s = mean|x|^α, scaled to √(max s · min s) = 1       α from 0 (nothing) in 20 steps       |Wx - Q(W·s)(x/s)|²
 #
-# x / s costs nothing: it is folded into the operation before, a norm's gain or the rows of another matrix
-# (w3 makes the channels that w2 reads). Matrices that read the same input share s. For wo there is no such
-# place when query heads share KV heads, and it stays as it is, as in the authors' code, whose clipping of
-# the weights is left out here.
+# x / s costs nothing: it is folded into the operation before, a norm's gain or the rows of another matrix (w3
+# makes the channels that w2 reads). Matrices that read the same input share s. For wo there is no such place when
+# query heads share KV heads: it stays as it is, as in the authors' code. (Their clipping of weights is left out.)
 
 def awq_search(w: Matrix, x: Matrix, bits: int, *, granularity: str | int,
                grid: int = 20) -> tuple[Vector, float, Quantized]:
-    """(scales [in], α, Q(w · scales)) for the least output error on inputs x [n][in], over α = 0, 1/grid, … (grid - 1)/grid.
+    """(scales [in], α, Q(w · scales)) of the least output error on inputs x [n][in].
 
-    w [out][in]. The first of equally good α wins. ValueError if grid < 1, or as for quantize(). Lin et al. 2024,
-    equation 5.
+    w [out][in]; α = 0, 1/grid, … (grid - 1)/grid, the first of equally good ones. ValueError if grid < 1, if x is
+    empty or has rows of another length than w's, or as for quantize(). Lin et al. 2024, equation 5.
     """
     if grid < 1 or not x or len(x[0]) != len(w[0]):
-        raise ValueError(f"grid must be at least 1, and x have rows of {len(w[0])}; got grid = {grid} and {len(x)} "
-                         f"rows")
-    exact = linear(x, w)
-    tried = [(*scaled_and_rounded(w, x, exact, step / grid, bits, granularity), step / grid) for step in range(grid)]
-    _, scales, q, alpha = min(tried, key=lambda one: one[0])
+        raise ValueError(f"grid must be at least 1, and x have rows of {len(w[0])}; got {grid} and {len(x)} rows")
+    tried = try_exponents(w, x, [step / grid for step in range(grid)], bits, granularity)
+    _, alpha, scales, q = min(tried, key=lambda one: one[0])
     return scales, alpha, q
 
 
-def scaled_and_rounded(w: Matrix, x: Matrix, exact: Matrix, alpha: float, bits: int,
-                       granularity: str | int) -> tuple[float, Vector, Quantized]:
-    """(output error as a share of the exact output, scales, Q(w · scales)) for one exponent.
+def try_exponents(w: Matrix, x: Matrix, alphas: Sequence[float], bits: int, granularity: str | int) -> list[tuple]:
+    """For each α (relative output error, α, scales, Q(w · scales)); a mean |x| below 1e-4 counts as 1e-4."""
+    exact, sizes, tried = linear(x, w), [max(fmean(map(abs, column)), 1e-4) for column in zip(*x)], []
+    for alpha in alphas:
+        middle = math.sqrt(max(sizes) ** alpha * min(sizes) ** alpha)
+        scales = [size ** alpha / middle for size in sizes]
+        q = quantize([[value * s for value, s in zip(row, scales)] for row in w], bits, granularity=granularity)
+        y = linear([[value / s for value, s in zip(row, scales)] for row in x], q.dequantize())
+        tried.append((relative_distance(y, exact), alpha, scales, q))
+    return tried
 
-    A channel's mean |x| counts as 1e-4 at least, so that a dead one has a scale too.
-    """
-    powers = [max(sum(map(abs, column)) / len(x), 1e-4) ** alpha for column in zip(*x)]
-    middle = math.sqrt(max(powers) * min(powers))
-    scales = [power / middle for power in powers]
-    q = quantize([[value * s for value, s in zip(row, scales)] for row in w], bits, granularity=granularity)
-    y = linear([[value / s for value, s in zip(row, scales)] for row in x], q.dequantize())
-    return relative_distance(y, exact), scales, q
+
+def readers_of(lab: Lab, readers: Sequence[str]) -> tuple[Matrix, Matrix]:
+    """(the matrices that read one input, stacked, and that input on 16 of the calibration tokens or so)."""
+    x = lab.inputs[readers[0]]
+    return flatten(lab.model.weights[name] for name in readers), x[::max(1, len(x) // 16)]
 
 
 @lru_cache(maxsize=None)
@@ -1052,12 +1013,6 @@ def awq_scales(lab: Lab, bits: int, granularity: str | int) -> dict[str, tuple[V
     """{source: (scales, α)} for every norm, and for every w3, whose channels w2 reads."""
     return {source: awq_search(*readers_of(lab, readers), bits, granularity=granularity)[:2]
             for source, readers in sources_and_readers(lab.model.config).items()}
-
-
-def readers_of(lab: Lab, readers: Sequence[str]) -> tuple[Matrix, Matrix]:
-    """(the matrices that read one input, stacked, and that input on 16 of the calibration tokens or so)."""
-    x = lab.inputs[readers[0]]
-    return [row for name in readers for row in lab.model.weights[name]], x[::max(1, len(x) // 16)]
 
 
 def awq_fold(lab: Lab, found: dict[str, tuple[Vector, float]]) -> dict:
@@ -1075,17 +1030,18 @@ def by_awq(lab: Lab, bits: int, granularity: str | int) -> Compressed:
     return compress(lab, "AWQ", lambda _, w: quantize(w, bits, granularity=granularity), folded)
 
 
-@lru_cache(maxsize=None)
 def keeping_channels(lab: Lab, bits: int, granularity: str | int, count: int, by: str) -> Compressed:
     """Rounded to nearest, but `count` channels of every matrix in FP16, by "activations" or by "chance"."""
     rng = random.Random(0)
 
     def method(name: str, w: Matrix) -> tuple[Matrix, int]:
-        sizes = [fmean(map(abs, column)) if by == "activations" else rng.random() for column in zip(*lab.inputs[name])]
-        kept = set(sorted(range(len(sizes)), key=lambda c: -sizes[c])[:count])
+        columns = zip(*lab.inputs[name])
+        sizes = [fmean(map(abs, column)) if by == "activations" else rng.random() for column in columns]
         q = quantize(w, bits, granularity=granularity)
-        mixed = [[half if c in kept else value for c, (half, value) in enumerate(zip(fp16_row(row), back))]
-                 for row, back in zip(w, q.dequantize())]
+        mixed = q.dequantize()
+        for c in sorted(range(len(sizes)), key=lambda c: -sizes[c])[:count]:
+            for row, exact in zip(mixed, w):
+                row[c] = fp16(exact[c])
         return mixed, q.nbytes + 2 * count * (len(w) + 1)  # and two bytes a channel to say which
 
     return compress(lab, f"{count} channels in FP16", method)
@@ -1096,29 +1052,24 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
     lab, bits, g = laboratory(knobs), knobs.bits, knobs.group_size
     found, (source, readers) = awq_scales(lab, bits, g), next(iter(sources_and_readers(lab.model.config).items()))
     trace.ask(f"which of the exponents 0, 0.05, …, 0.95 does the search find for {source}?", found[source][1])
-    trace.say(f"INT{bits} in groups of {g}, with one channel in {lab.model.config.dim} of every matrix kept in FP16: "
-              f"whether that helps depends on how it is chosen. And AWQ, which keeps none.")
-    score_table(trace, lab, {"none": rounded_to_nearest(lab, bits, g),
-                             "1, by chance": keeping_channels(lab, bits, g, 1, "chance"),
-                             "1, by its activations": keeping_channels(lab, bits, g, 1, "activations"),
-                             "none: AWQ": by_awq(lab, bits, g)}, "channels in FP16")
-
-    trace.say(f"The search behind {source}: output error of {', '.join(name.split('.')[-1] for name in readers)} on "
-              f"calibration tokens for some of the exponents; 0 is round to nearest. AWQ takes the least.")
+    trace.say(f"INT{bits} in groups of {g}, with one channel in {lab.model.config.dim} of every matrix kept in "
+              f"FP16: whether that helps depends on how it is chosen. And AWQ, which keeps none.")
+    kept = {f"1, by {how}": keeping_channels(lab, bits, g, 1, how) for how in ("chance", "activations")}
+    plain, awq = {"none": rounded_to_nearest(lab, bits, g)}, {"none: AWQ": by_awq(lab, bits, g)}
+    score_table(trace, lab, plain | kept | awq, "channels in FP16")
+    trace.say(f"The search behind {source}: output error of {', '.join(name.split('.')[-1] for name in readers)} "
+              f"on calibration tokens for some of the exponents; 0 is round to nearest. AWQ takes the least.")
     w, x = readers_of(lab, readers)
-    exact = linear(x, w)
-    errors = {step / 20: scaled_and_rounded(w, x, exact, step / 20, bits, g)[0] for step in (0, 4, 8, 12, 16, 19)}
-    trace.table(["exponent", "error", ""], [[f"{alpha:.2f}", f"{e:.2%}", bar(e, max(errors.values()), 44)]
-                                            for alpha, e in errors.items()], left=(2,))
+    (best, *_), *tried = try_exponents(w, x, (found[source][1], 0, 0.2, 0.4, 0.6, 0.8, 0.95), bits, g)
+    worst = max(error for error, *_ in tried)
+    trace.table(["exponent", "error", ""], [[f"{alpha:.2f}", f"{error:.2%}", bar(error, worst, 44)]
+                                            for error, alpha, *_ in tried], left=(2,))
     trace.note("found: " + ", ".join(f"{name} {alpha:.2f}" for name, (_, alpha) in sorted(found.items())))
-    folded = Llama(lab.model.config, awq_fold(lab, found))
-    trace.check_close("AWQ's scales, folded in, left the FP32 logits where they were",
-                      folded.forward(lab.evaluation[:-1]), lab.logits, 1e-9)
-    trace.check("exponent 0 alone = round to nearest", awq_search(w[:8], x, bits, granularity=g, grid=1) ==
-                ([1.0] * len(x[0]), 0.0, quantize(w[:8], bits, granularity=g)), "equal")
-    best = scaled_and_rounded(w, x, exact, found[source][1], bits, g)[0]
-    trace.check("what the search found is as good as every exponent tried above", best <= min(errors.values()),
-                f"{best:.2%}")
+    trace.check_close("AWQ's scales, folded in, left the FP32 logits where they were", Llama(
+        lab.model.config, awq_fold(lab, found)).forward(lab.evaluation[:-1]), lab.logits, 1e-9)
+    trace.check("exponent 0 = round to nearest", tried[0][3] == quantize(w, bits, granularity=g), "equal")
+    trace.check("what the search found is as good as every exponent tried above",
+                best <= min(error for error, *_ in tried), f"{best:.2%}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2630,7 +2581,7 @@ SECTIONS = [
     ("Activations too", show_activations, [int8_matmul, static_scale, llm_int8_matmul, smoothquant_scales,
                                            move_scales]),
     ("GPTQ", show_gptq, [hessian_of, gptq, upper_factor]),
-    ("AWQ", show_awq, [awq_search, scaled_and_rounded, awq_fold]),
+    ("AWQ", show_awq, [awq_search, try_exponents, awq_fold]),
     ("HQQ, SqueezeLLM", show_hqq_squeezellm, [hqq, best_zero, weighted_kmeans, squeezellm, sensitivities]),
     ("One bit and a bit", show_one_bit, [bitnet_signs, ternary_codes, straight_through, ternary_product]),
     ("Training in few bits", show_training, [with_adapters, by_qlora, QGaLore, subspace]),

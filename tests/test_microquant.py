@@ -708,14 +708,15 @@ def test_gptq_refuses(hessian, damp, word):
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 20])
-def test_cholesky_and_inverse(n):
+def test_upper_factor(n):
     a = numbers(0, n, n)
     a = a @ a.T + np.eye(n)
-    np.testing.assert_allclose(m.cholesky(a.tolist()), np.linalg.cholesky(a), rtol=0, atol=1e-11)
-    np.testing.assert_allclose(m.inverse(a.tolist()), np.linalg.inv(a), rtol=0, atol=1e-11)
-    assert m.inverse([[4.0]]) == [[0.25]]
+    u = np.array(m.upper_factor(a.tolist()))
+    np.testing.assert_allclose(u, np.linalg.cholesky(np.linalg.inv(a)).T, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(u.T @ u, np.linalg.inv(a), rtol=0, atol=1e-11)
+    assert (u == np.triu(u)).all() and m.upper_factor([[4.0]]) == [[0.5]]
     with pytest.raises(ValueError, match="definite"):
-        m.cholesky((a - 100 * np.eye(n)).tolist())
+        m.upper_factor((a - 100 * np.eye(n)).tolist())
 
 
 def test_the_models_of_gptq(lab):
