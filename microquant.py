@@ -730,7 +730,7 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
 #     s_j = max|x_j|^α / max|w_j|^(1-α)          y = (x / s) · (w · s)          x / s: folded into the norm's gain
 
 def int8_matmul(x: Matrix, q: Quantized, x_scale: float | None = None) -> Matrix:
-    """W x in integers: x [n][in] rounded with x_scale, or a row's own absmax / 127 (or 1); q: W [out][in] by row."""
+    """W x in integers; x [n][in] is rounded by x_scale, or a row's absmax / 127 (or 1); q: W [out][in] by row."""
     y = []
     for row in x:
         scale = x_scale or max(map(abs, row)) / 127 or 1.0
@@ -812,8 +812,8 @@ def in_int8(lab: Lab, method: str, alpha: float = ALPHA) -> Compressed:
         return llm_int8_matmul(x, w) if method == "LLM.int8()" else int8_matmul(x, codes[id(w)], scales.get(id(w)))
 
     nbytes = sum(q.nbytes for q in codes.values())
-    return Compressed({"dynamic": "W8A8 per token", "absmax": "W8A8 static"}.get(method, method), weights,
-                      lab.rest_bytes + nbytes, 8 * nbytes / lab.n_weights, run)
+    return Compressed("W8A8 static" if method == "absmax" else method, weights, lab.rest_bytes + nbytes,
+                      8 * nbytes / lab.n_weights, run)
 
 
 def show_activations(trace: Trace, knobs: Namespace) -> None:
@@ -822,12 +822,13 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     smooth = Llama(lab.model.config, in_int8(lab, "SmoothQuant", knobs.alpha).weights)
     before, after = ([max(map(abs, column)) for column in zip(*inputs[name])]
                      for inputs in (lab.inputs, capture(smooth, lab.calibration)[0]))
-    trace.say(f"The largest magnitude of each channel that goes into {name}, {len(before)} channels from left to "
-              f"right: as the model has it, and after SmoothQuant with exponent {knobs.alpha:g}.")
+    trace.say(f"The largest magnitude on the calibration tokens of each channel that goes into {name}, "
+              f"{len(before)} from left to right: as the model has it, and after SmoothQuant with exponent "
+              f"{knobs.alpha:g}.")
     trace.lines([f"{mark:>7} {line}" for sizes in (before, after)
                  for mark, line in zip([f"{max(sizes):.1f}"] + [""] * 6, columns_picture(sizes, 6) + [""])][:-1])
     kept = sum(size >= 6 for size in before)
-    trace.ask(f"how many of these {len(before)} columns will LLM.int8() keep in floating point here?", kept)
+    trace.ask(f"how many of these {len(before)} columns will LLM.int8() keep in floating point?", kept)
     channels, size = knobs.outliers
     trace.say(f"LLM.int8() keeps {kept} of these {len(before)} columns in floating point. The model with weights "
               f"and activations in INT8: perplexity (FP32's is {lab.perplexity:.3f}) and KL as the outliers grow. "
@@ -881,9 +882,9 @@ def gptq(w: Matrix, hessian: Matrix, bits: int, *, granularity: str | int, act_o
     """w [out][in] on symmetric grids as quantize() has them, but the codes by Frantar et al. 2023, algorithm 1.
 
     A group's grid is laid when its first column comes up, on the weights as they then are; under act_order, whose
-    groups come in pieces, on the weights given. To hessian's [in][in] diagonal, damp times its mean is added, or
-    1 if that is 0. ValueError if damp is not positive, if hessian is not [in][in], finite, and positive definite
-    then, or as for quantize().
+    groups come in pieces, on the weights given (static groups, in the authors' code, where act-order is from). To
+    hessian's [in][in] diagonal, damp times its mean is added, or 1 if that is 0. ValueError if damp is not above 0
+    and finite, if hessian is not [in][in], finite, and then positive definite, or as for quantize().
     """
     group, n = group_columns(w, bits, granularity), len(w[0])
     if len(hessian) != n or any(len(row) != n or not all(map(math.isfinite, row)) for row in hessian):
