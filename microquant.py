@@ -76,21 +76,20 @@ PIECE = 24                 # tokens a step of both
 # A grid of evenly spaced values stands in for the real numbers. With b bits a code is a whole number from
 # -2^(b-1) to 2^(b-1) - 1; the scale is the distance between grid points, the zero point the code that means 0:
 #
-#     code = clip(round(w / scale) + zero_point)          w ≈ (code - zero_point) · scale
+#     code = clip(round(w / scale + zero_point))          w ≈ (code - zero_point) · scale
 #
-# Symmetric: zero_point = 0 and scale = absmax / (2^(b-1) - 1), so INT8 runs from -127 to 127. Asymmetric: the
-# grid is laid from min to max instead (0 always included, so that zero stays zero), which pays where the values
-# lean to one side. Either way nothing is further from a grid point than half a step: |error| ≤ scale / 2.
-# Scales are stored as FP16, rounded up so that absmax is never clipped.
-#
-# Floating point spends its bits on range instead: the steps double with every power of two.
+# Symmetric: scale = absmax / (2^(b-1) - 1) and zero_point = 0, so INT8 runs from -127 to 127. Asymmetric: the grid
+# is laid from min to max instead (0 always included, so that zero stays zero), which pays where values lean to one
+# side: scale = (max - min) / (2^b - 1), zero_point = -2^(b-1) + round(-min / scale). Scales are stored as FP16,
+# rounded up. Either way nothing is further from a grid point than half a step: |error| ≤ scale / 2. Floating
+# point spends its bits on range instead: the steps double with every power of two.
 
 @dataclass(frozen=True)
 class Quantized:
     """A matrix [out][in] in few bits: w ≈ (code - zero_point) · scale, or codebook[code] · scale.
 
-    scales[r][c // group] and zero_points[r][c // group] belong to codes[r][c]. overhead: the scales and zero points
-    as a file stores them, and what else decoding needs; a scale that all rows share is in there once.
+    scales[r][c // group] and zero_points[r][c // group] belong to codes[r][c]. overhead: the scales and zero
+    points as a file stores them, and what else decoding needs; a scale that all rows share is in there once.
     """
     codes: list[list[int]]
     scales: Matrix
@@ -102,15 +101,10 @@ class Quantized:
 
     def dequantize(self) -> Matrix:
         """The matrix that the codes stand for, [out][in]."""
-        out = []
-        for codes, scales, zeros in zip(self.codes, self.scales, self.zero_points):
-            row: Vector = []
-            for g, (scale, zero) in enumerate(zip(scales, zeros)):
-                part = codes[g * self.group:(g + 1) * self.group]
-                row += ([self.codebook[code] * scale for code in part] if self.codebook else
-                        [(code - zero) * scale for code in part])
-            out.append(row)
-        return out
+        book, group = self.codebook, self.group
+        return [[(book[code] if book else code - zeros[c // group]) * scales[c // group]
+                 for c, code in enumerate(codes)]
+                for codes, scales, zeros in zip(self.codes, self.scales, self.zero_points)]
 
     def to_bytes(self) -> bytes:
         """What a file would hold: the codes, packed, then the overhead."""
@@ -127,8 +121,7 @@ class Quantized:
         return 8 * self.nbytes / sum(map(len, self.codes))
 
 
-def quantize(w: Matrix, bits: int, *, symmetric: bool = True,
-             granularity: str | int = "tensor") -> Quantized:
+def quantize(w: Matrix, bits: int, *, symmetric: bool = True, granularity: str | int = "tensor") -> Quantized:
     """w [out][in] rounded to the nearest points of grids of 2^bits values.
 
     granularity: one grid for the "tensor", one per "channel" (row), or one per that many columns of a row.
@@ -152,31 +145,26 @@ def group_columns(w: Matrix, bits: int, granularity: str | int) -> int:
     return granularity if type(granularity) is int else len(w[0])
 
 
-def lay_grids(w: Matrix, group: int, granularity: str | int, make: Callable[[Vector], tuple]) -> list[list[tuple]]:
-    """For each row of w, make() of each group of its columns; "tensor": of all values at once, the same for all rows."""
+def lay_grids(w: Matrix, group: int, granularity: str | int,
+              make: Callable[[Vector], tuple]) -> list[list[tuple]]:
+    """For each row of w, make() of each group of its columns; for "tensor" of all values at once, in every row."""
     if granularity == "tensor":
         return [[make(flatten(w))]] * len(w)
     return [[make(row[c:c + group]) for c in range(0, len(row), group)] for row in w]
 
 
 def make_grid(values: Vector, *, bits: int, symmetric: bool) -> tuple[float, int]:
-    """(scale, zero_point) of the finest grid on which no value is clipped."""
-    low, high = code_range(bits)
+    """(scale, zero_point) of the finest grid on which no value is clipped; for zeros alone the scale is 1."""
     if symmetric:
-        return fp16_up(max(map(abs, values)) / high) or 1.0, 0
+        return fp16_up(max(map(abs, values)) / (2 ** (bits - 1) - 1)) or 1.0, 0
     least, most = min(0.0, *values), max(0.0, *values)
-    scale = fp16_up((most - least) / (high - low)) or 1.0
-    return scale, low + round(-least / scale)
-
-
-def code_range(bits: int) -> tuple[int, int]:
-    """The least and the greatest code."""
-    return -2 ** (bits - 1), 2 ** (bits - 1) - 1
+    scale = fp16_up((most - least) / (2 ** bits - 1)) or 1.0
+    return scale, -2 ** (bits - 1) + round(-least / scale)
 
 
 def to_codes(values: Vector, scale: float, zero_point: float, bits: int) -> list[int]:
-    """Each value's nearest grid point; halfway goes to the even one, as everywhere in Python and IEEE 754."""
-    low, high = code_range(bits)
+    """Each value's nearest grid point; halfway goes to the even code, as everywhere in Python and IEEE 754."""
+    low, high = -2 ** (bits - 1), 2 ** (bits - 1) - 1
     codes = [round(value / scale + zero_point) for value in values]
     return codes if low <= min(codes) and max(codes) <= high else [min(max(code, low), high) for code in codes]
 
@@ -184,63 +172,49 @@ def to_codes(values: Vector, scale: float, zero_point: float, bits: int) -> list
 def on_grids(w: Matrix, grids: list[list[tuple]], bits: int, group: int, granularity: str | int,
              symmetric: bool) -> Quantized:
     """w [out][in], each group of a row rounded to its own grid."""
-    codes = [[code for g, grid in enumerate(row_grids) for code in to_codes(row[g * group:(g + 1) * group], *grid, bits)]
+    codes = [flatten(to_codes(row[g * group:(g + 1) * group], *grid, bits) for g, grid in enumerate(row_grids))
              for row, row_grids in zip(w, grids)]
     return with_grids(codes, grids, bits, group, granularity, symmetric)
 
 
 def with_grids(codes: list[list[int]], grids: list[list[tuple]], bits: int, group: int, granularity: str | int,
                symmetric: bool = True) -> Quantized:
-    """A Quantized; scales are stored in FP16, zero points (unless symmetric) like codes, or in FP16 if they are real."""
-    stored = grids[0] if granularity == "tensor" else flatten(grids)
-    overhead = struct.pack(f"<{len(stored)}e", *(scale for scale, _ in stored))
+    """Scales are stored in FP16, zero points (unless symmetric) like codes, or in FP16 if not whole."""
+    scales, zeros = zip(*(grids[0] if granularity == "tensor" else flatten(grids)))
+    overhead = struct.pack(f"<{len(scales)}e", *scales)
     if not symmetric:
-        zeros = [zero for _, zero in stored]
         overhead += pack_bits(zeros, bits) if isinstance(zeros[0], int) else struct.pack(f"<{len(zeros)}e", *zeros)
-    scales, zeros = ([[grid[part] for grid in row] for row in grids] for part in (0, 1))
-    return Quantized(codes, scales, zeros, bits, group, overhead)
+    return Quantized(codes, [[scale for scale, _ in row] for row in grids],
+                     [[zero for _, zero in row] for row in grids], bits, group, overhead)
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """Numbers of a sign, an exponent and a mantissa of so many bits; called with x, it gives the nearest one."""
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    largest: float
+    overflow: float  # what anything larger becomes
+
+    def __call__(self, x: float) -> float:
+        """The nearest of its numbers, halfway the even one; ±overflow beyond what rounds to the largest.
+
+        Zeros keep their sign; NaN stays NaN.
+        """
+        if x == 0 or not math.isfinite(x):
+            return math.copysign(self.overflow, x) if math.isinf(x) else x
+        exponent = max(math.frexp(x)[1] - 1, 2 - 2 ** (self.exponent_bits - 1))  # below: subnormal, steps stay
+        step = 2.0 ** (exponent - self.mantissa_bits)
+        y = round(x / step) * step
+        return math.copysign(self.overflow if abs(y) > self.largest else y, x)
 
 
 FP16_MAX = 65504.0
-# Bits of the exponent, bits of the mantissa, the largest number, and what anything larger becomes: E4M3 has no infinity,
-# and ends at 448, as hardware does when it saturates.
-FLOATS = {"FP16": (5, 10, FP16_MAX, math.inf), "BF16": (8, 7, (2 - 2**-7) * 2.0**127, math.inf),
-          "FP8 E4M3": (4, 3, 448.0, 448.0), "FP8 E5M2": (5, 2, 57344.0, math.inf)}
-
-
-def round_to_float(x: float, exponent_bits: int, mantissa_bits: int, largest: float, overflow: float) -> float:
-    """The nearest number of a sign, an exponent and a mantissa of so many bits; halfway goes to the even one.
-
-    Beyond what rounds to `largest` it is ±overflow. Zeros keep their sign; NaN stays NaN.
-    """
-    if x == 0 or math.isnan(x):
-        return x
-    if math.isinf(x):
-        return math.copysign(overflow, x)
-    exponent = max(math.frexp(x)[1] - 1, 2 - 2 ** (exponent_bits - 1))  # below that: subnormal, steps stay
-    step = 2.0 ** (exponent - mantissa_bits)
-    y = round(x / step) * step
-    return math.copysign(overflow if abs(y) > largest else y, x)
-
-
-def fp16(x: float) -> float:
-    """The nearest IEEE half; ±inf beyond 65504."""
-    return round_to_float(x, *FLOATS["FP16"])
-
-
-def bf16(x: float) -> float:
-    """The nearest bfloat16, an FP32 cut short; ±inf beyond 3.39e38."""
-    return round_to_float(x, *FLOATS["BF16"])
-
-
-def fp8_e4m3(x: float) -> float:
-    """The nearest FP8 E4M3; ±448 for anything larger."""
-    return round_to_float(x, *FLOATS["FP8 E4M3"])
-
-
-def fp8_e5m2(x: float) -> float:
-    """The nearest FP8 E5M2, an FP16 cut short; ±inf beyond 57344."""
-    return round_to_float(x, *FLOATS["FP8 E5M2"])
+fp16 = FloatFormat("FP16", 5, 10, FP16_MAX, math.inf)
+bf16 = FloatFormat("BF16", 8, 7, (2 - 2**-7) * 2.0**127, math.inf)  # FP32 cut short
+fp8_e4m3 = FloatFormat("FP8 E4M3", 4, 3, 448.0, 448.0)  # no infinity: it stays at 448, as saturating hardware does
+fp8_e5m2 = FloatFormat("FP8 E5M2", 5, 2, 57344.0, math.inf)  # FP16 cut short
 
 
 def fp32(x: float) -> float:
@@ -249,10 +223,9 @@ def fp32(x: float) -> float:
 
 
 def fp16_up(x: float) -> float:
-    """The smallest FP16 number that is not below x >= 0."""
-    data = struct.pack("<e", x)
-    near, pattern = struct.unpack("<e", data)[0], struct.unpack("<H", data)[0]
-    return near if near >= x else struct.unpack("<e", struct.pack("<H", pattern + 1))[0]
+    """The smallest FP16 number that is not below x, which is from 0 to 65504."""
+    step = 2.0 ** (max(math.frexp(x)[1] - 1, -14) - 10)
+    return math.ceil(x / step) * step
 
 
 def fp16_row(values: Sequence[float]) -> Vector:
@@ -261,50 +234,48 @@ def fp16_row(values: Sequence[float]) -> Vector:
 
 
 def show_numbers(trace: Trace, knobs: Namespace) -> None:
-    """The model, six weights there and back, a matrix's histogram with the grids under it, and the float formats."""
+    """The model, weights there and back, a matrix's histogram over the grids, and the float formats."""
     lab, bits, (channels, size) = laboratory(knobs), knobs.bits, knobs.outliers
     config, name = lab.model.config, "layers.0.attention.wv"
-    w, n_weights = lab.model.weights[name], lab.fp32_bytes // 4
-    trace.say(f"The patient: a Llama of {n_weights:,} weights, {config.dim} channels and {config.n_layers} layer, "
-              f"trained for {STEPS} steps on The House That Jack Built. Its perplexity on the last verse, on which "
-              f"everything here is measured, is {lab.perplexity:.3f}. (Calibration takes the tokens before that verse. "
-              f"Training has read it all: what is held apart is the place, not the words.)")
-    trace.say(f"Large models have a few channels whose activations are many times the others'; a tiny one has not. "
-              f"So they are planted: on {channels} channels every norm's gain is made {size:g} times larger and the "
-              f"columns that read them as much smaller; in each head, as many channels of the keys {key_size(size):g} "
-              f"times larger and those of the queries as much smaller. In exact arithmetic that changes nothing.")
-    forms = {"INT8": quantize(w, 8), f"INT{bits}": quantize(w, bits),
-             f"INT{bits} asymmetric": quantize(w, bits, symmetric=False)}
-    back = {form: q.dequantize() for form, q in forms.items()}
-    widest = max(range(len(w)), key=lambda r: max(map(abs, w[r])))
-    ranks = sorted(range(len(w[widest])), key=lambda c: w[widest][c])
-    extreme = max(ranks, key=lambda c: abs(w[widest][c]))
-    trace.ask(f"the weight of {name} that is furthest out is {w[widest][extreme]:+.4f}. Which code is it in "
-              f"INT{bits}?", forms[f"INT{bits}"].codes[widest][extreme])
+    trace.say(f"The patient: a Llama of {lab.fp32_bytes // 4:,} weights, {config.dim} channels and "
+              f"{config.n_layers} layer, trained for {STEPS} steps on The House That Jack Built. Its perplexity "
+              f"on the last verse, on which everything here is measured, is {lab.perplexity:.3f}. (Calibration takes "
+              f"the tokens before it. Training has read it all: the place is held apart, not the words.)")
+    trace.say(f"Large models have a few channels whose activations are many times the others'; a tiny one has none. "
+              f"So they are planted: on {channels} channels every norm's gain is made {size:g} times larger and "
+              f"the columns that read them as much smaller; in each head, as many channels of the keys "
+              f"{key_size(size):g} times larger, and the queries' smaller. In exact arithmetic that changes nothing.")
+    matrix = lab.model.weights[name]
+    w, width = flatten(matrix), len(matrix[0])
+    forms = {form: (flatten(q.codes), flatten(q.dequantize()), q.scales[0][0]) for form, q in (
+        ("INT8", quantize(matrix, 8)), (f"INT{bits}", quantize(matrix, bits)),
+        (f"INT{bits} asymmetric", quantize(matrix, bits, symmetric=False)))}
+    furthest = max(range(len(w)), key=lambda i: abs(w[i]))
+    row = sorted(range(furthest // width * width, (furthest // width + 1) * width), key=w.__getitem__)
+    trace.ask(f"the weight of {name} that is furthest out is {w[furthest]:+.4f}. Which code is it in INT{bits}?",
+              forms[f"INT{bits}"][0][furthest])
     trace.say(f"Some weights of {name}, rounded to INT8 and INT{bits} (one scale for the matrix) and back:")
-    trace.table(["weight"] + [cell for form in forms for cell in (form, "back")],
-                [[f"{w[widest][c]:+.4f}"] + [cell for form, q in forms.items()
-                                             for cell in (str(q.codes[widest][c]), f"{back[form][widest][c]:+.4f}")]
-                 for c in sorted({*ranks[::len(ranks) // 6], extreme}, key=ranks.index)])
-    trace.say("Their histogram, and the grids under it: a mark where a code's value is. Most weights are small, and "
-              "the few largest decide how wide the grid is laid.")
-    trace.lines(histogram(flatten(w), {form: [code * forms[form].scales[0][0] for code in range(-most, most + 1)]
-                                       for form, most in ((f"INT{bits}", code_range(bits)[1]), ("INT8", 127))}))
+    trace.table(["weight", *flatten((form, "back") for form in forms)],
+                [[f"{w[i]:+.4f}", *flatten((str(q[i]), f"{back[i]:+.4f}") for q, back, _ in forms.values())]
+                 for i in (*row[::width // 6], row[-1])])
+    trace.say("Their histogram, and the grids under it: a mark where a code's value is. Most weights are small, "
+              "and the few largest decide how wide the grid is laid.")
+    trace.lines(histogram(w, {f"INT{b}": [code * forms[f"INT{b}"][2] for code in range(1 - 2**(b - 1), 2**(b - 1))]
+                              for b in (bits, 8)}))
 
-    trace.say("Floating point instead: what four formats make of the same numbers. Range is paid for with precision.")
+    trace.say("Floating point instead: what formats make of the same numbers. Range is paid for with precision.")
     samples = (0.1, 300.0, 70000.0, 1e-6)
     trace.table(["", "bits", "largest", "smallest", "step at 1", *(f"{x:g}" for x in samples)],
-                [[form, str(1 + e + m), f"{largest:.3g}", f"2^{2 - 2 ** (e - 1) - m}", f"2^-{m}",
-                  *(f"{round_to_float(x, e, m, largest, over):.5g}" for x in samples)]
-                 for form, (e, m, largest, over) in FLOATS.items()], left=(0,))
+                [[f.name, str(1 + f.exponent_bits + f.mantissa_bits), f"{f.largest:.3g}",
+                  f"2^{2 - 2 ** (f.exponent_bits - 1) - f.mantissa_bits}", f"2^-{f.mantissa_bits}",
+                  *(f"{f(x):.5g}" for x in samples)] for f in (fp16, bf16, fp8_e4m3, fp8_e5m2)], left=(0,))
 
     trace.check_close("the planted outliers left the FP32 logits where they were", lab.logits,
                       lab.calm.forward(lab.evaluation[:-1]), 1e-9)
-    for form, q in forms.items():
-        gap = max(abs(a - b) for a, b in zip(flatten(back[form]), flatten(w)))
-        trace.check(f"{form}: |error| ≤ scale / 2", gap <= q.scales[0][0] / 2 * (1 + 1e-12),
-                    f"all {len(flatten(w)):,} weights")
-    some = flatten(w) + [10.0 ** e for e in range(-9, 5)]
+    for form, (_, back, scale) in forms.items():
+        gap = max(abs(a - b) for a, b in zip(back, w))
+        trace.check(f"{form}: |error| ≤ scale / 2", gap <= scale / 2 * (1 + 1e-12), f"all {len(w):,} weights")
+    some = w + [10.0 ** e for e in range(-9, 5)]
     trace.check("fp16() = what struct packs", [fp16(x) for x in some] == fp16_row(some), f"{len(some):,} numbers")
 
 
@@ -317,7 +288,7 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
 #
 #     bits per weight = bits + 16 · (number of scales) / (number of weights)
 #
-# Production formats use groups of 32 (GGUF, MXFP4) to 128 (the usual choice for GPTQ and AWQ checkpoints).
+# Production formats use groups of 16 (NVFP4) or 32 (GGUF, MXFP4) to 128 (the usual one for GPTQ and AWQ).
 
 def show_granularity(trace: Trace, knobs: Namespace) -> None:
     """Bits, error and loss at each granularity, and what one outlier does to its neighbours."""
@@ -329,29 +300,27 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
     trace.ask(f"INT{bits} with a scale for every group of {g}: how many bits a weight does that take?",
               rounded_to_nearest(lab, bits, g).bits_per_weight)
     rows, sizes_agree = [["FP32", "", "", "32.00", f"{lab.perplexity:.3f}", "", ""]], True
-    for b in dict.fromkeys((8, bits)):
-        for kind, granularity in kinds.items():
-            c = rounded_to_nearest(lab, b, granularity)
-            error = fmean(relative_distance(c.weights[n], lab.model.weights[n]) for n in lab.linears)
-            rows.append([f"INT{b}", kind, f"{error:.1%}", *lab.scores(c)])
-            shapes = [lab.model.config.shapes()[n] for n in lab.linears]
-            n_scales = sum({"tensor": 1, "channel": height}.get(kind, height * -(-width // g)) for height, width in shapes)
-            n_bytes = sum(-(-height * width * b // 8) for height, width in shapes)
-            sizes_agree &= c.bits_per_weight == 8 * (n_bytes + 2 * n_scales) / lab.n_weights
+    for b, (kind, granularity) in product(dict.fromkeys((8, bits)), kinds.items()):
+        c = rounded_to_nearest(lab, b, granularity)
+        error = fmean(relative_distance(c.weights[n], lab.model.weights[n]) for n in lab.linears)
+        rows.append([f"INT{b}", kind, f"{error:.1%}", *lab.scores(c)])
+        shapes = map(lab.model.config.shapes().get, lab.linears)
+        n_scales = sum({"tensor": 1, "channel": n_out}.get(kind, n_out * -(-n_in // g)) for n_out, n_in in shapes)
+        sizes_agree &= c.bits_per_weight == (b * lab.n_weights + 16 * n_scales) / lab.n_weights
     trace.table(["", "a scale per", "error", "bits/weight", "perplexity", "KL", "changed"], rows, left=(0, 1))
 
     w = [list(row) for row in lab.calm.weights["layers.0.attention.wv"][:6]]
     typical = math.sqrt(fmean(value * value for value in flatten(w)))
     w[2][len(w[0]) // 3] = 20 * typical
-    trace.say(f"One outlier's damage: {len(w)} rows of {len(w[0])} weights, one of them (in row 3) made 20 times the "
-              f"typical size. How far INT{bits} moves each of the others:")
+    trace.say(f"One outlier's damage: {len(w)} rows of {len(w[0])} weights, one of them (in row 3) made 20 times "
+              f"the typical size. How far INT{bits} moves each of the others, as a share of the typical size:")
     for kind, granularity in kinds.items():
         back = quantize(w, bits, granularity=granularity).dequantize()
         errors = [[abs(a - b) / typical for a, b in zip(p, q)] for p, q in zip(back, w)]
-        trace.lines([f"a scale per {kind}: {sum(e > 0.3 for row in errors for e in row)} weights moved by more than 30%"]
-                    + ["  " + "".join(map(shade, row)) for row in errors])
-    trace.note("as a share of the typical weight: blank 0   · under 2%   ░ under 10%   ▒ under 30%   ▓ under 60%   "
-               "█ more")
+        moved = sum(e > 0.3 for e in flatten(errors))
+        trace.lines([f"a scale per {kind}: {moved} weights moved by more than 30%",
+                     *("  " + "".join(map(shade, row)) for row in errors)])
+    trace.note("blank: not moved   · under 2%   ░ under 10%   ▒ under 30%   ▓ under 60%   █ more")
     trace.check("bits per weight counted from the bytes = the formula", sizes_agree, "equal")
     if (bits, knobs.outliers) == (4, OUTLIERS):  # other widths and outliers may make less of a difference
         tensor, group = (measure(lab, rounded_to_nearest(lab, 4, granularity)) for granularity in ("tensor", g))
@@ -2574,7 +2543,7 @@ BACKWARD |= {ternary_weights: identity_backward, frozen_linear: frozen_linear_ba
 # ---------------------------------------------------------------------------------------------------
 
 SECTIONS = [
-    ("Numbers in few bits", show_numbers, [quantize, Quantized, round_to_float, fp16, bf16, fp8_e4m3, fp8_e5m2]),
+    ("Numbers in few bits", show_numbers, [quantize, Quantized, FloatFormat]),
     ("Granularity", show_granularity, [quantize, lay_grids]),
     ("Bytes for real", show_bytes, [pack_int4, unpack_int4, pack_bits]),
     ("NF4 and double quantization", show_nf4, [nf4_codebook, quantize_nf4, double_quantize]),

@@ -157,6 +157,7 @@ def test_every_value_every_midpoint_and_their_neighbours(name):
     exponent_bits, mantissa_bits, largest, overflow = FORMATS[name]
     rounded, values = getattr(m, name), float_table(exponent_bits, mantissa_bits, largest)
     assert values[-1] == largest
+    assert rounded == m.FloatFormat(rounded.name, *FORMATS[name])
     for i, (a, b) in enumerate(zip(values, values[1:])):
         middle = (a + b) / 2
         cases = {a: a, middle: a if i % 2 == 0 else b, math.nextafter(middle, 0): a, math.nextafter(middle, math.inf): b}
