@@ -336,11 +336,10 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
 # code, one after the other from the lowest bit up. A negative code is stored as two's complement: -1 is 1111.
 
 def pack_int4(codes: Sequence[int]) -> bytes:
-    """Codes from -8 to 7, two to a byte, the first in the low half; an odd one out leaves a high half of 0."""
-    if not all(-8 <= code <= 7 for code in codes):
-        raise ValueError(f"codes must be from -8 to 7, not {next(c for c in codes if not -8 <= c <= 7)}")
-    pairs = zip(codes[::2], [*codes[1::2], 0])
-    return bytes(low & 15 | (high & 15) << 4 for low, high in pairs)
+    """Codes from -8 to 7 (else ValueError), two to a byte, the first in the low half; an odd one leaves a high 0."""
+    if wrong := [code for code in codes if not -8 <= code <= 7]:
+        raise ValueError(f"codes must be from -8 to 7, not {wrong[0]}")
+    return bytes(low & 15 | (high & 15) << 4 for low, high in zip(codes[::2], [*codes[1::2], 0]))
 
 
 def unpack_int4(data: bytes, n: int) -> list[int]:
@@ -352,14 +351,14 @@ def unpack_int4(data: bytes, n: int) -> list[int]:
 
 
 def pack_bits(codes: Sequence[int], bits: int) -> bytes:
-    """Codes of so many bits each, in one long number, the first code lowest."""
-    digits = [format(code, f"0{bits}b") for code in range(2**bits)]  # a negative index counts from the end: -1 is 1…1
-    return int("".join([digits[code] for code in reversed(codes)]) or "0", 2).to_bytes((len(codes) * bits + 7) // 8, "little")
+    """Codes of so many bits each, in one long number, the first code lowest; zeros fill up its last byte."""
+    digits = [f"{code:0{bits}b}" for code in range(2**bits)]  # a negative index counts from the end: -1 is 1…1
+    number = int("".join([digits[code] for code in reversed(codes)]) or "0", 2)
+    return number.to_bytes((len(codes) * bits + 7) // 8, "little")
 
 
-# Real models, so that the sizes below are computed from what they are: the fields of Config, and the parameter
-# count to compare with. Sources: each model's config.json (Touvron et al. 2023, arXiv:2307.09288; Llama team
-# 2024, arXiv:2407.21783) and the counts that go with the checkpoints.
+# {model: (the fields of Config, the published number of parameters)}, from its config.json and its checkpoint
+# (Touvron et al. 2023, arXiv:2307.09288; Llama team 2024, arXiv:2407.21783).
 REAL_LLAMAS = {"Llama 2 7B": ((32000, 4096, 32, 32, 32, 11008), 6_738_415_616),
                "Llama 3.1 8B": ((128256, 4096, 32, 32, 8, 14336), 8_030_261_248),
                "Llama 3.1 70B": ((128256, 8192, 80, 64, 8, 28672), 70_553_706_496)}
@@ -368,41 +367,40 @@ REAL_LLAMAS = {"Llama 2 7B": ((32000, 4096, 32, 32, 32, 11008), 6_738_415_616),
 def show_bytes(trace: Trace, knobs: Namespace) -> None:
     """Nibbles in bytes, the model's file in each format, and what real models would take."""
     codes, g, bits = [3, -1, -8, 7, 0, 5, -2], knobs.group_size, knobs.bits
-    data = pack_int4(codes)
-    trace.say(f"{len(codes)} codes in {len(data)} bytes. Read each byte from the right: low half first.")
+    trace.say(f"{len(codes)} codes in {len(pack_int4(codes))} bytes. Read each byte from the right: low half first.")
+    pairs = [codes[i:i + 2] for i in range(0, len(codes), 2)]
     trace.table(["codes", "in four bits", "byte", "hex"],
-                [[", ".join(map(str, pair)), " ".join(format(code & 15, "04b") for code in pair), format(byte, "08b"),
-                  format(byte, "02x")] for pair, byte in zip((codes[i:i + 2] for i in range(0, 7, 2)), data)],
-                left=(0, 1))
+                [[", ".join(map(str, pair)), " ".join(f"{code & 15:04b}" for code in pair), f"{byte:08b}",
+                  f"{byte:02x}"] for pair, byte in zip(pairs, pack_int4(codes))], left=(0, 1))
 
     config, rng = model_config(len(word_tokenizer().vocab)), random.Random(knobs.seed)
     shapes = [shape for name, shape in config.shapes().items() if is_linear(name, shape)]
     rest = sum(map(math.prod, config.shapes().values())) - sum(map(math.prod, shapes))
     trace.say(f"The tiny model's file: its {len(shapes)} matrices in each format, encoded, and the bytes counted. "
               f"What only looks up or scales, the embedding and the norms, stays in FP16: {2 * rest:,} bytes.")
-    matrices = [[[rng.gauss(0, 0.1) for _ in range(columns)] for _ in range(rows)] for rows, columns in shapes]
-    sizes = {form: sum(len(struct.pack(f"<{len(row)}{code}", *row)) for w in matrices for row in w) + wide * rest
-             for form, code, wide in (("FP32", "f", 4), ("FP16", "e", 2))}
-    for form, wide, granularity in (("INT8, channels", 8, "channel"), (f"INT{bits}, tensor", bits, "tensor"),
-                                    (f"INT{bits}, groups of {g}", bits, g)):
-        sizes[form] = sum(quantize(w, wide, granularity=granularity).nbytes for w in matrices) + 2 * rest
+    matrices = [[[rng.gauss(0, 0.1) for _ in range(n_in)] for _ in range(n_out)] for n_out, n_in in shapes]
+    weights = flatten(map(flatten, matrices))
+    sizes = {form: len(struct.pack(f"<{len(weights)}{code}", *weights)) + struct.calcsize(code) * rest
+             for form, code in (("FP32", "f"), ("FP16", "e"))}
+    for form, b, granularity in (("INT8, channels", 8, "channel"), (f"INT{bits}, tensor", bits, "tensor"),
+                                 (f"INT{bits}, groups of {g}", bits, g)):
+        sizes[form] = sum(quantize(w, b, granularity=granularity).nbytes for w in matrices) + 2 * rest
     trace.table(["format", "bytes", "of FP32", ""],
                 [[form, f"{size:,}", f"{size / sizes['FP32']:.0%}", bar(size, sizes["FP32"], 40)]
                  for form, size in sizes.items()], left=(0, 3))
 
-    counts = {name: sum(map(math.prod, Config(*sizes).shapes().values())) for name, (sizes, _) in REAL_LLAMAS.items()}
-    trace.ask("how many GiB do the 8,030,261,248 weights of Llama 3.1 8B take at 4.5 bits, which is 4 bits and an FP16 "
-              "scale for every 32?", counts["Llama 3.1 8B"] * 4.5 / 8 / 2**30)
-    trace.say("The weights of real models in GiB, all of them at so many bits; 4.5 is 4 bits and an FP16 scale for "
-              "every 32.")
-    trace.table(["model", "parameters", *(f"{bits:g} bits" for bits in (32, 16, 8, 4.5, 4))],
-                [[name, f"{count:,}"] + [f"{count * bits / 8 / 2**30:.1f}" for bits in (32, 16, 8, 4.5, 4)]
-                 for name, count in counts.items()], left=(0,))
-    lengths = [codes * 3 for codes in ([], [1], [-8, 7], codes, list(range(-8, 8)))]
-    trace.check("unpack_int4() gives back what pack_int4() packed, odd lengths too",
-                all(unpack_int4(pack_int4(some), len(some)) == some for some in lengths), "equal")
-    trace.check("pack_int4() = the general pack_bits() at 4 bits",
-                all(pack_int4(some) == pack_bits(some, 4) for some in lengths), "equal")
+    counts = {name: sum(map(math.prod, Config(*fields).shapes().values())) for name, (fields, _) in REAL_LLAMAS.items()}
+    gib = {name: {b: count * b / 8 / 2**30 for b in (32, 16, 8, 4.5, 4)} for name, count in counts.items()}
+    trace.ask("how many GiB do the 8,030,261,248 weights of Llama 3.1 8B take at 4.5 bits, which is 4 bits and an "
+              "FP16 scale for every 32?", gib["Llama 3.1 8B"][4.5])
+    trace.say("The weights of real models in GiB, all of them at so many bits; 4.5 is 4 bits and an FP16 scale "
+              "for every 32.")
+    trace.table(["model", "parameters", *(f"{b:g} bits" for b in (32, 16, 8, 4.5, 4))],
+                [[name, f"{counts[name]:,}", *(f"{size:.1f}" for size in gib[name].values())] for name in gib], left=(0,))
+    some = [codes * 3 for codes in ([], [1], [-8, 7], codes, list(range(-8, 8)))]
+    trace.check("pack_int4() = the general pack_bits() at 4 bits, and unpack_int4() undoes it, odd lengths too",
+                all(pack_int4(part) == pack_bits(part, 4) and unpack_int4(pack_int4(part), len(part)) == part
+                    for part in some), "equal")
     trace.check("parameters computed from the configurations = the published counts",
                 counts == {name: count for name, (_, count) in REAL_LLAMAS.items()}, "equal")
 
@@ -411,9 +409,9 @@ def show_bytes(trace: Trace, knobs: Namespace) -> None:
 # 4. NF4 and double quantization
 #
 # Weights are bell-shaped, so an even grid spends most of its codes where few weights are. NormalFloat puts its
-# 16 values at quantiles of the normal distribution instead: about as many weights for each. A plain set of quantiles
-# would have no zero, so the two sides are cut separately, 8 steps above zero and 7 below, both from
-# the quantile 1 - ½(1/32 + 1/30) inwards, and scaled to end at ±1.
+# 16 values at quantiles of the normal distribution instead: about as many weights for each. A plain set of
+# quantiles would have no zero, so the two sides are cut separately, 8 steps above zero and 7 below, both from the
+# quantile 1 - ½(1/32 + 1/30) inwards to zero's at ½, and scaled to end at ±1.
 #
 #     w ≈ codebook[code] · absmax                  absmax: of a block of 64, in FP32, so 4 + 32/64 = 4.5 bits
 #
@@ -437,9 +435,9 @@ def quantize_nf4(w: Matrix, *, block_size: int = 64, double_quant: bool = False)
     """
     group, codebook = group_columns(w, 4, block_size), tuple(nf4_codebook())
     absmax = lay_grids(w, group, group, lambda values: fp32(max(map(abs, values))))
-    overhead = struct.pack(f"<{len(flatten(absmax))}f", *flatten(absmax))
     codes = [nearest([value / (scales[c // group] or 1.0) for c, value in enumerate(row)], codebook)
              for row, scales in zip(w, absmax)]
+    overhead = struct.pack(f"<{len(flatten(absmax))}f", *flatten(absmax))
     if double_quant:
         absmax, overhead = double_quantize(absmax)
     return Quantized(codes, absmax, [[0] * len(row) for row in absmax], 4, group, overhead, codebook)
@@ -454,11 +452,11 @@ def nearest(values: Sequence[float], levels: Sequence[float]) -> list[int]:
 def double_quantize(absmax: Matrix, block_size: int = 256) -> tuple[Matrix, bytes]:
     """(the absmaxes as they decode, none below 0; their bytes).
 
-    The bytes: the mean in FP32, then for every block_size absmaxes a scale in FP32, which takes the furthest from the
-    mean to 448, and each one's difference from the mean, over that scale, in E4M3.
+    The bytes: the mean in FP32, then for every block_size absmaxes a scale in FP32, which takes the furthest from
+    the mean to 448, and each one's difference from the mean, over that scale, in E4M3.
     """
-    flat = flatten(absmax)
-    mean, decoded = fp32(fmean(flat)), []
+    flat, decoded = flatten(absmax), []
+    mean = fp32(fmean(flat))
     overhead = struct.pack("<f", mean)
     for start in range(0, len(flat), block_size):
         centred = [a - mean for a in flat[start:start + block_size]]
@@ -466,8 +464,8 @@ def double_quantize(absmax: Matrix, block_size: int = 256) -> tuple[Matrix, byte
         small = [fp8_e4m3(a / scale) for a in centred]
         overhead += struct.pack("<f", scale) + bytes(map(e4m3_byte, small))
         decoded += [max(mean + value * scale, 0.0) for value in small]
-    values = iter(decoded)
-    return [[next(values) for _ in row] for row in absmax], overhead
+    width = len(absmax[0])
+    return [decoded[i:i + width] for i in range(0, len(flat), width)], overhead
 
 
 def e4m3_byte(x: float) -> int:
@@ -476,42 +474,39 @@ def e4m3_byte(x: float) -> int:
     return (math.copysign(1, x) < 0) << 7 | round(abs(x) / 2.0 ** (exponent - 3)) + (exponent + 6 << 3)
 
 
-# As bitsandbytes has them (functional.py, get_4bit_type, 'nf4').
-PUBLISHED_NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-                 -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-                 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-                 0.7229568362236023, 1.0]
+# As bitsandbytes has them (functional.py, get_4bit_type, 'nf4'), to eight digits.
+PUBLISHED_NF4 = [-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.07958030,
+                 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0]
 
 
 def show_nf4(trace: Trace, knobs: Namespace) -> None:
     """The codebook over a bell, NF4 against INT4 on two kinds of weights, and the bits of double quantization."""
     rng, codebook = random.Random(knobs.seed), nf4_codebook()
-    kinds = {"bell-shaped": [[rng.gauss(0, 1) for _ in range(512)] for _ in range(32)],
-             "uniform": [[rng.uniform(-1, 1) for _ in range(512)] for _ in range(32)]}
+    bell = [[rng.gauss(0, 1) for _ in range(512)] for _ in range(32)]
+    even = [[rng.uniform(-1, 1) for _ in range(512)] for _ in range(32)]
     trace.ask("of INT4's 15 values, laid over -1 to 1, three lie between -0.2 and 0.2. How many of NF4's 16?",
               sum(abs(value) < 0.2 for value in codebook))
-    trace.say("Normal numbers divided by the absmax of their block of 64, and the grids under them. NF4's values stand "
-              "close where the numbers are; INT4's do not care.")
-    normal = [v / max(map(abs, part)) for row in kinds["bell-shaped"] for part in (row[:64], row[64:128]) for v in part]
+    trace.say("Normal numbers divided by the absmax of their block of 64, and the grids under them. NF4's values "
+              "stand close where the numbers are; INT4's do not care.")
+    normal = [v / max(map(abs, part)) for row in bell for part in (row[:64], row[64:128]) for v in part]
     trace.lines(histogram(normal, {"NF4": codebook, "INT4": [code / 7 for code in range(-7, 8)]}))
     trace.note("NF4: " + " ".join(f"{value:+.3f}" for value in codebook))
-    trace.say("16,384 numbers of each kind, in blocks of 64: root mean square error, as a share of the numbers' own.")
-    errors = {kind: [relative_distance(q.dequantize(), w) for q in (quantize(w, 4, granularity=64), quantize_nf4(w))]
-              for kind, w in kinds.items()}
-    trace.table(["", "INT4", "NF4"], [[kind, *(f"{e:.2%}" for e in errors[kind])] for kind in kinds], left=(0,))
-    w = kinds["bell-shaped"]
-    plain, double = quantize_nf4(w), quantize_nf4(w, double_quant=True)
-    trace.say("What the scales cost, in bits a weight, and what double quantization leaves of it:")
-    trace.table(["", "bytes", "bits/weight", "error"],
-                [[form, f"{q.nbytes:,}", f"{q.bits_per_weight:.3f}", f"{relative_distance(q.dequantize(), w):.2%}"]
-                 for form, q in (("NF4", plain), ("NF4, double quantization", double))], left=(0,))
+    trace.say("16,384 numbers of each kind, in blocks of 64: bytes and bits with the scales (INT4's are in FP16), and "
+              "the root mean square error as a share of the numbers' own.")
+    forms = {"INT4": partial(quantize, bits=4, granularity=64), "NF4": quantize_nf4,
+             "NF4, double quantization": partial(quantize_nf4, double_quant=True)}
+    coded = {form: [method(w) for w in (bell, even)] for form, method in forms.items()}
+    errors = {form: [relative_distance(q.dequantize(), w) for q, w in zip(pair, (bell, even))]
+              for form, pair in coded.items()}
+    trace.table(["", "bytes", "bits/weight", "error: bell-shaped", "uniform"],
+                [[form, f"{q.nbytes:,}", f"{q.bits_per_weight:.3f}", *(f"{e:.2%}" for e in errors[form])]
+                 for form, (q, _) in coded.items()], left=(0,))
     trace.check_close("the derived codebook = the 16 published values", [codebook], [PUBLISHED_NF4], 1e-6)
     trace.check("NF4 beats INT4 on bell-shaped numbers, and loses on uniform ones",
-                errors["bell-shaped"][1] < errors["bell-shaped"][0] and errors["uniform"][1] > errors["uniform"][0],
-                "both")
+                errors["NF4"][0] < errors["INT4"][0] and errors["NF4"][1] > errors["INT4"][1], "both")
     trace.check("bits counted = 4 + 32/64, and 4 + 8/64 + 32/(64·256) + the mean's 32 over all",
-                plain.bits_per_weight == 4.5
-                and double.bits_per_weight == 4 + 8 / 64 + 32 / (64 * 256) + 32 / 16384, "equal")
+                [coded[form][0].bits_per_weight for form in forms][1:]
+                == [4.5, 4 + 8 / 64 + 32 / (64 * 256) + 32 / 16384], "equal")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -522,14 +517,14 @@ def show_nf4(trace: Trace, knobs: Namespace) -> None:
 #     Q8_0   32 weights   d (FP16), 32 signed bytes                   w ≈ d · q         d = absmax / 127
 #            q = w / d, rounded, halves away from 0
 #     Q4_0   32 weights   d (FP16), 16 bytes                          w ≈ d · (q - 8)   d = (the extreme one) / -8
-#            q = w / d + 8.5, cut off, at most 15; byte j holds weight j in its low half and weight j + 16 in its high
+#            q = w / d + 8.5, cut off, at most 15; byte j holds weight j in its low half, j + 16 in its high
 #     Q4_K   256 weights  d, dmin (FP16), 12 bytes, 128 bytes         w ≈ d · scale · q - dmin · min
 #            eight sub-blocks of 32, each with a scale and a min of 6 bits, quantized themselves: 4.5 bits a weight
 #            like Q4_0, but with a zero point. Bytes: see q4_k_decode().
 #
-# ggml computes in FP32, and so does the code below: hence all the fp32(). It finds q with the d of FP32, times
-# 1 / d, and only then stores d in FP16. (Q4_K's own encoder tries several scales for each sub-block and keeps the
-# best; ours takes the range from min to max. The layout is the same.)
+# In Q8_0 and Q4_0, ggml computes in FP32 (hence all the fp32()), multiplies by 1 / d (0 where FP32 has none), and
+# only then stores d in FP16. Q4_K's own encoder tries several scales for each sub-block and keeps the best; ours
+# takes the range from min to max. The layout is the same.
 
 def blocks_of(row: Sequence[float], size: int) -> list[Vector]:
     """row cut into blocks, in FP32. ValueError if it is no multiple of size, or holds what FP16 scales cannot."""
@@ -537,45 +532,50 @@ def blocks_of(row: Sequence[float], size: int) -> list[Vector]:
         raise ValueError(f"row must have a multiple of {size} weights, not {len(row)}")
     if not all(abs(value) <= FP16_MAX for value in row):
         raise ValueError(f"row must hold finite numbers of at most {FP16_MAX:.0f}")
-    return [[fp32(value) for value in row[i:i + size]] for i in range(0, len(row), size)]
+    return [list(map(fp32, row[i:i + size])) for i in range(0, len(row), size)]
+
+
+def block_fields(data: bytes, n: int, size: int, layout: str) -> Iterator[tuple]:
+    """The fields of each block of `size` weights, by a struct layout. ValueError if data is not as long as n take."""
+    if n % size or len(data) != n // size * struct.calcsize(layout):
+        raise ValueError(f"data must be {struct.calcsize(layout)} bytes for every {size} weights, and n a multiple of "
+                         f"{size}; not {len(data)} bytes and n = {n}")
+    return struct.iter_unpack(layout, data)
 
 
 def reciprocal(d: float) -> float:
-    """1/d in FP32; 0 for 0, and for what is too small to have one."""
+    """1 / d in FP32, or 0 for 0 and where d is too small."""
     return fp32(1 / d) if abs(d) >= 2.0**-126 else 0.0
 
 
 def q8_0_encode(row: Sequence[float]) -> bytes:
-    """Weights (a multiple of 32) -> GGUF Q8_0 blocks of 34 bytes."""
+    """Weights (a multiple of 32) -> GGUF Q8_0 blocks of 34 bytes. ValueError as blocks_of() has it."""
     data = b""
     for block in blocks_of(row, 32):
         d = fp32(max(map(abs, block)) / 127)
         products = [fp32(value * reciprocal(d)) for value in block]
-        codes = [int(math.copysign(abs(product) + 0.5, product)) for product in products]  # halves go away from 0
-        data += struct.pack("<e32b", d, *codes)
+        data += struct.pack("<e32b", d, *(int(math.copysign(abs(x) + 0.5, x)) for x in products))
     return data
 
 
 def q8_0_decode(data: bytes, n: int) -> Vector:
-    """The n weights of Q8_0 blocks."""
-    check_blocks(data, n, 32, 34)
-    return [d * q for d, *codes in struct.iter_unpack("<e32b", data) for q in codes]
+    """The n weights of Q8_0 blocks. ValueError as block_fields() has it."""
+    return [d * q for d, *codes in block_fields(data, n, 32, "<e32b") for q in codes]
 
 
 def q4_0_encode(row: Sequence[float]) -> bytes:
-    """Weights (a multiple of 32) -> GGUF Q4_0 blocks of 18 bytes."""
+    """Weights (a multiple of 32) -> GGUF Q4_0 blocks of 18 bytes. ValueError as blocks_of() has it."""
     data = b""
     for block in blocks_of(row, 32):
-        d = max(block, key=abs) / -8  # the weight that is furthest out gets code 0, and is met exactly
+        d = max(block, key=abs) / -8  # the extreme one gets code 0: its side of zero has 8 steps, the other 7
         codes = [min(15, int(fp32(value * reciprocal(d) + 8.5))) for value in block]
         data += struct.pack("<e16B", d, *(low | high << 4 for low, high in zip(codes[:16], codes[16:])))
     return data
 
 
 def q4_0_decode(data: bytes, n: int) -> Vector:
-    """The n weights of Q4_0 blocks."""
-    check_blocks(data, n, 32, 18)
-    return [d * (q - 8) for d, *pairs in struct.iter_unpack("<e16B", data)
+    """The n weights of Q4_0 blocks. ValueError as block_fields() has it."""
+    return [d * (q - 8) for d, *pairs in block_fields(data, n, 32, "<e16B")
             for q in [pair & 15 for pair in pairs] + [pair >> 4 for pair in pairs]]
 
 
@@ -593,12 +593,12 @@ def q4_k_encode(row: Sequence[float]) -> bytes:
         d, dmin = fp16(max(steps) / 63), fp16(max(mins) / 63)
         sc, mn = ([min(63, round(value / unit)) if unit else 0 for value in values]
                   for values, unit in ((steps, d), (mins, dmin)))
-        data += struct.pack("<2e12B", d, dmin, *(sc[j] | sc[j + 4] >> 4 << 6 for j in range(4)),
-                            *(mn[j] | mn[j + 4] >> 4 << 6 for j in range(4)),
-                            *(sc[j] & 15 | (mn[j] & 15) << 4 for j in range(4, 8)))
         codes = [[min(15, max(0, round((value + dmin * m) / (d * s)))) if d * s else 0 for value in part]
                  for part, s, m in zip(parts, sc, mn)]
-        data += bytes(low | high << 4 for j in range(0, 8, 2) for low, high in zip(codes[j], codes[j + 1]))
+        data += struct.pack("<2e", d, dmin) + bytes(
+            [value & 63 | above >> 4 << 6 for six in (sc, mn) for value, above in zip(six, six[4:])]
+            + [s & 15 | (m & 15) << 4 for s, m in zip(sc[4:], mn[4:])]
+            + [low | high << 4 for even, odd in zip(codes[::2], codes[1::2]) for low, high in zip(even, odd)])
     return data
 
 
@@ -607,31 +607,23 @@ def q4_k_decode(data: bytes, n: int) -> Vector:
 
     Of those four, number j holds sub-block 2j in the low halves and sub-block 2j + 1 in the high halves.
     """
-    check_blocks(data, n, 256, 144)
     out: Vector = []
-    for d, dmin, *rest in struct.iter_unpack("<2e140B", data):
-        sc, mn = q4_k_scales(rest[:12])
-        for j in range(8):
-            half = [pair >> 4 if j % 2 else pair & 15 for pair in rest[12 + j // 2 * 32:][:32]]
-            out += [d * sc[j] * q - dmin * mn[j] for q in half]
+    for d, dmin, *rest in block_fields(data, n, 256, "<2e140B"):
+        for j, (scale, low) in enumerate(zip(*q4_k_scales(rest[:12]))):
+            pairs = rest[12 + j // 2 * 32:][:32]
+            out += [d * scale * (pair >> 4 if j % 2 else pair & 15) - dmin * low for pair in pairs]
     return out
 
 
 def q4_k_scales(b: Sequence[int]) -> tuple[list[int], list[int]]:
     """The eight scales and the eight minimums in a super-block's 12 bytes.
 
-    The first four of each are whole, in the low 6 bits of bytes 0-3 and 4-7. Of the last four, bytes 8-11 hold the low
-    4 bits (the scale's in the low half, the minimum's in the high), and the 2 bits left above those six the rest.
+    The first four of each are whole, in the low 6 bits of bytes 0-3 and 4-7. Of the last four, bytes 8-11 hold the
+    low 4 bits (the scale's in the low half), and the 2 bits left above the first four their high ones.
     """
-    return ([b[j] & 63 for j in range(4)] + [b[8 + j] & 15 | b[j] >> 6 << 4 for j in range(4)],
-            [b[4 + j] & 63 for j in range(4)] + [b[8 + j] >> 4 | b[4 + j] >> 6 << 4 for j in range(4)])
-
-
-def check_blocks(data: bytes, n: int, weights: int, size: int) -> None:
-    """ValueError unless data is as long as n weights take, in blocks of so many weights and bytes."""
-    if n % weights or len(data) != n // weights * size:
-        raise ValueError(f"data must be {size} bytes for every {weights} weights, and n a multiple of {weights}; "
-                         f"not {len(data)} bytes and n = {n}")
+    first, last = [value & 63 for value in b[:8]], [value >> 6 << 4 for value in b[:8]]
+    return ([*first[:4], *(high | low & 15 for high, low in zip(last[:4], b[8:]))],
+            [*first[4:], *(high | low >> 4 for high, low in zip(last[4:], b[8:]))])
 
 
 GGUF = {"Q8_0": (q8_0_encode, q8_0_decode, 32), "Q4_0": (q4_0_encode, q4_0_decode, 32),
@@ -642,45 +634,42 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
     """A Q4_0 block taken apart, the three formats' sizes and errors, and where Q4_K's 6-bit scales go."""
     rng = random.Random(knobs.seed)
     rows = [[fp32(rng.gauss(0, 0.1)) for _ in range(512)] for _ in range(8)]
-    row = rows[0][:32]
-    block, extreme = q4_0_encode(row), max(range(32), key=lambda i: abs(row[i]))
+    row, block = rows[0][:32], q4_0_encode(rows[0][:32])
+    extreme, back = max(range(32), key=lambda i: abs(row[i])), q4_0_decode(block, 32)
     trace.ask("a Q4_0 block is an FP16 scale and 32 codes of 4 bits. How many bytes?", len(block))
-    trace.say("One Q4_0 block of 32 weights, byte for byte as a GGUF file has it: the FP16 scale, lowest byte first, "
-              "then 16 bytes of two codes each.")
+    trace.say("One Q4_0 block of 32 weights, byte for byte as a GGUF file has it: the FP16 scale, lowest byte "
+              "first, then 16 bytes of two codes each.")
     trace.lines(["  " + block[:2].hex(" ") + " │ " + block[2:].hex(" ")])
     trace.table(["weight", "value", "in byte", "code", "(code - 8) · d"],
-                [[str(i), f"{row[i]:+.4f}", f"{2 + i % 16}, {'high' if i > 15 else 'low'} half",
-                  str(block[2 + i % 16] >> 4 if i > 15 else block[2 + i % 16] & 15),
-                  f"{q4_0_decode(block, 32)[i]:+.4f}"] for i in sorted({0, 1, 16, 17, extreme})])
-    trace.note(f"d = {struct.unpack('<e', block[:2])[0]:.6f}: weight {extreme}, the one furthest out, over -8. It "
-               f"alone can have code 0.")
+                [[str(i), f"{row[i]:+.4f}", f"{2 + i % 16}, {('low', 'high')[i // 16]} half",
+                  str(block[2 + i % 16] >> i // 16 * 4 & 15), f"{back[i]:+.4f}"] for i in sorted({0, 1, 16, 17, extreme})])
+    trace.note(f"d = {struct.unpack('<e', block[:2])[0]:.6f}: weight {extreme}, the one furthest out, over -8. So its "
+               f"side of zero has 8 steps, down to code 0; the other has 7, up to code 15.")
 
     lean = [[value + 0.15 for value in row] for row in rows]
-    trace.say("The three formats on 4,096 weights around zero, and on the same weights moved to one side, where Q4_K's "
-              "minimums pay off.")
+    trace.say("The three formats on 4,096 weights around zero, and on the same weights moved to one side, where "
+              "Q4_K's minimums pay off.")
     table = []
     for form, (encode, decode, size) in GGUF.items():
-        errors = [relative_distance([decode(encode(row), len(row)) for row in w], w) for w in (rows, lean)]
-        n_bytes = len(encode(rows[0][:size]))
-        table.append([form, f"{n_bytes} bytes", str(size), f"{8 * n_bytes / size:.2f}",
-                      *(f"{error:.2%}" for error in errors)])
+        n = len(encode(rows[0][:size]))
+        errors = [relative_distance([decode(encode(row), 512) for row in w], w) for w in (rows, lean)]
+        table.append([form, f"{n} bytes", str(size), f"{8 * n / size:.2f}", *(f"{e:.2%}" for e in errors)])
     trace.table(["", "block", "of weights", "bits/weight", "error", "moved aside"], table, left=(0,))
     data = q4_k_encode(rows[0][:256])
     d, dmin = struct.unpack("<2e", data[:4])
     trace.say(f"A Q4_K super-block's first 16 bytes: d = {d:.6f}, dmin = {dmin:.6f}, and eight scales and eight "
               f"minimums in 12 bytes, the last four of each in two pieces:")
-    trace.lines(["  " + " │ ".join(part.hex(" ") for part in (data[:2], data[2:4], data[4:16]))])
+    trace.lines([f"  {data[:2].hex(' ')} │ {data[2:4].hex(' ')} │ {data[4:16].hex(' ')}"])
+    scales, mins = q4_k_scales(data[4:16])
     trace.table(["sub-block", *map(str, range(8))],
-                [[part, *map(str, values)] for part, values in zip(("scale", "min"), q4_k_scales(data[4:16]))],
-                left=(0,))
+                [["scale", *map(str, scales)], ["min", *map(str, mins)]], left=(0,))
     # 1, 2, …, 32: d = 32/127, so weight i is code round(127·i/32).
     fixture = struct.pack("<e", 32 / 127) + bytes(math.floor(127 * i / 32 + 0.5) for i in range(1, 33))
     trace.check("Q8_0 of 1, 2, …, 32 = the block worked out by hand",
-                q8_0_encode([float(i) for i in range(1, 33)]) == fixture, "34 bytes equal")
+                q8_0_encode(list(map(float, range(1, 33)))) == fixture, "34 bytes equal")
     # -8, …, 7, twice: d = 1, codes 0 to 15, weight j and weight j + 16 the same, so bytes 00, 11, …, ff.
     trace.check("Q4_0 of -8, …, 7, twice = the block worked out by hand",
-                q4_0_encode([float(i) for i in range(-8, 8)] * 2) == b"\x00\x3c" + bytes(17 * i for i in range(16)),
-                "18 bytes equal")
+                q4_0_encode([*map(float, range(-8, 8))] * 2) == b"\x00\x3c" + bytes(range(0, 256, 17)), "18 bytes equal")
 
 
 # ---------------------------------------------------------------------------------------------------
