@@ -84,6 +84,9 @@ PIECE = 24                 # tokens a step of both
 # rounded up. Either way nothing is further from a grid point than half a step: |error| ≤ scale / 2. Floating
 # point spends its bits on range instead: the steps double with every power of two.
 
+Grids = list[list[tuple]]  # [row][group]: (scale, zero_point)
+
+
 @dataclass(frozen=True)
 class Quantized:
     """A matrix [out][in] in few bits: w ≈ (code - zero_point) · scale, or codebook[code] · scale.
@@ -145,8 +148,7 @@ def group_columns(w: Matrix, bits: int, granularity: str | int) -> int:
     return granularity if type(granularity) is int else len(w[0])
 
 
-def lay_grids(w: Matrix, group: int, granularity: str | int,
-              make: Callable[[Vector], tuple]) -> list[list[tuple]]:
+def lay_grids(w: Matrix, group: int, granularity: str | int, make: Callable[[Vector], tuple]) -> Grids:
     """For each row of w, make() of each group of its columns; for "tensor" of all values at once, in every row."""
     if granularity == "tensor":
         return [[make(flatten(w))]] * len(w)
@@ -169,23 +171,22 @@ def to_codes(values: Vector, scale: float, zero_point: float, bits: int) -> list
     return codes if low <= min(codes) and max(codes) <= high else [min(max(code, low), high) for code in codes]
 
 
-def on_grids(w: Matrix, grids: list[list[tuple]], bits: int, group: int, granularity: str | int,
-             symmetric: bool) -> Quantized:
+def on_grids(w: Matrix, grids: Grids, bits: int, group: int, granularity: str | int, symmetric: bool) -> Quantized:
     """w [out][in], each group of a row rounded to its own grid."""
     codes = [flatten(to_codes(row[g * group:(g + 1) * group], *grid, bits) for g, grid in enumerate(row_grids))
              for row, row_grids in zip(w, grids)]
     return with_grids(codes, grids, bits, group, granularity, symmetric)
 
 
-def with_grids(codes: list[list[int]], grids: list[list[tuple]], bits: int, group: int, granularity: str | int,
+def with_grids(codes: list[list[int]], grids: Grids, bits: int, group: int, granularity: str | int,
                symmetric: bool = True) -> Quantized:
     """Scales are stored in FP16, zero points (unless symmetric) like codes, or in FP16 if not whole."""
     scales, zeros = zip(*(grids[0] if granularity == "tensor" else flatten(grids)))
     overhead = struct.pack(f"<{len(scales)}e", *scales)
     if not symmetric:
         overhead += pack_bits(zeros, bits) if isinstance(zeros[0], int) else struct.pack(f"<{len(zeros)}e", *zeros)
-    return Quantized(codes, [[scale for scale, _ in row] for row in grids],
-                     [[zero for _, zero in row] for row in grids], bits, group, overhead)
+    scales, zeros = ([[grid[part] for grid in row] for row in grids] for part in (0, 1))
+    return Quantized(codes, scales, zeros, bits, group, overhead)
 
 
 @dataclass(frozen=True)
@@ -198,10 +199,7 @@ class FloatFormat:
     overflow: float  # what anything larger becomes
 
     def __call__(self, x: float) -> float:
-        """The nearest of its numbers, halfway the even one; ±overflow beyond what rounds to the largest.
-
-        Zeros keep their sign; NaN stays NaN.
-        """
+        """The nearest number, halfway the even one; ±overflow beyond what rounds to the largest; ±0 and NaN stay."""
         if x == 0 or not math.isfinite(x):
             return math.copysign(self.overflow, x) if math.isinf(x) else x
         exponent = max(math.frexp(x)[1] - 1, 2 - 2 ** (self.exponent_bits - 1))  # below: subnormal, steps stay
@@ -238,13 +236,13 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     lab, bits, (channels, size) = laboratory(knobs), knobs.bits, knobs.outliers
     config, name = lab.model.config, "layers.0.attention.wv"
     trace.say(f"The patient: a Llama of {lab.fp32_bytes // 4:,} weights, {config.dim} channels and "
-              f"{config.n_layers} layer, trained for {STEPS} steps on The House That Jack Built. Its perplexity "
-              f"on the last verse, on which everything here is measured, is {lab.perplexity:.3f}. (Calibration takes "
+              f"{config.n_layers} layer, trained for {STEPS} steps on The House That Jack Built. Its perplexity on "
+              f"the last verse, where everything here is measured, is {lab.perplexity:.3f}. (Calibration takes "
               f"the tokens before it. Training has read it all: the place is held apart, not the words.)")
-    trace.say(f"Large models have a few channels whose activations are many times the others'; a tiny one has none. "
-              f"So they are planted: on {channels} channels every norm's gain is made {size:g} times larger and "
-              f"the columns that read them as much smaller; in each head, as many channels of the keys "
-              f"{key_size(size):g} times larger, and the queries' smaller. In exact arithmetic that changes nothing.")
+    trace.say(f"Large models have a few channels with activations many times the others'; a tiny one has none. So "
+              f"they are planted: on {channels} channels every norm's gain is made {size:g} times larger and the "
+              f"columns that read them as much smaller; in each head, as many channels of the keys are made "
+              f"{key_size(size):g} times larger, of the queries smaller. In exact arithmetic that changes nothing.")
     matrix = lab.model.weights[name]
     w, width = flatten(matrix), len(matrix[0])
     forms = {form: (flatten(q.codes), flatten(q.dequantize()), q.scales[0][0]) for form, q in (
@@ -324,7 +322,7 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
     trace.check("bits per weight counted from the bytes = the formula", sizes_agree, "equal")
     if (bits, knobs.outliers) == (4, OUTLIERS):  # other widths and outliers may make less of a difference
         tensor, group = (measure(lab, rounded_to_nearest(lab, 4, granularity)) for granularity in ("tensor", g))
-        trace.check("INT4: a scale per tensor is clearly worse than one per group, in perplexity and by twice in KL",
+        trace.check("INT4: a scale per tensor is worse than one per group, in perplexity and by twice in KL",
                     tensor.perplexity > group.perplexity and tensor.kl > 2 * group.kl,
                     f"KL {tensor.kl:.3f} against {group.kl:.3f}")
 
@@ -336,7 +334,7 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
 # code, one after the other from the lowest bit up. A negative code is stored as two's complement: -1 is 1111.
 
 def pack_int4(codes: Sequence[int]) -> bytes:
-    """Codes from -8 to 7 (else ValueError), two to a byte, the first in the low half; an odd one leaves a high 0."""
+    """Codes from -8 to 7 (else ValueError), two to a byte, the first low; after an odd number the last half is 0."""
     if wrong := [code for code in codes if not -8 <= code <= 7]:
         raise ValueError(f"codes must be from -8 to 7, not {wrong[0]}")
     return bytes(low & 15 | (high & 15) << 4 for low, high in zip(codes[::2], [*codes[1::2], 0]))
@@ -367,11 +365,12 @@ REAL_LLAMAS = {"Llama 2 7B": ((32000, 4096, 32, 32, 32, 11008), 6_738_415_616),
 def show_bytes(trace: Trace, knobs: Namespace) -> None:
     """Nibbles in bytes, the model's file in each format, and what real models would take."""
     codes, g, bits = [3, -1, -8, 7, 0, 5, -2], knobs.group_size, knobs.bits
-    trace.say(f"{len(codes)} codes in {len(pack_int4(codes))} bytes. Read each byte from the right: low half first.")
+    data = pack_int4(codes)
+    trace.say(f"{len(codes)} codes in {len(data)} bytes. Read each byte from the right: low half first.")
     pairs = [codes[i:i + 2] for i in range(0, len(codes), 2)]
     trace.table(["codes", "in four bits", "byte", "hex"],
                 [[", ".join(map(str, pair)), " ".join(f"{code & 15:04b}" for code in pair), f"{byte:08b}",
-                  f"{byte:02x}"] for pair, byte in zip(pairs, pack_int4(codes))], left=(0, 1))
+                  f"{byte:02x}"] for pair, byte in zip(pairs, data)], left=(0, 1))
 
     config, rng = model_config(len(word_tokenizer().vocab)), random.Random(knobs.seed)
     shapes = [shape for name, shape in config.shapes().items() if is_linear(name, shape)]
@@ -388,15 +387,13 @@ def show_bytes(trace: Trace, knobs: Namespace) -> None:
     trace.table(["format", "bytes", "of FP32", ""],
                 [[form, f"{size:,}", f"{size / sizes['FP32']:.0%}", bar(size, sizes["FP32"], 40)]
                  for form, size in sizes.items()], left=(0, 3))
-
-    counts = {name: sum(map(math.prod, Config(*fields).shapes().values())) for name, (fields, _) in REAL_LLAMAS.items()}
+    counts = {name: sum(map(math.prod, Config(*fields).shapes().values()))
+              for name, (fields, _) in REAL_LLAMAS.items()}
     gib = {name: {b: count * b / 8 / 2**30 for b in (32, 16, 8, 4.5, 4)} for name, count in counts.items()}
-    trace.ask("how many GiB do the 8,030,261,248 weights of Llama 3.1 8B take at 4.5 bits, which is 4 bits and an "
-              "FP16 scale for every 32?", gib["Llama 3.1 8B"][4.5])
-    trace.say("The weights of real models in GiB, all of them at so many bits; 4.5 is 4 bits and an FP16 scale "
-              "for every 32.")
+    trace.ask("how many GiB do the 8,030,261,248 weights of Llama 3.1 8B take at 4.5 bits?", gib["Llama 3.1 8B"][4.5])
+    trace.say("The weights of real models in GiB; 4.5 bits is 4 bits and an FP16 scale for every 32.")
     trace.table(["model", "parameters", *(f"{b:g} bits" for b in (32, 16, 8, 4.5, 4))],
-                [[name, f"{counts[name]:,}", *(f"{size:.1f}" for size in gib[name].values())] for name in gib], left=(0,))
+                [[name, f"{counts[name]:,}", *(f"{n:.1f}" for n in gib[name].values())] for name in gib], left=(0,))
     some = [codes * 3 for codes in ([], [1], [-8, 7], codes, list(range(-8, 8)))]
     trace.check("pack_int4() = the general pack_bits() at 4 bits, and unpack_int4() undoes it, odd lengths too",
                 all(pack_int4(part) == pack_bits(part, 4) and unpack_int4(pack_int4(part), len(part)) == part
@@ -475,8 +472,8 @@ def e4m3_byte(x: float) -> int:
 
 
 # As bitsandbytes has them (functional.py, get_4bit_type, 'nf4'), to eight digits.
-PUBLISHED_NF4 = [-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.07958030,
-                 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0]
+PUBLISHED_NF4 = [-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
+                 0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0]
 
 
 def show_nf4(trace: Trace, knobs: Namespace) -> None:
@@ -491,21 +488,21 @@ def show_nf4(trace: Trace, knobs: Namespace) -> None:
     normal = [v / max(map(abs, part)) for row in bell for part in (row[:64], row[64:128]) for v in part]
     trace.lines(histogram(normal, {"NF4": codebook, "INT4": [code / 7 for code in range(-7, 8)]}))
     trace.note("NF4: " + " ".join(f"{value:+.3f}" for value in codebook))
-    trace.say("16,384 numbers of each kind, in blocks of 64: bytes and bits with the scales (INT4's are in FP16), and "
-              "the root mean square error as a share of the numbers' own.")
+    trace.say("16,384 numbers of each kind, in blocks of 64: bytes and bits with the scales (INT4's are in FP16), "
+              "and the root mean square error as a share of the numbers' own.")
     forms = {"INT4": partial(quantize, bits=4, granularity=64), "NF4": quantize_nf4,
              "NF4, double quantization": partial(quantize_nf4, double_quant=True)}
-    coded = {form: [method(w) for w in (bell, even)] for form, method in forms.items()}
-    errors = {form: [relative_distance(q.dequantize(), w) for q, w in zip(pair, (bell, even))]
-              for form, pair in coded.items()}
+    errors = {form: [relative_distance(method(w).dequantize(), w) for w in (bell, even)]
+              for form, method in forms.items()}
+    coded = {form: method(bell) for form, method in forms.items()}
     trace.table(["", "bytes", "bits/weight", "error: bell-shaped", "uniform"],
                 [[form, f"{q.nbytes:,}", f"{q.bits_per_weight:.3f}", *(f"{e:.2%}" for e in errors[form])]
-                 for form, (q, _) in coded.items()], left=(0,))
+                 for form, q in coded.items()], left=(0,))
     trace.check_close("the derived codebook = the 16 published values", [codebook], [PUBLISHED_NF4], 1e-6)
     trace.check("NF4 beats INT4 on bell-shaped numbers, and loses on uniform ones",
                 errors["NF4"][0] < errors["INT4"][0] and errors["NF4"][1] > errors["INT4"][1], "both")
     trace.check("bits counted = 4 + 32/64, and 4 + 8/64 + 32/(64·256) + the mean's 32 over all",
-                [coded[form][0].bits_per_weight for form in forms][1:]
+                [q.bits_per_weight for q in coded.values()][1:]
                 == [4.5, 4 + 8 / 64 + 32 / (64 * 256) + 32 / 16384], "equal")
 
 
@@ -536,16 +533,12 @@ def blocks_of(row: Sequence[float], size: int) -> list[Vector]:
 
 
 def block_fields(data: bytes, n: int, size: int, layout: str) -> Iterator[tuple]:
-    """The fields of each block of `size` weights, by a struct layout. ValueError if data is not as long as n take."""
-    if n % size or len(data) != n // size * struct.calcsize(layout):
-        raise ValueError(f"data must be {struct.calcsize(layout)} bytes for every {size} weights, and n a multiple of "
-                         f"{size}; not {len(data)} bytes and n = {n}")
+    """The fields of each block of `size` weights, in a struct layout; ValueError if data is not n weights long."""
+    nbytes = struct.calcsize(layout)
+    if n % size or len(data) != n // size * nbytes:
+        raise ValueError(f"data must be {nbytes} bytes for every {size} weights, and n a multiple of {size}; "
+                         f"not {len(data)} bytes and n = {n}")
     return struct.iter_unpack(layout, data)
-
-
-def reciprocal(d: float) -> float:
-    """1 / d in FP32, or 0 for 0 and where d is too small."""
-    return fp32(1 / d) if abs(d) >= 2.0**-126 else 0.0
 
 
 def q8_0_encode(row: Sequence[float]) -> bytes:
@@ -553,7 +546,8 @@ def q8_0_encode(row: Sequence[float]) -> bytes:
     data = b""
     for block in blocks_of(row, 32):
         d = fp32(max(map(abs, block)) / 127)
-        products = [fp32(value * reciprocal(d)) for value in block]
+        inverse = fp32(1 / d) if d >= 2.0**-126 else 0.0  # for a smaller d, 1 / d may be too large for FP32
+        products = [fp32(value * inverse) for value in block]
         data += struct.pack("<e32b", d, *(int(math.copysign(abs(x) + 0.5, x)) for x in products))
     return data
 
@@ -568,7 +562,8 @@ def q4_0_encode(row: Sequence[float]) -> bytes:
     data = b""
     for block in blocks_of(row, 32):
         d = max(block, key=abs) / -8  # the extreme one gets code 0: its side of zero has 8 steps, the other 7
-        codes = [min(15, int(fp32(value * reciprocal(d) + 8.5))) for value in block]
+        inverse = fp32(1 / d) if abs(d) >= 2.0**-126 else 0.0
+        codes = [min(15, int(fp32(value * inverse + 8.5))) for value in block]
         data += struct.pack("<e16B", d, *(low | high << 4 for low, high in zip(codes[:16], codes[16:])))
     return data
 
@@ -642,9 +637,10 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
     trace.lines(["  " + block[:2].hex(" ") + " │ " + block[2:].hex(" ")])
     trace.table(["weight", "value", "in byte", "code", "(code - 8) · d"],
                 [[str(i), f"{row[i]:+.4f}", f"{2 + i % 16}, {('low', 'high')[i // 16]} half",
-                  str(block[2 + i % 16] >> i // 16 * 4 & 15), f"{back[i]:+.4f}"] for i in sorted({0, 1, 16, 17, extreme})])
-    trace.note(f"d = {struct.unpack('<e', block[:2])[0]:.6f}: weight {extreme}, the one furthest out, over -8. So its "
-               f"side of zero has 8 steps, down to code 0; the other has 7, up to code 15.")
+                  str(block[2 + i % 16] >> i // 16 * 4 & 15), f"{back[i]:+.4f}"]
+                 for i in sorted({0, 1, 16, 17, extreme})])
+    trace.note(f"d = {struct.unpack('<e', block[:2])[0]:.6f}: weight {extreme}, the one furthest out, over -8. So "
+               f"its side of zero has 8 steps, down to code 0; the other has 7, up to code 15.")
 
     lean = [[value + 0.15 for value in row] for row in rows]
     trace.say("The three formats on 4,096 weights around zero, and on the same weights moved to one side, where "
@@ -666,10 +662,10 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
     # 1, 2, …, 32: d = 32/127, so weight i is code round(127·i/32).
     fixture = struct.pack("<e", 32 / 127) + bytes(math.floor(127 * i / 32 + 0.5) for i in range(1, 33))
     trace.check("Q8_0 of 1, 2, …, 32 = the block worked out by hand",
-                q8_0_encode(list(map(float, range(1, 33)))) == fixture, "34 bytes equal")
-    # -8, …, 7, twice: d = 1, codes 0 to 15, weight j and weight j + 16 the same, so bytes 00, 11, …, ff.
+                q8_0_encode(range(1, 33)) == fixture, "34 bytes equal")
+    # -8, …, 7, twice: d = 1, codes 0 to 15, weights j and j + 16 the same, so bytes 00, 11, …, ff.
     trace.check("Q4_0 of -8, …, 7, twice = the block worked out by hand",
-                q4_0_encode([*map(float, range(-8, 8))] * 2) == b"\x00\x3c" + bytes(range(0, 256, 17)), "18 bytes equal")
+                q4_0_encode([*range(-8, 8)] * 2) == b"\x00\x3c" + bytes(range(0, 256, 17)), "18 bytes equal")
 
 
 # ---------------------------------------------------------------------------------------------------
