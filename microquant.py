@@ -143,8 +143,8 @@ def group_columns(w: Matrix, bits: int, granularity: str | int) -> int:
         raise ValueError(f"granularity must be 'tensor', 'channel' or a positive group size, not {granularity!r}")
     if not w or not w[0] or any(len(row) != len(w[0]) for row in w):
         raise ValueError("w must have at least one row and one column, and rows of one length")
-    if not all(map(FP16_MAX.__ge__, map(abs, flatten(w)))):
-        raise ValueError(f"w must hold finite numbers of at most {FP16_MAX:.0f}, what FP16 scales allow for")
+    if not all(map(fp16.largest.__ge__, map(abs, flatten(w)))):  # false for NaN too
+        raise ValueError(f"w must hold finite numbers of at most {fp16.largest:.0f}, what FP16 scales allow for")
     return granularity if type(granularity) is int else len(w[0])
 
 
@@ -199,7 +199,7 @@ class FloatFormat:
     overflow: float  # what anything larger becomes
 
     def __call__(self, x: float) -> float:
-        """The nearest number, halfway the even one; ±overflow beyond what rounds to the largest; ±0 and NaN stay."""
+        """The nearest number, halfway the even one; ±overflow beyond what rounds to largest; ±0 and NaN stay."""
         if x == 0 or not math.isfinite(x):
             return math.copysign(self.overflow, x) if math.isinf(x) else x
         exponent = max(math.frexp(x)[1] - 1, 2 - 2 ** (self.exponent_bits - 1))  # below: subnormal, steps stay
@@ -208,8 +208,7 @@ class FloatFormat:
         return math.copysign(self.overflow if abs(y) > self.largest else y, x)
 
 
-FP16_MAX = 65504.0
-fp16 = FloatFormat("FP16", 5, 10, FP16_MAX, math.inf)
+fp16 = FloatFormat("FP16", 5, 10, 65504.0, math.inf)
 bf16 = FloatFormat("BF16", 8, 7, (2 - 2**-7) * 2.0**127, math.inf)  # FP32 cut short
 fp8_e4m3 = FloatFormat("FP8 E4M3", 4, 3, 448.0, 448.0)  # no infinity: it stays at 448, as saturating hardware does
 fp8_e5m2 = FloatFormat("FP8 E5M2", 5, 2, 57344.0, math.inf)  # FP16 cut short
@@ -236,13 +235,13 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     lab, bits, (channels, size) = laboratory(knobs), knobs.bits, knobs.outliers
     config, name = lab.model.config, "layers.0.attention.wv"
     trace.say(f"The patient: a Llama of {lab.fp32_bytes // 4:,} weights, {config.dim} channels and "
-              f"{config.n_layers} layer, trained for {STEPS} steps on The House That Jack Built. Its perplexity on "
-              f"the last verse, where everything here is measured, is {lab.perplexity:.3f}. (Calibration takes "
+              f"{config.n_layers} layer, trained for {STEPS} steps on The House That Jack Built. Its perplexity "
+              f"on the last verse, where everything here is measured, is {lab.perplexity:.3f}. (Calibration takes "
               f"the tokens before it. Training has read it all: the place is held apart, not the words.)")
     trace.say(f"Large models have a few channels with activations many times the others'; a tiny one has none. So "
               f"they are planted: on {channels} channels every norm's gain is made {size:g} times larger and the "
               f"columns that read them as much smaller; in each head, as many channels of the keys are made "
-              f"{key_size(size):g} times larger, of the queries smaller. In exact arithmetic that changes nothing.")
+              f"{key_size(size):g} times larger, of the queries smaller. In exact arithmetic nothing changes.")
     matrix = lab.model.weights[name]
     w, width = flatten(matrix), len(matrix[0])
     forms = {form: (flatten(q.codes), flatten(q.dequantize()), q.scales[0][0]) for form, q in (
@@ -334,7 +333,7 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
 # code, one after the other from the lowest bit up. A negative code is stored as two's complement: -1 is 1111.
 
 def pack_int4(codes: Sequence[int]) -> bytes:
-    """Codes from -8 to 7 (else ValueError), two to a byte, the first low; after an odd number the last half is 0."""
+    """Codes from -8 to 7 (else ValueError), two to a byte, first one low; an odd one out leaves a high half 0."""
     if wrong := [code for code in codes if not -8 <= code <= 7]:
         raise ValueError(f"codes must be from -8 to 7, not {wrong[0]}")
     return bytes(low & 15 | (high & 15) << 4 for low, high in zip(codes[::2], [*codes[1::2], 0]))
@@ -387,13 +386,16 @@ def show_bytes(trace: Trace, knobs: Namespace) -> None:
     trace.table(["format", "bytes", "of FP32", ""],
                 [[form, f"{size:,}", f"{size / sizes['FP32']:.0%}", bar(size, sizes["FP32"], 40)]
                  for form, size in sizes.items()], left=(0, 3))
+
     counts = {name: sum(map(math.prod, Config(*fields).shapes().values()))
               for name, (fields, _) in REAL_LLAMAS.items()}
     gib = {name: {b: count * b / 8 / 2**30 for b in (32, 16, 8, 4.5, 4)} for name, count in counts.items()}
-    trace.ask("how many GiB do the 8,030,261,248 weights of Llama 3.1 8B take at 4.5 bits?", gib["Llama 3.1 8B"][4.5])
+    trace.ask("how many GiB do the 8,030,261,248 weights of Llama 3.1 8B take at 4.5 bits, an FP16 scale for "
+              "every 32 included?", gib["Llama 3.1 8B"][4.5])
     trace.say("The weights of real models in GiB; 4.5 bits is 4 bits and an FP16 scale for every 32.")
     trace.table(["model", "parameters", *(f"{b:g} bits" for b in (32, 16, 8, 4.5, 4))],
-                [[name, f"{counts[name]:,}", *(f"{n:.1f}" for n in gib[name].values())] for name in gib], left=(0,))
+                [[name, f"{counts[name]:,}", *(f"{n:.1f}" for n in row.values())]
+                 for name, row in gib.items()], left=(0,))
     some = [codes * 3 for codes in ([], [1], [-8, 7], codes, list(range(-8, 8)))]
     trace.check("pack_int4() = the general pack_bits() at 4 bits, and unpack_int4() undoes it, odd lengths too",
                 all(pack_int4(part) == pack_bits(part, 4) and unpack_int4(pack_int4(part), len(part)) == part
@@ -407,8 +409,8 @@ def show_bytes(trace: Trace, knobs: Namespace) -> None:
 #
 # Weights are bell-shaped, so an even grid spends most of its codes where few weights are. NormalFloat puts its
 # 16 values at quantiles of the normal distribution instead: about as many weights for each. A plain set of
-# quantiles would have no zero, so the two sides are cut separately, 8 steps above zero and 7 below, both from the
-# quantile 1 - ½(1/32 + 1/30) inwards to zero's at ½, and scaled to end at ±1.
+# quantiles would have no zero, so the two sides are cut separately, in 8 even steps of probability above zero and
+# 7 below, both from the quantile 1 - ½(1/32 + 1/30) inwards to ½, where zero is, and scaled to end at ±1.
 #
 #     w ≈ codebook[code] · absmax                  absmax: of a block of 64, in FP32, so 4 + 32/64 = 4.5 bits
 #
@@ -492,9 +494,9 @@ def show_nf4(trace: Trace, knobs: Namespace) -> None:
               "and the root mean square error as a share of the numbers' own.")
     forms = {"INT4": partial(quantize, bits=4, granularity=64), "NF4": quantize_nf4,
              "NF4, double quantization": partial(quantize_nf4, double_quant=True)}
-    errors = {form: [relative_distance(method(w).dequantize(), w) for w in (bell, even)]
-              for form, method in forms.items()}
     coded = {form: method(bell) for form, method in forms.items()}
+    errors = {form: [relative_distance(q.dequantize(), w) for q, w in ((coded[form], bell), (method(even), even))]
+              for form, method in forms.items()}
     trace.table(["", "bytes", "bits/weight", "error: bell-shaped", "uniform"],
                 [[form, f"{q.nbytes:,}", f"{q.bits_per_weight:.3f}", *(f"{e:.2%}" for e in errors[form])]
                  for form, q in coded.items()], left=(0,))
@@ -519,16 +521,16 @@ def show_nf4(trace: Trace, knobs: Namespace) -> None:
 #            eight sub-blocks of 32, each with a scale and a min of 6 bits, quantized themselves: 4.5 bits a weight
 #            like Q4_0, but with a zero point. Bytes: see q4_k_decode().
 #
-# In Q8_0 and Q4_0, ggml computes in FP32 (hence all the fp32()), multiplies by 1 / d (0 where FP32 has none), and
-# only then stores d in FP16. Q4_K's own encoder tries several scales for each sub-block and keeps the best; ours
-# takes the range from min to max. The layout is the same.
+# In Q8_0 and Q4_0, ggml computes in FP32 (hence all the fp32()), multiplies by 1 / d (0 for a d of 0), and only
+# then stores d in FP16; w / d + 8.5 is rounded once, as by a fused multiply-add. Q4_K's own encoder tries several
+# scales for each sub-block and keeps the best; ours takes the range from min to max. The layout is the same.
 
 def blocks_of(row: Sequence[float], size: int) -> list[Vector]:
     """row cut into blocks, in FP32. ValueError if it is no multiple of size, or holds what FP16 scales cannot."""
     if not row or len(row) % size:
         raise ValueError(f"row must have a multiple of {size} weights, not {len(row)}")
-    if not all(abs(value) <= FP16_MAX for value in row):
-        raise ValueError(f"row must hold finite numbers of at most {FP16_MAX:.0f}")
+    if not all(abs(value) <= fp16.largest for value in row):
+        raise ValueError(f"row must hold finite numbers of at most {fp16.largest:.0f}")
     return [list(map(fp32, row[i:i + size])) for i in range(0, len(row), size)]
 
 
@@ -613,12 +615,11 @@ def q4_k_decode(data: bytes, n: int) -> Vector:
 def q4_k_scales(b: Sequence[int]) -> tuple[list[int], list[int]]:
     """The eight scales and the eight minimums in a super-block's 12 bytes.
 
-    The first four of each are whole, in the low 6 bits of bytes 0-3 and 4-7. Of the last four, bytes 8-11 hold the
-    low 4 bits (the scale's in the low half), and the 2 bits left above the first four their high ones.
+    The first four of each are whole, in the low 6 bits of bytes 0-3 and 4-7. Of the last four, bytes 8-11 hold
+    the low 4 bits (scale's in the low half, minimum's in the high), and the 2 bits left above those six the rest.
     """
-    first, last = [value & 63 for value in b[:8]], [value >> 6 << 4 for value in b[:8]]
-    return ([*first[:4], *(high | low & 15 for high, low in zip(last[:4], b[8:]))],
-            [*first[4:], *(high | low >> 4 for high, low in zip(last[4:], b[8:]))])
+    return ([b[j] & 63 for j in range(4)] + [b[8 + j] & 15 | b[j] >> 6 << 4 for j in range(4)],
+            [b[4 + j] & 63 for j in range(4)] + [b[8 + j] >> 4 | b[4 + j] >> 6 << 4 for j in range(4)])
 
 
 GGUF = {"Q8_0": (q8_0_encode, q8_0_decode, 32), "Q4_0": (q4_0_encode, q4_0_decode, 32),
