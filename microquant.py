@@ -157,16 +157,22 @@ def lay_grids(w: Matrix, group: int, granularity: str | int, make: Callable[[Vec
 
 def make_grid(values: Vector, *, bits: int, symmetric: bool) -> tuple[float, int]:
     """(scale, zero_point) of the finest grid on which no value is clipped; for zeros alone the scale is 1."""
+    low, high = code_range(bits)
     if symmetric:
-        return fp16_up(max(map(abs, values)) / (2 ** (bits - 1) - 1)) or 1.0, 0
+        return fp16_up(max(map(abs, values)) / high) or 1.0, 0
     least, most = min(0.0, *values), max(0.0, *values)
-    scale = fp16_up((most - least) / (2 ** bits - 1)) or 1.0
-    return scale, -2 ** (bits - 1) + round(-least / scale)
+    scale = fp16_up((most - least) / (high - low)) or 1.0
+    return scale, low + round(-least / scale)
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """The least and the greatest code."""
+    return -2 ** (bits - 1), 2 ** (bits - 1) - 1
 
 
 def to_codes(values: Vector, scale: float, zero_point: float, bits: int) -> list[int]:
     """Each value's nearest grid point; halfway goes to the even code, as everywhere in Python and IEEE 754."""
-    low, high = -2 ** (bits - 1), 2 ** (bits - 1) - 1
+    low, high = code_range(bits)
     codes = [round(value / scale + zero_point) for value in values]
     return codes if low <= min(codes) and max(codes) <= high else [min(max(code, low), high) for code in codes]
 
