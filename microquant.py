@@ -1037,59 +1037,53 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------
 # 9. HQQ and SqueezeLLM
 #
-# HQQ needs no data. It keeps the scales of round-to-nearest and looks for the zero point z that minimises |W - Q(W)|
-# to the power p < 1, which forgives the few outliers and cares for the many. Half-quadratic splitting: an error e of
-# its own for every weight, drawn to W - Q(W), shrunk towards 0, turn by turn with a mean for z:
+# HQQ needs no data. It keeps the scales of round-to-nearest and looks for the zero point z that minimises
+# |W - Q(W)| to the power p < 1, which forgives the few outliers and cares for the many. Half-quadratic splitting
+# gives each weight an error e of its own, W - Q(W) shrunk towards 0, and fits z to W - e by a mean, turn by turn:
 #
-#     e = shrink(W - Q(W), β)          shrink(r, β) = sign(r) · max(|r| - |r|^(p-1) / β, 0)
-#     z = mean(code - (W - e) / scale)                                           β grows a little every turn
+#     e = shrink(W - Q(W), β)                      shrink(r, β) = sign(r) · max(|r| - |r|^(p-1) / β, 0)
+#     z = mean(code - (W - e) / scale)             β grows a little every turn
+#
+# (With the authors' β = 10, errors below 0.17 have e = 0: in 4 bits nearly all of ours, and z is a plain mean.)
 #
 # SqueezeLLM lets the grid be any 2^bits values, found by k-means in which each weight counts by how much the loss
-# minds it (the squared gradient, a diagonal of the Fisher information); and takes 0.45% of the weights out into a
-# sparse matrix in FP16: 0.05% that matter most, 0.4% that are largest. (The authors: a codebook for every row, of
-# thousands of weights; ours have 64, so it is one for the matrix.)
+# minds it (the squared gradient, the diagonal of the Fisher information); and takes 0.45% of the weights out into
+# a sparse matrix in FP16: 0.05% that matter most, 0.4% that are largest. (The authors: a codebook for every row,
+# of thousands of weights; ours have 64, so it is one for the matrix.)
 
-def hqq(w: Matrix, bits: int, *, granularity: str | int, iterations: int = 20) -> Quantized:
-    """w [out][in] on the asymmetric grids of quantize(), their zero points, real numbers in FP16, by best_zero().
+def hqq(w: Matrix, bits: int, *, granularity: str | int, p: float = 0.7, beta: float = 10.0) -> Quantized:
+    """w [out][in] on the asymmetric grids of quantize(), with zero points in FP16. ValueError as for quantize().
 
-    ValueError as for quantize().
+    Of up to 20 z's, the one with the least mean |error| stays. Each is rounded to FP16 and codes the values; the
+    search ends where the error is not less than before. Else come e, the next z, and β times 1.01.
     """
+    def best_zero(values: Vector) -> tuple[float, float]:
+        (scale, zero), least = make_grid(values, bits=bits, symmetric=False), math.inf
+        for turn in range(20):
+            zero = fp16(float(zero))
+            codes = to_codes(values, scale, zero, bits)
+            rest = [value - (code - zero) * scale for value, code in zip(values, codes)]
+            error, b = fmean(map(abs, rest)), beta * 1.01 ** turn
+            if error >= least:
+                break
+            least, best = error, zero
+            shrunk = [math.copysign(max(abs(r) - abs(r) ** (p - 1) / b, 0.0), r) if r else 0.0 for r in rest]
+            zero = fmean(code - (value - e) / scale for code, value, e in zip(codes, values, shrunk))
+        return scale, best
+
     group = group_columns(w, bits, granularity)
-    grids = lay_grids(w, group, granularity,
-                      lambda values: best_zero(values, *make_grid(values, bits=bits, symmetric=False), bits, iterations))
-    return on_grids(w, grids, bits, group, granularity, symmetric=False)
+    return on_grids(w, lay_grids(w, group, granularity, best_zero), bits, group, granularity, symmetric=False)
 
 
-def best_zero(values: Vector, scale: float, zero: float, bits: int, iterations: int, p: float = 0.7,
-              beta: float = 10.0, kappa: float = 1.01) -> tuple[float, float]:
-    """(scale, the zero point that left the least mean |error|), from `zero` on.
-
-    A turn rounds z to FP16, codes the values with it, and stops if their mean |error| is not less than before;
-    then come e, the next z, and β times kappa.
-    """
-    least, best = math.inf, zero
-    for _ in range(iterations):
-        zero = fp16(float(zero))
-        codes = to_codes(values, scale, zero, bits)
-        rest = [value - (code - zero) * scale for value, code in zip(values, codes)]
-        error = fmean(map(abs, rest))
-        if error >= least:
-            break
-        least, best = error, zero
-        shrunk = [math.copysign(max(abs(r) - abs(r) ** (p - 1) / beta, 0.0), r) if r else 0.0 for r in rest]
-        zero = fmean(code - (value - e) / scale for code, value, e in zip(codes, values, shrunk))
-        beta *= kappa
-    return scale, best
-
-
-def weighted_kmeans(values: Vector, weights: Vector, k: int, iterations: int = 12) -> Vector:
+def weighted_kmeans(values: Vector, weights: Vector, k: int, turns: int = 12) -> Vector:
     """k values, ascending, for the least Σ weight · (value - its nearest)²: Lloyd's algorithm in one dimension.
 
-    It starts from the middles of k equal shares of the sorted values. A value that none is nearest to stays.
+    It starts from the middles of k equal shares of the sorted values. A value that none is nearest to
+    stays; of no values at all, they are 0.
     """
-    order = sorted(values)
+    order = sorted(values) or [0.0]
     centroids = [order[(2 * i + 1) * len(order) // (2 * k)] for i in range(k)]
-    for _ in range(iterations):
+    for _ in range(turns):
         mass, total = [0.0] * k, [0.0] * k
         for i, value, weight in zip(nearest(values, centroids), values, weights):
             mass[i], total[i] = mass[i] + weight, total[i] + weight * value
@@ -1098,32 +1092,29 @@ def weighted_kmeans(values: Vector, weights: Vector, k: int, iterations: int = 1
 
 
 def squeezellm(w: Matrix, sensitivity: Matrix, bits: int) -> tuple[Matrix, int]:
-    """(what w decodes to, its bytes): a codebook of 2^bits FP16 values, codes, and 0.45% of the weights apart.
+    """(what w [out][in] decodes to, its bytes): codes, their 2^bits values in FP16, and a few weights apart.
 
-    w [out][in], sensitivity of the same shape. Those apart (0.05% and 0.4%, each rounded up) are kept in FP16, and no
-    part of the k-means; they have a code all the same, and beside the value 2 bytes for the column; rows take 2 each.
+    Apart are the 0.05% of the highest sensitivity [out][in] and the 0.4% largest, each rounded up. k-means does
+    not see them, but they have a code all the same. They are stored by rows (CSR), in 2 bytes each: the values in
+    FP16, the columns, and for every row and the end how many come before.
     """
     values, weights, columns = flatten(w), flatten(sensitivity), len(w[0])
-    n, places = len(values), range(len(values))
+    places, n = range(len(values)), len(values)
     apart = sorted({*sorted(places, key=lambda i: -weights[i])[:math.ceil(0.0005 * n)],
                     *sorted(places, key=lambda i: -abs(values[i]))[:math.ceil(0.004 * n)]})
-    dense = sorted({*places} - {*apart})
+    exact, dense = {i: fp16(values[i]) for i in apart}, sorted({*places} - {*apart})
     codebook = fp16_row(weighted_kmeans([values[i] for i in dense], [weights[i] for i in dense], 2 ** bits))
-    codes = nearest(values, codebook)
-    decoded = [codebook[code] for code in codes]
-    for i in apart:
-        decoded[i] = fp16(values[i])
-    # The sparse matrix by rows (CSR): values, their columns, and for each row how many come before it.
-    before = [bisect_left(apart, r * columns) for r in range(len(w) + 1)]
-    sparse = struct.pack(f"<{len(apart)}e{len(apart)}H{len(before)}H", *(values[i] for i in apart),
-                         *(i % columns for i in apart), *before)
-    data = pack_bits(codes, bits) + struct.pack(f"<{len(codebook)}e", *codebook) + sparse
+    codes, before = nearest(values, codebook), [bisect_left(apart, r * columns) for r in range(len(w) + 1)]
+    data = pack_bits(codes, bits) + struct.pack(
+        f"<{len(codebook) + len(apart)}e{len(apart) + len(before)}H", *codebook, *exact.values(),
+        *(i % columns for i in apart), *before)
+    decoded = [exact.get(i, codebook[code]) for i, code in enumerate(codes)]
     return [decoded[i:i + columns] for i in range(0, n, columns)], len(data)
 
 
 @lru_cache(maxsize=None)
 def sensitivities(lab: Lab) -> dict[str, Matrix]:
-    """{matrix: Σ of the squared gradients of its weights}, over the calibration text, 16 tokens to predict at a time."""
+    """{matrix: Σ of its weights' squared gradients} over the calibration text, 16 tokens to predict at a time."""
     total: dict[str, Matrix] = {}
     for start in range(0, max(1, len(lab.calibration) - 1), 16):
         tape, piece = Tape(), lab.calibration[start:start + 17]
@@ -1149,27 +1140,25 @@ def by_squeezellm(lab: Lab, bits: int) -> Compressed:
 
 def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
     """Both beside round to nearest, and where k-means puts its values."""
-    lab, bits, g, name = laboratory(knobs), knobs.bits, knobs.group_size, "layers.0.attention.wq"
-    models = [rounded_to_nearest(lab, bits, g, False), by_hqq(lab, bits, g), by_squeezellm(lab, bits)]
+    lab, calm, bits, g = laboratory(knobs), without_outliers(knobs), knobs.bits, knobs.group_size
+    models, plain = ([rounded_to_nearest(one, bits, g, False), by_hqq(one, bits, g), by_squeezellm(one, bits)]
+                     for one in (lab, calm))
     trace.ask(f"at {bits} bits, which has the least KL: {', '.join(c.name for c in models)}?",
               min(models, key=lambda c: measure(lab, c).kl).name)
-    trace.say(f"At {bits} bits. HQQ moves the zero points; SqueezeLLM moves every value of the grid, and keeps a few "
-              f"weights out.")
-    calm = without_outliers(knobs)
-    plain = [rounded_to_nearest(calm, bits, g, False), by_hqq(calm, bits, g), by_squeezellm(calm, bits)]
+    trace.say(f"At {bits} bits. HQQ moves zero points; SqueezeLLM moves all values, and keeps a few weights out.")
     trace.table(["method", "bits/weight", "perplexity", "KL", "changed", "KL without outliers"],
                 [[c.name, *lab.scores(c), f"{measure(calm, p).kl:.4f}"] for c, p in zip(models, plain)], left=(0,))
-    w, few = lab.model.weights[name], 2 ** min(bits, 4)
-    flat, weights, most = flatten(w), flatten(sensitivities(lab)[name]), max(map(abs, flatten(w)))
-    start, best = (weighted_kmeans(flat, weights, few, turns) for turns in (0, 12))
+    few, name = 2 ** min(bits, 4), "layers.0.attention.wo"
+    values, weights = flatten(calm.model.weights[name]), flatten(sensitivities(calm)[name])
+    even = [max(map(abs, values)) * (2 * i / (few - 1) - 1) for i in range(few)]
+    start, best = (weighted_kmeans(values, weights, few, turns) for turns in (0, 12))
     trace.say(f"Where {few} values go in {name}: evenly; and by k-means, every weight counted by its sensitivity.")
-    trace.lines(histogram(flat, {"even": [most * (2 * i / (few - 1) - 1) for i in range(few)], "k-means": best}))
-    errors = [fmean(abs(a - b) for a, b in zip(flatten(q.dequantize()), flat))
-              for q in (quantize(w, bits, symmetric=False, granularity=g), hqq(w, bits, granularity=g))]
+    trace.lines(histogram(values, {"even": even, "k-means": best}))
+    errors = [fmean(map(abs, map(operator.sub, flatten(c.weights[name]), values))) for c in plain]
     trace.check("HQQ: mean |error| no larger than where it started", errors[1] <= errors[0] * (1 + 1e-12),
                 f"{errors[1] / errors[0]:.1%} of it")
-    costs = [sum(weight * min((value - level) ** 2 for level in levels) for value, weight in zip(flat, weights))
-             for levels in (start, best)]
+    costs = [sum(s * min((v - level) ** 2 for level in grid) for v, s in zip(values, weights))
+             for grid in (start, best)]
     trace.check("k-means: the weighted error falls from where it started", costs[1] <= costs[0], "after 12 turns")
 
 
@@ -1180,9 +1169,9 @@ def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
 #
 #     BitNet   w ≈ mean|W| · sign(w - mean W)          b1.58   w ≈ γ · clip(round(w / γ), -1, 1)      γ = mean|W|
 #
-# A product with such a matrix needs no multiplications but one by the scale: add what meets a 1, take off what
-# meets a -1. Done to a trained model this is ruin. So train with it: forwards with the ternary weights, backwards as
-# if rounding were not there (straight through), and the full-precision weights behind them take the steps. In the
+# A product with such a matrix adds what meets a 1, takes off what meets a -1, and multiplies each sum once, by the
+# scale. Done to a trained model this is ruin. So train with it: forwards with the ternary weights, backwards as if
+# rounding were not there (straight through), and the full-precision weights behind them take the steps. In the
 # papers that goes for the whole training, with activations in 8 bits; here for a short run from trained weights.
 
 def bitnet_signs(w: Matrix) -> Matrix:
@@ -1192,10 +1181,9 @@ def bitnet_signs(w: Matrix) -> Matrix:
 
 
 def ternary_codes(w: Matrix) -> tuple[list[list[int]], float]:
-    """(codes -1, 0, 1, γ) of b1.58 (Ma et al. 2024, equations 1 to 3)."""
+    """(codes -1, 0, 1, γ) of b1.58 (Ma et al. 2024, equations 1 to 3); γ is 1 where all of w is 0."""
     gamma = fmean(map(abs, flatten(w))) or 1.0
-    half = gamma / 2  # what is further out than that rounds to a code of 1 or more, and is clipped to 1
-    return [[(v > half) - (v < -half) for v in row] for row in w], gamma
+    return [[(v > gamma / 2) - (v < -gamma / 2) for v in row] for row in w], gamma  # halves are rounded to 0
 
 
 def ternary_weights(w: Matrix) -> Matrix:
@@ -1205,51 +1193,45 @@ def ternary_weights(w: Matrix) -> Matrix:
 
 
 def pack_ternary(codes: Sequence[int]) -> bytes:
-    """Codes -1, 0, 1, five to a byte, as five digits to base 3: 1.6 bits each."""
-    digits = [code + 1 for code in codes] + [0] * (-len(codes) % 5)
-    return bytes(sum(digit * 3**i for i, digit in enumerate(digits[j:j + 5])) for j in range(0, len(digits), 5))
+    """Codes -1, 0, 1, five to a byte, as five digits to base 3, the lowest first: 1.6 bits each."""
+    return bytes(sum((code + 1) * 3**i for i, code in enumerate(codes[j:j + 5])) for j in range(0, len(codes), 5))
 
 
 def ternary_product(x: Vector, codes: list[list[int]], gamma: float) -> tuple[Vector, int, int]:
     """(y = γ · codes x; how many additions and subtractions of values it took; how many multiplications)."""
     y, additions = [], 0
     for row in codes:
-        total = 0.0
-        for value, code in zip(x, row):
-            if code:
-                total = total + value if code > 0 else total - value
-                additions += 1
-        y.append(gamma * total)
+        plus, minus = ([value for value, code in zip(x, row) if code == sign] for sign in (1, -1))
+        y.append(gamma * (sum(plus) - sum(minus)))
+        additions += len(plus) + len(minus)
     return y, additions, len(y)
 
 
 def straight_through(tape: Tape) -> Callable:
-    """Runs linear with ternary weights; their gradient goes to the weights behind them as it is (see BACKWARD below)."""
-    return lambda operation, *inputs: (tape(linear, inputs[0], tape(ternary_weights, inputs[1])) if operation is linear
-                                       else tape(operation, *inputs))
+    """Runs linear with ternary weights; their gradient goes to those behind them as it is (see BACKWARD below)."""
+    return lambda operation, x, *rest: (tape(linear, x, tape(ternary_weights, *rest)) if operation is linear else
+                                        tape(operation, x, *rest))
 
 
-ONE_BIT = ("BitNet", "b1.58", "b1.58 trained")
+ONE_BIT = {"BitNet": "1 bit, BitNet", "b1.58": "b1.58, untrained", "b1.58 trained": "b1.58 trained"}
 
 
 @lru_cache(maxsize=None)
 def in_one_bit(lab: Lab, method: str) -> Compressed:
-    """The whole model as "BitNet" or "b1.58" after training, or "b1.58 trained"; from the model without outliers."""
-    weights = lab.calm.weights
+    """The whole model by a method of ONE_BIT, from the one without outliers; a matrix's scale is kept in FP16."""
+    weights = map_rows(list, lab.calm.weights)
     if method == "b1.58 trained":
-        weights = map_rows(list, weights)
-        adam = Adam(weights)
-        for gradients, rate in short_run(Llama(lab.model.config, weights), weights, lab.text, TERNARY_STEPS, 0.02,
-                                         straight_through):
+        model, adam = Llama(lab.model.config, weights), Adam(weights)
+        for gradients, rate in short_run(model, weights, lab.text, TERNARY_STEPS, 0.02, straight_through):
             adam.step(gradients, rate)
 
-    def rounded(_: str, w: Matrix) -> tuple[Matrix, int]:  # and two bytes for the scale
-        if method == "BitNet":
-            signs = bitnet_signs(w)
-            return signs, len(pack_bits([v > 0 for v in flatten(signs)], 1)) + 2
-        return ternary_weights(w), len(pack_ternary(flatten(ternary_codes(w)[0]))) + 2
+    def rounded(_: str, w: Matrix) -> tuple[Matrix, int]:
+        decoded = bitnet_signs(w) if method == "BitNet" else ternary_weights(w)
+        data = (pack_bits([v > 0 for v in flatten(decoded)], 1) if method == "BitNet" else
+                pack_ternary(flatten(ternary_codes(w)[0])))
+        return list(map(fp16_row, decoded)), 2 + len(data)
 
-    return compress(lab, {"BitNet": "1 bit, BitNet", "b1.58": "b1.58, untrained"}.get(method, method), rounded, weights)
+    return compress(lab, ONE_BIT[method], rounded, weights)
 
 
 def show_one_bit(trace: Trace, knobs: Namespace) -> None:
@@ -1258,66 +1240,62 @@ def show_one_bit(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"All matrices in one bit, or one of three values, after training; and trained that way for "
               f"{TERNARY_STEPS} steps more (from the model without planted outliers; a scale for each matrix).")
     score_table(trace, lab, {c.name: c for c in (in_one_bit(lab, method) for method in ONE_BIT)})
-    (codes, gamma), x = ternary_codes(lab.calm.weights[name]), lab.inputs[name][0]
+    w, x = lab.calm.weights[name], lab.inputs[name][0]
+    codes, gamma = ternary_codes(w)
     y, additions, multiplications = ternary_product(x, codes, gamma)
-    flat, packed = flatten(codes), pack_ternary(flatten(codes))
-    trace.ask(f"{name} has {len(flat):,} weights, bell-shaped. With γ = mean|W|, how many become 0?", flat.count(0))
+    n, zeros = len(flatten(codes)), flatten(codes).count(0)
+    trace.ask(f"{name} has {n:,} weights, bell-shaped. With γ = mean|W|, how many become 0?", zeros)
     trace.say(f"{name} times one token, counted while it is done: {additions:,} additions and {multiplications} "
-              f"multiplications, where the matrix in full has {len(flat):,} of each. A corner of it:")
+              f"multiplications, where the matrix in full has {n:,} of each. A corner of it:")
     trace.lines(["  " + "".join("-·+"[code + 1] for code in row) for row in codes[:6]])
     trace.check_close("the product without multiplications = the one with the decoded weights", [y],
-                      linear([x], ternary_weights(lab.calm.weights[name])), 1e-9)
-    trace.check("additions counted = codes that are not 0", additions == len(flat) - flat.count(0), f"{additions:,}")
-    trace.check("five codes to a byte come back", [byte // 3**i % 3 - 1 for byte in packed for i in range(5)][:len(flat)]
-                == flat, f"{len(packed):,} bytes for {len(flat):,} codes")
+                      linear([x], ternary_weights(w)), 1e-9)
+    trace.check("additions counted = codes that are not 0", additions == n - zeros, f"{additions:,}")
 
 
 # ---------------------------------------------------------------------------------------------------
 # 11. Training in few bits
 #
 # Full training with Adam keeps two more numbers for every weight. QLoRA freezes the weights, in NF4, and trains a
-# low-rank correction beside each matrix: y = W x + (α/r) B A x with A [r][in] random, B [out][r] zero at first. Only
-# A and B have gradients and optimizer state.
+# low-rank correction beside each matrix: y = W x + (α/r) B A x, A [r][in] random and B [out][r] zero at first.
+# Only A and B have gradients and optimizer state.
 #
-# Q-GaLore trains the weights themselves, kept in INT8. The gradient G [m][n] is projected to rank r, R = Pᵀ G,
-# with P its top r singular vectors, kept in INT4; Adam works on R, and the step goes back through P:
+# Q-GaLore trains the weights themselves, kept in INT8. The gradient G [m][n], turned so that m ≤ n, is projected
+# by its top r left singular vectors P [m][r], kept in INT4; Adam works there, and its step goes back through P:
 #
 #     W = round_stochastically(W - rate · P · Adam(Pᵀ G))
 #
-# Rounding up or down by chance, in proportion, lets steps smaller than INT8's act on average. P is made
-# again at intervals, and where the new one agrees with the old (cosine ≥ 0.4), the interval doubles. (The authors ask
-# for several agreements in a row, and keep Adam's state in 8 bits as well; ours has FP32.)
+# Rounding up or down by chance, in proportion, lets steps smaller than INT8's act on average. P is made again at
+# intervals; where its first vector agrees with the old one's (|cosine| ≥ 0.4), the interval doubles. (The authors
+# ask that of the mean of several cosines, and keep Adam's state in 8 bits; ours has FP32.)
 
 def frozen_linear(x: Matrix, w: Matrix) -> Matrix:
     """linear(), but the weights get no gradient (see BACKWARD below)."""
     return linear(x, w)
 
 
-def with_adapters(adapters: dict[int, tuple[Matrix, Matrix]]) -> Callable[[Tape], Callable]:
-    """Runs linear as W x + B (A x), with the (A, B) of W's id; the scale α/r is 1."""
-    def run_on(tape: Callable) -> Callable:
-        def run(operation: Callable, *inputs):
-            if operation is not linear:
-                return tape(operation, *inputs)
-            a, b = adapters[id(inputs[1])]
-            return tape(add, tape(frozen_linear, *inputs), tape(linear, tape(linear, inputs[0], a), b))
-        return run
-    return run_on
+def with_adapters(adapters: dict[int, tuple[Matrix, Matrix]]) -> Callable[[Callable], Callable]:
+    """tape -> what runs every operation on it, linear as W x + B (A x), with the (A, B) of W's id; α/r is 1."""
+    def run(tape: Callable, operation: Callable, *inputs):
+        if operation is not linear:
+            return tape(operation, *inputs)
+        a, b = adapters[id(inputs[1])]
+        return tape(add, tape(frozen_linear, *inputs), tape(linear, tape(linear, inputs[0], a), b))
+    return lambda tape: partial(run, tape)
 
 
 @lru_cache(maxsize=None)
 def by_qlora(lab: Lab, rank: int = 4) -> tuple[Compressed, int]:
     """(the NF4 model with adapters trained on top, which its file keeps in FP16; how many numbers they have)."""
-    base, rng, adapters, parameters = in_nf4(lab, True), random.Random(1), {}, {}
-    for name in lab.linears:
-        w = base.weights[name]
-        a, b = [[rng.gauss(0, len(w[0]) ** -0.5) for _ in w[0]] for _ in range(rank)], [[0.0] * rank for _ in w]
-        adapters[id(w)], parameters[name + ".A"], parameters[name + ".B"] = (a, b), a, b
-    adam = Adam(parameters)
-    for gradients, rate in short_run(Llama(lab.model.config, base.weights), parameters, lab.recent, FEW_STEPS, 0.005,
-                                     with_adapters(adapters)):
+    base, rng, adapters = in_nf4(lab, True), random.Random(1), {}
+    for w in (base.weights[name] for name in lab.linears):
+        a = [[rng.gauss(0, len(w[0]) ** -0.5) for _ in w[0]] for _ in range(rank)]
+        adapters[id(w)] = a, [[0.0] * rank for _ in w]
+    parameters = {str(i): part for i, part in enumerate(flatten(adapters.values()))}
+    model, adam = Llama(lab.model.config, base.weights), Adam(parameters)
+    for gradients, rate in short_run(model, parameters, lab.recent, FEW_STEPS, 0.005, with_adapters(adapters)):
         adam.step(gradients, rate)
-    n = sum(len(flatten(p)) for p in parameters.values())
+    n = sum(len(flatten(part)) for part in parameters.values())
     return replace(base, name="NF4 + QLoRA", nbytes=base.nbytes + 2 * n, run=with_adapters(adapters)(call),
                    bits_per_weight=base.bits_per_weight + 16 * n / lab.n_weights), n
 
@@ -1339,39 +1317,35 @@ def subspace(g: Matrix, rank: int, rng: random.Random, turns: int = 2) -> Matrix
 class QGaLore:
     """One matrix in INT8 (a scale per row), its projection in INT4, and Adam on the projected gradient."""
 
-    def __init__(self, w: Matrix, rank: int, rng: random.Random, interval: int = 2):
+    def __init__(self, w: Matrix, rank: int, rng: random.Random):
         self.q, self.rank, self.rng = quantize(w, 8, granularity="channel"), rank, rng
-        self.w = self.q.dequantize()             # what a forward pass uses; changed in place
-        self.wide = len(w) > len(w[0])           # project the shorter side
-        self.projection: Quantized | None = None
-        self.interval, self.next, self.steps, self.refreshed = interval, 0, 0, 0
-        self.direction = [[0.0] * max(len(w), len(w[0])) for _ in range(rank)]
-        self.adam = Adam({"R": self.direction})
+        self.w = self.q.dequantize()                # what a forward pass uses; changed in place
+        self.tall = len(w) > len(w[0])
+        self.projection: Quantized | None = None    # Pᵀ [r][m]
+        self.interval, self.wait, self.refreshed = 2, 0, 0
+        self.adam = Adam({"R": [[0.0] * max(len(w), len(w[0])) for _ in range(rank)]})
 
     def step(self, gradient: Matrix, rate: float) -> None:
-        """Take one step down the gradient [out][in], to stochastic_codes() on grids laid anew; self.w changes in place.
+        """Down the gradient [out][in], if tall transposed, to stochastic_codes() on INT8 grids laid anew.
 
-        Before it, if step number `next` is reached, P is made of this gradient (of its transpose, if the matrix is
-        tall), and `next` moves on by the interval, twice as long if the old and the new P agree by alignment().
+        With no steps left to wait, P is made of this gradient first, the interval doubles if its first vector and
+        the old one's agree by alignment(), and an interval of steps, this one included, is to wait.
         """
-        g = list(zip(*gradient)) if self.wide else gradient
-        if self.steps == self.next:
+        g = list(zip(*gradient)) if self.tall else gradient
+        if not self.wait:
             new = quantize(subspace(g, self.rank, self.rng), 4, granularity="channel")
-            if self.projection and alignment(self.projection.dequantize(), new.dequantize()) >= 0.4:
+            if self.projection and alignment(self.projection.dequantize()[:1], new.dequantize()[:1]) >= 0.4:
                 self.interval *= 2
-            self.projection, self.next, self.refreshed = new, self.steps + self.interval, self.refreshed + 1
-        self.steps += 1
-        p = self.projection.dequantize()                               # Pᵀ, [r][m]
-        for row in self.direction:
-            row[:] = [0.0] * len(row)                                  # Adam changes it in place: from 0 to its step
-        self.adam.step({"R": linear(p, list(zip(*g)))}, rate)          # R = Pᵀ G, [r][n]
-        update = linear(list(zip(*p)), list(zip(*self.direction)))     # P · Adam(R), [m][n]
-        w = add(self.w, list(zip(*update)) if self.wide else update)
-        grids = lay_grids(w, len(w[0]), "channel", partial(make_grid, bits=8, symmetric=True))
-        codes = [stochastic_codes(row, scale, self.rng) for row, ((scale, _),) in zip(w, grids)]
-        self.q = with_grids(codes, grids, 8, len(w[0]), "channel")
-        for row, new_row in zip(self.w, self.q.dequantize()):
-            row[:] = new_row
+            self.projection, self.wait, self.refreshed = new, self.interval, self.refreshed + 1
+        self.wait -= 1
+        p = self.projection.dequantize()
+        self.adam.rows["R"] = r = [[0.0] * len(g[0]) for _ in p]   # Adam starts from 0 and leaves its step, [r][n]
+        self.adam.step({"R": linear(p, list(zip(*g)))}, rate)
+        update = linear(list(zip(*p)), list(zip(*r)))              # P · Adam(Pᵀ G), [m][n]
+        w = add(self.w, list(zip(*update)) if self.tall else update)
+        q = quantize(w, 8, granularity="channel")
+        self.q = replace(q, codes=[stochastic_codes(row, scale, self.rng) for row, [scale] in zip(w, q.scales)])
+        self.w[:] = self.q.dequantize()
 
 
 def stochastic_codes(values: Vector, scale: float, rng: random.Random) -> list[int]:
@@ -1386,57 +1360,51 @@ def alignment(a: Matrix, b: Matrix) -> float:
 
 def show_training(trace: Trace, knobs: Namespace) -> None:
     """QLoRA and Q-GaLore beside full training: what is kept, and what it does to the loss."""
-    lab, rank, rng = laboratory(knobs), 8, random.Random(knobs.seed)
-    config, base, (qlora, n_adapters) = lab.model.config, in_nf4(lab, True), by_qlora(lab)
+    lab, rng = laboratory(knobs), random.Random(knobs.seed)
+    calm, base, (qlora, n_adapters) = lab.calm, in_nf4(lab, True), by_qlora(lab)
 
-    def perplexity(weights: dict) -> str:
-        return f"{measure(lab, Compressed('', weights, 0, 0, call)).perplexity:.3f}"
+    def perplexity(matrices: dict[str, Matrix]) -> float:
+        return measure(lab, Compressed("", calm.weights | matrices, 0, 0, call)).perplexity
 
-    full = map_rows(list, lab.calm.weights)
-    adam = Adam({name: full[name] for name in lab.linears})
-    for gradients, rate in short_run(Llama(config, full), {n: full[n] for n in lab.linears}, lab.recent, FEW_STEPS, 0.001):
+    full = map_rows(list, {name: calm.weights[name] for name in lab.linears})
+    adam, galore = Adam(full), {name: QGaLore(w, 8, rng) for name, w in full.items()}
+    int8 = {name: matrix.w for name, matrix in galore.items()}
+    before = lab.perplexity, measure(lab, base).perplexity, perplexity(int8)
+    for gradients, rate in short_run(Llama(calm.config, calm.weights | full), full, lab.recent, FEW_STEPS, 0.001):
         adam.step(gradients, rate)
-
-    matrices = {name: QGaLore(lab.calm.weights[name], rank, rng) for name in lab.linears}
-    inside = {name: matrix.w for name, matrix in matrices.items()}
-    weights = lab.calm.weights | inside
-    int8 = perplexity(weights)
-    for gradients, rate in short_run(Llama(config, weights), inside, lab.recent, FEW_STEPS, 0.005):
-        for name, matrix in matrices.items():
+    for gradients, rate in short_run(Llama(calm.config, calm.weights | int8), int8, lab.recent, FEW_STEPS, 0.005):
+        for name, matrix in galore.items():
             matrix.step(gradients[name], rate)
+    after = perplexity(full), measure(lab, qlora).perplexity, perplexity(int8)
 
-    shapes = [config.shapes()[name] for name in lab.linears]
-    trace.ask("QLoRA at rank 4: how many numbers does it train beside all the matrices, whose rows and columns sum to "
-              f"{sum(map(sum, shapes)):,}?", n_adapters)
-    trace.say(f"{FEW_STEPS} steps of {PIECE} tokens more, on the text just before the last verse, three ways. Bytes "
-              f"of the matrices as they are kept while training, and of what the optimizer keeps: two FP32 numbers for "
-              f"each that it trains, and Q-GaLore's projections in INT4. Perplexity on the last verse.")
-    state = sum(len(flatten(matrix.direction)) for matrix in matrices.values())
-    trace.table(["", "trained", "weights", "optimizer", "before", "after"], [
-        ["full", f"{lab.n_weights:,}", f"{4 * lab.n_weights:,}", f"{8 * sum(len(flatten(m)) for m in adam.m.values()):,}",
-         f"{lab.perplexity:.3f}", perplexity(full)],
-        ["QLoRA, rank 4", f"{n_adapters:,}", f"{base.nbytes - lab.rest_bytes + 4 * n_adapters:,}",
-         f"{8 * n_adapters:,}", f"{measure(lab, base).perplexity:.3f}", f"{measure(lab, qlora).perplexity:.3f}"],
-        [f"Q-GaLore, rank {rank}", f"{lab.n_weights:,}", f"{sum(m.q.nbytes for m in matrices.values()):,}",
-         f"{8 * state + sum(m.projection.nbytes for m in matrices.values()):,}", int8, perplexity(weights)]], left=(0,))
-    trace.note(f"Q-GaLore made its {len(matrices)} projections {sum(m.refreshed for m in matrices.values())} times "
-               f"in all.")
-    trace.check("QLoRA trains r·(in + out) numbers a matrix", n_adapters == 4 * sum(map(sum, shapes)), f"{n_adapters:,}")
+    n, shapes, ours = lab.n_weights, [calm.config.shapes()[name] for name in full], galore.values()
+    trace.ask("QLoRA at rank 4: how many numbers does it train beside all the matrices, whose rows and columns "
+              f"sum to {sum(map(sum, shapes)):,}?", n_adapters)
+    trace.say(f"{FEW_STEPS} steps of {PIECE} tokens more, on the text just before the last verse, three ways. "
+              f"Bytes of the matrices as they are kept while training, and of what the optimizer keeps: two FP32 "
+              f"numbers for each trained one, and Q-GaLore's projections in INT4. Perplexity on the last verse.")
+    moments = [sum(map(len, flatten(one.m.values()))) for one in (adam, *(m.adam for m in ours))]
+    kept = 4 * n, base.nbytes - lab.rest_bytes + 4 * n_adapters, sum(m.q.nbytes for m in ours)
+    state = 8 * moments[0], 8 * n_adapters, 8 * sum(moments[1:]) + sum(m.projection.nbytes for m in ours)
+    ways = zip(("full", "QLoRA, rank 4", "Q-GaLore, rank 8"), (n, n_adapters, n), kept, state, before, after)
+    trace.table(["", "trained", "weights", "optimizer", "before", "after"],
+                [[way, *(f"{count:,}" for count in counts), f"{old:.3f}", f"{new:.3f}"]
+                 for way, *counts, old, new in ways], left=(0,))
+    trace.note(f"Q-GaLore made its {len(ours)} projections {sum(m.refreshed for m in ours)} times in all; every "
+               f"second step, it would be {len(ours) * FEW_STEPS // 2}.")
+    trace.check("QLoRA trains r·(in + out) numbers a matrix", n_adapters == 4 * sum(map(sum, shapes)),
+                f"{n_adapters:,}")
     trace.check("Q-GaLore's Adam keeps 2·r·max(in, out) numbers a matrix",
-                2 * state == 2 * rank * sum(map(max, shapes)), f"{2 * state:,}")
-    g = [[rng.gauss(0, 1) * (i < 3) + rng.gauss(0, 1e-6) for i in range(9)] for _ in range(12)]
-    p = subspace(g, 3, rng)
-    back = linear(list(zip(*p)), list(zip(*linear(p, list(zip(*g))))))
-    trace.check_close("P Pᵀ G = G for a gradient of rank 3", back, g, 1e-4)
+                sum(moments[1:]) == 8 * sum(map(max, shapes)), f"{2 * sum(moments[1:]):,}")
 
 
 # ---------------------------------------------------------------------------------------------------
 # 12. Mixed precision
 #
-# Not every matrix minds rounding as much. Measure each alone: the KL that it causes when it is quantized and nothing
-# else is, on calibration data, at several bit widths. If the damages roughly add up, the best assignment under a
-# budget of bytes is a small knapsack; with 8 matrices and 3 widths all 6,561 assignments can be tried. (llama.cpp's
-# Q4_K_M mixes in the same spirit, by rule: more bits for some of the attention and feed-forward matrices.)
+# Not every matrix minds rounding as much. Measure each alone: the KL that it causes when only it is quantized, on
+# calibration data, at several bit widths. If the damages roughly add up, the best assignment under a budget of
+# bytes is a small knapsack; with 8 matrices and 3 widths all 6,561 assignments can be tried. (llama.cpp's Q4_K_M
+# mixes in the same spirit, by rule: more bits for some of the attention and feed-forward matrices.)
 
 def widths(bits: int) -> list[int]:
     """The bit widths that mixed precision chooses from, at a budget of so many bits for all."""
@@ -1446,13 +1414,12 @@ def widths(bits: int) -> list[int]:
 @lru_cache(maxsize=None)
 def measure_sensitivity(lab: Lab, bits: int, group: int) -> dict[str, dict[int, tuple[float, int]]]:
     """{matrix: {bits: (KL when it alone is quantized, on 16 calibration tokens; bytes)}}."""
-    tokens = lab.calibration[-16:]
+    tokens, found = lab.calibration[-16:], {name: {} for name in lab.linears}
     reference = [log_softmax(row) for row in lab.model.forward(tokens)]
-    found: dict[str, dict[int, tuple[float, int]]] = {}
-    for name, width in product(lab.linears, widths(bits)):
+    for name, width in product(found, widths(bits)):
         q = quantize(lab.model.weights[name], width, granularity=group)
-        ours = map(log_softmax, Llama(lab.model.config, lab.model.weights | {name: q.dequantize()}).forward(tokens))
-        found.setdefault(name, {})[width] = fmean(map(kl_divergence, reference, ours)), q.nbytes
+        ours = Llama(lab.model.config, lab.model.weights | {name: q.dequantize()}).forward(tokens)
+        found[name][width] = fmean(map(kl_divergence, reference, map(log_softmax, ours))), q.nbytes
     return found
 
 
@@ -1460,7 +1427,6 @@ def assign_bits(damage: dict[str, dict[int, tuple[float, int]]], budget: int) ->
     """{matrix: bits} with the least sum of damages among all assignments of at most `budget` bytes."""
     def total(choice: Sequence[int], part: int) -> float:
         return sum(found[bits][part] for found, bits in zip(damage.values(), choice))
-
     affordable = (choice for choice in product(*map(sorted, damage.values())) if total(choice, 1) <= budget)
     return dict(zip(damage, min(affordable, key=lambda choice: total(choice, 0))))
 
@@ -1477,22 +1443,21 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
     """Each matrix's sensitivity, the assignment, and the model against uniform bits."""
     lab, bits, g = laboratory(knobs), knobs.bits, knobs.group_size
     damage, (mixed, chosen) = measure_sensitivity(lab, bits, g), in_mixed_precision(lab, bits, g)
-    trace.ask(f"rounded alone to {bits} bits, which matrix does the most damage: wq, wk, wv, wo, w1, w2, w3 or output?",
+    uniform, shapes = rounded_to_nearest(lab, bits, g), lab.model.config.shapes()
+    trace.ask(f"rounded alone to {bits} bits, which matrix harms most: wq, wk, wv, wo, w1, w2, w3 or output?",
               max(damage, key=lambda name: damage[name][bits][0]).split(".")[-1])
     trace.say(f"The KL that each matrix causes when it alone is quantized (in thousandths of a nat a token, on "
-              f"calibration tokens, in groups of {g}), and the bits it gets when all may take the bytes of {bits} bits "
-              f"throughout.")
+              f"calibration tokens, in groups of {g}), and the bits it gets when all may take the bytes of {bits} "
+              f"bits throughout.")
     trace.table(["matrix", "weights", *(f"{width} bits" for width in widths(bits)), "gets"],
-                [[name, f"{math.prod(lab.model.config.shapes()[name]):,}",
-                  *(f"{1000 * kl:.2f}" for kl, _ in found.values()), str(chosen[name])]
-                 for name, found in damage.items()], left=(0,))
+                [[name, f"{math.prod(shapes[name]):,}", *(f"{1000 * kl:.2f}" for kl, _ in found.values()),
+                  str(chosen[name])] for name, found in damage.items()], left=(0,))
     trace.say("On text that neither saw:")
-    uniform = rounded_to_nearest(lab, bits, g)
     score_table(trace, lab, {f"{bits} bits throughout": uniform, "mixed": mixed})
     trace.check("mixed is no larger, in encoded bytes", mixed.nbytes <= uniform.nbytes,
                 f"{mixed.nbytes:,} of {uniform.nbytes:,}")
-    ours, even = (sum(found[b][0] for found, b in zip(damage.values(), choice))
-                  for choice in (chosen.values(), [bits] * len(damage)))
+    ours, even = (sum(found[choice.get(name, bits)][0] for name, found in damage.items())
+                  for choice in (chosen, {}))
     trace.check("its damages add up to no more than uniform bits' do", ours <= even,
                 f"{1000 * ours:.1f} against {1000 * even:.1f}")
 
@@ -2520,17 +2485,9 @@ def concat(*blocks: Matrix) -> Matrix:
     return [[value for part in rows for value in part] for rows in zip(*blocks)]
 
 
-def identity_backward(d: Matrix, w: Matrix) -> list[Matrix]:
-    """Straight through: the gradient of what w was rounded to is taken for w's."""
-    return [d]
-
-
-def frozen_linear_backward(d: Matrix, x: Matrix, w: Matrix) -> list[Matrix]:
-    """y = x wᵀ with w frozen: dx = d w alone."""
-    return [linear(d, list(zip(*w)))]
-
-
-BACKWARD |= {ternary_weights: identity_backward, frozen_linear: frozen_linear_backward}
+# What the short runs add: straight through, the gradient of what w was rounded to is taken for w's (section 10);
+# a frozen w has none, and y = x wᵀ leaves dx = d w (section 11).
+BACKWARD |= {ternary_weights: lambda d, w: [d], frozen_linear: lambda d, x, w: [linear(d, list(zip(*w)))]}
 
 # ---------------------------------------------------------------------------------------------------
 
@@ -2544,7 +2501,7 @@ SECTIONS = [
                                            move_scales]),
     ("GPTQ", show_gptq, [hessian_of, gptq, upper_factor]),
     ("AWQ", show_awq, [awq_search, try_exponents, awq_fold]),
-    ("HQQ, SqueezeLLM", show_hqq_squeezellm, [hqq, best_zero, weighted_kmeans, squeezellm, sensitivities]),
+    ("HQQ, SqueezeLLM", show_hqq_squeezellm, [hqq, weighted_kmeans, squeezellm, sensitivities]),
     ("One bit and a bit", show_one_bit, [bitnet_signs, ternary_codes, straight_through, ternary_product]),
     ("Training in few bits", show_training, [with_adapters, by_qlora, QGaLore, subspace]),
     ("Mixed precision", show_mixed, [measure_sensitivity, assign_bits]),
