@@ -1221,9 +1221,7 @@ def in_one_bit(lab: Lab, method: str) -> Compressed:
     """The whole model by a method of ONE_BIT, from the one without outliers; a matrix's scale is kept in FP16."""
     weights = map_rows(list, lab.calm.weights)
     if method == "b1.58 trained":
-        model, adam = Llama(lab.model.config, weights), Adam(weights)
-        for gradients, rate in short_run(model, weights, lab.text, TERNARY_STEPS, 0.02, straight_through):
-            adam.step(gradients, rate)
+        short_run(Llama(lab.model.config, weights), weights, lab.text, TERNARY_STEPS, 0.02, straight_through)
 
     def rounded(_: str, w: Matrix) -> tuple[Matrix, int]:
         decoded = bitnet_signs(w) if method == "BitNet" else ternary_weights(w)
@@ -1292,9 +1290,8 @@ def by_qlora(lab: Lab, rank: int = 4) -> tuple[Compressed, int]:
         a = [[rng.gauss(0, len(w[0]) ** -0.5) for _ in w[0]] for _ in range(rank)]
         adapters[id(w)] = a, [[0.0] * rank for _ in w]
     parameters = {str(i): part for i, part in enumerate(flatten(adapters.values()))}
-    model, adam = Llama(lab.model.config, base.weights), Adam(parameters)
-    for gradients, rate in short_run(model, parameters, lab.recent, FEW_STEPS, 0.005, with_adapters(adapters)):
-        adam.step(gradients, rate)
+    model = Llama(lab.model.config, base.weights)
+    short_run(model, parameters, lab.recent, FEW_STEPS, 0.005, with_adapters(adapters))
     n = sum(len(flatten(part)) for part in parameters.values())
     return replace(base, name="NF4 + QLoRA", nbytes=base.nbytes + 2 * n, run=with_adapters(adapters)(call),
                    bits_per_weight=base.bits_per_weight + 16 * n / lab.n_weights), n
@@ -1366,15 +1363,16 @@ def show_training(trace: Trace, knobs: Namespace) -> None:
     def perplexity(matrices: dict[str, Matrix]) -> float:
         return measure(lab, Compressed("", calm.weights | matrices, 0, 0, call)).perplexity
 
+    def galore_step(gradients: dict[str, Matrix], rate: float) -> None:
+        for name, matrix in galore.items():
+            matrix.step(gradients[name], rate)
+
     full = map_rows(list, {name: calm.weights[name] for name in lab.linears})
     adam, galore = Adam(full), {name: QGaLore(w, 8, rng) for name, w in full.items()}
     int8 = {name: matrix.w for name, matrix in galore.items()}
     before = lab.perplexity, measure(lab, base).perplexity, perplexity(int8)
-    for gradients, rate in short_run(Llama(calm.config, calm.weights | full), full, lab.recent, FEW_STEPS, 0.001):
-        adam.step(gradients, rate)
-    for gradients, rate in short_run(Llama(calm.config, calm.weights | int8), int8, lab.recent, FEW_STEPS, 0.005):
-        for name, matrix in galore.items():
-            matrix.step(gradients[name], rate)
+    for matrices, rate, step in ((full, 0.001, adam.step), (int8, 0.005, galore_step)):
+        short_run(Llama(calm.config, calm.weights | matrices), matrices, lab.recent, FEW_STEPS, rate, step=step)
     after = perplexity(full), measure(lab, qlora).perplexity, perplexity(int8)
 
     n, shapes, ours = lab.n_weights, [calm.config.shapes()[name] for name in full], galore.values()
@@ -1743,13 +1741,14 @@ def map_rows(function: Callable[[Vector], Vector], weights: dict[str, Matrix | V
 
 
 def short_run(model: Llama, parameters: dict[str, Matrix | Vector], ids: Sequence[int], steps: int, rate: float,
-              run_on: Callable[[Tape], Callable] = lambda tape: tape) -> Iterator[tuple[dict, float]]:
-    """PIECE tokens of ids a step: the parameters' gradients, and a learning rate that falls to 0; the caller steps."""
+              run_on: Callable[[Tape], Callable] = lambda tape: tape, step: Callable | None = None) -> None:
+    """PIECE tokens of ids at a time: step(the parameters' gradients, a learning rate that falls to 0), or Adam's."""
+    step = step or Adam(parameters).step
     for i in range(steps):
         tape, piece = Tape(), ids[i * PIECE % (len(ids) - PIECE):][:PIECE + 1]
         logits = model.forward(piece[:-1], run=run_on(tape))
         gradients = tape.backward(logits, cross_entropy(logits, piece[1:])[1])
-        yield {name: gradients[id(p)] for name, p in parameters.items()}, rate * (1 - i / steps)
+        step({name: gradients[id(p)] for name, p in parameters.items()}, rate * (1 - i / steps))
 
 
 def compress(lab: Lab, name: str, method: Callable, weights: dict | None = None) -> Compressed:
