@@ -4,7 +4,7 @@
 A language model that writes one token at a time spends its time fetching weights from memory, so a weight in
 4 bits instead of 16 is nearly four times the speed, and lets a card hold a model it could not hold before. The price is
 rounding. This script trains a tiny Llama, plants in it the outliers that real ones have, then compresses it by
-every method that people deploy, and measures each on the same three things: the bytes it really takes, the
+the methods that people deploy, and measures each on the same three things: the bytes it really takes, the
 model's loss, and how far its predictions moved.
 
 Run it (`python microquant.py`), read the trace, then read on from here in order: every section of the trace is
@@ -243,11 +243,13 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"The patient: a Llama of {lab.fp32_bytes // 4:,} weights, {config.dim} channels and "
               f"{config.n_layers} layer, trained for {STEPS} steps on The House That Jack Built. Its perplexity "
               f"on the last verse, where everything here is measured, is {lab.perplexity:.3f}. (Calibration takes "
-              f"the tokens before it. Training has read it all: the place is held apart, not the words.)")
-    trace.say(f"Large models have a few channels with activations many times the others'; a tiny one has none. So "
-              f"they are planted: on {channels} channels every norm's gain is made {size:g} times larger and the "
-              f"columns that read them as much smaller; in each head, as many channels of the keys are made "
-              f"{key_size(size):g} times larger, of the queries smaller. In exact arithmetic nothing changes.")
+              f"the tokens before it. Training read nearly all: the place is held apart, not the words.)")
+    n_keys = 2 * key_pairs(channels, config)
+    trace.say("Large models have a few channels with activations many times the others'; a tiny one has none. " + (
+        f"So they are planted: on {channels} channels every norm's gain is made {size:g} times larger and the "
+        f"columns that read them as much smaller; in each head, {n_keys} channels of the keys are made "
+        f"{key_size(size):g} times larger, of the queries smaller. In exact arithmetic nothing changes."
+        if lab is not without_outliers(knobs) else "Nor has this one, with these --outliers."))
     matrix = lab.model.weights[name]
     w, width = flatten(matrix), len(matrix[0])
     forms = {form: (flatten(q.codes), flatten(q.dequantize()), q.scales[0][0]) for form, q in (
@@ -298,7 +300,7 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
     lab, g, bits = laboratory(knobs), knobs.group_size, knobs.bits
     kinds: dict[str, str | int] = {"tensor": "tensor", "channel": "channel", f"group of {g}": g}
     trace.say("The whole model rounded to nearest, at three granularities. Error: how far the weights moved, as a "
-              "share of their size. Perplexity on unseen text; KL: how far the predictions moved from FP32's, in "
+              "share of their size. Perplexity on the last verse; KL: how far the predictions moved from FP32's, in "
               "nats a token; changed: how often the likeliest next token is another one.")
     trace.ask(f"INT{bits} with a scale for every group of {g}: how many bits a weight does that take?",
               rounded_to_nearest(lab, bits, g).bits_per_weight)
@@ -311,8 +313,9 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
         n_scales = sum({"tensor": 1, "channel": n_out}.get(kind, n_out * -(-n_in // g)) for n_out, n_in in shapes)
         sizes_agree &= c.bits_per_weight == (b * lab.n_weights + 16 * n_scales) / lab.n_weights
     trace.table(["", "a scale per", "error", "bits/weight", "perplexity", "KL", "changed"], rows, left=(0, 1))
+    trace.note("A scale per tensor pays for the planted keys too. Perplexity may, by luck, fall below FP32's; KL is at least 0.")
 
-    w = [list(row) for row in lab.calm.weights["layers.0.attention.wv"][:6]]
+    w = [list(row) for row in lab.calm.weights["layers.0.attention.wv"][:4]]
     typical = math.sqrt(fmean(value * value for value in flatten(w)))
     w[2][len(w[0]) // 3] = 20 * typical
     trace.say(f"One outlier's damage: {len(w)} rows of {len(w[0])} weights, one of them (in row 3) made 20 times "
@@ -380,8 +383,9 @@ def show_bytes(trace: Trace, knobs: Namespace) -> None:
     config, rng = model_config(len(word_tokenizer().vocab)), random.Random(knobs.seed)
     shapes = [shape for name, shape in config.shapes().items() if is_linear(name, shape)]
     rest = sum(map(math.prod, config.shapes().values())) - sum(map(math.prod, shapes))
-    trace.say(f"The tiny model's file: its {len(shapes)} matrices in each format, encoded, and the bytes counted. "
-              f"What only looks up or scales, the embedding and the norms, stays in FP16: {2 * rest:,} bytes.")
+    trace.say(f"A file of the tiny model's shapes: {len(shapes)} matrices of normal numbers in each format, encoded, "
+              f"and the bytes counted. What only looks up or scales, the embedding and the norms, stays in FP16: "
+              f"{2 * rest:,} bytes.")
     matrices = [[[rng.gauss(0, 0.1) for _ in range(n_in)] for _ in range(n_out)] for n_out, n_in in shapes]
     weights = flatten(map(flatten, matrices))
     sizes = {form: len(struct.pack(f"<{len(weights)}{code}", *weights)) + struct.calcsize(code) * rest
@@ -414,7 +418,7 @@ def show_bytes(trace: Trace, knobs: Namespace) -> None:
 # 4. NF4 and double quantization
 #
 # Weights are bell-shaped, so an even grid spends most of its codes where few weights are. NormalFloat puts its
-# 16 values at quantiles of the normal distribution instead: about as many weights for each. A plain set of
+# 16 values at quantiles of the normal distribution instead: more nearly as many weights for each. A plain set of
 # quantiles would have no zero, so the two sides are cut separately, in 8 even steps of probability above zero and
 # 7 below, both from the quantile 1 - ½(1/32 + 1/30) inwards to ½, where zero is, and scaled to end at ±1.
 #
@@ -425,7 +429,7 @@ def show_bytes(trace: Trace, knobs: Namespace) -> None:
 # 8-bit float of its own making there; E4M3 does the same job.)
 
 def nf4_codebook() -> Vector:
-    """The 16 values of NF4, ascending from -1 to 1, 0 among them (QLoRA, section 3)."""
+    """The 16 values of NF4, ascending from -1 to 1, 0 among them: QLoRA, section 3, as bitsandbytes cuts it."""
     far, quantile = 1 - (1 / 32 + 1 / 30) / 2, NormalDist().inv_cdf
     above = [quantile(far + (0.5 - far) * i / 8) for i in range(8)]
     below = [-quantile(far + (0.5 - far) * i / 7) for i in range(7)]
@@ -673,6 +677,8 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
     # -8, …, 7, twice: d = 1, codes 0 to 15, weights j and j + 16 the same, so bytes 00, 11, …, ff.
     trace.check("Q4_0 of -8, …, 7, twice = the block worked out by hand",
                 q4_0_encode([*range(-8, 8)] * 2) == b"\x00\x3c" + bytes(range(0, 256, 17)), "18 bytes equal")
+    grid = [float((63 - j) * q - (56 + j)) for j in range(8) for q in [*range(16)] * 2]  # 6-bit scales and minimums
+    trace.check("Q4_K gives back weights that lie on its grid", q4_k_decode(q4_k_encode(grid), 256) == grid, "256 equal")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -683,8 +689,8 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
 # static, chosen once from calibration data (its absmax; a percentile, which clips the rare extremes; or whatever
 # gives the least error), or dynamic: each token's own absmax.
 #
-# A channel that is always 30 times the others hurts all of these, and at 128 times it ruins the model: on a grid
-# laid for it, the others round to almost nothing. Two ways out. LLM.int8() multiplies the columns of x that reach
+# A channel that is always 30 times the others hurts all of these, the static ones most; at 128 times it ruins the
+# model: on a grid laid for it, the others round to almost nothing. Two ways out. LLM.int8() multiplies the columns of x that reach
 # 6.0 in floating point, the rest in INT8 with a scale for each row of x and of W (vector-wise). SmoothQuant moves
 # some of the difficulty into the weights, which are easier to round; with α = 1/2 both get the same maxima:
 #
@@ -758,29 +764,41 @@ def smoothquant(weights: dict, config: Config, inputs: dict[str, Matrix], alpha:
 
 @lru_cache(maxsize=None)
 def in_int8(lab: Lab, method: str, alpha: float = ALPHA) -> Compressed:
-    """The whole model in W8A8, by a method of static_scale(), "dynamic", "LLM.int8()" or "SmoothQuant"."""
-    weights = lab.model.weights
+    """The whole model in W8A8, by a method of static_scale(), "dynamic", "SmoothQuant" or "LLM.int8()".
+
+    The last one's file has, beside the codes, the columns that reach 6.0 in calibration, in FP16. (bitsandbytes takes
+    them from the codes: fewer bytes, and exact only in x.)
+    """
+    weights, codes = lab.model.weights, {}
     if method == "SmoothQuant":
         weights = smoothquant(weights, lab.model.config, lab.inputs, alpha)
-    codes = {id(weights[name]): quantize(weights[name], 8, granularity="channel") for name in lab.linears}
-    scales = {id(weights[name]): static_scale(lab.inputs[name], method) for name in lab.linears
+
+    def to_int8(name: str, w: Matrix) -> Quantized | tuple[Matrix, int]:
+        codes[name] = q = quantize(w, 8, granularity="channel")
+        if method != "LLM.int8()":
+            return q
+        large = [max(map(abs, column)) >= 6 for column in zip(*lab.inputs[name])]
+        return ([[half if kept else value for half, value, kept in zip(fp16_row(row), back, large)]
+                 for row, back in zip(w, q.dequantize())], q.nbytes + 2 * len(w) * sum(large))
+
+    c = compress(lab, "W8A8 static" if method == "absmax" else method, to_int8, weights)
+    scales = {name: static_scale(lab.inputs[name], method) for name in lab.linears
               if method in ("absmax", "percentile", "error")}
+    names = {id(c.weights[name]): name for name in lab.linears}
 
-    def run(operation: Callable, *values):
-        if operation is not linear:
-            return operation(*values)
-        x, w = values
-        return llm_int8_matmul(x, w) if method == "LLM.int8()" else int8_matmul(x, codes[id(w)], scales.get(id(w)))
+    def run(operation: Callable, *inputs):
+        if operation is not linear or method == "LLM.int8()":
+            return (llm_int8_matmul if operation is linear else operation)(*inputs)
+        x, name = inputs[0], names[id(inputs[1])]
+        return int8_matmul(x, codes[name], scales.get(name))
 
-    nbytes = sum(q.nbytes for q in codes.values())
-    return Compressed("W8A8 static" if method == "absmax" else method, weights, lab.rest_bytes + nbytes,
-                      8 * nbytes / lab.n_weights, run)
+    return replace(c, run=run)
 
 
 def show_activations(trace: Trace, knobs: Namespace) -> None:
     """The activations' sizes, W8A8's ways to set a scale, and the two rescues."""
-    lab, name = laboratory(knobs), "layers.0.attention.wq"
-    smooth = Llama(lab.model.config, in_int8(lab, "SmoothQuant", knobs.alpha).weights)
+    lab, calm, name = laboratory(knobs), without_outliers(knobs), "layers.0.attention.wq"
+    smooth = Llama(lab.model.config, smoothquant(lab.model.weights, lab.model.config, lab.inputs, knobs.alpha))
     before, after = ([max(map(abs, column)) for column in zip(*inputs[name])]
                      for inputs in (lab.inputs, capture(smooth, lab.calibration)[0]))
     trace.say(f"The largest magnitude on the calibration tokens of each channel that goes into {name}, "
@@ -793,15 +811,15 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     channels, size = knobs.outliers
     trace.say(f"LLM.int8() keeps {kept} of these {len(before)} columns in floating point. The model with weights "
               f"and activations in INT8: perplexity (FP32's is {lab.perplexity:.3f}) and KL as the outliers grow. "
-              f"One scale for a whole matrix or token serves {channels} large channels at the cost of all others; "
-              f"LLM.int8() and SmoothQuant do not mind.")
-    labs = [build_lab(knobs.seed, knobs.calibration_tokens, (channels, grown)) for grown in (1.0, size, 4 * size)]
+              f"One scale for a matrix or a token serves its largest channels at the cost of all others.")
+    sizes = {f"{grown:g} times" if lab is not calm else "none": (channels, grown) for grown in (size, 4 * size)}
+    labs = [calm, *(build_lab(knobs.seed, knobs.calibration_tokens, planted) for planted in sizes.values())]
     methods = {"absmax": "static, absmax", "percentile": "static, 99.9th percentile",
                "error": "static, least error", "dynamic": "dynamic, per token", "LLM.int8()": "LLM.int8()",
                "SmoothQuant": "SmoothQuant, dynamic"}
     found = {method: [measure(other, in_int8(other, method, knobs.alpha)) for other in labs] for method in methods}
     rows = [[methods[method], *(f"{m.perplexity:.3f}  {m.kl:.4f}" for m in ms)] for method, ms in found.items()]
-    trace.table(["scales of x", "no outliers", f"{size:g} times", f"{4 * size:g} times"], rows, left=(0,))
+    trace.table(["scales of x", "no outliers", *sizes], rows, left=(0,))
     if (knobs.outliers, knobs.alpha, knobs.calibration_tokens) == (OUTLIERS, ALPHA, CALIBRATION_TOKENS):
         plain, *rescued = ([m.kl for m in found[method][1:]] for method in ("absmax", "LLM.int8()", "SmoothQuant"))
         trace.check("plain W8A8 fails where both rescues hold",
@@ -827,8 +845,9 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
 #
 #     error_j = (w_j - quant(w_j)) / U[j][j]          w_k -= error_j · U[j][k]  for every k > j
 #
-# U is the upper Cholesky factor of H⁻¹, Uᵀ U = H⁻¹. Its row j is, but for a factor, what OBS at step j takes from
-# the inverse of what is left of H, without inverting again. Damping (1% of H's mean diagonal) keeps H invertible.
+# U is the upper Cholesky factor of H⁻¹, Uᵀ U = H⁻¹. Its row j is, up to a factor, the first row of the inverse of H
+# restricted to columns j, j + 1, …: all that OBS needs at step j, for every step from one factorization. Damping
+# (1% of H's mean diagonal) keeps H invertible.
 # act-order takes the columns with the largest diagonal first, while there is still somewhere to put their errors.
 # Production takes a block's inputs from the quantized blocks before it; ours takes all from the FP32 model.
 
@@ -917,9 +936,7 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
     w, identity = lab.model.weights[name], [[float(i == j) for j in range(n)] for i in range(n)]
     h = add(hessian_of(lab.inputs[name]), identity)
     u = upper_factor(h)
-    trace.check_close("row j of U = OBS's: times the H of columns j, j + 1, … it is 0 but for column j",
-                      [[dot(u[j], row) * u[j][j] for row in h[j:]] for j in range(n)],
-                      [row[j:] for j, row in enumerate(identity)], 1e-9)
+    trace.check_close("U H Uᵀ = 1, so Uᵀ U = H⁻¹", linear(linear(u, h), u), identity, 1e-9)
     trace.check("with uncorrelated inputs GPTQ = round to nearest",
                 gptq(w, identity, bits, granularity=g) == quantize(w, bits, granularity=g), "equal, scales too")
 
@@ -936,7 +953,8 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
 #
 # x / s costs nothing: it is folded into the operation before, a norm's gain or the rows of another matrix (w3
 # makes the channels that w2 reads). Matrices that read the same input share s. For wo there is no such place when
-# query heads share KV heads: it stays as it is, as in the authors' code. (Their clipping of weights is left out.)
+# query heads share KV heads: it stays as it is, as in the authors' code. (They compare what the whole attention or
+# MLP puts out, and clip weights as well.)
 
 def awq_search(w: Matrix, x: Matrix, bits: int, *, granularity: str | int,
                grid: int = 20) -> tuple[Vector, float, Quantized]:
@@ -965,9 +983,8 @@ def try_exponents(w: Matrix, x: Matrix, alphas: Sequence[float], bits: int, gran
 
 
 def readers_of(lab: Lab, readers: Sequence[str]) -> tuple[Matrix, Matrix]:
-    """(the matrices that read one input, stacked, and that input on 16 of the calibration tokens or so)."""
-    x = lab.inputs[readers[0]]
-    return flatten(lab.model.weights[name] for name in readers), x[::max(1, len(x) // 16)]
+    """(the matrices that read one input, stacked; that input on the calibration tokens)."""
+    return flatten(lab.model.weights[name] for name in readers), lab.inputs[readers[0]]
 
 
 @lru_cache(maxsize=None)
@@ -1014,15 +1031,16 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
     lab, bits, g = laboratory(knobs), knobs.bits, knobs.group_size
     found, (source, readers) = awq_scales(lab, bits, g), next(iter(sources_and_readers(lab.model.config).items()))
     trace.ask(f"which of the exponents 0, 0.05, …, 0.95 does the search find for {source}?", found[source][1])
-    trace.say(f"INT{bits} in groups of {g}, with one channel in {lab.model.config.dim} of every matrix kept in "
-              f"FP16: whether that helps depends on how it is chosen. And AWQ, which keeps none.")
-    kept = {f"1, by {how}": keeping_channels(lab, bits, g, 1, how) for how in ("chance", "activations")}
-    plain, awq = {"none": rounded_to_nearest(lab, bits, g)}, {"none: AWQ": by_awq(lab, bits, g)}
+    count = max(1, knobs.outliers[0])
+    trace.say(f"INT{bits} in groups of {g}, with {count} of each matrix's channels kept in FP16: whether that helps "
+              f"depends on how they are chosen. And AWQ, which keeps none.")
+    kept = {f"{count}, by {how}": keeping_channels(lab, bits, g, count, how) for how in ("chance", "activations")}
+    plain, awq = {"none": rounded_to_nearest(lab, bits, g)}, {"none, but AWQ's scales": by_awq(lab, bits, g)}
     score_table(trace, lab, plain | kept | awq, "channels in FP16")
     trace.say(f"The search behind {source}: output error of {', '.join(name.split('.')[-1] for name in readers)} "
               f"on calibration tokens for some of the exponents; 0 is round to nearest. AWQ takes the least.")
     w, x = readers_of(lab, readers)
-    (best, *_), *tried = try_exponents(w, x, (found[source][1], 0, 0.2, 0.4, 0.6, 0.8, 0.95), bits, g)
+    tried = try_exponents(w, x, (0, 0.2, 0.4, 0.6, 0.8, 0.95), bits, g)
     worst = max(error for error, *_ in tried)
     trace.table(["exponent", "error", ""], [[f"{alpha:.2f}", f"{error:.2%}", bar(error, worst, 44)]
                                             for error, alpha, *_ in tried], left=(2,))
@@ -1030,8 +1048,6 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
     trace.check_close("AWQ's scales, folded in, left the FP32 logits where they were", Llama(
         lab.model.config, awq_fold(lab, found)).forward(lab.evaluation[:-1]), lab.logits, 1e-9)
     trace.check("exponent 0 = round to nearest", tried[0][3] == quantize(w, bits, granularity=g), "equal")
-    trace.check("what the search found is as good as every exponent tried above",
-                best <= min(error for error, *_ in tried), f"{best:.2%}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1044,7 +1060,8 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
 #     e = shrink(W - Q(W), β)                      shrink(r, β) = sign(r) · max(|r| - |r|^(p-1) / β, 0)
 #     z = mean(code - (W - e) / scale)             β grows a little every turn
 #
-# (With the authors' β = 10, errors below 0.17 have e = 0: in 4 bits nearly all of ours, and z is a plain mean.)
+# (With the authors' β = 10, errors below 0.17 have e = 0: in 4 bits nearly all of ours, and z is a plain mean. They
+# stop for the whole matrix at once, and take the last z.)
 #
 # SqueezeLLM lets the grid be any 2^bits values, found by k-means in which each weight counts by how much the loss
 # minds it (the squared gradient, the diagonal of the Fisher information); and takes 0.45% of the weights out into
@@ -1148,18 +1165,17 @@ def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"At {bits} bits. HQQ moves zero points; SqueezeLLM moves all values, and keeps a few weights out.")
     trace.table(["method", "bits/weight", "perplexity", "KL", "changed", "KL without outliers"],
                 [[c.name, *lab.scores(c), f"{measure(calm, p).kl:.4f}"] for c, p in zip(models, plain)], left=(0,))
+    trace.note("The columns that read an outlier hold small weights. A grid with an exact zero rounds them to 0; HQQ's, "
+               "whose zero point is free, is off by up to half a step there, which the large input multiplies. "
+               "(SqueezeLLM has one codebook for a matrix, the others a scale for every group.)")
     few, name = 2 ** min(bits, 4), "layers.0.attention.wo"
     values, weights = flatten(calm.model.weights[name]), flatten(sensitivities(calm)[name])
     even = [max(map(abs, values)) * (2 * i / (few - 1) - 1) for i in range(few)]
-    start, best = (weighted_kmeans(values, weights, few, turns) for turns in (0, 12))
     trace.say(f"Where {few} values go in {name}: evenly; and by k-means, every weight counted by its sensitivity.")
-    trace.lines(histogram(values, {"even": even, "k-means": best}))
+    trace.lines(histogram(values, {"even": even, "k-means": weighted_kmeans(values, weights, few)}))
     errors = [fmean(map(abs, map(operator.sub, flatten(c.weights[name]), values))) for c in plain]
     trace.check("HQQ: mean |error| no larger than where it started", errors[1] <= errors[0] * (1 + 1e-12),
                 f"{errors[1] / errors[0]:.1%} of it")
-    costs = [sum(s * min((v - level) ** 2 for level in grid) for v, s in zip(values, weights))
-             for grid in (start, best)]
-    trace.check("k-means: the weighted error falls from where it started", costs[1] <= costs[0], "after 12 turns")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1265,7 +1281,7 @@ def show_one_bit(trace: Trace, knobs: Namespace) -> None:
 #
 # Rounding up or down by chance, in proportion, lets steps smaller than INT8's act on average. P is made again at
 # intervals; where its first vector agrees with the old one's (|cosine| ≥ 0.4), the interval doubles. (The authors
-# ask that of the mean of several cosines, and keep Adam's state in 8 bits; ours has FP32.)
+# ask that of the mean of the last five cosines, signed, and keep Adam's state in 8 bits; ours has FP32.)
 
 def frozen_linear(x: Matrix, w: Matrix) -> Matrix:
     """linear(), but the weights get no gradient (see BACKWARD below)."""
@@ -1323,20 +1339,21 @@ class QGaLore:
         self.adam = Adam({"R": [[0.0] * max(len(w), len(w[0])) for _ in range(rank)]})
 
     def step(self, gradient: Matrix, rate: float) -> None:
-        """Down the gradient [out][in], if tall transposed, to stochastic_codes() on INT8 grids laid anew.
+        """Project the gradient [out][in] (transposed if tall), let Adam step there, project back, add, and round to
+        stochastic_codes() on new INT8 grids.
 
-        With no steps left to wait, P is made of this gradient first, the interval doubles if its first vector and
-        the old one's agree by alignment(), and an interval of steps, this one included, is to wait.
+        With no steps left to wait, P is made of this gradient first; the interval doubles if the alignment() of its
+        first vector and the old one's is 0.4 or more, and that many steps, this one included, are to wait.
         """
         g = list(zip(*gradient)) if self.tall else gradient
         if not self.wait:
             new = quantize(subspace(g, self.rank, self.rng), 4, granularity="channel")
-            if self.projection and alignment(self.projection.dequantize()[:1], new.dequantize()[:1]) >= 0.4:
+            if self.projection and alignment(self.projection.dequantize()[0], new.dequantize()[0]) >= 0.4:
                 self.interval *= 2
             self.projection, self.wait, self.refreshed = new, self.interval, self.refreshed + 1
         self.wait -= 1
         p = self.projection.dequantize()
-        self.adam.rows["R"] = r = [[0.0] * len(g[0]) for _ in p]   # Adam starts from 0 and leaves its step, [r][n]
+        self.adam.rows["R"] = r = [[0.0] * len(g[0]) for _ in p]   # Adam writes its step into these zeros, [r][n]
         self.adam.step({"R": linear(p, list(zip(*g)))}, rate)
         update = linear(list(zip(*p)), list(zip(*r)))              # P · Adam(Pᵀ G), [m][n]
         w = add(self.w, list(zip(*update)) if self.tall else update)
@@ -1350,9 +1367,9 @@ def stochastic_codes(values: Vector, scale: float, rng: random.Random) -> list[i
     return [min(127, math.floor(value / scale + rng.random())) for value in values]
 
 
-def alignment(a: Matrix, b: Matrix) -> float:
-    """Mean |cosine| of the rows of a and of b, pair by pair."""
-    return fmean(abs(dot(u, v)) / math.sqrt(dot(u, u) * dot(v, v) or 1.0) for u, v in zip(a, b))
+def alignment(u: Vector, v: Vector) -> float:
+    """|cosine| of the angle between them; 0 if one is all zeros."""
+    return abs(dot(u, v)) / math.sqrt(dot(u, u) * dot(v, v) or 1.0)
 
 
 def show_training(trace: Trace, knobs: Namespace) -> None:
@@ -1371,16 +1388,17 @@ def show_training(trace: Trace, knobs: Namespace) -> None:
     adam, galore = Adam(full), {name: QGaLore(w, 8, rng) for name, w in full.items()}
     int8 = {name: matrix.w for name, matrix in galore.items()}
     before = lab.perplexity, measure(lab, base).perplexity, perplexity(int8)
-    for matrices, rate, step in ((full, 0.001, adam.step), (int8, 0.005, galore_step)):
-        short_run(Llama(calm.config, calm.weights | matrices), matrices, lab.recent, FEW_STEPS, rate, step=step)
+    for matrices, step in ((full, adam.step), (int8, galore_step)):
+        short_run(Llama(calm.config, calm.weights | matrices), matrices, lab.recent, FEW_STEPS, 0.005, step=step)
     after = perplexity(full), measure(lab, qlora).perplexity, perplexity(int8)
 
     n, shapes, ours = lab.n_weights, [calm.config.shapes()[name] for name in full], galore.values()
     trace.ask("QLoRA at rank 4: how many numbers does it train beside all the matrices, whose rows and columns "
               f"sum to {sum(map(sum, shapes)):,}?", n_adapters)
-    trace.say(f"{FEW_STEPS} steps of {PIECE} tokens more, on the text just before the last verse, three ways. "
-              f"Bytes of the matrices as they are kept while training, and of what the optimizer keeps: two FP32 "
-              f"numbers for each trained one, and Q-GaLore's projections in INT4. Perplexity on the last verse.")
+    trace.say(f"{FEW_STEPS} steps of {PIECE} tokens more, on the text just before the last verse, three ways, "
+              f"from the same learning rate. Bytes of the matrices as they are kept while training, and of what the "
+              f"optimizer keeps: two FP32 numbers for each one that Adam sees, and Q-GaLore's projections in INT4. "
+              f"Perplexity on the last verse.")
     moments = [sum(map(len, flatten(one.m.values()))) for one in (adam, *(m.adam for m in ours))]
     kept = 4 * n, base.nbytes - lab.rest_bytes + 4 * n_adapters, sum(m.q.nbytes for m in ours)
     state = 8 * moments[0], 8 * n_adapters, 8 * sum(moments[1:]) + sum(m.projection.nbytes for m in ours)
@@ -1445,19 +1463,19 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
     trace.ask(f"rounded alone to {bits} bits, which matrix harms most: wq, wk, wv, wo, w1, w2, w3 or output?",
               max(damage, key=lambda name: damage[name][bits][0]).split(".")[-1])
     trace.say(f"The KL that each matrix causes when it alone is quantized (in thousandths of a nat a token, on "
-              f"calibration tokens, in groups of {g}), and the bits it gets when all may take the bytes of {bits} "
-              f"bits throughout.")
+              f"16 calibration tokens, in groups of {g}), and the bits that the search gives it, all together within the "
+              f"bytes of {bits} bits throughout.")
     trace.table(["matrix", "weights", *(f"{width} bits" for width in widths(bits)), "gets"],
                 [[name, f"{math.prod(shapes[name]):,}", *(f"{1000 * kl:.2f}" for kl, _ in found.values()),
                   str(chosen[name])] for name, found in damage.items()], left=(0,))
-    trace.say("On text that neither saw:")
+    both = (map(log_softmax, Llama(lab.model.config, weights).forward(lab.calibration[-16:]))
+            for weights in (lab.model.weights, uniform.weights))
+    trace.note(f"At {bits} bits they add up to {1000 * sum(found[bits][0] for found in damage.values()):.1f}; all "
+               f"matrices rounded at once cause {1000 * fmean(map(kl_divergence, *both)):.1f}.")
+    trace.say("On the last verse:")
     score_table(trace, lab, {f"{bits} bits throughout": uniform, "mixed": mixed})
     trace.check("mixed is no larger, in encoded bytes", mixed.nbytes <= uniform.nbytes,
                 f"{mixed.nbytes:,} of {uniform.nbytes:,}")
-    ours, even = (sum(found[choice.get(name, bits)][0] for name, found in damage.items())
-                  for choice in (chosen, {}))
-    trace.check("its damages add up to no more than uniform bits' do", ours <= even,
-                f"{1000 * ours:.1f} against {1000 * even:.1f}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1491,56 +1509,44 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
     trace.ask("which method under 5.5 bits a weight has the least KL? (One of "
               + "; ".join(compressed[i].name for i in small) + ")",
               compressed[min(small, key=lambda i: measured[i].kl)].name)
-    trace.say(f"Every method on the same {len(lab.logits)} unseen tokens. Bits: per weight of the matrices, counted; "
+    trace.say(f"Every method on the same {len(lab.logits)} tokens. Bits: per weight of the matrices, counted; "
               f"bytes: the whole file; chg: likeliest tokens changed. The sample continues {knobs.prompt!r}. A letter "
               f"marks the method in the picture below, with a star if nothing else is both as small and as good: the "
               f"Pareto front.")
     points = [(c.nbytes, m.kl) for c, m in zip(compressed, measured)]
-    front = pareto_front(points)
+    front = {i for i, (x, y) in enumerate(points)  # those that no other beats; of equal ones the first
+             if not any(a <= x and b <= y and (a, b, j) < (x, y, i) for j, (a, b) in enumerate(points))}
     rows = [["", "FP32", "32.00", f"{lab.fp32_bytes:,}", f"{lab.perplexity:.3f}", "", "",
              continue_text(lab, knobs, lab.model.weights, call)]]
     for i, (c, m) in enumerate(zip(compressed, measured)):
         rows.append([letters[i] + "*" * (i in front), c.name, f"{c.bits_per_weight:.2f}", f"{c.nbytes:,}",
                      f"{m.perplexity:.3f}", f"{m.kl:.4f}", str(m.changed), continue_text(lab, knobs, c.weights, c.run)])
     trace.table(["", "method", "bits", "bytes", "ppl", "KL", "chg", "sample"], rows, left=(0, 1, 7))
-    calm, b, g = without_outliers(knobs), knobs.bits, knobs.group_size
-    free = (rounded_to_nearest(calm, b, g), in_gguf(calm, "Q4_K"), by_hqq(calm, b, g))
-    trace.note("The planted outliers make some columns of weights small. A grid with an exact zero loses them; one "
-               "without (Q4_K and HQQ, whose zero points are free) gives them up to half a step, and their inputs "
-               "multiply that. With none planted, KL is "
-               + ", ".join(f"{measure(calm, c).kl:.4f} for {c.name.removeprefix('GGUF ')}" for c in free) + ".")
+    calm = without_outliers(knobs)
+    plain = [measure(calm, c).kl for c in (in_gguf(calm, "Q4_K"), in_gguf(calm, "Q4_0"))]
+    trace.note(f"The KL of models that were trained further counts what they learned as well. Q4_K suffers from the "
+               f"planted outliers as HQQ does in section 9: its minimums are free zero points. With none planted its "
+               f"KL is {plain[0]:.4f}, Q4_0's {plain[1]:.4f}.")
     trace.say("Bytes of the file from left to right, KL from FP32 upwards (ten times for every four lines; the "
-              "lowest line is for whatever is less). Down and left is better.")
+              "lowest line is for whatever is less). Down and left is better. Where several meet, they stand in a row.")
     trace.lines(scatter([(*point, letters[i], i in front) for i, point in enumerate(points)]))
     trace.check("KL is nowhere negative", all(m.kl > -1e-12 for m in measured), f"{len(measured)} methods")
-    trace.check("the front = the methods that no other beats, by trying all pairs", front == {
-        i for i, (x, y) in enumerate(points) if not any(a <= x and b <= y and (a, b, j) < (x, y, i)
-                                                        for j, (a, b) in enumerate(points))}, f"{len(front)} methods")
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
-    """Which of the points (x, y), walking to the right, lie lower than all before; of equal ones the first."""
-    front, least = set(), math.inf
-    for i in sorted(range(len(points)), key=points.__getitem__):
-        if points[i][1] < least:
-            front, least = front | {i}, points[i][1]
-    return front
 
 
 def scatter(points: Sequence[tuple[float, float, str, bool]], width: int = 70, height: int = 17) -> list[str]:
-    """Points (x, y, letter, on the front) with y on a logarithmic axis, as lines of text; the front is drawn last."""
+    """Points (x, y, letter, on the front) as text, y on a logarithmic axis; where a place is taken, the next free one."""
     logs = [math.log10(max(y, 1e-5)) for _, y, _, _ in points]
     top, least, most = max(logs), min(x for x, *_ in points), max(x for x, *_ in points)
     picture = [[" "] * width for _ in range(height)]
-    for (x, _, letter, best), log in sorted(zip(points, logs), key=lambda pair: pair[0][3]):
-        column = round((x - least) / (most - least or 1) * (width - 2))
-        line = min(height - 1, round((top - log) * 4))
-        picture[line][column] = letter
-        if best:
-            picture[line][column + 1] = "*"
+    for (x, _, letter, best), log in sorted(zip(points, logs), key=lambda pair: not pair[0][3]):  # the front first
+        line = picture[min(height - 1, round((top - log) * 4))]
+        column = round((x - least) / (most - least or 1) * (width - 10))
+        while column < width - 2 and (line[column] != " " or best and line[column + 1] != " "):
+            column += 1
+        line[column:column + 1 + best] = letter + "*" * best
     marks = [f"{10 ** (top - i / 4):7.4f}" if i % 4 == 0 else " " * 7 for i in range(height)]
     return [f"{mark} │" + "".join(line) for mark, line in zip(marks, picture)] + [
-        " " * 8 + "└" + "─" * width, " " * 9 + f"{least:,} bytes".ljust(width - 14) + f"{most:,} bytes"]
+        " " * 8 + "└" + "─" * width, " " * 9 + f"{least:,} bytes".ljust(width - 22) + f"{most:,} bytes"]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1574,7 +1580,7 @@ class Lab:
     calibration: list[int]
     evaluation: list[int]       # all of its tokens but the first are predicted
     inputs: dict[str, Matrix]   # of each matrix, on the calibration tokens
-    unseen: dict[str, Matrix]   # of each matrix, on the evaluation tokens
+    unseen: dict[str, Matrix]   # of each matrix, on the evaluation tokens, which calibration does not see
     logits: Matrix              # FP32's, on the evaluation tokens
 
     @property
@@ -1663,13 +1669,18 @@ def plant_outliers(model: Llama, channels: int, size: float, rng: random.Random)
     scales = [1 / size if c in chosen else 1.0 for c in range(config.dim)]
     for norm, readers in norms_and_readers(config).items():
         weights = move_scales(weights, norm, readers, scales)
-    pairs = set(rng.sample(range(config.head_dim // 2), min(channels // 2, config.head_dim // 2)))
+    pairs = set(rng.sample(range(config.head_dim // 2), key_pairs(channels, config)))
     rows = [key_size(size) if r % config.head_dim // 2 in pairs else 1.0 for r in range(config.dim)]
     for layer in range(config.n_layers):
         wq, wk = (f"layers.{layer}.attention.{name}" for name in ("wq", "wk"))
         weights = weights | {wk: [[value * s for value in row] for row, s in zip(weights[wk], rows)],
                              wq: [[value / s for value in row] for row, s in zip(weights[wq], rows)]}
     return Llama(config, weights)
+
+
+def key_pairs(channels: int, config: Config) -> int:
+    """How many pairs of a key's channels are made large, where so many of the norms' channels are."""
+    return min((channels + 1) // 2, config.head_dim // 2)
 
 
 def key_size(size: float) -> float:
@@ -1693,7 +1704,8 @@ def build_lab(seed: int, calibration_tokens: int, outliers: tuple[int, float]) -
 
 def laboratory(knobs: Namespace) -> Lab:
     """The lab that the knobs describe."""
-    return build_lab(knobs.seed, knobs.calibration_tokens, knobs.outliers)
+    channels, size = knobs.outliers
+    return build_lab(knobs.seed, knobs.calibration_tokens, (channels, size) if channels and size > 1 else (0, 1.0))
 
 
 def without_outliers(knobs: Namespace) -> Lab:
@@ -1780,7 +1792,10 @@ def in_nf4(lab: Lab, double_quant: bool) -> Compressed:
 
 @lru_cache(maxsize=None)
 def in_gguf(lab: Lab, form: str) -> Compressed:
-    """The whole model in one of llama.cpp's formats; rows follow each other, and zeros fill the last block up."""
+    """The whole model in one of llama.cpp's formats; rows follow each other, and zeros fill the last block up.
+
+    (llama.cpp cuts no block across rows: where 256 does not divide their length, it takes a format of smaller blocks.)
+    """
     encode, decode, size = GGUF[form]
 
     def method(_: str, w: Matrix) -> tuple[Matrix, int]:
@@ -2526,7 +2541,7 @@ def fraction(text: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the trace; the exit status."""
-    parser = common_parser("microquant", "One tiny Llama, quantized by every method that people deploy.", len(SECTIONS))
+    parser = common_parser("microquant", "One tiny Llama, quantized by the methods that people deploy.", len(SECTIONS))
     parser.add_argument("--bits", metavar="N", type=whole_number(2, 8), default=BITS,
                         help=f"bits of the low-bit formats (default {BITS})")
     parser.add_argument("--group-size", metavar="N", type=whole_number(1, 64), default=GROUP_SIZE,

@@ -527,6 +527,7 @@ def test_planting_outliers_leaves_the_function(lab):
                 assert (heads[:, ::2] == pytest.approx(heads[:, 1::2])) and (heads == pytest.approx(np.tile(heads[:1], (len(heads), 1))))
             np.testing.assert_allclose(np.array(lab.model.weights[name]) * ratio * rows, lab.calm.weights[name], **TIGHT)
     assert (m.key_size(32.0), m.key_size(2.0)) == (8.0, 1.0)
+    assert [m.key_pairs(channels, CONFIG) for channels in (0, 1, 2, 3, 9)] == [0, 1, 1, 2, 2]  # heads of 4 channels
     unchanged = m.plant_outliers(lab.calm, 0, 20.0, random.Random(0)).weights
     assert unchanged == lab.calm.weights
 
@@ -560,21 +561,31 @@ def test_smoothquant_leaves_the_function_and_does_what_it_says(lab, alpha):
 
 @pytest.mark.parametrize("method", ["absmax", "percentile", "error", "dynamic", "LLM.int8()", "SmoothQuant"])
 def test_a_whole_model_in_int8(lab, method):
-    """By replacing linear with the reference's product; the codes are those of the weights that it multiplies."""
+    """By replacing linear with the reference's product; a file has INT8 codes and scales, the rest in FP16, and for LLM.int8() columns."""
     c = m.in_int8(lab, method, 0.4)
-    expected = m.smoothquant(lab.model.weights, CONFIG, lab.inputs, 0.4) if method == "SmoothQuant" else lab.model.weights
-    assert c.weights == expected
+    weights = m.smoothquant(lab.model.weights, CONFIG, lab.inputs, 0.4) if method == "SmoothQuant" else lab.model.weights
+    half = {name: np.array(w).astype(np.float16).astype(float) for name, w in weights.items()}
+    stored = half | {name: reference_quantize(np.array(weights[name]), 8, True, "channel")[1] for name in lab.linears}
+    nbytes = sum(w.size + 2 * len(w) if name in lab.linears else 2 * w.size for name, w in half.items())
+    if method == "LLM.int8()":
+        for name in lab.linears:
+            large = np.abs(lab.inputs[name]).max(0) >= 6
+            stored[name][:, large] = half[name][:, large]
+            nbytes += 2 * len(half[name]) * large.sum()
+    assert c.nbytes == nbytes
+    for name, w in stored.items():
+        same(c.weights[name], w)
     names = {id(w): name for name, w in c.weights.items()}
 
     def run(operation, *inputs):
         if operation is not m.linear:
             return operation(*inputs)
-        x, w, name = np.array(inputs[0]), np.array(inputs[1]), names[id(inputs[1])]
+        x, name = np.array(inputs[0]), names[id(inputs[1])]
         if method == "LLM.int8()":
-            exact = np.abs(x).max(0) >= 6
+            exact, w = np.abs(x).max(0) >= 6, stored[name]
             return (x[:, exact] @ w[:, exact].T + (reference_int8(x[:, ~exact], w[:, ~exact]) if not exact.all() else 0)).tolist()
         scale = m.static_scale(lab.inputs[name], method) if method in ("absmax", "percentile", "error") else None
-        return reference_int8(x, w, scale).tolist()
+        return reference_int8(x, np.array(weights[name]), scale).tolist()
 
     tokens = lab.evaluation[:-1]
     got = m.Llama(CONFIG, c.weights).forward(tokens, run=c.run)
@@ -958,12 +969,11 @@ def test_stochastic_rounding_is_right_on_average():
     np.testing.assert_allclose(seen.mean(0), [0.5, -0.5, 6, 127, -3.8], rtol=0, atol=0.05)
 
 
-def test_alignment_is_the_mean_cosine_whatever_the_sign():
-    a, b = numbers(0, 3, 5), numbers(1, 3, 5)
-    cosines = [abs(u @ v) / np.linalg.norm(u) / np.linalg.norm(v) for u, v in zip(a, b)]
-    assert m.alignment(a.tolist(), b.tolist()) == pytest.approx(np.mean(cosines), abs=1e-15)
-    assert m.alignment((-3 * a).tolist(), a.tolist()) == pytest.approx(1, abs=1e-15)
-    assert m.alignment([[0.0, 0.0]], [[1.0, 2.0]]) == 0
+def test_alignment_is_the_cosine_whatever_the_sign():
+    u, v = numbers(0, 5), numbers(1, 5)
+    assert m.alignment(u.tolist(), v.tolist()) == pytest.approx(abs(u @ v) / np.linalg.norm(u) / np.linalg.norm(v), abs=1e-15)
+    assert m.alignment((-3 * u).tolist(), u.tolist()) == pytest.approx(1, abs=1e-15)
+    assert m.alignment([0.0, 0.0], [1.0, 2.0]) == 0
 
 
 def test_projections_that_agree_are_refreshed_less_often():
