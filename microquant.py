@@ -812,7 +812,7 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"LLM.int8() keeps {kept} of these {len(before)} columns in floating point. The model with weights "
               f"and activations in INT8: perplexity (FP32's is {lab.perplexity:.3f}) and KL as the outliers grow. "
               f"One scale for a matrix or a token serves its largest channels at the cost of all others.")
-    sizes = {f"{grown:g} times" if lab is not calm else "none": (channels, grown) for grown in (size, 4 * size)}
+    sizes = {f"{grown:g} times": (channels, grown) for grown in (size, 4 * size) if lab is not calm}
     labs = [calm, *(build_lab(knobs.seed, knobs.calibration_tokens, planted) for planted in sizes.values())]
     methods = {"absmax": "static, absmax", "percentile": "static, 99.9th percentile",
                "error": "static, least error", "dynamic": "dynamic, per token", "LLM.int8()": "LLM.int8()",
