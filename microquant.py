@@ -762,6 +762,14 @@ def smoothquant(weights: dict, config: Config, inputs: dict[str, Matrix], alpha:
     return weights
 
 
+def with_columns(w: Matrix, q: Quantized, columns: Sequence[int]) -> tuple[Matrix, bytes]:
+    """(q decoded, but those columns of w in FP16; q's bytes, the columns', and their numbers in 2 bytes each)."""
+    exact = {c: fp16_row([row[c] for row in w]) for c in columns}
+    decoded = [[exact[c][r] if c in exact else value for c, value in enumerate(row)]
+               for r, row in enumerate(q.dequantize())]
+    return decoded, q.to_bytes() + struct.pack(f"<{len(w) * len(exact)}e{len(exact)}H", *flatten(exact.values()), *exact)
+
+
 @lru_cache(maxsize=None)
 def in_int8(lab: Lab, method: str, alpha: float = ALPHA) -> Compressed:
     """The whole model in W8A8, by a method of static_scale(), "dynamic", "SmoothQuant" or "LLM.int8()".
@@ -773,13 +781,10 @@ def in_int8(lab: Lab, method: str, alpha: float = ALPHA) -> Compressed:
     if method == "SmoothQuant":
         weights = smoothquant(weights, lab.model.config, lab.inputs, alpha)
 
-    def to_int8(name: str, w: Matrix) -> Quantized | tuple[Matrix, int]:
+    def to_int8(name: str, w: Matrix) -> Quantized | tuple[Matrix, bytes]:
         codes[name] = q = quantize(w, 8, granularity="channel")
-        if method != "LLM.int8()":
-            return q
-        large = [max(map(abs, column)) >= 6 for column in zip(*lab.inputs[name])]
-        return ([[half if kept else value for half, value, kept in zip(fp16_row(row), back, large)]
-                 for row, back in zip(w, q.dequantize())], q.nbytes + 2 * len(w) * sum(large))
+        large = [c for c, column in enumerate(zip(*lab.inputs[name])) if max(map(abs, column)) >= 6]
+        return with_columns(w, q, large) if method == "LLM.int8()" else q
 
     c = compress(lab, "W8A8 static" if method == "absmax" else method, to_int8, weights)
     scales = {name: static_scale(lab.inputs[name], method) for name in lab.linears
@@ -1013,15 +1018,11 @@ def keeping_channels(lab: Lab, bits: int, granularity: str | int, count: int, by
     """Rounded to nearest, but `count` channels of every matrix in FP16, by "activations" or by "chance"."""
     rng = random.Random(0)
 
-    def method(name: str, w: Matrix) -> tuple[Matrix, int]:
+    def method(name: str, w: Matrix) -> tuple[Matrix, bytes]:
         columns = zip(*lab.inputs[name])
         sizes = [fmean(map(abs, column)) if by == "activations" else rng.random() for column in columns]
-        q = quantize(w, bits, granularity=granularity)
-        mixed = q.dequantize()
-        for c in sorted(range(len(sizes)), key=lambda c: -sizes[c])[:count]:
-            for row, exact in zip(mixed, w):
-                row[c] = fp16(exact[c])
-        return mixed, q.nbytes + 2 * count * (len(w) + 1)  # and two bytes a channel to say which
+        largest = sorted(range(len(sizes)), key=lambda c: -sizes[c])[:count]
+        return with_columns(w, quantize(w, bits, granularity=granularity), largest)
 
     return compress(lab, f"{count} channels in FP16", method)
 
@@ -1105,10 +1106,10 @@ def weighted_kmeans(values: Vector, weights: Vector, k: int, turns: int = 12) ->
         for i, value, weight in zip(nearest(values, centroids), values, weights):
             mass[i], total[i] = mass[i] + weight, total[i] + weight * value
         centroids = [t / m if m else c for t, m, c in zip(total, mass, centroids)]
-    return sorted(centroids)
+    return centroids
 
 
-def squeezellm(w: Matrix, sensitivity: Matrix, bits: int) -> tuple[Matrix, int]:
+def squeezellm(w: Matrix, sensitivity: Matrix, bits: int) -> tuple[Matrix, bytes]:
     """(what w [out][in] decodes to, its bytes): codes, their 2^bits values in FP16, and a few weights apart.
 
     Apart are the 0.05% of the highest sensitivity [out][in] and the 0.4% largest, each rounded up. k-means does
@@ -1126,7 +1127,7 @@ def squeezellm(w: Matrix, sensitivity: Matrix, bits: int) -> tuple[Matrix, int]:
         f"<{len(codebook) + len(apart)}e{len(apart) + len(before)}H", *codebook, *exact.values(),
         *(i % columns for i in apart), *before)
     decoded = [exact.get(i, codebook[code]) for i, code in enumerate(codes)]
-    return [decoded[i:i + columns] for i in range(0, n, columns)], len(data)
+    return [decoded[i:i + columns] for i in range(0, n, columns)], data
 
 
 @lru_cache(maxsize=None)
@@ -1239,11 +1240,11 @@ def in_one_bit(lab: Lab, method: str) -> Compressed:
     if method == "b1.58 trained":
         short_run(Llama(lab.model.config, weights), weights, lab.text, TERNARY_STEPS, 0.02, straight_through)
 
-    def rounded(_: str, w: Matrix) -> tuple[Matrix, int]:
+    def rounded(_: str, w: Matrix) -> tuple[Matrix, bytes]:
         decoded = bitnet_signs(w) if method == "BitNet" else ternary_weights(w)
         data = (pack_bits([v > 0 for v in flatten(decoded)], 1) if method == "BitNet" else
                 pack_ternary(flatten(ternary_codes(w)[0])))
-        return list(map(fp16_row, decoded)), 2 + len(data)
+        return list(map(fp16_row, decoded)), data + struct.pack("<e", max(map(abs, flatten(decoded))))
 
     return compress(lab, ONE_BIT[method], rounded, weights)
 
@@ -1514,8 +1515,7 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
               f"marks the method in the picture below, with a star if nothing else is both as small and as good: the "
               f"Pareto front.")
     points = [(c.nbytes, m.kl) for c, m in zip(compressed, measured)]
-    front = {i for i, (x, y) in enumerate(points)  # those that no other beats; of equal ones the first
-             if not any(a <= x and b <= y and (a, b, j) < (x, y, i) for j, (a, b) in enumerate(points))}
+    front = pareto_front(points)
     rows = [["", "FP32", "32.00", f"{lab.fp32_bytes:,}", f"{lab.perplexity:.3f}", "", "",
              continue_text(lab, knobs, lab.model.weights, call)]]
     for i, (c, m) in enumerate(zip(compressed, measured)):
@@ -1531,6 +1531,12 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
               "lowest line is for whatever is less). Down and left is better. Where several meet, they stand in a row.")
     trace.lines(scatter([(*point, letters[i], i in front) for i, point in enumerate(points)]))
     trace.check("KL is nowhere negative", all(m.kl > -1e-12 for m in measured), f"{len(measured)} methods")
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
+    """Which of the points (x, y) no other beats by being as low in both; of equal ones the first."""
+    return {i for i, (x, y) in enumerate(points)
+            if not any(a <= x and b <= y and (a, b, j) < (x, y, i) for j, (a, b) in enumerate(points))}
 
 
 def scatter(points: Sequence[tuple[float, float, str, bool]], width: int = 70, height: int = 17) -> list[str]:
@@ -1764,14 +1770,14 @@ def short_run(model: Llama, parameters: dict[str, Matrix | Vector], ids: Sequenc
 
 
 def compress(lab: Lab, name: str, method: Callable, weights: dict | None = None) -> Compressed:
-    """lab's model with every matrix through method(name, w) -> Quantized, or (decoded, bytes); the rest in FP16."""
+    """lab's model with every matrix through method(name, w) -> Quantized, or (decoded, its bytes); the rest in FP16."""
     weights = lab.model.weights if weights is None else weights
     out = map_rows(fp16_row, {n: w for n, w in weights.items() if n not in lab.linears})
     nbytes = 0
     for n in lab.linears:
         q = method(n, weights[n])
-        out[n], size = (q.dequantize(), q.nbytes) if isinstance(q, Quantized) else q
-        nbytes += size
+        out[n], data = (q.dequantize(), q.to_bytes()) if isinstance(q, Quantized) else q
+        nbytes += len(data)
     return Compressed(name, out, lab.rest_bytes + nbytes, 8 * nbytes / lab.n_weights, call)
 
 
@@ -1798,12 +1804,12 @@ def in_gguf(lab: Lab, form: str) -> Compressed:
     """
     encode, decode, size = GGUF[form]
 
-    def method(_: str, w: Matrix) -> tuple[Matrix, int]:
+    def method(_: str, w: Matrix) -> tuple[Matrix, bytes]:
         flat, width = flatten(w), len(w[0])
         filled = flat + [0.0] * (-len(flat) % size)
         data = encode(filled)
         decoded = decode(data, len(filled))
-        return [decoded[i:i + width] for i in range(0, len(flat), width)], len(data)
+        return [decoded[i:i + width] for i in range(0, len(flat), width)], data
 
     return compress(lab, "GGUF " + form, method)
 
