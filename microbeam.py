@@ -2069,13 +2069,13 @@ class Adam:
     def step(self, gradients: dict[str, Matrix | Vector], rate: float) -> None:
         """Change the weights, in place."""
         self.steps += 1
-        b1, b2 = self.beta1, self.beta2
+        b1, b2, c1, c2 = self.beta1, self.beta2, 1 - self.beta1, 1 - self.beta2
         rate, unbias = rate / (1 - b1 ** self.steps), 1 / (1 - b2 ** self.steps)
         for name, gradient in gradients.items():
             d_rows = gradient if isinstance(gradient[0], list) else [gradient]
             for w, d, m, v in zip(self.rows[name], d_rows, self.m[name], self.v[name]):
-                m[:] = [b1 * a + (1 - b1) * slope for a, slope in zip(m, d)]
-                v[:] = [b2 * a + (1 - b2) * slope * slope for a, slope in zip(v, d)]
+                m[:] = [b1 * a + c1 * slope for a, slope in zip(m, d)]
+                v[:] = [b2 * a + c2 * slope * slope for a, slope in zip(v, d)]
                 w[:] = [x - rate * a / (math.sqrt(b * unbias) + 1e-8) for x, a, b in zip(w, m, v)]
 
 

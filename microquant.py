@@ -653,15 +653,19 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
     trace.note(f"d = {struct.unpack('<e', block[:2])[0]:.6f}: weight {extreme}, the one furthest out, over -8. So "
                f"its side of zero has 8 steps, down to code 0; the other has 7, up to code 15.")
 
-    lean = [[value + 0.15 for value in row] for row in rows]
-    trace.say("The three formats on 4,096 weights around zero, and on the same weights moved to one side, where "
-              "Q4_K's minimums pay off.")
+    lean, labs = [[value + 0.15 for value in row] for row in rows], (without_outliers(knobs), laboratory(knobs))
+    trace.say("The three formats: error on 4,096 weights around zero, and on the same weights moved to one side, where "
+              "Q4_K's minimums pay off; and the model's KL from FP32, without outliers and with them planted.")
     table = []
     for form, (encode, decode, size) in GGUF.items():
         n = len(encode(rows[0][:size]))
         errors = [relative_distance([decode(encode(row), 512) for row in w], w) for w in (rows, lean)]
-        table.append([form, f"{n} bytes", str(size), f"{8 * n / size:.2f}", *(f"{e:.2%}" for e in errors)])
-    trace.table(["", "block", "of weights", "bits/weight", "error", "moved aside"], table, left=(0,))
+        table.append([form, f"{n} bytes", str(size), f"{8 * n / size:.2f}", *(f"{e:.2%}" for e in errors),
+                      *(f"{measure(lab, in_gguf(lab, form)).kl:.4f}" for lab in labs)])
+    trace.table(["", "block", "of weights", "bits/weight", "error", "moved aside", "KL", "planted"], table,
+                left=(0,))
+    trace.note("The columns that read a planted outlier hold small weights. A grid with an exact zero is off by no more "
+               "than they are; Q4_K's, whose minimum is free, by up to half a step, which the large input multiplies.")
     data = q4_k_encode(rows[0][:256])
     d, dmin = struct.unpack("<2e", data[:4])
     trace.say(f"A Q4_K super-block's first 16 bytes: d = {d:.6f}, dmin = {dmin:.6f}, and eight scales and eight "
@@ -941,7 +945,7 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
     w, identity = lab.model.weights[name], [[float(i == j) for j in range(n)] for i in range(n)]
     h = add(hessian_of(lab.inputs[name]), identity)
     u = upper_factor(h)
-    trace.check_close("U H Uᵀ = 1, so Uᵀ U = H⁻¹", linear(linear(u, h), u), identity, 1e-9)
+    trace.check_close("U H Uᵀ = 1, so Uᵀ U is the inverse of H", linear(linear(u, h), u), identity, 1e-9)
     trace.check("with uncorrelated inputs GPTQ = round to nearest",
                 gptq(w, identity, bits, granularity=g) == quantize(w, bits, granularity=g), "equal, scales too")
 
@@ -1166,9 +1170,8 @@ def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"At {bits} bits. HQQ moves zero points; SqueezeLLM moves all values, and keeps a few weights out.")
     trace.table(["method", "bits/weight", "perplexity", "KL", "changed", "KL without outliers"],
                 [[c.name, *lab.scores(c), f"{measure(calm, p).kl:.4f}"] for c, p in zip(models, plain)], left=(0,))
-    trace.note("The columns that read an outlier hold small weights. A grid with an exact zero rounds them to 0; HQQ's, "
-               "whose zero point is free, is off by up to half a step there, which the large input multiplies. "
-               "(SqueezeLLM has one codebook for a matrix, the others a scale for every group.)")
+    trace.note("HQQ's free zero points suffer from the planted outliers as Q4_K's minimums do. (SqueezeLLM has one "
+               "codebook for a matrix, the others a scale for every group.)")
     few, name = 2 ** min(bits, 4), "layers.0.attention.wo"
     values, weights = flatten(calm.model.weights[name]), flatten(sensitivities(calm)[name])
     even = [max(map(abs, values)) * (2 * i / (few - 1) - 1) for i in range(few)]
@@ -1522,11 +1525,8 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
         rows.append([letters[i] + "*" * (i in front), c.name, f"{c.bits_per_weight:.2f}", f"{c.nbytes:,}",
                      f"{m.perplexity:.3f}", f"{m.kl:.4f}", str(m.changed), continue_text(lab, knobs, c.weights, c.run)])
     trace.table(["", "method", "bits", "bytes", "ppl", "KL", "chg", "sample"], rows, left=(0, 1, 7))
-    calm = without_outliers(knobs)
-    plain = [measure(calm, c).kl for c in (in_gguf(calm, "Q4_K"), in_gguf(calm, "Q4_0"))]
-    trace.note(f"The KL of models that were trained further counts what they learned as well. Q4_K suffers from the "
-               f"planted outliers as HQQ does in section 9: its minimums are free zero points. With none planted its "
-               f"KL is {plain[0]:.4f}, Q4_0's {plain[1]:.4f}.")
+    trace.note("The KL of models that were trained further counts what they learned as well. Q4_K and HQQ suffer from "
+               "the planted outliers; sections 5 and 9 have them without.")
     trace.say("Bytes of the file from left to right, KL from FP32 upwards (ten times for every four lines; the "
               "lowest line is for whatever is less). Down and left is better. Where several meet, they stand in a row.")
     trace.lines(scatter([(*point, letters[i], i in front) for i, point in enumerate(points)]))
@@ -2433,13 +2433,13 @@ class Adam:
     def step(self, gradients: dict[str, Matrix | Vector], rate: float) -> None:
         """Change the weights, in place."""
         self.steps += 1
-        b1, b2 = self.beta1, self.beta2
+        b1, b2, c1, c2 = self.beta1, self.beta2, 1 - self.beta1, 1 - self.beta2
         rate, unbias = rate / (1 - b1 ** self.steps), 1 / (1 - b2 ** self.steps)
         for name, gradient in gradients.items():
             d_rows = gradient if isinstance(gradient[0], list) else [gradient]
             for w, d, m, v in zip(self.rows[name], d_rows, self.m[name], self.v[name]):
-                m[:] = [b1 * a + (1 - b1) * slope for a, slope in zip(m, d)]
-                v[:] = [b2 * a + (1 - b2) * slope * slope for a, slope in zip(v, d)]
+                m[:] = [b1 * a + c1 * slope for a, slope in zip(m, d)]
+                v[:] = [b2 * a + c2 * slope * slope for a, slope in zip(v, d)]
                 w[:] = [x - rate * a / (math.sqrt(b * unbias) + 1e-8) for x, a, b in zip(w, m, v)]
 
 
