@@ -313,7 +313,8 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
         n_scales = sum({"tensor": 1, "channel": n_out}.get(kind, n_out * -(-n_in // g)) for n_out, n_in in shapes)
         sizes_agree &= c.bits_per_weight == (b * lab.n_weights + 16 * n_scales) / lab.n_weights
     trace.table(["", "a scale per", "error", "bits/weight", "perplexity", "KL", "changed"], rows, left=(0, 1))
-    trace.note("A scale per tensor pays for the planted keys too. Perplexity may, by luck, fall below FP32's; KL is at least 0.")
+    trace.note("A scale per tensor pays for the planted keys too. Perplexity may, by luck, fall below FP32's; KL is at "
+               "least 0.")
 
     w = [list(row) for row in lab.calm.weights["layers.0.attention.wv"][:4]]
     typical = math.sqrt(fmean(value * value for value in flatten(w)))
@@ -694,9 +695,10 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
 # gives the least error), or dynamic: each token's own absmax.
 #
 # A channel that is always 30 times the others hurts all of these, the static ones most; at 128 times it ruins the
-# model: on a grid laid for it, the others round to almost nothing. Two ways out. LLM.int8() multiplies the columns of x that reach
-# 6.0 in floating point, the rest in INT8 with a scale for each row of x and of W (vector-wise). SmoothQuant moves
-# some of the difficulty into the weights, which are easier to round; with α = 1/2 both get the same maxima:
+# model: on a grid laid for it, the others round to almost nothing. Two ways out. LLM.int8() multiplies the columns
+# of x that reach 6.0 in floating point, the rest in INT8 with a scale for each row of x and of W (vector-wise).
+# SmoothQuant moves some of the difficulty into the weights, which are easier to round; with α = 1/2 both get the
+# same maxima:
 #
 #     s_j = max|x_j|^α / max|w_j|^(1-α)          y = (x / s) · (w · s)          x / s: folded into the norm's gain
 
