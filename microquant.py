@@ -104,9 +104,9 @@ class Quantized:
 
     def dequantize(self) -> Matrix:
         """The matrix that the codes stand for, [out][in]."""
-        book, group = self.codebook, self.group
-        return [[(book[code] if book else code - zeros[c // group]) * scales[c // group]
-                 for c, code in enumerate(codes)]
+        book, g = self.codebook, self.group
+        return [flatten([(book[code] if book else code - zero) * scale for code in codes[i * g:(i + 1) * g]]
+                        for i, (scale, zero) in enumerate(zip(scales, zeros)))
                 for codes, scales, zeros in zip(self.codes, self.scales, self.zero_points)]
 
     def to_bytes(self) -> bytes:
@@ -1487,15 +1487,16 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------
 # 13. The table
 #
-# Everything above on one page. What to expect of a method in production follows from what it needs: rounding to nearest
-# and NF4 need nothing, GPTQ and AWQ need calibration data and minutes to hours, training in few bits needs
-# training. (A trained model of 64 channels has little to spare: bits cost it more than they cost a large one.)
+# Everything above on one page (but for granularity: section 2). What to expect of a method in production follows
+# from what it needs: rounding to nearest, NF4 and HQQ need nothing; GPTQ, AWQ and SqueezeLLM need calibration data and
+# minutes to hours; one bit and adapters need training. (A model of 64 channels has little to spare: bits cost it
+# more than they cost a large one.)
+
 
 def everything(lab: Lab, knobs: Namespace) -> list[Compressed]:
     """Every compressed model of this script, in the table's order."""
     b, g = knobs.bits, knobs.group_size
-    return [rounded_to_nearest(lab, 8, "tensor"), rounded_to_nearest(lab, 8, "channel"),
-            rounded_to_nearest(lab, b, "tensor"), rounded_to_nearest(lab, b, "channel"),
+    return [rounded_to_nearest(lab, 8, "channel"), rounded_to_nearest(lab, b, "tensor"),
             rounded_to_nearest(lab, b, g), rounded_to_nearest(lab, b, g, False),
             in_nf4(lab, False), in_nf4(lab, True), *(in_gguf(lab, form) for form in GGUF),
             in_int8(lab, "absmax", knobs.alpha), in_int8(lab, "LLM.int8()", knobs.alpha),
