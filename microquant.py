@@ -313,8 +313,8 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
         n_scales = sum({"tensor": 1, "channel": n_out}.get(kind, n_out * -(-n_in // g)) for n_out, n_in in shapes)
         sizes_agree &= c.bits_per_weight == (b * lab.n_weights + 16 * n_scales) / lab.n_weights
     trace.table(["", "a scale per", "error", "bits/weight", "perplexity", "KL", "changed"], rows, left=(0, 1))
-    trace.note("A scale per tensor pays for the planted keys too. Perplexity may, by luck, fall below FP32's; KL is at "
-               "least 0.")
+    trace.note("Perplexity may, by luck, fall below FP32's; KL is at least 0." + " A scale per tensor pays for the "
+               "planted keys as well." * (lab is not without_outliers(knobs)))
 
     w = [list(row) for row in lab.calm.weights["layers.0.attention.wv"][:4]]
     typical = math.sqrt(fmean(value * value for value in flatten(w)))
@@ -1172,8 +1172,9 @@ def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"At {bits} bits. HQQ moves zero points; SqueezeLLM moves all values, and keeps a few weights out.")
     trace.table(["method", "bits/weight", "perplexity", "KL", "changed", "KL without outliers"],
                 [[c.name, *lab.scores(c), f"{measure(calm, p).kl:.4f}"] for c, p in zip(models, plain)], left=(0,))
-    trace.note("HQQ's free zero points suffer from the planted outliers as Q4_K's minimums do. (SqueezeLLM has one "
-               "codebook for a matrix, the others a scale for every group.)")
+    trace.note("HQQ's zero points need not be whole, so that 0 is not exact: where outliers are planted, that has the "
+               "price that Q4_K's minimums have in section 5. (SqueezeLLM has one codebook for a matrix, the others a "
+               "scale for every group.)")
     few, name = 2 ** min(bits, 4), "layers.0.attention.wo"
     values, weights = flatten(calm.model.weights[name]), flatten(sensitivities(calm)[name])
     even = [max(map(abs, values)) * (2 * i / (few - 1) - 1) for i in range(few)]
@@ -1528,8 +1529,8 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
         rows.append([letters[i] + "*" * (i in front), c.name, f"{c.bits_per_weight:.2f}", f"{c.nbytes:,}",
                      f"{m.perplexity:.3f}", f"{m.kl:.4f}", str(m.changed), continue_text(lab, knobs, c.weights, c.run)])
     trace.table(["", "method", "bits", "bytes", "ppl", "KL", "chg", "sample"], rows, left=(0, 1, 7))
-    trace.note("The KL of models that were trained further counts what they learned as well. Q4_K and HQQ suffer from "
-               "the planted outliers; sections 5 and 9 have them without.")
+    trace.note("The KL of models that were trained further counts what they learned as well. For Q4_K and HQQ without "
+               "planted outliers see sections 5 and 9.")
     trace.say("Bytes of the file from left to right, KL from FP32 upwards (ten times for every four lines; the "
               "lowest line is for whatever is less). Down and left is better. Where several meet, they stand in a row.")
     trace.lines(scatter([(*point, letters[i], i in front) for i, point in enumerate(points)]))
