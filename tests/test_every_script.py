@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import readme
+from tests.tools import readme
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["microattention", "microkv", "microflash", "microquant", "microbeam"]
@@ -188,7 +188,7 @@ def test_the_whole_trace_ends_well(script):
 
 @each_script
 def test_the_readme_shows_this_trace(script):
-    """`python tests/readme.py` refreshes it."""
+    """`python tests/tools/readme.py` refreshes it."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"<!-- {script.stem} section" in text
     assert readme.with_excerpts(text, script.stem, whole_trace(script).stdout.decode("utf-8")) == text

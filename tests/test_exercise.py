@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import readme
-from tests.exercise import NAMES, ROOT, taken_out, techniques
+from tests.tools import readme
+from tests.tools.exercise import NAMES, ROOT, taken_out, techniques
 
 each_name = pytest.mark.parametrize("name", NAMES)
 
@@ -21,7 +21,7 @@ def source(name):
 
 def make(*arguments):
     """The finished process of the exercise maker."""
-    return subprocess.run([sys.executable, str(ROOT / "tests" / "exercise.py"), *map(str, arguments)],
+    return subprocess.run([sys.executable, str(ROOT / "tests" / "tools" / "exercise.py"), *map(str, arguments)],
                           capture_output=True, text=True, encoding="utf-8")
 
 
@@ -95,7 +95,7 @@ def test_one_technique_and_a_learners_file_is_left_alone(tmp_path):
 @pytest.mark.parametrize("arguments", [[], ["microfish", "my"], ["microflash.nothing", "my"], ["microflash"],
                                        ["microflash.show_standard", "my"], ["microflash", "/dev/null/my"]])
 def test_the_exercise_maker_refuses_in_one_line(arguments, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "exercise.py"), *arguments], capture_output=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "tools" / "exercise.py"), *arguments], capture_output=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, b"") and done.stderr.count(b"\n") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -191,7 +191,7 @@ def test_what_is_not_in_the_folder_falls_back_and_an_empty_folder_is_refused(tmp
 # ---------------------------------------------------------------------------------------- the README
 
 def test_the_map_is_up_to_date():
-    """`python tests/readme.py` makes it."""
+    """`python tests/tools/readme.py` makes it."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.MAP.search(text) and readme.with_map(text) == text
 

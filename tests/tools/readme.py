@@ -16,9 +16,8 @@ import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-from tests.exercise import NAMES, sections  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.tools.exercise import NAMES, ROOT, sections
 
 EXCERPT = re.compile(r"(<!-- (\w+) section (\d+), (\d+) lines from: ([^\n]+) -->\n```text\n)(.*?)(```\n)", re.S)
 MAP = re.compile(r"(<!-- map -->\n)(.*?)(<!-- end of map -->\n)", re.S)
