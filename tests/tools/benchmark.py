@@ -1,8 +1,13 @@
-"""How near to Python's own limit the scripts are: one table, measured in this run. `python tests/benchmark.py`
+"""Measure how near the scripts come to Python's own limit, and print one table.
 
-The floor is what a multiply-add takes in a long dot(); the last column says how many floors each thing takes. Machines
-differ and are noisy: quote ratios from one run, never single times.
+    python tests/tools/benchmark.py
+
+The limit, called the floor here, is the time of one multiply-add in a long dot(). The last column
+says how many floors each multiply-add takes. Machines differ and are noisy: quote ratios from one
+run, never single times.
 """
+
+from __future__ import annotations
 
 import math
 import random
@@ -10,36 +15,42 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import microattention
+import microbeam
+import microflash
+import microkv
+import microquant
+from tests.tools.exercise import NAMES, ROOT
 
-import microattention  # noqa: E402
-import microbeam  # noqa: E402
-import microflash  # noqa: E402
-import microkv  # noqa: E402
-import microquant  # noqa: E402
+# ------------------------------------------------------------------------------------ measuring
 
-
-def best(function, repeats=3):
-    """Seconds of the fastest of some runs."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def best(function: Callable, repeats: int = 3) -> float:
+    """Return the seconds of the fastest of some runs."""
+    return min(seconds_of(function) for _ in range(repeats))
 
 
-def multiply_adds(module, function):
-    """How many multiply-adds function() does in its script's dot(), counted there."""
-    count, dot = 0, module.dot
+def seconds_of(function: Callable) -> float:
+    """Return the seconds of one run."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def multiply_adds(module, function: Callable) -> int:
+    """Return how many multiply-adds function() does in the dot() of its script."""
+    count = 0
+    dot = module.dot
 
     def counted(a, b):
         nonlocal count
         count += len(a)
         return dot(a, b)
+
     module.dot = counted
     try:
         function()
@@ -48,31 +59,38 @@ def multiply_adds(module, function):
     return count
 
 
-def peak_memory(function):
-    """Bytes of Python's heap that function() takes at its peak, beyond what was there before."""
+def peak_megabytes(function: Callable) -> float:
+    """Return how much Python's heap grows at most while function() runs."""
     tracemalloc.start()
     function()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    return peak
+    return peak / 2**20
 
 
-def matrix(rng, rows, columns):
+def gaussian(rng: random.Random, rows: int, columns: int) -> list[list[float]]:
+    """Return a matrix of random numbers."""
     return [[rng.gauss(0, 1) for _ in range(columns)] for _ in range(rows)]
 
 
-def row(what, figure, note="", floors=None):
-    print(f"{what:<46}{figure:>16}  {note:<24}" + (f"{floors:>7.1f}" if floors else ""), flush=True)
+def print_row(what: str, figure: str, note: str = "", floors: float | None = None) -> None:
+    """Print one row of the table."""
+    last = "" if floors is None else f"{floors:>7.1f}"
+    print(f"{what:<46}{figure:>16}  {note:<24}{last}".rstrip(), flush=True)
 
 
-# ----------------------------------------------------------------------- the trainer to compare with
+# ------------------------------------------------------------------- the trainer to compare with
 
 class Value:
-    """A number that remembers what it was made from, as in micrograd and microgpt: a graph of scalars."""
+    """A number that remembers what it was made from, as in micrograd: a graph of scalars."""
+
     __slots__ = ("data", "grad", "parents", "slopes")
 
     def __init__(self, data, parents=(), slopes=()):
-        self.data, self.grad, self.parents, self.slopes = data, 0.0, parents, slopes
+        self.data = data
+        self.grad = 0.0
+        self.parents = parents
+        self.slopes = slopes  # the derivatives of this value by its parents
 
     def __add__(self, other):
         if not isinstance(other, Value):
@@ -95,22 +113,30 @@ class Value:
         return Value(math.log(self.data), (self,), (1 / self.data,))
 
     def backward(self):
-        order, seen, stack = [], set(), [(self, False)]
+        """Set .grad of every value that this one was made from: d self / d value."""
+        self.grad = 1.0
+        for node in reversed(self.parents_first()):
+            for parent, slope in zip(node.parents, node.slopes):
+                parent.grad += slope * node.grad
+
+    def parents_first(self) -> list[Value]:
+        """Return this value and all that it was made from, each after its parents."""
+        order = []
+        seen = set()
+        stack = [(self, False)]
         while stack:
-            node, done = stack.pop()
-            if done:
+            node, parents_done = stack.pop()
+            if parents_done:
                 order.append(node)
             elif node not in seen:
                 seen.add(node)
                 stack.append((node, True))
                 stack.extend((parent, False) for parent in node.parents)
-        self.grad = 1.0
-        for node in reversed(order):
-            for parent, slope in zip(node.parents, node.slopes):
-                parent.grad += slope * node.grad
+        return order
 
 
 def total(values):
+    """Return the sum of some Values."""
     values = iter(values)
     result = next(values)
     for value in values:
@@ -119,126 +145,198 @@ def total(values):
 
 
 def product(w, x):
+    """Return W x."""
     return [total(a * b for a, b in zip(unit, x)) for unit in w]
 
 
-def normed(x, gain, eps):
-    scale = (total(value * value for value in x) * (1 / len(x)) + eps) ** -0.5
+def rms_norm(x, gain, eps):
+    """Return x divided by its root mean square, times gain."""
+    mean_square = total(value * value for value in x) * (1 / len(x))
+    scale = (mean_square + eps) ** -0.5
     return [value * scale * g for value, g in zip(x, gain)]
 
 
-def shares(scores):
-    exps = [(score + -max(s.data for s in scores)).exp() for score in scores]
+def softmax(scores):
+    """Return exp(s) / Σ exp(s)."""
+    largest = max(score.data for score in scores)
+    exps = [(score + -largest).exp() for score in scores]
     inverse = total(exps) ** -1
     return [e * inverse for e in exps]
 
 
-def turned(x, position, head_dim, base):
+def sigmoid(x):
+    """Return 1 / (1 + exp(-x))."""
+    return ((x * -1).exp() + 1) ** -1
+
+
+def rope(x, position, head_dim, base):
+    """Return x with its adjacent pairs rotated by position."""
     out = []
     for i in range(0, len(x), 2):
         angle = position * base ** (-(i % head_dim) / head_dim)
-        a, b, c, s = x[i], x[i + 1], math.cos(angle), math.sin(angle)
-        out += [a * c + b * -s, a * s + b * c]
+        cos, sin = math.cos(angle), math.sin(angle)
+        a, b = x[i], x[i + 1]
+        out += [a * cos + b * -sin, a * sin + b * cos]
     return out
 
 
-def scalar_loss(config, w, tokens, targets):
-    """The mean loss of the tiny Llama with Values for weights, token by token as microgpt does it."""
-    c, cache, losses = config, [([], []) for _ in range(config.n_layers)], []
-    for position, (token, target) in enumerate(zip(tokens, targets)):
+def attend(q, keys, values, config):
+    """Return the output of all heads for one query: it sees all keys."""
+    out = []
+    group = config.n_heads // config.n_kv_heads
+    for head in range(config.n_heads):
+        start = head * config.head_dim
+        kv_start = head // group * config.head_dim
+        query = q[start:start + config.head_dim]
+        head_keys = [key[kv_start:kv_start + config.head_dim] for key in keys]
+        head_values = [value[kv_start:kv_start + config.head_dim] for value in values]
+        scores = [score * config.head_dim ** -0.5 for score in product(head_keys, query)]
+        weights = softmax(scores)
+        out += product(zip(*head_values), weights)
+    return out
+
+
+def add(a, b):
+    """Return a + b."""
+    return [x + y for x, y in zip(a, b)]
+
+
+def scalar_loss(config, w, tokens):
+    """Return the mean loss of the tiny Llama whose weights are Values, one token at a time."""
+    caches = [([], []) for _ in range(config.n_layers)]
+    losses = []
+    for position, (token, target) in enumerate(zip(tokens, tokens[1:])):
         x = w["tok_embeddings"][token]
-        for layer in range(c.n_layers):
-            part = {name.split(".", 2)[2]: value for name, value in w.items() if name.startswith(f"layers.{layer}.")}
-            h = normed(x, part["attention_norm"], c.norm_eps)
-            q = turned(product(part["attention.wq"], h), position, c.head_dim, c.rope_base)
-            keys, values = cache[layer]
-            keys.append(turned(product(part["attention.wk"], h), position, c.head_dim, c.rope_base))
-            values.append(product(part["attention.wv"], h))
-            out = []
-            for head in range(c.n_heads):
-                mine = slice(head * c.head_dim, (head + 1) * c.head_dim)
-                first = head // (c.n_heads // c.n_kv_heads) * c.head_dim
-                theirs = slice(first, first + c.head_dim)
-                weights = shares([s * c.head_dim ** -0.5 for s in product([k[theirs] for k in keys], q[mine])])
-                out += [total(p * v for p, v in zip(weights, column)) for column in zip(*(v[theirs] for v in values))]
-            x = [a + b for a, b in zip(x, product(part["attention.wo"], out))]
-            h = normed(x, part["ffn_norm"], c.norm_eps)
-            gates = [a * (((a * -1).exp() + 1) ** -1) * b
-                     for a, b in zip(product(part["feed_forward.w1"], h), product(part["feed_forward.w3"], h))]
-            x = [a + b for a, b in zip(x, product(part["feed_forward.w2"], gates))]
-        losses.append(shares(product(w["output"], normed(x, w["norm"], c.norm_eps)))[target].log() * -1)
+        for layer, (keys, values) in enumerate(caches):
+            prefix = f"layers.{layer}."
+            h = rms_norm(x, w[prefix + "attention_norm"], config.norm_eps)
+            q = product(w[prefix + "attention.wq"], h)
+            k = product(w[prefix + "attention.wk"], h)
+            v = product(w[prefix + "attention.wv"], h)
+            q = rope(q, position, config.head_dim, config.rope_base)
+            keys.append(rope(k, position, config.head_dim, config.rope_base))
+            values.append(v)
+            out = attend(q, keys, values, config)
+            x = add(x, product(w[prefix + "attention.wo"], out))
+
+            h = rms_norm(x, w[prefix + "ffn_norm"], config.norm_eps)
+            gate = product(w[prefix + "feed_forward.w1"], h)
+            up = product(w[prefix + "feed_forward.w3"], h)
+            hidden = [a * sigmoid(a) * b for a, b in zip(gate, up)]
+            x = add(x, product(w[prefix + "feed_forward.w2"], hidden))
+        logits = product(w["output"], rms_norm(x, w["norm"], config.norm_eps))
+        losses.append(softmax(logits)[target].log() * -1)
     return total(losses) * (1 / len(losses))
 
 
-def scalar_step(config, weights, tokens, targets):
-    """A step of training with a graph of scalars: its loss and its gradients."""
-    def wrap(w):
-        return [wrap(part) for part in w] if isinstance(w, list) else Value(w)
+def apply(function, w):
+    """Return a vector or matrix with function applied to each number."""
+    return [apply(function, part) for part in w] if isinstance(w, list) else function(w)
 
-    def slopes(w):
-        return [slopes(part) for part in w] if isinstance(w, list) else w.grad
-    values = {name: wrap(w) for name, w in weights.items()}
-    loss = scalar_loss(config, values, tokens, targets)
+
+def scalar_step(config, weights, tokens):
+    """Return the loss and {name: gradient} of a step of training, by a graph of scalars."""
+    values = {name: apply(Value, w) for name, w in weights.items()}
+    loss = scalar_loss(config, values, tokens)
     loss.backward()
-    return loss.data, {name: slopes(w) for name, w in values.items()}
+    gradients = {name: apply(lambda value: value.grad, w) for name, w in values.items()}
+    return loss.data, gradients
 
 
-def matrix_step(model, tokens, targets):
-    """The same with the scripts' tape over matrices."""
+def matrix_step(config, weights, tokens):
+    """Return the loss and {name: gradient} of a step of training, as the scripts compute them."""
+    if hasattr(microkv, "loss_and_gradients"):
+        return microkv.loss_and_gradients(config, weights, tokens)
+    # The first edition has a tape instead. This part goes when microkv is rewritten.
+    model = microkv.Llama(config, weights)
     tape = microkv.Tape()
-    logits = model.forward(tokens, run=tape)
-    loss, d_logits = microkv.cross_entropy(logits, targets)
+    logits = model.forward(tokens[:-1], run=tape)
+    loss, d_logits = microkv.cross_entropy(logits, tokens[1:])
     gradients = tape.backward(logits, d_logits)
     return loss, {name: gradients[id(w)] for name, w in model.weights.items()}
 
 
-# ---------------------------------------------------------------------------------------- the table
+def numbers_in(w) -> list[float]:
+    """Return all numbers of a vector or matrix."""
+    return [x for part in w for x in numbers_in(part)] if isinstance(w, list) else [w]
 
+
+def largest_gap(a: dict, b: dict) -> float:
+    """Return the largest difference between two dictionaries of gradients."""
+    gaps = []
+    for name in a:
+        pairs = zip(numbers_in(a[name]), numbers_in(b[name]), strict=True)
+        gaps += [abs(x - y) for x, y in pairs]
+    return max(gaps)
+
+
+# ------------------------------------------------------------------------------------ the table
+
+# Starts a script and prints its peak memory. The system counts what a process inherits from its
+# starter as the process's own memory, so that a small process has to start it.
 LAUNCHER = """
 import os, sys
 pid = os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, sys.argv[1]])
 _, status, usage = os.wait4(pid, 0)
 print(usage.ru_maxrss, file=sys.stderr)
 sys.exit(os.waitstatus_to_exitcode(status))
-"""  # a small process starts the script: what a large one starts counts its starter's memory as its own
+"""
 
 
-def whole_scripts():
-    for script in sorted(ROOT.glob("micro*.py")):
+def measure_whole_scripts() -> None:
+    """Print the seconds and the peak memory of each script's whole run."""
+    maxrss_per_megabyte = 2**20 if sys.platform == "darwin" else 2**10
+    for name in NAMES:
+        command = [sys.executable, "-I", "-c", LAUNCHER, str(ROOT / f"{name}.py")]
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-I", "-c", LAUNCHER, str(script)], stdout=subprocess.DEVNULL,
-                              stderr=subprocess.PIPE, check=True)
-        megabytes = int(done.stderr) / (2**20 if sys.platform == "darwin" else 2**10)
-        row(f"{script.name}, whole", f"{time.perf_counter() - start:.1f} s", f"peak {megabytes:.0f} MB")
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                              check=True)
+        seconds = time.perf_counter() - start
+        megabytes = int(done.stderr) / maxrss_per_megabyte
+        print_row(f"{name}.py, whole", f"{seconds:.1f} s", f"peak {megabytes:.0f} MB")
 
 
-def training(floor, length=32, few=8):
+def measure_training(floor: float, length: int = 32, scalar_length: int = 8) -> None:
+    """Print the time of a step of training on length tokens, and that of a graph of scalars.
+
+    The graph of scalars gets scalar_length tokens, as it is slow.
+    """
     tokenizer = microkv.Tokenizer.train(microkv.TEXT, microkv.VOCAB_SIZE)
     ids = tokenizer.encode(microkv.TEXT)
+    tokens = ids[:length + 1]
     config = microkv.Config(len(tokenizer.vocab), **microkv.SIZES)
-    model = microkv.Llama(config, microkv.init_weights(config, random.Random(0)))
-    n = sum(map(math.prod, config.shapes().values()))
-    gradients = matrix_step(model, ids[:length], ids[1:length + 1])[1]
-    adam = microkv.Adam(model.weights)
-    step = best(lambda: matrix_step(model, ids[:length], ids[1:length + 1]))
+    weights = microkv.init_weights(config, random.Random(0))
+    n_parameters = sum(map(math.prod, config.shapes().values()))
+
+    _, gradients = matrix_step(config, weights, tokens)
+    adam = microkv.Adam(weights)
+    step = best(lambda: matrix_step(config, weights, tokens))
     update = best(lambda: adam.step(gradients, 0.0))
-    work = multiply_adds(microkv, lambda: matrix_step(model, ids[:length], ids[1:length + 1]))
-    fast = (step + update) / length / n
-    row(f"training a Llama of {n:,} parameters", f"{fast * 1e6:.3f} µs", "a token and parameter", (step + update) / work / floor)
-    row("  of that, the optimizer", f"{update / length / n * 1e6:.3f} µs")
-    ours, start = matrix_step(model, ids[:few], ids[1:few + 1]), time.perf_counter()
-    theirs = scalar_step(config, model.weights, ids[:few], ids[1:few + 1])
-    slow = (time.perf_counter() - start) / few / n
-    rows = [list(zip(*(g[name] if isinstance(g[name][0], list) else [g[name]] for g in (ours[1], theirs[1])))) for name in ours[1]]
-    gap = max(abs(a - b) for pairs in rows for p, q in pairs for a, b in zip(p, q))
-    row("  as a graph of scalars, without optimizer", f"{slow * 1e6:.3f} µs", f"{slow / fast:.0f} times as long",
-        slow * few * n / (work * few / length) / floor)
-    row("  the two agree: gradients differ by", f"{gap:.0e}")
+    work = multiply_adds(microkv, lambda: matrix_step(config, weights, tokens))
+    per_parameter = (step + update) / length / n_parameters
+    print_row(f"training a Llama of {n_parameters:,} parameters", f"{per_parameter * 1e6:.3f} µs",
+              "a token and parameter", (step + update) / work / floor)
+    print_row("  of that, the optimizer", f"{update / length / n_parameters * 1e6:.3f} µs")
+
+    tokens = ids[:scalar_length + 1]
+    start = time.perf_counter()
+    _, scalar_gradients = scalar_step(config, weights, tokens)
+    scalar_seconds = time.perf_counter() - start
+    _, gradients = matrix_step(config, weights, tokens)
+    scalar_per_parameter = scalar_seconds / scalar_length / n_parameters
+    scalar_work = work * scalar_length / length
+    print_row("  as a graph of scalars, without optimizer", f"{scalar_per_parameter * 1e6:.3f} µs",
+              f"{scalar_per_parameter / per_parameter:.0f} times as long",
+              scalar_seconds / scalar_work / floor)
+    print_row("  the two agree: gradients differ by",
+              f"{largest_gap(gradients, scalar_gradients):.0e}")
 
 
 def attention_by_zip(q, k, v):
-    """Causal attention with its inner loops as generator expressions over zip."""
-    scale, columns, out = len(q[0]) ** -0.5, list(zip(*v)), []
+    """Return causal attention, with generator expressions over zip for its inner loops."""
+    scale = len(q[0]) ** -0.5
+    columns = list(zip(*v))
+    out = []
     for i, query in enumerate(q):
         scores = [sum(a * b for a, b in zip(query, key)) * scale for key in k[:i + 1]]
         weights = microattention.softmax(scores)
@@ -246,54 +344,92 @@ def attention_by_zip(q, k, v):
     return out
 
 
-def kernels(floor, n=256, d=64):
+def measure_kernel(
+    what: str, module, function: Callable, floor: float, other_work: int = 0
+) -> float:
+    """Print the time of a multiply-add in function(). Return its seconds.
+
+    other_work: multiply-adds that are not done in dot().
+    """
+    seconds = best(function)
+    work = multiply_adds(module, function) + other_work
+    print_row(what, f"{seconds / work * 1e9:.1f} ns", "a multiply-add", seconds / work / floor)
+    return seconds
+
+
+def measure_kernels(floor: float, n: int = 256, d: int = 64) -> None:
+    """Print the times of attention, flash attention and GPTQ."""
     rng = random.Random(0)
-    q, k, v = (matrix(rng, n, d) for _ in range(3))
+    q = gaussian(rng, n, d)
+    k = gaussian(rng, n, d)
+    v = gaussian(rng, n, d)
 
-    def report(what, module, function, more=0):
-        seconds, work = best(function), multiply_adds(module, function) + more
-        row(what, f"{seconds / work * 1e9:.1f} ns", "a multiply-add", seconds / work / floor)
-        return seconds
-    fast = report(f"attention, causal, n = {n}, d = {d}", microattention, lambda: microattention.attention(q, k, v))
-    slow = best(lambda: attention_by_zip(q, k, v))
-    row("  with generator expressions instead of dot", f"{slow / fast:.1f} times", "as long")
-    report(f"flash attention, causal, tiles of 32, n = {n}", microflash,
-           lambda: microflash.flash_attention(q, k, v, block_q=32, block_k=32, causal=True))
-    w, x = matrix(rng, 160, 64), matrix(rng, 64, 64)
+    with_dot = measure_kernel(f"attention, causal, n = {n}, d = {d}", microattention,
+                              lambda: microattention.attention(q, k, v), floor)
+    by_zip = best(lambda: attention_by_zip(q, k, v))
+    print_row("  with generator expressions instead of dot", f"{by_zip / with_dot:.1f} times",
+              "as long")
+
+    def flash():
+        microflash.flash_attention(q, k, v, block_q=32, block_k=32, causal=True)
+
+    measure_kernel(f"flash attention, causal, tiles of 32, n = {n}", microflash, flash, floor)
+
+    w = gaussian(rng, 160, 64)
+    x = gaussian(rng, 64, 64)
     hessian = microquant.hessian_of(x)
-    report("GPTQ, 160 × 64, 4 bits in groups of 32", microquant,
-           lambda: microquant.gptq(w, hessian, 4, granularity=32), len(w) * 64 * 63 // 2)  # the updates to the right
+    updates = len(w) * 64 * 63 // 2  # each column changes all columns to its right
+    measure_kernel("GPTQ, 160 × 64, 4 bits in groups of 32", microquant,
+                   lambda: microquant.gptq(w, hessian, 4, granularity=32), floor, updates)
 
 
-def flash_memory(d=16, block=64):
+def measure_flash_memory(d: int = 16, block: int = 64) -> None:
+    """Print the peak memory of standard and of flash attention for longer and longer inputs."""
     for n in (128, 256, 512, 1024):
-        q, k, v = (matrix(random.Random(seed), n, d) for seed in range(3))
-        standard, flash = (peak_memory(run) / 2**20 for run in (
-            lambda: microflash.standard_attention(q, k, v),
-            lambda: microflash.flash_attention(q, k, v, block_q=block, block_k=block)))
-        row(f"memory at n = {n:,}, d = {d}: flash, tiles of {block}", f"{flash:.1f} MB", f"standard: {standard:.1f} MB")
+        print_flash_memory(n, d, block)
 
 
-def decoding(n=48):
-    llama, draft = (microbeam.Llama(config, microbeam.init_weights(config, random.Random(0))) for config in (
-        microbeam.Config(microbeam.VOCAB_SIZE, **sizes) for sizes in (microbeam.TARGET, microbeam.DRAFT)))
-    prompt = microbeam.rhyme()[0].encode(microbeam.PROMPT)
-    slow = best(lambda: microbeam.greedy(lambda tokens: llama.forward(tokens)[-1], prompt, n), 1)
-    fast = best(lambda: microbeam.greedy(microbeam.CachedModel(llama), prompt, n))
-    row(f"{n} tokens, greedy, with a KV cache", f"{fast * 1e3:.0f} ms", f"without: {slow * 1e3:.0f} ms")
+def print_flash_memory(n: int, d: int, block: int) -> None:
+    """Print the peak memory of standard and of flash attention for n tokens."""
+    q = gaussian(random.Random(0), n, d)
+    k = gaussian(random.Random(1), n, d)
+    v = gaussian(random.Random(2), n, d)
+    standard = peak_megabytes(lambda: microflash.standard_attention(q, k, v))
+    flash = peak_megabytes(
+        lambda: microflash.flash_attention(q, k, v, block_q=block, block_k=block))
+    print_row(f"memory at n = {n:,}, d = {d}: flash, tiles of {block}", f"{flash:.1f} MB",
+              f"standard: {standard:.1f} MB")
 
 
-def main():
-    a, b = matrix(random.Random(0), 2, 100_000)
+def measure_decoding(n: int = 48) -> None:
+    """Print the time of n new tokens with a KV cache, and without."""
+    config = microbeam.Config(microbeam.VOCAB_SIZE, **microbeam.TARGET)
+    model = microbeam.Llama(config, microbeam.init_weights(config, random.Random(0)))
+    tokenizer = microbeam.Tokenizer.train(microbeam.TEXT, microbeam.VOCAB_SIZE)
+    prompt = tokenizer.encode(microbeam.PROMPT)
+
+    def without_cache(tokens):
+        return model.forward(tokens)[-1]
+
+    slow = best(lambda: microbeam.greedy(without_cache, prompt, n), 1)
+    fast = best(lambda: microbeam.greedy(microbeam.CachedModel(model), prompt, n))
+    print_row(f"{n} tokens, greedy, with a KV cache", f"{fast * 1e3:.0f} ms",
+              f"without: {slow * 1e3:.0f} ms")
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.parse_args()
+    a, b = gaussian(random.Random(0), 2, 100_000)
     floor = best(lambda: microkv.dot(a, b), 7) / len(a)
     print(f"Python {sys.version.split()[0]}")
     print(f"{'measured':<46}{'figure':>16}  {'':<24}{'floors':>7}")
-    row("the floor: a long dot", f"{floor * 1e9:.1f} ns", "a multiply-add", 1.0)
-    whole_scripts()
-    training(floor)
-    kernels(floor)
-    flash_memory()
-    decoding()
+    print_row("the floor: a long dot", f"{floor * 1e9:.1f} ns", "a multiply-add", 1.0)
+    measure_whole_scripts()
+    measure_training(floor)
+    measure_kernels(floor)
+    measure_flash_memory()
+    measure_decoding()
 
 
 if __name__ == "__main__":
