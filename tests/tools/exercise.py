@@ -113,24 +113,42 @@ def techniques(source: str) -> list[Technique]:
     """Return the techniques of a script, in the order of its source.
 
     In a script with floors they are the public functions, and the methods of public classes, of its
-    first floor. Checks of arguments (check_…) and what prints stay with the script. In a script
-    without floors they are the functions and classes in numbered sections that SECTIONS names.
+    first floor. What prints stays with the script, and so do checks of arguments (check_…) and what
+    main calls itself: without it, no section could be printed. In a script without floors they are
+    the functions and classes in numbered sections that SECTIONS names.
     """
+    tree = ast.parse(source)
     first_floor = floors(source).get("THE TECHNIQUES")
     named = {name for _, names in sections(source) for name in names}
+    needed_by_main = names_in_main(tree)
     section_of_line = section_of_each_line(source)
     found = []
-    for node in ast.parse(source).body:
+    for node in tree.body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             continue
         section = section_of_line[node.lineno - 1]
         if first_floor is None:
             is_technique = node.name in named
         else:
-            is_technique = node.lineno in first_floor and is_for_the_learner(node)
+            is_technique = (node.lineno in first_floor and node.name not in needed_by_main
+                            and is_for_the_learner(node))
         if section and is_technique:
             found += [Technique(name, section, function) for name, function in functions_in(node)]
     return found
+
+
+def names_in_main(tree: ast.Module) -> set[str]:
+    """Return the names that main uses itself; not those in a lambda, which runs later or never."""
+    names = set()
+    to_visit = [node for node in tree.body if isinstance(node, ast.FunctionDef)
+                and node.name == "main"]
+    while to_visit:
+        node = to_visit.pop()
+        if isinstance(node, ast.Name):
+            names.add(node.id)
+        if not isinstance(node, ast.Lambda):
+            to_visit += ast.iter_child_nodes(node)
+    return names
 
 
 def is_for_the_learner(node: ast.FunctionDef | ast.ClassDef) -> bool:
