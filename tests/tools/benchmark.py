@@ -174,8 +174,9 @@ def rope(x, position, head_dim, base):
     out = []
     for i in range(0, len(x), 2):
         angle = position * base ** (-(i % head_dim) / head_dim)
-        cos, sin = math.cos(angle), math.sin(angle)
-        a, b = x[i], x[i + 1]
+        cos = math.cos(angle)
+        sin = math.sin(angle)
+        a, b = x[i:i + 2]
         out += [a * cos + b * -sin, a * sin + b * cos]
     return out
 

@@ -64,7 +64,8 @@ def title_and_names(row: ast.expr) -> tuple[str, list[str]]:
     if isinstance(row, ast.Call):
         fields = dict(zip(["title", "show", "techniques"], row.args))
         fields |= {keyword.arg: keyword.value for keyword in row.keywords}
-        title, techniques = fields["title"], fields["techniques"]
+        title = fields["title"]
+        techniques = fields["techniques"]
     else:
         title, _, techniques = row.elts
     return title.value, [ast.unparse(name) for name in techniques.elts]

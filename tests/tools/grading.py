@@ -186,10 +186,10 @@ class Grader:
     def watch(self, script, module):
         """Replace each technique that differs from the original by one that records its calls."""
         original = imported_original(script)
-        learners = functions((self.folder / f"{script}.py").read_text(encoding="utf-8"))
+        learners_functions = functions((self.folder / f"{script}.py").read_text(encoding="utf-8"))
         for technique in techniques(source_of(script)):
             name = technique.name
-            body = code(learners[name]) if name in learners else ""
+            body = code(learners_functions[name]) if name in learners_functions else ""
             if body == code(technique.node):
                 continue
             key = script, name
@@ -276,7 +276,8 @@ class Grader:
     def outcome(self, test, failed, excinfo):
         """Return how a test ended. The calls of a failed test are compared with the original's."""
         record = self.record
-        compared, differed = set(), set()
+        compared = set()
+        differed = set()
         if failed:
             compared, differed = self.compare(record.calls)
         agreed = compared - differed - record.unchecked
@@ -296,7 +297,8 @@ class Grader:
 
     def compare(self, calls):
         """Repeat calls on the original. Return (techniques compared, those that differed)."""
-        compared, differed = set(), set()
+        compared = set()
+        differed = set()
         for call in sorted(calls, key=lambda call: call.size):
             key = call.key
             if key in differed or isinstance(call.after[0], NotImplementedError):
@@ -466,19 +468,21 @@ def same_number(a, b):
         return False
 
 
-def difference(learners, originals):
+def difference(learners_call, originals_call):
     """Return (the learner's, the original's) as text, for two calls that differ.
 
     A call is (result, arguments, options). If the results are the same, the calls differ in what
     they did to an argument; then the first such argument is shown.
     """
-    if not same(learners[0], originals[0]):
-        return short(learners[0]), short(originals[0])
-    for a, b in zip(values_of(learners), values_of(originals)):
-        if not same(a, b):
-            if hasattr(a, "__dict__"):
-                a, b = changed_attributes(a, b), changed_attributes(b, a)
-            return f"leaves {short(a)}", f"leaves {short(b)}"
+    if not same(learners_call[0], originals_call[0]):
+        return short(learners_call[0]), short(originals_call[0])
+    for a, b in zip(values_of(learners_call), values_of(originals_call)):
+        if same(a, b):
+            continue
+        if hasattr(a, "__dict__"):
+            return (f"leaves {short(changed_attributes(a, b))}",
+                    f"leaves {short(changed_attributes(b, a))}")
+        return f"leaves {short(a)}", f"leaves {short(b)}"
     raise ValueError("the calls do not differ")
 
 

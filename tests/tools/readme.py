@@ -118,7 +118,8 @@ def tests_of(name: str) -> dict[str, list[str]]:
     What the helpers and tables mention that a test uses counts as mentioned by the test.
     """
     source = (ROOT / "tests" / f"test_{name}.py").read_text(encoding="utf-8")
-    helpers, tests = {}, {}
+    helpers = {}
+    tests = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             tests[node.name] = mentions(node)
@@ -141,13 +142,15 @@ def test_of(name: str, function: str) -> str | None:
     one that is not about refusals, and then the one that mentions the function most often.
     """
     parts = [part for part in function.lower().split("_") if len(part) > 2]
-    best, best_score = None, None
+    best = None
+    best_score = None
     for test, words in tests_of(name).items():
         if function in words:
             in_name = sum(part in test for part in parts)
             score = in_name, "refuse" not in test, words.count(function)
             if best_score is None or score > best_score:
-                best, best_score = test, score
+                best = test
+                best_score = score
     return best
 
 
@@ -201,7 +204,8 @@ def table_of(name: str) -> str:
         for function in functions:
             test = graded_by(name, function, source)
             rows.append(f"| {heading} | `{function}` | {test} | {links} |\n")
-            heading = links = ""
+            heading = ""
+            links = ""
     n_sections = len(sections(source))
     return (f"<details><summary><b>{name}.py</b>: {len(rows)} functions in {n_sections} sections, "
             f"tested in tests/test_{name}.py</summary>\n\n"
