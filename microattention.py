@@ -1,33 +1,60 @@
 #!/usr/bin/env python3
-"""Who looks at whom, and what it costs to remember.
+"""Attention: who looks at whom, and what it costs to remember.
 
-Attention lets every token look back at the tokens before it. While a model generates, the keys and
-values of all those tokens must be kept: the KV cache, the memory that limits how many people one
-card can serve. Most of the variants of attention in use today are ways to keep less of it. This script
-puts them side by side on one sentence, draws who looks at whom, and counts what each keeps.
+A language model writes one token at a time. For each new token, attention looks back at the tokens
+before it, and so their keys and values must be kept: this is the KV cache, the memory that limits
+how many people one card can serve. Most variants of attention in use today are ways to keep less of
+it. This script runs them on one sentence, draws who looks at whom, and counts what each one keeps.
+Nothing is trained. The heads are built by hand, so that you can see what each of them looks for.
 
-Run it (`python microattention.py`), read the trace, then read on from here in order: every section of
-the trace is a section of this file. Nothing is trained; the heads are built by hand, to be recognised.
+How to read it
+  1. Run `python microattention.py` and read what it prints (10 minutes).
+  2. Read THE TECHNIQUES below, in order (30 minutes). Sections 1 to 6 and 8 are the core of the
+     chapter. Section 7, the memory of real models, can wait.
+  3. THE EXPERIMENTS say how each number of the trace was measured. THE MODEL AND THE BENCH has the
+     heads built by hand. SHARED BY THE FIVE prints, reads text and parses the command line.
 
-The papers:
-  Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762                       sections 1, 2
-  Shazeer, Fast Transformer Decoding: One Write-Head is All You Need, 2019,
-    arXiv:1911.02150                                                                      section 3
-  Ainslie et al., GQA: Training Generalized Multi-Query Transformer Models from
-    Multi-Head Checkpoints, 2023, arXiv:2305.13245                                        section 3
-  Jiang et al., Mistral 7B, 2023, arXiv:2310.06825                                        section 4
+The papers
+  Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762             sections 1, 2
+  Shazeer, Fast Transformer Decoding, 2019, arXiv:1911.02150                    section 3
+  Ainslie et al., GQA, 2023, arXiv:2305.13245                                   section 3
+  Jiang et al., Mistral 7B, 2023, arXiv:2310.06825                              section 4
   Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2023,
-    arXiv:2309.17453                                                                      section 4
-  DeepSeek-AI, DeepSeek-V2, 2024, arXiv:2405.04434; DeepSeek-V3, 2024, arXiv:2412.19437   section 5
-  Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021,
-    arXiv:2104.09864                                                                      section 6
-  Press et al., Train Short, Test Long (ALiBi), 2021, arXiv:2108.12409                    section 6
-  Shoeybi et al., Megatron-LM, 2019, arXiv:1909.08053                                     section 8
+    arXiv:2309.17453                                                            section 4
+  Gemma Team, Gemma 3, 2025, arXiv:2503.19786                                   section 4
+  OpenAI, gpt-oss model card, 2025, arXiv:2508.10925                            section 4
+  Su et al., RoFormer, 2021, arXiv:2104.09864                                   section 5
+  Chen et al., Position Interpolation, 2023, arXiv:2306.15595                   section 5
+  Peng et al., YaRN, 2023, arXiv:2309.00071                                     section 5
+  Press et al., Train Short, Test Long (ALiBi), 2021, arXiv:2108.12409          section 5
+  DeepSeek-AI, DeepSeek-V2, 2024, arXiv:2405.04434                              section 6
+  Shoeybi et al., Megatron-LM, 2019, arXiv:1909.08053                           section 8
+  Huang et al., GPipe, 2018, arXiv:1811.06965                                   section 8
 """
+
+# The words. What is not explained here is explained in the section that uses it.
+#
+#   token            a word, or a piece of one: what the model reads and writes
+#   embedding        the vector that stands for a token; its numbers are called channels
+#   query, key,      three vectors that each token makes from its embedding: what it looks for,
+#     value          what it can be found by, and what it hands over when it is found
+#   score            how well a key answers a query: their dot product, scaled
+#   softmax(scores)  weights that are positive and sum to 1; a higher score gets more weight
+#   head             one set of queries, keys and values; a model has many heads in each layer
+#   causal           no token sees a later one
+#   prefill, decode  reading the prompt, all tokens at once; then writing, one token at a time
+#   KV cache         the keys and values of all tokens so far, kept for the tokens to come
+#   latent           a short vector from which longer ones are computed again
+#   rank             one of several cards that work together
+#   all-reduce       the ranks add up their vectors, and every rank gets the sum
+#
+# linear(x, w) multiplies every row of x by the matrix w [out][in]. dot(a, b) is Σ a[i]·b[i].
+# A shape in brackets says how many: q [n_q][d] is n_q queries of d channels each.
 
 from __future__ import annotations
 
 import cmath
+import itertools
 import math
 import operator
 import os
@@ -40,1199 +67,2362 @@ import unicodedata
 from argparse import ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
+
+if sys.version_info < (3, 11):
+    sys.exit("This script needs Python 3.11 or newer.")
 
 Vector = list[float]
 Matrix = list[Vector]  # row-major: m[row][column]
 
 SENTENCE = "This is the cat that killed the rat that ate the malt"
-VOCAB_SIZE = 96    # tokens: the words of SENTENCE are then one token each
+VOCAB_SIZE = 96    # tokens; the words of SENTENCE are then one token each
 DIM = 32           # channels of an embedding
 N_HEADS = 4        # query heads
-WINDOW = 4         # keys a query sees in section 4, itself included
+WINDOW = 4         # keys that a query sees in section 4, itself included
 SINKS = 1          # first tokens that stay visible outside the window
-SHARPNESS = 10.0   # score that a head built by hand gives to what it looks for
+STAGES = 4         # cards in the pipeline of section 8
+MICRO_BATCHES = 8  # pieces of the batch in that pipeline
 MAX_TOKENS = 256   # longest text accepted
-MAP_TOKENS = 14    # tokens drawn in a map: four maps then fit side by side
+MAP_TOKENS = 14    # tokens drawn in a map, so that four maps fit side by side
 
 
-# ---------------------------------------------------------------------------------------------------
+# =============================================================================================
+# THE TECHNIQUES
+# =============================================================================================
+
 # 1. Scaled dot-product attention
 #
-# A query asks, keys answer, values are what is handed over. For query i and the keys j it may see:
+# A model turns each token's embedding x into three vectors, by three matrices that it has learned:
+# a query q = W_Q x, a key k = W_K x and a value v = W_V x. Attention compares the query of a token
+# with the keys of the tokens that it may see, and returns a mixture of their values:
 #
 #     score[i][j]  = q[i]·k[j] / √d              how well key j answers query i
-#     weight[i][:] = softmax(score[i][:])        positive, and sums to 1
-#     out[i]       = Σ_j weight[i][j] · v[j]     the average of the values, by those weights
+#     weight[i][:] = softmax(score[i][:])        positive, and the sum is 1
+#     out[i]       = Σ_j weight[i][j] · v[j]     the values, averaged by these weights
 #
-# A causal model sees no future: query i stops at its own position. With fewer queries than keys (a
-# model that generates: one new query, all the old keys) the queries are the last positions, so the
-# mask is aligned at the bottom right. What a query may not see is never computed. (On a GPU, whole tiles
-# are skipped; inside a tile the scores are computed and set to -inf.)
+# A tiny one, with d = 4, so that √d = 2. The query is (2, 2, 0, 0). Three keys and their values:
+#
+#     key                q·k   q·k/√d   e^(q·k/√d)   weight   value
+#     (1, 1,  0, 0)       4       2        7.39       .665      10
+#     (1, -1, 5, 5)       0       0        1.00       .090      20
+#     (0, 1,  9, 0)       2       1        2.72       .245      30
+#
+#     out = .665 · 10 + .090 · 20 + .245 · 30 = 15.8
+#
+# Why divide by √d? If the channels of q and k are random with variance 1, q·k is a sum of d terms,
+# and its standard deviation is √d. With d = 128 the scores would lie tens apart, and softmax would
+# give all the weight to one key. Such a head hardly learns any more, because the slope of a weight
+# in its own score is weight · (1 - weight), which is 0 at both ends.
+#
+# In a causal model query i stops at its own position. While a model writes, there is one new query
+# for all the keys so far, so the queries are the last positions: the mask is aligned bottom right.
+#
+# In production: FlashAttention computes the same without ever storing the scores (flash_attn_func
+# in flash_attn/flash_attn_interface.py; microflash.py takes it apart). vLLM calls it in
+# v1/attention/backends/flash_attn.py. On a GPU, tiles that are wholly hidden are skipped; inside
+# a tile, hidden scores are computed and set to -inf.
+# Measured by show_attention().
 
-def visible_keys(i: int, n_q: int, n_k: int, causal: bool, window: int | None, sinks: int) -> list[int]:
-    """The keys that query i of n_q sees among n_k, ascending. window and sinks: see section 4."""
-    position = n_k - n_q + i
-    start = 0 if window is None else max(position + 1 - window, 0)
-    end = max(position + 1, 0) if causal else n_k
-    return [*range(min(sinks, start, end)), *range(start, end)]
+
+def attention(
+    q: Matrix,
+    k: Matrix,
+    v: Matrix,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+    scale: float | None = None,
+    bias: Matrix | None = None,
+    sink_logit: float | None = None,
+) -> Matrix:
+    """Return softmax(q kᵀ · scale + bias) v for one head (Vaswani et al. 2017, equation 1).
+
+    q [n_q][d], k [n_k][d], v [n_k][d_v] -> [n_q][d_v]. A query that sees no key gets zeros.
+    causal: a query sees no key after its own position; the queries are the last n_q of n_k.
+    scale: 1/√d unless given. bias [n_q][n_k]: added to the scaled scores (section 5).
+    window, sinks, sink_logit: see section 4.
+    ValueError where shapes disagree, window < 1 or sinks < 0.
+    """
+    check_values(v, len(k))
+    out = []
+    for seen, weights in visible_weights(q, k, causal, window, sinks, scale, bias, sink_logit):
+        if not seen:
+            out.append([0.0] * len(v[0]))
+            continue
+        channels = zip(*[v[j] for j in seen])
+        out.append([dot(weights, channel) for channel in channels])
+    return out
 
 
-def visible_weights(q: Matrix, k: Matrix, causal: bool, window: int | None, sinks: int, scale: float | None,
-                    bias: Matrix | None) -> Iterator[tuple[list[int], Vector]]:
-    """For each query: the keys it sees, and its weights on them."""
+def attention_weights(q: Matrix, k: Matrix, **options) -> Matrix:
+    """Return who looks at whom: q [n_q][d], k [n_k][d] -> weights [n_q][n_k].
+
+    options: those of attention(). A weight is 0 where the query does not see the key.
+    """
+    rows = []
+    for seen, weights in visible_weights(q, k, **options):
+        row = [0.0] * len(k)
+        for j, weight in zip(seen, weights):
+            row[j] = weight
+        rows.append(row)
+    return rows
+
+
+def visible_weights(
+    q: Matrix,
+    k: Matrix,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+    scale: float | None = None,
+    bias: Matrix | None = None,
+    sink_logit: float | None = None,
+) -> Iterator[tuple[list[int], Vector]]:
+    """Yield for each query the keys that it sees, and its weights on them. What is hidden is not
+    computed."""
     check_attention_arguments(q, k, window, sinks, bias)
-    scale = 1 / math.sqrt(len(k[0])) if scale is None else scale
+    if scale is None:
+        scale = 1 / math.sqrt(len(k[0]))
     for i, query in enumerate(q):
         seen = visible_keys(i, len(q), len(k), causal, window, sinks)
         scores = [dot(query, k[j]) * scale for j in seen]
         if bias is not None:
             scores = [score + bias[i][j] for score, j in zip(scores, seen)]
-        yield seen, softmax(scores)
+        if sink_logit is None:
+            yield seen, softmax(scores)
+        else:
+            # The sink takes its share of the weight, and hands over no value.
+            yield seen, softmax([*scores, sink_logit])[:-1]
 
 
-def attention_weights(q: Matrix, k: Matrix, *, causal: bool = True, window: int | None = None, sinks: int = 0,
-                      scale: float | None = None, bias: Matrix | None = None) -> Matrix:
-    """Who looks at whom: q [n_q][d], k [n_k][d] -> weights [n_q][n_k], 0 where the mask hides a key.
-
-    The options are those of attention(). Each row sums to 1, or is all 0 if its query sees nothing.
-    """
-    rows = (dict(zip(seen, weights)) for seen, weights in visible_weights(q, k, causal, window, sinks, scale, bias))
-    return [[row.get(j, 0.0) for j in range(len(k))] for row in rows]
-
-
-def attention(q: Matrix, k: Matrix, v: Matrix, *, causal: bool = True, window: int | None = None, sinks: int = 0,
-              scale: float | None = None, bias: Matrix | None = None) -> Matrix:
-    """softmax(q kᵀ · scale + bias) v for one head: q [n_q][d], k [n_k][d], v [n_k][d_v] -> [n_q][d_v].
-
-    causal: no key after the query's own position; the queries are the last n_q of the n_k positions.
-    window: no key more than window - 1 positions back; sinks: but the first `sinks` keys all the same.
-    scale: 1/√d unless given. bias [n_q][n_k] is added to the scaled scores (section 6).
-    A query that sees no key gets zeros. ValueError where shapes disagree, window < 1 or sinks < 0.
-    Vaswani et al. 2017, equation 1.
-    """
-    if len(v) != len(k) or any(len(row) != len(v[0]) for row in v):
-        raise ValueError(f"v must have a row for each of the {len(k)} keys, all of one length; it has {len(v)} rows")
-    out = []
-    for seen, weights in visible_weights(q, k, causal, window, sinks, scale, bias):
-        channels = zip(*(v[j] for j in seen))
-        out.append([dot(weights, channel) for channel in channels] or [0.0] * len(v[0]))
-    return out
+def visible_keys(
+    i: int, n_q: int, n_k: int, causal: bool = True, window: int | None = None, sinks: int = 0
+) -> list[int]:
+    """Return the keys that query i of n_q sees among n_k, in ascending order."""
+    position = n_k - n_q + i
+    end = max(position + 1, 0) if causal else n_k
+    start = 0 if window is None else max(position + 1 - window, 0)
+    return [*range(min(sinks, start, end)), *range(start, end)]
 
 
-def show_attention(trace: Trace, knobs: Namespace) -> None:
-    """A head that finds its own word, one of its rows worked out, and the spread of q·k as d grows."""
-    x, (wq, wk, wv, _) = embed(knobs), build_heads(["same word"], knobs.dim // knobs.n_heads, knobs.dim)
-    q, k, v = linear(x, wq), linear(x, wk), linear(x, wv)
-    weights, shown = attention_weights(q, k), min(len(x), MAP_TOKENS)
-    trace.say("Each row is a token that looks (a query), each column a token it may look at (a key): itself and "
-              "those before it. This head is built (section 2 says how) to look for its own word: where a word "
-              "comes back, its row lights up at the earlier ones too." + knobs.cut)
-    trace.lines(heat_map(weights[:shown], labels=knobs.labels[:shown], cell=2))
-    trace.note(SHADES_LEGEND)
-
-    i = max((i for i in range(shown) if knobs.tokens[i] in knobs.tokens[:i]), default=shown - 1)
-    trace.say(f"One row worked out: token {i}, {knobs.labels[i]!r}, its query against every key it sees.")
-    trace.ask("how large is its largest weight? (They sum to 1.)", max(weights[i]))
-    scores = [dot(q[i], key) for key in k[:i + 1]]
-    trace.table(["", "key", "q·k", "q·k/√d", "weight", ""],
-                [[str(j), knobs.labels[j], f"{score:z.2f}", f"{score / math.sqrt(len(q[i])):z.2f}",
-                  f"{weight:.3f}", bar(weight, 1, 24)] for j, (score, weight) in enumerate(zip(scores, weights[i]))],
-                left=(1, 5))
-
-    n_keys, n_queries, rng = 32, 16, random.Random(knobs.seed)
-    trace.say(f"Why divide by √d? For random q and k, q·k is a sum of d terms, so it spreads like √d; and softmax "
-              f"of widely spread scores is nearly one-hot: it ignores all keys but one, and passes no gradient. "
-              f"Measured on {n_queries} queries and {n_keys} keys; an even look at all of them has "
-              f"log2({n_keys}) = {math.log2(n_keys):.0f} bits of entropy, and a largest weight of {1 / n_keys:.2f}.")
-    rows = []
-    for d in (4, 16, 64, 256, 1024):
-        a, b = random_matrix(rng, n_queries, d), random_matrix(rng, n_keys, d)
-        products = [dot(query, key) for query in a for key in b]
-        raw, scaled = (attention_weights(a, b, causal=False, scale=scale) for scale in (1.0, None))
-        rows.append([str(d), f"{math.sqrt(dot(products, products) / len(products)):.1f}", f"{math.sqrt(d):.1f}",
-                     f"{fmean(map(entropy, raw)):.2f}", f"{fmean(map(max, raw)):.2f}",
-                     f"{fmean(map(entropy, scaled)):.2f}", f"{fmean(map(max, scaled)):.2f}"])
-    trace.table(["d", "spread of q·k", "√d", "entropy", "largest", "entropy, scaled", "largest, scaled"], rows)
-    trace.note("spread: root mean square; entropy in bits; largest: the largest weight; scaled: scores divided by √d")
-
-    trace.check_close("attention() = softmax(QKᵀ/√d)V over the dense masked matrix", attention(q, k, v),
-                      dense_attention(q, k, v, lambda i, j: j <= i), 1e-12)
-
-
-# ---------------------------------------------------------------------------------------------------
 # 2. Multi-head attention (MHA)
 #
-# One head makes one kind of look. n_heads look as many ways at once: x is projected to small queries, keys
-# and values of head_dim channels each, every head attends alone, and wo mixes what they brought back:
+# One head looks for one thing. A layer has n_heads of them, each with queries, keys and values of
+# its own, of head_dim channels. Every head attends alone. Then the outputs are put side by side,
+# and the matrix wo mixes them:
 #
-#     head_i = attention(x wq_iᵀ, x wk_iᵀ, x wv_iᵀ)          out = concat(head_1, …, head_n) woᵀ
+#     head_h = attention(x W_Qhᵀ, x W_Khᵀ, x W_Vhᵀ)
+#     out    = concat(head_1, …, head_n) W_Oᵀ
 #
-# The heads of this script are built, not trained. An embedding is four blocks of channels:
-#     word     a random code of ±1 for the token
-#     here     its position, told as the hands of clocks tell time: (cos, sin) with periods of 4, 8, 16, … tokens
-#     before   the position one earlier, told the same way
-#     start    position 0
-# A head's q reads one block and its k another; its score is high where the two agree. Trained models have
-# heads that do each of these jobs. (With few channels a head reads its block in part only, and errs.)
+# The rows of wq are the W_Q of head 1, then those of head 2, and so on; wk and wv likewise. One big
+# product makes the queries of all heads, and split_heads() cuts them apart.
+#
+# The heads that this script looks at are built, so that it is known what they look for: the same
+# word earlier in the text, the token one back, everything alike, or the first token. Heads that do
+# such jobs are found in trained models too.
+#
+# In production: transformers has it in plain PyTorch, eager_attention_forward() in
+# models/llama/modeling_llama.py.
+# Measured by show_multi_head().
 
-JOBS = {"same word": ("word", "word"), "one back": ("before", "here"),  # what q reads, what k reads
-        "everywhere": (None, "word"), "first token": ("start", "here")}
-BLOCKS = ["word", "here", "before", "start"]
 
+def multi_head_attention(
+    x: Matrix, wq: Matrix, wk: Matrix, wv: Matrix, wo: Matrix, n_heads: int, **options
+) -> Matrix:
+    """Return multi-head attention of x [n][dim] -> [n][dim] (Vaswani et al. 2017, section 3.2.2).
 
-def multi_head_attention(x: Matrix, wq: Matrix, wk: Matrix, wv: Matrix, wo: Matrix, n_heads: int, **mask) -> Matrix:
-    """x [n][dim]; wq, wk, wv [n_heads·head_dim][dim]; wo [dim][n_heads·head_dim] -> [n][dim].
-
-    mask: the options of attention(). ValueError if n_heads does not divide the rows. Vaswani et al. 2017.
+    wq, wk, wv [n_heads·head_dim][dim]; wo [dim][n_heads·head_dim]. options: those of attention().
+    ValueError if n_heads does not divide the rows of wq, wk or wv.
     """
-    q, k, v = (split_heads(linear(x, w), n_heads) for w in (wq, wk, wv))
-    return linear(concat(*(attention(q[h], k[h], v[h], **mask) for h in range(n_heads))), wo)
+    q = split_heads(linear(x, wq), n_heads)
+    k = split_heads(linear(x, wk), n_heads)
+    v = split_heads(linear(x, wv), n_heads)
+    heads = [attention(q[h], k[h], v[h], **options) for h in range(n_heads)]
+    return linear(concat(*heads), wo)
 
 
-def split_heads(m: Matrix, n_heads: int) -> list[Matrix]:
-    """[n][n_heads·head_dim] -> n_heads matrices [n][head_dim]."""
-    width = len(m[0]) if m else 0
+def split_heads(x: Matrix, n_heads: int) -> list[Matrix]:
+    """Return the heads of x: [n][n_heads·head_dim] -> n_heads matrices [n][head_dim].
+
+    ValueError if n_heads does not divide the channels.
+    """
+    width = len(x[0]) if x else 0
     if n_heads < 1 or width % n_heads:
         raise ValueError(f"n_heads must divide the {width} channels, and {n_heads} does not")
     head_dim = width // n_heads
-    return [[row[h * head_dim:(h + 1) * head_dim] for row in m] for h in range(n_heads)]
+    return [[row[h * head_dim:(h + 1) * head_dim] for row in x] for h in range(n_heads)]
 
 
-def show_multi_head(trace: Trace, knobs: Namespace) -> None:
-    """Four jobs on one sentence, and where the last token looks."""
-    n_heads, head_dim, x = knobs.n_heads, knobs.dim // knobs.n_heads, embed(knobs)
-    jobs = [job_of(h) for h in range(n_heads)]
-    wq, wk, wv, wo = build_heads(jobs, head_dim, knobs.dim)
-    q, k, v = (split_heads(linear(x, w), n_heads) for w in (wq, wk, wv))
-    weights = [attention_weights(q[h], k[h]) for h in range(n_heads)]
-    trace.say("The same tokens, several looks at once. A head that looks one back draws a line below the diagonal; "
-              "one that looks everywhere fades downwards, as each row is shared among more keys." + knobs.cut
-              + f" (The first 4 of {n_heads} heads.)" * (n_heads > 4))
-    h, last = min(1, n_heads - 1), min(len(x), MAP_TOKENS) - 1
-    trace.ask(f"head {h} looks for {jobs[h]!r}. Which token does token {last}, {knobs.labels[last]!r}, look at most?",
-              knobs.labels[weights[h][last].index(max(weights[h][last]))])
-    labels = {0: knobs.labels[:MAP_TOKENS]}  # beside the first map only
-    trace.lines(side_by_side([heat_map(weights[h][:MAP_TOKENS], labels.get(h, ()), jobs[h])
-                              for h in range(min(n_heads, 4))]))
-    trace.note(SHADES_LEGEND)
-    one_by_one = [linear(attention(q[h], k[h], v[h]), [row[h * head_dim:(h + 1) * head_dim] for row in wo])
-                   for h in range(n_heads)]
-    trace.check_close("concat, then wo = Σ of the heads, each through its columns of wo",
-                      multi_head_attention(x, wq, wk, wv, wo, n_heads), add_matrices(one_by_one), 1e-12)
+def concat(*blocks: Matrix) -> Matrix:
+    """Return the blocks side by side: [n][a], [n][b], … -> [n][a + b + …]."""
+    return [list(itertools.chain(*rows)) for rows in zip(*blocks)]
 
 
-# ---------------------------------------------------------------------------------------------------
-# 3. Multi-query and grouped-query attention (MQA, GQA)
+# 3. Shared keys and values: MQA and GQA
 #
-# To generate one token, every head must read the keys and values of all tokens so far, and those are
-# what the cache holds. The queries are used once and thrown away. So share the keys and values: all
-# query heads read one KV head (MQA), or each group of n_heads / n_kv_heads of them reads one (GQA):
+# To write one token, every head reads the keys and values of all tokens so far. They fill the
+# cache, and reading them takes most of the time. Queries are used once and thrown away. So keep
+# n_heads query heads, and let several of them share one KV head (a head of keys and values):
+#
+#     MHA   every query head has its own KV head            n_kv_heads = n_heads
+#     GQA   each group of n_heads / n_kv_heads shares one   1 < n_kv_heads < n_heads
+#     MQA   all query heads share one                       n_kv_heads = 1
 #
 #     head_h = attention(q_h, k_g, v_g)     with g = h // (n_heads / n_kv_heads)
 #
-# A trained MHA checkpoint is converted by averaging the wk, and the wv, of the heads in each group
-# (Ainslie et al.), then trained on for a little (5% of the original compute, in the paper) to recover.
-# How much there is to recover depends on how alike the heads of a group were.
+# With 8 query heads and 2 KV heads, query heads 0 to 3 read KV head 0, and 4 to 7 read KV head 1.
+# The cache, and what is read of it, is a quarter of MHA's. The work is not: every query head still
+# compares its query with every key, and averages every value.
+#
+# A trained MHA model is converted by averaging the wk, and the wv, of the heads in each group. Then
+# it is trained a little more, to recover; in the paper, with 5% of the compute of pre-training.
+#
+# In production: transformers repeats the KV heads for their groups (repeat_kv() in
+# models/llama/modeling_llama.py). FlashAttention copies nothing: it takes K and V with fewer
+# heads than Q, and finds a query head's KV head by an integer division, as here.
+# Measured by show_grouped().
 
-def multi_query_attention(x: Matrix, wq: Matrix, wk: Matrix, wv: Matrix, wo: Matrix, n_heads: int, **mask) -> Matrix:
-    """All query heads share one KV head: wq [n_heads·head_dim][dim], wk and wv [head_dim][dim] -> [n][dim].
 
-    mask: the options of attention(). Shazeer 2019.
-    """
-    k, v = linear(x, wk), linear(x, wv)
-    return linear(concat(*(attention(q, k, v, **mask) for q in split_heads(linear(x, wq), n_heads))), wo)
+def grouped_query_attention(
+    x: Matrix,
+    wq: Matrix,
+    wk: Matrix,
+    wv: Matrix,
+    wo: Matrix,
+    n_heads: int,
+    n_kv_heads: int,
+    **options,
+) -> Matrix:
+    """Return grouped-query attention of x [n][dim] -> [n][dim] (Ainslie et al. 2023).
 
-
-def grouped_query_attention(x: Matrix, wq: Matrix, wk: Matrix, wv: Matrix, wo: Matrix, n_heads: int, n_kv_heads: int,
-                            **mask) -> Matrix:
-    """Query heads in n_kv_heads groups, one KV head a group: wk and wv [n_kv_heads·head_dim][dim] -> [n][dim].
-
-    mask: the options of attention(). ValueError if n_kv_heads does not divide n_heads. Ainslie et al. 2023.
+    wq [n_heads·head_dim][dim]; wk and wv [n_kv_heads·head_dim][dim]; options: those of attention().
+    ValueError if n_kv_heads does not divide n_heads.
     """
     group = group_size(n_heads, n_kv_heads)
     q = split_heads(linear(x, wq), n_heads)
-    k, v = (split_heads(linear(x, w), n_kv_heads) for w in (wk, wv))
-    return linear(concat(*(attention(q[h], k[h // group], v[h // group], **mask) for h in range(n_heads))), wo)
+    k = split_heads(linear(x, wk), n_kv_heads)
+    v = split_heads(linear(x, wv), n_kv_heads)
+    heads = [attention(q[h], k[h // group], v[h // group], **options) for h in range(n_heads)]
+    return linear(concat(*heads), wo)
 
 
-def mean_pool_kv_heads(w: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
-    """An MHA checkpoint's wk or wv [n_heads·head_dim][dim] -> GQA's [n_kv_heads·head_dim][dim]: group means.
+def multi_query_attention(
+    x: Matrix, wq: Matrix, wk: Matrix, wv: Matrix, wo: Matrix, n_heads: int, **options
+) -> Matrix:
+    """Return attention in which all query heads share one KV head (Shazeer 2019).
 
-    ValueError if n_heads does not divide the rows, or n_kv_heads n_heads.
+    wq [n_heads·head_dim][dim]; wk and wv [head_dim][dim]; options: those of attention().
     """
-    group = group_size(n_heads, n_kv_heads)
-    if len(w) % n_heads:
-        raise ValueError(f"n_heads must divide the {len(w)} rows of w, and {n_heads} does not")
-    head_dim = len(w) // n_heads
-    heads = [w[h * head_dim:(h + 1) * head_dim] for h in range(n_heads)]
-    return [[fmean(channel) for channel in zip(*rows)]
-            for g in range(n_kv_heads) for rows in zip(*heads[g * group:(g + 1) * group])]
+    k = linear(x, wk)
+    v = linear(x, wv)
+    heads = [attention(q, k, v, **options) for q in split_heads(linear(x, wq), n_heads)]
+    return linear(concat(*heads), wo)
 
 
 def group_size(n_heads: int, n_kv_heads: int) -> int:
-    """How many query heads share a KV head."""
+    """Return how many query heads share a KV head. ValueError if n_kv_heads divides badly."""
     if n_kv_heads < 1 or n_heads % n_kv_heads:
         raise ValueError(f"n_kv_heads must divide n_heads = {n_heads}, and {n_kv_heads} does not")
     return n_heads // n_kv_heads
 
 
-def show_grouped(trace: Trace, knobs: Namespace) -> None:
-    """What each variant keeps per token, and what averaging KV heads does to the output."""
-    n_heads, n_kv_heads, dim, x = knobs.n_heads, knobs.n_kv_heads, knobs.dim, embed(knobs)
-    head_dim, group, rng = dim // n_heads, group_size(n_heads, n_kv_heads), random.Random(knobs.seed)
-    wq, wk, wv, wo = (random_matrix(rng, dim, dim, 1 / math.sqrt(dim)) for _ in range(4))
-    trace.say("Fewer KV heads, a smaller cache, as many queries. Counted: the numbers in the k and v that one token "
-              "leaves behind for those after it.")
-    rows = []
-    for name, n_kv in (("MHA", n_heads), ("GQA", n_kv_heads), ("MQA", 1)):
-        kept = len(linear(x, wk[:n_kv * head_dim])[-1]) + len(linear(x, wv[:n_kv * head_dim])[-1])
-        sharing = "  ".join(["q" * (n_heads // n_kv) + "→kv"] * n_kv)
-        rows.append([name, str(n_kv), str(kept), bar(kept, 2 * dim, 16), sharing if len(sharing) <= 31 else "…"])
-    trace.ask(f"MHA, with {n_heads} KV heads of {head_dim} channels, keeps {rows[0][2]}. How many does GQA keep, with "
-              f"{n_kv_heads}?", int(rows[1][2]))
-    trace.table(["", "KV heads", "kept per token", "", "queries → KV head"], rows, left=(0, 3, 4))
+def mean_pool_kv_heads(w: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
+    """Return the wk or wv of a GQA model, made from that of an MHA model (Ainslie et al. 2023).
 
-    trace.say(f"An MHA checkpoint turned into GQA by averaging the KV heads of each group of {group}: how far the "
-              f"output moves, |GQA - MHA| / |MHA|, when the heads of a group had the same job and when not.")
-    alike = [job_of(g) for g in range(n_kv_heads) for _ in range(group)]
-    kinds = {"identical": (alike, 0.0), "same job, 10% noise": (alike, 0.1),
-             "different jobs": ([job_of(h) for h in range(n_heads)], 0.0)}
-    moved = {}
-    for kind, (jobs, noise) in kinds.items():
-        mha = build_heads(jobs, head_dim, dim, noise, rng)
-        pooled = [mean_pool_kv_heads(w, n_heads, n_kv_heads) for w in mha[1:3]]
-        moved[kind] = relative_error(grouped_query_attention(x, mha[0], *pooled, mha[3], n_heads, n_kv_heads),
-                                     multi_head_attention(x, *mha, n_heads))
-    trace.table(["heads of a group", "output moves by", ""],
-                [[kind, f"{error:.1%}", bar(error, 1, 24)] for kind, error in moved.items()], left=(0, 2))
-
-    few = [w[:n_kv_heads * head_dim] for w in (wk, wv)]
-    one = [w[:head_dim] for w in (wk, wv)]
-
-    def repeat_heads(w: Matrix) -> Matrix:
-        heads = [w[g * head_dim:(g + 1) * head_dim] for g in range(n_kv_heads)]
-        return [row for head in heads for row in head * group]
-
-    trace.check_close("GQA with n_kv_heads = n_heads is MHA",
-                      grouped_query_attention(x, wq, wk, wv, wo, n_heads, n_heads),
-                      multi_head_attention(x, wq, wk, wv, wo, n_heads), 1e-12)
-    trace.check_close("GQA with n_kv_heads = 1 is MQA", grouped_query_attention(x, wq, *one, wo, n_heads, 1),
-                      multi_query_attention(x, wq, *one, wo, n_heads), 1e-12)
-    trace.check_close("GQA = MHA with each KV head repeated for its group",
-                      grouped_query_attention(x, wq, *few, wo, n_heads, n_kv_heads),
-                      multi_head_attention(x, wq, *map(repeat_heads, few), wo, n_heads), 1e-12)
-    trace.check("averaging identical heads loses nothing", moved["identical"] < 1e-12, "relative error < 1e-12")
+    [n_heads·head_dim][dim] -> [n_kv_heads·head_dim][dim]: the heads of a group are averaged.
+    ValueError if n_heads does not divide the rows of w, or n_kv_heads does not divide n_heads.
+    """
+    group = group_size(n_heads, n_kv_heads)
+    if len(w) % n_heads:
+        raise ValueError(f"n_heads must divide the {len(w)} rows of w, and {n_heads} does not")
+    head_dim = len(w) // n_heads
+    pooled = []
+    for g in range(n_kv_heads):
+        for r in range(head_dim):
+            same_row = [w[h * head_dim + r] for h in range(g * group, (g + 1) * group)]
+            pooled.append([fmean(column) for column in zip(*same_row)])
+    return pooled
 
 
-# ---------------------------------------------------------------------------------------------------
-# 4. Sliding window and attention sinks
+# 4. Sliding windows and attention sinks
 #
-# With a window, a query sees the latest w keys only. Work grows as n·w instead of n²/2, and the cache
-# stops growing at w entries: position p goes to slot p mod w and overwrites p - w, which nobody can see
-# any more. Attention does not mind that the slots are out of order: a weighted average has no order.
+# With a window of w, a query sees only the latest w keys, itself included. The work grows with n·w
+# instead of n²/2, and the cache never holds more than w entries: position p is written to slot
+# p mod w, over position p - w, which no query can see any more. The slots are then out of order.
+# Attention does not mind, because a weighted average has no order.
 #
-# What is lost? A layer reaches w - 1 tokens back, but what it read there had itself looked w - 1 further
-# back one layer down: L layers reach L·(w - 1). (Mistral 7B: w = 4096, 32 layers; its paper says W·k, not
-# counting the token itself.)
+# A layer with a window reaches w - 1 tokens back. What it reads there has itself looked w - 1
+# further back, one layer below. So L layers reach L · (w - 1) tokens back, in small steps. Models
+# therefore often mix: most layers are local, and every second, fourth or sixth is global, with no
+# window. One global layer reaches everything, and its cache grows with the text; the others' do
+# not. The total grows more slowly, but it does grow.
 #
-# Heads that have nothing to say rest on the first token (see "first token" in section 2). Let it slide out
-# of the window, and their weights must go somewhere else: the output breaks. StreamingLLM keeps the first
-# few tokens (4, in the paper) visible for ever, as sinks, in s slots before the w rolling ones. It also counts
-# positions within the cache instead of in the text, so that no distance exceeds what training has seen.
+# Attention sinks. The weights of a query sum to 1, so a head that finds nothing it looks for must
+# still put them somewhere. Trained models put them on the first token, whose value they keep small.
+# If a window hides that token, its weight goes to the tokens that are left, which the head did not
+# mean to read. There are two ways out:
+#
+#     StreamingLLM   keep the first few tokens (4 in the paper) visible for ever, as sinks
+#     gpt-oss        a learned number per head, s, is one more term in the softmax's sum:
+#
+#                    weight[j] = e^score[j] / (e^s + Σ_i e^score[i])
+#
+#     With s, the weights sum to less than 1, and no token has to be kept for it.
+#
+# How much it matters differs. In the paper's table 2, perplexity without any first token and with
+# 4 of them is 3,360 against 9.6 for Llama 2 7B, and 17.9 against 12.1 for Falcon 7B. StreamingLLM
+# also counts positions within the cache instead of in the text, so that no distance is longer than
+# what the model was trained on.
+#
+# In production: vLLM frees the blocks that a window has left behind (SlidingWindowManager in
+# v1/core/single_type_kv_cache_manager.py); llama.cpp keeps two caches for a mixed model
+# (llama-kv-cache-iswa.cpp). FlashAttention counts a window without the token itself, so both pass
+# window - 1. StreamingLLM: streaming_llm/kv_cache.py. gpt-oss: sdpa() in gpt_oss/torch/model.py,
+# where S is the learned sink.
+# Measured by show_window().
+
 
 class RollingKVCache:
-    """The keys and values of the latest `window` positions and of the first `sinks`: never more than their sum."""
+    """The keys and values of the latest `window` positions, and of the first `sinks`.
+
+    ValueError if window < 1 or sinks < 0.
+    """
 
     def __init__(self, window: int, sinks: int = 0):
         if window < 1 or sinks < 0:
-            raise ValueError(f"window must be at least 1 and sinks at least 0, not {window} and {sinks}")
-        self.window, self.sinks, self.length = window, sinks, 0
-        self.slots: dict[int, tuple[int, Vector, Vector]] = {}  # slot -> (position, key, value)
+            raise ValueError(f"window must be at least 1 and sinks at least 0, not {window} and "
+                             f"{sinks}")
+        self.window = window
+        self.sinks = sinks
+        self.length = 0  # positions seen so far
+        self.slots: dict[int, tuple[int, Vector, Vector]] = {}  # slot: (position, key, value)
 
     def append(self, key: Vector, value: Vector) -> int:
-        """Keep the next position's key and value; the slot they went to: p for a sink, else sinks + p mod window."""
+        """Keep the next position's key and value, and return the slot they went to.
+
+        Sink p goes to slot p, any other position p to slot sinks + p mod window.
+        """
         position = self.length
-        slot = position if position < self.sinks else self.sinks + position % self.window
+        if position < self.sinks:
+            slot = position
+        else:
+            slot = self.sinks + position % self.window
         self.slots[slot] = (position, key, value)
         self.length += 1
         return slot
 
     def attend(self, query: Vector, scale: float | None = None) -> Vector:
-        """The newest position's query against everything kept -> [d_v]. The slots' order does not matter."""
+        """Return the attention of the newest position's query to everything kept, [d_v]."""
         _, keys, values = zip(*self.slots.values())
         return attention([query], list(keys), list(values), causal=False, scale=scale)[0]
 
 
-def show_window(trace: Trace, knobs: Namespace) -> None:
-    """The masks, the work, the weight lost, the reach of a stack of layers, and the rolling cache."""
-    x, n, window, sinks, rng = embed(knobs), len(knobs.tokens), knobs.window, knobs.sinks, random.Random(knobs.seed)
-    masks = {"causal": {}, f"window {window}": {"window": window},
-             f"with {sinks} sink" + "s" * (sinks != 1): {"window": window, "sinks": sinks}}
-    trace.say("Who (row) may look at whom (column): nobody ahead, nobody further back than the window; the sinks "
-              "stay visible to all." + knobs.cut)
-    blank = [[0.0]] * n  # zeros as q and k: every visible key gets an equal share
-    open_to = {name: attention_weights(blank, blank, **mask) for name, mask in masks.items()}
-    trace.lines(side_by_side([[name.ljust(MAP_TOKENS)] + ["".join("█" if w else "·" for w in row[:MAP_TOKENS])
-                                                          for row in rows[:MAP_TOKENS]]
-                              for name, rows in open_to.items()], gap=6))
-
-    d, counts_agree, rows = 4, True, []
-    trace.say(f"The work, in multiplications counted while attention runs: {d + d + 1} for each pair of a query and a "
-              f"key it sees, d for q·k, d_v for weight·v and 1 for the scale.")
-    for length in (32, 64, 128):
-        q, k, v = (random_matrix(rng, length, d) for _ in range(3))
-        counted = [count_multiplications(lambda q, k, v: attention(q, k, v, **mask), q, k, v)
-                   for mask in masks.values()]
-        pairs = [sum(min(i + 1, most) for i in range(length)) for most in (length, window, window + sinks)]
-        counts_agree &= counted == [p * (d + d + 1) for p in pairs]
-        rows.append([length, *counted])
-    trace.ask(f"twice the text is four times the work without a window. How many times is it with one of {window} "
-              f"keys, from {rows[1][0]} tokens to {rows[2][0]}?", rows[2][2] / rows[1][2])
-    trace.table(["tokens", *masks], [[f"{count:,}" for count in row] for row in rows])
-
-    trace.say("What is lost: the share of a head's weight, averaged over the tokens, that falls on keys which the "
-              "window hides; and what is still hidden with the sinks.")
-    rows = []
-    for job in JOBS:
-        wq, wk, _, _ = build_heads([job], knobs.dim // knobs.n_heads, knobs.dim)
-        full, cells = attention_weights(linear(x, wq), linear(x, wk)), [job]
-        for seen in list(open_to.values())[1:]:
-            hidden = fmean(sum(w for w, visible in zip(*pair) if not visible) for pair in zip(full, seen))
-            cells += [f"{hidden:.0%}", bar(hidden, 1, 8)]
-        rows.append(cells)
-    trace.table(["head that looks for", "hidden by window", "", "still, with sinks", ""], rows, left=(0, 2, 4))
-
-    layers, width = 4, 64
-    trace.say(f"How layers see further: a marker on token 0 of {width}, handed on by {layers} layers of window "
-              f"{window}. A token is marked if it sees a marked one in the layer below.")
-    marker, zeros, reach, lines = [[1.0]] + [[0.0]] * (width - 1), [[0.0]] * width, [], []  # zeros as q and k, as above
-    for layer in range(1, layers + 1):
-        marker = attention(zeros, zeros, marker, window=window)
-        reach.append(max(i for i, (mark,) in enumerate(marker) if mark > 0))
-        lines.append(f"layer {layer}  " + "".join("█" if mark > 0 else "·" for (mark,) in marker))
-    trace.ask(f"how far does it get: which is the last token marked in layer {layers}?", reach[-1])
-    trace.lines(lines)
-
-    q, k, v = random_matrix(rng, n, d), random_matrix(rng, n, d), random_matrix(rng, n, d)
-    cache, rolled, pictures = RollingKVCache(window, sinks), [], []
-    for i in range(n):
-        slot = cache.append(k[i], v[i])
-        rolled.append(cache.attend(q[i]))
-        kept = "│".join(f"{position:>3}" + " *"[s == slot] for s, (position, _, _) in sorted(cache.slots.items()))
-        pictures.append(f"token {i:>3} → slot {slot:>3}  │{kept}│"[:WIDTH - 1])
-    trace.say("The rolling cache that a window allows: the position kept in each slot (the sinks' first), the newest "
-              "with a star.")
-    trace.lines(pictures[-5:])
-
-    trace.check_close("attention() with window and sinks = the dense masked matrix",
-                      attention(q, k, v, window=window, sinks=sinks),
-                      dense_attention(q, k, v, lambda i, j: j <= i and (j > i - window or j < sinks)), 1e-12)
-    trace.check("multiplications counted = visible pairs × (d + d_v + 1)", counts_agree, "equal")
-    trace.check("L layers carry the marker L·(w - 1) tokens, or to the end",
-                reach == [min(layer * (window - 1), width - 1) for layer in range(1, layers + 1)], str(reach)[1:-1])
-    trace.check_close("rolling cache = attention() with window and sinks", rolled,
-                      attention(q, k, v, window=window, sinks=sinks), 1e-12)
-
-
-# ---------------------------------------------------------------------------------------------------
-# 5. Multi-head latent attention (MLA, DeepSeek-V2)
+# 5. Positions: RoPE and ALiBi
 #
-# Instead of sharing heads, compress: from each token keep one small latent c, out of which every head's
-# own keys and values are made again. With DeepSeek-V2's names (section 2.1 of its paper):
+# Attention by itself does not know the order of the tokens. RoPE rotates queries and keys by their
+# position p. Two neighbouring channels are read as one complex number, and pair m turns by p·θ_m:
 #
-#     c      = x W_DKVᵀ             the latent, d_c numbers: this is cached
-#     k_rope = RoPE(x W_KRᵀ)        one key for positions, shared by all heads, d_R numbers: cached
-#     k_h    = [c W_UK_hᵀ ; k_rope]          q_h = [x W_Q_hᵀ ; RoPE(x W_QR_hᵀ)]          v_h = c W_UV_hᵀ
+#     (x[2m], x[2m+1])  ->  (x[2m] + i·x[2m+1]) · e^(i·p·θ_m)        θ_m = base^(-2m/d)
 #
-# That is the plain form: decompress, then attend. But two matrices can change sides:
+# In q·k the two rotations meet as a difference, (p_q - p_k)·θ_m, so that the score depends on the
+# distance alone. A tiny one: d = 2, a quarter turn per token, q = k = (1, 0). A query at position 5
+# has turned by 450°, a key at 3 by 270°. They lie 180° apart, so q·k = cos 180° = -1. At positions
+# 2 and 0 the query has turned by 180° and the key by 0°: q·k is -1 again.
 #
-#     q·(W_UK c) = (W_UKᵀ q)·c               move W_UK over to the query, once a step
-#     Σ_j w_j (W_UV c_j) = W_UV (Σ_j w_j c_j)      apply W_UV to the average, not to every token
+# The key's own rotation depends on its own position alone. So a key is rotated once, when its token
+# comes, and cached that way. (StreamingLLM renumbers positions, so it must cache keys unrotated.)
 #
-# This absorbed form attends to the latents themselves and never decompresses the cache. It *is* multi-query
-# attention, with the key [c ; k_rope] and the value c. (RoPE could not be absorbed: its rotation, which differs
-# for every token, would stand between q and W_UK. Hence the separate, "decoupled" k_rope.)
-# DeepSeek also compresses the queries, which saves training memory and no cache, and normalises c before it is
-# cached, which changes nothing here; both are left out.
+# Stretching RoPE. A model trained on 8,192 tokens has never seen the angles of token 100,000. The
+# wavelength of pair m, 2π / θ_m, is the number of tokens in one full turn. Ways to go further:
+#
+#     position interpolation    divide every θ by the factor s; neighbours become hard to tell apart
+#     NTK-aware                 a larger base: fast pairs change little, the slowest is slowed by s
+#     YaRN                      by wavelength, and the scores are scaled up a little
+#     Llama 3.1                 by wavelength: pairs that turn often within the old length stay as
+#                               they are, those that never finish a turn are slowed by s = 8
+#
+# QK-norm is another thing done to q and k before they meet: an RMSNorm on each head's q and k keeps
+# the scores from growing during training (Qwen3 and Gemma 3; OLMo 2 norms all heads together).
+#
+# ALiBi leaves q and k alone and subtracts slope · distance from each score. Every head has a slope
+# of its own: a steep one looks near, a gentle one far. RoPE is what models use today.
+#
+# In production: transformers has the ways to stretch RoPE in modeling_rope_utils.py, vLLM in
+# model_executor/layers/rotary_embedding/. Checkpoints in Hugging Face's layout pair channel i
+# with i + d/2 instead of neighbours: the same rotation, the channels in another order.
+# Measured by show_positions().
+
+
+def rope(x: Matrix, positions: Sequence[int], base: float = 10000.0) -> Matrix:
+    """Return x [n][d] with row r rotated to positions[r] (Su et al. 2021, arXiv:2104.09864).
+
+    Channels 2m and 2m + 1, read as one complex number, turn by position · base^(-2m/d).
+    ValueError if d is odd, or if there is not one position per row.
+    """
+    d = len(x[0]) if x else 0
+    if d % 2 or len(positions) != len(x):
+        raise ValueError(f"x must have an even number of channels and one position a row, not {d} "
+                         f"channels, {len(x)} rows and {len(positions)} positions")
+    thetas = [base ** (-2 * m / d) for m in range(d // 2)]
+    out = []
+    for row, position in zip(x, positions):
+        rotated = []
+        for a, b, theta in zip(row[::2], row[1::2], thetas):
+            z = complex(a, b) * cmath.rect(1.0, position * theta)
+            rotated += [z.real, z.imag]
+        out.append(rotated)
+    return out
+
+
+def llama3_thetas(
+    thetas: Vector,
+    factor: float = 8.0,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+    original_context: int = 8192,
+) -> Vector:
+    """Return RoPE's angles per token, stretched as in Llama 3.1 (its defaults are given).
+
+    A pair that makes more than high_freq_factor turns in the original context keeps its angle. One
+    that makes fewer than low_freq_factor turns gets angle / factor. In between, a mixture.
+    """
+    stretched = []
+    for theta in thetas:
+        turns = original_context * theta / (2 * math.pi)
+        kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+        kept = min(max(kept, 0.0), 1.0)
+        stretched.append(kept * theta + (1 - kept) * theta / factor)
+    return stretched
+
+
+def alibi_slopes(n_heads: int) -> Vector:
+    """Return one slope per head: 2^(-8/n), 2^(-16/n), … for n a power of two (Press et al. 2021).
+
+    Other numbers of heads, as in the authors' code: first the slopes of the next smaller power of
+    two, then every other slope of twice that power. ValueError if n_heads < 1.
+    """
+    if n_heads < 1:
+        raise ValueError(f"n_heads must be at least 1, not {n_heads}")
+    power = 2 ** (n_heads.bit_length() - 1)
+    slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
+    twice_as_many = [2 ** (-8 * (h + 1) / (2 * power)) for h in range(2 * power)]
+    return slopes + twice_as_many[::2][:n_heads - power]
+
+
+def alibi_bias(n_q: int, n_k: int, slope: float) -> Matrix:
+    """Return what ALiBi adds to the scores: -slope · (query's position - key's), [n_q][n_k].
+
+    The queries are the last n_q positions. Keys to come get a positive number; a causal mask hides
+    them.
+    """
+    return [[-slope * (n_k - n_q + i - j) for j in range(n_k)] for i in range(n_q)]
+
+
+# 6. Multi-head latent attention (MLA)
+#
+# GQA saves memory by having fewer KV heads. MLA (DeepSeek-V2) keeps all heads, and caches for each
+# token one short vector, the latent c, from which the keys and values of every head are computed
+# again. RoPE gets a second, small key that all heads share:
+#
+#     c      = W_DKV x                    cached
+#     k_rope = RoPE(W_KR x)               cached
+#     k_h    = concat(W_UK_h c, k_rope)
+#     v_h    = W_UV_h c
+#     q_h    = concat(W_Q_h x, RoPE(W_QR_h x))
+#
+#     name here   in the paper   shape               in DeepSeek-V3
+#     w_down      W_DKV          [d_c][dim]          512 × 7168
+#     wk_rope     W_KR           [d_rope][dim]        64 × 7168
+#     wq          W_Q            [head_dim][dim]     128 × 7168, for each of 128 heads
+#     wq_rope     W_QR           [d_rope][dim]        64 × 7168, for each head
+#     wk_up       W_UK           [head_dim][d_c]     128 × 512, for each head
+#     wv_up       W_UV           [v_dim][d_c]        128 × 512, for each head
+#
+# A token leaves 512 + 64 = 576 numbers per layer. MHA would leave 2 · 128 · 128 = 32,768.
+#
+# The plain form computes the keys and values of all cached tokens again, at every step. The
+# absorbed form does not. It moves W_UK to the query, and W_UV behind the average:
+#
+#     q·(W_UK c)        = (W_UKᵀ q)·c              once per query instead of once per cached token
+#     Σ_j w_j (W_UV c_j) = W_UV (Σ_j w_j c_j)
+#
+# In numbers: c = (3, 1), q = (1, 2), and W_UK has the rows (1, 2) and (0, 1). Plain: the key is
+# W_UK c = (5, 1), and q·key = 5 + 2 = 7. Absorbed: W_UKᵀ q = (1, 4), and (1, 4)·(3, 1) = 7.
+#
+# So the query meets the latent itself, and the absorbed form is multi-query attention with the key
+# concat(c, k_rope) and the value c. (RoPE could not be absorbed: its rotation, another one for each
+# token, would stand between q and W_UK. Hence the separate k_rope.)
+#
+# When does it pay? Per pair of query and key the absorbed form is dearer, because the latent is
+# longer than a head's key. At DeepSeek's sizes it takes 576 + 512 = 1,088 multiplications, and the
+# plain form 192 + 128 = 320. What the absorbed form saves is the decompression of all cached
+# tokens. So it is used for few queries on many cached tokens, as in decoding, and the plain form
+# for a whole prompt at once.
+#
+# Left out: DeepSeek also makes the queries from a latent, which saves memory in training and none
+# in the cache, and it normalizes c before it is cached.
+#
+# In production: vLLM's model_executor/layers/attention/mla_attention.py has both forms:
+# forward_mha() is the plain one, for prompts, forward_mqa() the absorbed one, for decoding.
+# DeepSeek's own inference/model.py calls them "naive" and "absorb".
+# Measured by show_mla().
+
 
 @dataclass(frozen=True)
 class MLAWeights:
-    """One matrix per head where it says heads; every one W[out][in]."""
-    w_down: Matrix          # W_DKV   [d_c][dim]
-    wk_rope: Matrix         # W_KR    [d_R][dim]
-    wq: list[Matrix]        # W_Q     heads of [head_dim][dim]
-    wq_rope: list[Matrix]   # W_QR    heads of [d_R][dim]
-    wk_up: list[Matrix]     # W_UK    heads of [head_dim][d_c]
-    wv_up: list[Matrix]     # W_UV    heads of [v_dim][d_c]
-    wo: Matrix              # W_O     [dim][n_heads·v_dim]
+    """The matrices of MLA, each W[out][in]; lists have one matrix per head."""
+
+    w_down: Matrix         # [d_c][dim]
+    wk_rope: Matrix        # [d_rope][dim]
+    wq: list[Matrix]       # [head_dim][dim]
+    wq_rope: list[Matrix]  # [d_rope][dim]
+    wk_up: list[Matrix]    # [head_dim][d_c]
+    wv_up: list[Matrix]    # [v_dim][d_c]
+    wo: Matrix             # [dim][n_heads·v_dim]
 
 
 def mla_compress(x: Matrix, w: MLAWeights, start: int = 0) -> tuple[Matrix, Matrix]:
-    """What is cached of x [n][dim], whose first row is at position `start`: (c [n][d_c], k_rope [n][d_R])."""
-    return linear(x, w.w_down), rope(linear(x, w.wk_rope), range(start, start + len(x)))
+    """Return what is cached of x [n][dim]: c [n][d_c] and k_rope [n][d_rope].
+
+    start: the position of the first row.
+    """
+    positions = range(start, start + len(x))
+    return linear(x, w.w_down), rope(linear(x, w.wk_rope), positions)
 
 
 def mla_attention(x: Matrix, c: Matrix, k_rope: Matrix, w: MLAWeights) -> Matrix:
-    """Plain MLA: x [n_q][dim], the last tokens, attend to the cache of all n tokens -> [n_q][dim]."""
-    positions, heads = range(len(c) - len(x), len(c)), []
+    """Return MLA in the plain form: x [n_q][dim], the last tokens -> [n_q][dim].
+
+    c and k_rope: the cache of all tokens, those of x included.
+    """
+    positions = range(len(c) - len(x), len(c))
+    heads = []
     for wq, wq_rope, wk_up, wv_up in zip(w.wq, w.wq_rope, w.wk_up, w.wv_up):
         q = concat(linear(x, wq), rope(linear(x, wq_rope), positions))
-        k = concat(linear(c, wk_up), k_rope)                            # decompress every token's key …
-        heads.append(attention(q, k, linear(c, wv_up)))                 # … and value
+        k = concat(linear(c, wk_up), k_rope)  # every cached token's key is computed again,
+        v = linear(c, wv_up)                  # and its value
+        heads.append(attention(q, k, v))
     return linear(concat(*heads), w.wo)
 
 
 def mla_attention_absorbed(x: Matrix, c: Matrix, k_rope: Matrix, w: MLAWeights) -> Matrix:
-    """The same numbers as mla_attention, attending in the latent: nothing of the cache is decompressed."""
-    positions, heads = range(len(c) - len(x), len(c)), []
-    scale = 1 / math.sqrt(len(w.wq[0]) + len(w.wq_rope[0]))             # of head_dim + d_R, as in the plain form
+    """Return the same as mla_attention(), without computing any key or value of a cached token."""
+    positions = range(len(c) - len(x), len(c))
+    scale = 1 / math.sqrt(len(w.wq[0]) + len(w.wq_rope[0]))  # head_dim + d_rope, as in plain form
+    heads = []
     for wq, wq_rope, wk_up, wv_up in zip(w.wq, w.wq_rope, w.wk_up, w.wv_up):
-        q = concat(linear(linear(x, wq), list(zip(*wk_up))), rope(linear(x, wq_rope), positions))
-        latent = attention(q, concat(c, k_rope), c, scale=scale)        # [n_q][d_c]
-        heads.append(linear(latent, wv_up))
+        wk_up_transposed = list(zip(*wk_up))
+        absorbed = linear(linear(x, wq), wk_up_transposed)  # [n_q][d_c]
+        q = concat(absorbed, rope(linear(x, wq_rope), positions))
+        mean_latent = attention(q, concat(c, k_rope), c, scale=scale)  # [n_q][d_c]
+        heads.append(linear(mean_latent, wv_up))
     return linear(concat(*heads), w.wo)
 
 
-def random_mla_weights(rng: random.Random, dim: int, n_heads: int, head_dim: int, v_dim: int, d_c: int,
-                       d_rope: int) -> MLAWeights:
-    """Random weights of these sizes; d_rope must be even."""
+# 7. The bill: cache and work of real models
+#
+# What one token leaves in the cache, in bytes:
+#
+#     MHA, GQA, MQA   2 · n_layers · n_kv_heads · head_dim · bytes per number     (2: key, value)
+#     MLA             n_layers · (d_c + d_rope) · bytes per number
+#
+# A layer with a window keeps the latest `window` tokens and no more. The formula that is often
+# quoted, 2 · n_layers · width · bytes, uses the width of the model where n_kv_heads · head_dim
+# belongs. It is right for MHA alone.
+#
+# In production: v1/kv_cache_interface.py in vLLM computes these sizes for each kind of layer, and
+# the engine fills the memory that the weights leave with blocks of them.
+# Measured by show_bill().
+
+
+def kv_bytes_per_token(
+    n_layers: int, n_kv_heads: int, head_dim: int, bytes_per_value: float = 2
+) -> float:
+    """Return the bytes that one token adds to the KV cache of MHA, GQA or MQA."""
+    return 2 * n_layers * n_kv_heads * head_dim * bytes_per_value
+
+
+def cache_bytes(model: RealModel, n_tokens: int, bytes_per_value: float = 2) -> float:
+    """Return the bytes of one request's cache after n_tokens, without what windows have dropped."""
+    if model.d_c:
+        per_layer = (model.d_c + model.d_rope) * bytes_per_value
+    else:
+        per_layer = kv_bytes_per_token(1, model.n_kv_heads, model.head_dim, bytes_per_value)
+    n_local = model.n_layers - model.n_global_layers
+    kept_tokens = model.n_global_layers * n_tokens + n_local * min(n_tokens, model.window)
+    return kept_tokens * per_layer
+
+
+def decode_multiplications(model: RealModel, n_tokens: int) -> int:
+    """Return the multiplications in QKᵀ and weights·V for one new token among n_tokens.
+
+    MLA is taken in its absorbed form. The projections are left out: they do not grow with n_tokens.
+    """
+    if model.d_c:
+        per_pair = (model.d_c + model.d_rope) + model.d_c
+    else:
+        per_pair = 2 * model.head_dim
+    n_local = model.n_layers - model.n_global_layers
+    pairs = model.n_global_layers * n_tokens + n_local * min(n_tokens, model.window)
+    return pairs * model.n_heads * per_pair
+
+
+# 8. Model parallelism: heads and layers on several cards
+#
+# Tensor parallelism cuts each layer. Heads do not talk to each other before wo, so each rank takes
+# some of them: the rows of wq, wk and wv that make its heads, and the columns of wo that read them.
+# Its output is one term of a sum; an all-reduce adds the terms up, so that every rank has the sum
+# and goes on. With R ranks each sends and receives about 2 · (R - 1)/R times the output.
+#
+# If there are more ranks than KV heads, several ranks keep the same KV head. From there on, more
+# ranks do not shrink the cache on each. MLA has one latent for all heads: every rank would keep all
+# of it. So DeepSeek's models run attention data-parallel instead: each rank has all heads, and
+# requests of its own.
+#
+# Pipeline parallelism cuts between layers. Stage s holds the layers after those of stage s - 1, and
+# gets its output. To keep the stages busy, the batch is cut into m micro-batches that follow each
+# other. With p = 3 stages and m = 4 (a row is a stage, a column a tick):
+#
+#     0 1 2 3 . .
+#     . 0 1 2 3 .
+#     . . 0 1 2 3
+#
+# A stage idles until the first micro-batch reaches it, and again after the last has left. This is
+# the bubble:
+#
+#     idle share = (p - 1) / (m + p - 1)
+#
+# One request alone gets no faster by it (m = 1: only one stage works at a time). What it buys is
+# memory, since a stage holds only its layers and their cache, and little traffic: one hand-over per
+# stage, where tensor parallelism has two all-reduces per layer (one here, one in the feed-forward).
+#
+# In production: vLLM shards heads in QKVParallelLinear (model_executor/layers/linear.py), which
+# copies KV heads by the same rule; it fills a pipeline with different batches of requests instead
+# of pieces of one. Megatron-LM: core/tensor_parallel/layers.py,
+# core/pipeline_parallel/schedules.py; in training the backward passes stand in the same schedule.
+# Attention data-parallel: vLLM's --data-parallel-size.
+# Measured by show_parallel().
+
+
+def tensor_parallel_attention(
+    x: Matrix,
+    wq: Matrix,
+    wk: Matrix,
+    wv: Matrix,
+    wo: Matrix,
+    n_heads: int,
+    n_kv_heads: int,
+    n_ranks: int,
+    **options,
+) -> list[Matrix]:
+    """Return each rank's partial output [n][dim]; their sum is grouped_query_attention(…)."""
+    parts = []
+    for heads, shard in zip(heads_of_ranks(n_heads, n_kv_heads, n_ranks),
+                            shard_weights(wq, wk, wv, wo, n_heads, n_kv_heads, n_ranks)):
+        query_heads, kv_heads = heads
+        parts.append(grouped_query_attention(x, *shard, len(query_heads), len(kv_heads), **options))
+    return parts
+
+
+def shard_weights(
+    wq: Matrix, wk: Matrix, wv: Matrix, wo: Matrix, n_heads: int, n_kv_heads: int, n_ranks: int
+) -> list[tuple[Matrix, Matrix, Matrix, Matrix]]:
+    """Return each rank's own wq, wk, wv and wo.
+
+    Its rows of wq, wk and wv are those that make its heads; its columns of wo are those that read
+    them.
+    """
+    head_dim = len(wq) // n_heads
+    shards = []
+    for query_heads, kv_heads in heads_of_ranks(n_heads, n_kv_heads, n_ranks):
+        q_rows = slice(query_heads[0] * head_dim, (query_heads[-1] + 1) * head_dim)
+        kv_rows = slice(kv_heads[0] * head_dim, (kv_heads[-1] + 1) * head_dim)
+        shards.append((wq[q_rows], wk[kv_rows], wv[kv_rows], [row[q_rows] for row in wo]))
+    return shards
+
+
+def heads_of_ranks(n_heads: int, n_kv_heads: int, n_ranks: int) -> list[tuple[range, range]]:
+    """Return each rank's query heads and the KV heads that those read.
+
+    ValueError if n_ranks is not one of possible_ranks().
+    """
+    if n_ranks not in possible_ranks(n_heads, n_kv_heads):
+        raise ValueError(f"n_ranks must divide n_heads = {n_heads}, and divide n_kv_heads = "
+                         f"{n_kv_heads} or be a multiple of it, and {n_ranks} does not")
+    group = group_size(n_heads, n_kv_heads)
+    per_rank = n_heads // n_ranks
+    heads = []
+    for rank in range(n_ranks):
+        first = rank * per_rank
+        last = first + per_rank - 1
+        heads.append((range(first, last + 1), range(first // group, last // group + 1)))
+    return heads
+
+
+def possible_ranks(n_heads: int, n_kv_heads: int) -> list[int]:
+    """Return the numbers of ranks that share the heads evenly."""
+    possible = []
+    for n_ranks in range(1, n_heads + 1):
+        kv_heads_fit = n_kv_heads % n_ranks == 0 or n_ranks % n_kv_heads == 0
+        if n_heads % n_ranks == 0 and kv_heads_fit:
+            possible.append(n_ranks)
+    return possible
+
+
+def run_pipeline(
+    stages: Sequence[Callable[[Matrix], Matrix]], micro_batches: Sequence[Matrix]
+) -> tuple[list[Matrix], list[list[int | None]]]:
+    """Run every micro-batch through all stages, one tick after another (Huang et al. 2018).
+
+    Return the outputs, in order, and the schedule: schedule[tick][stage] is the number of the
+    micro-batch that the stage worked on, or None where it was idle.
+    """
+    waiting = list(enumerate(micro_batches))
+    inbox: list[tuple[int, Matrix] | None] = [None] * len(stages)  # what each stage works on next
+    outputs = []
+    schedule = []
+    while len(outputs) < len(micro_batches):
+        if waiting:
+            inbox[0] = waiting.pop(0)
+        # All stages work at the same time. Then each hands its result to the next.
+        numbers: list[int | None] = []
+        results: list[tuple[int, Matrix] | None] = []
+        for stage, work in zip(stages, inbox):
+            if work is None:
+                numbers.append(None)
+                results.append(None)
+            else:
+                number, x = work
+                numbers.append(number)
+                results.append((number, stage(x)))
+        schedule.append(numbers)
+        if results[-1] is not None:
+            outputs.append(results[-1][1])
+        inbox = [None, *results[:-1]]
+    return outputs, schedule
+
+
+# What this chapter leaves out on purpose: sparse attention, in which a query reads only the blocks
+# or tokens that it has chosen (NSA, arXiv:2502.11089; DSA of DeepSeek-V3.2, arXiv:2512.02556), and
+# linear attention, which replaces the cache by a state of fixed size (Kimi Linear,
+# arXiv:2510.26692; Qwen3-Next, whose Gated DeltaNet is arXiv:2412.06464).
+
+
+# =============================================================================================
+# THE EXPERIMENTS: what the trace shows, and how it is measured
+# =============================================================================================
+
+# 1. Scaled dot-product attention
+
+
+class ScaleRow(NamedTuple):
+    """Random queries and keys of d channels, compared."""
+
+    d: int
+    spread: float   # root mean square of q·k
+    root_d: float   # √d
+    raw: float      # the largest weight of a query, mean, scores not scaled
+    scaled: float   # the same with scores divided by √d
+
+
+def compare_scales(
+    sizes: Sequence[int], n_queries: int, n_keys: int, rng: random.Random
+) -> list[ScaleRow]:
+    """Return for each d what random queries [n_queries][d] and keys [n_keys][d] do."""
+    rows = []
+    for d in sizes:
+        q = random_matrix(rng, n_queries, d)
+        k = random_matrix(rng, n_keys, d)
+        products = list(itertools.chain(*linear(q, k)))
+        spread = math.sqrt(dot(products, products) / len(products))
+        raw = attention_weights(q, k, causal=False, scale=1.0)
+        scaled = attention_weights(q, k, causal=False)
+        rows.append(ScaleRow(d, spread, math.sqrt(d), fmean(map(max, raw)),
+                             fmean(map(max, scaled))))
+    return rows
+
+
+class KeyRow(NamedTuple):
+    """One key, as a query sees it."""
+
+    j: int
+    key: str
+    product: float
+    score: float
+    weight: float
+    value: str
+
+
+def work_out_row(q: Matrix, k: Matrix, v: Matrix, labels: Sequence[str], i: int) -> list[KeyRow]:
+    """Return a row for each key that query i sees."""
+    weights = attention_weights(q, k)[i]
+    rows = []
+    for j in range(i + 1):
+        product = dot(q[i], k[j])
+        score = product / math.sqrt(len(k[0]))
+        rows.append(KeyRow(j, labels[j], product, score, weights[j], signs(v[j])))
+    return rows
+
+
+def show_attention(trace: Trace, knobs: Namespace) -> None:
+    """A head that looks for its own word, one of its rows worked out, and why √d."""
+    x = embed(knobs.tokens, knobs.dim, knobs.seed)
+    wq, wk, wv, _ = build_heads(["same word"], knobs.dim // len(BLOCKS), knobs.dim)
+    q, k, v = linear(x, wq), linear(x, wk), linear(x, wv)
+    weights = attention_weights(q, k)
+    shown = min(len(x), MAP_TOKENS)
+    trace.say("Each token makes a query, a key and a value. A query is compared with the keys of "
+              "the tokens that it may see, itself and those before it. The comparison gives "
+              "weights, and the output is the average of the values by these weights. Each row "
+              "below is a token that looks, each column a token it may look at. This head was "
+              "built to look for its own word (section 2 says how)." + knobs.cut)
+    trace.lines(heat_map(weights[:shown], labels=knobs.labels[:shown], cell=2))
+    trace.note(SHADES_LEGEND)
+    repeated = [i for i in range(shown) if knobs.tokens[i] in knobs.tokens[:i]]
+    i = max(repeated, default=shown - 1)
+    trace.say(f"One row worked out: token {i}, {knobs.labels[i]!r}, with d = {len(k[0])} channels. "
+              "A word's key is a code of +1 and -1 for each channel, and so is its value. Words "
+              "whose codes differ in most channels have a negative q·k.")
+    trace.ask("how large is its largest weight? (They sum to 1.)", max(weights[i]))
+    rows = work_out_row(q, k, v, knobs.labels, i)
+    trace.table(rows, {"j": "d", "key": "", "product as q·k": "z.2f", "score as q·k/√d": "z.2f",
+                       "weight": ".3f bar 16 of 1", "value as v": ""})
+    out = attention(q, k, v)
+    largest = sorted(rows, key=lambda row: -row.weight)[:3]
+    terms = " + ".join(f"{row.weight:.3f}·v[{row.j}]" for row in sorted(largest))
+    trace.lines([f"out = {terms} + …",
+                 f"    = ({', '.join(f'{y:z.2f}' for y in out[i][:8])}"
+                 + (", …)" if len(out[i]) > 8 else ")")])
+
+    sizes = (4, 16, 64, 256)
+    rows = compare_scales(sizes, 32, 32, random.Random(knobs.seed))
+    trace.say("Why divide by √d? 32 random queries meet 32 random keys. q·k is a sum of d terms, "
+              "so it spreads like √d. The largest weight of a query, mean of 32:")
+    trace.table(rows, {"d": "d", "spread as spread of q·k": ".1f", "root_d as √d": ".1f",
+                       "raw as largest weight": ".2f", "scaled as divided by √d": ".2f"})
+    trace.say("Undivided, one key gets nearly all the weight once d is large: at 256 the mean is "
+              f"{rows[-1].raw:.2f}. Divided, d makes no such difference.")
+
+    trace.check_close("attention() = softmax(QKᵀ/√d)V over the dense masked matrix", out,
+                      dense_attention(q, k, v, lambda i, j: j <= i), 1e-12)
+    trace.check("divided by √d, the largest weight depends little on d; undivided, it grows",
+                max(row.scaled for row in rows) < 2 * min(row.scaled for row in rows)
+                and rows[-1].raw > 2 * max(row.scaled for row in rows),
+                f"{rows[-1].scaled:.2f} and {rows[-1].raw:.2f} at d = {rows[-1].d}")
+
+
+# 2. Multi-head attention (MHA)
+
+
+def show_multi_head(trace: Trace, knobs: Namespace) -> None:
+    """Four jobs on one sentence, and where a token looks."""
+    n_heads = knobs.n_heads
+    head_dim = knobs.dim // n_heads
+    x = embed(knobs.tokens, knobs.dim, knobs.seed)
+    jobs = [job_of(h) for h in range(n_heads)]
+    wq, wk, wv, wo = build_heads(jobs, head_dim, knobs.dim)
+    q = split_heads(linear(x, wq), n_heads)
+    k = split_heads(linear(x, wk), n_heads)
+    weights = [attention_weights(q[h], k[h]) for h in range(n_heads)]
+    first_four = f" (The first 4 of {n_heads} heads.)" if n_heads > 4 else ""
+    trace.say("The same tokens, looked at by several heads at once, each with its own queries, "
+              "keys and values. A head that looks one back draws a line below the diagonal. One "
+              "that looks everywhere fades downwards, because each row has more keys to share "
+              "its weight among." + knobs.cut + first_four)
+    h = min(1, n_heads - 1)
+    last = min(len(x), MAP_TOKENS) - 1
+    favourite = weights[h][last].index(max(weights[h][last]))
+    trace.ask(f"head {h} looks for {jobs[h]!r}. Which token does token {last}, "
+              f"{knobs.labels[last]!r}, look at most?", knobs.labels[favourite])
+    maps = []
+    for h in range(min(n_heads, 4)):
+        labels = knobs.labels[:MAP_TOKENS] if h == 0 else ()
+        maps.append(heat_map(weights[h][:MAP_TOKENS], labels, jobs[h]))
+    trace.lines(side_by_side(maps))
+    trace.note(SHADES_LEGEND)
+    if head_dim < knobs.dim // len(BLOCKS):
+        trace.note(f"With {head_dim} channels a head reads its code in part only, and errs.")
+    trace.check_close("all heads at once = each head alone and dense, through its columns of wo",
+                      multi_head_attention(x, wq, wk, wv, wo, n_heads),
+                      dense_heads(x, wq, wk, wv, wo, n_heads, n_heads), 1e-12)
+
+
+# 3. Shared keys and values: MQA and GQA
+
+
+class SharingRow(NamedTuple):
+    """What attention with this number of KV heads keeps, and the work it does."""
+
+    variant: str
+    kv_heads: int
+    kept: int             # numbers in the keys and values of one token
+    multiplications: int  # in QKᵀ and weights·V, for one new token on all earlier ones
+    error: float          # largest difference from heads attending one by one, densely
+
+
+def compare_sharing(
+    x: Matrix, n_heads: int, n_kv_heads: int, rng: random.Random
+) -> list[SharingRow]:
+    """Return a row for MHA, GQA and MQA with the same random queries; x [n][dim]."""
+    dim = len(x[0])
+    head_dim = dim // n_heads
+    wq, wk, wv, wo = (random_matrix(rng, dim, dim, 1 / math.sqrt(dim)) for _ in range(4))
+    rows = []
+    for variant, n_kv in (("MHA", n_heads), ("GQA", n_kv_heads), ("MQA", 1)):
+        weights = (wq, wk[:n_kv * head_dim], wv[:n_kv * head_dim], wo)
+        if variant == "MQA":
+            out = multi_query_attention(x, *weights, n_heads)
+        else:
+            out = grouped_query_attention(x, *weights, n_heads, n_kv)
+        error = distance(out, dense_heads(x, *weights, n_heads, n_kv))
+        q, k, v = (linear(x, w) for w in weights[:3])
+        with counted_dots() as count:
+            for h, queries in enumerate(split_heads(q[-1:], n_heads)):
+                g = h * n_kv // n_heads
+                attention(queries, split_heads(k, n_kv)[g], split_heads(v, n_kv)[g])
+        rows.append(SharingRow(variant, n_kv, len(k[-1]) + len(v[-1]), count.products, error))
+    return rows
+
+
+class ConversionRow(NamedTuple):
+    """How far an MHA model's output moves when it becomes GQA: |GQA - MHA| / |MHA|."""
+
+    heads_of_a_group: str
+    averaged: float    # by the mean of the group's KV heads
+    first_kept: float  # by the first of them
+
+
+def compare_conversions(
+    x: Matrix, n_heads: int, n_kv_heads: int, rng: random.Random
+) -> list[ConversionRow]:
+    """Return a row for groups of identical heads, of nearly identical, and of different ones."""
+    dim = len(x[0])
+    group = group_size(n_heads, n_kv_heads)
+    same_jobs = [job_of(h // group) for h in range(n_heads)]
+    different_jobs = [job_of(h) for h in range(n_heads)]
+    rows = []
+    kinds = [("identical", same_jobs, 0.0), ("same job, 10% noise", same_jobs, 0.1),
+             ("different jobs", different_jobs, 0.0)]
+    for kind, jobs, noise in kinds:
+        wq, wk, wv, wo = build_heads(jobs, dim // n_heads, dim, noise, rng)
+        exact = multi_head_attention(x, wq, wk, wv, wo, n_heads)
+        moved = []
+        for convert in (mean_pool_kv_heads, first_of_group):
+            weights = (wq, convert(wk, n_heads, n_kv_heads), convert(wv, n_heads, n_kv_heads), wo)
+            out = grouped_query_attention(x, *weights, n_heads, n_kv_heads)
+            moved.append(distance(out, exact) / length_of(exact))
+        rows.append(ConversionRow(kind, *moved))
+    return rows
+
+
+def first_of_group(w: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
+    """Return the first KV head of each group: what averaging is compared with."""
+    head_dim = len(w) // n_heads
+    group = group_size(n_heads, n_kv_heads)
+    return [row for r, row in enumerate(w) if r // head_dim % group == 0]
+
+
+def show_grouped(trace: Trace, knobs: Namespace) -> None:
+    """What each variant keeps and computes, and what converting a model does to its output."""
+    x = embed(knobs.tokens, knobs.dim, knobs.seed)[:12]
+    mha, gqa, mqa = rows = compare_sharing(x, knobs.n_heads, knobs.n_kv_heads,
+                                           random.Random(knobs.seed))
+    trace.say("While a model writes, the cache holds a key and a value of every KV head for every "
+              f"token. Let the {plural(knobs.n_heads, 'query head')} share KV heads, and it "
+              "shrinks. Counted: the numbers kept for one token, and the multiplications when a "
+              f"new token looks at {len(x)}.")
+    trace.ask(f"MHA keeps {mha.kept} numbers. How many does GQA keep, with {gqa.kv_heads} KV "
+              "heads?", gqa.kept)
+    trace.table(rows, {"variant": "", "kv_heads as KV heads": "d",
+                       "kept as kept per token": "d bar 24", "multiplications": ",d"})
+    trace.say(f"GQA keeps 1/{mha.kept // gqa.kept} of MHA's numbers, and MQA "
+              f"1/{mha.kept // mqa.kept}. The work is the same for all three: every query head "
+              "still meets every key.")
+    trace.check("all three = every head attending densely to the KV head of its group",
+                max(row.error for row in rows) < 1e-12, "|Δ| < 1e-12")
+    trace.check("sharing changes what is kept, not the work",
+                mha.kept * gqa.kv_heads == gqa.kept * mha.kv_heads
+                and mha.multiplications == gqa.multiplications == mqa.multiplications,
+                f"{mha.multiplications:,} multiplications each")
+
+    group = group_size(knobs.n_heads, knobs.n_kv_heads)
+    if group == 1:
+        trace.say("To turn a trained MHA model into a GQA model, the KV heads of each group are "
+                  "averaged. Here every group has one head, so nothing changes.")
+        return
+    trace.say(f"A trained MHA model becomes a GQA model by averaging the KV heads of each group of "
+              f"{group}. How far does the output move, |GQA - MHA| / |MHA|? Beside it, what "
+              "happens if the first KV head of each group is kept instead.")
+    converted = compare_conversions(x, knobs.n_heads, knobs.n_kv_heads, random.Random(knobs.seed))
+    trace.table(converted, {"heads_of_a_group": "", "averaged": ".1%",
+                            "first_kept as first kept": ".1%"})
+    if all(row.averaged < row.first_kept for row in converted[1:]):
+        trace.say("Averaging costs less than keeping one head. Either costs much where the heads "
+                  "did different jobs; the training afterwards has to make up for that.")
+
+    trace.check("averaging identical heads moves nothing", converted[0].averaged < 1e-12,
+                "relative error < 1e-12")
+
+
+# 4. Sliding windows and attention sinks
+
+
+def compare_work(
+    lengths: Sequence[int], masks: dict[str, dict], d: int, rng: random.Random
+) -> list[dict]:
+    """Return for each length the multiplications of attention() under each mask, counted."""
+    rows = []
+    for n in lengths:
+        q, k, v = (random_matrix(rng, n, d) for _ in range(3))
+        row = {"tokens": n}
+        for name, mask in masks.items():
+            with counted_dots() as count:
+                attention(q, k, v, **mask)
+            row[name] = count.products
+        rows.append(row)
+    return rows
+
+
+class MovedRow(NamedTuple):
+    """How far a head's output moves when a window hides keys: |windowed - full| / |values|."""
+
+    head_looks_for: str
+    window: float
+    with_sinks: float  # the window, and the first tokens kept visible
+
+
+def compare_outputs(x: Matrix, window: int, sinks: int) -> list[MovedRow]:
+    """Return a row for a head of each of the JOBS on x [n][dim], and one with a learned sink."""
+    dim = len(x[0])
+    heads = [(job, job, None) for job in JOBS]
+    heads.append(("nothing; learned sink", "everywhere", SHARPNESS))
+    rows = []
+    for name, job, sink_logit in heads:
+        wq, wk, wv, _ = build_heads([job], dim // len(BLOCKS), dim)
+        q, k, v = linear(x, wq), linear(x, wk), linear(x, wv)
+        full = attention(q, k, v, sink_logit=sink_logit)
+        cut = attention(q, k, v, window=window, sink_logit=sink_logit)
+        kept = attention(q, k, v, window=window, sinks=sinks, sink_logit=sink_logit)
+        rows.append(MovedRow(name, distance(cut, full) / length_of(v),
+                             distance(kept, full) / length_of(v)))
+    return rows
+
+
+class StackRow(NamedTuple):
+    """A stack of layers: who has heard of token 0 in the end, and what the caches hold."""
+
+    layers: str
+    heard: list[list[bool]]  # [layer][token]
+    reach: int               # the last token that has heard, in the last layer
+    entries: int             # keys and values kept, all layers together
+
+
+def compare_stacks(stacks: dict[str, Sequence[int]], n_tokens: int) -> list[StackRow]:
+    """Return a row for each stack, given by its layers' windows, on a text of n_tokens.
+
+    Token 0 has a marker. A token hears of it if it sees one in the layer below that has it.
+    """
+    blank = [[0.0]] * n_tokens  # zeros as queries and keys: every visible key gets the same weight
+    rows = []
+    for name, windows in stacks.items():
+        marker = [[1.0]] + [[0.0]] * (n_tokens - 1)
+        heard = []
+        entries = 0
+        for window in windows:
+            marker = attention(blank, blank, marker, window=window)
+            heard.append([mark > 0 for (mark,) in marker])
+            cache = RollingKVCache(window)
+            for _ in range(n_tokens):
+                cache.append([0.0], [0.0])
+            entries += len(cache.slots)
+        rows.append(StackRow(name, heard, sum(heard[-1]) - 1, entries))
+    return rows
+
+
+def roll_cache(
+    q: Matrix, k: Matrix, v: Matrix, window: int, sinks: int
+) -> tuple[Matrix, list[str]]:
+    """Return each token's output from a RollingKVCache, and a picture of its slots after it."""
+    cache = RollingKVCache(window, sinks)
+    outputs = []
+    pictures = []
+    for i in range(len(q)):
+        newest = cache.append(k[i], v[i])
+        outputs.append(cache.attend(q[i]))
+        cells = [f"{position:>3}" + ("*" if slot == newest else " ")
+                 for slot, (position, _, _) in sorted(cache.slots.items())]
+        line = f"token {i:>3} → slot {newest:>3}  │{'│'.join(cells)}│"
+        pictures.append(line[:WIDTH - 1])
+    return outputs, pictures
+
+
+def show_window(trace: Trace, knobs: Namespace) -> None:
+    """The masks, the work, what a window hides, the reach of a stack, and the rolling cache."""
+    window, sinks = knobs.window, knobs.sinks
+    rng = random.Random(knobs.seed)
+    windowed, with_sinks = f"window {window}", f"with {plural(sinks, 'sink')}"
+    masks = {"causal": {}, windowed: {"window": window}}
+    if sinks:
+        masks[with_sinks] = {"window": window, "sinks": sinks}
+    trace.say("With a window, a token sees only the latest keys, itself included. Sinks are first "
+              "tokens that stay visible all the same. Row: who looks; column: at whom." + knobs.cut)
+    trace.lines(draw_masks(masks, min(len(knobs.tokens), MAP_TOKENS)))
+
+    trace.say("The work, in multiplications counted while attention runs. Without a window it "
+              "grows with the square of the text, with one in proportion to it.")
+    work = compare_work((32, 64, 128), masks, 4, rng)
+    trace.ask(f"twice the text is four times the work without a window. How many times is it with "
+              f"a window of {window}, from 64 to 128 tokens?",
+              work[2][windowed] / work[1][windowed])
+    trace.table(work, {"tokens": "d", **dict.fromkeys(masks, ",d")})
+
+    moved = compare_outputs(embed(knobs.tokens, knobs.dim, knobs.seed), window, sinks)
+    trace.say("What a window costs depends on where a head looks. For five heads, how far the "
+              "output moves when the window hides keys, |windowed - full| / |values|:")
+    columns = {"head_looks_for": "", "window": ".2f bar 16 of 1"}
+    if sinks:
+        columns[f"with_sinks as {with_sinks}"] = ".2f bar 16 of 1"
+    trace.table(moved, columns)
+    trace.say("A head's weights must sum to 1. A head that has nothing to look for rests on the "
+              "first token (4th row). If a window hides that, the weights fall on tokens that the "
+              "head did not mean to read; if it is kept as a sink, nothing changes. A learned sink "
+              "logit (5th row) takes the weight itself, and needs no token. These heads are built "
+              "so. That trained models rest on the first token is a finding of Xiao et al. 2023.")
+    show_stacks(trace, window)
+
+    q, k, v = (random_matrix(rng, len(knobs.tokens), 4) for _ in range(3))
+    rolled, pictures = roll_cache(q, k, v, window, sinks)
+    trace.say("The cache that a window allows. Each new position (*) takes the slot of one that "
+              "nobody can see any more; sinks keep the first slots.")
+    trace.lines(pictures[-5:])
+
+    dense = dense_attention(q, k, v, lambda i, j: j <= i and (j > i - window or j < sinks))
+    trace.check_close("attention() with window and sinks = the dense masked matrix",
+                      attention(q, k, v, window=window, sinks=sinks), dense, 1e-12)
+    trace.check_close("rolling cache = the same", rolled, dense, 1e-12)
+    trace.check_close("with a sink logit = the dense matrix with one more term in its sums",
+                      attention(q, k, v, sink_logit=1.5),
+                      dense_attention(q, k, v, lambda i, j: j <= i, 1.5), 1e-12)
+    n = work[2]["tokens"]
+    pairs = [sum(min(i + 1, most) for i in range(n)) for most in (n, window)]
+    trace.check("multiplications = pairs of a query and a key it sees × (d + d_v)",
+                [work[2]["causal"], work[2][windowed]] == [8 * p for p in pairs],
+                f"{pairs[0]:,} and {pairs[1]:,} pairs")
+    if sinks:
+        trace.check("kept as a sink, the first token keeps its head's output",
+                    moved[3].with_sinks < 1e-6 and moved[4].window < 0.01,
+                    f"moved by {moved[3].with_sinks:.2f}; without, by {moved[3].window:.2f}")
+
+
+def show_stacks(trace: Trace, window: int) -> None:
+    """How far layers with windows reach together, alone and mixed with a global one."""
+    width = 64
+    stacks = {"4 local": [window] * 4, "3 local, 1 global": [window] * 3 + [width],
+              "4 global": [width] * 4}
+    rows = compare_stacks(stacks, width)
+    trace.say(f"Layers see further together. Token 0 of {width} has a marker, and a token gets it "
+              f"if it sees one in the layer below that has it. 4 layers of window {window}:")
+    for layer, heard in enumerate(rows[0].heard, 1):
+        trace.lines([f"layer {layer}  " + "".join("█" if has else "·" for has in heard)])
+    trace.say(f"One layer in four without a window reaches everything, and keeps its whole cache. "
+              f"After {width} tokens:")
+    trace.table(rows, {"layers": "", "reach": "d", "entries as entries in the caches": "d bar 24"})
+    trace.check("4 local layers reach 4·(w - 1) tokens, a global layer the whole text",
+                rows[0].reach == min(4 * (window - 1), width - 1) and rows[1].reach == width - 1,
+                f"{rows[0].reach} and {rows[1].reach}")
+
+
+def draw_masks(masks: dict[str, dict], n: int) -> list[str]:
+    """Return pictures of who sees whom under each mask, side by side."""
+    blank = [[0.0]] * n
+    pictures = []
+    for name, mask in masks.items():
+        lines = [name.ljust(MAP_TOKENS)]
+        for row in attention_weights(blank, blank, **mask):
+            lines.append("".join("█" if weight else "·" for weight in row))
+        pictures.append(lines)
+    return side_by_side(pictures, gap=6)
+
+
+# 5. Positions: RoPE and ALiBi
+
+
+def compare_shifts(
+    rotate: Callable[[Vector, int], Vector], places: Sequence[int], distances: Sequence[int],
+    q: Vector, k: Vector,
+) -> Matrix:
+    """Return q·k, [places][distances]: k rotated to a place, q to a place that far behind it."""
+    return [[dot(rotate(q, place + far), rotate(k, place)) for far in distances]
+            for place in places]
+
+
+def rotate_by_hand(x: Vector, position: int) -> Vector:
+    """Return what rope() should, with sines and cosines (Su et al. 2021, equation 34)."""
+    out = []
+    for m in range(len(x) // 2):
+        angle = position / 10000 ** (2 * m / len(x))
+        a, b = x[2 * m:2 * m + 2]
+        out.append(a * math.cos(angle) - b * math.sin(angle))
+        out.append(a * math.sin(angle) + b * math.cos(angle))
+    return out
+
+
+class StretchRow(NamedTuple):
+    """A pair of channels before and after RoPE is stretched."""
+
+    pair: int
+    before: float   # tokens in a full turn
+    turns: float    # full turns within the original context
+    after: float    # tokens in a full turn
+    slowed: float   # after / before
+
+
+def compare_stretched(head_dim: int, base: float, original_context: int) -> list[StretchRow]:
+    """Return what Llama 3.1's rule does to each pair of channels."""
+    thetas = [base ** (-2 * m / head_dim) for m in range(head_dim // 2)]
+    stretched = llama3_thetas(thetas, original_context=original_context)
+    rows = []
+    for m in range(head_dim // 2):
+        before = 2 * math.pi / thetas[m]
+        after = 2 * math.pi / stretched[m]
+        rows.append(StretchRow(m, before, original_context / before, after, after / before))
+    return rows
+
+
+def show_positions(trace: Trace, knobs: Namespace) -> None:
+    """Scores under a shift, stretched angles, and ALiBi's penalties."""
+    d = 16
+    rng = random.Random(knobs.seed)
+    q, k = random_matrix(rng, 2, d)
+    places, distances = (0, 7, 100, 5000), (0, 1, 2, 8, 32)
+    scores = compare_shifts(lambda x, p: rope([x], [p])[0], places, distances, q, k)
+    trace.say(f"RoPE turns q and k by angles proportional to their positions. One random q and k "
+              f"of {d} channels, put at different places. Read down a column: the score depends "
+              "on how far apart they are, and on nothing else. So a key can be turned once, for "
+              "its own position, and cached.")
+    trace.ask(f"a query 8 tokens after a key at 0 scores {scores[0][3]:.4f}. What does it score 8 "
+              f"tokens after the same key at {places[-1]}?", scores[-1][3])
+    columns = [f"{far} apart" for far in distances]
+    rows = [{"key at": place, **dict(zip(columns, row))} for place, row in zip(places, scores)]
+    trace.table(rows, {"key at": "d", **dict.fromkeys(columns, "z.4f")})
+    trace.check_close("the scores are those of the paper's sines and cosines", scores,
+                      compare_shifts(rotate_by_hand, places, distances, q, k), 1e-9)
+    trace.check_close("a score stays when both positions are shifted", scores[1:],
+                      scores[:1] * (len(places) - 1), 1e-9)
+    show_stretched(trace)
+    show_alibi(trace, knobs.n_heads)
+
+
+def show_stretched(trace: Trace) -> None:
+    """What Llama 3.1's rule does to the angles."""
+    rows = compare_stretched(head_dim=128, base=500_000.0, original_context=8192)
+    trace.say("To read 128K tokens, Llama 3.1 slowed down rotations that were learned on 8,192. "
+              "Its rule, at its own sizes, for some of the 64 pairs of channels. Tokens in a full "
+              "turn, before and after:")
+    trace.table([rows[m] for m in (0, 16, 26, 29, 32, 35, 48, 63)],
+                {"pair": "d", "before": ",.0f", "turns as turns in 8,192 tokens": ",.2f",
+                 "after": ",.0f", "slowed as slowed by": "{:.2f}×"})
+    trace.say("Fast pairs, which tell neighbours apart, are left alone. Pairs that never finish a "
+              "turn are slowed by 8. Those between get something in between.")
+    trace.check("more than 4 turns: kept; fewer than 1: slowed by 8; else between, in order",
+                all(abs(row.slowed - 1) < 1e-12 for row in rows if row.turns > 4)
+                and all(abs(row.slowed - 8) < 1e-12 for row in rows if row.turns < 1)
+                and all(1 < row.slowed < 8 for row in rows if 1 < row.turns < 4)
+                and all(a.after < b.after for a, b in itertools.pairwise(rows)),
+                f"{sum(1 < row.turns < 4 for row in rows)} of {len(rows)} pairs between")
+
+
+def show_alibi(trace: Trace, n_heads: int) -> None:
+    """Where heads look whose scores are all equal but for ALiBi's penalty."""
+    n_keys = 40
+    blank = [[0.0]] * n_keys
+    weights, by_hand, lines = [], [], []
+    for slope in sorted(alibi_slopes(n_heads), reverse=True):
+        weights += attention_weights(blank[:1], blank, bias=alibi_bias(1, n_keys, slope))
+        by_hand.append(softmax([slope * j for j in range(n_keys)]))
+        picture = "".join(shade(weight / max(weights[-1])) for weight in weights[-1])
+        lines.append(f"slope {slope:.4f}  {picture}")
+    trace.say("ALiBi takes slope × distance off each score. All scores equal but for that, the "
+              f"last of {n_keys} tokens looks back, oldest key to newest. The steeper the slope, "
+              "the nearer it looks.")
+    trace.lines(lines[:8])
+    trace.note("darker: nearer to the row's largest weight"
+               + (f"; the 8 steepest of {n_heads} slopes" if n_heads > 8 else ""))
+    trace.check_close("the weights are softmax(slope · key's position): what is added to a whole "
+                      "row does not count", weights, by_hand, 1e-12)
+    published = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
+    trace.check("the slopes of 8 heads are the published ones; 12 heads add every other of 16's",
+                alibi_slopes(8) == published
+                and all(abs(slope - 2 ** -(h + 0.5)) < 1e-12
+                        for h, slope in enumerate(alibi_slopes(12)[8:])), "1/2 to 1/256")
+
+
+# 6. Multi-head latent attention (MLA)
+
+
+class CacheRow(NamedTuple):
+    """What one token leaves in the cache."""
+
+    attention: str
+    numbers: int
+
+
+def compare_mla_caches(w: MLAWeights, n_kv_heads: int) -> list[CacheRow]:
+    """Return what a token leaves for MHA, GQA and MQA with heads like w's, and for MLA."""
+    c, k_rope = mla_compress([[1.0] * len(w.w_down[0])], w)
+    kv_head = len(w.wk_up[0]) + len(w.wv_up[0])
+    rows = [CacheRow(f"{name}, {plural(n, 'KV head')}", n * kv_head)
+            for name, n in (("MHA", len(w.wq)), ("GQA", n_kv_heads), ("MQA", 1))]
+    return [*rows, CacheRow("MLA", len(c[0]) + len(k_rope[0]))]
+
+
+class FormRow(NamedTuple):
+    """The work of both forms of MLA, in multiplications counted."""
+
+    new_tokens: int
+    cached_tokens: int  # the new ones included
+    plain: int
+    absorbed: int
+    ratio: float        # plain / absorbed
+
+
+def compare_forms(
+    w: MLAWeights, cases: Sequence[tuple[int, int]], rng: random.Random
+) -> list[FormRow]:
+    """Return a row for each case (new tokens, all tokens), on random numbers."""
+    rows = []
+    for n_new, n_all in cases:
+        x = random_matrix(rng, n_new, len(w.w_down[0]))
+        c = random_matrix(rng, n_all, len(w.w_down))
+        k_rope = random_matrix(rng, n_all, len(w.wk_rope))
+        with counted_dots() as plain:
+            mla_attention(x, c, k_rope, w)
+        with counted_dots() as absorbed:
+            mla_attention_absorbed(x, c, k_rope, w)
+        rows.append(FormRow(n_new, n_all, plain.products, absorbed.products,
+                            plain.products / absorbed.products))
+    return rows
+
+
+def show_mla(trace: Trace, knobs: Namespace) -> None:
+    """What is cached, and when each form does less work."""
+    head_dim = knobs.dim // knobs.n_heads
+    sizes = {"head_dim": head_dim, "v_dim": head_dim, "d_c": 4 * head_dim,
+             "d_rope": 2 * ceil_div(head_dim, 4)}
+    w = random_mla_weights(random.Random(knobs.seed), knobs.dim, knobs.n_heads, **sizes)
+    rows = compare_mla_caches(w, knobs.n_kv_heads)
+    mha, _, mqa, mla = rows
+    trace.say(f"Instead of keys and values, cache one latent of {sizes['d_c']} numbers "
+              f"(4 · head_dim, as in DeepSeek-V2) and one rotated key of {sizes['d_rope']}, from "
+              "which every head's keys and values can be made again. One token leaves:")
+    trace.ask(f"a KV head leaves {mqa.numbers} numbers. How many KV heads' worth does MLA leave?",
+              mla.numbers / mqa.numbers)
+    trace.table(rows, {"attention": "", "numbers": "d bar 40"})
+    if mla.numbers >= mha.numbers:
+        saving = "With so few heads MHA keeps no more than that"
+    else:
+        saving = f"With {knobs.n_heads} heads MHA keeps {mha.numbers / mla.numbers:.1f} times that"
+    big = REAL_MODELS[-1]
+    trace.say(f"MLA leaves {mla.numbers / mqa.numbers:.2f} KV heads' worth, however many heads "
+              f"there are. {saving}; with the {big.n_heads} heads of {big.name}, "
+              f"{2 * big.n_heads * big.head_dim / (big.d_c + big.d_rope):.0f} times.")
+
+    forms = compare_forms(w, ((1, 32), (8, 32), (32, 32), (64, 64)), random.Random(knobs.seed))
+    trace.say("Two ways to use that cache. The plain form makes the keys and values of all cached "
+              "tokens again. The absorbed form moves those matrices to the query and to the "
+              "result, and works on the latents. Multiplications, counted:")
+    trace.table(forms, {"new_tokens": "d", "cached_tokens as on cached tokens": "d",
+                        "plain": ",d", "absorbed": ",d", "ratio as plain / absorbed": ".2f"})
+    if forms[0].ratio > 1 > forms[-1].ratio:
+        trace.say("For one new token the absorbed form does less, for a whole prompt more. So "
+                  "decoding is done absorbed, and a prompt is read in the plain form.")
+    else:
+        trace.say("At these sizes one form does less for a new token and for a whole prompt.")
+
+    x = embed(knobs.tokens, knobs.dim, knobs.seed)[:32]
+    c, k_rope = mla_compress(x, w)
+    expected = dense_mla(x, w)
+    trace.check_close("plain form = DeepSeek-V2's equations, dense and without a cache",
+                      mla_attention(x, c, k_rope, w), expected, 1e-12)
+    steps, c, k_rope = [], [], []
+    for i in range(len(x)):
+        new_c, new_k_rope = mla_compress(x[i:i + 1], w, start=i)
+        c += new_c
+        k_rope += new_k_rope
+        steps += mla_attention_absorbed(x[i:i + 1], c, k_rope, w)
+    trace.check_close("absorbed form, token by token from the cache = the same", steps, expected,
+                      1e-12)
+
+
+# 7. The bill: cache and work of real models
+
+
+class BillRow(NamedTuple):
+    """What a real model's cache costs, in units for the table."""
+
+    model: str
+    attention: str
+    kib: float       # one token's KiB while nothing has left a window
+    at_4k: str       # GiB of one request, in parentheses beyond the model's context
+    at_32k: str
+    at_128k: str
+
+
+class WorkRow(NamedTuple):
+    """What one new token costs after 32K tokens."""
+
+    model: str
+    times_too_much: float  # the popular formula over the bytes of the cache
+    gflop: float           # in QKᵀ and weights·V
+    flops_per_byte: float  # of cache read
+
+
+def bill(models: Sequence[RealModel]) -> list[BillRow]:
+    """Return a row per model, at 16 bits a number."""
+    rows = []
+    for model in models:
+        sizes = []
+        for n_tokens in (4096, 32768, 131072):
+            gib = cache_bytes(model, n_tokens) / 2**30
+            sizes.append(f"{gib:.2f} " if n_tokens <= model.context else f"({gib:.2f})")
+        rows.append(BillRow(model.name, model.kind, cache_bytes(model, 1) / 1024, *sizes))
+    return rows
+
+
+def decode_work(models: Sequence[RealModel], n_tokens: int) -> list[WorkRow]:
+    """Return a row per model that was made for n_tokens, for one new token after so many."""
+    rows = []
+    for model in models:
+        if n_tokens > model.context:
+            continue
+        true_bytes = cache_bytes(model, n_tokens)
+        popular_bytes = 2 * model.n_layers * model.width * n_tokens * 2
+        flops = 2 * decode_multiplications(model, n_tokens)
+        rows.append(WorkRow(model.name, popular_bytes / true_bytes, flops / 1e9,
+                            flops / true_bytes))
+    return rows
+
+
+def show_bill(trace: Trace, knobs: Namespace) -> None:
+    """The table of real models: cache, popular formula, work."""
+    trace.say("The KV cache of one request in GiB, 16 bits a number, computed from published "
+              "configurations. In parentheses: longer than the model was made for.")
+    trace.table(bill(REAL_MODELS), {
+        "model": "", "attention": "", "kib as one token": "{:,.1f} KiB",
+        "at_4k as 4K tokens": "", "at_32k as 32K tokens": "", "at_128k as 128K tokens": ""})
+    trace.say("The cache is n_layers · n_kv_heads · head_dim · 2 numbers a token. Often quoted is "
+              "n_layers · width · 2. For the models that read 32K tokens: how many times too much "
+              "that is, and the work in QKᵀ and weights·V of one new token after 32K (2 FLOPs a "
+              "multiplication).")
+    rows = decode_work(REAL_MODELS, 32768)
+    llama = next(row for row in rows if row.model == "Llama 3.1 8B")
+    trace.ask("Llama 3.1 8B has 32 query heads and 8 KV heads. How many times too much does the "
+              "popular formula say?", llama.times_too_much)
+    trace.table(rows, {
+        "model": "", "times_too_much as popular / true": "{:.1f}×",
+        "gflop as work": "{:,.1f} GFLOP", "flops_per_byte as FLOPs per byte of cache": ",.0f"})
+    trace.say("Sharing KV heads saves bytes and no work, so more work is done on each byte. MLA "
+              "goes furthest: a few bytes, and the most work.")
+
+    # One layer without a window and one with: 3 query heads that share a KV head of 6 channels.
+    x = random_matrix(random.Random(knobs.seed), 8, 6)
+    tiny = RealModel("tiny", "GQA", 2, 18, 3, 1, 6, 8, "here", window=4, n_local_layers=1)
+    with counted_dots() as count:
+        attention(x[-1:], x, x)
+        attention(x[-1:], x, x, window=4)
+    trace.check("one token's work, and the bytes of 8, = those of real keys and values",
+                count.products * 3 == decode_multiplications(tiny, 8)
+                and 2 * sum(len(row) for row in x + x + x[-4:] + x[-4:]) == cache_bytes(tiny, 8),
+                f"{count.products * 3} multiplications, {cache_bytes(tiny, 8):.0f} bytes")
+    # A latent of 4 channels with a rotated key of 2.
+    with counted_dots() as count:
+        attention(x[-1:], x, [row[:4] for row in x])
+    tiny = RealModel("tiny", "MLA", 1, 18, 3, 3, 6, 8, "here", d_c=4, d_rope=2)
+    trace.check("the same for MLA, absorbed",
+                count.products * 3 == decode_multiplications(tiny, 8)
+                and 2 * sum(len(row) for row in x) == cache_bytes(tiny, 8),
+                f"{count.products * 3} multiplications, {cache_bytes(tiny, 8):.0f} bytes")
+    trace.check("DeepSeek-V3's bytes a token are the published ones",
+                cache_bytes(REAL_MODELS[-1], 1) == PUBLISHED_DEEPSEEK_V3_BYTES,
+                f"{PUBLISHED_DEEPSEEK_V3_BYTES:,}, Zhao et al. 2025, table 1")
+
+
+# 8. Model parallelism: heads and layers on several cards
+
+
+class RankRow(NamedTuple):
+    """What one rank holds."""
+
+    rank: int
+    query_heads: str
+    kv_heads: str
+    weights: int  # numbers in its matrices
+    cache: int    # numbers that one token leaves there
+
+
+class RanksRow(NamedTuple):
+    """What becomes of the cache with so many ranks."""
+
+    ranks: int
+    each: int      # numbers that a token leaves on each rank
+    together: int
+    copies: float  # together / without parallelism
+
+
+def compare_ranks(
+    weights: Sequence[Matrix], n_heads: int, n_kv_heads: int, n_ranks: int
+) -> list[RankRow]:
+    """Return a row per rank; weights: wq, wk, wv and wo."""
+    rows = []
+    shards = shard_weights(*weights, n_heads, n_kv_heads, n_ranks)
+    for rank, (queries, kv) in enumerate(heads_of_ranks(n_heads, n_kv_heads, n_ranks)):
+        _, wk, wv, _ = shards[rank]
+        held = sum(len(row) for w in shards[rank] for row in w)
+        rows.append(RankRow(rank, span("q", queries), span("kv", kv), held, len(wk) + len(wv)))
+    return rows
+
+
+def compare_rank_counts(
+    weights: Sequence[Matrix], n_heads: int, n_kv_heads: int
+) -> list[RanksRow]:
+    """Return a row for each possible number of ranks."""
+    rows = []
+    alone = len(weights[1]) + len(weights[2])
+    for n_ranks in possible_ranks(n_heads, n_kv_heads):
+        ranks = compare_ranks(weights, n_heads, n_kv_heads, n_ranks)
+        together = sum(row.cache for row in ranks)
+        rows.append(RanksRow(n_ranks, ranks[0].cache, together, together / alone))
+    return rows
+
+
+class PipelineRow(NamedTuple):
+    """A pipeline run with the batch cut into so many micro-batches."""
+
+    micro_batches: int
+    ticks: int
+    idle: float     # share of idle cells in the schedule, counted
+    formula: float  # (p - 1) / (m + p - 1)
+    faster: float   # times as fast as one card, if handing on is free
+
+
+def make_stages(n_stages: int, dim: int, rng: random.Random) -> list[Callable[[Matrix], Matrix]]:
+    """Return n_stages functions, each one layer: x + multi-head attention of x, random weights."""
+    def make_stage() -> Callable[[Matrix], Matrix]:
+        weights = [random_matrix(rng, dim, dim, 1 / math.sqrt(dim)) for _ in range(4)]
+        return lambda x: add_matrices([x, multi_head_attention(x, *weights, 2)])
+
+    return [make_stage() for _ in range(n_stages)]
+
+
+def compare_micro_batches(
+    stages: Sequence[Callable[[Matrix], Matrix]], counts: Sequence[int], rng: random.Random
+) -> list[PipelineRow]:
+    """Return a row for each number of micro-batches, counted in the schedule of a real run."""
+    rows = []
+    p = len(stages)
+    for m in counts:
+        _, schedule = run_pipeline(stages, [random_matrix(rng, 2, 4) for _ in range(m)])
+        idle = sum(cell is None for tick in schedule for cell in tick)
+        share = idle / (p * len(schedule))
+        rows.append(PipelineRow(m, len(schedule), share, (p - 1) / (m + p - 1), p * (1 - share)))
+    return rows
+
+
+def show_parallel(trace: Trace, knobs: Namespace) -> None:
+    """Who holds what, what more ranks than KV heads cost, and the bubble of a pipeline."""
+    show_tensor_parallel(trace, knobs)
+    show_pipeline(trace, knobs)
+
+
+def show_tensor_parallel(trace: Trace, knobs: Namespace) -> None:
+    """Heads on several ranks."""
+    n_heads, n_kv_heads, n_ranks = knobs.n_heads, knobs.n_kv_heads, knobs.ranks
+    head_dim = knobs.dim // n_heads
+    rng = random.Random(knobs.seed)
+    weights = [random_matrix(rng, rows, knobs.dim, 1 / math.sqrt(knobs.dim))
+               for rows in (knobs.dim, n_kv_heads * head_dim, n_kv_heads * head_dim, knobs.dim)]
+    first_eight = " (the first 8 shown)" if n_ranks > 8 else ""
+    trace.say(f"Tensor parallelism: {plural(n_heads, 'query head')} and "
+              f"{plural(n_kv_heads, 'KV head')} on {plural(n_ranks, 'rank')}{first_eight}. Each "
+              "rank holds the weights of its heads and the keys and values of its KV heads, and "
+              "returns one term of the output; an all-reduce adds the terms up.")
+    trace.table(compare_ranks(weights, n_heads, n_kv_heads, n_ranks)[:8], {
+        "rank": "d", "query_heads": "", "kv_heads as KV heads": "", "weights as weights held": ",d",
+        "cache as cache for a token": ",d"})
+    rows = compare_rank_counts(weights, n_heads, n_kv_heads)
+    trace.say("With more ranks each keeps less of the cache, until there are more ranks than KV "
+              "heads. From there on the same KV head is kept on several.")
+    trace.ask(f"with {rows[-1].ranks} ranks, how many copies of each key and value are there?",
+              rows[-1].copies)
+    trace.table(rows, {"ranks": "d", "each as cache for a token, each": "d bar 20",
+                       "together as all ranks": "d", "copies": "{:.0f}×"})
+
+    x = embed(knobs.tokens, knobs.dim, knobs.seed)
+    parts = tensor_parallel_attention(x, *weights, n_heads, n_kv_heads, n_ranks)
+    trace.check_close("the sum of the ranks' outputs = all heads on one machine, densely",
+                      add_matrices(parts), dense_heads(x, *weights, n_heads, n_kv_heads), 1e-12)
+    trace.check("no rank keeps less than one KV head",
+                all(row.each == 2 * head_dim * max(1, n_kv_heads // row.ranks) for row in rows),
+                f"{min(row.each for row in rows)} numbers at least")
+
+
+def show_pipeline(trace: Trace, knobs: Namespace) -> None:
+    """Layers on several stages."""
+    p, m = knobs.stages, knobs.micro_batches
+    rng = random.Random(knobs.seed)
+    stages = make_stages(p, 4, rng)
+    batch = [random_matrix(rng, 2, 4) for _ in range(m)]
+    outputs, schedule = run_pipeline(stages, batch)
+    trace.say(f"Pipeline parallelism: {plural(p, 'stage')}, one layer each, and a batch cut into "
+              f"{plural(m, 'micro-batch', 'micro-batches')}. A row is a stage, a column a tick, a "
+              "number the micro-batch that the stage works on, a dot an idle stage.")
+    for stage in range(p):
+        cells = ["·" if tick[stage] is None else str(tick[stage]) for tick in schedule]
+        trace.lines([f"stage {stage}  " + " ".join(f"{cell:>2}" for cell in cells)])
+    rows = compare_micro_batches(stages, (1, 2, 4, 8, 16), rng)
+    trace.say("The idle cells are the bubble. Its share, counted in the schedule, for other "
+              "numbers of micro-batches:")
+    trace.ask(f"with {plural(p, 'stage')} and 1 micro-batch, what share of the cells is idle?",
+              rows[0].idle)
+    trace.table(rows, {"micro_batches": "d", "ticks": "d", "idle as idle, counted": ".0%",
+                       "formula as (p-1)/(m+p-1)": ".0%",
+                       "faster as times as fast as one card": ".1f"})
+    trace.note("times as fast: if all ticks take equally long, and handing on takes none")
+    if p > 1:
+        trace.say(f"With one micro-batch the {p} cards are no faster than one: a pipeline does "
+                  "nothing for a single request. At most a fifth is idle from "
+                  f"{4 * (p - 1)} micro-batches on.")
+
+    one_machine = []
+    for x in batch:
+        for stage in stages:
+            x = stage(x)
+        one_machine.append(x)
+    trace.check("the pipeline's outputs = one machine's, in order", outputs == one_machine,
+                "to the bit")
+    trace.check("idle cells, counted = (p - 1) / (m + p - 1)",
+                all(abs(row.idle - row.formula) < 1e-12 for row in rows),
+                ", ".join(f"{row.idle:.0%}" for row in rows))
+
+
+# =============================================================================================
+# THE MODEL AND THE BENCH: heads built by hand, a dense reference, real models, pictures
+# =============================================================================================
+
+# Nothing is trained here. An embedding is four blocks of channels:
+#
+#     word     a code of ±1 for the token
+#     here     its position, told as the hands of clocks tell time: (cos, sin) of clocks that go
+#              round in 4, 8, 16, … tokens
+#     before   the position one earlier, told the same way
+#     first    1 at position 0, and -1 elsewhere
+#
+# A head's query reads one block and its key another. Its score is SHARPNESS where the two agree.
+
+BLOCKS = ["word", "here", "before", "first"]
+JOBS = {  # what a head looks for: (block that q reads, block that k reads, sign)
+    "same word": ("word", "word", 1),
+    "one back": ("before", "here", 1),
+    "everywhere": (None, "word", 1),
+    "first token": ("first", "first", -1),  # a later token, -1, wants the one that is +1
+}
+SHARPNESS = 10.0  # the score of a key that is just what a head looks for
+
+
+def embed(tokens: Sequence[str], dim: int, seed: int) -> Matrix:
+    """Return embeddings [n][dim], in four BLOCKS of dim / 4 channels each."""
+    size = dim // len(BLOCKS)
+    codes = word_codes(list(dict.fromkeys(tokens)), size, random.Random(seed))
+    rows = []
+    for position, token in enumerate(tokens):
+        first = [1.0 if position == 0 else -1.0] * size
+        rows.append(codes[token] + clocks(position, size) + clocks(position - 1, size) + first)
+    return rows
+
+
+def word_codes(words: Sequence[str], size: int, rng: random.Random) -> dict[str, Vector]:
+    """Return a code of `size` numbers ±1 for each word, as unlike the others as 20 tries find."""
+    codes: dict[str, Vector] = {}
+    for word in words:
+        tries = [[rng.choice((-1.0, 1.0)) for _ in range(size)] for _ in range(20)]
+        closest = [max((dot(code, other) for other in codes.values()), default=0.0)
+                   for code in tries]
+        codes[word] = tries[closest.index(min(closest))]
+    return codes
+
+
+def clocks(position: int, size: int) -> Vector:
+    """Return `size` channels that tell the position; √2 makes their mean square 1."""
+    hands = []
+    for c in range(ceil_div(size, 2)):
+        angle = position * math.pi / 2 ** (c + 1)
+        hands += [math.sqrt(2) * math.cos(angle), math.sqrt(2) * math.sin(angle)]
+    return hands[:size]
+
+
+def build_heads(
+    jobs: Sequence[str],
+    head_dim: int,
+    dim: int,
+    noise: float = 0.0,
+    rng: random.Random | None = None,
+) -> tuple[Matrix, Matrix, Matrix, Matrix]:
+    """Return wq, wk, wv and wo with one head per job of JOBS, for the channels of embed().
+
+    Values are channels of the word's code. noise: the length of a random vector that is added to
+    each row of wk and wv, which have length 1.
+    """
+    size = dim // len(BLOCKS)
+    gain = SHARPNESS / math.sqrt(head_dim)
+    wq, wk, wv = [], [], []
+    for job in jobs:
+        q_block, k_block, sign = JOBS[job]
+        wq += read_block(q_block, gain * sign, head_dim, size)
+        wk += read_block(k_block, 1.0, head_dim, size)
+        wv += read_block("word", 1.0, head_dim, size)
+    if noise:
+        for w in (wk, wv):
+            for row in w:
+                row[:] = [value + rng.gauss(0, noise / math.sqrt(dim)) for value in row]
+    wo = [[float(i == j) for j in range(len(wq))] for i in range(dim)]
+    return wq, wk, wv, wo
+
+
+def read_block(block: str | None, gain: float, head_dim: int, size: int) -> Matrix:
+    """Return [head_dim][dim]: row r passes on channel r of that block, times gain.
+
+    If the block has fewer channels, it starts again. None: nothing is passed on.
+    """
+    rows = []
+    for r in range(head_dim):
+        row = [0.0] * (size * len(BLOCKS))
+        if block is not None:
+            row[BLOCKS.index(block) * size + r % size] = gain
+        rows.append(row)
+    return rows
+
+
+def job_of(h: int) -> str:
+    """Return head h's job: those of JOBS in turn."""
+    return list(JOBS)[h % len(JOBS)]
+
+
+def random_mla_weights(
+    rng: random.Random, dim: int, n_heads: int, head_dim: int, v_dim: int, d_c: int, d_rope: int
+) -> MLAWeights:
+    """Return random weights of these sizes; d_rope must be even."""
     def weight(rows: int, columns: int) -> Matrix:
         return random_matrix(rng, rows, columns, 1 / math.sqrt(columns))
 
     def heads(rows: int, columns: int) -> list[Matrix]:
         return [weight(rows, columns) for _ in range(n_heads)]
 
-    return MLAWeights(weight(d_c, dim), weight(d_rope, dim), heads(head_dim, dim), heads(d_rope, dim),
-                      heads(head_dim, d_c), heads(v_dim, d_c), weight(dim, n_heads * v_dim))
+    return MLAWeights(
+        w_down=weight(d_c, dim), wk_rope=weight(d_rope, dim), wq=heads(head_dim, dim),
+        wq_rope=heads(d_rope, dim), wk_up=heads(head_dim, d_c), wv_up=heads(v_dim, d_c),
+        wo=weight(dim, n_heads * v_dim))
 
-
-def show_mla(trace: Trace, knobs: Namespace) -> None:
-    """What is cached, and the work of a decoding step in both forms."""
-    n_heads, head_dim, dim, x = knobs.n_heads, knobs.dim // knobs.n_heads, knobs.dim, embed(knobs)[:32]
-    d_c, d_rope = 4 * head_dim, 2 * -(-head_dim // 4)  # DeepSeek-V2's proportions, d_rope rounded up to even
-    w = random_mla_weights(random.Random(knobs.seed), dim, n_heads, head_dim, head_dim, d_c, d_rope)
-    c, k_rope = mla_compress(x, w)
-    deepseek = REAL_MODELS[-1]
-    trace.say(f"A latent of {d_c} numbers, 4 · head_dim as in DeepSeek-V2, and one rotated key of {d_rope} stand for "
-              f"the keys and values of every head. What one token leaves in the cache, by the arrays' lengths:")
-    per_head = [len(linear(c[-1:], k_up)[0]) + len(linear(c[-1:], v_up)[0]) for k_up, v_up in zip(w.wk_up, w.wv_up)]
-    kept = {f"MHA, {n_heads} KV heads": sum(per_head),
-            f"GQA, {knobs.n_kv_heads} KV heads": sum(per_head[:knobs.n_kv_heads]),
-            "MQA, 1 KV head": per_head[0], "MLA": len(c[-1]) + len(k_rope[-1])}
-    trace.ask(f"a KV head leaves {per_head[0]} numbers. How many KV heads' worth does MLA leave?",
-              kept["MLA"] / per_head[0])
-    trace.table(["", "numbers", ""], [[name, str(size), bar(size, 2 * dim, 40)] for name, size in kept.items()],
-                left=(0, 2))
-    heads_worth = 2 * deepseek.n_heads * deepseek.head_dim / (deepseek.d_c + deepseek.d_rope)
-    trace.say(f"That is {kept['MLA'] / per_head[0]:.2f} KV heads' worth, however many heads there are: little is saved "
-              f"with a few heads, {heads_worth:.0f} times with the {deepseek.n_heads} heads of {deepseek.name}.")
-    trace.say("One decoding step, a new token against the cache: multiplications counted in the plain form, which "
-              "makes the keys and values of every cached token again, and in the absorbed form.")
-    rows, rng = [], random.Random(knobs.seed)
-    for n in (8, 16, 32):
-        cache = random_matrix(rng, n, d_c), random_matrix(rng, n, d_rope)
-        plain, absorbed = (count_multiplications(lambda x, c, k: form(x, c, k, w), x[-1:], *cache)
-                           for form in (mla_attention, mla_attention_absorbed))
-        rows.append([str(n), f"{plain:,}", f"{absorbed:,}", f"{plain / absorbed:.1f}×"])
-    trace.table(["cached tokens", "plain", "absorbed", "ratio"], rows)
-    whole = mla_attention(x, c, k_rope, w)
-    trace.check_close("absorbed = plain, all tokens at once",
-                      mla_attention_absorbed(x, c, k_rope, w), whole, 1e-12)
-    steps = [mla_attention_absorbed(x[i:i + 1], c[:i + 1], k_rope[:i + 1], w)[0] for i in range(len(x))]
-    trace.check_close("absorbed, token by token from the cache = plain, all at once", steps, whole, 1e-12)
-
-
-# ---------------------------------------------------------------------------------------------------
-# 6. Positions: RoPE and ALiBi
-#
-# Attention itself is blind to order. RoPE turns each adjacent pair of channels of q and k, read as one
-# complex number, by an angle proportional to the position p (RoFormer; Meta's Llama):
-#
-#     (x[2m], x[2m+1])  ->  (x[2m] + i·x[2m+1]) · exp(i·p·θ_m)       with i = √-1, θ_m = base^(-2m/d)
-#
-# In q·k, the turn of the query and the turn of the key meet as exp(i·(p_q - p_k)·θ): the score depends on the
-# distance alone. The key's own turn depends on its own position alone. So a key is rotated once and cached that
-# way: later tokens change nothing about it. (StreamingLLM renumbers positions, so it must cache keys unrotated.
-# Checkpoints in Hugging Face's layout pair channel i with i + d/2 instead: the same rotation, the channels permuted.)
-#
-# ALiBi leaves q and k alone and lowers each score by slope × distance, with a slope of its own for each head:
-# steep slopes look near, gentle ones far. As softmax ignores what is added to a whole row, slope × the key's
-# position does as well as -slope × the distance. Like RoPE it has no parameters.
-
-def rope(x: Matrix, positions: Sequence[int], base: float = 10000.0) -> Matrix:
-    """Rotate row r of x [n][d] to positions[r] -> [n][d]. ValueError if d is odd or the lengths differ."""
-    d = len(x[0]) if x else 0
-    if d % 2 or len(positions) != len(x):
-        raise ValueError(f"x must have an even number of channels and one position a row, not {d} channels, "
-                         f"{len(x)} rows and {len(positions)} positions")
-    thetas = [base ** (-2 * m / d) for m in range(d // 2)]
-    out = []
-    for row, p in zip(x, positions):
-        turned = [complex(a, b) * cmath.rect(1.0, p * theta) for a, b, theta in zip(row[::2], row[1::2], thetas)]
-        out.append([part for z in turned for part in (z.real, z.imag)])
-    return out
-
-
-def alibi_slopes(n_heads: int) -> Vector:
-    """One slope a head: 2^(-8/n), 2^(-16/n), … for n a power of two; other n as in the authors' code.
-
-    Those take the slopes of the power of two below n, then every other slope of the power of two above.
-    ValueError if n_heads < 1.
-    """
-    if n_heads < 1:
-        raise ValueError(f"n_heads must be at least 1, not {n_heads}")
-    power = 2 ** (n_heads.bit_length() - 1)
-    slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
-    return slopes + [2 ** (-4 * (h + 1) / power) for h in range(0, 2 * (n_heads - power), 2)]
-
-
-def alibi_bias(n_q: int, n_k: int, slope: float) -> Matrix:
-    """What ALiBi adds to the scores: -slope × distance, [n_q][n_k]; the queries are the last n_q positions.
-
-    The distance is query's position - key's, so below 0 for keys to come, which a causal mask hides.
-    """
-    return [[-slope * (n_k - n_q + i - j) for j in range(n_k)] for i in range(n_q)]
-
-
-def show_positions(trace: Trace, knobs: Namespace) -> None:
-    """Scores under a shift, and ALiBi's penalties."""
-    d, rng = 16, random.Random(knobs.seed)
-    q, k = random_matrix(rng, 1, d), random_matrix(rng, 1, d)
-
-    def score(query_at: int, key_at: int) -> float:
-        return dot(rope(q, [query_at])[0], rope(k, [key_at])[0])
-
-    places, distances = (0, 7, 100, 5000), (0, 1, 2, 8, 32)
-    scores = [[score(place + distance, place) for distance in distances] for place in places]
-    trace.say(f"RoPE. One q and one k (random, d = {d}), rotated to different places. Read down a column: their "
-              f"score depends on how far apart they are and on nothing else.")
-    trace.ask(f"a query 8 tokens after a key at 0 scores {scores[0][3]:.4f}. What does it score 8 tokens after the "
-              f"same key at {places[-1]}?", scores[-1][3])
-    trace.table(["key at", *(f"{distance} apart" for distance in distances)],
-                [[str(place)] + [f"{s:z.4f}" for s in row] for place, row in zip(places, scores)])
-
-    n, slopes = 10, alibi_slopes(knobs.n_heads)
-    shown = sorted({h * (knobs.n_heads - 1) // 3 for h in range(4)})
-    trace.say(f"ALiBi. All content scores equal, so that the penalty alone is left: heads "
-              f"{', '.join(map(str, shown))} of {knobs.n_heads}, each with its own slope, from short-sighted to "
-              f"far-sighted.")
-    blank = [[0.0]] * n
-    maps = {h: attention_weights(blank, blank, bias=alibi_bias(n, n, slopes[h])) for h in shown}
-    trace.lines(side_by_side([heat_map(maps[h], title=f"slope {slopes[h]:.4f}") for h in shown], gap=4))
-    trace.note(SHADES_LEGEND)
-
-    trace.check_close("RoPE: scores stay when both positions are shifted",
-                      scores[1:], scores[:1] * (len(places) - 1), 1e-9)
-    keys, cache = random_matrix(rng, 64, 16), []
-    for position, key in enumerate(keys):
-        cache += rope([key], [position])  # rotated when its token came, never touched again
-    trace.check("RoPE: keys rotated one by one as they come = all at the end", cache == rope(keys, range(64)),
-                "to the bit")
-    farthest = shown[-1]
-    trace.check_close("ALiBi: bias by the key's position alone gives the same weights", maps[farthest],
-                      attention_weights(blank, blank, bias=[[slopes[farthest] * j for j in range(n)]] * n), 1e-12)
-
-
-# ---------------------------------------------------------------------------------------------------
-# 7. The bill
-#
-# What a token leaves in the cache: a key and a value (2) for every KV head and layer,
-#
-#     2 · n_layers · n_kv_heads · head_dim · bytes per value            MLA: n_layers · (d_c + d_R) · bytes
-#
-# The formula that is often quoted, 2 · layers · hidden · tokens · bytes, takes a key and a value to be as wide as
-# the hidden state, and every token to be kept. It was right for MHA and has been wrong since. The
-# configurations below are the published ones, all at 16 bits.
 
 @dataclass(frozen=True)
 class RealModel:
-    """A published configuration; n_kv_heads counts for the cache, n_heads for the work."""
+    """A published configuration. n_kv_heads counts for the cache, n_heads for the work."""
+
     name: str
     kind: str
     n_layers: int
-    hidden: int
+    width: int                 # channels of the residual stream
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    context: int                 # tokens it was trained for
+    context: int               # tokens it was made for
     source: str
-    window: int | None = None    # tokens
-    d_c: int = 0                 # MLA's latent
-    d_rope: int = 0              # MLA's rotated key
+    window: int = 0            # tokens seen by the local layers
+    n_local_layers: int = 0    # layers that have the window
+    d_c: int = 0               # MLA's latent
+    d_rope: int = 0            # MLA's rotated key
+
+    @property
+    def n_global_layers(self) -> int:
+        """Layers that see the whole text."""
+        return self.n_layers - self.n_local_layers
 
 
 REAL_MODELS = [
     RealModel("GPT-3 175B", "MHA", 96, 12288, 96, 96, 128, 2048,
-              "Brown et al. 2020, arXiv:2005.14165, table 2.1 (counted as if all its layers were dense)"),
-    RealModel("Llama 2 7B", "MHA", 32, 4096, 32, 32, 128, 4096, "Touvron et al. 2023, arXiv:2307.09288; config.json"),
-    RealModel("Falcon 7B", "MQA", 32, 4544, 71, 1, 64, 2048, "Almazrouei et al. 2023, arXiv:2311.16867; config.json"),
-    RealModel("Mistral 7B", "GQA + window", 32, 4096, 32, 8, 128, 8192,
-              "Jiang et al. 2023, arXiv:2310.06825, table 1", window=4096),
-    RealModel("Llama 3.1 8B", "GQA", 32, 4096, 32, 8, 128, 131072, "Llama team 2024, arXiv:2407.21783, table 3"),
-    RealModel("Llama 3.1 70B", "GQA", 80, 8192, 64, 8, 128, 131072, "Llama team 2024, arXiv:2407.21783, table 3"),
+              "Brown et al. 2020, arXiv:2005.14165, table 2.1; every second layer was sparse, "
+              "and is counted as dense"),
+    RealModel("Llama 2 7B", "MHA", 32, 4096, 32, 32, 128, 4096,
+              "Touvron et al. 2023, arXiv:2307.09288; config.json"),
+    RealModel("Falcon 7B", "MQA", 32, 4544, 71, 1, 64, 2048,
+              "Almazrouei et al. 2023, arXiv:2311.16867; config.json"),
+    RealModel("Mistral 7B v0.1", "GQA, window", 32, 4096, 32, 8, 128, 8192,
+              "Jiang et al. 2023, arXiv:2310.06825, table 1; v0.2 has no window",
+              window=4096, n_local_layers=32),
+    RealModel("Llama 3.1 8B", "GQA", 32, 4096, 32, 8, 128, 131072,
+              "Llama team 2024, arXiv:2407.21783, table 3"),
+    RealModel("Llama 3.1 70B", "GQA", 80, 8192, 64, 8, 128, 131072,
+              "Llama team 2024, arXiv:2407.21783, table 3"),
+    RealModel("Gemma 3 27B", "GQA, 5:1 local", 62, 5376, 32, 16, 128, 131072,
+              "Gemma Team 2025, arXiv:2503.19786; config.json", window=1024, n_local_layers=52),
+    RealModel("gpt-oss-120b", "GQA, 1:1 local", 36, 2880, 64, 8, 64, 131072,
+              "OpenAI 2025, arXiv:2508.10925; config.json", window=128, n_local_layers=18),
     RealModel("DeepSeek-V3", "MLA", 61, 7168, 128, 128, 128, 131072,
-              "DeepSeek-AI 2024, arXiv:2412.19437, sections 4.2 and 4.3", d_c=512, d_rope=64),
+              "DeepSeek-AI 2024, arXiv:2412.19437, section 4.2", d_c=512, d_rope=64),
 ]
-PUBLISHED_DEEPSEEK_V3_BYTES = 70_272  # per token; Zhao et al., Insights into DeepSeek-V3, 2025, 2505.09343, table 1
+# Bytes per token, from Zhao et al., Insights into DeepSeek-V3, 2025, arXiv:2505.09343, table 1.
+PUBLISHED_DEEPSEEK_V3_BYTES = 70_272
 
 
-def kv_bytes_per_token(n_layers: int, n_kv_heads: int, head_dim: int, bytes_per_value: float = 2) -> float:
-    """Bytes that one token adds to the KV cache of MHA, GQA or MQA: a key and a value per layer and KV head."""
-    return 2 * n_layers * n_kv_heads * head_dim * bytes_per_value
+def dense_attention(
+    q: Matrix,
+    k: Matrix,
+    v: Matrix,
+    sees: Callable[[int, int], bool],
+    sink_logit: float = -math.inf,
+) -> Matrix:
+    """Return attention as in a textbook: all scores, -inf where hidden, softmax, all values.
 
-
-def cache_bytes(model: RealModel, n_tokens: int, bytes_per_value: float = 2) -> float:
-    """Bytes of one request's cache after n_tokens: what a window has dropped is not counted."""
-    if model.d_c:
-        return n_tokens * model.n_layers * (model.d_c + model.d_rope) * bytes_per_value
-    kept = n_tokens if model.window is None else min(n_tokens, model.window)
-    return kept * kv_bytes_per_token(model.n_layers, model.n_kv_heads, model.head_dim, bytes_per_value)
-
-
-def decode_multiplications(model: RealModel, n_tokens: int) -> int:
-    """Multiplications in QKᵀ and weights·V for one new token among n_tokens; FLOPs are twice that.
-
-    What a window hides is not computed; MLA in its absorbed form. The projections, whose cost does not grow with
-    n_tokens, are not in it.
+    sees(i, j): does query i see key j? It shares no code with attention().
     """
-    seen = n_tokens if model.window is None else min(n_tokens, model.window)
-    per_pair = 2 * model.head_dim if not model.d_c else (model.d_c + model.d_rope) + model.d_c
-    return model.n_layers * model.n_heads * seen * per_pair
+    out = []
+    for i, query in enumerate(q):
+        exps = []
+        for j, key in enumerate(k):
+            score = math.fsum(a * b for a, b in zip(query, key)) / math.sqrt(len(query))
+            exps.append(math.exp(score) if sees(i, j) else 0.0)
+        total = math.fsum(exps) + math.exp(sink_logit)
+        out.append([math.fsum(e * row[c] for e, row in zip(exps, v)) / total
+                    for c in range(len(v[0]))])
+    return out
 
 
-def show_bill(trace: Trace, knobs: Namespace) -> None:
-    """The table of real models: cache, popular formula, work."""
-    lengths = {"4K": 4096, "32K": 32768, "128K": 131072}
-    trace.say("The KV cache of one request in GiB, at 16 bits a value, from the published configurations. In "
-              "parentheses: longer than the model was made for.")
-    rows = []
-    for model in REAL_MODELS:
-        sizes = [("{:.2f} " if n <= model.context else "({:.2f})").format(cache_bytes(model, n) / 2**30)
-                 for n in lengths.values()]
-        rows.append([model.name, model.kind, f"{cache_bytes(model, 1) / 1024:,.1f} KiB", *sizes])
-    trace.table(["model", "attention", "one token", *(f"{name} tokens" for name in lengths)], rows, left=(0, 1))
-
-    trace.say("One token's bytes, drawn; how far off the popular formula is, 2 · layers · hidden · tokens · bytes; and "
-              "the work in QKᵀ and weights·V for one new token after 32K (2 FLOPs a multiplication, MLA absorbed), "
-              "also for each byte of cache read: sharing KV heads saves bytes, not work.")
-    rows, most, n, too_much = [], max(cache_bytes(model, 1) for model in REAL_MODELS), lengths["32K"], {}
-    for model in REAL_MODELS:
-        true, flops = cache_bytes(model, n), 2 * decode_multiplications(model, n)
-        too_much[model.name] = 2 * model.n_layers * model.hidden * n * 2 / true
-        rows.append([model.name, bar(cache_bytes(model, 1), most, 20), f"{too_much[model.name]:.1f}×",
-                     f"{flops / 1e9:,.1f} GFLOP", f"{flops / true:.0f}"])
-    trace.ask("Llama 3.1 8B has 32 query heads and 8 KV heads. How many times too much does the popular formula say?",
-              too_much["Llama 3.1 8B"])
-    trace.table(["model", "bytes of a token", "popular / true", "work", "FLOPs a byte"], rows, left=(0, 1))
-
-    n, head_dim, rng = 8, knobs.dim // knobs.n_heads, random.Random(knobs.seed)
-    tiny = RealModel("tiny", "GQA", 1, knobs.dim, knobs.n_heads, knobs.n_kv_heads, head_dim, n, "this script's knobs")
-    x, wk = random_matrix(rng, n, knobs.dim), random_matrix(rng, knobs.n_kv_heads * head_dim, knobs.dim)
-    k, v = linear(x, wk), linear(x, wk)
-    stored = 2 * sum(map(len, k + v))  # 2 bytes a number
-    trace.check(f"kv_bytes_per_token() × {n} = bytes of a real cache of {n} tokens", stored == cache_bytes(tiny, n),
-                f"{stored:,}")
-    one_head = count_multiplications(attention, random_matrix(rng, 1, head_dim), *(split_heads(m, tiny.n_kv_heads)[0]
-                                                                                  for m in (k, v))) - n  # the scale's
-    trace.check("decode_multiplications() = those counted in attention(), × heads",
-                one_head * tiny.n_heads == decode_multiplications(tiny, n), f"{one_head * tiny.n_heads:,}")
-    trace.check("DeepSeek-V3's bytes a token = Zhao et al. 2025, table 1",
-                cache_bytes(REAL_MODELS[-1], 1) == PUBLISHED_DEEPSEEK_V3_BYTES,
-                f"{PUBLISHED_DEEPSEEK_V3_BYTES:,}")
+def dense_heads(
+    x: Matrix, wq: Matrix, wk: Matrix, wv: Matrix, wo: Matrix, n_heads: int, n_kv_heads: int
+) -> Matrix:
+    """Return causal grouped-query attention: each head densely, through its own columns of wo."""
+    q, k, v = (linear(x, w) for w in (wq, wk, wv))
+    head_dim = len(wq) // n_heads
+    parts = []
+    for h in range(n_heads):
+        g = h * n_kv_heads // n_heads
+        mine = slice(h * head_dim, (h + 1) * head_dim)
+        shared = slice(g * head_dim, (g + 1) * head_dim)
+        head = dense_attention([row[mine] for row in q], [row[shared] for row in k],
+                               [row[shared] for row in v], lambda i, j: j <= i)
+        parts.append(linear(head, [row[mine] for row in wo]))
+    return add_matrices(parts)
 
 
-# ---------------------------------------------------------------------------------------------------
-# 8. Tensor parallelism
-#
-# Heads never talk to each other before wo, so they can live on different cards (Megatron-LM).
-# Each rank holds the rows of wq, wk and wv that make its heads, and the columns of wo that read them. (Megatron
-# writes y = xA, so there it is A's columns, then rows.) Each rank's output is a partial sum of the whole
-# output; one all-reduce adds them up and leaves the total on every rank.
-#
-# With more ranks than KV heads, several ranks need the same one: it is kept on each of them, and from there
-# on the cache per rank no longer shrinks. That is the price of few KV heads.
-
-def tensor_parallel_attention(x: Matrix, wq: Matrix, wk: Matrix, wv: Matrix, wo: Matrix, n_heads: int,
-                              n_kv_heads: int, n_ranks: int, **mask) -> list[Matrix]:
-    """Each rank's partial output [n][dim]; their sum is grouped_query_attention(…). mask: as in attention()."""
-    heads = heads_of_ranks(n_heads, n_kv_heads, n_ranks)
-    shards = shard_weights(wq, wk, wv, wo, n_heads, n_kv_heads, n_ranks)
-    return [grouped_query_attention(x, *shard, len(queries), len(kv), **mask)
-            for (queries, kv), shard in zip(heads, shards)]
+def dense_mla(x: Matrix, w: MLAWeights) -> Matrix:
+    """Return MLA of a whole text as the equations say, densely and without a cache."""
+    latents = linear(x, w.w_down)
+    heads = []
+    for h in range(len(w.wq)):
+        q, k = [], []
+        for position, (row, latent) in enumerate(zip(x, latents)):
+            plain_q, turned_q = linear([row], w.wq[h])[0], linear([row], w.wq_rope[h])[0]
+            plain_k, turned_k = linear([latent], w.wk_up[h])[0], linear([row], w.wk_rope)[0]
+            q.append(plain_q + rotate_by_hand(turned_q, position))
+            k.append(plain_k + rotate_by_hand(turned_k, position))
+        v = linear(latents, w.wv_up[h])
+        heads.append(dense_attention(q, k, v, lambda i, j: j <= i))
+    return linear([sum(rows, []) for rows in zip(*heads)], w.wo)
 
 
-def shard_weights(wq: Matrix, wk: Matrix, wv: Matrix, wo: Matrix, n_heads: int, n_kv_heads: int,
-                  n_ranks: int) -> list[tuple[Matrix, Matrix, Matrix, Matrix]]:
-    """Each rank's own (wq, wk, wv, wo): the rows that make its heads, and the columns of wo that read them."""
-    head_dim, shards = len(wq) // n_heads, []
-    for heads in heads_of_ranks(n_heads, n_kv_heads, n_ranks):
-        q, kv = (slice(run[0] * head_dim, (run[-1] + 1) * head_dim) for run in heads)
-        shards.append((wq[q], wk[kv], wv[kv], [row[q] for row in wo]))
-    return shards
-
-
-def heads_of_ranks(n_heads: int, n_kv_heads: int, n_ranks: int) -> list[tuple[range, range]]:
-    """Each rank's (query heads, KV heads). A KV head stands on every rank that has a query head of its group.
-
-    ValueError if n_ranks is none of possible_ranks().
-    """
-    if n_ranks not in possible_ranks(n_heads, n_kv_heads):
-        raise ValueError(f"n_ranks must divide n_heads = {n_heads}, and divide n_kv_heads = {n_kv_heads} or be a "
-                         f"multiple of it, and {n_ranks} does not")
-    group, mine = group_size(n_heads, n_kv_heads), n_heads // n_ranks
-    queries = [range(r * mine, (r + 1) * mine) for r in range(n_ranks)]
-    return [(heads, range(heads[0] // group, heads[-1] // group + 1)) for heads in queries]
-
-
-def possible_ranks(n_heads: int, n_kv_heads: int) -> list[int]:
-    """The numbers of ranks that share the heads evenly."""
-    return [r for r in range(1, n_heads + 1)
-            if n_heads % r == 0 and (n_kv_heads % r == 0 or r % n_kv_heads == 0)]
-
-
-def ring_all_reduce(parts: list[Vector]) -> tuple[list[Vector], list[int]]:
-    """One vector a rank -> (their sum, on every rank; how many numbers each rank sent).
-
-    The vector is cut into as many chunks as there are ranks. For R - 1 steps everyone passes a chunk to the
-    right, who adds it to its own (reduce-scatter); then each rank has one finished chunk, and for R - 1 steps
-    the finished ones go round (all-gather). NCCL's ring does this.
-    """
-    n_ranks, size = len(parts), len(parts[0])
-    buffers, sent = [list(part) for part in parts], [0] * n_ranks
-    chunks = [slice(size * c // n_ranks, size * (c + 1) // n_ranks) for c in range(n_ranks)]
-    for step in range(2 * (n_ranks - 1)):
-        messages = [buffers[r][chunks[(r - step) % n_ranks]] for r in range(n_ranks)]  # all send at once
-        for r, message in enumerate(messages):
-            right, chunk = buffers[(r + 1) % n_ranks], chunks[(r - step) % n_ranks]
-            right[chunk] = map(operator.add, right[chunk], message) if step < n_ranks - 1 else message
-            sent[r] += len(message)
-    return buffers, sent
-
-
-def show_tensor_parallel(trace: Trace, knobs: Namespace) -> None:
-    """Who holds what, and what more ranks than KV heads cost."""
-    n_heads, n_kv_heads, ranks, dim, x = knobs.n_heads, knobs.n_kv_heads, knobs.ranks, knobs.dim, embed(knobs)
-    head_dim, rng = dim // n_heads, random.Random(knobs.seed)
-    weights = [random_matrix(rng, rows, dim, 1 / math.sqrt(dim))
-               for rows in (dim, n_kv_heads * head_dim, n_kv_heads * head_dim, dim)]
-    whole = grouped_query_attention(x, *weights, n_heads, n_kv_heads)
-    parts = tensor_parallel_attention(x, *weights, n_heads, n_kv_heads, ranks)
-    reduced, sent = ring_all_reduce([[value for row in part for value in row] for part in parts])
-    trace.say(f"{n_heads} query heads and {n_kv_heads} KV heads on {ranks} rank{'s' * (ranks > 1)}"
-              f"{' (the first 8 shown)' * (ranks > 8)}. Counted: the numbers "
-              f"in each rank's weights, in its keys and values of one token, and those it passed on in the "
-              f"all-reduce of the output, {len(x)} × {dim} numbers.")
-    trace.ask("how many numbers does each rank send in the all-reduce, if it goes round a ring?", sent[0])
-    rows = []
-    for r, (queries, kv) in enumerate(heads_of_ranks(n_heads, n_kv_heads, ranks)[:8]):
-        shard = shard_weights(*weights, n_heads, n_kv_heads, ranks)[r]
-        rows.append([str(r), span("q", queries), span("kv", kv), f"{sum(len(row) for w in shard for row in w):,}",
-                     str(len(linear(x[:1], shard[1])[0]) + len(linear(x[:1], shard[2])[0])), f"{sent[r]:,}"])
-    trace.table(["rank", "query heads", "KV heads", "weights held", "cache a token", "sent"], rows, left=(1, 2))
-
-    trace.say("With more ranks, weights and cache shrink in step, until there are more ranks than KV heads. From there "
-              "on each rank keeps one whole KV head, and there are copies.")
-    rows = []
-    for n_ranks in possible_ranks(n_heads, n_kv_heads):
-        held = [len(wk) + len(wv) for _, wk, wv, _ in shard_weights(*weights, n_heads, n_kv_heads, n_ranks)]
-        rows.append([str(n_ranks), str(held[0]), bar(held[0], 2 * n_kv_heads * head_dim, 20), str(sum(held)),
-                     f"{sum(held) // (2 * n_kv_heads * head_dim)}×"])
-    trace.table(["ranks", "cache a token: each", "", "all ranks", "copies"], rows, left=(2,))
-
-    trace.check_close("sum of the ranks' outputs = the single machine's", add_matrices(parts), whole, 1e-12)
-    trace.check_close("after the all-reduce every rank has that sum", reduced,
-                      [[value for row in whole for value in row]] * ranks, 1e-12)
-    share = 2 * (ranks - 1) / ranks * len(x) * dim
-    trace.check("each rank sent 2·(R - 1)/R of the output, chunks rounded",
-                all(abs(s - share) <= 2 * (ranks - 1) for s in sent), f"{share:,.0f}")
-
-
-# ---------------------------------------------------------------------------------------------------
-# The supporting cast of this script: embeddings and heads built by hand, a dense reference, small measures.
-
-def embed(knobs: Namespace) -> Matrix:
-    """knobs.tokens -> [n][dim], the four BLOCKS of dim / 4 channels that section 2 describes."""
-    rng, size = random.Random(knobs.seed), knobs.dim // len(BLOCKS)
-    codes = {token: [rng.choice((-1.0, 1.0)) for _ in range(size)] for token in dict.fromkeys(knobs.tokens)}
-
-    def clocks(position: int) -> Vector:
-        """Clock c moves a quarter turn per token, an eighth, …; √2, so that a channel's mean square is 1."""
-        return [math.sqrt(2) * hand(position * math.pi / 2 ** (c + 1))
-                for c in range(size) for hand in (math.cos, math.sin)][:size]
-
-    return [codes[token] + clocks(p) + clocks(p - 1) + clocks(0) for p, token in enumerate(knobs.tokens)]
-
-
-def build_heads(jobs: Sequence[str], head_dim: int, dim: int, noise: float = 0.0,
-                rng: random.Random | None = None) -> tuple[Matrix, Matrix, Matrix, Matrix]:
-    """(wq, wk, wv, wo), one head per job of JOBS, for embed()'s channels; values are channels of the word.
-
-    noise: how long a random vector is added to each row of wk and wv, which have length 1.
-    """
-    size = dim // len(BLOCKS)
-
-    def read(block: str | None, gain: float) -> Matrix:
-        """[head_dim][dim]: row r passes on channel r of that block (again from its start if there are fewer)."""
-        start = BLOCKS.index(block) * size if block else -dim
-        return [[gain if c == start + r % size else 0.0 for c in range(dim)] for r in range(head_dim)]
-
-    wq = [row for job in jobs for row in read(JOBS[job][0], SHARPNESS / math.sqrt(head_dim))]
-    wk = [row for job in jobs for row in read(JOBS[job][1], 1.0)]
-    wv = [row for _ in jobs for row in read("word", 1.0)]
-    if noise:
-        wk, wv = ([[value + rng.gauss(0, noise / math.sqrt(dim)) for value in row] for row in w] for w in (wk, wv))
-    return wq, wk, wv, [[float(i == j) for j in range(len(wq))] for i in range(dim)]
-
-
-def job_of(h: int) -> str:
-    """Head h's job: those of JOBS in turn."""
-    return list(JOBS)[h % len(JOBS)]
-
-
-def dense_attention(q: Matrix, k: Matrix, v: Matrix, sees: Callable[[int, int], bool]) -> Matrix:
-    """The reference of section 1: all of QKᵀ, a mask of -inf, softmax as written in textbooks, all of V."""
-    scores = [[math.fsum(a * b for a, b in zip(qi, kj)) / math.sqrt(len(qi)) if sees(i, j) else -math.inf
-               for j, kj in enumerate(k)] for i, qi in enumerate(q)]
-    exps = [[math.exp(s) for s in row] for row in scores]
-    return [[math.fsum(e * vj[c] for e, vj in zip(row, v)) / math.fsum(row) for c in range(len(v[0]))]
-            for row in exps]
-
-
-def check_attention_arguments(q: Matrix, k: Matrix, window: int | None, sinks: int, bias: Matrix | None) -> None:
-    """ValueError, with what would do, where attention() cannot work."""
+def check_attention_arguments(
+    q: Matrix, k: Matrix, window: int | None, sinks: int, bias: Matrix | None
+) -> None:
+    """Raise ValueError, with what would do, where attention() cannot work."""
     if not k or not k[0]:
         raise ValueError("k must have at least one row of at least one channel")
-    if wrong := next((row for row in [*q, *k] if len(row) != len(k[0])), None):
-        raise ValueError(f"q and k must have as many channels as each other, not {len(wrong)} and {len(k[0])}")
+    for row in [*q, *k]:
+        if len(row) != len(k[0]):
+            raise ValueError(f"q and k must have as many channels as each other, not {len(row)} "
+                             f"and {len(k[0])}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (a token sees itself) or None, not {window}")
     if sinks < 0:
         raise ValueError(f"sinks must be at least 0, not {sinks}")
-    if bias is not None and (len(bias) != len(q) or any(len(row) != len(k) for row in bias)):
-        raise ValueError(f"bias must have one row a query and one number a key: {len(q)} rows of {len(k)}")
+    if bias is not None and [len(row) for row in bias] != [len(k)] * len(q):
+        raise ValueError(f"bias must have one row a query and one number a key: {len(q)} rows of "
+                         f"{len(k)}")
 
 
-def concat(*blocks: Matrix) -> Matrix:
-    """Side by side: [n][a], [n][b], … -> [n][a + b + …]."""
-    return [[value for part in rows for value in part] for rows in zip(*blocks)]
+def check_values(v: Matrix, n_k: int) -> None:
+    """Raise ValueError if v does not have a row for each key, all of one length."""
+    if len(v) != n_k or any(len(row) != len(v[0]) for row in v):
+        raise ValueError(f"v must have a row for each of the {n_k} keys, all of one length; it has "
+                         f"{len(v)} rows")
 
 
 def add_matrices(matrices: Sequence[Matrix]) -> Matrix:
-    """The sum, element by element."""
+    """Return the sum, element by element."""
     return [[sum(values) for values in zip(*rows)] for rows in zip(*matrices)]
 
 
 def random_matrix(rng: random.Random, rows: int, columns: int, spread: float = 1.0) -> Matrix:
-    """Normal numbers of mean 0 and standard deviation spread, [rows][columns]."""
+    """Return normal numbers of mean 0 and standard deviation spread, [rows][columns]."""
     return [[rng.gauss(0, spread) for _ in range(columns)] for _ in range(rows)]
 
 
-def entropy(weights: Vector) -> float:
-    """Entropy in bits: 0 for one-hot, log2(n) for an even look at n keys."""
-    return max(0.0, -sum(w * math.log2(w) for w in weights if w > 0))
+def length_of(m: Matrix) -> float:
+    """Return |m|, the square root of the sum of all squares (the Frobenius norm)."""
+    return math.sqrt(sum(dot(row, row) for row in m))
 
 
-def relative_error(a: Matrix, b: Matrix) -> float:
-    """|a - b| / |b| in the Frobenius norm."""
-    difference, reference = [x - y for p, r in zip(a, b) for x, y in zip(p, r)], [y for r in b for y in r]
-    return math.sqrt(dot(difference, difference) / dot(reference, reference))
+def distance(a: Matrix, b: Matrix) -> float:
+    """Return |a - b|."""
+    return length_of([[x - y for x, y in zip(p, r)] for p, r in zip(a, b)])
+
+
+@contextmanager
+def counted_dots() -> Iterator[Namespace]:
+    """While this is open, every dot product that anybody makes adds its length to .products."""
+    global dot
+    plain_dot = dot
+    count = Namespace(products=0)
+
+    def counting_dot(a: Sequence[float], b: Sequence[float]) -> float:
+        count.products += len(a)
+        return plain_dot(a, b)
+
+    dot = counting_dot
+    try:
+        yield count
+    finally:
+        dot = plain_dot
+
+
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    """Return a count with its noun: 1 head, 2 heads."""
+    return f"{count} {noun}" if count == 1 else f"{count} {nouns or noun + 's'}"
 
 
 def span(prefix: str, indices: range) -> str:
-    """A run of heads in short: q0, or q0-3."""
-    return f"{prefix}{indices[0]}" + (f"-{indices[-1]}" if len(indices) > 1 else "")
+    """Return a run of heads in short: q0, or q0-3."""
+    if len(indices) == 1:
+        return f"{prefix}{indices[0]}"
+    return f"{prefix}{indices[0]}-{indices[-1]}"
 
 
-def count_multiplications(function: Callable[..., object], *matrices: Matrix) -> int:
-    """How many multiplications function(*matrices) makes with those numbers and with what comes of them.
-
-    They are handed over as floats that count, so whoever multiplies is counted, whatever way it goes about
-    it. (What math.exp, a division or a complex number makes of them counts no further.)
-    """
-    count = 0
-
-    class Counted(float):
-        def __mul__(self, other):
-            nonlocal count
-            count += 1
-            return Counted(float.__mul__(self, other))
-
-        def __add__(self, other):
-            return Counted(float.__add__(self, other))
-
-        __rmul__, __radd__ = __mul__, __add__
-
-    function(*([list(map(Counted, row)) for row in matrix] for matrix in matrices))
-    return count
+def signs(code: Vector) -> str:
+    """Return a code of ±1 as text: + and -."""
+    return "".join("+" if value > 0 else "-" for value in code[:16])
 
 
-# ---------------------------------------------------------------------------------------------------
-# Shared by the five scripts, the same in each: arithmetic, the text, the tokenizer, the trace.
-
-def dot_by_hand(a: Sequence[float], b: Sequence[float]) -> float:
-    """Σ a[i]·b[i]."""
-    return sum(map(operator.mul, a, b))
-
-
-dot = getattr(math, "sumprod", dot_by_hand)  # Python 3.12 and newer have it built in
-
-
-def softmax(scores: Vector) -> Vector:
-    """exp(s) / Σ exp(s), with the largest score taken off first so that nothing overflows.
-
-    A score of -inf gets weight 0; where all are -inf, as in a row that sees nothing, all weights are 0.
-    """
-    top = max(scores, default=-math.inf)
-    if top == -math.inf:
-        return [0.0] * len(scores)
-    exps = [math.exp(s - top) for s in scores]
-    total = sum(exps)
-    return [e / total for e in exps]
-
-
-def linear(x: Matrix, w: Matrix) -> Matrix:
-    """y = W x for every row: x [n][in], w [out][in] -> [n][out], as nn.Linear without a bias."""
-    return [[dot(row, unit) for unit in w] for row in x]
-
-
-CLAUSES = ["the house that Jack built.", "the malt that lay in", "the rat that ate", "the cat that killed",
-           "the dog that worried", "the cow with the crumpled horn that tossed", "the maiden all forlorn that milked",
-           "the man all tattered and torn that kissed", "the priest all shaven and shorn that married",
-           "the cock that crowed in the morn that waked", "the farmer sowing his corn that kept",
-           "the horse and the hound and the horn that belonged to"]
-# The House That Jack Built: verse n tells clauses n, n - 1, …, 0.
-TEXT = "".join("This is " + " ".join(CLAUSES[n::-1]) + "\n" for n in range(len(CLAUSES)))
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """Byte-pair encoding in miniature, over characters: vocab[id] is a token, merges are in order of learning.
-
-    Sennrich et al., Neural Machine Translation of Rare Words with Subword Units, 2016, arXiv:1508.07909.
-    """
-    vocab: list[str]
-    merges: list[tuple[str, str]]
-
-    @staticmethod
-    def words(text: str) -> list[str]:
-        """The units no merge crosses: words and punctuation with their leading space, other white space alone."""
-        return re.findall(r" ?\w+| ?[^\w\s]+|\s", text)
-
-    @staticmethod
-    def merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
-        """Join every occurrence of pair in parts, from the left."""
-        merged: list[str] = []
-        for part in parts:
-            if merged and (merged[-1], part) == pair:
-                merged[-1] += part
-            else:
-                merged.append(part)
-        return merged
-
-    @classmethod
-    def train(cls, text: str, vocab_size: int) -> Tokenizer:
-        """Start from the text's characters; merge the most frequent pair until there are vocab_size tokens.
-
-        Ties go to the pair that sorts first. The vocabulary stays smaller when every word is one token already.
-        ValueError if text is empty or has more characters than vocab_size.
-        """
-        vocab, merges = sorted(set(text)), []
-        if not 0 < len(vocab) <= vocab_size:
-            raise ValueError(f"vocab_size must be at least the number of different characters, {len(vocab)}, "
-                             f"and the text not empty; got {vocab_size}")
-        counts = Counter(cls.words(text))
-        parts = {word: list(word) for word in counts}
-        while len(vocab) < vocab_size:
-            pairs: Counter[tuple[str, str]] = Counter()
-            for word, count in counts.items():
-                for pair in zip(parts[word], parts[word][1:]):
-                    pairs[pair] += count
-            if not pairs:
-                break
-            best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-            merges.append(best)
-            if "".join(best) not in vocab:
-                vocab.append("".join(best))
-            parts = {word: cls.merge(split, best) for word, split in parts.items()}
-        return cls(vocab, merges)
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of text: the merges, in order, within each word. ValueError names an unknown character."""
-        ids = {token: i for i, token in enumerate(self.vocab)}
-        if unknown := next((c for c in text if c not in ids), None):
-            known = "".join(token for token in self.vocab if len(token) == 1)
-            raise ValueError(f"the vocabulary has no character {unknown!r}; it knows {known!r}")
-        parts = {word: list(word) for word in set(self.words(text))}
-        for pair in self.merges:
-            parts = {word: self.merge(split, pair) for word, split in parts.items()}
-        return [ids[part] for word in self.words(text) for part in parts[word]]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text that these token ids stand for."""
-        return "".join(self.vocab[i] for i in ids)
-
-
-WIDTH = 80  # columns of the trace
-# What a terminal without the left character gets instead of it.
-ASCII = str.maketrans({
-    "█": "#", "▓": "*", "▒": "+", "░": ":", "·": ".", "│": "|", "─": "-", "┌": "+", "┐": "+", "└": "+", "┘": "+",
-    "├": "+", "┤": "+", "┬": "+", "┴": "+", "┼": "+", "→": "->", "←": "<-", "␣": "_", "…": "...", "×": "x",
-    "√": "sqrt ", "Σ": "sum ", "Δ": "d", "ᵀ": "^T", "²": "^2", "±": "+-", "≤": "<=", "≥": ">=", "≈": "~"})
 SHADES = " ·░▒▓█"
-SHADES_LEGEND = "blank: hidden   · under 2%   ░ 2 to 10%   ▒ 10 to 30%   ▓ 30 to 60%   █ more"
-
-
-class Trace:
-    """Prints the sections and their checks; knows what the output can show, and how many checks held.
-
-    predict: ask the reader before each result; None: don't; False: ask, but wait for no answer.
-    """
-
-    def __init__(self, ascii_only: bool = False, predict: bool | None = None):
-        encoding = getattr(sys.stdout, "encoding", None) or "ascii"
-        probe = "".join(map(chr, ASCII))
-        self.ascii = ascii_only or probe.encode(encoding, "ignore").decode(encoding) != probe
-        self.colour = (sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-                       and os.environ.get("TERM", "dumb") != "dumb")
-        self.held = self.failed = self.unwritten = 0
-        self.predict, self.asked, self.right = predict, 0, 0
-        self.in_checks = False  # was the last line a check?
-
-    def plain(self, text: str) -> str:
-        """text as this output can show it."""
-        return text.translate(ASCII).encode("ascii", "backslashreplace").decode() if self.ascii else text
-
-    def lines(self, lines: Sequence[str], style: str = "") -> None:
-        """Print lines as they are (a picture, say); style: an ANSI code, for terminals."""
-        self.in_checks = False
-        for line in lines:
-            line = self.plain(line).rstrip()
-            print(f"\x1b[{style}m{line}\x1b[0m" if style and self.colour else line)
-
-    def section(self, number: int, title: str, functions: Sequence[Callable]) -> None:
-        """A section's head: its number and title, and the functions in the source that do the work."""
-        self.lines(["", f"── {number} ── {title} ".ljust(WIDTH, "─")], "1")
-        names = "in the source: " + ", ".join(function.__name__ for function in functions)
-        self.lines(textwrap.wrap(names, WIDTH, subsequent_indent=" " * 15), "2")
-
-    def say(self, text: str) -> None:
-        """A paragraph, wrapped."""
-        self.lines(["", *textwrap.wrap(self.plain(text), WIDTH)])
-
-    def note(self, text: str) -> None:
-        """A line under a picture: its legend."""
-        self.lines(textwrap.wrap(self.plain(text), WIDTH), "2")
-
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> None:
-        """A table, two blanks between the columns, right-aligned but for the columns named in left."""
-        cells = [[self.plain(cell) for cell in row] for row in (header, *rows)]
-        widths = [max(map(display_width, column)) for column in zip(*cells)]
-        for i, row in enumerate(cells):
-            pads = [" " * (width - display_width(cell)) for cell, width in zip(row, widths)]
-            self.lines(["  ".join(cell + pad if c in left else pad + cell
-                                  for c, (cell, pad) in enumerate(zip(row, pads)))], "2" if i == 0 else "")
-
-    def check(self, claim: str, holds: bool, evidence: str) -> None:
-        """Print one check: what is claimed, and what was compared or bounded. A failure makes the exit status 1."""
-        self.held, self.failed = self.held + bool(holds), self.failed + (not holds)
-        text = textwrap.wrap(self.plain(f"{claim} ({evidence})"), WIDTH - 6)
-        mark = "ok  " if holds else "FAIL"
-        if self.colour:
-            mark = f"\x1b[{'32' if holds else '1;31'}m{mark}\x1b[0m"
-        self.lines([""] * (not self.in_checks) + [f"{mark}  {text[0]}", *("      " + line for line in text[1:])])
-        self.in_checks = True
-
-    def ask(self, question: str, answer: float | str) -> None:
-        """With --predict: ask before the result is shown, wait for the reader's answer, show the computed one.
-
-        A number is right within a tenth, a text when it is the same but for case and blanks around it.
-        """
-        if self.predict is None:
-            return
-        shown = answer.strip() if isinstance(answer, str) else (
-            f"{answer:,.0f}" if isinstance(answer, int) or abs(answer) >= 1000 else f"{answer:.3g}")
-        self.say(f"Predict: {question}")
-        reply = ""
-        if self.predict:
-            try:
-                reply = input("  your answer (Enter: pass) > ").strip()
-            except EOFError:
-                print()
-                self.predict = False  # no more answers to come
-        right = bool(reply) and reply.casefold() == shown.casefold()
-        if not isinstance(answer, str) and (number := re.search(r"[+-]?[0-9][0-9,]*(\.[0-9]+)?|[+-]?\.[0-9]+", reply)):
-            right = abs(float(number[0].replace(",", "")) - answer) <= abs(answer) / 10
-        self.asked, self.right = self.asked + bool(reply), self.right + right
-        self.lines([f"  computed: {shown}" + (" - yes" if right else " - not quite") * bool(reply)], "1")
-
-    def check_close(self, claim: str, got: Matrix, expected: Matrix, bound: float) -> None:
-        """A check that two matrices have the same shape and differ by less than bound in every place."""
-        same_shape = [len(row) for row in got] == [len(row) for row in expected]
-        gaps = [abs(a - b) for p, q in zip(got, expected) for a, b in zip(p, q)]
-        holds = same_shape and all(gap < bound for gap in gaps)
-        failure = f"max |Δ| = {max(gaps):.1e}" if same_shape else "the shapes differ"
-        self.check(claim, holds, f"max |Δ| < {bound:.0e}" if holds else f"{failure}; bound {bound:.0e}")
-
-
-def display_width(text: str) -> int:
-    """Columns that text takes in a terminal: East Asian wide characters take two, combining marks none."""
-    if text.isascii():
-        return len(text)
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+SHADES_LEGEND = ("blank: hidden   · under 2%   ░ 2 to 10%   ▒ 10 to 30%   ▓ 30 to 60%   "
+                 "█ more")
 
 
 def show_token(token: str) -> str:
-    """A token as a label of 12 columns at most: no leading space, other white space and the unprintable escaped."""
+    """Return a token as a label of at most 12 columns, blanks and controls made visible."""
     text = token[1:] if len(token) > 1 and token[0] == " " else token.replace(" ", "␣")
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    text = printable(text)
     while display_width(text) > 12:
         text = text[:-2] + "…"
     return text
 
 
 def shade(weight: float) -> str:
-    """A weight between 0 and 1 as one character, darker for more."""
+    """Return a weight between 0 and 1 as one character, darker for more."""
     return SHADES[sum(weight > step for step in (0, 0.02, 0.1, 0.3, 0.6))]
 
 
-def bar(value: float, full: float, width: int) -> str:
-    """A bar of value / full times width characters; a trace of one for anything above zero."""
-    length = round(width * max(0.0, min(value / full, 1.0))) if full else 0
-    return "█" * length or "·" * (value > 0)
-
-
-def heat_map(weights: Matrix, labels: Sequence[str] = (), title: str = "", cell: int = 1) -> list[str]:
-    """A square of weights as shaded cells, each cell characters wide, with a label before each row."""
+def heat_map(
+    weights: Matrix, labels: Sequence[str] = (), title: str = "", cell: int = 1
+) -> list[str]:
+    """Return a square of weights as shaded cells, `cell` characters wide, with labels."""
     margin = max(map(display_width, labels), default=-1) + 1
-    names = [label + " " * (margin - display_width(label)) for label in labels] or [""] * len(weights)
-    return ([" " * margin + title.ljust(cell * len(weights))] if title else []) + [
-        name + "".join(shade(w) * cell for w in row[:len(weights)]) for name, row in zip(names, weights)]
+    lines = []
+    if title:
+        lines.append(" " * margin + title.ljust(cell * len(weights)))
+    for i, row in enumerate(weights):
+        label = labels[i] if labels else ""
+        shades = "".join(shade(weight) * cell for weight in row[:len(weights)])
+        lines.append(label + " " * (margin - display_width(label)) + shades)
+    return lines
 
 
 def side_by_side(blocks: Sequence[list[str]], gap: int = 3) -> list[str]:
-    """Pictures of the same height next to each other."""
+    """Return pictures of the same height next to each other."""
     widths = [max(map(display_width, block)) for block in blocks]
-    return [(" " * gap).join(line + " " * (width - display_width(line)) for line, width in zip(lines, widths))
-            for lines in zip(*blocks)]
+    lines = []
+    for parts in zip(*blocks):
+        padded = [part + " " * (width - display_width(part)) for part, width in zip(parts, widths)]
+        lines.append((" " * gap).join(padded))
+    return lines
+
+
+# =============================================================================================
+# SHARED BY THE FIVE: the same in each script, read once
+# =============================================================================================
+
+# Arithmetic
+
+
+def dot_by_hand(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return Σ a[i]·b[i]."""
+    return sum(map(operator.mul, a, b))
+
+
+dot = getattr(math, "sumprod", dot_by_hand)  # Python 3.12 and newer have it built in
+
+
+def linear(x: Matrix, w: Matrix) -> Matrix:
+    """Return y = W x for every row of x: x [n][in], w [out][in] -> [n][out]. nn.Linear, no bias."""
+    return [[dot(row, unit) for unit in w] for row in x]
+
+
+def softmax(scores: Vector) -> Vector:
+    """Return exp(s) / Σ exp(s): weights that are positive and sum to 1.
+
+    The largest score is subtracted first, so that nothing overflows. A score of -inf gets weight 0.
+    If all scores are -inf, as for a query that sees no key, all weights are 0.
+    """
+    largest = max(scores, default=-math.inf)
+    if largest == -math.inf:
+        return [0.0] * len(scores)
+    exps = [math.exp(s - largest) for s in scores]
+    total = sum(exps)
+    return [e / total for e in exps]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)
+
+
+# The text and the tokenizer
+
+CLAUSES = [
+    "the house that Jack built.",
+    "the malt that lay in",
+    "the rat that ate",
+    "the cat that killed",
+    "the dog that worried",
+    "the cow with the crumpled horn that tossed",
+    "the maiden all forlorn that milked",
+    "the man all tattered and torn that kissed",
+    "the priest all shaven and shorn that married",
+    "the cock that crowed in the morn that waked",
+    "the farmer sowing his corn that kept",
+    "the horse and the hound and the horn that belonged to",
+]
+# The House That Jack Built: verse n tells clauses n, n - 1, …, 0.
+TEXT = "".join("This is " + " ".join(CLAUSES[n::-1]) + "\n" for n in range(len(CLAUSES)))
+
+
+def split_words(text: str) -> list[str]:
+    """Return the units that no merge crosses: words and punctuation with the blank before them."""
+    return re.findall(r" ?\w+| ?[^\w\s]+|\s", text)
+
+
+def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """Return parts with every occurrence of pair joined, from the left."""
+    merged: list[str] = []
+    for part in parts:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Byte-pair encoding in miniature, over characters (Sennrich et al. 2016, arXiv:1508.07909).
+
+    vocab[id] is a token. merges are the pairs that were joined, in the order they were learned.
+    """
+
+    vocab: list[str]
+    merges: list[tuple[str, str]]
+
+    @classmethod
+    def train(cls, text: str, vocab_size: int) -> Tokenizer:
+        """Return a tokenizer of vocab_size tokens, or fewer if every word has become one token.
+
+        ValueError if text is empty or has more different characters than vocab_size.
+        """
+        vocab = sorted(set(text))
+        merges: list[tuple[str, str]] = []
+        if not 0 < len(vocab) <= vocab_size:
+            raise ValueError(f"vocab_size must be at least the number of different characters, "
+                             f"{len(vocab)}, and the text not empty; got {vocab_size}")
+        word_counts = Counter(split_words(text))
+        parts = {word: list(word) for word in word_counts}
+        while len(vocab) < vocab_size:
+            pair_counts: Counter[tuple[str, str]] = Counter()
+            for word, count in word_counts.items():
+                for pair in zip(parts[word], parts[word][1:]):
+                    pair_counts[pair] += count
+            if not pair_counts:
+                break
+            # The most frequent pair; of equally frequent ones, the one that sorts first.
+            best = min(pair_counts, key=lambda pair: (-pair_counts[pair], pair))
+            merges.append(best)
+            if "".join(best) not in vocab:
+                vocab.append("".join(best))
+            parts = {word: merge_pair(split, best) for word, split in parts.items()}
+        return cls(vocab, merges)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of text: within each word, the merges in the order of learning.
+
+        ValueError names a character that the vocabulary does not have.
+        """
+        ids = {token: i for i, token in enumerate(self.vocab)}
+        for character in text:
+            if character not in ids:
+                known = "".join(token for token in self.vocab if len(token) == 1)
+                raise ValueError(f"the vocabulary has no character {character!r}; it knows "
+                                 f"{known!r}")
+        words = split_words(text)
+        parts = {word: list(word) for word in words}
+        for pair in self.merges:
+            parts = {word: merge_pair(split, pair) for word, split in parts.items()}
+        return [ids[part] for word in words for part in parts[word]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text that these token ids stand for."""
+        return "".join(self.vocab[i] for i in ids)
+
+
+# Printing
+
+WIDTH = 80  # columns of the trace
+# What a terminal that cannot show the character on the left gets instead of it.
+ASCII = str.maketrans({
+    "█": "#", "▓": "*", "▒": "+", "░": ":", "·": ".", "│": "|", "─": "-", "┌": "+", "┐": "+",
+    "└": "+", "┘": "+", "├": "+", "┤": "+", "┬": "+", "┴": "+", "┼": "+", "→": "->", "←": "<-",
+    "␣": "_", "…": "...", "×": "x", "√": "sqrt ", "Σ": "sum ", "Δ": "d", "ᵀ": "^T", "²": "^2",
+    "±": "+-", "≤": "<=", "≥": ">=", "≈": "~", "α": "alpha", "β": "beta", "γ": "gamma",
+    "θ": "theta", "λ": "lambda", "μ": "mu", "σ": "sigma", "τ": "tau", "∞": "inf", "≠": "!=",
+})
+
+
+def printable(text: str) -> str:
+    """Return text with everything escaped that a terminal would obey instead of showing."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def display_width(text: str) -> int:
+    """Return the columns that text takes: East Asian wide characters two, combining marks none."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    combining = sum(unicodedata.combining(c) > 0 for c in text)
+    return len(text) + wide - combining
+
+
+def bar(value: float, full: float, width: int) -> str:
+    """Return a bar of value / full times width characters; a dot for a value too small to draw."""
+    if full <= 0 or value <= 0:
+        return ""
+    return "█" * round(width * min(value / full, 1.0)) or "·"
+
+
+def format_cell(value: object, form: str) -> str:
+    """Return a value as text: form is a format specification, or a template with braces."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    return form.format(value) if "{" in form else format(value, form)
+
+
+class Trace:
+    """Prints the sections and their checks, as the output can show them, and counts the checks.
+
+    predict: ask the reader for each result before it is shown.
+    """
+
+    def __init__(self, ascii_only: bool = False, predict: bool = False):
+        encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+        probe = "".join(map(chr, ASCII))
+        self.ascii = ascii_only or probe.encode(encoding, "ignore").decode(encoding) != probe
+        self.colour = (sys.stdout is not None and sys.stdout.isatty()
+                       and "NO_COLOR" not in os.environ
+                       and os.environ.get("TERM", "dumb") != "dumb")
+        self.predict = predict
+        self.listening = sys.stdin is not None and sys.stdin.isatty()  # is there anybody to answer?
+        self.held = self.failed = 0    # checks
+        self.asked = self.right = 0    # predictions
+        self.unwritten = 0             # sections that wait for a function
+        self.in_checks = False         # was the last line a check?
+
+    def plain(self, text: str) -> str:
+        """Return text as this output can show it."""
+        if not self.ascii:
+            return text
+        return text.translate(ASCII).encode("ascii", "backslashreplace").decode()
+
+    def lines(self, lines: Sequence[str], style: str = "") -> None:
+        """Print lines as they are (a picture, say). style: an ANSI code, for terminals."""
+        self.in_checks = False
+        for line in lines:
+            line = self.plain(line).rstrip()
+            print(f"\x1b[{style}m{line}\x1b[0m" if style and self.colour else line)
+
+    def section(self, number: int, title: str, techniques: Sequence[Callable]) -> None:
+        """Print a section's head: its number, its title, and the functions that do the work."""
+        self.lines(["", f"── {number} ── {title} ".ljust(WIDTH, "─")], "1")
+        names = "in the source: " + ", ".join(technique.__name__ for technique in techniques)
+        self.lines(textwrap.wrap(names, WIDTH, subsequent_indent=" " * 15), "2")
+
+    def say(self, text: str) -> None:
+        """Print a paragraph."""
+        self.lines(["", *textwrap.wrap(self.plain(text), WIDTH)])
+
+    def note(self, text: str) -> None:
+        """Print the legend of the table or picture above."""
+        self.lines(textwrap.wrap(self.plain(text), WIDTH), "2")
+
+    def table(self, rows: Sequence, columns: dict[str, str]) -> None:
+        """Print rows (named tuples or dictionaries) as a table. columns: {field: format}, in order.
+
+        A format is ".1%" or "{:.1f}×". With "bar 20" after it, the number is drawn as well; with
+        nothing before that, it is drawn only. The longest bar stands for the largest number in the
+        column, or for F in "bar 20 of F". A heading is the field's name with blanks for _, or what
+        is said after " as ". Text goes to the left, numbers to the right; None is an empty cell.
+        """
+        printed = []
+        for column, form in columns.items():
+            field, _, heading = column.partition(" as ")
+            values = [row[field] if isinstance(row, dict) else getattr(row, field) for row in rows]
+            printed += self.table_column(heading or field.replace("_", " "), values, form)
+        for i, cells in enumerate(zip(*printed)):
+            self.lines(["  ".join(cells)], "2" if i == 0 else "")
+
+    def table_column(self, heading: str, values: list, form: str) -> list[list[str]]:
+        """Return the cells, heading first and padded, of the numbers and of the bars, if any."""
+        form, _, bars = form.partition("bar ")
+        numbers = [value for value in values if isinstance(value, (int, float))]
+        columns = []
+        if form or not bars:
+            cells = [heading] + [format_cell(value, form.strip()) for value in values]
+            columns.append(self.pad(cells, to_the_right=bool(numbers)))
+            heading = ""
+        if bars:
+            width, _, full = bars.partition(" of ")
+            largest = float(full) if full else max(numbers, default=0)
+            drawn = [bar(value or 0, largest, int(width)) for value in values]
+            columns.append(self.pad([heading] + drawn, to_the_right=False))
+        return columns
+
+    def pad(self, cells: list[str], to_the_right: bool) -> list[str]:
+        """Return cells filled up with blanks to the same width."""
+        cells = [self.plain(cell) for cell in cells]
+        width = max(map(display_width, cells))
+        blanks = [" " * (width - display_width(cell)) for cell in cells]
+        if to_the_right:
+            return [blank + cell for cell, blank in zip(cells, blanks)]
+        return [cell + blank for cell, blank in zip(cells, blanks)]
+
+    def check(self, claim: str, holds: bool, evidence: str) -> None:
+        """Print one check: what is claimed, and what was compared. A failure makes the status 1."""
+        if holds:
+            self.held += 1
+            mark, colour = "ok  ", "32"
+        else:
+            self.failed += 1
+            mark, colour = "FAIL", "1;31"
+        if self.colour:
+            mark = f"\x1b[{colour}m{mark}\x1b[0m"
+        if not self.in_checks:
+            self.lines([""])
+        first, *others = textwrap.wrap(self.plain(f"{claim} ({evidence})"), WIDTH - 6)
+        self.lines([f"{mark}  {first}"] + ["      " + line for line in others])
+        self.in_checks = True
+
+    def check_close(self, claim: str, got: Matrix, expected: Matrix, bound: float) -> None:
+        """Check that two matrices have one shape, and differ by less than bound in every place."""
+        if [len(row) for row in got] != [len(row) for row in expected]:
+            self.check(claim, False, "the shapes differ")
+            return
+        gaps = [abs(a - b) for rows in zip(got, expected) for a, b in zip(*rows)]
+        if all(gap < bound for gap in gaps):
+            self.check(claim, True, f"max |Δ| < {bound:.0e}")
+        else:
+            self.check(claim, False, f"max |Δ| = {max(gaps):.1e}; bound {bound:.0e}")
+
+    def ask(self, question: str, answer: float | str) -> None:
+        """With --predict: ask, wait for the reader's answer, show the computed one, and wait again.
+
+        A number is right within a tenth. Text is right if it is the same but for case.
+        """
+        if not self.predict:
+            return
+        if isinstance(answer, str):
+            shown = answer.strip()
+        elif isinstance(answer, int) or abs(answer) >= 1000:
+            shown = f"{answer:,.0f}"
+        else:
+            shown = f"{answer:.3g}"
+        self.say(f"Predict: {question}")
+        reply = self.hear("  your answer (Enter: pass) > ")
+        verdict = ""
+        if reply:
+            right = reply.casefold() == shown.casefold() or (
+                not isinstance(answer, str) and is_near(reply, answer))
+            self.asked += 1
+            self.right += right
+            verdict = " - yes" if right else " - not quite"
+        self.lines([f"  computed: {shown}{verdict}"], "1")
+        self.hear("  (Enter: go on) ")
+
+    def hear(self, prompt: str) -> str:
+        """Return what the reader types, or "" where there is nobody to ask."""
+        if not self.listening:
+            return ""
+        try:
+            return input(prompt).strip()
+        except EOFError:
+            print()
+            self.listening = False  # no more answers will come
+            return ""
+
+
+def is_near(reply: str, answer: float) -> bool:
+    """Return whether reply is a number within a tenth of answer; 33% and 0,33 count as well."""
+    scale = 100 if reply.endswith("%") else 1
+    for comma in ("", "."):  # of thousands, or the decimal comma
+        try:
+            number = float(reply.rstrip("%×x ").replace(",", comma)) / scale
+        except ValueError:
+            continue
+        if abs(number - answer) <= abs(answer) / 10:
+            return True
+    return False
+
+
+# The command line
+
+
+class Section(NamedTuple):
+    """A section of the trace. core: it belongs to the chapter itself; the others can wait."""
+
+    title: str
+    show: Callable
+    techniques: Sequence[Callable]  # the functions and classes that its head names
+    core: bool = True
 
 
 class OneLineParser(ArgumentParser):
-    """argparse, except that a refusal is one line, on every Python."""
-
-    def parse_args(self, args=None, namespace=None):
-        for argument in sys.argv[1:] if args is None else args:
-            if argument.startswith("--") and argument.endswith("=--"):  # argparse takes these for no value at all
-                self.error(f"argument {argument[:-3]}: expected a value")
-        return super().parse_args(args, namespace)
+    """argparse, but a refusal is one line, and shows control characters instead of sending them."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: {printable(message)} (--help lists the options)\n")
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from low to high."""
+    """Return an argparse type: a whole number from low to high."""
     def parse(text: str) -> int:
         if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not low <= int(text) <= high:
             raise ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
@@ -1241,143 +2431,194 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def section_numbers(count: int) -> Callable[[str], list[int]]:
-    """An argparse type: numbers of sections with commas between them."""
+    """Return an argparse type: section numbers with commas between them."""
     def parse(text: str) -> list[int]:
-        numbers = [int(part) if re.fullmatch(r" *[0-9]{1,4} *", part) else 0 for part in text.split(",")]
-        if not all(1 <= number <= count for number in numbers):
-            raise ArgumentTypeError(f"must be numbers from 1 to {count} (--list names them), as in 1,{count}, "
-                                             f"not {text!r}")
-        return numbers
+        parts = [part.strip() for part in text.split(",")]
+        if not all(re.fullmatch("[0-9]{1,4}", part) and 1 <= int(part) <= count for part in parts):
+            raise ArgumentTypeError(f"must be numbers from 1 to {count} (--list names them), as in "
+                                    f"1,{count}, not {text!r}")
+        return [int(part) for part in parts]
     return parse
 
 
 def common_parser(prog: str, description: str, n_sections: int) -> OneLineParser:
-    """The options that all five scripts have; the script adds its own knobs."""
+    """Return a parser with the options that all five scripts have; a script adds its own knobs."""
     parser = OneLineParser(prog=prog, description=description, allow_abbrev=False,
                            formatter_class=lambda prog: HelpFormatter(prog, width=WIDTH))
     parser.add_argument("--list", action="store_true", help="list the sections and stop")
-    parser.add_argument("--section", metavar="N[,N...]", action="extend", type=section_numbers(n_sections),
+    parser.add_argument("--section", metavar="N[,N...]", action="extend",
+                        type=section_numbers(n_sections),
                         help="run only these sections (may be repeated)")
     parser.add_argument("--seed", metavar="N", type=whole_number(0, 10**9), default=0,
                         help="seed of all randomness (default 0)")
     parser.add_argument("--ascii", action="store_true", help="print no character outside ASCII")
-    parser.add_argument("--time", action="store_true", help="print the seconds each section took, on stderr")
-    parser.add_argument("--predict", action="store_true", help="be asked for each section's result before it is shown")
+    parser.add_argument("--time", action="store_true",
+                        help="print the seconds each section took, on stderr")
+    parser.add_argument("--predict", action="store_true",
+                        help="be asked for each section's result before it is shown")
     return parser
 
 
-def announce(multiply_adds: float) -> None:
-    """On stderr, before a run that will take more than half a minute here: how long, from the work it will count."""
-    ones, start = [1.0] * 10_000, time.process_time()
-    for _ in range(20):
-        dot(ones, ones)
-    seconds = multiply_adds * (time.process_time() - start) / (20 * len(ones))
-    if seconds > 30:
-        print(f"these settings take about {multiply_adds:.0e} multiply-adds, {seconds:.0f} s on this machine; "
-              f"Ctrl-C ends it", file=sys.stderr)
+def list_sections(trace: Trace, sections: Sequence[Section]) -> None:
+    """Print the sections' numbers and titles, the core ones with a star."""
+    for number, section in enumerate(sections, 1):
+        star = "*" if section.core else " "
+        trace.lines([f"{number:>2}{star} {section.title}"])
+    trace.lines(["", "* the core of the chapter; the others can wait"])
 
 
-def run_sections(sections: Sequence[tuple], knobs: Namespace, next_experiment: str) -> int:
-    """Print the chosen sections (title, show function, functions named in the head); the exit status.
+def run_section(trace: Trace, number: int, section: Section, knobs: Namespace) -> None:
+    """Print one section. Where a function is not written yet (an exercise), say so and go on."""
+    start = time.perf_counter()
+    trace.section(number, section.title, section.techniques)
+    try:
+        section.show(trace, knobs)
+    except NotImplementedError as error:
+        trace.unwritten += 1
+        trace.say(f"Not written yet: {error}. This section goes on once it is.")
+    if knobs.time:
+        sys.stdout.flush()
+        print(f"section {number}: {time.perf_counter() - start:.2f} s", file=sys.stderr)
 
-    0 when every check held, 1 when one failed or a function is not written yet (an exercise: its section says so,
-    and the others go on), 130 after Ctrl-C. A reader who closes the pipe ends it quietly.
+
+def print_summary(trace: Trace, next_experiment: str) -> None:
+    """Print how many checks held, and what to run next."""
+    summary = [""]
+    if trace.failed:
+        summary.append(f"{trace.failed} of {trace.failed + trace.held} checks FAILED.")
+    elif trace.held:
+        summary.append(f"All {trace.held} checks held.")
+    else:
+        summary.append("No check was reached.")
+    if trace.unwritten:
+        summary.append(f"Sections that wait for a function: {trace.unwritten}.")
+    if trace.asked:
+        summary.append(f"Predictions: {trace.right} of {trace.asked} right.")
+    trace.lines([*summary, f"Try next: {next_experiment}"], "1")
+
+
+def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment: str) -> int:
+    """Print the chosen sections and return the exit status.
+
+    0: every check held. 1: one failed, or a function is not written yet. 130: Ctrl-C. A reader who
+    closes the pipe ends the trace quietly.
     """
     try:
-        trace = Trace(knobs.ascii, sys.stdin is not None and sys.stdin.isatty() if knobs.predict else None)
+        trace = Trace(knobs.ascii, knobs.predict)
         if knobs.list:
-            trace.lines([f"{number:>2}  {title}" for number, (title, *_) in enumerate(sections, 1)])
+            list_sections(trace, sections)
         else:
             for number in sorted(set(knobs.section or range(1, len(sections) + 1))):
-                title, show, functions = sections[number - 1]
-                start = time.perf_counter()
-                trace.section(number, title, functions)
-                try:
-                    show(trace, knobs)
-                except NotImplementedError as error:
-                    trace.unwritten += 1
-                    trace.say(f"Not written yet: {error}. This section goes on once it is.")
-                if knobs.time:
-                    sys.stdout.flush()
-                    print(f"section {number}: {time.perf_counter() - start:.2f} s", file=sys.stderr)
-            trace.lines(["", f"{trace.failed} of {trace.failed + trace.held} checks FAILED." if trace.failed else
-                         f"All {trace.held} checks held." if trace.held else
-                         "No check was reached.",
-                         *[f"Sections that wait for a function: {trace.unwritten}."] * bool(trace.unwritten),
-                         *[f"Predictions: {trace.right} of {trace.asked} right."] * bool(trace.asked),
-                         f"Try next: {next_experiment}"], "1")
+                run_section(trace, number, sections[number - 1], knobs)
+            print_summary(trace, next_experiment)
         if sys.stdout is not None:
             sys.stdout.flush()
         return 1 if trace.failed or trace.unwritten else 0
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing stdout cannot fail again
+        # Nothing can be written any more. Closing stdout must not fail a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 0
         print(f"cannot write the trace: {error.strerror}", file=sys.stderr)
         return 1
 
 
-# ---------------------------------------------------------------------------------------------------
-
 SECTIONS = [
-    ("Scaled dot-product attention", show_attention, [visible_keys, attention_weights, attention]),
-    ("Multi-head attention (MHA)", show_multi_head, [multi_head_attention, split_heads, build_heads]),
-    ("Shared keys and values: MQA and GQA", show_grouped,
-     [multi_query_attention, grouped_query_attention, mean_pool_kv_heads]),
-    ("Sliding window and attention sinks", show_window, [visible_keys, attention, RollingKVCache]),
-    ("Multi-head latent attention (MLA)", show_mla, [mla_compress, mla_attention, mla_attention_absorbed]),
-    ("Positions: RoPE and ALiBi", show_positions, [rope, alibi_slopes, alibi_bias]),
-    ("The bill: cache and work of real models", show_bill, [kv_bytes_per_token, cache_bytes, decode_multiplications]),
-    ("Tensor parallelism", show_tensor_parallel, [tensor_parallel_attention, heads_of_ranks, ring_all_reduce]),
+    Section("Scaled dot-product attention", show_attention,
+            [attention, attention_weights, visible_keys]),
+    Section("Multi-head attention (MHA)", show_multi_head,
+            [multi_head_attention, split_heads, build_heads]),
+    Section("Shared keys and values: MQA and GQA", show_grouped,
+            [grouped_query_attention, multi_query_attention, mean_pool_kv_heads]),
+    Section("Sliding windows and attention sinks", show_window,
+            [visible_keys, visible_weights, RollingKVCache]),
+    Section("Positions: RoPE and ALiBi", show_positions,
+            [rope, llama3_thetas, alibi_slopes, alibi_bias]),
+    Section("Multi-head latent attention (MLA)", show_mla,
+            [mla_compress, mla_attention, mla_attention_absorbed]),
+    Section("The bill: cache and work of real models", show_bill,
+            [kv_bytes_per_token, cache_bytes, decode_multiplications], core=False),
+    Section("Model parallelism: heads and layers on several cards", show_parallel,
+            [tensor_parallel_attention, heads_of_ranks, run_pipeline]),
 ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the trace; the exit status."""
-    parser = common_parser("microattention", "Attention and its variants, side by side on one sentence.",
+def make_parser() -> OneLineParser:
+    """Return the parser of this script's options."""
+    parser = common_parser("microattention",
+                           "Attention and its variants, side by side on one sentence.",
                            len(SECTIONS))
-    parser.add_argument("--text", default=SENTENCE, help=f"the sentence to look at (default: {SENTENCE!r})")
+    parser.add_argument("--text", default=SENTENCE,
+                        help=f"the sentence to look at (default: {SENTENCE!r})")
     parser.add_argument("--dim", metavar="N", type=whole_number(8, 128), default=DIM,
                         help=f"channels of an embedding, a multiple of 4 (default {DIM})")
     parser.add_argument("--n-heads", metavar="N", type=whole_number(1, 64), default=N_HEADS,
                         help=f"query heads; divides dim (default {N_HEADS})")
     parser.add_argument("--n-kv-heads", metavar="N", type=whole_number(1, 64),
-                        help="KV heads; divides n-heads (default: half of them, or what comes next)")
+                        help="KV heads; divides n-heads (default: half of them, or the most below)")
     parser.add_argument("--window", metavar="N", type=whole_number(1, 9999), default=WINDOW,
-                        help=f"keys a query sees in section 4, itself included (default {WINDOW})")
+                        help="keys a query sees in section 4, itself included "
+                             f"(default {WINDOW})")
     parser.add_argument("--sinks", metavar="N", type=whole_number(0, 9999), default=SINKS,
-                        help=f"first tokens that stay visible outside the window (default {SINKS})")
+                        help=f"first tokens that stay visible there (default {SINKS})")
     parser.add_argument("--ranks", metavar="N", type=whole_number(1, 64),
-                        help="cards that share the heads in section 8 (default: 2 where that works)")
-    knobs = parser.parse_args(argv)
+                        help="cards that share the heads in section 8 (default: 2 if possible)")
+    parser.add_argument("--stages", metavar="N", type=whole_number(1, 8), default=STAGES,
+                        help=f"cards that share the layers in section 8 (default {STAGES})")
+    parser.add_argument("--micro-batches", metavar="N", type=whole_number(1, 16),
+                        default=MICRO_BATCHES,
+                        help=f"pieces of the batch in that pipeline (default {MICRO_BATCHES})")
+    return parser
 
+
+def check_heads(parser: OneLineParser, knobs: Namespace) -> None:
+    """Fill in the numbers of KV heads and ranks, and refuse what does not divide."""
     n_heads = knobs.n_heads
+    step = math.lcm(len(BLOCKS), n_heads)
+    if knobs.dim % step:
+        parser.error(f"argument --dim: {knobs.dim} must be a multiple of {len(BLOCKS)} and of "
+                     f"--n-heads, {n_heads}; {step * max(1, round(knobs.dim / step))} would do")
     divisors = [d for d in range(1, n_heads + 1) if n_heads % d == 0]
-    knobs.n_kv_heads = knobs.n_kv_heads or max([1] + divisors[:-1])
-    if knobs.dim % 4 or knobs.dim % n_heads:
-        parser.error(f"argument --dim: {knobs.dim} must be a multiple of 4 and of --n-heads, {n_heads}; "
-                     f"{math.lcm(4, n_heads) * max(1, round(knobs.dim / math.lcm(4, n_heads)))} would do")
+    if knobs.n_kv_heads is None:
+        knobs.n_kv_heads = divisors[-2] if n_heads > 1 else 1
     if n_heads % knobs.n_kv_heads:
-        parser.error(f"argument --n-kv-heads: {knobs.n_kv_heads} does not divide --n-heads, {n_heads}; "
-                     f"these do: {', '.join(map(str, divisors))}")
+        parser.error(f"argument --n-kv-heads: {knobs.n_kv_heads} does not divide --n-heads, "
+                     f"{n_heads}; these do: {', '.join(map(str, divisors))}")
     ranks = possible_ranks(n_heads, knobs.n_kv_heads)
-    knobs.ranks = knobs.ranks or min(ranks[1:] or ranks)
+    if knobs.ranks is None:
+        knobs.ranks = ranks[1] if n_heads > 1 else 1
     if knobs.ranks not in ranks:
-        parser.error(f"argument --ranks: {knobs.ranks} ranks cannot share {n_heads} query heads and "
-                     f"{knobs.n_kv_heads} KV heads evenly; these can: {', '.join(map(str, ranks))}")
+        parser.error(f"argument --ranks: {knobs.ranks} ranks cannot share {n_heads} query heads "
+                     f"and {knobs.n_kv_heads} KV heads evenly; these can: "
+                     f"{', '.join(map(str, ranks))}")
+
+
+def read_text(parser: OneLineParser, knobs: Namespace) -> None:
+    """Cut the text into tokens, and refuse one that is empty or too long."""
     if not knobs.text.strip():
         parser.error("argument --text: there must be something in it")
-    tokenizer = Tokenizer.train(TEXT + knobs.text, VOCAB_SIZE + len(set(knobs.text) - set(TEXT)))
+    new_characters = set(knobs.text) - set(TEXT)
+    tokenizer = Tokenizer.train(TEXT + knobs.text, VOCAB_SIZE + len(new_characters))
     knobs.tokens = [tokenizer.vocab[i] for i in tokenizer.encode(knobs.text)]
     knobs.labels = [show_token(token) for token in knobs.tokens]
-    knobs.cut = f" (The first {MAP_TOKENS} of {len(knobs.tokens)} tokens.)" * (len(knobs.tokens) > MAP_TOKENS)
     if len(knobs.tokens) > MAX_TOKENS:
-        parser.error(f"argument --text: {len(knobs.tokens)} tokens are more than this trace shows, {MAX_TOKENS}")
-    if not knobs.list:  # most of it (measured): projections, and counting in section 5
-        announce((60 * len(knobs.tokens) + 9000 / n_heads) * knobs.dim**2)
-    return run_sections(SECTIONS, knobs, "python microattention.py --section 4 --window 3 --sinks 0")
+        parser.error(f"argument --text: {len(knobs.tokens)} tokens are more than this trace "
+                     f"shows, {MAX_TOKENS}")
+    knobs.cut = ""
+    if len(knobs.tokens) > MAP_TOKENS:
+        knobs.cut = f" (The first {MAP_TOKENS} of {len(knobs.tokens)} tokens.)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the trace and return the exit status."""
+    parser = make_parser()
+    knobs = parser.parse_args(argv)
+    check_heads(parser, knobs)
+    read_text(parser, knobs)
+    return run_sections(SECTIONS, knobs,
+                        "python microattention.py --section 4 --window 2 --sinks 4")
 
 
 if __name__ == "__main__":

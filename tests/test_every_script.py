@@ -1,7 +1,7 @@
-"""What holds for every script alike (the rules of the collection), for each of the scripts that exist.
+"""What holds for every script alike: the rules of the collection.
 
-Where a rule could silently stop being tested, a broken copy of a script is made in the test's own folder and
-the rule is seen to fail on it.
+A rule that could stop being tested without anybody noticing is tried on a broken copy of a script
+as well, and must be seen to fail there.
 """
 
 import ast
@@ -20,69 +20,90 @@ from pathlib import Path
 import pytest
 
 from tests.tools import readme
+from tests.tools.exercise import NAMES, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["microattention", "microkv", "microflash", "microquant", "microbeam"]
-SCRIPTS = [ROOT / f"{name}.py" for name in NAMES if (ROOT / f"{name}.py").exists()]
+SCRIPTS = [ROOT / f"{name}.py" for name in NAMES]
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 
-# Some scripts train a model first. They run whole once; what can be seen on any section is seen on two cheap
-# ones, where needed with arguments that make them so. The breakage is one that a check of these must notice.
-CHEAP = {"microattention": "1,2", "microkv": "2,3", "microflash": "1,2", "microquant": "3,4", "microbeam": "1,2"}
+# Some scripts train a model first. They run whole once. What can be seen on any section is tried
+# on two cheap ones, with arguments that make them cheaper where that helps.
+CHEAP = {
+    "microattention": "1,2",
+    "microkv": "2,3",
+    "microflash": "1,2",
+    "microquant": "3,4",
+    "microbeam": "1,2",
+}
 CHEAPER = {"microbeam": ["--steps", "2", "--max-new-tokens", "6"]}
-BREAKAGE = {"microattention": ("return [e / total for e in exps]", "return [e / total + 1e-3 for e in exps]"),
-            "microkv": ("return 2 * n_layers * n_kv_heads", "return 3 * n_layers * n_kv_heads"),
-            "microflash": ("return [e / total for e in exps]", "return [e / total + 1e-3 for e in exps]"),
-            "microquant": ("return [value / above[0] for", "return [value / above[1] for"),
-            "microbeam": ("if gone > 1 - p:", "if gone > 2 - p:")}
+# A change that a check of these sections must notice.
+BREAKAGE = {
+    "microattention": ("return [e / total for e", "return [e / total + 1e-3 for e"),
+    "microkv": ("return 2 * n_layers * n_kv_heads", "return 3 * n_layers * n_kv_heads"),
+    "microflash": ("return [e / total for e", "return [e / total + 1e-3 for e"),
+    "microquant": ("return [value / above[0] for", "return [value / above[1] for"),
+    "microbeam": ("if gone > 1 - p:", "if gone > 2 - p:"),
+}
 
 
 def cheap(script):
-    """The arguments of a cheap run."""
+    """Return the arguments of a cheap run."""
     return ["--section", CHEAP[script.stem], *CHEAPER.get(script.stem, [])]
 
 
 def run(script, *arguments, options=(), **settings):
-    """The finished process of `python [options] script [arguments]`."""
+    """Return the finished process of `python [options] script [arguments]`."""
     settings = {"capture_output": True, "timeout": 300, "stdin": subprocess.DEVNULL} | settings
     return subprocess.run([sys.executable, *options, str(script), *arguments], **settings)
 
 
+WITHOUT_NETWORK = """
+import runpy, socket, sys
+def refuse(*_, **__):
+    raise OSError("no network")
+socket.socket.connect = socket.getaddrinfo = refuse
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @functools.cache
 def whole_trace(script):
-    """Its complete run, made once: in another folder, without a network, with a hash seed of its own.
+    """Return the finished process of a complete run, made once.
 
-    (.ci/run compares it, whole, on every Python found, each time with another hash seed.)
+    It runs in an empty folder, without a network, with a hash seed of its own. (.ci/run compares
+    whole traces on every Python found, each time with another hash seed.)
     """
-    code = ("import runpy, socket, sys\ndef none(*_, **__): raise OSError('no network')\n"
-            "socket.socket.connect = socket.getaddrinfo = none\nsys.argv = sys.argv[1:]\n"
-            "runpy.run_path(sys.argv[0], run_name='__main__')")
     with tempfile.TemporaryDirectory() as folder:
-        return subprocess.run([sys.executable, "-c", code, str(script)], capture_output=True, cwd=folder,
-                              stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONHASHSEED": "11"})
+        return subprocess.run([sys.executable, "-c", WITHOUT_NETWORK, str(script)],
+                              capture_output=True, cwd=folder, stdin=subprocess.DEVNULL,
+                              env=os.environ | {"PYTHONHASHSEED": "11"})
 
 
 @functools.cache
 def cheap_trace(script, *arguments):
-    """The run of its cheap sections, made once."""
+    """Return the finished process of the cheap sections, made once."""
     return run(script, *cheap(script), *arguments)
 
 
 @pytest.fixture(autouse=True)
 def train_little(monkeypatch):
-    """Where a script runs inside this process, it trains the same model only once, and for a few steps: what every
-    check holds for is any model."""
+    """Where a script runs inside this process, train each model once, and for a few steps.
+
+    What every check holds for is any model.
+    """
     for script in SCRIPTS:
         module = __import__(script.stem)
         if hasattr(module, "train"):
-            monkeypatch.setattr(module, "train", TRAINED.setdefault(module, remembered(module.train)))
+            if module not in TRAINED:
+                TRAINED[module] = remembered(module.train)
+            monkeypatch.setattr(module, "train", TRAINED[module])
 
 
 TRAINED = {}
 
 
 def remembered(train):
-    """train(), for at most four steps, which looks up what it was asked before."""
+    """Return train(), for at most four steps, that looks up what it was asked before."""
     models = {}
 
     def look_up(config, ids, rng, steps, *arguments, **settings):
@@ -90,11 +111,12 @@ def remembered(train):
         if key not in models:
             models[key] = train(config, ids, rng, min(steps, 4), *arguments, **settings)
         return models[key]
+
     return look_up
 
 
 def broken_copy(script, folder, old, new):
-    """A copy of script with one text replaced, which must be there."""
+    """Return the path of a copy of script in which one text, which must be there, is replaced."""
     text = script.read_text(encoding="utf-8")
     assert old in text
     copy = folder / script.name
@@ -102,13 +124,18 @@ def broken_copy(script, folder, old, new):
     return copy
 
 
-# ------------------------------------------------------------------------------------- the source
+# The source
+
 
 def imported_modules(script):
-    """The top-level names of all modules that a script imports, wherever it does."""
-    nodes = list(ast.walk(ast.parse(script.read_text(encoding="utf-8"))))
-    return ({alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-            | {(node.module or "").split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)})
+    """Return the top-level names of all modules that a script imports, wherever it does."""
+    names = set()
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return names
 
 
 @each_script
@@ -120,27 +147,38 @@ def test_imports_the_standard_library_only(script, tmp_path):
 
 
 def definitions(script):
-    """{name: source} of a script's top-level functions, classes and constants; the knobs, the table of sections
-    and main are the script's own. Knobs are the constants before the first definition."""
+    """Return {name: source} of a script's top-level functions, classes and constants.
+
+    The knobs, the table of sections and main are the script's own and are left out. Knobs are the
+    constants before the first definition.
+    """
     text = script.read_text(encoding="utf-8")
-    found, knobs = {}, True
+    lines = text.splitlines()
+    found = {}
+    defined_something = False
     for node in ast.parse(text).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            knobs, names = False, [node.name]
+            defined_something = True
+            names = [node.name]
         elif isinstance(node, ast.Assign):
             names = [target.id for target in node.targets if isinstance(target, ast.Name)]
         elif isinstance(node, ast.AnnAssign):
             names = [node.target.id]
         else:
             continue
-        if not knobs or names[0] in ("Vector", "Matrix"):
-            start = min([node.lineno] + [decorator.lineno for decorator in getattr(node, "decorator_list", [])])
-            found |= {name: "\n".join(text.splitlines()[start - 1:node.end_lineno]) for name in names}
-    return {name: source for name, source in found.items() if name not in ("main", "SECTIONS")}
+        if not defined_something and names[0] not in ("Vector", "Matrix"):
+            continue
+        decorators = [decorator.lineno for decorator in getattr(node, "decorator_list", [])]
+        start = min([node.lineno, *decorators])
+        for name in names:
+            found[name] = "\n".join(lines[start - 1:node.end_lineno])
+    for own in ("main", "SECTIONS", "make_parser", "check_knobs"):
+        found.pop(own, None)
+    return found
 
 
 def conflicts(scripts):
-    """The names that two scripts define differently."""
+    """Return the names that two scripts define differently."""
     sources = {}
     for script in scripts:
         for name, source in definitions(script).items():
@@ -156,28 +194,88 @@ def test_one_name_one_definition(tmp_path):
     assert conflicts([SCRIPTS[0], copy]) == ["WIDTH"]
 
 
+FLOORS = ["THE TECHNIQUES", "THE EXPERIMENTS", "THE MODEL AND THE BENCH", "SHARED BY THE FIVE"]
+
+
+def floors_of(source):
+    """Return [(name, text)] of the entrance, the four floors, and what follows them."""
+    rule = "# " + "=" * 93 + "\n"
+    parts = re.split(rf"^{rule}# ([A-Z ]+)(?::.*)?\n(?:# .*\n)*{rule}", source, flags=re.M)
+    return [("ENTRANCE", parts[0]), *zip(parts[1::2], parts[2::2])]
+
+
+@each_script
+def test_the_floors_stand_in_their_order(script):
+    floors = floors_of(script.read_text(encoding="utf-8"))
+    assert [name for name, _ in floors] == ["ENTRANCE", *FLOORS]
+
+
+@each_script
+def test_the_techniques_print_nothing_and_know_no_knobs(script):
+    techniques = dict(floors_of(script.read_text(encoding="utf-8")))["THE TECHNIQUES"]
+    names = {node.id for node in ast.walk(ast.parse(techniques)) if isinstance(node, ast.Name)}
+    assert names & {"trace", "Trace", "knobs", "print", "Namespace"} == set()
+    assert "def show_" not in techniques
+
+
+@each_script
+def test_both_upper_floors_have_the_sections_of_the_table(script):
+    floors = dict(floors_of(script.read_text(encoding="utf-8")))
+    titles = [(str(i), section.title) for i, section in enumerate(sections_of(script), 1)]
+    for floor in ("THE TECHNIQUES", "THE EXPERIMENTS"):
+        assert re.findall(r"^# (\d+)\. (.+)$", floors[floor], re.M) == titles
+
+
+@each_script
+def test_a_section_names_the_function_that_measures_it(script):
+    techniques = dict(floors_of(script.read_text(encoding="utf-8")))["THE TECHNIQUES"]
+    ideas = re.split(r"^# \d+\. ", techniques, flags=re.M)[1:]
+    for idea, section in zip(ideas, sections_of(script), strict=True):
+        assert f"Measured by {section.show.__name__}()." in idea
+
+
+def sections_of(script):
+    """Return the table of a script's sections."""
+    return __import__(script.stem).SECTIONS
+
+
 @each_script
 def test_everything_public_has_a_docstring(script):
-    nodes = [node for node in ast.walk(ast.parse(script.read_text(encoding="utf-8")))
-             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.col_offset == 0]
-    assert [node.name for node in nodes if not node.name.startswith("_") and not ast.get_docstring(node)] == []
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), node.name
 
 
 @each_script
 def test_importing_prints_nothing_and_leaves_the_global_generator_alone(script, tmp_path):
     code = ("import random, sys; state = random.getstate(); sys.path.insert(0, sys.argv[1]); "
             f"__import__({script.stem!r}); sys.exit(random.getstate() != state)")
-    done = subprocess.run([sys.executable, "-I", "-W", "error", "-c", code, str(ROOT)], capture_output=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-I", "-W", "error", "-c", code, str(ROOT)],
+                          capture_output=True, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
-# -------------------------------------------------------------------------------------- the trace
+@each_script
+def test_an_old_python_gets_one_line(script, tmp_path):
+    """The source is one that old Pythons can read as far as the line that tells them."""
+    source = script.read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 8))
+    code = ("import runpy, sys; sys.version_info = (3, 10, 9, 'final', 0); "
+            "runpy.run_path(sys.argv[1], run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code, str(script)], capture_output=True)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr == b"This script needs Python 3.11 or newer.\n"
+
+
+# The trace
+
 
 @each_script
 def test_the_whole_trace_ends_well(script):
     done = whole_trace(script)
     text = done.stdout.decode("utf-8")
-    assert done.returncode == 0 and done.stderr == b""
+    assert (done.returncode, done.stderr) == (0, b"")
     assert "FAIL" not in text and "\x1b" not in text
     held = int(re.search(r"^All (\d+) checks held\.$", text, re.M)[1])
     assert held == len(re.findall(r"^ok    ", text, re.M)) > 0
@@ -191,43 +289,30 @@ def test_the_readme_shows_this_trace(script):
     """`python tests/tools/readme.py` refreshes it."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"<!-- {script.stem} section" in text
-    assert readme.with_excerpts(text, script.stem, whole_trace(script).stdout.decode("utf-8")) == text
-
-
-def test_microquants_methods_do_what_they_are_for():
-    """By the figures of its table, as its trace prints them."""
-    text = whole_trace(ROOT / "microquant.py").stdout.decode("utf-8")
-    table = text[text.index("── 13 ──"):]
-    fp32 = float(re.search(r"^ +FP32 +32\.00 +[\d,]+ +([\d.]+) ", table, re.M)[1])
-    rows = re.findall(r"^[a-v][* ] +(.+?) +[\d.]+ +([\d,]+) +([\d.]+) +([\d.]+) +\d+ ", table, re.M)
-    size, perplexity, kl = ({name: float(row[i].replace(",", "")) for name, *row in rows} for i in range(3))
-    assert len(rows) == 22 and abs(perplexity["INT8 channel"] / fp32 - 1) < 0.005
-    assert kl["INT4 tensor"] > 4 * kl["INT4 g32"] and perplexity["INT4 tensor"] > 1.1 * perplexity["INT4 g32"]
-    for better in ("GPTQ", "GPTQ, act-order", "AWQ"):
-        assert size[better] == size["INT4 g32"] and perplexity[better] < perplexity["INT4 g32"]
-        assert kl[better] < 0.75 * kl["INT4 g32"]
-    assert max(kl["LLM.int8()"], kl["SmoothQuant"]) < kl["W8A8 static"] / 50
-    assert kl["b1.58 trained"] < kl["b1.58, untrained"] / 2
-    assert perplexity["NF4 + QLoRA"] < perplexity["NF4, double quant."]
+    trace = whole_trace(script).stdout.decode("utf-8")
+    assert readme.with_excerpts(text, script.stem, trace) == text
 
 
 @each_script
 def test_every_section_checks_something_and_names_functions_that_exist(script):
     text = whole_trace(script).stdout.decode("utf-8")
     module = __import__(script.stem)
-    heads = re.findall(r"^── (\d+) ── (.+?) ─+\nin the source: ((?:.+\n)(?: {15}.+\n)*)", text, re.M)
+    heads = re.findall(r"^── (\d+) ── (.+?) ─+\nin the source: ((?:.+\n)(?: {15}.+\n)*)", text,
+                       re.M)
     assert [int(number) for number, _, _ in heads] == list(range(1, len(module.SECTIONS) + 1))
-    for (_, title, names), (expected, _, functions) in zip(heads, module.SECTIONS):
-        assert title == expected
-        assert [name.strip() for name in names.split(",")] == [function.__name__ for function in functions]
-        assert all(getattr(module, function.__name__) is function for function in functions)
+    for (_, title, names), section in zip(heads, module.SECTIONS):
+        assert title == section.title
+        expected = [technique.__name__ for technique in section.techniques]
+        assert [name.strip() for name in names.split(",")] == expected
+        for technique in section.techniques:
+            assert getattr(module, technique.__name__) is technique
     for section in re.split(r"^── \d+ ── ", text, flags=re.M)[1:]:
         assert "\nok    " in section
 
 
 @each_script
 def test_a_failed_check_is_told_and_makes_the_status_1(script, tmp_path):
-    """Under -O too: checks are no assertions."""
+    """Under -O too: checks are not assertions."""
     broken = broken_copy(script, tmp_path, *BREAKAGE[script.stem])
     done = run(broken, *cheap(script), options=["-O"])
     assert done.returncode == 1 and b"\nFAIL  " in done.stdout
@@ -236,21 +321,23 @@ def test_a_failed_check_is_told_and_makes_the_status_1(script, tmp_path):
 
 @each_script
 def test_the_same_bytes_whatever_the_interpreter_options(script, tmp_path):
-    done = run(script, *cheap(script), options=["-I", "-OO", "-W", "error", "-X", "utf8=0"], cwd=tmp_path,
-               env=os.environ | {"PYTHONHASHSEED": "7"})
+    done = run(script, *cheap(script), options=["-I", "-OO", "-W", "error", "-X", "utf8=0"],
+               cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": "7"})
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout == cheap_trace(script).stdout
 
 
 @functools.cache
 def other_pythons():
-    """Paths of the Pythons from 3.11 up on this machine whose minor version is not the one running."""
-    found = {sys.version_info[:2]: None}
+    """Return the paths of the other Pythons here, one per minor version from 3.11 up."""
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     candidates = [shutil.which(f"python3.{minor}") for minor in range(11, 16)]
-    for path in filter(None, [*candidates, *map(str, sorted(root.glob("versions/3.*/bin/python")))]):
-        out = subprocess.run([path, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True)
-        version = tuple(map(int, out.stdout.split()))
+    candidates += map(str, sorted(root.glob("versions/3.*/bin/python")))
+    found = {sys.version_info[:2]: None}
+    for path in filter(None, candidates):
+        code = "import sys; print(*sys.version_info[:2])"
+        out = subprocess.run([path, "-c", code], capture_output=True, text=True).stdout
+        version = tuple(map(int, out.split()))
         if len(version) == 2 and version >= (3, 11):
             found.setdefault(version, path)
     return [path for path in found.values() if path]
@@ -258,37 +345,45 @@ def other_pythons():
 
 @each_script
 def test_the_same_bytes_on_every_python_found(script):
-    """Here on cheap sections; .ci/run compares the whole traces."""
-    if not (pythons := other_pythons()):
+    """On cheap sections; .ci/run compares the whole traces."""
+    if not other_pythons():
         pytest.skip("no other Python from 3.11 up on this machine")
-    for python in pythons:
+    for python in other_pythons():
         done = subprocess.run([python, str(script), *cheap(script)], capture_output=True)
         assert (done.returncode, done.stdout) == (0, cheap_trace(script).stdout), python
 
 
-@pytest.mark.parametrize("script, encoding", [*((script, "ascii") for script in SCRIPTS), (SCRIPTS[0], "cp1252")],
-                         ids=lambda value: value.stem if isinstance(value, Path) else value)
+ENCODINGS = [*((script, "ascii") for script in SCRIPTS), (SCRIPTS[0], "cp1252")]
+
+
+@pytest.mark.parametrize("script, encoding", ENCODINGS,
+                         ids=[f"{script.stem}-{encoding}" for script, encoding in ENCODINGS])
 def test_falls_back_to_ascii_where_the_output_cannot_show_more(script, encoding):
     done = run(script, *cheap(script), env=os.environ | {"PYTHONIOENCODING": encoding})
-    assert done.returncode == 0 and done.stdout == cheap_trace(script, "--ascii").stdout
+    assert done.returncode == 0
+    assert done.stdout == cheap_trace(script, "--ascii").stdout
 
 
 @each_script
 def test_ascii_is_ascii(script):
-    """And every character that the whole trace uses has its stand-in; .ci/run sees to the width."""
+    """Every character that the whole trace uses has its stand-in; .ci/run sees to the width."""
     out = cheap_trace(script, "--ascii").stdout
     assert out.isascii() and max(map(len, out.splitlines())) <= 80
-    characters = {c for c in whole_trace(script).stdout.decode("utf-8") if not c.isascii()}
-    assert characters <= set(map(chr, __import__(script.stem).ASCII))
+    used = {c for c in whole_trace(script).stdout.decode("utf-8") if not c.isascii()}
+    assert used <= set(map(chr, __import__(script.stem).ASCII))
 
 
-@pytest.mark.parametrize("script, settings, coloured", [
-    *((script, {"TERM": "xterm"}, True) for script in SCRIPTS), (SCRIPTS[0], {"TERM": "dumb"}, False),
-    (SCRIPTS[0], {"TERM": "xterm", "NO_COLOR": "1"}, False)])
+TERMINALS = [*((script, {"TERM": "xterm"}, True) for script in SCRIPTS),
+             (SCRIPTS[0], {"TERM": "dumb"}, False),
+             (SCRIPTS[0], {"TERM": "xterm", "NO_COLOR": "1"}, False)]
+
+
+@pytest.mark.parametrize("script, settings, coloured", TERMINALS)
 def test_colour_on_terminals_only(script, settings, coloured):
     environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | settings
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, str(script), *cheap(script)], stdout=theirs, env=environment)
+    process = subprocess.Popen([sys.executable, str(script), *cheap(script)], stdout=theirs,
+                               env=environment)
     os.close(theirs)
     output = b""
     while chunk := read_terminal(ours):
@@ -299,7 +394,7 @@ def test_colour_on_terminals_only(script, settings, coloured):
 
 
 def read_terminal(descriptor):
-    """What a terminal has to say; nothing once its last writer is gone."""
+    """Return what comes from a terminal, and nothing once its last writer is gone."""
     try:
         return os.read(descriptor, 65536)
     except OSError:
@@ -313,14 +408,16 @@ def test_time_goes_to_stderr(script):
     assert re.fullmatch(rb"(section \d+: \d+\.\d\d s\n){2}", timed.stderr)
 
 
-# ------------------------------------------------------------------------------------ predictions
+# Predictions
+
 
 def converse(script, typed):
-    """The finished process of a cheap run with --predict, and what it printed, after typing all that at a terminal."""
+    """Return the status and the output of a cheap run with --predict, after typing all that."""
     ours, theirs = pty.openpty()
     os.write(ours, typed.encode())
-    process = subprocess.Popen([sys.executable, str(script), "--predict", *cheap(script)], stdin=theirs,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, str(script), "--predict", *cheap(script)]
+    process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     os.close(theirs)
     out, errors = process.communicate(timeout=100)
     os.close(ours)
@@ -328,10 +425,19 @@ def converse(script, typed):
     return process.returncode, out.decode("utf-8")
 
 
+def shown_by(module, show):
+    """Return the source of a show function and of the show functions that it calls."""
+    source = inspect.getsource(show)
+    inner = set(re.findall(r"\b(show_\w+)\(", source)) - {show.__name__}
+    return source + "".join(shown_by(module, getattr(module, name)) for name in sorted(inner)
+                            if name not in ("show_token",))
+
+
 @each_script
 def test_every_section_has_a_question(script):
     module = __import__(script.stem)
-    assert [title for title, show, _ in module.SECTIONS if "trace.ask(" not in inspect.getsource(show)] == []
+    for section in module.SECTIONS:
+        assert "trace.ask(" in shown_by(module, section.show), section.title
 
 
 @each_script
@@ -344,58 +450,76 @@ def test_predict_asks_shows_the_answer_and_keeps_the_score(script):
     rest = re.sub(r"\nPredict: (?:.+\n)+?  computed: .+\n", "", text)
     assert rest == cheap_trace(script).stdout.decode("utf-8")
 
-    status, out = converse(script, "".join(answer + "\n" for answer in answers))
-    assert status == 0 and f"\nPredictions: {len(answers)} of {len(answers)} right.\n" in out
+    # An answer, and Enter to go on after the verdict.
+    status, out = converse(script, "".join(answer + "\n\n" for answer in answers))
+    assert status == 0
+    assert f"\nPredictions: {len(answers)} of {len(answers)} right.\n" in out
+    assert out.count("(Enter: go on)") == len(answers)
 
 
 def test_wrong_answers_and_no_more_answers():
     """On one script: asking is a shared definition."""
     script = SCRIPTS[0]
     n = cheap_trace(script, "--predict").stdout.count(b"\n  computed: ")
-    status, out = converse(script, "no idea\n" * n)
-    assert status == 0 and f"\nPredictions: 0 of {n} right.\n" in out and out.count(" - not quite") == n
-    status, out = converse(script, "\n\x04")  # a pass, then no more answers
+    status, out = converse(script, "no idea\n\n" * n)
+    assert status == 0 and f"\nPredictions: 0 of {n} right.\n" in out
+    assert out.count(" - not quite") == n
+    status, out = converse(script, "\n\n\x04")  # a pass, then no more answers
     assert status == 0 and "Predictions:" not in out
 
 
 @each_script
 def test_control_c_at_a_question(script):
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-u", str(script), "--predict", *cheap(script)], stdin=theirs,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    command = [sys.executable, "-u", str(script), "--predict", *cheap(script)]
+    process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, preexec_fn=allow_interrupts)
     os.close(theirs)
     output = b""
     while b"your answer" not in output:
-        assert (chunk := os.read(process.stdout.fileno(), 4096))
+        chunk = os.read(process.stdout.fileno(), 4096)
+        assert chunk
         output += chunk
-    for _ in range(40):  # the prompt is out a moment before Python listens: an interrupt may come too soon
+    # The prompt is out a moment before Python listens: an interrupt may come too soon.
+    for _ in range(40):
         process.send_signal(signal.SIGINT)
         try:
             process.wait(0.5)
             break
         except subprocess.TimeoutExpired:
-            pass
+            continue
     _, errors = process.communicate(timeout=20)
     os.close(ours)
     assert process.returncode == 130 and b"Traceback" not in errors
 
 
-# ------------------------------------------------------------------------------- the command line
+def allow_interrupts():
+    """Let Ctrl-C through, even if these tests run under nohup."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+# The command line
+
 
 @each_script
 def test_list_and_section(script):
-    titles = [title for title, *_ in __import__(script.stem).SECTIONS]
+    expected = []
+    for number, section in enumerate(sections_of(script), 1):
+        star = "*" if section.core else " "
+        expected.append(f"{number:>2}{star} {section.title}")
     listed = run(script, "--list").stdout.decode("utf-8").splitlines()
-    assert listed == [f"{number:>2}  {title}" for number, title in enumerate(titles, 1)]
+    assert listed[:len(expected)] == expected and listed[-1].startswith("* the core")
+
     first, second = CHEAP[script.stem].split(",")
     extra = CHEAPER.get(script.stem, [])
-    chosen = run(script, "--section", f"{second},{first}", "--section", second, *extra).stdout.decode("utf-8")
-    assert chosen == cheap_trace(script).stdout.decode("utf-8")
+    chosen = run(script, "--section", f"{second},{first}", "--section", second, *extra).stdout
+    assert chosen == cheap_trace(script).stdout
+    text = chosen.decode("utf-8")
     if not extra:
-        parts = re.split(r"(?=^── \d+ ── )", whole_trace(script).stdout.decode("utf-8"), flags=re.M)
-        assert chosen.startswith(parts[0] + parts[int(first)] + parts[int(second)])
-    assert re.search(r"\nAll \d+ checks held\.\nTry next: .*\n\Z", chosen)
+        whole = whole_trace(script).stdout.decode("utf-8")
+        parts = re.split(r"(?=^── \d+ ── )", whole, flags=re.M)
+        assert text.startswith(parts[0] + parts[int(first)] + parts[int(second)])
+    assert re.search(r"\nAll \d+ checks held\.\nTry next: .*\n\Z", text)
 
 
 @each_script
@@ -407,82 +531,124 @@ def test_help_names_every_option(script):
     assert max(map(len, done.stdout.decode().splitlines())) <= 80
 
 
-EVERYWHERE = ["--section 0", "--section 99", "--section 1,x", "--section ,", "--section 1.5", "--seed x", "--seed -1",
-              "--seed 1e3", "--seed=--", "--section=--", "--nonsense", "positional", "--section", "--asci", "--seed 99999999999999999999"]
+REFUSED_EVERYWHERE = [
+    "--section 0", "--section 99", "--section 1,x", "--section ,", "--section 1.5", "--seed x",
+    "--seed -1", "--seed 1e3", "--nonsense", "--nonsense\x1b[31m", "positional", "--section",
+    "--asci", "--seed 99999999999999999999"]
 REFUSED = {
-    "microattention": ["--n-heads 3", "--n-heads 0", "--dim 30", "--dim 4", "--dim x", "--n-kv-heads 3", "--window 0",
-                       "--window -1", "--sinks -1", "--ranks 3", "--ranks 0", "--text=", "--text=--", "--text=  ", "--text " + "ab cd " * 200],
-    "microkv": ["--prompt=", "--prompt The queen", "--prompt " + "This is the " * 30, "--max-new-tokens 0", "--max-new-tokens x",
-                "--max-new-tokens 65", "--block-size 0", "--block-size -4", "--num-blocks 0", "--num-blocks 3", "--num-blocks 1000", "--max-num-seqs 0",
-                "--max-num-batched-tokens 0", "--block-size 2 --num-blocks 5"],
-    "microflash": ["--seq-len 0", "--seq-len 257", "--seq-len x", "--head-dim 0", "--head-dim 129", "--seq-len 256 --head-dim 9",
-                   "--seq-len 65 --block-q 1 --block-k 1", "--seq-len 256 --head-dim 8 --block-q 5 --block-k 3",
-                   "--block-q 0", "--block-k 0", "--block-k -4", "--sram 0", "--sram 1311", "--sram 100 --block-q 1",
-                   "--n-splits 0", "--n-splits 1025", "--causal yes", "--text=", "--text=  ", "--text " + "ab cd " * 200],
-    "microquant": ["--bits 1", "--bits 9", "--bits x", "--bits 4.5", "--group-size 0", "--group-size 65", "--group-size -1",
-                   "--calibration-tokens 0", "--calibration-tokens 257", "--alpha 1.1", "--alpha -0.1", "--alpha nan", "--alpha x",
-                   "--outliers 3", "--outliers 17,32", "--outliers 3,0.5", "--outliers 3,1001", "--outliers a,b", "--outliers -1,2",
-                   "--prompt=", "--prompt queen", "--prompt " + "the " * 40],
-    "microbeam": ["--prompt=", "--prompt This is the queen", "--prompt Ünï", "--prompt " + "the " * 65, "--max-new-tokens 0",
-                  "--max-new-tokens 65", "--temperature 0", "--temperature -1", "--temperature nan", "--temperature x",
-                  "--temperature inf", "--top-k 0", "--top-p 0", "--top-p 1.5", "--top-p nan", "--min-p -0.1", "--min-p 1.1",
-                  "--width 0", "--width 17", "--length-penalty -3", "--length-penalty x", "--gamma 0", "--gamma 17",
-                  "--steps 0", "--steps 201"],
+    "microattention": [
+        "--n-heads 3", "--n-heads 0", "--dim 30", "--dim 4", "--dim x", "--n-kv-heads 3",
+        "--window 0", "--window -1", "--sinks -1", "--ranks 3", "--ranks 0", "--stages 0",
+        "--stages 9", "--micro-batches 0", "--micro-batches 17", "--text=", "--text=  ",
+        "--text " + "ab cd " * 200],
+    "microkv": [
+        "--prompt=", "--prompt The queen", "--prompt " + "This is the " * 30, "--max-new-tokens 0",
+        "--max-new-tokens x", "--max-new-tokens 65", "--block-size 0", "--block-size -4",
+        "--num-blocks 0", "--num-blocks 3", "--num-blocks 1000", "--max-num-seqs 0",
+        "--max-num-batched-tokens 0", "--block-size 2 --num-blocks 5"],
+    "microflash": [
+        "--seq-len 0", "--seq-len 257", "--seq-len x", "--head-dim 0", "--head-dim 129",
+        "--seq-len 256 --head-dim 9", "--seq-len 65 --block-q 1 --block-k 1",
+        "--seq-len 256 --head-dim 8 --block-q 5 --block-k 3", "--block-q 0", "--block-k 0",
+        "--block-k -4", "--sram 0", "--sram 1311", "--sram 100 --block-q 1", "--n-splits 0",
+        "--n-splits 1025", "--causal yes", "--text=", "--text=  ", "--text " + "ab cd " * 200],
+    "microquant": [
+        "--bits 1", "--bits 9", "--bits x", "--bits 4.5", "--group-size 0", "--group-size 65",
+        "--group-size -1", "--calibration-tokens 0", "--calibration-tokens 257", "--alpha 1.1",
+        "--alpha -0.1", "--alpha nan", "--alpha x", "--outliers 3", "--outliers 17,32",
+        "--outliers 3,0.5", "--outliers 3,1001", "--outliers a,b", "--outliers -1,2", "--prompt=",
+        "--prompt queen", "--prompt " + "the " * 40],
+    "microbeam": [
+        "--prompt=", "--prompt This is the queen", "--prompt Ünï", "--prompt " + "the " * 65,
+        "--max-new-tokens 0", "--max-new-tokens 65", "--temperature 0", "--temperature -1",
+        "--temperature nan", "--temperature x", "--temperature inf", "--top-k 0", "--top-p 0",
+        "--top-p 1.5", "--top-p nan", "--min-p -0.1", "--min-p 1.1", "--width 0", "--width 17",
+        "--length-penalty -3", "--length-penalty x", "--gamma 0", "--gamma 17", "--steps 0",
+        "--steps 201"],
 }
 
 
-@pytest.mark.parametrize("script, arguments", [(script, arguments) for script in SCRIPTS
-                                               for arguments in EVERYWHERE + REFUSED[script.stem]],
-                         ids=lambda value: value.stem if isinstance(value, Path) else value[:20])
+@pytest.mark.parametrize("script, arguments", [
+    (script, arguments) for script in SCRIPTS
+    for arguments in REFUSED_EVERYWHERE + REFUSED[script.stem]],
+    ids=lambda value: value.stem if isinstance(value, Path) else ascii(value)[1:20])
 def test_a_bad_command_line_is_refused_in_one_line(script, arguments, capfd):
-    argv = ([arguments] if "=" in arguments else arguments.split(" ", 1) if arguments.startswith(("--text", "--prompt"))
-            else arguments.split(" "))
     with pytest.raises(SystemExit) as stop:
-        __import__(script.stem).main(argv)
+        __import__(script.stem).main(split_arguments(arguments))
     out, err = capfd.readouterr()
     assert stop.value.code == 2 and out == ""
     assert err.endswith("\n") and err.count("\n") == 1 and err.startswith(script.stem + ": ")
+    assert err.strip().isprintable()
+
+
+def split_arguments(line):
+    """Return the arguments of a command line; what follows --text or --prompt is one of them."""
+    if line.startswith(("--text ", "--prompt ")):
+        return line.split(" ", 1)
+    if line.startswith(("--text=", "--prompt=")) and " --" not in line:
+        return [line]
+    return line.split(" ")
 
 
 # Knobs at their edges: every check must hold all the same.
 EDGES = {
-    "microattention": ["--n-heads 1 --section 2,3,5,6,8", "--n-heads 8 --dim 64 --section 2,6,7,8", "--dim 8 --n-heads 8 --n-kv-heads 8",
-                       "--dim 20 --n-heads 5 --section 1,3,5,8", "--window 1 --sinks 0 --section 4", "--window 9999 --sinks 9999 --section 4",
-                       "--n-heads 32 --n-kv-heads 8 --ranks 16 --section 3,8", "--ranks 4 --section 8", "--n-kv-heads 1 --section 3,7,8",
-                       "--dim 48 --n-heads 12 --n-kv-heads 3 --ranks 6 --section 2,3,8", "--text x", "--text=a\tb\nc --section 1,2,4",
-                       "--text=Ünïcödé—日本語🙂 --section 1,2,4", "--text=16,16 --section 1,2", "--seed 1000000000",
-                       "--text=\udcffbroken --section 1,2,4"],
-    "microkv": ["--block-size 1 --section 5,6", "--block-size 64 --section 4", "--block-size 7 --max-num-seqs 1 --section 6,7",
-                "--block-size 5 --num-blocks 5 --section 9", "--num-blocks 999 --section 9", "--num-blocks 6 --max-num-seqs 64 --section 7",
-                "--max-num-seqs 64 --max-num-batched-tokens 1 --section 8", "--max-num-batched-tokens 9999 --section 8",
-                "--prompt=built --max-new-tokens 1 --section 1,4,5", "--max-new-tokens 64 --section 5"],
-    "microflash": ["--seq-len 1", "--seq-len 1 --head-dim 1 --block-q 1 --block-k 1 --sram 7 --section 1,3,4,6,7,8",
-                   "--seq-len 13 --block-q 5 --block-k 7 --section 1,3,4,6,7,8", "--seq-len 67 --causal --section 1,3,4,6",
-                   "--head-dim 1 --n-splits 7 --section 3,6,7", "--head-dim 128 --seq-len 17 --section 3,4,5,6",
-                   "--seq-len 100 --head-dim 3 --block-q 4 --section 4,5,6,8", "--seq-len 31 --block-q 1 --block-k 1 --section 3,4,6,8",
-                   "--block-q 1000000 --block-k 1000000 --n-splits 1 --section 3,4,6,7,8", "--block-k 1 --causal --section 3,6,7",
-                   "--block-q 3 --block-k 64 --section 3,4,8", "--sram 1312 --section 3,5",
-                   "--n-splits 1024 --seq-len 20 --sram 1000000000 --section 5,7", "--seed 1000000000", "--text=x --section 2,9",
-                   "--text=a\tb\nc --section 2,9", "--text=Ünïcödé—日本語🙂 --section 2,9",
-                   "--text=" + "the\nrat\n" * 60 + " --section 2,9", "--text=\udcffbroken --section 2,9"],
-    "microquant": ["--bits 2 --group-size 7 --section 7", "--bits 8 --outliers 16,1000 --section 3,12",
-                   "--bits 3 --group-size 1 --section 2", "--bits 3 --calibration-tokens 1 --section 8,9", "--group-size 64 --outliers 0,1 --section 1",
-                   "--alpha 0 --section 6", "--prompt=\n --seed 7 --section 3,4,5"],
-    "microbeam": ["--steps 2 --max-new-tokens 1 --section 1,2,4,5,7,8,9,10,12",
-                  "--steps 1 --gamma 16 --max-new-tokens 9 --width 16 --length-penalty 4 --section 4,5,7,10",
-                  "--steps 2 --gamma 1 --max-new-tokens 2 --width 1 --length-penalty -2 --section 4,6,7,9,12",
-                  "--steps 2 --temperature 0.05 --top-p 1 --min-p 1 --top-k 999 --max-new-tokens 8 --section 2,3,5,12",
-                  "--steps 2 --temperature 10 --top-p 1e-9 --min-p 0 --top-k 1 --max-new-tokens 8 --section 2,5,12",
-                  "--prompt=T --steps 2 --max-new-tokens 30 --section 1,8,10", "--prompt=\n --steps 2 --max-new-tokens 9 --section 2,5,9",
-                  "--seed 1000000000 --steps 1 --max-new-tokens 9 --section 5,11"],
+    "microattention": [
+        "--n-heads 1 --section 2,3,5,6,8", "--n-heads 8 --dim 64 --section 2,6,7,8",
+        "--dim 8 --n-heads 8 --n-kv-heads 8", "--dim 20 --n-heads 5 --section 1,3,5,6,8",
+        "--dim 48 --n-heads 6 --section 3,5,6", "--n-heads 2 --section 3,6",
+        "--window 1 --sinks 0 --section 4", "--window 9999 --sinks 9999 --section 4",
+        "--window 2 --sinks 4 --section 4", "--n-heads 32 --n-kv-heads 8 --ranks 16 --section 3,8",
+        "--ranks 4 --section 8", "--n-kv-heads 1 --section 3,7,8",
+        "--dim 48 --n-heads 12 --n-kv-heads 3 --ranks 6 --section 2,3,8",
+        "--stages 1 --micro-batches 1 --section 8", "--stages 8 --micro-batches 16 --section 8",
+        "--text x", "--text=a\tb\nc --section 1,2,4",
+        "--text=Ünïcödé—日本語🙂 --section 1,2,4", "--text=16,16 --section 1,2",
+        "--seed 1000000000", "--seed 3", "--text=\udcffbroken --section 1,2,4"],
+    "microkv": [
+        "--block-size 1 --section 5,6", "--block-size 64 --section 4",
+        "--block-size 7 --max-num-seqs 1 --section 6,7",
+        "--block-size 5 --num-blocks 5 --section 9", "--num-blocks 999 --section 9",
+        "--num-blocks 6 --max-num-seqs 64 --section 7",
+        "--max-num-seqs 64 --max-num-batched-tokens 1 --section 8",
+        "--max-num-batched-tokens 9999 --section 8",
+        "--prompt=built --max-new-tokens 1 --section 1,4,5", "--max-new-tokens 64 --section 5"],
+    "microflash": [
+        "--seq-len 1",
+        "--seq-len 1 --head-dim 1 --block-q 1 --block-k 1 --sram 7 --section 1,3,4,6,7,8",
+        "--seq-len 13 --block-q 5 --block-k 7 --section 1,3,4,6,7,8",
+        "--seq-len 67 --causal --section 1,3,4,6", "--head-dim 1 --n-splits 7 --section 3,6,7",
+        "--head-dim 128 --seq-len 17 --section 3,4,5,6",
+        "--seq-len 100 --head-dim 3 --block-q 4 --section 4,5,6,8",
+        "--seq-len 31 --block-q 1 --block-k 1 --section 3,4,6,8",
+        "--block-q 1000000 --block-k 1000000 --n-splits 1 --section 3,4,6,7,8",
+        "--block-k 1 --causal --section 3,6,7", "--block-q 3 --block-k 64 --section 3,4,8",
+        "--sram 1312 --section 3,5",
+        "--n-splits 1024 --seq-len 20 --sram 1000000000 --section 5,7", "--seed 1000000000",
+        "--text=x --section 2,9", "--text=a\tb\nc --section 2,9",
+        "--text=Ünïcödé—日本語🙂 --section 2,9", "--text=" + "the\nrat\n" * 60 + " --section 2,9",
+        "--text=\udcffbroken --section 2,9"],
+    "microquant": [
+        "--bits 2 --group-size 7 --section 7", "--bits 8 --outliers 16,1000 --section 3,12",
+        "--bits 3 --group-size 1 --section 2", "--bits 3 --calibration-tokens 1 --section 8,9",
+        "--group-size 64 --outliers 0,1 --section 1", "--alpha 0 --section 6",
+        "--prompt=\n --seed 7 --section 3,4,5"],
+    "microbeam": [
+        "--steps 2 --max-new-tokens 1 --section 1,2,4,5,7,8,9,10,12",
+        "--steps 1 --gamma 16 --max-new-tokens 9 --width 16 --length-penalty 4 --section 4,5,7,10",
+        "--steps 2 --gamma 1 --max-new-tokens 2 --width 1 --length-penalty -2 --section 4,6,7,9,12",
+        "--steps 2 --temperature 0.05 --top-p 1 --min-p 1 --top-k 999 --max-new-tokens 8 --section 2,3,5,12",
+        "--steps 2 --temperature 10 --top-p 1e-9 --min-p 0 --top-k 1 --max-new-tokens 8 --section 2,5,12",
+        "--prompt=T --steps 2 --max-new-tokens 30 --section 1,8,10",
+        "--prompt=\n --steps 2 --max-new-tokens 9 --section 2,5,9",
+        "--seed 1000000000 --steps 1 --max-new-tokens 9 --section 5,11"],
 }
 
 
-@pytest.mark.parametrize("script, arguments", [(script, arguments) for script in SCRIPTS for arguments in EDGES[script.stem]],
-                         ids=lambda value: value.stem if isinstance(value, Path) else ascii(value)[1:30])
+@pytest.mark.parametrize("script, arguments", [
+    (script, arguments) for script in SCRIPTS for arguments in EDGES[script.stem]],
+    ids=lambda value: value.stem if isinstance(value, Path) else ascii(value)[1:30])
 def test_every_check_holds_with_a_knob_at_its_edge(script, arguments, capsys):
-    argv = arguments.split(" ", 1) if arguments.startswith(("--text ", "--prompt ")) else arguments.split(" ")
-    assert __import__(script.stem).main(argv) == 0
+    assert __import__(script.stem).main(split_arguments(arguments)) == 0
     out = capsys.readouterr().out
     assert "FAIL" not in out and max(map(len, out.splitlines())) <= 80
 
@@ -503,14 +669,16 @@ def test_a_full_disk_is_told_in_one_line(script):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     with open("/dev/full", "w") as full:
-        done = run(script, *cheap(script), capture_output=False, stdout=full, stderr=subprocess.PIPE)
-    assert done.returncode == 1 and done.stderr.startswith(b"cannot write") and done.stderr.count(b"\n") == 1
+        done = run(script, *cheap(script), capture_output=False, stdout=full,
+                   stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"cannot write") and done.stderr.count(b"\n") == 1
 
 
 @each_script
 def test_control_c_ends_with_130_and_no_traceback(script):
-    process = subprocess.Popen([sys.executable, "-u", str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # even under nohup
+    process = subprocess.Popen([sys.executable, "-u", str(script)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, preexec_fn=allow_interrupts)
     for _ in range(3):
         process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -518,47 +686,92 @@ def test_control_c_ends_with_130_and_no_traceback(script):
     assert process.returncode == 130 and b"Traceback" not in errors
 
 
-# ---------------------------------------------------------------------------- the shared definitions
+# The shared definitions
+
 
 @pytest.fixture(params=SCRIPTS, ids=lambda path: path.stem)
 def module(request):
     return __import__(request.param.stem)
 
 
+def printed_table(module, capsys, rows, columns):
+    """Return the lines of a table."""
+    module.Trace().table(rows, columns)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_table_formats_and_aligns_by_column(module, capsys):
+    rows = [{"name": "a", "n_tokens": 5, "share": 0.25, "times": 3.0},
+            {"name": "bcd", "n_tokens": 12345, "share": 1.0, "times": None}]
+    columns = {"name": "", "n_tokens": ",d", "share as part of all": ".0%", "times": "{:.1f}×"}
+    assert printed_table(module, capsys, rows, columns) == [
+        "name  n tokens  part of all  times",
+        "a            5          25%   3.0×",
+        "bcd     12,345         100%"]
+
+
+def test_a_table_draws_bars(module, capsys):
+    rows = [{"x": 1, "y": 0.5}, {"x": 4, "y": 0.001}, {"x": 0, "y": 0.0}]
+    assert printed_table(module, capsys, rows, {"x": "d bar 8", "y": "bar 4 of 1"}) == [
+        "x            y",
+        "1  ██        ██",
+        "4  ████████  ·",
+        "0"]
+
+
+def test_a_table_without_rows_has_its_heading(module, capsys):
+    assert printed_table(module, capsys, [], {"a": "", "b_c": "d"}) == ["a  b c"]
+
+
+@pytest.mark.parametrize("reply, answer, near", [
+    ("33", 33, True), ("33%", 0.33, True), ("0,33", 0.33, True), ("1,234", 1234, True),
+    ("5.3×", 5.3, True), ("36", 33, True), ("37", 33, False), ("", 0, False), ("many", 3, False),
+    ("-2", 2, False)])
+def test_what_counts_as_near(module, reply, answer, near):
+    assert module.is_near(reply, answer) == near
+
+
+def test_what_a_terminal_would_obey_is_escaped(module):
+    assert module.printable("a\x1b[31m\tb ü") == "a\\x1b[31m\\tb ü"
+
+
 def test_tokenizer_round_trip_and_alphabet(module):
     tokenizer = module.Tokenizer.train(module.TEXT, 96)
     assert len(tokenizer.vocab) == len(set(tokenizer.vocab)) == 96
     assert tokenizer.vocab[:len(set(module.TEXT))] == sorted(set(module.TEXT))
-    for text in (module.TEXT, "", " ", "\n\n", "This is the", "  two  blanks ", "a.b,".replace(",", "."), "horn horn"):
+    for text in (module.TEXT, "", " ", "\n\n", "This is the", "  two  blanks ", "a.b.", "horn"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     with pytest.raises(ValueError, match="'q'"):
         tokenizer.encode("This is the queen")
 
 
 def naive_bpe(text, vocab_size):
-    """BPE from its definition: count all pairs inside words again after every merge, join the winner everywhere."""
+    """Return vocabulary, merges and tokens of text, counting all pairs anew after every merge."""
     words = [list(word) for word in re.findall(r" ?\w+| ?[^\w\s]+|\s", text)]
-    vocab, merges = sorted(set(text)), []
+    vocab = sorted(set(text))
+    merges = []
     while len(vocab) < vocab_size:
         counts = {}
         for word in words:
-            for a, b in zip(word, word[1:]):
-                counts[a, b] = counts.get((a, b), 0) + 1
+            for pair in zip(word, word[1:]):
+                counts[pair] = counts.get(pair, 0) + 1
         if not counts:
             break
-        a, b = sorted(counts, key=lambda pair: (-counts[pair], pair))[0]
-        merges.append((a, b))
-        vocab += [a + b] if a + b not in vocab else []
+        best = sorted(counts, key=lambda pair: (-counts[pair], pair))[0]
+        merges.append(best)
+        if best[0] + best[1] not in vocab:
+            vocab.append(best[0] + best[1])
         for word in words:
             i = 0
             while i < len(word) - 1:
-                if (word[i], word[i + 1]) == (a, b):
-                    word[i:i + 2] = [a + b]
+                if (word[i], word[i + 1]) == best:
+                    word[i:i + 2] = [word[i] + word[i + 1]]
                 i += 1
     return vocab, merges, [part for word in words for part in word]
 
 
-@pytest.mark.parametrize("text, size", [(None, 96), (None, 999), ("aaaa aaa aa", 9), ("abcabc abc bcabca", 12), ("x", 5)])
+@pytest.mark.parametrize("text, size", [
+    (None, 96), (None, 999), ("aaaa aaa aa", 9), ("abcabc abc bcabca", 12), ("x", 5)])
 def test_tokenizer_learns_what_byte_pair_encoding_says(module, text, size):
     text = module.TEXT if text is None else text
     vocab, merges, parts = naive_bpe(text, size)
@@ -583,7 +796,8 @@ def test_tokenizer_refuses_what_cannot_work(module, text, size):
 def test_text_is_the_whole_rhyme(module):
     verses = module.TEXT.splitlines()
     assert len(verses) == 12 and verses[0] == "This is the house that Jack built."
-    assert verses[2] == "This is the rat that ate the malt that lay in the house that Jack built."
+    third = "This is the rat that ate the malt that lay in the house that Jack built."
+    assert verses[2] == third
     for shorter, longer in zip(verses, verses[1:]):
         assert longer.endswith(shorter.removeprefix("This is"))
 
@@ -593,9 +807,17 @@ def test_softmax(module):
     assert module.softmax([1e4, -1e4, 1e4]) == [0.5, 0.0, 0.5]
     assert module.softmax([-float("inf"), 3.0]) == [0.0, 1.0]
     assert module.softmax([-float("inf")] * 2) == [0.0, 0.0]
-    assert module.softmax([0.0, 1.0]) == pytest.approx([1 / (1 + 2.718281828459045), 1 / (1 + 1 / 2.718281828459045)], abs=1e-15)
+    e = 2.718281828459045
+    assert module.softmax([0.0, 1.0]) == pytest.approx([1 / (1 + e), e / (1 + e)], abs=1e-15)
 
 
 def test_dot_takes_what_python_3_11_takes(module):
-    for a, b, expected in (([], [], 0), ([2.0], (3.0,), 6.0), ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0], 32.0)):
+    cases = [([], [], 0), ([2.0], (3.0,), 6.0), ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0], 32.0)]
+    for a, b, expected in cases:
         assert module.dot(a, b) == module.dot_by_hand(a, b) == expected
+
+
+def test_ceil_div(module):
+    if not hasattr(module, "ceil_div"):
+        pytest.skip("not used there")
+    assert [module.ceil_div(a, 4) for a in (0, 1, 4, 5, 8, 9)] == [0, 1, 1, 2, 2, 3]
