@@ -30,6 +30,7 @@ from __future__ import annotations
 import cmath
 import functools
 import hashlib
+import itertools
 import math
 import operator
 import os
@@ -45,6 +46,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from statistics import fmean
+from typing import NamedTuple
+
+if sys.version_info < (3, 11):
+    sys.exit("This script needs Python 3.11 or newer.")
 
 Vector = list[float]
 Matrix = list[Vector]  # row-major: m[row][column]
@@ -59,7 +64,11 @@ SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32)
 TRAINING = dict(steps=54, length=26)  # length: tokens a step
 
 
-# ---------------------------------------------------------------------------------------------------
+# =============================================================================================
+# THE TECHNIQUES
+# =============================================================================================
+
+
 # 1. Generation without a cache, and with one
 #
 # To predict the next token, the model needs the keys and values of all tokens before it. Without a cache it
@@ -69,6 +78,7 @@ TRAINING = dict(steps=54, length=26)  # length: tokens a step
 #     without: n steps from nothing cost 1 + 2 + … + n = n(n + 1)/2 tokens        with: n tokens
 #
 # The cache changes what is computed again, not what is computed: same tokens, same logits.
+
 
 class KVCache:
     """The keys and values of all tokens so far: a list of each per layer, which grows."""
@@ -111,51 +121,6 @@ def argmax(logits: Vector) -> int:
     return logits.index(max(logits))
 
 
-def show_cache(trace: Trace, knobs: Namespace) -> None:
-    """The same text generated twice, and the multiplications of every step."""
-    model, prompt, n_new = knobs.model(), knobs.prompt_ids, knobs.max_new_tokens
-    c = model.config
-    runs = {}
-    for name, cache in (("without", None), ("with", KVCache(c))):
-        tokens, logits, work = list(prompt), [], []
-        for _ in range(n_new):
-            unseen = tokens[0 if cache is None else cache.length:]
-            with counted_dots() as count:
-                logits.append(model.forward(unseen, cache)[-1])
-            work.append(count.products)
-            tokens.append(argmax(logits[-1]))
-        runs[name] = tokens, logits, work
-    trace.say(f"The tiny Llama ({c.n_layers} layers, {count_parameters(c):,} parameters) goes on from its prompt:")
-    trace.lines(textwrap.wrap(repr(knobs.tokenizer.decode(runs["with"][0])), WIDTH - 4, initial_indent="    ",
-                              subsequent_indent="    "))
-    trace.say("Multiplications in dot products, counted at each step. Without a cache each step does all the tokens "
-              "again; with one, the first step does the prompt (prefill) and each later one a single token (decode).")
-    trace.ask("over all steps, how many times fewer multiplications are made with the cache?",
-              sum(runs["without"][2]) / sum(runs["with"][2]))
-    most, rows = runs["without"][2][-1], []
-    for t in sorted({0, 1, *range(3, n_new - 1, max(1, n_new // 5)), n_new - 1} & set(range(n_new))):
-        without, with_ = runs["without"][2][t], runs["with"][2][t]
-        rows.append([str(t + 1), f"{without:,}", bar(without, most, 24), f"{with_:,}", bar(with_, most, 24)])
-    rows.append(["all", f"{sum(runs['without'][2]):,}", "", f"{sum(runs['with'][2]):,}", ""])
-    trace.table(["step", "without", "", "with", ""], rows, left=(2, 4))
-    trace.check("the same tokens with the cache as without", runs["with"][0] == runs["without"][0], f"{n_new} tokens")
-    trace.check_close("the same logits at every step", runs["with"][1], runs["without"][1], 1e-9)
-    n = len(prompt)
-    formula = ([forward_products(c, n + t, 0) for t in range(n_new)],
-               [forward_products(c, n, 0)] + [forward_products(c, 1, n + t) for t in range(n_new - 1)])
-    trace.check("every step's count = the closed formula", formula == (runs["without"][2], runs["with"][2]), "equal")
-
-
-def forward_products(c: Config, n_new: int, n_cached: int) -> int:
-    """Multiplications in the dot products of forward() on n_new tokens after n_cached: a closed formula."""
-    kv_dim = c.n_kv_heads * c.head_dim
-    layer = 2 * c.dim * c.dim + 2 * kv_dim * c.dim + 3 * c.hidden_dim * c.dim   # wq and wo, wk and wv, w1 to w3
-    norms = (2 * c.n_layers + 1) * c.dim
-    pairs = n_new * n_cached + n_new * (n_new + 1) // 2                        # of a query and a key it sees
-    return n_new * (c.n_layers * layer + c.vocab_size * c.dim + norms) + c.n_layers * pairs * 2 * c.dim
-
-
-# ---------------------------------------------------------------------------------------------------
 # 2. Prefill and decode are different machines
 #
 # A step must read all the weights, and the cache, from memory, whatever it does with them. Divide its work by that:
@@ -166,6 +131,7 @@ def forward_products(c: Config, n_new: int, n_cached: int) -> int:
 # Prefill uses every weight once per token of the prompt, decode once: about one FLOP per byte at 16 bits, where
 # the cards want hundreds. Batching lets many requests share one reading of the weights. It does not let them
 # share one reading of their caches, as each has its own: that is why the cache's size decides.
+
 
 @dataclass(frozen=True)
 class Card:
@@ -229,89 +195,13 @@ def kv_bytes_per_token(n_layers: int, n_kv_heads: int, head_dim: int, bytes_per_
     return 2 * n_layers * n_kv_heads * head_dim * bytes_per_value
 
 
-def show_intensity(trace: Trace, knobs: Namespace) -> None:
-    """FLOPs and bytes of a prefill and a decode step, counted; then Llama 3.1 8B on real cards."""
-    c = knobs.config
-    model = Llama(c, init_weights(c, random.Random(knobs.seed)))  # the counts do not depend on what it learned
-    trace.say("Our own model: FLOPs (2 for each multiplication, counted) and the bytes of all weights and cached keys "
-              "and values that the step's operations touched (counted, at 2 a number).")
-    rows, intensity = [], {}
-    for n_new, n_cached in ((1, 0), (1, 63), (8, 0), (64, 0)):
-        cache = KVCache(c)
-        if n_cached:
-            model.forward([0] * n_cached, cache)
-        touched = []
-
-        def counting(operation: Callable, *inputs):  # linear's 2nd input is its weights, attend's 2nd and 3rd the cache
-            touched.extend({linear: inputs[1:2], attend: inputs[1:3]}.get(operation, ()))
-            return operation(*inputs)
-
-        with counted_dots() as count:
-            model.forward([0] * n_new, cache, run=counting)
-        read = 2 * sum(len(row) for matrix in touched for row in matrix)
-        intensity[n_new, n_cached] = 2 * count.products / read
-        rows.append(["decode" if n_new == 1 else "prefill", str(n_new), str(n_cached), f"{2 * count.products:,}",
-                     f"{read:,}", f"{2 * count.products / read:.1f}", bar(2 * count.products / read, 64, 16)])
-    trace.ask("how many times as many FLOPs for each byte does a prefill of 64 tokens make as a decode step with "
-              "nothing cached?", intensity[64, 0] / intensity[1, 0])
-    trace.table(["", "new tokens", "cached", "FLOPs", "bytes", "FLOPs a byte", ""], rows, left=(0, 6))
-
-    trace.say(f"{LLAMA_8B.name}, {LLAMA_8B.parameters / 1e9:.2f} billion parameters: one decoding step for a batch of "
-              f"requests, each with 1024 tokens cached, on an {A100.name}, whose ridge is at {A100.ridge:.0f} FLOPs a "
-              "byte. It takes the longer of the two times.")
-    rows = []
-    for batch in (1, 8, 32, 128, 384):
-        arithmetic, reading = step_seconds(A100, LLAMA_8B, batch, batch * 1024)
-        rows.append([str(batch), f"{arithmetic * 1e3:.2f}", f"{reading * 1e3:.2f}",
-                     f"{arithmetic * A100.flops / (reading * A100.hbm_bytes_per_s):.0f}",
-                     f"{batch / max(arithmetic, reading):,.0f}", f"{batch * 1024 * LLAMA_8B.kv_bytes / 1e9:.1f}"])
-    trace.table(["batch", "arithmetic, ms", "reading, ms", "FLOPs a byte", "tokens a second", "cache, GB"], rows)
-    rows = []
-    for cached in (0, 256, 1024):
-        row = [str(cached)]
-        for card in (A100, H100):
-            request = step_seconds(card, LLAMA_8B, 1, cached, weight_bytes=0)  # what one more adds to both times
-            _, weights = step_seconds(card, LLAMA_8B, 0, 0)
-            row.append(f"{weights / (request[0] - request[1]):,.0f}" if request[0] > request[1] else "never")
-        rows.append(row)
-    trace.say("From which batch size on arithmetic is the longer time, so that a bigger batch buys nothing. With much "
-              "in the caches that never comes: reading them grows with the batch as well.")
-    trace.table(["tokens cached, each", A100.name, H100.name], rows)
-    trace.check("decode stays near 1 FLOP a byte, prefill of n tokens near n",
-                all(n / 2 < ratio < 1.5 * n for (n, _), ratio in intensity.items()), "between n / 2 and 1.5 n")
-
-
-# ---------------------------------------------------------------------------------------------------
 # 3. The cache's size
 #
 #     2 · n_layers · n_kv_heads · head_dim · bytes per value, for every token of every request
 #
 # The weights are paid once; this is paid for each user, and grows with every word.
 
-def show_size(trace: Trace, knobs: Namespace) -> None:
-    """Bytes per token of real models, and how many requests fit beside the weights."""
-    trace.say("Real models at 16 bits, and how many requests of 4096 tokens fit beside the weights on one 80 GB card.")
-    rows = []
-    for model in SERVED_MODELS:
-        weights, request = 2 * model.parameters, 4096 * model.kv_bytes
-        fit = int((A100.hbm_bytes - weights) // request)
-        if model is LLAMA_8B:
-            trace.ask(f"{model.name}: weights of {weights / 1e9:.0f} GB, {request / 1e9:.2f} GB of cache for a "
-                      "request. How many requests fit?", fit)
-        rows.append([model.name, f"{weights / 1e9:.0f} GB", f"{model.kv_bytes / 1024:.0f} KiB",
-                     f"{request / 1e9:.2f} GB", str(fit) if fit > 0 else "weights too big", bar(max(fit, 0), 128, 20)])
-    trace.table(["model", "weights", "a token", "4K tokens", "requests", ""], rows, left=(0, 5))
-    c, cache, held = knobs.config, KVCache(knobs.config), []
-    model = Llama(c, init_weights(c, random.Random(knobs.seed)))
-    for _ in range(8):
-        model.forward([0, 0], cache)
-        held.append(2 * sum(len(row) for layers in (cache.keys, cache.values) for layer in layers for row in layer))
-    each = kv_bytes_per_token(c.n_layers, c.n_kv_heads, c.head_dim)
-    trace.check("our own cache, measured as it grows: every token adds kv_bytes_per_token()",
-                held == [n * each for n in range(2, 18, 2)], f"{each:.0f} bytes")
 
-
-# ---------------------------------------------------------------------------------------------------
 # 4. Paged attention
 #
 # A request's final length is unknown. Reserve the longest possible as one piece, and most of it stays empty.
@@ -323,6 +213,7 @@ def show_size(trace: Trace, knobs: Namespace) -> None:
 #
 # so at most block_size - 1 slots of a request are ever idle. The model reads its keys and values through the
 # table. (vLLM's kernel walks the table block by block on the GPU; here the rows are looked up one by one.)
+
 
 class BlockPool:
     """num_blocks physical blocks of block_size slots; a slot holds one token's keys and values of every layer.
@@ -498,54 +389,6 @@ def paged_waste(model: Llama, requests: Sequence[Request], num_blocks: int, bloc
     return waste, most_idle
 
 
-def show_paging(trace: Trace, knobs: Namespace) -> None:
-    """Two requests interleaved in one pool, drawn; then the waste of four ways to set memory aside."""
-    model, bs, n_new = knobs.model(), knobs.block_size, knobs.max_new_tokens
-    prompts = [knobs.prompt_ids, knobs.tokenizer.encode("This is the man all tattered and torn")]
-    blocks = sum(-(-(len(p) + n_new) // bs) for p in prompts) + 2
-    pool, solo = BlockPool(blocks, bs), [KVCache(model.config) for _ in prompts]
-    random.Random(knobs.seed).shuffle(order := list(pool.free_blocks))
-    pool.free_blocks = OrderedDict.fromkeys(order)  # as after some hours of service: free blocks in no order
-    paged = [PagedKVCache(pool, model.config) for _ in prompts]
-    same, texts = True, [list(p) for p in prompts]
-    for _ in range(n_new):
-        for text, cache, reference in zip(texts, paged, solo):
-            unseen = text[cache.length:]
-            logits = model.forward(unseen, cache)
-            same &= logits == model.forward(unseen, reference)
-            text.append(argmax(logits[-1]))
-    trace.say(f"Two requests, A and B, written token by token, in turn, into one pool of {blocks} blocks of {bs}. Each "
-              f"letter is a token's keys and values; a dot is an idle slot.")
-    owner = {cache.slot(p): name for name, cache in zip("AB", paged) for p in range(cache.length)}
-    boxes = [f"{block}│" + "".join(owner.get(block * bs + i, "·") for i in range(bs)) + "│" for block in range(blocks)]
-    trace.lines(textwrap.wrap(" ".join(boxes), WIDTH))
-    for name, cache in zip("AB", paged):
-        trace.lines(textwrap.wrap(f"block table of {name}: " + " ".join(map(str, cache.block_table)), WIDTH))
-    last = paged[0].length - 1
-    trace.ask(f"slots are numbered from the first of block 0. In which slot is token {last} of A, its last (its first "
-              "is token 0)?", paged[0].slot(last))
-    trace.lines([f"token {last} of A: block_table[{last // bs}] · {bs} + {last % bs} = slot {paged[0].slot(last)}"])
-
-    requests, size, most = [replace(request, arrival=0) for request in knobs.requests] * 2, 128 // bs * bs, 64
-    lengths = [(len(request.prompt), len(request.prompt) + request.max_new_tokens - 1) for request in requests]
-    finals = [final for _, final in lengths]
-    trace.say(f"Waste. {len(requests)} requests that end up with {min(finals)} to {max(finals)} cached tokens, which "
-              f"nobody could know, share {size} slots; {most} is the most anyone may use. What became of the slots, "
-              "averaged over the steps in which somebody waited for room:")
-    paged_share, most_idle = paged_waste(model, requests, size // bs, bs)
-    wastes = {f"in one piece: the most, {most}": contiguous_waste(lengths, size, lambda final: most),
-              "the next power of 2": contiguous_waste(lengths, size, lambda final: 1 << (final - 1).bit_length()),
-              "what it will be (an oracle)": contiguous_waste(lengths, size, lambda final: final),
-              f"paged, blocks of {bs}": paged_share}
-    trace.table(["", "used", "reserved", "internal", "free"],
-                [[name, *waste.shares()] for name, waste in wastes.items()], left=(0,))
-    trace.note("internal: set aside and never used; free: left over while somebody waits, for want of a gap or of "
-               "blocks enough. Kwon et al. found 20.4% to 38.2% used in the systems before theirs.")
-    trace.check("paged logits = contiguous logits at every step", same, "equal to the bit")
-    trace.check("no request ever had more than block_size - 1 idle slots", most_idle < bs, f"at most {most_idle}")
-
-
-# ---------------------------------------------------------------------------------------------------
 # 5. Sharing: reference counts and copy on write
 #
 # Several answers to one prompt need its keys and values once. fork() copies the block table, not the blocks, and
@@ -553,57 +396,7 @@ def show_paging(trace: Trace, knobs: Namespace) -> None:
 # half-full one is: whoever writes into a block with more than one reference takes a copy of it first and writes
 # into that (copy on write). When the references to a block are down to none, it is free.
 
-def show_sharing(trace: Trace, knobs: Namespace) -> None:
-    """Four different continuations of one prompt: blocks with and without sharing."""
-    model, bs, n_new, n_samples = knobs.model(), knobs.block_size, min(knobs.max_new_tokens, 8), 4
-    half_full = -(-12 // bs) * bs + (bs // 2 - len(knobs.prompt_ids)) % bs  # so that it ends inside a block
-    prompt = knobs.tokenizer.encode(TEXT)[-half_full:] + knobs.prompt_ids
-    pool = BlockPool(n_samples * -(-(len(prompt) + n_new + 1) // bs), bs)
-    first = PagedKVCache(pool, model.config)
-    logits = model.forward(prompt, first)[-1]
-    samples = [first] + [first.fork() for _ in range(n_samples - 1)]
-    best = sorted(range(len(logits)), key=lambda token: -logits[token])[:n_samples]  # each starts with another word
-    texts, forked = [prompt + [token] for token in best], list(first.block_table)
-    trace.say(f"A prompt of {len(prompt)} tokens, {n_samples} answers that begin with the {n_samples} likeliest words, "
-              f"blocks of {bs}. After the prompt all have one block table, blocks {forked[0]} to {forked[-1]}, and "
-              f"each of these has {pool.ref_count[0]} references. Then every answer writes a token.")
 
-    def write_a_token() -> None:
-        for text, cache in zip(texts, samples):
-            text.append(argmax(model.forward(text[cache.length:], cache)[-1]))
-
-    write_a_token()
-    copies = sum(cache.block_table[:len(forked)] != forked for cache in samples)
-    trace.ask(f"the prompt fills {len(prompt) % bs} slots of its last block (0: all). How many of the {n_samples} "
-              "copy that block before they write?", copies)
-    trace.lines([""])
-    for name, cache in zip("ABCD", samples):
-        trace.lines(textwrap.wrap(f"{name}: blocks " + " ".join(map(str, cache.block_table)), WIDTH,
-                                  subsequent_indent=" " * 10))
-    trace.lines(textwrap.wrap("references to blocks 0, 1, …: " + " ".join(str(n) for n in pool.ref_count if n), WIDTH))
-    trace.note(f"{copies} wrote into the half-full block and took a copy first; the last to hold it needed none."
-               if copies else "Each took a new block: the prompt had filled its last one.")
-    for _ in range(n_new - 1):
-        write_a_token()
-    used, alone = pool.num_blocks - pool.num_free_blocks, sum(-(-cache.length // bs) for cache in samples)
-    trace.say(f"After {n_new} tokens each, {used} blocks are in use; without sharing it would be {alone}.")
-    for name, text in zip("ABCD", texts):
-        trace.lines([f"{name}: … " + knobs.tokenizer.decode(text[len(prompt) - 3:])[:WIDTH - 8].replace("\n", " / ")])
-    undisturbed = all(text == prompt + [token] + generate(model, prompt + [token], n_new, KVCache(model.config))
-                      for text, token in zip(texts, best))
-    trace.check("copies taken = answers - 1, if the prompt ends inside a block", copies
-                == (n_samples - 1) * (len(prompt) % bs > 0), f"{copies}")
-    trace.check("every answer = what it is without sharing", undisturbed, f"{n_samples} × {n_new} tokens")
-    held = Counter(block for cache in samples for block in cache.block_table)
-    trace.check("every reference count = the block tables that name the block",
-                pool.ref_count == [held[block] for block in range(pool.num_blocks)], "equal")
-    for cache in samples:
-        cache.free()
-    trace.check("when all are done, every block is free again", pool.num_free_blocks == pool.num_blocks,
-                f"{pool.num_blocks}")
-
-
-# ---------------------------------------------------------------------------------------------------
 # 6. Prefix caching
 #
 # Requests often begin alike: a system prompt, a conversation so far. A full block's content depends on its own
@@ -617,6 +410,7 @@ def show_sharing(trace: Trace, knobs: Namespace) -> None:
 # the blocks of finished requests are found. The last token of a prompt is always computed, cached or not:
 # what is cached are keys and values, and what the request needs is the logits after that token. (vLLM does this.
 # SGLang keeps a radix tree instead of hashes: the same idea, token by token instead of block by block.)
+
 
 def hash_block(parent_hash: str, token_ids: Sequence[int]) -> str:
     """A full block's name: SHA-256, in hex, of "<the parent's name, empty for the first>|<tokens with commas>"."""
@@ -654,48 +448,6 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
     return cache.length
 
 
-def show_prefix_caching(trace: Trace, knobs: Namespace) -> None:
-    """A conversation that grows by a verse a turn; then a stranger comes between."""
-    model, bs, verses = knobs.model(), knobs.block_size, TEXT.splitlines(keepends=True)
-    turns = ["".join(verses[:n]) + f"This is {CLAUSES[n].split(' that')[0]}" for n in (1, 2, 2, 3)]
-    prompts = [tuple(knobs.tokenizer.encode(text)) for text in [*turns, verses[5], turns[-1]]]
-    requests = [Request(prompt, 4, float(i)) for i, prompt in enumerate(prompts)]  # a second apart: each runs alone
-    plenty, enough = (f(blocks_for(request, bs) for request in requests) for f in (sum, max))
-    without, report, small = (serve(model, requests, num_blocks=blocks, block_size=bs, max_num_seqs=1,
-                                    max_num_batched_tokens=1024, prefix_caching=caching)
-                              for blocks, caching in ((plenty, False), (plenty, True), (enough, True)))
-    texts = [prompt + tuple(new[:-1]) for prompt, new in zip(prompts, report.tokens)]  # the last token is never run
-    naive = [max([common_full_blocks(prompt[:-1], text, bs) for text in texts[:n]], default=0)
-             for n, prompt in enumerate(prompts)]
-    trace.say("Requests that begin alike: the rhyme so far, then a new line. Each comes when the one before has ended "
-              "and given its blocks back. Then a stranger comes, request 4, and the last one asks again. █ the prompt "
-              "tokens the model ran, ░ those it found in the pool.")
-    found = [state.found for state in report.states]
-    alike = max(common_full_blocks(prompts[3], text, 1) for text in texts[:3])
-    trace.ask(f"the first {alike} tokens of request 3 are those of an earlier text. How many does it find in the pool, "
-              f"with blocks of {bs}?", found[3])
-    trace.table(["request", "prompt", f"found in {plenty} blocks", "", f"in {enough} blocks"],
-                [[str(n), str(len(prompt)), str(hit), "░" * (hit // 3) + "█" * ((len(prompt) - hit) // 3), str(state.found)]
-                 for n, (prompt, hit, state) in enumerate(zip(prompts, found, small.states))], left=(3,))
-    trace.note(f"In {enough} blocks, no more than the largest request needs, the stranger's content takes the place of "
-               "the least recently used.")
-    trace.check("found = the longest run of full blocks shared with any earlier text", found == naive,
-                ", ".join(map(str, found)))
-    trace.check("tokens computed without, less those computed with it = those found",
-                without.computed - report.computed == sum(found), f"{without.computed} - {report.computed}")
-    trace.check("the answers are what each request gets alone", all(r.tokens == [knobs.alone(q) for q in requests] for r
-                in (without, report, small)), f"{len(requests)} requests")
-
-
-def common_full_blocks(a: Sequence[int], b: Sequence[int], block_size: int) -> int:
-    """Tokens in the full blocks that two texts have in common from their start, by comparing them."""
-    same = 0
-    while same < min(len(a), len(b)) and a[same] == b[same]:
-        same += 1
-    return same // block_size * block_size
-
-
-# ---------------------------------------------------------------------------------------------------
 # 7. Continuous batching
 #
 # Reading the weights is most of a decode step, so requests should share steps. A static batch starts together and
@@ -709,8 +461,9 @@ def common_full_blocks(a: Sequence[int], b: Sequence[int], block_size: int) -> i
 # batch changes the order of sums.) The clock is one stated cost model: a step takes step_seconds() of Llama 3.1 8B
 # on an A100, with 4-bit weights, so that 38 tokens a step, as many as our short texts have, already use up the card.
 
-PRICED_WEIGHT_BYTES = 0.5   # a weight, 4 bits
-PCIE = 32e9                 # bytes/s each way, PCI Express 4.0 with 16 lanes (A100 data sheet: 64 GB/s both ways)
+
+PRICED_WEIGHT_BYTES = 0.5   # a weight, 4 bits   # a weight, 4 bits
+PCIE = 32e9                 # bytes/s each way, PCI Express 4.0 with 16 lanes (A100 data sheet: 64 GB/s both ways)                 # bytes/s
 
 
 @dataclass(frozen=True)
@@ -929,6 +682,24 @@ def blocks_for(request: Request, block_size: int) -> int:
     return -(-(len(request.prompt) + request.max_new_tokens - 1) // block_size)
 
 
+# 8. Chunked prefill
+#
+# A long prompt makes one long step, and everybody who is in the middle of an answer waits for it. Cut prompts into
+# chunks (Sarathi, Agrawal et al. 2023), under a budget of max_num_batched_tokens a step: decodes go first, a token
+# each, and what is left of the budget goes to a prompt (Sarathi-Serve, 2024). The decodes ride on steps that have
+# their weights read anyway. The long prompt's own first token comes later; nobody else stalls.
+
+
+# 9. Running out of blocks
+#
+# Nobody knows how long the answers get, so an engine admits more than may fit in the end. When a running request
+# needs a block and none is free, the youngest gives up its own: preempted, back to the head of the queue. Either its
+# keys and values are thrown away and computed again, prompt and answer so far in one prefill (recompute), or
+# they are copied to the host's memory and back over PCIe (swap). Either way its text goes on as if nothing had
+# happened. Recomputing a short text is nearly free: below 38 tokens a step costs what a decode costs anyway. A
+# request that could not even run alone in the pool must be refused at the door.
+
+
 def swap_out(cache: PagedKVCache) -> list[dict]:
     """A copy of every slot's contents, to be kept elsewhere."""
     return [dict(cache.pool.slots[cache.slot(position)]) for position in range(cache.length)]
@@ -940,6 +711,347 @@ def swap_in(cache: PagedKVCache, contents: Sequence[dict]) -> None:
     for position, content in enumerate(contents):
         cache.pool.slots[cache.slot(position)] = dict(content)
     cache.length = len(contents)
+
+
+# 10. Splitwise: prefill here, decode there
+#
+# Prefill wants arithmetic, decode wants bandwidth, and in one machine they get in each other's way. Splitwise
+# (Patel et al. 2023; DistServe, Zhong et al. 2024, is alike) gives each phase machines of its own. The price: the
+# keys and values of the prompt must cross from one to the other before the second token. (Splitwise sends each layer
+# as soon as it is done, while the next is computed; here they go when all are.) Two machines are twice the hardware:
+# what is compared is the gaps, not the throughput.
+
+
+LINKS = {"two cards, NVLink": (300e9, "A100 data sheet: 600 GB/s, both ways together"),
+         "two machines, HDR": (25e9, "InfiniBand HDR, 200 Gb/s")}
+
+
+def hand_over(prefill: Report, model: Llama, requests: Sequence[Request], link: float,
+              **settings) -> tuple[Report, float]:
+    """(what the decode machine does, bytes that crossed), after a prefill machine has made each first token.
+
+    A request arrives at the decode machine with the stash the prefill machine left of it, as soon as a link of that
+    many bytes/s, all its own, has carried it. settings: those of serve().
+    """
+    sizes = [len(state.stash) * LLAMA_8B.kv_bytes for state in prefill.states]
+    engine = Engine(model, [replace(request, arrival=times[0] + size / link)
+                            for request, times, size in zip(requests, prefill.times, sizes)], **settings)
+    for state, before in zip(engine.report.states, prefill.states):
+        state.tokens, state.stash, state.times = list(before.tokens), before.stash, list(before.times)
+    engine.waiting = deque(state for state in engine.waiting if not state.done)
+    return engine.run(), sum(sizes)
+
+
+# 11. A smaller cache
+#
+# Fewer bits a number: round each group of numbers to an even grid between its smallest and its largest (an offset
+# and a scale a group, asymmetric as in KIVI). Which numbers form a group decides the error. Per token: one
+# token's key of a head. Per channel: one channel of a head over all tokens, so that a channel that is large for
+# every token does not spoil the grid of the others. KIVI found such channels in the keys of real models,
+# and not in the values, hence: keys per channel, values per token. (It must gather some tokens before it can
+# do that: the newest ones wait in full precision.)
+
+
+def round_to_grid(values: Vector, bits: int) -> Vector:
+    """Each value to the nearest of 2^bits evenly spaced numbers, the first their smallest, the last their largest."""
+    low, high = min(values), max(values)
+    scale = (high - low) / (2 ** bits - 1) or 1.0
+    return [low + round((value - low) / scale) * scale for value in values]
+
+
+def quantize_cache(m: Matrix, bits: int, n_kv_heads: int, per: str) -> Matrix:
+    """m [n][n_kv_heads·head_dim] on grids of `bits`; per "token" and head, or per "channel". bits 16: a plain copy."""
+    if bits >= 16:
+        return list(m)
+    if per == "channel":
+        return [list(row) for row in zip(*(round_to_grid(list(channel), bits) for channel in zip(*m)))]
+    return concat(*([round_to_grid(row, bits) for row in head] for head in split_heads(m, n_kv_heads)))
+
+
+def quantized_bytes(m: Matrix, bits: int, n_kv_heads: int, per: str) -> float:
+    """Bytes that quantize_cache(m, …) takes: the codes, and an offset and a scale of 16 bits for each group."""
+    n, width = len(m), len(m[0])
+    groups = 0 if bits >= 16 else width if per == "channel" else n * n_kv_heads
+    return n * width * bits / 8 + groups * 4
+
+
+# =============================================================================================
+# THE EXPERIMENTS
+# =============================================================================================
+
+
+# 1. Generation without a cache, and with one
+
+
+def show_cache(trace: Trace, knobs: Namespace) -> None:
+    """The same text generated twice, and the multiplications of every step."""
+    model, prompt, n_new = knobs.model(), knobs.prompt_ids, knobs.max_new_tokens
+    c = model.config
+    runs = {}
+    for name, cache in (("without", None), ("with", KVCache(c))):
+        tokens, logits, work = list(prompt), [], []
+        for _ in range(n_new):
+            unseen = tokens[0 if cache is None else cache.length:]
+            with counted_dots() as count:
+                logits.append(model.forward(unseen, cache)[-1])
+            work.append(count.products)
+            tokens.append(argmax(logits[-1]))
+        runs[name] = tokens, logits, work
+    trace.say(f"The tiny Llama ({c.n_layers} layers, {count_parameters(c):,} parameters) goes on from its prompt:")
+    trace.lines(textwrap.wrap(repr(knobs.tokenizer.decode(runs["with"][0])), WIDTH - 4, initial_indent="    ",
+                              subsequent_indent="    "))
+    trace.say("Multiplications in dot products, counted at each step. Without a cache each step does all the tokens "
+              "again; with one, the first step does the prompt (prefill) and each later one a single token (decode).")
+    trace.ask("over all steps, how many times fewer multiplications are made with the cache?",
+              sum(runs["without"][2]) / sum(runs["with"][2]))
+    most, rows = runs["without"][2][-1], []
+    for t in sorted({0, 1, *range(3, n_new - 1, max(1, n_new // 5)), n_new - 1} & set(range(n_new))):
+        without, with_ = runs["without"][2][t], runs["with"][2][t]
+        rows.append([str(t + 1), f"{without:,}", bar(without, most, 24), f"{with_:,}", bar(with_, most, 24)])
+    rows.append(["all", f"{sum(runs['without'][2]):,}", "", f"{sum(runs['with'][2]):,}", ""])
+    text_table(trace, ["step", "without", "", "with", ""], rows, left=(2, 4))
+    trace.check("the same tokens with the cache as without", runs["with"][0] == runs["without"][0], f"{n_new} tokens")
+    trace.check_close("the same logits at every step", runs["with"][1], runs["without"][1], 1e-9)
+    n = len(prompt)
+    formula = ([forward_products(c, n + t, 0) for t in range(n_new)],
+               [forward_products(c, n, 0)] + [forward_products(c, 1, n + t) for t in range(n_new - 1)])
+    trace.check("every step's count = the closed formula", formula == (runs["without"][2], runs["with"][2]), "equal")
+
+
+def forward_products(c: Config, n_new: int, n_cached: int) -> int:
+    """Multiplications in the dot products of forward() on n_new tokens after n_cached: a closed formula."""
+    kv_dim = c.n_kv_heads * c.head_dim
+    layer = 2 * c.dim * c.dim + 2 * kv_dim * c.dim + 3 * c.hidden_dim * c.dim   # wq and wo, wk and wv, w1 to w3
+    norms = (2 * c.n_layers + 1) * c.dim
+    pairs = n_new * n_cached + n_new * (n_new + 1) // 2                        # of a query and a key it sees
+    return n_new * (c.n_layers * layer + c.vocab_size * c.dim + norms) + c.n_layers * pairs * 2 * c.dim
+
+
+# 2. Prefill and decode are different machines
+
+
+def show_intensity(trace: Trace, knobs: Namespace) -> None:
+    """FLOPs and bytes of a prefill and a decode step, counted; then Llama 3.1 8B on real cards."""
+    c = knobs.config
+    model = WatchedLlama(c, init_weights(c, random.Random(knobs.seed)))  # the counts do not depend on what it learned
+    trace.say("Our own model: FLOPs (2 for each multiplication, counted) and the bytes of all weights and cached keys "
+              "and values that the step's operations touched (counted, at 2 a number).")
+    rows, intensity = [], {}
+    for n_new, n_cached in ((1, 0), (1, 63), (8, 0), (64, 0)):
+        cache = KVCache(c)
+        model.touched = []
+        if n_cached:
+            model.forward([0] * n_cached, cache)
+        model.touched = []
+        with counted_dots() as count:
+            model.forward([0] * n_new, cache)
+        read = 2 * sum(len(row) for matrix in model.touched for row in matrix)
+        intensity[n_new, n_cached] = 2 * count.products / read
+        rows.append(["decode" if n_new == 1 else "prefill", str(n_new), str(n_cached), f"{2 * count.products:,}",
+                     f"{read:,}", f"{2 * count.products / read:.1f}", bar(2 * count.products / read, 64, 16)])
+    trace.ask("how many times as many FLOPs for each byte does a prefill of 64 tokens make as a decode step with "
+              "nothing cached?", intensity[64, 0] / intensity[1, 0])
+    text_table(trace, ["", "new tokens", "cached", "FLOPs", "bytes", "FLOPs a byte", ""], rows, left=(0, 6))
+
+    trace.say(f"{LLAMA_8B.name}, {LLAMA_8B.parameters / 1e9:.2f} billion parameters: one decoding step for a batch of "
+              f"requests, each with 1024 tokens cached, on an {A100.name}, whose ridge is at {A100.ridge:.0f} FLOPs a "
+              "byte. It takes the longer of the two times.")
+    rows = []
+    for batch in (1, 8, 32, 128, 384):
+        arithmetic, reading = step_seconds(A100, LLAMA_8B, batch, batch * 1024)
+        rows.append([str(batch), f"{arithmetic * 1e3:.2f}", f"{reading * 1e3:.2f}",
+                     f"{arithmetic * A100.flops / (reading * A100.hbm_bytes_per_s):.0f}",
+                     f"{batch / max(arithmetic, reading):,.0f}", f"{batch * 1024 * LLAMA_8B.kv_bytes / 1e9:.1f}"])
+    text_table(trace, ["batch", "arithmetic, ms", "reading, ms", "FLOPs a byte", "tokens a second", "cache, GB"], rows)
+    rows = []
+    for cached in (0, 256, 1024):
+        row = [str(cached)]
+        for card in (A100, H100):
+            request = step_seconds(card, LLAMA_8B, 1, cached, weight_bytes=0)  # what one more adds to both times
+            _, weights = step_seconds(card, LLAMA_8B, 0, 0)
+            row.append(f"{weights / (request[0] - request[1]):,.0f}" if request[0] > request[1] else "never")
+        rows.append(row)
+    trace.say("From which batch size on arithmetic is the longer time, so that a bigger batch buys nothing. With much "
+              "in the caches that never comes: reading them grows with the batch as well.")
+    text_table(trace, ["tokens cached, each", A100.name, H100.name], rows)
+    trace.check("decode stays near 1 FLOP a byte, prefill of n tokens near n",
+                all(n / 2 < ratio < 1.5 * n for (n, _), ratio in intensity.items()), "between n / 2 and 1.5 n")
+
+
+# 3. The cache's size
+
+
+def show_size(trace: Trace, knobs: Namespace) -> None:
+    """Bytes per token of real models, and how many requests fit beside the weights."""
+    trace.say("Real models at 16 bits, and how many requests of 4096 tokens fit beside the weights on one 80 GB card.")
+    rows = []
+    for model in SERVED_MODELS:
+        weights, request = 2 * model.parameters, 4096 * model.kv_bytes
+        fit = int((A100.hbm_bytes - weights) // request)
+        if model is LLAMA_8B:
+            trace.ask(f"{model.name}: weights of {weights / 1e9:.0f} GB, {request / 1e9:.2f} GB of cache for a "
+                      "request. How many requests fit?", fit)
+        rows.append([model.name, f"{weights / 1e9:.0f} GB", f"{model.kv_bytes / 1024:.0f} KiB",
+                     f"{request / 1e9:.2f} GB", str(fit) if fit > 0 else "weights too big", bar(max(fit, 0), 128, 20)])
+    text_table(trace, ["model", "weights", "a token", "4K tokens", "requests", ""], rows, left=(0, 5))
+    c, cache, held = knobs.config, KVCache(knobs.config), []
+    model = Llama(c, init_weights(c, random.Random(knobs.seed)))
+    for _ in range(8):
+        model.forward([0, 0], cache)
+        held.append(2 * sum(len(row) for layers in (cache.keys, cache.values) for layer in layers for row in layer))
+    each = kv_bytes_per_token(c.n_layers, c.n_kv_heads, c.head_dim)
+    trace.check("our own cache, measured as it grows: every token adds kv_bytes_per_token()",
+                held == [n * each for n in range(2, 18, 2)], f"{each:.0f} bytes")
+
+
+# 4. Paged attention
+
+
+def show_paging(trace: Trace, knobs: Namespace) -> None:
+    """Two requests interleaved in one pool, drawn; then the waste of four ways to set memory aside."""
+    model, bs, n_new = knobs.model(), knobs.block_size, knobs.max_new_tokens
+    prompts = [knobs.prompt_ids, knobs.tokenizer.encode("This is the man all tattered and torn")]
+    blocks = sum(-(-(len(p) + n_new) // bs) for p in prompts) + 2
+    pool, solo = BlockPool(blocks, bs), [KVCache(model.config) for _ in prompts]
+    random.Random(knobs.seed).shuffle(order := list(pool.free_blocks))
+    pool.free_blocks = OrderedDict.fromkeys(order)  # as after some hours of service: free blocks in no order
+    paged = [PagedKVCache(pool, model.config) for _ in prompts]
+    same, texts = True, [list(p) for p in prompts]
+    for _ in range(n_new):
+        for text, cache, reference in zip(texts, paged, solo):
+            unseen = text[cache.length:]
+            logits = model.forward(unseen, cache)
+            same &= logits == model.forward(unseen, reference)
+            text.append(argmax(logits[-1]))
+    trace.say(f"Two requests, A and B, written token by token, in turn, into one pool of {blocks} blocks of {bs}. Each "
+              f"letter is a token's keys and values; a dot is an idle slot.")
+    owner = {cache.slot(p): name for name, cache in zip("AB", paged) for p in range(cache.length)}
+    boxes = [f"{block}│" + "".join(owner.get(block * bs + i, "·") for i in range(bs)) + "│" for block in range(blocks)]
+    trace.lines(textwrap.wrap(" ".join(boxes), WIDTH))
+    for name, cache in zip("AB", paged):
+        trace.lines(textwrap.wrap(f"block table of {name}: " + " ".join(map(str, cache.block_table)), WIDTH))
+    last = paged[0].length - 1
+    trace.ask(f"slots are numbered from the first of block 0. In which slot is token {last} of A, its last (its first "
+              "is token 0)?", paged[0].slot(last))
+    trace.lines([f"token {last} of A: block_table[{last // bs}] · {bs} + {last % bs} = slot {paged[0].slot(last)}"])
+
+    requests, size, most = [replace(request, arrival=0) for request in knobs.requests] * 2, 128 // bs * bs, 64
+    lengths = [(len(request.prompt), len(request.prompt) + request.max_new_tokens - 1) for request in requests]
+    finals = [final for _, final in lengths]
+    trace.say(f"Waste. {len(requests)} requests that end up with {min(finals)} to {max(finals)} cached tokens, which "
+              f"nobody could know, share {size} slots; {most} is the most anyone may use. What became of the slots, "
+              "averaged over the steps in which somebody waited for room:")
+    paged_share, most_idle = paged_waste(model, requests, size // bs, bs)
+    wastes = {f"in one piece: the most, {most}": contiguous_waste(lengths, size, lambda final: most),
+              "the next power of 2": contiguous_waste(lengths, size, lambda final: 1 << (final - 1).bit_length()),
+              "what it will be (an oracle)": contiguous_waste(lengths, size, lambda final: final),
+              f"paged, blocks of {bs}": paged_share}
+    text_table(trace, ["", "used", "reserved", "internal", "free"],
+                [[name, *waste.shares()] for name, waste in wastes.items()], left=(0,))
+    trace.note("internal: set aside and never used; free: left over while somebody waits, for want of a gap or of "
+               "blocks enough. Kwon et al. found 20.4% to 38.2% used in the systems before theirs.")
+    trace.check("paged logits = contiguous logits at every step", same, "equal to the bit")
+    trace.check("no request ever had more than block_size - 1 idle slots", most_idle < bs, f"at most {most_idle}")
+
+
+# 5. Sharing: reference counts and copy on write
+
+
+def show_sharing(trace: Trace, knobs: Namespace) -> None:
+    """Four different continuations of one prompt: blocks with and without sharing."""
+    model, bs, n_new, n_samples = knobs.model(), knobs.block_size, min(knobs.max_new_tokens, 8), 4
+    half_full = -(-12 // bs) * bs + (bs // 2 - len(knobs.prompt_ids)) % bs  # so that it ends inside a block
+    prompt = knobs.tokenizer.encode(TEXT)[-half_full:] + knobs.prompt_ids
+    pool = BlockPool(n_samples * -(-(len(prompt) + n_new + 1) // bs), bs)
+    first = PagedKVCache(pool, model.config)
+    logits = model.forward(prompt, first)[-1]
+    samples = [first] + [first.fork() for _ in range(n_samples - 1)]
+    best = sorted(range(len(logits)), key=lambda token: -logits[token])[:n_samples]  # each starts with another word
+    texts, forked = [prompt + [token] for token in best], list(first.block_table)
+    trace.say(f"A prompt of {len(prompt)} tokens, {n_samples} answers that begin with the {n_samples} likeliest words, "
+              f"blocks of {bs}. After the prompt all have one block table, blocks {forked[0]} to {forked[-1]}, and "
+              f"each of these has {pool.ref_count[0]} references. Then every answer writes a token.")
+
+    def write_a_token() -> None:
+        for text, cache in zip(texts, samples):
+            text.append(argmax(model.forward(text[cache.length:], cache)[-1]))
+
+    write_a_token()
+    copies = sum(cache.block_table[:len(forked)] != forked for cache in samples)
+    trace.ask(f"the prompt fills {len(prompt) % bs} slots of its last block (0: all). How many of the {n_samples} "
+              "copy that block before they write?", copies)
+    trace.lines([""])
+    for name, cache in zip("ABCD", samples):
+        trace.lines(textwrap.wrap(f"{name}: blocks " + " ".join(map(str, cache.block_table)), WIDTH,
+                                  subsequent_indent=" " * 10))
+    trace.lines(textwrap.wrap("references to blocks 0, 1, …: " + " ".join(str(n) for n in pool.ref_count if n), WIDTH))
+    trace.note(f"{copies} wrote into the half-full block and took a copy first; the last to hold it needed none."
+               if copies else "Each took a new block: the prompt had filled its last one.")
+    for _ in range(n_new - 1):
+        write_a_token()
+    used, alone = pool.num_blocks - pool.num_free_blocks, sum(-(-cache.length // bs) for cache in samples)
+    trace.say(f"After {n_new} tokens each, {used} blocks are in use; without sharing it would be {alone}.")
+    for name, text in zip("ABCD", texts):
+        trace.lines([f"{name}: … " + knobs.tokenizer.decode(text[len(prompt) - 3:])[:WIDTH - 8].replace("\n", " / ")])
+    undisturbed = all(text == prompt + [token] + generate(model, prompt + [token], n_new, KVCache(model.config))
+                      for text, token in zip(texts, best))
+    trace.check("copies taken = answers - 1, if the prompt ends inside a block", copies
+                == (n_samples - 1) * (len(prompt) % bs > 0), f"{copies}")
+    trace.check("every answer = what it is without sharing", undisturbed, f"{n_samples} × {n_new} tokens")
+    held = Counter(block for cache in samples for block in cache.block_table)
+    trace.check("every reference count = the block tables that name the block",
+                pool.ref_count == [held[block] for block in range(pool.num_blocks)], "equal")
+    for cache in samples:
+        cache.free()
+    trace.check("when all are done, every block is free again", pool.num_free_blocks == pool.num_blocks,
+                f"{pool.num_blocks}")
+
+
+# 6. Prefix caching
+
+
+def show_prefix_caching(trace: Trace, knobs: Namespace) -> None:
+    """A conversation that grows by a verse a turn; then a stranger comes between."""
+    model, bs, verses = knobs.model(), knobs.block_size, TEXT.splitlines(keepends=True)
+    turns = ["".join(verses[:n]) + f"This is {CLAUSES[n].split(' that')[0]}" for n in (1, 2, 2, 3)]
+    prompts = [tuple(knobs.tokenizer.encode(text)) for text in [*turns, verses[5], turns[-1]]]
+    requests = [Request(prompt, 4, float(i)) for i, prompt in enumerate(prompts)]  # a second apart: each runs alone
+    plenty, enough = (f(blocks_for(request, bs) for request in requests) for f in (sum, max))
+    without, report, small = (serve(model, requests, num_blocks=blocks, block_size=bs, max_num_seqs=1,
+                                    max_num_batched_tokens=1024, prefix_caching=caching)
+                              for blocks, caching in ((plenty, False), (plenty, True), (enough, True)))
+    texts = [prompt + tuple(new[:-1]) for prompt, new in zip(prompts, report.tokens)]  # the last token is never run
+    naive = [max([common_full_blocks(prompt[:-1], text, bs) for text in texts[:n]], default=0)
+             for n, prompt in enumerate(prompts)]
+    trace.say("Requests that begin alike: the rhyme so far, then a new line. Each comes when the one before has ended "
+              "and given its blocks back. Then a stranger comes, request 4, and the last one asks again. █ the prompt "
+              "tokens the model ran, ░ those it found in the pool.")
+    found = [state.found for state in report.states]
+    alike = max(common_full_blocks(prompts[3], text, 1) for text in texts[:3])
+    trace.ask(f"the first {alike} tokens of request 3 are those of an earlier text. How many does it find in the pool, "
+              f"with blocks of {bs}?", found[3])
+    text_table(trace, ["request", "prompt", f"found in {plenty} blocks", "", f"in {enough} blocks"],
+                [[str(n), str(len(prompt)), str(hit), "░" * (hit // 3) + "█" * ((len(prompt) - hit) // 3), str(state.found)]
+                 for n, (prompt, hit, state) in enumerate(zip(prompts, found, small.states))], left=(3,))
+    trace.note(f"In {enough} blocks, no more than the largest request needs, the stranger's content takes the place of "
+               "the least recently used.")
+    trace.check("found = the longest run of full blocks shared with any earlier text", found == naive,
+                ", ".join(map(str, found)))
+    trace.check("tokens computed without, less those computed with it = those found",
+                without.computed - report.computed == sum(found), f"{without.computed} - {report.computed}")
+    trace.check("the answers are what each request gets alone", all(r.tokens == [knobs.alone(q) for q in requests] for r
+                in (without, report, small)), f"{len(requests)} requests")
+
+
+def common_full_blocks(a: Sequence[int], b: Sequence[int], block_size: int) -> int:
+    """Tokens in the full blocks that two texts have in common from their start, by comparing them."""
+    same = 0
+    while same < min(len(a), len(b)) and a[same] == b[same]:
+        same += 1
+    return same // block_size * block_size
+
+
+# 7. Continuous batching
 
 
 def make_requests(tokenizer: Tokenizer, rng: random.Random) -> list[Request]:
@@ -967,7 +1079,7 @@ def show_continuous(trace: Trace, knobs: Namespace) -> None:
                       "done leaves at once, and whoever waits comes in?", len(report.steps))
         trace.lines(["", f"{policy}:"] + timeline(report))
     trace.lines([""])
-    trace.table(["", "steps", "places used", "ms in all", "tokens/s", "first token", "each later"],
+    text_table(trace, ["", "steps", "places used", "ms in all", "tokens/s", "first token", "each later"],
                 [[policy, *metrics(report)] for policy, report in reports.items()], left=(0,))
     trace.note(f"Times by the cost model: {LLAMA_8B.name}, 4-bit weights, {A100.name}; the last two are means in ms, "
                f"from arrival to the first token, and from a token to the next.")
@@ -1012,13 +1124,8 @@ def timeline(report: Report, width: int = 66) -> list[str]:
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------
 # 8. Chunked prefill
-#
-# A long prompt makes one long step, and everybody who is in the middle of an answer waits for it. Cut prompts into
-# chunks (Sarathi, Agrawal et al. 2023), under a budget of max_num_batched_tokens a step: decodes go first, a token
-# each, and what is left of the budget goes to a prompt (Sarathi-Serve, 2024). The decodes ride on steps that have
-# their weights read anyway. The long prompt's own first token comes later; nobody else stalls.
+
 
 def show_chunked(trace: Trace, knobs: Namespace) -> None:
     """Three users are answered when a long prompt comes in."""
@@ -1045,7 +1152,7 @@ def show_chunked(trace: Trace, knobs: Namespace) -> None:
         rows.append([name, f"{worst[name] * 1e3:.1f}", f"{(report.times[3][0] - requests[3].arrival) * 1e3:.1f}",
                      str(max(sum(work.values()) for _, _, work in report.steps))])
     trace.lines([""])
-    trace.table(["", "worst gap, ms", "3's first token, ms", "largest step, tokens"], rows, left=(0,))
+    text_table(trace, ["", "worst gap, ms", "3's first token, ms", "largest step, tokens"], rows, left=(0,))
     alone = [knobs.alone(request) for request in requests]
     trace.check("every request's tokens are those it gets alone, both ways",
                 all(report.tokens == alone for report in reports.values()), f"{sum(map(len, alone))} tokens")
@@ -1064,15 +1171,8 @@ def clock_line(report: Report, width: int = 67) -> list[str]:
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------
 # 9. Running out of blocks
-#
-# Nobody knows how long the answers get, so an engine admits more than may fit in the end. When a running request
-# needs a block and none is free, the youngest gives up its own: preempted, back to the head of the queue. Either its
-# keys and values are thrown away and computed again, prompt and answer so far in one prefill (recompute), or
-# they are copied to the host's memory and back over PCIe (swap). Either way its text goes on as if nothing had
-# happened. Recomputing a short text is nearly free: below 38 tokens a step costs what a decode costs anyway. A
-# request that could not even run alone in the pool must be refused at the door.
+
 
 def show_preemption(trace: Trace, knobs: Namespace) -> None:
     """The requests of section 7 in ever smaller pools."""
@@ -1096,7 +1196,7 @@ def show_preemption(trace: Trace, knobs: Namespace) -> None:
     trace.ask(f"the prompts have {sum(len(request.prompt) for request in requests)} tokens, the answers "
               f"{sum(map(len, alone))}; the last token of each of the {len(requests)} answers is never run. How many "
               "tokens go through the model when blocks are swapped out and in?", reports["swap"].computed)
-    trace.table(["blocks", "preemption by", "preempted", "computed", "swapped", "steps", "ms in all"], rows, left=(1,))
+    text_table(trace, ["blocks", "preemption by", "preempted", "computed", "swapped", "steps", "ms in all"], rows, left=(1,))
     trace.say(f"In {pools[-1]} blocks, by recomputation; × marks where a request lost its blocks:")
     trace.lines(timeline(reports["recompute"]))
     refusal = ""
@@ -1110,33 +1210,7 @@ def show_preemption(trace: Trace, knobs: Namespace) -> None:
     trace.check("a pool that is one block too small is refused", bool(refusal), "ValueError")
 
 
-# ---------------------------------------------------------------------------------------------------
 # 10. Splitwise: prefill here, decode there
-#
-# Prefill wants arithmetic, decode wants bandwidth, and in one machine they get in each other's way. Splitwise
-# (Patel et al. 2023; DistServe, Zhong et al. 2024, is alike) gives each phase machines of its own. The price: the
-# keys and values of the prompt must cross from one to the other before the second token. (Splitwise sends each layer
-# as soon as it is done, while the next is computed; here they go when all are.) Two machines are twice the hardware:
-# what is compared is the gaps, not the throughput.
-
-LINKS = {"two cards, NVLink": (300e9, "A100 data sheet: 600 GB/s, both ways together"),
-         "two machines, HDR": (25e9, "InfiniBand HDR, 200 Gb/s")}
-
-
-def hand_over(prefill: Report, model: Llama, requests: Sequence[Request], link: float,
-              **settings) -> tuple[Report, float]:
-    """(what the decode machine does, bytes that crossed), after a prefill machine has made each first token.
-
-    A request arrives at the decode machine with the stash the prefill machine left of it, as soon as a link of that
-    many bytes/s, all its own, has carried it. settings: those of serve().
-    """
-    sizes = [len(state.stash) * LLAMA_8B.kv_bytes for state in prefill.states]
-    engine = Engine(model, [replace(request, arrival=times[0] + size / link)
-                            for request, times, size in zip(requests, prefill.times, sizes)], **settings)
-    for state, before in zip(engine.report.states, prefill.states):
-        state.tokens, state.stash, state.times = list(before.tokens), before.stash, list(before.times)
-    engine.waiting = deque(state for state in engine.waiting if not state.done)
-    return engine.run(), sum(sizes)
 
 
 def show_split(trace: Trace, knobs: Namespace) -> None:
@@ -1165,7 +1239,7 @@ def show_split(trace: Trace, knobs: Namespace) -> None:
         crossing = f"{crossed / LINKS[name][0] * 1e3 / len(requests):.2f}" if crossed else "-"
         rows.append([name, *(f"{s * 1e3:.1f}" for s in (first, max(token_gaps(report)), later)), crossing,
                      f"{crossed / 1e6:.1f}"])
-    trace.table(["times in ms", "first token", "worst gap", "later gap", "crossing", "MB crossed"], rows, left=(0,))
+    text_table(trace, ["times in ms", "first token", "worst gap", "later gap", "crossing", "MB crossed"], rows, left=(0,))
     trace.check("two machines write what one writes, and what each request gets alone", same,
                 f"{len(requests)} requests")
     trace.check("the keys and values of every prompt token crossed, once",
@@ -1173,37 +1247,7 @@ def show_split(trace: Trace, knobs: Namespace) -> None:
                 f"{prompt_tokens} tokens")
 
 
-# ---------------------------------------------------------------------------------------------------
 # 11. A smaller cache
-#
-# Fewer bits a number: round each group of numbers to an even grid between its smallest and its largest (an offset
-# and a scale a group, asymmetric as in KIVI). Which numbers form a group decides the error. Per token: one
-# token's key of a head. Per channel: one channel of a head over all tokens, so that a channel that is large for
-# every token does not spoil the grid of the others. KIVI found such channels in the keys of real models,
-# and not in the values, hence: keys per channel, values per token. (It must gather some tokens before it can
-# do that: the newest ones wait in full precision.)
-
-def round_to_grid(values: Vector, bits: int) -> Vector:
-    """Each value to the nearest of 2^bits evenly spaced numbers, the first their smallest, the last their largest."""
-    low, high = min(values), max(values)
-    scale = (high - low) / (2 ** bits - 1) or 1.0
-    return [low + round((value - low) / scale) * scale for value in values]
-
-
-def quantize_cache(m: Matrix, bits: int, n_kv_heads: int, per: str) -> Matrix:
-    """m [n][n_kv_heads·head_dim] on grids of `bits`; per "token" and head, or per "channel". bits 16: a plain copy."""
-    if bits >= 16:
-        return list(m)
-    if per == "channel":
-        return [list(row) for row in zip(*(round_to_grid(list(channel), bits) for channel in zip(*m)))]
-    return concat(*([round_to_grid(row, bits) for row in head] for head in split_heads(m, n_kv_heads)))
-
-
-def quantized_bytes(m: Matrix, bits: int, n_kv_heads: int, per: str) -> float:
-    """Bytes that quantize_cache(m, …) takes: the codes, and an offset and a scale of 16 bits for each group."""
-    n, width = len(m), len(m[0])
-    groups = 0 if bits >= 16 else width if per == "channel" else n * n_kv_heads
-    return n * width * bits / 8 + groups * 4
 
 
 def show_small_cache(trace: Trace, knobs: Namespace) -> None:
@@ -1235,7 +1279,7 @@ def show_small_cache(trace: Trace, knobs: Namespace) -> None:
                      f"{changed} of {len(logits)}"])
     better = "channel" if errors[4, 16, "channel"] < errors[4, 16, "token"] else "token"
     trace.ask("on the keys of this model, does a grid of 4 bits do better per token or per channel?", better)
-    trace.table(["key bits", "value bits", "grid per", "bytes", "error", "", "changed"], rows, left=(2, 5))
+    text_table(trace, ["key bits", "value bits", "grid per", "bytes", "error", "", "changed"], rows, left=(2, 5))
     trace.note(f"A head of ours has {c.head_dim} channels, so offset and scale weigh much. With the 128 of real models, "
                f"8 bits per token take {(128 + 4) / (2 * 128):.0%} of 16, not {rows[1][3]} of {rows[0][3]}.")
     largest = [[max(map(abs, channel)) for channel in zip(*k)] for k in keys]
@@ -1249,8 +1293,478 @@ def show_small_cache(trace: Trace, knobs: Namespace) -> None:
                     for row in groups for a, b in zip(round_to_grid(row, 8), row)), "scale / 2")
 
 
-# ---------------------------------------------------------------------------------------------------
-# The supporting cast of this script.
+# =============================================================================================
+# THE MODEL AND THE BENCH
+# =============================================================================================
+
+
+# The tiny Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases, and Meta's
+# names for the weights, so that they fit any implementation of Llama.
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a Llama. ValueError where one does not divide another, or is below 1."""
+
+    vocab_size: int
+    dim: int         # channels of the residual stream
+    n_layers: int
+    n_heads: int     # query heads; they divide dim
+    n_kv_heads: int  # key and value heads; they divide n_heads
+    hidden_dim: int  # channels inside the feed-forward block
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        sizes = [self.vocab_size, self.dim, self.n_layers, self.n_heads, self.n_kv_heads,
+                 self.hidden_dim]
+        if min(sizes) < 1:
+            raise ValueError(f"every size must be at least 1, not {self}")
+        if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads:
+            raise ValueError(f"dim must be a multiple of 2 · n_heads, and n_heads of n_kv_heads, "
+                             f"not {self}")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.dim // self.n_heads
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return {name of a weight: its shape}."""
+        kv_dim = self.n_kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (self.vocab_size, self.dim)}
+        for layer in range(self.n_layers):
+            prefix = f"layers.{layer}."
+            shapes[prefix + "attention_norm"] = (self.dim,)
+            shapes[prefix + "attention.wq"] = (self.dim, self.dim)
+            shapes[prefix + "attention.wk"] = (kv_dim, self.dim)
+            shapes[prefix + "attention.wv"] = (kv_dim, self.dim)
+            shapes[prefix + "attention.wo"] = (self.dim, self.dim)
+            shapes[prefix + "ffn_norm"] = (self.dim,)
+            shapes[prefix + "feed_forward.w1"] = (self.hidden_dim, self.dim)
+            shapes[prefix + "feed_forward.w2"] = (self.dim, self.hidden_dim)
+            shapes[prefix + "feed_forward.w3"] = (self.hidden_dim, self.dim)
+        shapes["norm"] = (self.dim,)
+        shapes["output"] = (self.vocab_size, self.dim)
+        return shapes
+
+
+class Llama:
+    """weights: {name: matrix [out][in] or gain [dim]}, named and shaped as Config.shapes() says.
+
+    Every weight is applied by one of the small methods, so that a subclass can do it differently.
+    """
+
+    def __init__(self, config: Config, weights: dict[str, Matrix | Vector]):
+        for name in config.shapes():
+            if name not in weights:
+                raise ValueError(f"weights must have {name!r}")
+        self.config = config
+        self.weights = weights
+
+    def forward(
+        self,
+        tokens: Sequence[int],
+        cache=None,
+        *,
+        positions: Sequence[int] | None = None,
+        mask: Sequence[Sequence[bool]] | None = None,
+    ) -> Matrix:
+        """Return logits [len(tokens)][vocab_size]: row i predicts what follows tokens[i].
+
+        With a cache, the tokens come after those already in it, and their keys and values are added
+        to it. positions: of each token in the text; the next ones unless given. mask[i][j]: may
+        token i see key j? Unless given, it sees all keys up to its own.
+        """
+        c = self.config
+        if positions is None:
+            start = cache.length if cache is not None else 0
+            positions = range(start, start + len(tokens))
+        x = [self.weights["tok_embeddings"][token] for token in tokens]
+        for layer in range(c.n_layers):
+            prefix = f"layers.{layer}."
+            # Attention: every token gathers from the tokens before it.
+            h = self.norm(prefix + "attention_norm", x)
+            q = self.linear(prefix + "attention.wq", h)
+            k = self.linear(prefix + "attention.wk", h)
+            v = self.linear(prefix + "attention.wv", h)
+            q = rope_heads(q, positions, c.n_heads, c.rope_base)
+            k = rope_heads(k, positions, c.n_kv_heads, c.rope_base)
+            if cache is not None:
+                k, v = cache.update(layer, k, v)  # now those of all tokens so far
+            attended = self.attend(prefix + "attention", q, k, v, mask)
+            x = add(x, self.linear(prefix + "attention.wo", attended))
+            # Feed-forward: every token is worked on by itself.
+            h = self.norm(prefix + "ffn_norm", x)
+            gate = self.linear(prefix + "feed_forward.w1", h)
+            up = self.linear(prefix + "feed_forward.w3", h)
+            hidden = self.gate(prefix + "feed_forward", gate, up)
+            x = add(x, self.linear(prefix + "feed_forward.w2", hidden))
+        return self.linear("output", self.norm("norm", x))
+
+    def linear(self, name: str, x: Matrix) -> Matrix:
+        """Apply the matrix of that name."""
+        return linear(x, self.weights[name])
+
+    def norm(self, name: str, x: Matrix) -> Matrix:
+        """Apply the RMSNorm whose gain has that name."""
+        return rms_norm(x, self.weights[name], self.config.norm_eps)
+
+    def attend(self, name: str, q: Matrix, k: Matrix, v: Matrix, mask=None) -> Matrix:
+        """Apply the attention of the layer of that name, which has no weights of its own."""
+        return attend(q, k, v, self.config.n_heads, self.config.n_kv_heads, mask)
+
+    def gate(self, name: str, a: Matrix, b: Matrix) -> Matrix:
+        """Apply the SwiGLU of the layer of that name, which has no weights of its own."""
+        return swiglu(a, b)
+
+
+# The operations of the model
+
+
+def rms_norm(x: Matrix, gain: Vector, eps: float) -> Matrix:
+    """Return gain · x / √(mean(x²) + eps), row by row (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    out = []
+    for row in x:
+        scale = 1 / math.sqrt(dot(row, row) / len(row) + eps)
+        out.append([value * scale * g for value, g in zip(row, gain)])
+    return out
+
+
+def rope(x: Matrix, positions: Sequence[int], base: float = 10000.0) -> Matrix:
+    """Return x [n][d] with row r rotated to positions[r] (Su et al. 2021, arXiv:2104.09864).
+
+    Channels 2m and 2m + 1, read as one complex number, turn by position · base^(-2m/d).
+    ValueError if d is odd, or if there is not one position per row.
+    """
+    d = len(x[0]) if x else 0
+    if d % 2 or len(positions) != len(x):
+        raise ValueError(f"x must have an even number of channels and one position a row, not {d} "
+                         f"channels, {len(x)} rows and {len(positions)} positions")
+    thetas = [base ** (-2 * m / d) for m in range(d // 2)]
+    out = []
+    for row, position in zip(x, positions):
+        rotated = []
+        for a, b, theta in zip(row[::2], row[1::2], thetas):
+            z = complex(a, b) * cmath.rect(1.0, position * theta)
+            rotated += [z.real, z.imag]
+        out.append(rotated)
+    return out
+
+
+def rope_heads(x: Matrix, positions: Sequence[int], n_heads: int, base: float) -> Matrix:
+    """Return x [n][n_heads·head_dim] with every head rotated by rope()."""
+    return concat(*(rope(head, positions, base) for head in split_heads(x, n_heads)))
+
+
+def attend(q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int, mask=None) -> Matrix:
+    """Return causal grouped-query attention [n_q][n_heads·head_dim].
+
+    q [n_q][n_heads·head_dim], k and v [n_k][n_kv_heads·head_dim]; the queries are the last n_q of
+    the n_k positions. mask: as in head_weights().
+    """
+    group = n_heads // n_kv_heads
+    keys = split_heads(k, n_kv_heads)
+    values = split_heads(v, n_kv_heads)
+    heads = []
+    for h, queries in enumerate(split_heads(q, n_heads)):
+        channels = list(zip(*values[h // group]))
+        out = []
+        for weights in head_weights(queries, keys[h // group], mask):
+            out.append([dot(weights, channel[:len(weights)]) for channel in channels])
+        heads.append(out)
+    return concat(*heads)
+
+
+def head_weights(q: Matrix, k: Matrix, mask: Sequence[Sequence[bool]] | None = None) -> Matrix:
+    """Return softmax(q·k / √d) of one head; a query's row ends with its own key.
+
+    mask[i][j] is False where query i must not see key j, although j comes before it.
+    """
+    scale = 1 / math.sqrt(len(k[0]))
+    n_earlier = len(k) - len(q)
+    rows = []
+    for i, query in enumerate(q):
+        scores = [dot(query, key) * scale for key in k[:n_earlier + i + 1]]
+        if mask is not None:
+            scores = [s if seen else -math.inf for s, seen in zip(scores, mask[i])]
+        rows.append(softmax(scores))
+    return rows
+
+
+def swiglu(a: Matrix, b: Matrix) -> Matrix:
+    """Return silu(a) · b, element by element, with silu(x) = x · sigmoid(x) (Shazeer 2020)."""
+    return [[x * sigmoid(x) * y for x, y in zip(p, q)] for p, q in zip(a, b)]
+
+
+def sigmoid(x: float) -> float:
+    """Return 1 / (1 + exp(-x)), for any x."""
+    return 0.5 + 0.5 * math.tanh(0.5 * x)
+
+
+def add(a: Matrix, b: Matrix) -> Matrix:
+    """Return the sum, element by element."""
+    return [list(map(operator.add, p, q)) for p, q in zip(a, b)]
+
+
+def split_heads(x: Matrix, n_heads: int) -> list[Matrix]:
+    """Return the heads of x: [n][n_heads·head_dim] -> n_heads matrices [n][head_dim].
+
+    ValueError if n_heads does not divide the channels.
+    """
+    width = len(x[0]) if x else 0
+    if n_heads < 1 or width % n_heads:
+        raise ValueError(f"n_heads must divide the {width} channels, and {n_heads} does not")
+    head_dim = width // n_heads
+    return [[row[h * head_dim:(h + 1) * head_dim] for row in x] for h in range(n_heads)]
+
+
+def concat(*blocks: Matrix) -> Matrix:
+    """Return the blocks side by side: [n][a], [n][b], … -> [n][a + b + …]."""
+    return [list(itertools.chain(*rows)) for rows in zip(*blocks)]
+
+
+# Training: skip this on a first reading
+#
+# The forward pass runs on a model that keeps what every operation read. The backward pass goes
+# through the operations in the opposite order. Each takes the gradient of its output and returns
+# those of its inputs, for whole matrices at a time, so that all the work is in dot() here as well.
+
+
+class RecordingLlama(Llama):
+    """A Llama that keeps in .inputs what each of its operations read, under the operation's name.
+
+    Of a matrix or a norm that is x, of an attention (q, k, v), of a SwiGLU (a, b).
+    """
+
+    def __init__(self, config: Config, weights: dict[str, Matrix | Vector]):
+        super().__init__(config, weights)
+        self.inputs: dict[str, Matrix | tuple] = {}
+
+    def linear(self, name: str, x: Matrix) -> Matrix:
+        self.inputs[name] = x
+        return super().linear(name, x)
+
+    def norm(self, name: str, x: Matrix) -> Matrix:
+        self.inputs[name] = x
+        return super().norm(name, x)
+
+    def attend(self, name: str, q: Matrix, k: Matrix, v: Matrix, mask=None) -> Matrix:
+        self.inputs[name] = (q, k, v)
+        return super().attend(name, q, k, v, mask)
+
+    def gate(self, name: str, a: Matrix, b: Matrix) -> Matrix:
+        self.inputs[name] = (a, b)
+        return super().gate(name, a, b)
+
+    def backward(self, tokens: Sequence[int], d_logits: Matrix) -> dict[str, Matrix | Vector]:
+        """Return {weight: its gradient} after forward(tokens); d_logits: the gradient of its output."""
+        c = self.config
+        gradients: dict[str, Matrix | Vector] = {}
+        unrotate = [-position for position in range(len(tokens))]
+
+        def linear_back(name: str, d: Matrix) -> Matrix:
+            d_x, gradients[name] = linear_backward(d, self.inputs[name], self.weights[name])
+            return d_x
+
+        def norm_back(name: str, d: Matrix) -> Matrix:
+            d_x, gradients[name] = rms_norm_backward(d, self.inputs[name], self.weights[name],
+                                                     c.norm_eps)
+            return d_x
+
+        d = norm_back("norm", linear_back("output", d_logits))
+        for layer in reversed(range(c.n_layers)):
+            prefix = f"layers.{layer}."
+            # Feed-forward: d goes past the block as it is, and through it.
+            d_hidden = linear_back(prefix + "feed_forward.w2", d)
+            d_gate, d_up = swiglu_backward(d_hidden, *self.inputs[prefix + "feed_forward"])
+            d_h = add(linear_back(prefix + "feed_forward.w1", d_gate),
+                      linear_back(prefix + "feed_forward.w3", d_up))
+            d = add(d, norm_back(prefix + "ffn_norm", d_h))
+            # Attention
+            d_attended = linear_back(prefix + "attention.wo", d)
+            d_q, d_k, d_v = attend_backward(d_attended, *self.inputs[prefix + "attention"],
+                                            c.n_heads, c.n_kv_heads)
+            d_q = rope_heads(d_q, unrotate, c.n_heads, c.rope_base)
+            d_k = rope_heads(d_k, unrotate, c.n_kv_heads, c.rope_base)
+            d_h = add(linear_back(prefix + "attention.wq", d_q),
+                      linear_back(prefix + "attention.wk", d_k))
+            d_h = add(d_h, linear_back(prefix + "attention.wv", d_v))
+            d = add(d, norm_back(prefix + "attention_norm", d_h))
+        # A token's gradient goes to its row of the embedding table.
+        d_table = [[0.0] * c.dim for _ in self.weights["tok_embeddings"]]
+        for token, row in zip(tokens, d):
+            d_table[token] = list(map(operator.add, d_table[token], row))
+        gradients["tok_embeddings"] = d_table
+        return gradients
+
+
+def linear_backward(d: Matrix, x: Matrix, w: Matrix) -> tuple[Matrix, Matrix]:
+    """y = x wᵀ: return dx = d w and dw = dᵀ x."""
+    d_x = linear(d, list(zip(*w)))
+    d_w = linear(list(zip(*d)), list(zip(*x)))
+    return d_x, d_w
+
+
+def rms_norm_backward(d: Matrix, x: Matrix, gain: Vector, eps: float) -> tuple[Matrix, Vector]:
+    """y = gain · u with u = x / rms: return dx = (gain·d - u · mean(gain·d · u)) / rms and dgain."""
+    d_x = []
+    d_gain = [0.0] * len(gain)
+    for d_row, row in zip(d, x):
+        scale = 1 / math.sqrt(dot(row, row) / len(row) + eps)
+        unit = [value * scale for value in row]
+        pull = list(map(operator.mul, d_row, gain))
+        mean = dot(pull, unit) / len(row)
+        d_x.append([(p - u * mean) * scale for p, u in zip(pull, unit)])
+        d_gain = [total + slope * u for total, slope, u in zip(d_gain, d_row, unit)]
+    return d_x, d_gain
+
+
+def attend_backward(
+    d: Matrix, q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int
+) -> tuple[Matrix, Matrix, Matrix]:
+    """Return dq, dk and dv of attend(). With S = q kᵀ / √d, P = softmax(S), out = P v:
+
+    dv = Pᵀ d,  dP = d vᵀ,  dS = P · (dP - rowsum(P · dP)),  dq = dS k / √d,  dk = dSᵀ q / √d.
+    """
+    group = n_heads // n_kv_heads
+    keys = split_heads(k, n_kv_heads)
+    values = split_heads(v, n_kv_heads)
+    d_queries = []
+    d_keys = [[[0.0] * len(row) for row in head] for head in keys]
+    d_values = [[[0.0] * len(row) for row in head] for head in values]
+    for h, (queries, d_head) in enumerate(zip(split_heads(q, n_heads), split_heads(d, n_heads))):
+        g = h // group
+        scale = 1 / math.sqrt(len(queries[0]))
+        p = []
+        d_s = []
+        for weights, d_row in zip(head_weights(queries, keys[g]), d_head):
+            d_p = [dot(d_row, value) for value in values[g][:len(weights)]]
+            mean = dot(weights, d_p)
+            unseen = [0.0] * (len(k) - len(weights))
+            p.append(weights + unseen)
+            d_s.append([w * (slope - mean) * scale for w, slope in zip(weights, d_p)] + unseen)
+        d_queries.append(linear(d_s, list(zip(*keys[g]))))
+        d_keys[g] = add(d_keys[g], linear(list(zip(*d_s)), list(zip(*queries))))
+        d_values[g] = add(d_values[g], linear(list(zip(*p)), list(zip(*d_head))))
+    return concat(*d_queries), concat(*d_keys), concat(*d_values)
+
+
+def swiglu_backward(d: Matrix, a: Matrix, b: Matrix) -> tuple[Matrix, Matrix]:
+    """y = a σ(a) · b: return da = d · b · σ(a) · (1 + a·(1 - σ(a))) and db = d · a σ(a)."""
+    d_a = []
+    d_b = []
+    for d_row, a_row, b_row in zip(d, a, b):
+        gates = list(map(sigmoid, a_row))
+        d_a.append([slope * y * s * (1 + x * (1 - s))
+                    for slope, x, y, s in zip(d_row, a_row, b_row, gates)])
+        d_b.append([slope * x * s for slope, x, s in zip(d_row, a_row, gates)])
+    return d_a, d_b
+
+
+def cross_entropy(logits: Matrix, targets: Sequence[int]) -> tuple[float, Matrix]:
+    """Return the mean of -log softmax(logits)[target] in nats, and its gradient in the logits."""
+    loss = 0.0
+    d_logits = []
+    for row, target in zip(logits, targets):
+        p = softmax(row)
+        loss -= math.log(p[target]) / len(targets)
+        p[target] -= 1
+        d_logits.append([value / len(targets) for value in p])
+    return loss, d_logits
+
+
+def loss_and_gradients(
+    config: Config, weights: dict[str, Matrix | Vector], tokens: Sequence[int]
+) -> tuple[float, dict[str, Matrix | Vector]]:
+    """Return the mean loss of predicting each token from those before it, and its gradients."""
+    model = RecordingLlama(config, weights)
+    loss, d_logits = cross_entropy(model.forward(tokens[:-1]), tokens[1:])
+    return loss, model.backward(tokens[:-1], d_logits)
+
+
+class Adam:
+    """Steps scaled by running means of the gradient and of its square (Kingma & Ba 2015)."""
+
+    def __init__(self, weights: dict[str, Matrix | Vector], beta1: float = 0.7, beta2: float = 0.95):
+        self.rows = {name: as_rows(w) for name, w in weights.items()}
+        self.mean = {name: [[0.0] * len(row) for row in rows] for name, rows in self.rows.items()}
+        self.square = {name: [[0.0] * len(row) for row in rows] for name, rows in self.rows.items()}
+        self.beta1 = beta1
+        self.beta2 = beta2
+        self.steps = 0
+
+    def step(self, gradients: dict[str, Matrix | Vector], learning_rate: float) -> None:
+        """Change the weights, in place."""
+        self.steps += 1
+        b1, c1 = self.beta1, 1 - self.beta1
+        b2, c2 = self.beta2, 1 - self.beta2
+        # The means start at zero; these undo that.
+        rate = learning_rate / (1 - b1 ** self.steps)
+        unbias = 1 / (1 - b2 ** self.steps)
+        for name, gradient in gradients.items():
+            rows = zip(self.rows[name], as_rows(gradient), self.mean[name], self.square[name])
+            for w, d, m, v in rows:
+                m[:] = [b1 * mean + c1 * slope for mean, slope in zip(m, d)]
+                v[:] = [b2 * mean + c2 * slope * slope for mean, slope in zip(v, d)]
+                w[:] = [weight - rate * mean / (math.sqrt(square * unbias) + 1e-8)
+                        for weight, mean, square in zip(w, m, v)]
+
+
+def as_rows(w: Matrix | Vector) -> Matrix:
+    """Return a matrix as it is, and a vector as a matrix of one row; the numbers are not copied."""
+    return w if isinstance(w[0], list) else [w]
+
+
+def init_weights(config: Config, rng: random.Random) -> dict[str, Matrix | Vector]:
+    """Return first weights: gains 1, embeddings of size 1, matrices of size 1/√in.
+
+    Matrices that write to the residual stream get half of that.
+    """
+    weights: dict[str, Matrix | Vector] = {}
+    for name, shape in config.shapes().items():
+        if len(shape) == 1:
+            weights[name] = [1.0] * shape[0]
+            continue
+        size = 1.0 if name == "tok_embeddings" else 1 / math.sqrt(shape[1])
+        if name.endswith(("wo", "w2")):
+            size /= 2
+        weights[name] = [[rng.gauss(0, size) for _ in range(shape[1])] for _ in range(shape[0])]
+    return weights
+
+
+def train(
+    config: Config,
+    ids: Sequence[int],
+    rng: random.Random,
+    steps: int,
+    length: int,
+    learning_rate: float = 0.02,
+) -> tuple[Llama, list[float]]:
+    """Return a Llama that has read ids, `length` tokens a step, and the loss of each step.
+
+    At the end of ids it starts again. The learning rate rises for 10 steps and then falls to 0.
+    Progress goes to stderr where that is a terminal.
+    """
+    model = Llama(config, init_weights(config, rng))
+    adam = Adam(model.weights)
+    watched = sys.stderr is not None and sys.stderr.isatty()
+    losses = []
+    for step in range(steps):
+        start = step * length % (len(ids) - length)
+        loss, gradients = loss_and_gradients(config, model.weights, ids[start:start + length + 1])
+        adam.step(gradients, learning_rate * min(1, (step + 1) / 10) * (1 - step / steps))
+        losses.append(loss)
+        if watched:
+            print(f"\rtraining the tiny Llama: step {step + 1} of {steps}, loss {loss:.2f} ",
+                  end="", file=sys.stderr)
+    if watched:
+        print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+    return model, losses
+
+
+# The bench
+
 
 def count_parameters(c: Config) -> int:
     """All of a model's numbers."""
@@ -1274,271 +1788,387 @@ def counted_dots() -> Iterator[Namespace]:
         dot = plain
 
 
-# ---------------------------------------------------------------------------------------------------
-# Shared by the five scripts, the same in each: arithmetic, the text, the tokenizer, the trace.
+class WatchedLlama(Llama):
+    """A Llama that notes in .touched the matrices, keys and values that its operations read."""
+
+    def linear(self, name: str, x: Matrix) -> Matrix:
+        self.touched.append(self.weights[name])
+        return super().linear(name, x)
+
+    def attend(self, name: str, q: Matrix, k: Matrix, v: Matrix, mask=None) -> Matrix:
+        self.touched += [k, v]
+        return super().attend(name, q, k, v, mask)
+
+
+def text_table(trace: Trace, header: Sequence[str], rows: Sequence[Sequence[str]], left=()) -> None:
+    """For the time being: a table of text."""
+    columns = {f"{i} as {name}" if name else f"{i} as  ": "" for i, name in enumerate(header)}
+    trace.table([{str(i): cell for i, cell in enumerate(row)} for row in rows], columns)
+
+
+# =============================================================================================
+# SHARED BY THE FIVE: the same in each script, read once
+# =============================================================================================
+
+# Arithmetic
+
 
 def dot_by_hand(a: Sequence[float], b: Sequence[float]) -> float:
-    """Σ a[i]·b[i]."""
+    """Return Σ a[i]·b[i]."""
     return sum(map(operator.mul, a, b))
 
 
 dot = getattr(math, "sumprod", dot_by_hand)  # Python 3.12 and newer have it built in
 
 
-def softmax(scores: Vector) -> Vector:
-    """exp(s) / Σ exp(s), with the largest score taken off first so that nothing overflows.
+def linear(x: Matrix, w: Matrix) -> Matrix:
+    """Return y = W x for every row of x: x [n][in], w [out][in] -> [n][out]. nn.Linear, no bias."""
+    return [[dot(row, unit) for unit in w] for row in x]
 
-    A score of -inf gets weight 0; where all are -inf, as in a row that sees nothing, all weights are 0.
+
+def softmax(scores: Vector) -> Vector:
+    """Return exp(s) / Σ exp(s): weights that are positive and sum to 1.
+
+    The largest score is subtracted first, so that nothing overflows. A score of -inf gets weight 0.
+    If all scores are -inf, as for a query that sees no key, all weights are 0.
     """
-    top = max(scores, default=-math.inf)
-    if top == -math.inf:
+    largest = max(scores, default=-math.inf)
+    if largest == -math.inf:
         return [0.0] * len(scores)
-    exps = [math.exp(s - top) for s in scores]
+    exps = [math.exp(s - largest) for s in scores]
     total = sum(exps)
     return [e / total for e in exps]
 
 
-def linear(x: Matrix, w: Matrix) -> Matrix:
-    """y = W x for every row: x [n][in], w [out][in] -> [n][out], as nn.Linear without a bias."""
-    return [[dot(row, unit) for unit in w] for row in x]
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)
 
 
-CLAUSES = ["the house that Jack built.", "the malt that lay in", "the rat that ate", "the cat that killed",
-           "the dog that worried", "the cow with the crumpled horn that tossed", "the maiden all forlorn that milked",
-           "the man all tattered and torn that kissed", "the priest all shaven and shorn that married",
-           "the cock that crowed in the morn that waked", "the farmer sowing his corn that kept",
-           "the horse and the hound and the horn that belonged to"]
+# The text and the tokenizer
+
+CLAUSES = [
+    "the house that Jack built.",
+    "the malt that lay in",
+    "the rat that ate",
+    "the cat that killed",
+    "the dog that worried",
+    "the cow with the crumpled horn that tossed",
+    "the maiden all forlorn that milked",
+    "the man all tattered and torn that kissed",
+    "the priest all shaven and shorn that married",
+    "the cock that crowed in the morn that waked",
+    "the farmer sowing his corn that kept",
+    "the horse and the hound and the horn that belonged to",
+]
 # The House That Jack Built: verse n tells clauses n, n - 1, …, 0.
 TEXT = "".join("This is " + " ".join(CLAUSES[n::-1]) + "\n" for n in range(len(CLAUSES)))
 
 
+def split_words(text: str) -> list[str]:
+    """Return the units that no merge crosses: words and punctuation with the blank before them."""
+    return re.findall(r" ?\w+| ?[^\w\s]+|\s", text)
+
+
+def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """Return parts with every occurrence of pair joined, from the left."""
+    merged: list[str] = []
+    for part in parts:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
+
+
 @dataclass(frozen=True)
 class Tokenizer:
-    """Byte-pair encoding in miniature, over characters: vocab[id] is a token, merges are in order of learning.
+    """Byte-pair encoding in miniature, over characters (Sennrich et al. 2016, arXiv:1508.07909).
 
-    Sennrich et al., Neural Machine Translation of Rare Words with Subword Units, 2016, arXiv:1508.07909.
+    vocab[id] is a token. merges are the pairs that were joined, in the order they were learned.
     """
+
     vocab: list[str]
     merges: list[tuple[str, str]]
 
-    @staticmethod
-    def words(text: str) -> list[str]:
-        """The units no merge crosses: words and punctuation with their leading space, other white space alone."""
-        return re.findall(r" ?\w+| ?[^\w\s]+|\s", text)
-
-    @staticmethod
-    def merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
-        """Join every occurrence of pair in parts, from the left."""
-        merged: list[str] = []
-        for part in parts:
-            if merged and (merged[-1], part) == pair:
-                merged[-1] += part
-            else:
-                merged.append(part)
-        return merged
-
     @classmethod
     def train(cls, text: str, vocab_size: int) -> Tokenizer:
-        """Start from the text's characters; merge the most frequent pair until there are vocab_size tokens.
+        """Return a tokenizer of vocab_size tokens, or fewer if every word has become one token.
 
-        Ties go to the pair that sorts first. The vocabulary stays smaller when every word is one token already.
-        ValueError if text is empty or has more characters than vocab_size.
+        ValueError if text is empty or has more different characters than vocab_size.
         """
-        vocab, merges = sorted(set(text)), []
+        vocab = sorted(set(text))
+        merges: list[tuple[str, str]] = []
         if not 0 < len(vocab) <= vocab_size:
-            raise ValueError(f"vocab_size must be at least the number of different characters, {len(vocab)}, "
-                             f"and the text not empty; got {vocab_size}")
-        counts = Counter(cls.words(text))
-        parts = {word: list(word) for word in counts}
+            raise ValueError(f"vocab_size must be at least the number of different characters, "
+                             f"{len(vocab)}, and the text not empty; got {vocab_size}")
+        word_counts = Counter(split_words(text))
+        parts = {word: list(word) for word in word_counts}
         while len(vocab) < vocab_size:
-            pairs: Counter[tuple[str, str]] = Counter()
-            for word, count in counts.items():
+            pair_counts: Counter[tuple[str, str]] = Counter()
+            for word, count in word_counts.items():
                 for pair in zip(parts[word], parts[word][1:]):
-                    pairs[pair] += count
-            if not pairs:
+                    pair_counts[pair] += count
+            if not pair_counts:
                 break
-            best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+            # The most frequent pair; of equally frequent ones, the one that sorts first.
+            best = min(pair_counts, key=lambda pair: (-pair_counts[pair], pair))
             merges.append(best)
             if "".join(best) not in vocab:
                 vocab.append("".join(best))
-            parts = {word: cls.merge(split, best) for word, split in parts.items()}
+            parts = {word: merge_pair(split, best) for word, split in parts.items()}
         return cls(vocab, merges)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text: the merges, in order, within each word. ValueError names an unknown character."""
+        """Return the token ids of text: within each word, the merges in the order of learning.
+
+        ValueError names a character that the vocabulary does not have.
+        """
         ids = {token: i for i, token in enumerate(self.vocab)}
-        if unknown := next((c for c in text if c not in ids), None):
-            known = "".join(token for token in self.vocab if len(token) == 1)
-            raise ValueError(f"the vocabulary has no character {unknown!r}; it knows {known!r}")
-        parts = {word: list(word) for word in set(self.words(text))}
+        for character in text:
+            if character not in ids:
+                known = "".join(token for token in self.vocab if len(token) == 1)
+                raise ValueError(f"the vocabulary has no character {character!r}; it knows {known!r}")
+        words = split_words(text)
+        parts = {word: list(word) for word in words}
         for pair in self.merges:
-            parts = {word: self.merge(split, pair) for word, split in parts.items()}
-        return [ids[part] for word in self.words(text) for part in parts[word]]
+            parts = {word: merge_pair(split, pair) for word, split in parts.items()}
+        return [ids[part] for word in words for part in parts[word]]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text that these token ids stand for."""
+        """Return the text that these token ids stand for."""
         return "".join(self.vocab[i] for i in ids)
 
 
+# Printing
+
 WIDTH = 80  # columns of the trace
-# What a terminal without the left character gets instead of it.
+# What a terminal that cannot show the character on the left gets instead of it.
 ASCII = str.maketrans({
-    "█": "#", "▓": "*", "▒": "+", "░": ":", "·": ".", "│": "|", "─": "-", "┌": "+", "┐": "+", "└": "+", "┘": "+",
-    "├": "+", "┤": "+", "┬": "+", "┴": "+", "┼": "+", "→": "->", "←": "<-", "␣": "_", "…": "...", "×": "x",
-    "√": "sqrt ", "Σ": "sum ", "Δ": "d", "ᵀ": "^T", "²": "^2", "±": "+-", "≤": "<=", "≥": ">=", "≈": "~"})
-SHADES = " ·░▒▓█"
-SHADES_LEGEND = "blank: hidden   · under 2%   ░ 2 to 10%   ▒ 10 to 30%   ▓ 30 to 60%   █ more"
+    "█": "#", "▓": "*", "▒": "+", "░": ":", "·": ".", "│": "|", "─": "-", "┌": "+", "┐": "+",
+    "└": "+", "┘": "+", "├": "+", "┤": "+", "┬": "+", "┴": "+", "┼": "+", "→": "->", "←": "<-",
+    "␣": "_", "…": "...", "×": "x", "√": "sqrt ", "Σ": "sum ", "Δ": "d", "ᵀ": "^T", "²": "^2",
+    "±": "+-", "≤": "<=", "≥": ">=", "≈": "~", "α": "alpha", "β": "beta", "γ": "gamma",
+    "θ": "theta", "λ": "lambda", "μ": "mu", "σ": "sigma", "τ": "tau", "∞": "inf", "≠": "!=",
+})
+
+
+def printable(text: str) -> str:
+    """Return text with everything escaped that a terminal would obey instead of showing."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def display_width(text: str) -> int:
+    """Return the columns that text takes: East Asian wide characters two, combining marks none."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    combining = sum(unicodedata.combining(c) > 0 for c in text)
+    return len(text) + wide - combining
+
+
+def bar(value: float, full: float, width: int) -> str:
+    """Return a bar of value / full times width characters; a dot for a value too small to draw."""
+    if full <= 0 or value <= 0:
+        return ""
+    return "█" * round(width * min(value / full, 1.0)) or "·"
+
+
+def format_cell(value: object, form: str) -> str:
+    """Return a value as text: form is a format specification, or a template with braces."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    return form.format(value) if "{" in form else format(value, form)
 
 
 class Trace:
-    """Prints the sections and their checks; knows what the output can show, and how many checks held.
+    """Prints the sections and their checks, as the output can show them, and counts the checks.
 
-    predict: ask the reader before each result; None: don't; False: ask, but wait for no answer.
+    predict: ask the reader for each result before it is shown.
     """
 
-    def __init__(self, ascii_only: bool = False, predict: bool | None = None):
+    def __init__(self, ascii_only: bool = False, predict: bool = False):
         encoding = getattr(sys.stdout, "encoding", None) or "ascii"
         probe = "".join(map(chr, ASCII))
         self.ascii = ascii_only or probe.encode(encoding, "ignore").decode(encoding) != probe
-        self.colour = (sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self.colour = (sys.stdout is not None and sys.stdout.isatty()
+                       and "NO_COLOR" not in os.environ
                        and os.environ.get("TERM", "dumb") != "dumb")
-        self.held = self.failed = self.unwritten = 0
-        self.predict, self.asked, self.right = predict, 0, 0
-        self.in_checks = False  # was the last line a check?
+        self.predict = predict
+        self.listening = sys.stdin is not None and sys.stdin.isatty()  # is there anybody to answer?
+        self.held = self.failed = 0    # checks
+        self.asked = self.right = 0    # predictions
+        self.unwritten = 0             # sections that wait for a function
+        self.in_checks = False         # was the last line a check?
 
     def plain(self, text: str) -> str:
-        """text as this output can show it."""
-        return text.translate(ASCII).encode("ascii", "backslashreplace").decode() if self.ascii else text
+        """Return text as this output can show it."""
+        if not self.ascii:
+            return text
+        return text.translate(ASCII).encode("ascii", "backslashreplace").decode()
 
     def lines(self, lines: Sequence[str], style: str = "") -> None:
-        """Print lines as they are (a picture, say); style: an ANSI code, for terminals."""
+        """Print lines as they are (a picture, say). style: an ANSI code, for terminals."""
         self.in_checks = False
         for line in lines:
             line = self.plain(line).rstrip()
             print(f"\x1b[{style}m{line}\x1b[0m" if style and self.colour else line)
 
-    def section(self, number: int, title: str, functions: Sequence[Callable]) -> None:
-        """A section's head: its number and title, and the functions in the source that do the work."""
+    def section(self, number: int, title: str, techniques: Sequence[Callable]) -> None:
+        """Print a section's head: its number, its title, and the functions that do the work."""
         self.lines(["", f"── {number} ── {title} ".ljust(WIDTH, "─")], "1")
-        names = "in the source: " + ", ".join(function.__name__ for function in functions)
+        names = "in the source: " + ", ".join(technique.__name__ for technique in techniques)
         self.lines(textwrap.wrap(names, WIDTH, subsequent_indent=" " * 15), "2")
 
     def say(self, text: str) -> None:
-        """A paragraph, wrapped."""
+        """Print a paragraph."""
         self.lines(["", *textwrap.wrap(self.plain(text), WIDTH)])
 
     def note(self, text: str) -> None:
-        """A line under a picture: its legend."""
+        """Print the legend of the table or picture above."""
         self.lines(textwrap.wrap(self.plain(text), WIDTH), "2")
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> None:
-        """A table, two blanks between the columns, right-aligned but for the columns named in left."""
-        cells = [[self.plain(cell) for cell in row] for row in (header, *rows)]
-        widths = [max(map(display_width, column)) for column in zip(*cells)]
-        for i, row in enumerate(cells):
-            pads = [" " * (width - display_width(cell)) for cell, width in zip(row, widths)]
-            self.lines(["  ".join(cell + pad if c in left else pad + cell
-                                  for c, (cell, pad) in enumerate(zip(row, pads)))], "2" if i == 0 else "")
+    def table(self, rows: Sequence, columns: dict[str, str]) -> None:
+        """Print rows (named tuples or dictionaries) as a table. columns: {field: format}, in order.
+
+        A format is ".1%" or "{:.1f}×". With "bar 20" after it, the number is drawn as well; with
+        nothing before that, it is drawn only. The longest bar stands for the largest number in the
+        column, or for F in "bar 20 of F". A heading is the field's name with blanks for _, or what
+        is said after " as ". Text goes to the left, numbers to the right; None is an empty cell.
+        """
+        printed = []
+        for column, form in columns.items():
+            field, _, heading = column.partition(" as ")
+            values = [row[field] if isinstance(row, dict) else getattr(row, field) for row in rows]
+            printed += self.table_column(heading or field.replace("_", " "), values, form)
+        for i, cells in enumerate(zip(*printed)):
+            self.lines(["  ".join(cells)], "2" if i == 0 else "")
+
+    def table_column(self, heading: str, values: list, form: str) -> list[list[str]]:
+        """Return the cells, heading first and padded, of the numbers and of the bars, if any."""
+        form, _, bars = form.partition("bar ")
+        numbers = [value for value in values if isinstance(value, (int, float))]
+        columns = []
+        if form or not bars:
+            cells = [heading] + [format_cell(value, form.strip()) for value in values]
+            columns.append(self.pad(cells, to_the_right=bool(numbers)))
+            heading = ""
+        if bars:
+            width, _, full = bars.partition(" of ")
+            largest = float(full) if full else max(numbers, default=0)
+            drawn = [bar(value or 0, largest, int(width)) for value in values]
+            columns.append(self.pad([heading] + drawn, to_the_right=False))
+        return columns
+
+    def pad(self, cells: list[str], to_the_right: bool) -> list[str]:
+        """Return cells filled up with blanks to the same width."""
+        cells = [self.plain(cell) for cell in cells]
+        width = max(map(display_width, cells))
+        blanks = [" " * (width - display_width(cell)) for cell in cells]
+        if to_the_right:
+            return [blank + cell for cell, blank in zip(cells, blanks)]
+        return [cell + blank for cell, blank in zip(cells, blanks)]
 
     def check(self, claim: str, holds: bool, evidence: str) -> None:
-        """Print one check: what is claimed, and what was compared or bounded. A failure makes the exit status 1."""
-        self.held, self.failed = self.held + bool(holds), self.failed + (not holds)
-        text = textwrap.wrap(self.plain(f"{claim} ({evidence})"), WIDTH - 6)
-        mark = "ok  " if holds else "FAIL"
+        """Print one check: what is claimed, and what was compared. A failure makes the status 1."""
+        if holds:
+            self.held += 1
+            mark, colour = "ok  ", "32"
+        else:
+            self.failed += 1
+            mark, colour = "FAIL", "1;31"
         if self.colour:
-            mark = f"\x1b[{'32' if holds else '1;31'}m{mark}\x1b[0m"
-        self.lines([""] * (not self.in_checks) + [f"{mark}  {text[0]}", *("      " + line for line in text[1:])])
+            mark = f"\x1b[{colour}m{mark}\x1b[0m"
+        if not self.in_checks:
+            self.lines([""])
+        first, *others = textwrap.wrap(self.plain(f"{claim} ({evidence})"), WIDTH - 6)
+        self.lines([f"{mark}  {first}"] + ["      " + line for line in others])
         self.in_checks = True
 
-    def ask(self, question: str, answer: float | str) -> None:
-        """With --predict: ask before the result is shown, wait for the reader's answer, show the computed one.
-
-        A number is right within a tenth, a text when it is the same but for case and blanks around it.
-        """
-        if self.predict is None:
-            return
-        shown = answer.strip() if isinstance(answer, str) else (
-            f"{answer:,.0f}" if isinstance(answer, int) or abs(answer) >= 1000 else f"{answer:.3g}")
-        self.say(f"Predict: {question}")
-        reply = ""
-        if self.predict:
-            try:
-                reply = input("  your answer (Enter: pass) > ").strip()
-            except EOFError:
-                print()
-                self.predict = False  # no more answers to come
-        right = bool(reply) and reply.casefold() == shown.casefold()
-        if not isinstance(answer, str) and (number := re.search(r"[+-]?[0-9][0-9,]*(\.[0-9]+)?|[+-]?\.[0-9]+", reply)):
-            right = abs(float(number[0].replace(",", "")) - answer) <= abs(answer) / 10
-        self.asked, self.right = self.asked + bool(reply), self.right + right
-        self.lines([f"  computed: {shown}" + (" - yes" if right else " - not quite") * bool(reply)], "1")
-
     def check_close(self, claim: str, got: Matrix, expected: Matrix, bound: float) -> None:
-        """A check that two matrices have the same shape and differ by less than bound in every place."""
-        same_shape = [len(row) for row in got] == [len(row) for row in expected]
-        gaps = [abs(a - b) for p, q in zip(got, expected) for a, b in zip(p, q)]
-        holds = same_shape and all(gap < bound for gap in gaps)
-        failure = f"max |Δ| = {max(gaps):.1e}" if same_shape else "the shapes differ"
-        self.check(claim, holds, f"max |Δ| < {bound:.0e}" if holds else f"{failure}; bound {bound:.0e}")
+        """Check that two matrices have one shape, and differ by less than bound in every place."""
+        if [len(row) for row in got] != [len(row) for row in expected]:
+            self.check(claim, False, "the shapes differ")
+            return
+        gaps = [abs(a - b) for rows in zip(got, expected) for a, b in zip(*rows)]
+        if all(gap < bound for gap in gaps):
+            self.check(claim, True, f"max |Δ| < {bound:.0e}")
+        else:
+            self.check(claim, False, f"max |Δ| = {max(gaps):.1e}; bound {bound:.0e}")
+
+    def ask(self, question: str, answer: float | str) -> None:
+        """With --predict: ask, wait for the reader's answer, show the computed one, and wait again.
+
+        A number is right within a tenth. Text is right if it is the same but for case.
+        """
+        if not self.predict:
+            return
+        if isinstance(answer, str):
+            shown = answer.strip()
+        elif isinstance(answer, int) or abs(answer) >= 1000:
+            shown = f"{answer:,.0f}"
+        else:
+            shown = f"{answer:.3g}"
+        self.say(f"Predict: {question}")
+        reply = self.hear("  your answer (Enter: pass) > ")
+        verdict = ""
+        if reply:
+            right = reply.casefold() == shown.casefold() or (
+                not isinstance(answer, str) and is_near(reply, answer))
+            self.asked += 1
+            self.right += right
+            verdict = " - yes" if right else " - not quite"
+        self.lines([f"  computed: {shown}{verdict}"], "1")
+        self.hear("  (Enter: go on) ")
+
+    def hear(self, prompt: str) -> str:
+        """Return what the reader types, or "" where there is nobody to ask."""
+        if not self.listening:
+            return ""
+        try:
+            return input(prompt).strip()
+        except EOFError:
+            print()
+            self.listening = False  # no more answers will come
+            return ""
 
 
-def display_width(text: str) -> int:
-    """Columns that text takes in a terminal: East Asian wide characters take two, combining marks none."""
-    if text.isascii():
-        return len(text)
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+def is_near(reply: str, answer: float) -> bool:
+    """Return whether reply is a number within a tenth of answer; 33% and 0,33 count as well."""
+    scale = 100 if reply.endswith("%") else 1
+    for comma in ("", "."):  # of thousands, or the decimal comma
+        try:
+            number = float(reply.rstrip("%×x ").replace(",", comma)) / scale
+        except ValueError:
+            continue
+        if abs(number - answer) <= abs(answer) / 10:
+            return True
+    return False
 
 
-def show_token(token: str) -> str:
-    """A token as a label of 12 columns at most: no leading space, other white space and the unprintable escaped."""
-    text = token[1:] if len(token) > 1 and token[0] == " " else token.replace(" ", "␣")
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    while display_width(text) > 12:
-        text = text[:-2] + "…"
-    return text
+# The command line
 
 
-def shade(weight: float) -> str:
-    """A weight between 0 and 1 as one character, darker for more."""
-    return SHADES[sum(weight > step for step in (0, 0.02, 0.1, 0.3, 0.6))]
+class Section(NamedTuple):
+    """A section of the trace. core: it belongs to the chapter itself; the others can wait."""
 
-
-def bar(value: float, full: float, width: int) -> str:
-    """A bar of value / full times width characters; a trace of one for anything above zero."""
-    length = round(width * max(0.0, min(value / full, 1.0))) if full else 0
-    return "█" * length or "·" * (value > 0)
-
-
-def heat_map(weights: Matrix, labels: Sequence[str] = (), title: str = "", cell: int = 1) -> list[str]:
-    """A square of weights as shaded cells, each cell characters wide, with a label before each row."""
-    margin = max(map(display_width, labels), default=-1) + 1
-    names = [label + " " * (margin - display_width(label)) for label in labels] or [""] * len(weights)
-    return ([" " * margin + title.ljust(cell * len(weights))] if title else []) + [
-        name + "".join(shade(w) * cell for w in row[:len(weights)]) for name, row in zip(names, weights)]
-
-
-def side_by_side(blocks: Sequence[list[str]], gap: int = 3) -> list[str]:
-    """Pictures of the same height next to each other."""
-    widths = [max(map(display_width, block)) for block in blocks]
-    return [(" " * gap).join(line + " " * (width - display_width(line)) for line, width in zip(lines, widths))
-            for lines in zip(*blocks)]
+    title: str
+    show: Callable
+    techniques: Sequence[Callable]  # the functions and classes that its head names
+    core: bool = True
 
 
 class OneLineParser(ArgumentParser):
-    """argparse, except that a refusal is one line, on every Python."""
-
-    def parse_args(self, args=None, namespace=None):
-        for argument in sys.argv[1:] if args is None else args:
-            if argument.startswith("--") and argument.endswith("=--"):  # argparse takes these for no value at all
-                self.error(f"argument {argument[:-3]}: expected a value")
-        return super().parse_args(args, namespace)
+    """argparse, but a refusal is one line, and shows control characters instead of sending them."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: {printable(message)} (--help lists the options)\n")
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from low to high."""
+    """Return an argparse type: a whole number from low to high."""
     def parse(text: str) -> int:
         if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not low <= int(text) <= high:
             raise ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
@@ -1547,414 +2177,112 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def section_numbers(count: int) -> Callable[[str], list[int]]:
-    """An argparse type: numbers of sections with commas between them."""
+    """Return an argparse type: section numbers with commas between them."""
     def parse(text: str) -> list[int]:
-        numbers = [int(part) if re.fullmatch(r" *[0-9]{1,4} *", part) else 0 for part in text.split(",")]
-        if not all(1 <= number <= count for number in numbers):
-            raise ArgumentTypeError(f"must be numbers from 1 to {count} (--list names them), as in 1,{count}, "
-                                             f"not {text!r}")
-        return numbers
+        parts = [part.strip() for part in text.split(",")]
+        if not all(re.fullmatch("[0-9]{1,4}", part) and 1 <= int(part) <= count for part in parts):
+            raise ArgumentTypeError(f"must be numbers from 1 to {count} (--list names them), as in "
+                                    f"1,{count}, not {text!r}")
+        return [int(part) for part in parts]
     return parse
 
 
 def common_parser(prog: str, description: str, n_sections: int) -> OneLineParser:
-    """The options that all five scripts have; the script adds its own knobs."""
+    """Return a parser with the options that all five scripts have; a script adds its own knobs."""
     parser = OneLineParser(prog=prog, description=description, allow_abbrev=False,
                            formatter_class=lambda prog: HelpFormatter(prog, width=WIDTH))
     parser.add_argument("--list", action="store_true", help="list the sections and stop")
-    parser.add_argument("--section", metavar="N[,N...]", action="extend", type=section_numbers(n_sections),
+    parser.add_argument("--section", metavar="N[,N...]", action="extend",
+                        type=section_numbers(n_sections),
                         help="run only these sections (may be repeated)")
     parser.add_argument("--seed", metavar="N", type=whole_number(0, 10**9), default=0,
                         help="seed of all randomness (default 0)")
     parser.add_argument("--ascii", action="store_true", help="print no character outside ASCII")
-    parser.add_argument("--time", action="store_true", help="print the seconds each section took, on stderr")
-    parser.add_argument("--predict", action="store_true", help="be asked for each section's result before it is shown")
+    parser.add_argument("--time", action="store_true",
+                        help="print the seconds each section took, on stderr")
+    parser.add_argument("--predict", action="store_true",
+                        help="be asked for each section's result before it is shown")
     return parser
 
 
-def announce(multiply_adds: float) -> None:
-    """On stderr, before a run that will take more than half a minute here: how long, from the work it will count."""
-    ones, start = [1.0] * 10_000, time.process_time()
-    for _ in range(20):
-        dot(ones, ones)
-    seconds = multiply_adds * (time.process_time() - start) / (20 * len(ones))
-    if seconds > 30:
-        print(f"these settings take about {multiply_adds:.0e} multiply-adds, {seconds:.0f} s on this machine; "
-              f"Ctrl-C ends it", file=sys.stderr)
+def list_sections(trace: Trace, sections: Sequence[Section]) -> None:
+    """Print the sections' numbers and titles, the core ones with a star."""
+    for number, section in enumerate(sections, 1):
+        star = "*" if section.core else " "
+        trace.lines([f"{number:>2}{star} {section.title}"])
+    trace.lines(["", "* the core of the chapter; the others can wait"])
 
 
-def run_sections(sections: Sequence[tuple], knobs: Namespace, next_experiment: str) -> int:
-    """Print the chosen sections (title, show function, functions named in the head); the exit status.
+def run_section(trace: Trace, number: int, section: Section, knobs: Namespace) -> None:
+    """Print one section. Where a function is not written yet (an exercise), say so and go on."""
+    start = time.perf_counter()
+    trace.section(number, section.title, section.techniques)
+    try:
+        section.show(trace, knobs)
+    except NotImplementedError as error:
+        trace.unwritten += 1
+        trace.say(f"Not written yet: {error}. This section goes on once it is.")
+    if knobs.time:
+        sys.stdout.flush()
+        print(f"section {number}: {time.perf_counter() - start:.2f} s", file=sys.stderr)
 
-    0 when every check held, 1 when one failed or a function is not written yet (an exercise: its section says so,
-    and the others go on), 130 after Ctrl-C. A reader who closes the pipe ends it quietly.
+
+def print_summary(trace: Trace, next_experiment: str) -> None:
+    """Print how many checks held, and what to run next."""
+    summary = [""]
+    if trace.failed:
+        summary.append(f"{trace.failed} of {trace.failed + trace.held} checks FAILED.")
+    elif trace.held:
+        summary.append(f"All {trace.held} checks held.")
+    else:
+        summary.append("No check was reached.")
+    if trace.unwritten:
+        summary.append(f"Sections that wait for a function: {trace.unwritten}.")
+    if trace.asked:
+        summary.append(f"Predictions: {trace.right} of {trace.asked} right.")
+    trace.lines([*summary, f"Try next: {next_experiment}"], "1")
+
+
+def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment: str) -> int:
+    """Print the chosen sections and return the exit status.
+
+    0: every check held. 1: one failed, or a function is not written yet. 130: Ctrl-C. A reader who
+    closes the pipe ends the trace quietly.
     """
     try:
-        trace = Trace(knobs.ascii, sys.stdin is not None and sys.stdin.isatty() if knobs.predict else None)
+        trace = Trace(knobs.ascii, knobs.predict)
         if knobs.list:
-            trace.lines([f"{number:>2}  {title}" for number, (title, *_) in enumerate(sections, 1)])
+            list_sections(trace, sections)
         else:
             for number in sorted(set(knobs.section or range(1, len(sections) + 1))):
-                title, show, functions = sections[number - 1]
-                start = time.perf_counter()
-                trace.section(number, title, functions)
-                try:
-                    show(trace, knobs)
-                except NotImplementedError as error:
-                    trace.unwritten += 1
-                    trace.say(f"Not written yet: {error}. This section goes on once it is.")
-                if knobs.time:
-                    sys.stdout.flush()
-                    print(f"section {number}: {time.perf_counter() - start:.2f} s", file=sys.stderr)
-            trace.lines(["", f"{trace.failed} of {trace.failed + trace.held} checks FAILED." if trace.failed else
-                         f"All {trace.held} checks held." if trace.held else
-                         "No check was reached.",
-                         *[f"Sections that wait for a function: {trace.unwritten}."] * bool(trace.unwritten),
-                         *[f"Predictions: {trace.right} of {trace.asked} right."] * bool(trace.asked),
-                         f"Try next: {next_experiment}"], "1")
+                run_section(trace, number, sections[number - 1], knobs)
+            print_summary(trace, next_experiment)
         if sys.stdout is not None:
             sys.stdout.flush()
         return 1 if trace.failed or trace.unwritten else 0
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing stdout cannot fail again
+        # Nothing can be written any more. Closing stdout must not fail a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 0
         print(f"cannot write the trace: {error.strerror}", file=sys.stderr)
         return 1
 
 
-# ---------------------------------------------------------------------------------------------------
-# The tiny Llama, the same in microkv, microquant and microbeam: RMSNorm, rotary positions, grouped-query
-# attention, SwiGLU, no biases, and Meta's names for the weights, so that they fit any Llama implementation.
-#
-# The forward pass is written once. It does everything through run(operation, *inputs), which just calls the
-# operation, unless it is told otherwise: training hands over a Tape, which also remembers, to run backwards.
-
-@dataclass(frozen=True)
-class Config:
-    """The sizes of a Llama; head_dim is dim / n_heads."""
-    vocab_size: int
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    hidden_dim: int
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        if min(self.vocab_size, self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.hidden_dim) < 1:
-            raise ValueError(f"every size must be at least 1, not {self}")
-        if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads:
-            raise ValueError(f"dim must be a multiple of 2 · n_heads, and n_heads of n_kv_heads, not {self}")
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of a head."""
-        return self.dim // self.n_heads
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """{name: shape} of every weight; a matrix is [out][in], a norm's gain [dim]."""
-        kv_dim, shapes = self.n_kv_heads * self.head_dim, {"tok_embeddings": (self.vocab_size, self.dim)}
-        for layer in range(self.n_layers):
-            for name, shape in {"attention_norm": (self.dim,), "attention.wq": (self.dim, self.dim),
-                                "attention.wk": (kv_dim, self.dim), "attention.wv": (kv_dim, self.dim),
-                                "attention.wo": (self.dim, self.dim), "ffn_norm": (self.dim,),
-                                "feed_forward.w1": (self.hidden_dim, self.dim),
-                                "feed_forward.w2": (self.dim, self.hidden_dim),
-                                "feed_forward.w3": (self.hidden_dim, self.dim)}.items():
-                shapes[f"layers.{layer}.{name}"] = shape
-        return shapes | {"norm": (self.dim,), "output": (self.vocab_size, self.dim)}
-
-
-def call(operation: Callable, *inputs):
-    """operation(*inputs): the plain way to run an operation of the forward pass."""
-    return operation(*inputs)
-
-
-class Llama:
-    """weights: {name: matrix [out][in] or gain [dim]}, named and shaped as Config.shapes() says."""
-
-    def __init__(self, config: Config, weights: dict[str, Matrix | Vector]):
-        if missing := [name for name in config.shapes() if name not in weights]:
-            raise ValueError(f"weights must have {missing[0]!r}")
-        self.config, self.weights = config, weights
-
-    def forward(self, tokens: Sequence[int], cache=None, run: Callable = call) -> Matrix:
-        """Logits [len(tokens)][vocab_size]: row i predicts what follows tokens[i].
-
-        With a cache, tokens come after those already in it, and their keys and values are added to it.
-        """
-        c, w = self.config, self.weights
-        start = cache.length if cache is not None else 0
-        positions = range(start, start + len(tokens))
-        x = run(look_up, w["tok_embeddings"], tokens)
-        for layer in range(c.n_layers):
-            wq, wk, wv, wo = (w[f"layers.{layer}.attention.{name}"] for name in ("wq", "wk", "wv", "wo"))
-            w1, w2, w3 = (w[f"layers.{layer}.feed_forward.{name}"] for name in ("w1", "w2", "w3"))
-            h = run(rms_norm, x, w[f"layers.{layer}.attention_norm"], c.norm_eps)
-            q = run(rope_heads, run(linear, h, wq), positions, c.n_heads, c.rope_base)
-            k = run(rope_heads, run(linear, h, wk), positions, c.n_kv_heads, c.rope_base)
-            v = run(linear, h, wv)
-            if cache is not None:
-                k, v = cache.update(layer, k, v)  # of all tokens so far
-            x = run(add, x, run(linear, run(attend, q, k, v, c.n_heads, c.n_kv_heads), wo))
-            h = run(rms_norm, x, w[f"layers.{layer}.ffn_norm"], c.norm_eps)
-            x = run(add, x, run(linear, run(swiglu, run(linear, h, w1), run(linear, h, w3)), w2))
-        return run(linear, run(rms_norm, x, w["norm"], c.norm_eps), w["output"])
-
-
-def look_up(table: Matrix, tokens: Sequence[int]) -> Matrix:
-    """The embedding of each token: table [vocab_size][dim] -> [n][dim]."""
-    return [table[token] for token in tokens]
-
-
-def rms_norm(x: Matrix, gain: Vector, eps: float) -> Matrix:
-    """gain · x / √(mean(x²) + eps), row by row (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-    scales = [1 / math.sqrt(dot(row, row) / len(row) + eps) for row in x]
-    return [[value * scale * g for value, g in zip(row, gain)] for row, scale in zip(x, scales)]
-
-
-def rope_heads(x: Matrix, positions: Sequence[int], n_heads: int, base: float) -> Matrix:
-    """rope() in each head of x [n][n_heads·head_dim]."""
-    return concat(*(rope(head, positions, base) for head in split_heads(x, n_heads)))
-
-
-def attend(q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
-    """Causal grouped-query attention: q [n_q][n_heads·head_dim], k and v [n_k][n_kv_heads·head_dim].
-
-    The queries are the last n_q of the n_k positions. -> [n_q][n_heads·head_dim].
-    """
-    group, heads = n_heads // n_kv_heads, []
-    keys, values = split_heads(k, n_kv_heads), split_heads(v, n_kv_heads)
-    for h, queries in enumerate(split_heads(q, n_heads)):
-        columns = list(zip(*values[h // group]))
-        heads.append([[dot(weights, column[:len(weights)]) for column in columns]
-                      for weights in causal_weights(queries, keys[h // group])])
-    return concat(*heads)
-
-
-def causal_weights(q: Matrix, k: Matrix) -> list[Vector]:
-    """softmax(q·k / √d) of one head; row i has weights for the keys it sees only, the first n_k - n_q + i + 1."""
-    scale, hidden = 1 / math.sqrt(len(k[0])), len(k) - len(q)
-    return [softmax([dot(query, key) * scale for key in k[:hidden + i + 1]]) for i, query in enumerate(q)]
-
-
-def swiglu(a: Matrix, b: Matrix) -> Matrix:
-    """silu(a) · b, element by element (Shazeer 2020, arXiv:2002.05202); silu(x) = x · sigmoid(x)."""
-    return [[x * sigmoid(x) * y for x, y in zip(p, q)] for p, q in zip(a, b)]
-
-
-def sigmoid(x: float) -> float:
-    """1 / (1 + exp(-x)), for any x."""
-    return 0.5 + 0.5 * math.tanh(0.5 * x)
-
-
-def add(a: Matrix, b: Matrix) -> Matrix:
-    """The sum, element by element."""
-    return [list(map(operator.add, p, q)) for p, q in zip(a, b)]
-
-
-# Training: each operation's backward pass takes the gradient of its output, and its inputs, and returns the
-# gradients of those inputs that have one. Whole matrices at a time, so that here too all the work is in dot.
-
-def look_up_backward(d: Matrix, table: Matrix, tokens: Sequence[int]) -> list[Matrix]:
-    """Each token's gradient goes to its row of the table."""
-    d_table = [[0.0] * len(table[0]) for _ in table]
-    for row, token in zip(d, tokens):
-        d_table[token] = list(map(operator.add, d_table[token], row))
-    return [d_table]
-
-
-def linear_backward(d: Matrix, x: Matrix, w: Matrix) -> list[Matrix]:
-    """y = x wᵀ: dx = d w, dw = dᵀ x."""
-    return [linear(d, list(zip(*w))), linear(list(zip(*d)), list(zip(*x)))]
-
-
-def rms_norm_backward(d: Matrix, x: Matrix, gain: Vector, eps: float) -> list[Matrix | Vector]:
-    """y = gain · x̂ with x̂ = x / rms: dx = (g·d - x̂ · mean(g·d · x̂)) / rms."""
-    d_x, d_gain = [], [0.0] * len(gain)
-    for d_row, row in zip(d, x):
-        scale = 1 / math.sqrt(dot(row, row) / len(row) + eps)
-        unit, pull = [value * scale for value in row], list(map(operator.mul, d_row, gain))
-        share = dot(pull, unit) / len(row)
-        d_x.append([(p - u * share) * scale for p, u in zip(pull, unit)])
-        d_gain = [total + slope * u for total, slope, u in zip(d_gain, d_row, unit)]
-    return [d_x, d_gain]
-
-
-def rope_heads_backward(d: Matrix, x: Matrix, positions: Sequence[int], n_heads: int, base: float) -> list[Matrix]:
-    """The gradient is turned back."""
-    return [rope_heads(d, [-p for p in positions], n_heads, base)]
-
-
-def attend_backward(d: Matrix, q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int) -> list[Matrix]:
-    """With P = softmax(S), S = q kᵀ / √d: dv = Pᵀ d, dP = d vᵀ, dS = P·(dP - rowsum(P·dP)), dq = dS k, dk = dSᵀ q."""
-    group, d_q = n_heads // n_kv_heads, []
-    keys, values = split_heads(k, n_kv_heads), split_heads(v, n_kv_heads)
-    d_k, d_v = ([[[0.0] * len(head[0]) for _ in head] for head in heads] for heads in (keys, values))
-    for h, (queries, d_head) in enumerate(zip(split_heads(q, n_heads), split_heads(d, n_heads))):
-        g, scale = h // group, 1 / math.sqrt(len(queries[0]))
-        p, d_s = [], []
-        for weights, d_row in zip(causal_weights(queries, keys[g]), d_head):
-            d_p = [dot(d_row, value) for value in values[g][:len(weights)]]
-            mean = dot(weights, d_p)
-            unseen = [0.0] * (len(k) - len(weights))
-            p.append(weights + unseen)
-            d_s.append([w * (slope - mean) * scale for w, slope in zip(weights, d_p)] + unseen)
-        d_q.append(linear(d_s, list(zip(*keys[g]))))
-        d_k[g] = add(d_k[g], linear(list(zip(*d_s)), list(zip(*queries))))
-        d_v[g] = add(d_v[g], linear(list(zip(*p)), list(zip(*d_head))))
-    return [concat(*d_q), concat(*d_k), concat(*d_v)]
-
-
-def swiglu_backward(d: Matrix, a: Matrix, b: Matrix) -> list[Matrix]:
-    """y = x σ(x) · b: dx = b · σ(x) · (1 + x·(1 - σ(x))), db = x σ(x)."""
-    d_a, d_b = [], []
-    for d_row, a_row, b_row in zip(d, a, b):
-        gates = list(map(sigmoid, a_row))
-        d_a.append([slope * y * s * (1 + x * (1 - s)) for slope, x, y, s in zip(d_row, a_row, b_row, gates)])
-        d_b.append([slope * x * s for slope, x, s in zip(d_row, a_row, gates)])
-    return [d_a, d_b]
-
-
-def add_backward(d: Matrix, a: Matrix, b: Matrix) -> list[Matrix]:
-    """Both get it."""
-    return [d, d]
-
-
-BACKWARD = {look_up: look_up_backward, linear: linear_backward, rms_norm: rms_norm_backward,
-            rope_heads: rope_heads_backward, attend: attend_backward, swiglu: swiglu_backward, add: add_backward}
-
-
-class Tape:
-    """Runs operations and remembers them: forward(tokens, run=tape), then tape.backward(logits, d_logits)."""
-
-    def __init__(self):
-        self.steps: list[tuple] = []
-
-    def __call__(self, operation: Callable, *inputs):
-        output = operation(*inputs)
-        self.steps.append((operation, inputs, output))
-        return output
-
-    def backward(self, output: Matrix, d_output: Matrix) -> dict[int, Matrix | Vector]:
-        """{id(array): its gradient} for every array the output was made from that no operation made."""
-        gradients = {id(output): d_output}
-        for operation, inputs, result in reversed(self.steps):
-            for array, d in zip(inputs, BACKWARD[operation](gradients.pop(id(result)), *inputs)):
-                gradients[id(array)] = add(gradients[id(array)], d) if id(array) in gradients else d
-        return gradients
-
-
-def cross_entropy(logits: Matrix, targets: Sequence[int]) -> tuple[float, Matrix]:
-    """Mean of -log softmax(logits)[target] in nats, and its gradient in the logits."""
-    p = [softmax(row) for row in logits]
-    loss = -sum(math.log(row[target]) for row, target in zip(p, targets)) / len(targets)
-    return loss, [[(value - (i == target)) / len(targets) for i, value in enumerate(row)]
-                  for row, target in zip(p, targets)]
-
-
-class Adam:
-    """Kingma & Ba 2015, arXiv:1412.6980: steps scaled by running means of the gradient and of its square."""
-
-    def __init__(self, weights: dict[str, Matrix | Vector], beta1: float = 0.7, beta2: float = 0.95):
-        self.rows = {name: w if isinstance(w[0], list) else [w] for name, w in weights.items()}
-        self.beta1, self.beta2, self.steps = beta1, beta2, 0
-        self.m, self.v = ({name: [[0.0] * len(row) for row in rows] for name, rows in self.rows.items()}
-                          for _ in range(2))
-
-    def step(self, gradients: dict[str, Matrix | Vector], rate: float) -> None:
-        """Change the weights, in place."""
-        self.steps += 1
-        b1, b2, c1, c2 = self.beta1, self.beta2, 1 - self.beta1, 1 - self.beta2
-        rate, unbias = rate / (1 - b1 ** self.steps), 1 / (1 - b2 ** self.steps)
-        for name, gradient in gradients.items():
-            d_rows = gradient if isinstance(gradient[0], list) else [gradient]
-            for w, d, m, v in zip(self.rows[name], d_rows, self.m[name], self.v[name]):
-                m[:] = [b1 * a + c1 * slope for a, slope in zip(m, d)]
-                v[:] = [b2 * a + c2 * slope * slope for a, slope in zip(v, d)]
-                w[:] = [x - rate * a / (math.sqrt(b * unbias) + 1e-8) for x, a, b in zip(w, m, v)]
-
-
-def init_weights(config: Config, rng: random.Random) -> dict[str, Matrix | Vector]:
-    """Embeddings of size 1, matrices 1/√in, half of that where they write to the residual stream, gains of 1."""
-    weights: dict[str, Matrix | Vector] = {}
-    for name, shape in config.shapes().items():
-        size = 1.0 if name == "tok_embeddings" else shape[-1] ** -0.5 * (0.5 if name.endswith(("wo", "w2")) else 1)
-        weights[name] = ([1.0] * shape[0] if len(shape) == 1 else
-                         [[rng.gauss(0, size) for _ in range(shape[1])] for _ in range(shape[0])])
-    return weights
-
-
-def train(config: Config, ids: Sequence[int], rng: random.Random, steps: int, length: int,
-          learning_rate: float = 0.02) -> tuple[Llama, list[float]]:
-    """A Llama that has read ids, length tokens a step, from the start again at the end; the loss of each step.
-
-    The learning rate rises over 10 steps and falls to 0. Progress goes to stderr where that is a terminal.
-    """
-    model, losses = Llama(config, init_weights(config, rng)), []
-    adam, show = Adam(model.weights), sys.stderr is not None and sys.stderr.isatty()
-    for step in range(steps):
-        start = step * length % (len(ids) - length)
-        tape = Tape()
-        logits = model.forward(ids[start:start + length], run=tape)
-        loss, d_logits = cross_entropy(logits, ids[start + 1:start + length + 1])
-        gradients = tape.backward(logits, d_logits)
-        adam.step({name: gradients[id(w)] for name, w in model.weights.items()},
-                  learning_rate * min(1, (step + 1) / 10) * (1 - step / steps))
-        losses.append(loss)
-        if show:
-            print(f"\rtraining the tiny Llama: step {step + 1} of {steps}, loss {loss:.2f} ", end="", file=sys.stderr)
-    if show:
-        print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
-    return model, losses
-
-
-def rope(x: Matrix, positions: Sequence[int], base: float = 10000.0) -> Matrix:
-    """Rotate row r of x [n][d] to positions[r] -> [n][d]. ValueError if d is odd or the lengths differ."""
-    d = len(x[0]) if x else 0
-    if d % 2 or len(positions) != len(x):
-        raise ValueError(f"x must have an even number of channels and one position a row, not {d} channels, "
-                         f"{len(x)} rows and {len(positions)} positions")
-    thetas = [base ** (-2 * m / d) for m in range(d // 2)]
-    out = []
-    for row, p in zip(x, positions):
-        turned = [complex(a, b) * cmath.rect(1.0, p * theta) for a, b, theta in zip(row[::2], row[1::2], thetas)]
-        out.append([part for z in turned for part in (z.real, z.imag)])
-    return out
-
-
-def split_heads(m: Matrix, n_heads: int) -> list[Matrix]:
-    """[n][n_heads·head_dim] -> n_heads matrices [n][head_dim]."""
-    width = len(m[0]) if m else 0
-    if n_heads < 1 or width % n_heads:
-        raise ValueError(f"n_heads must divide the {width} channels, and {n_heads} does not")
-    head_dim = width // n_heads
-    return [[row[h * head_dim:(h + 1) * head_dim] for row in m] for h in range(n_heads)]
-
-
-def concat(*blocks: Matrix) -> Matrix:
-    """Side by side: [n][a], [n][b], … -> [n][a + b + …]."""
-    return [[value for part in rows for value in part] for rows in zip(*blocks)]
-
-
-# ---------------------------------------------------------------------------------------------------
-
 SECTIONS = [
-    ("Generation without a cache, and with one", show_cache, [KVCache, generate]),
-    ("Prefill and decode are different machines", show_intensity, [step_seconds]),
-    ("The cache's size", show_size, [kv_bytes_per_token]),
-    ("Paged attention", show_paging, [BlockPool, PagedKVCache, contiguous_waste]),
-    ("Sharing: reference counts and copy on write", show_sharing, [PagedKVCache, BlockPool]),
-    ("Prefix caching", show_prefix_caching, [hash_block, register_blocks, adopt_prefix]),
-    ("Continuous batching", show_continuous, [serve, Engine]),
-    ("Chunked prefill", show_chunked, [serve, Engine]),
-    ("Running out of blocks", show_preemption, [Engine, swap_out, swap_in]),
-    ("Splitwise: prefill here, decode there", show_split, [hand_over, swap_in]),
-    ("A smaller cache", show_small_cache, [round_to_grid, quantize_cache]),
+    Section("Generation without a cache, and with one", show_cache, [KVCache, generate]),
+    Section("Prefill and decode are different machines", show_intensity, [step_seconds]),
+    Section("The cache's size", show_size, [kv_bytes_per_token], core=False),
+    Section("Paged attention", show_paging, [BlockPool, PagedKVCache, contiguous_waste]),
+    Section("Sharing: reference counts and copy on write", show_sharing, [PagedKVCache, BlockPool]),
+    Section("Prefix caching", show_prefix_caching, [hash_block, register_blocks, adopt_prefix]),
+    Section("Continuous batching", show_continuous, [serve, Engine]),
+    Section("Chunked prefill", show_chunked, [serve, Engine]),
+    Section("Running out of blocks", show_preemption, [Engine, swap_out, swap_in], core=False),
+    Section("Splitwise: prefill here, decode there", show_split, [hand_over, swap_in], core=False),
+    Section("A smaller cache", show_small_cache, [round_to_grid, quantize_cache], core=False),
 ]
 
 
@@ -1993,9 +2321,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     knobs.model = functools.cache(lambda: train(knobs.config, ids, random.Random(knobs.seed), **TRAINING)[0])
     knobs.alone = functools.cache(lambda request: generate(knobs.model(), request.prompt, request.max_new_tokens,
                                                            KVCache(knobs.config)))
-    if not knobs.list:
-        again = sum(forward_products(knobs.config, len(knobs.prompt_ids) + t, 0) for t in range(knobs.max_new_tokens))
-        announce(3 * count_parameters(knobs.config) * TRAINING["steps"] * TRAINING["length"] + 4 * again)
     return run_sections(SECTIONS, knobs, "python microkv.py --section 9 --num-blocks 8 --max-num-seqs 8")
 
 
