@@ -44,6 +44,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
+
+if sys.version_info < (3, 11):
+    sys.exit("This script needs Python 3.11 or newer.")
 
 Vector = list[float]
 Matrix = list[Vector]  # row-major: m[row][column]
@@ -61,7 +65,10 @@ MAX_TOKENS = 256   # longest text accepted
 VOCAB_SIZE = 96    # tokens: the words of SENTENCE are then one token each
 
 
-# ---------------------------------------------------------------------------------------------------
+# =============================================================================================
+# THE TECHNIQUES
+# =============================================================================================
+
 # 1. Standard attention and its traffic
 #
 # A GPU computes in SRAM: fast, a few hundred KB for each of its hundred-odd processors (SMs). Everything else
@@ -180,40 +187,6 @@ def flash_accesses(n_q: int, n_k: int, d: int, d_v: int, block_q: int) -> int:
     return -(-n_q // block_q) * n_k * (d + d_v) + n_q * (d + d_v + 1)
 
 
-def show_standard(trace: Trace, knobs: Namespace) -> None:
-    """The count against the formula, and what that is on real cards."""
-    n, d, causal = knobs.seq_len, knobs.head_dim, knobs.causal
-    trace.say(f"What crosses between HBM and SRAM while standard_attention runs, counted in numbers, d = {d}. The "
-              "longer the text, the more of it is S and P, which nobody asked for.")
-    rows, counts_agree = [], True
-    for length in sorted({max(1, n // 4), max(1, n // 2), n}):
-        q, k, v = random_inputs(knobs, length)
-        (out, _), t = counted(standard_attention, q, k, v, causal=causal)
-        counts_agree &= t.accesses == standard_accesses(length, length, d, d)
-        rows.append([str(length), f"{t.reads:,}", f"{t.writes:,}", f"{t.accesses:,}",
-                     f"{4 * length**2 / t.accesses:.0%}"])
-    trace.ask(f"for n = {n}, how many percent of all that crosses are S and P, each written and read?",
-              100 * 4 * n**2 / t.accesses)
-    trace.table(["n", "read", "written", "crossed", "of that, S and P"], rows)
-
-    length, d_real, nbytes = 8192, 128, 2
-    trace.say(f"The same for one head of a real model, by the formula that the counts confirm: n = {length:,}, d = "
-              f"{d_real}, {nbytes} bytes a number. How long a card takes to move that, and how long for the 4n²d "
-              "floating-point operations (from data sheets, not timed). A ratio above 1: the arithmetic waits.")
-    rows = []
-    for card in (A100, H100):
-        for name, crossed in (("standard", standard_accesses(length, length, d_real, d_real)),
-                              ("flash, block_q 128", flash_accesses(length, length, d_real, d_real, 128))):
-            moving, computing = crossed * nbytes / card.hbm_bytes_per_s, 4 * length**2 * d_real / card.flops
-            rows.append([card.name, name, f"{crossed * nbytes / 1e6:,.0f} MB", f"{moving * 1e3:.3f} ms",
-                         f"{computing * 1e3:.3f} ms", f"{moving / computing:.1f}×"])
-    trace.table(["card", "attention", "crosses", "moving", "computing", "ratio"], rows, left=(0, 1))
-    trace.check("numbers counted = 4n² + n(d + d + d_v) + n(d_v + 1)", counts_agree, "equal, for each n")
-    trace.check_close("standard_attention() = softmax(q kᵀ/√d) v, written out with sums", out,
-                      dense_attention(q, k, v, lambda i, j: j <= i or not causal), 1e-12)
-
-
-# ---------------------------------------------------------------------------------------------------
 # 2. Softmax in one pass
 #
 # Softmax seems to need its whole row before it can begin: the maximum m first (without it exp overflows), then
@@ -294,33 +267,6 @@ def tiles(whole: range, block: int) -> list[range]:
     return [whole[start:start + block] for start in range(0, len(whole), block)]
 
 
-def show_online(trace: Trace, knobs: Namespace) -> None:
-    """A row of scores from the text, taken in three at a time, and what each way reads."""
-    scores, tile, last = text_scores(knobs)[-1], 3, knobs.labels[-1]
-    trace.say(f"How the last token of the text, {last!r}, scores the tokens, three at a time: m is the largest score "
-              "so far, l the sum of exp(s - m). Watch for a late surprise: when m jumps, c = exp(m_old - m) shrinks "
-              "all that l had gathered, which was measured from the wrong maximum.")
-    state, rows = (*EMPTY, []), []
-    for part in tiles(range(len(scores)), tile):
-        new, old = scores[part.start:part.stop], state
-        state = absorb(old, new, [])
-        c = math.exp(old[0] - state[0])
-        rows.append([f"{part.start}-{part[-1]}", knobs.labels[part.start + new.index(max(new))],
-                     " ".join(f"{s:6.2f}" for s in new), *(f"{x:.4f}" for x in (state[0], c, c * old[1], state[1]))])
-    if len(rows) > 10:
-        rows[5:-4] = [["…"] + [""] * 6]
-    trace.table(["keys", "largest", "scores", "m", "c", "c·l_old", "l"], rows, left=(0, 1, 2))
-    safe, three = counted(safe_softmax, scores)
-    online, two = counted(online_softmax, scores, tile=tile)
-    trace.ask(f"safe softmax reads its {len(scores)} scores three times, {three.reads} in all. How many numbers does "
-              "online softmax read?", two.reads)
-    trace.say(f"What crosses for these {len(scores)} scores: three passes read {three.reads} and write "
-              f"{three.writes}, online softmax reads {two.reads} and writes {two.writes}. In attention its second "
-              "pass goes too, as nobody asks for the weights themselves.")
-    trace.check_close("online = three passes = softmax()", [online, safe], [softmax(scores)] * 2, 1e-12)
-
-
-# ---------------------------------------------------------------------------------------------------
 # 3. FlashAttention, Algorithm 1
 #
 # Now the tiles. A block of keys and values comes into SRAM (outer loop); then, one after another, every block of
@@ -395,37 +341,6 @@ def sram_needed(block_q: int, block_k: int, d: int, d_v: int) -> int:
     return block_q * (d + d_v + 2) + block_k * (d + d_v) + block_q * block_k
 
 
-def show_flash_v1(trace: Trace, knobs: Namespace) -> None:
-    """What SRAM holds, what crosses, and the log-sum-exp."""
-    n, d, causal, sram = knobs.seq_len, knobs.head_dim, knobs.causal, knobs.sram
-    b_q, b_k = min(knobs.block_q, n), min(knobs.block_k, n)
-    q, k, v = random_inputs(knobs, n)
-    expected, standard = counted(standard_attention, q, k, v, causal=causal)
-    (out, lse), flash = counted(flash_attention_v1, q, k, v, sram=sram, causal=causal, **knobs.blocks)
-    trace.say(f"What SRAM holds at once, for tiles of {b_q} queries and {b_k} keys, d = {d}: never more than its "
-              f"{sram:,} numbers. The matrix that standard attention writes down has {n * n:,}.")
-    trace.ask("how many numbers is that, with q, o, m and l for each query, k and v for each key, and the scores?",
-              flash.peak)
-    parts = {"q, o": b_q * 2 * d, "m, l": b_q * 2, "k, v": b_k * 2 * d, "scores": b_q * b_k,
-             "peak, counted": flash.peak}
-    trace.table(["", "numbers", ""], [[name, f"{size:,}", bar(size, sram, 48)] for name, size in parts.items()],
-                left=(0, 2))
-    trace.say(f"And what crosses, n = {n}{', causal' * causal}. For each tile of scores o, m and l come in and go "
-              "out again; that is what version 2 will save.")
-    trace.table(["", "read", "written", "crossed", ""],
-                traffic_rows({"standard": standard, "flash, version 1": flash}, 30), left=(0, 4))
-    walked = walked_tiles(n, b_q, b_k, causal)
-    trace.check_close("version 1 = standard attention, out and L", [*out, lse], [*expected[0], expected[1]], 1e-12)
-    last, = score_tile(q[-1:], k, [(0, n)], 1 / math.sqrt(d))
-    trace.check_close("what is left of S is one number a row, and gives its weights again: exp(s - L) = softmax(s)",
-                      [[math.exp(s - lse[-1]) for s in last]], [softmax(last)], 1e-12)
-    trace.check("numbers counted = by formula", flash.reads == 2 * n * d + sum(a * (2 * d + 2) for a, _ in walked)
-                and flash.writes == n * (d + 2) + sum(a * (d + 2) for a, _ in walked), f"{flash.accesses:,}")
-    trace.check("SRAM never held more than it can", flash.peak == sram_needed(b_q, b_k, d, d) <= sram,
-                f"peak {flash.peak:,} of {sram:,}")
-
-
-# ---------------------------------------------------------------------------------------------------
 # 4. FlashAttention-2
 #
 # Exchange the loops, and o, m and l never leave SRAM until their row is finished: they are written once. The
@@ -464,48 +379,6 @@ def flash_attention(q: Matrix, k: Matrix, v: Matrix, *, block_q: int, block_k: i
     return out, lse
 
 
-def show_flash_v2(trace: Trace, knobs: Namespace) -> None:
-    """The two walks over the tiles, and what the exchange of the loops saves."""
-    n, d = knobs.seq_len, knobs.head_dim
-    q, k, v = random_inputs(knobs, n)
-    versions = {"1": flash_attention_v1, "2": flash_attention}
-    runs = {(name, mask): counted(versions[name], q, k, v, sram=knobs.sram, causal=mask == "causal", draw=True,
-                                 **knobs.blocks)
-            for name in versions for mask in ("full", "causal")}
-    walks = {key: t.walk for key, (_, t) in runs.items()}
-    trace.say("The causal walk: rows are blocks of queries, columns blocks of keys, the numbers tell in which order "
-              "the tiles come. Version 1 goes down the columns, version 2 along the rows.")
-    trace.ask(f"without a mask {len(walks['2', 'full'])} tiles are computed. How many under a causal mask?",
-              len(walks["2", "causal"]))
-    trace.lines(side_by_side([draw_walk(f"version {name}", n, knobs, walks[name, "causal"], n) for name in "12"], 4))
-    trace.note(WALK_LEGEND)
-    size, width, block = min(n, 12), min(d, 8), 4
-    products = 2 * size * size * width
-    others = {name: count_operations(lambda *qkv: attend(*qkv, block_q=block, block_k=block),
-                                     *random_inputs(knobs, size, width)) - products - size * size
-              for name, attend in versions.items()}
-    trace.say(f"Exchanging the loops: o is written once instead of once a tile. The last column counts, on {size} "
-              f"queries and keys, d = {width}, tiles of {block} × {block}, the multiplications and divisions that "
-              f"are no part of q kᵀ · scale or P v. (Those two take {products + size * size:,}, in either version.)")
-    rows = traffic_rows({f"version {name}, {mask}": t for (name, mask), (_, t) in runs.items()}, 12)
-    trace.table(["", "tiles", "read", "written", "crossed", "", "other × and /"],
-                [[row[0], str(len(walks[key])), *row[1:], f"{others[key[0]]:,}" if key[1] == "full" else ""]
-                 for key, row in zip(runs, rows)], left=(0, 5))
-    for mask in ("full", "causal"):
-        (out, lse), t = runs["2", mask]
-        expected, expected_lse = standard_attention(q, k, v, causal=mask == "causal")
-        walked = walked_tiles(n, knobs.block_q, knobs.block_k, mask == "causal")
-        trace.check_close(f"{mask}: version 2 = standard attention, out and L", [*out, lse],
-                          [*expected, expected_lse], 1e-12)
-        trace.check(f"{mask}: numbers counted = by formula; o and L written once",
-                    t.reads == n * d + sum(b * 2 * d for _, b in walked) and t.writes == n * (d + 1), f"{t.accesses:,}")
-    trace.check("both versions touch the same tiles, and no causal one lies above the diagonal",
-                all(set(walks["1", mask]) == set(walks["2", mask]) for mask in ("full", "causal"))
-                and all(keys.start < rows.stop for rows, keys in walks["2", "causal"]),
-                f"{len(walks['2', 'causal'])} of {len(walks['2', 'full'])}")
-
-
-# ---------------------------------------------------------------------------------------------------
 # 5. How much traffic, really
 #
 # In FlashAttention-2's order, k and v cross once for every block of queries: n/B_r times n·2d numbers (for
@@ -555,74 +428,6 @@ def blocks_that_fit(sram: int, d: int, d_v: int, n_q: int, n_k: int) -> list[tup
             if (room := sram - block_q * (d + d_v + 2)) >= d + d_v + block_q]
 
 
-def show_traffic(trace: Trace, knobs: Namespace) -> None:
-    """Accesses over a grid of n, d and M, fitted; blocks for one M; tiles in use."""
-    n, d, rng = 48, 16, random.Random(knobs.seed)
-    q, k, v = random_inputs(knobs, n, d)
-    trace.say(f"FlashAttention-2 on n = {n}, d = {d}, square tiles of B × B: the more SRAM, the fewer numbers cross. "
-              f"The vertical line is standard attention; flash gets below it when M is about 2d² = {2 * d * d}.")
-    standard, rows, width, crossed = standard_accesses(n, n, d, d), [], 36, {}
-    for block in (2, 4, 6, 8, 12, 24):
-        _, t = counted(flash_attention, q, k, v, sram=sram_needed(block, block, d, d), block_q=block, block_k=block)
-        crossed[block] = t.accesses
-        most = max(crossed.values())
-        line, mark = bar(t.accesses, most, width).ljust(width), round(width * standard / most)
-        rows.append([str(block), f"{t.peak:,}", f"{t.accesses:,}", f"{8 * (n * d)**2 / t.peak:,.0f}",
-                     line[:mark] + "│" + line[mark:]])
-    trace.ask("how many times fewer numbers cross with B = 8 than with B = 4?", crossed[4] / crossed[8])
-    trace.table(["B", "M, counted", "crossed", "8n²d²/M", f"the line: standard's {standard:,}"], rows, left=(4,))
-
-    points, crossed, blocks = [], [], (2, 4, 6)
-    for n in (12, 24, 36):
-        for d in (16, 32, 64):
-            q, k, v = random_inputs(knobs, n, d)
-            for block in blocks:
-                _, t = counted(flash_attention, q, k, v, block_q=block, block_k=block)
-                points.append((n, d, t.peak))
-                crossed.append(t.accesses)
-    alone = [count - n * (2 * d + 1) for count, (n, d, _) in zip(crossed, points)]
-    fits = {"theory": [8, 2, 2, -1], "counted": fit_powers(points, alone)}
-    trace.say(f"{len(points)} runs like these (n from 12 to 36, d from 16 to 64, tiles of 2, 4 and 6), and constant "
-              "· n^a · d^b · M^c fitted to the numbers of k and v that crossed. (q, O and L cross once whatever M is.) "
-              "Nearly the theory, which neglects that the scores take some of M too.")
-    trace.table(["", "constant", "a", "b", "c"],
-                [[name, f"{fit[0]:.1f}", *(f"{power:.2f}" for power in fit[1:])] for name, fit in fits.items()], (0,))
-
-    n, d, sram = min(knobs.seq_len, 48), knobs.head_dim, knobs.sram
-    q, k, v = random_inputs(knobs, n)
-    fitting = blocks_that_fit(sram, d, d, n, n)
-    trace.say(f"The blocks that M = {sram:,} allows for n = {n}, d = {d}: the more queries, the fewer keys. What "
-              "stays in the outer loop should be long: keys in version 1, queries in version 2. (With very few keys "
-              "tensor cores would idle, so kernels stop short of the best.)")
-    rows, counts = [], {}
-    for block_q, block_k in sorted({fitting[(len(fitting) - 1) * i // 3] for i in range(4)}):
-        first, second = (counted(attend, q, k, v, sram=sram, block_q=block_q, block_k=block_k)[1]
-                         for attend in (flash_attention_v1, flash_attention))
-        counts[block_q] = second.accesses
-        rows.append([f"{block_q}", f"{block_k}", f"{second.peak:,}", f"{first.accesses:,}", f"{second.accesses:,}"])
-    trace.table(["block_q", "block_k", "peak", "version 1 crosses", "version 2 crosses"], rows)
-
-    trace.say("Tiles that real kernels use (forward, 16 bits, no mask), and what their q, k and v take of an SM's "
-              "shared memory (the rest is in registers). Last column: standard attention's traffic over theirs, n = 8,192.")
-    rows = []
-    for name, card, d, block_q, block_k in REAL_TILES:
-        held = 2 * (block_q * d + 2 * block_k * d) / 1024
-        gain = standard_accesses(8192, 8192, d, d) / flash_accesses(8192, 8192, d, d, block_q)
-        rows.append([name, card.name, str(d), f"{block_q} × {block_k}", f"{held:.0f} of {card.sram_kb} KB",
-                     f"{gain:.1f}×"])
-    trace.table(["kernel", "card", "d", "tile", "q, k, v", "traffic"], rows, left=(0, 1))
-    trace.check("what crosses = n/B · n · 2d + n(2d + 1), for every run",
-                crossed == [flash_accesses(n, n, d, d, block) for (n, d, _), block in zip(points, blocks * 9)],
-                f"{len(points)} counts")
-    off = [abs(power - theory) for power, theory in zip(fits["counted"][1:], (2, 2, -1))]
-    trace.check("k and v: exponents of n, d and M as in theory",
-                all(map(operator.lt, off, (0.01, 0.1, 0.05))), "to 0.01, 0.1 and 0.05")
-    trace.check("version 2: more queries in a block never make more cross",
-                list(counts.values()) == sorted(counts.values(), reverse=True),
-                f"from {max(counts.values()):,} down to {min(counts.values()):,}")
-
-
-# ---------------------------------------------------------------------------------------------------
 # 6. The backward pass
 #
 # Given dO, the gradient of the loss by the output, training needs dq, dk and dv:
@@ -714,49 +519,6 @@ def sram_needed_backward(block_q: int, block_k: int, d: int, d_v: int) -> int:
     return max(block_q * (2 * d + d_v + 2) + block_k * 2 * (d + d_v) + 2 * block_q * block_k, block_q * 2 * d_v)
 
 
-def show_backward(trace: Trace, knobs: Namespace) -> None:
-    """Traffic and memory of both backward passes, and the gradients by finite differences."""
-    n, d, causal = knobs.seq_len, knobs.head_dim, knobs.causal
-    b_q, b_k, rng = min(knobs.block_q, n), min(knobs.block_k, n), random.Random(knobs.seed + 1)
-    (q, k, v), d_out = random_inputs(knobs, n), random_matrix(rng, n, d)
-    scores = score_tile(q, k, [visible(i, n, n, causal, None, 0)[1:] for i in range(n)], 1 / math.sqrt(d))
-    weights = list(map(softmax, scores))
-    out, lse = flash_attention(q, k, v, causal=causal, **knobs.blocks)
-    expected, standard = counted(standard_attention_backward, q, k, v, weights, d_out)
-    gradients, flash = counted(flash_attention_backward, q, k, v, out, lse, d_out, causal=causal, **knobs.blocks)
-
-    trace.say("Less memory, less traffic, a little more arithmetic (five products of matrices instead of four): instead "
-              f"of n² weights the forward pass leaves O and L. n = {n}, d = {d}{', causal' * causal}.")
-    kept = [f"{count_numbers(weights):,}", f"{count_numbers(out) + count_numbers(lse):,}"]
-    trace.ask(f"standard attention keeps {kept[0]} weights for the backward pass. How many numbers does flash keep, "
-              "besides q, k and v?", count_numbers(out) + count_numbers(lse))
-    trace.table(["backward", "kept for it", "read", "written", "crossed", ""],
-                [[row[0], numbers, *row[1:]] for row, numbers
-                 in zip(traffic_rows({"standard": standard, "flash": flash}, 24), kept)], left=(0, 5))
-
-    options = dict(block_q=2, block_k=3, causal=True)
-    q2, k2, v2, d_out2 = (random_matrix(rng, *shape) for shape in ((5, 3), (7, 3), (7, 2), (5, 2)))
-
-    def loss() -> float:
-        return sum(map(dot, flash_attention(q2, k2, v2, **options)[0], d_out2))
-
-    differences = [[[difference_quotient(loss, row, c) for c in range(len(row))] for row in m] for m in (q2, k2, v2)]
-    analytic = flash_attention_backward(q2, k2, v2, *flash_attention(q2, k2, v2, **options), d_out2, **options)
-    for name, got, want in zip(("dq", "dk", "dv"), gradients, expected):
-        trace.check_close(f"{name} = the standard backward pass", got, want, 1e-11)
-    trace.check_close("dq, dk, dv of 5 causal queries and 7 keys = finite differences of Σ dO × O",
-                      [row for m in analytic for row in m], [row for m in differences for row in m], 1e-8)
-    trace.check_close("D: rowsum(dO × O) = rowsum(P × dP)", [list(map(dot, d_out, out))],
-                      [list(map(dot, weights, linear(d_out, v)))], 1e-11)
-    walked = walked_tiles(n, b_q, b_k, causal)
-    trace.check("numbers counted = by formula, both", standard.accesses == 7 * n * n + 8 * n * d
-                and flash.accesses == n * (7 * d + 1) + sum(rows * (4 * d + 2) for rows, _ in walked),
-                f"{standard.accesses:,} and {flash.accesses:,}")
-    trace.check("SRAM held what the formula says", flash.peak == sram_needed_backward(b_q, b_k, d, d),
-                f"peak {flash.peak:,}")
-
-
-# ---------------------------------------------------------------------------------------------------
 # 7. Flash-Decoding
 #
 # A model that generates has one query and a long cache: one block of queries, so one SM works and the others wait.
@@ -815,54 +577,7 @@ def splits_that_fill(card: Card, work: int, n_tiles: int) -> int:
     return max(1, min(n_tiles, card.n_sms // work))
 
 
-def show_decode(trace: Trace, knobs: Namespace) -> None:
-    """Partial results and their merge; SMs at work."""
-    n, n_splits, rng = knobs.seq_len, knobs.n_splits, random.Random(knobs.seed)
-    q, k, v = random_inputs(knobs, n)
-    query, runs = q[-1:], split_evenly(n, n_splits)
-    parts = [flash_attention(query, k, v, keys=keys, **knobs.blocks) for keys in runs]
-    out, lse = flash_decode(query, k, v, n_splits=n_splits, **knobs.blocks)
-    trace.say(f"One query, {n} keys, {n_splits} split{'s' * (n_splits > 1)}. Each leaves an output and an L. exp(L_s "
-              "- L) is the share of the weight that lies in its part; the merged output is the average by these "
-              "shares.")
-    rows = []
-    for s, (keys, (part, (part_lse,))) in enumerate(zip(runs, parts)):
-        share = math.exp(part_lse - lse[0])
-        rows.append([str(s), f"{keys[0]}-{keys[-1]}" if keys else "none", f"{part_lse:.3f}", f"{share:.3f}",
-                     bar(share, 1, 24), f"{part[0][0]:8.4f}"])
-    if len(rows) > 10:
-        rows[5:-4] = [["…"] + [""] * 5]
-    trace.table(["split", "keys", "L_s", "share", "", "out_s[0]"],
-                rows + [["all", f"0-{n - 1}", f"{lse[0]:.3f}", "1.000", "", f"{out[0][0]:8.4f}"]], left=(1, 4))
-
-    heads, block_k = 8, 128
-    trace.say(f"Who works? {A100.name}, {A100.n_sms} SMs; one decoding step of a model with {heads} KV heads; tiles "
-              f"of {block_k} keys. Unsplit, there is one job for each request and head. The longest job, in tiles, "
-              "is what everybody waits for.")
-    rows = []
-    for batch, length in ((1, 1024), (1, 8192), (1, 65536), (4, 8192), (16, 8192)):
-        jobs, n_tiles = batch * heads, length // block_k
-        splits = splits_that_fill(A100, jobs, n_tiles)
-        cells = [[f"{min(A100.n_sms, busy)}", bar(busy, A100.n_sms, 12), f"{longest}"]
-                 for busy, longest in ((jobs, n_tiles), (jobs * splits, -(-n_tiles // splits)))]
-        rows.append([f"{batch}", f"{length:,}", *cells[0], f"{splits}", *cells[1]])
-    trace.ask("one request of 65,536 tokens. Into how many splits must each head's keys be cut, so that nearly all SMs "
-              "have work?", splits_that_fill(A100, heads, 65536 // block_k))
-    trace.table(["batch", "length", "SMs", "unsplit", "longest", "splits", "SMs", "split", "longest"], rows, (3, 7))
-
-    whole, trees = flash_attention(query, k, v, **knobs.blocks), parts[:]
-    while len(trees) > 1:
-        trees.append(merge_partials([trees.pop(rng.randrange(len(trees))) for _ in "ab"]))
-    trace.check_close("decode = one pass over all keys, out and L", [*out, lse], [*whole[0], whole[1]], 1e-12)
-    trace.check_close("merged the other way round, and two by two in a random tree: the same",
-                      [*merge_partials(parts[::-1])[0], *trees[0][0]], [*out, *out], 1e-12)
-    halves = [flash_attention(q, k, v, keys=keys, **knobs.blocks) for keys in split_evenly(n, 2)]
-    trace.check_close("cascade: all queries to a shared prefix, then to the rest, merged = to everything",
-                      merge_partials(halves)[0], standard_attention(q, k, v)[0], 1e-12)
-
-
-# ---------------------------------------------------------------------------------------------------
-# 8. The rest of the family, in the same tiles
+# 8. Grouped queries, windows and pages
 #
 # Whatever changes only *which* keys a query sees or *where* they lie leaves absorb() alone:
 #
@@ -903,52 +618,6 @@ class PagedRows(Sequence):
         return self.pages[self.block_table[page]][slot]
 
 
-def show_family(trace: Trace, knobs: Namespace) -> None:
-    """GQA, a window and pages: traffic, walks, and equality with the dense computation."""
-    n, d, rng, blocks = knobs.seq_len, knobs.head_dim, random.Random(knobs.seed), knobs.blocks
-    q_heads, k_heads, v_heads = ([random_matrix(rng, n, d) for _ in range(count)] for count in (4, 2, 2))
-    q, k, v = q_heads[0], k_heads[0], v_heads[0]
-    apart, together = Traffic(), Traffic()
-    steps = flash_grouped_query([q[-1:] for q in q_heads], k_heads, v_heads, traffic=apart, **blocks)
-    as_blocks = [flash_attention([q[-1] for q in q_heads[2 * g:2 * g + 2]], k_heads[g], v_heads[g], block_q=2,
-                                 block_k=knobs.block_k, traffic=together) for g in range(2)]
-    trace.say(f"Grouped-query attention, 4 query heads on 2 KV heads, one decoding step over {n} keys: head by head "
-              "k and v are read twice; once, if the group's queries form a block.")
-    trace.ask("how many times fewer numbers cross if they do?", apart.accesses / together.accesses)
-    trace.table(["", "read", "written", "crossed", ""],
-                traffic_rows({"head by head": apart, "group as a block": together}, 32), left=(0, 4))
-
-    window = max(1, n // 4)
-    full, windowed = (counted(flash_attention, q, k, v, causal=True, window=w, draw=True, **blocks)
-                      for w in (None, window))
-    trace.say(f"A window of {window} keys: tiles too far back are not touched either.")
-    trace.lines(side_by_side([draw_walk(f"{name}: {t.accesses:,} crossed", n, knobs, t.walk, reach) for name, t, reach
-                              in (("causal", full[1], n), (f"window {window}", windowed[1], window))], gap=4))
-    trace.note(WALK_LEGEND)
-
-    page_size = min(knobs.block_k, n)
-    n_pages = -(-n // page_size)
-    table = rng.sample(range(n_pages + 3), n_pages)
-    k_pages, v_pages = ([[[0.0] * d] * page_size for _ in range(n_pages + 3)] for _ in "kv")
-    for page, rows in zip(table, tiles(range(n), page_size)):
-        k_pages[page][:len(rows)], v_pages[page][:len(rows)] = k[rows.start:rows.stop], v[rows.start:rows.stop]
-    trace.say(f"Pages of {page_size} rows in {n_pages + 3} slots. The block table: " + " ".join(map(str, table[:12]))
-              + " …" * (n_pages > 12) + ". k and v never lie in a row; each tile is gathered through it.")
-    paged_k, paged_v = PagedRows(k_pages, table, n), PagedRows(v_pages, table, n)
-    paged = counted(flash_attention, q, paged_k, paged_v, causal=True, **blocks)
-    grouped = flash_grouped_query(q_heads, k_heads, v_heads, causal=True, **blocks)
-    repeated = [standard_attention(q_heads[h], k_heads[h // 2], v_heads[h // 2], causal=True) for h in range(4)]
-    trace.check_close("GQA without copies = standard attention with each KV head repeated",
-                      [row for out, _ in grouped for row in out], [row for out, _ in repeated for row in out], 1e-12)
-    trace.check_close("the group as a block = head by head", [row for out, _ in as_blocks for row in out],
-                      [row for out, _ in steps for row in out], 1e-12)
-    trace.check_close("window = dense attention under that mask", windowed[0][0],
-                      dense_attention(q, k, v, lambda i, j: i - window < j <= i), 1e-12)
-    trace.check("pages = rows in order, and as many numbers crossed",
-                paged[0] == full[0] and paged[1].accesses == full[1].accesses, "to the bit")
-
-
-# ---------------------------------------------------------------------------------------------------
 # 9. What FlashAttention-3 and -4 changed
 #
 # The tiles stayed. Version 3 (Hopper) overlaps the copying with the products, and softmax with both, and can run the
@@ -1010,6 +679,358 @@ def count_rescalings(rows: Matrix, tile: int, threshold: float) -> int:
     return count
 
 
+# =============================================================================================
+# THE EXPERIMENTS: what the trace shows, and how it is measured
+# =============================================================================================
+
+# 1. Standard attention and its traffic
+
+def show_standard(trace: Trace, knobs: Namespace) -> None:
+    """The count against the formula, and what that is on real cards."""
+    n, d, causal = knobs.seq_len, knobs.head_dim, knobs.causal
+    trace.say(f"What crosses between HBM and SRAM while standard_attention runs, counted in numbers, d = {d}. The "
+              "longer the text, the more of it is S and P, which nobody asked for.")
+    rows, counts_agree = [], True
+    for length in sorted({max(1, n // 4), max(1, n // 2), n}):
+        q, k, v = random_inputs(knobs, length)
+        (out, _), t = counted(standard_attention, q, k, v, causal=causal)
+        counts_agree &= t.accesses == standard_accesses(length, length, d, d)
+        rows.append([str(length), f"{t.reads:,}", f"{t.writes:,}", f"{t.accesses:,}",
+                     f"{4 * length**2 / t.accesses:.0%}"])
+    trace.ask(f"for n = {n}, how many percent of all that crosses are S and P, each written and read?",
+              100 * 4 * n**2 / t.accesses)
+    old_table(trace, ["n", "read", "written", "crossed", "of that, S and P"], rows)
+
+    length, d_real, nbytes = 8192, 128, 2
+    trace.say(f"The same for one head of a real model, by the formula that the counts confirm: n = {length:,}, d = "
+              f"{d_real}, {nbytes} bytes a number. How long a card takes to move that, and how long for the 4n²d "
+              "floating-point operations (from data sheets, not timed). A ratio above 1: the arithmetic waits.")
+    rows = []
+    for card in (A100, H100):
+        for name, crossed in (("standard", standard_accesses(length, length, d_real, d_real)),
+                              ("flash, block_q 128", flash_accesses(length, length, d_real, d_real, 128))):
+            moving, computing = crossed * nbytes / card.hbm_bytes_per_s, 4 * length**2 * d_real / card.flops
+            rows.append([card.name, name, f"{crossed * nbytes / 1e6:,.0f} MB", f"{moving * 1e3:.3f} ms",
+                         f"{computing * 1e3:.3f} ms", f"{moving / computing:.1f}×"])
+    old_table(trace, ["card", "attention", "crosses", "moving", "computing", "ratio"], rows, left=(0, 1))
+    trace.check("numbers counted = 4n² + n(d + d + d_v) + n(d_v + 1)", counts_agree, "equal, for each n")
+    trace.check_close("standard_attention() = softmax(q kᵀ/√d) v, written out with sums", out,
+                      dense_attention(q, k, v, lambda i, j: j <= i or not causal), 1e-12)
+
+
+# 2. Softmax in one pass
+
+def show_online(trace: Trace, knobs: Namespace) -> None:
+    """A row of scores from the text, taken in three at a time, and what each way reads."""
+    scores, tile, last = text_scores(knobs)[-1], 3, knobs.labels[-1]
+    trace.say(f"How the last token of the text, {last!r}, scores the tokens, three at a time: m is the largest score "
+              "so far, l the sum of exp(s - m). Watch for a late surprise: when m jumps, c = exp(m_old - m) shrinks "
+              "all that l had gathered, which was measured from the wrong maximum.")
+    state, rows = (*EMPTY, []), []
+    for part in tiles(range(len(scores)), tile):
+        new, old = scores[part.start:part.stop], state
+        state = absorb(old, new, [])
+        c = math.exp(old[0] - state[0])
+        rows.append([f"{part.start}-{part[-1]}", knobs.labels[part.start + new.index(max(new))],
+                     " ".join(f"{s:6.2f}" for s in new), *(f"{x:.4f}" for x in (state[0], c, c * old[1], state[1]))])
+    if len(rows) > 10:
+        rows[5:-4] = [["…"] + [""] * 6]
+    old_table(trace, ["keys", "largest", "scores", "m", "c", "c·l_old", "l"], rows, left=(0, 1, 2))
+    safe, three = counted(safe_softmax, scores)
+    online, two = counted(online_softmax, scores, tile=tile)
+    trace.ask(f"safe softmax reads its {len(scores)} scores three times, {three.reads} in all. How many numbers does "
+              "online softmax read?", two.reads)
+    trace.say(f"What crosses for these {len(scores)} scores: three passes read {three.reads} and write "
+              f"{three.writes}, online softmax reads {two.reads} and writes {two.writes}. In attention its second "
+              "pass goes too, as nobody asks for the weights themselves.")
+    trace.check_close("online = three passes = softmax()", [online, safe], [softmax(scores)] * 2, 1e-12)
+
+
+# 3. FlashAttention, Algorithm 1
+
+def show_flash_v1(trace: Trace, knobs: Namespace) -> None:
+    """What SRAM holds, what crosses, and the log-sum-exp."""
+    n, d, causal, sram = knobs.seq_len, knobs.head_dim, knobs.causal, knobs.sram
+    b_q, b_k = min(knobs.block_q, n), min(knobs.block_k, n)
+    q, k, v = random_inputs(knobs, n)
+    expected, standard = counted(standard_attention, q, k, v, causal=causal)
+    (out, lse), flash = counted(flash_attention_v1, q, k, v, sram=sram, causal=causal, **knobs.blocks)
+    trace.say(f"What SRAM holds at once, for tiles of {b_q} queries and {b_k} keys, d = {d}: never more than its "
+              f"{sram:,} numbers. The matrix that standard attention writes down has {n * n:,}.")
+    trace.ask("how many numbers is that, with q, o, m and l for each query, k and v for each key, and the scores?",
+              flash.peak)
+    parts = {"q, o": b_q * 2 * d, "m, l": b_q * 2, "k, v": b_k * 2 * d, "scores": b_q * b_k,
+             "peak, counted": flash.peak}
+    old_table(trace, ["", "numbers", ""], [[name, f"{size:,}", bar(size, sram, 48)] for name, size in parts.items()],
+                left=(0, 2))
+    trace.say(f"And what crosses, n = {n}{', causal' * causal}. For each tile of scores o, m and l come in and go "
+              "out again; that is what version 2 will save.")
+    old_table(trace, ["", "read", "written", "crossed", ""],
+                traffic_rows({"standard": standard, "flash, version 1": flash}, 30), left=(0, 4))
+    walked = walked_tiles(n, b_q, b_k, causal)
+    trace.check_close("version 1 = standard attention, out and L", [*out, lse], [*expected[0], expected[1]], 1e-12)
+    last, = score_tile(q[-1:], k, [(0, n)], 1 / math.sqrt(d))
+    trace.check_close("what is left of S is one number a row, and gives its weights again: exp(s - L) = softmax(s)",
+                      [[math.exp(s - lse[-1]) for s in last]], [softmax(last)], 1e-12)
+    trace.check("numbers counted = by formula", flash.reads == 2 * n * d + sum(a * (2 * d + 2) for a, _ in walked)
+                and flash.writes == n * (d + 2) + sum(a * (d + 2) for a, _ in walked), f"{flash.accesses:,}")
+    trace.check("SRAM never held more than it can", flash.peak == sram_needed(b_q, b_k, d, d) <= sram,
+                f"peak {flash.peak:,} of {sram:,}")
+
+
+# 4. FlashAttention-2
+
+def show_flash_v2(trace: Trace, knobs: Namespace) -> None:
+    """The two walks over the tiles, and what the exchange of the loops saves."""
+    n, d = knobs.seq_len, knobs.head_dim
+    q, k, v = random_inputs(knobs, n)
+    versions = {"1": flash_attention_v1, "2": flash_attention}
+    runs = {(name, mask): counted(versions[name], q, k, v, sram=knobs.sram, causal=mask == "causal", draw=True,
+                                 **knobs.blocks)
+            for name in versions for mask in ("full", "causal")}
+    walks = {key: t.walk for key, (_, t) in runs.items()}
+    trace.say("The causal walk: rows are blocks of queries, columns blocks of keys, the numbers tell in which order "
+              "the tiles come. Version 1 goes down the columns, version 2 along the rows.")
+    trace.ask(f"without a mask {len(walks['2', 'full'])} tiles are computed. How many under a causal mask?",
+              len(walks["2", "causal"]))
+    trace.lines(side_by_side([draw_walk(f"version {name}", n, knobs, walks[name, "causal"], n) for name in "12"], 4))
+    trace.note(WALK_LEGEND)
+    size, width, block = min(n, 12), min(d, 8), 4
+    products = 2 * size * size * width
+    others = {name: count_operations(lambda *qkv: attend(*qkv, block_q=block, block_k=block),
+                                     *random_inputs(knobs, size, width)) - products - size * size
+              for name, attend in versions.items()}
+    trace.say(f"Exchanging the loops: o is written once instead of once a tile. The last column counts, on {size} "
+              f"queries and keys, d = {width}, tiles of {block} × {block}, the multiplications and divisions that "
+              f"are no part of q kᵀ · scale or P v. (Those two take {products + size * size:,}, in either version.)")
+    rows = traffic_rows({f"version {name}, {mask}": t for (name, mask), (_, t) in runs.items()}, 12)
+    old_table(trace, ["", "tiles", "read", "written", "crossed", "", "other × and /"],
+                [[row[0], str(len(walks[key])), *row[1:], f"{others[key[0]]:,}" if key[1] == "full" else ""]
+                 for key, row in zip(runs, rows)], left=(0, 5))
+    for mask in ("full", "causal"):
+        (out, lse), t = runs["2", mask]
+        expected, expected_lse = standard_attention(q, k, v, causal=mask == "causal")
+        walked = walked_tiles(n, knobs.block_q, knobs.block_k, mask == "causal")
+        trace.check_close(f"{mask}: version 2 = standard attention, out and L", [*out, lse],
+                          [*expected, expected_lse], 1e-12)
+        trace.check(f"{mask}: numbers counted = by formula; o and L written once",
+                    t.reads == n * d + sum(b * 2 * d for _, b in walked) and t.writes == n * (d + 1), f"{t.accesses:,}")
+    trace.check("both versions touch the same tiles, and no causal one lies above the diagonal",
+                all(set(walks["1", mask]) == set(walks["2", mask]) for mask in ("full", "causal"))
+                and all(keys.start < rows.stop for rows, keys in walks["2", "causal"]),
+                f"{len(walks['2', 'causal'])} of {len(walks['2', 'full'])}")
+
+
+# 5. How much traffic, really
+
+def show_traffic(trace: Trace, knobs: Namespace) -> None:
+    """Accesses over a grid of n, d and M, fitted; blocks for one M; tiles in use."""
+    n, d, rng = 48, 16, random.Random(knobs.seed)
+    q, k, v = random_inputs(knobs, n, d)
+    trace.say(f"FlashAttention-2 on n = {n}, d = {d}, square tiles of B × B: the more SRAM, the fewer numbers cross. "
+              f"The vertical line is standard attention; flash gets below it when M is about 2d² = {2 * d * d}.")
+    standard, rows, width, crossed = standard_accesses(n, n, d, d), [], 36, {}
+    for block in (2, 4, 6, 8, 12, 24):
+        _, t = counted(flash_attention, q, k, v, sram=sram_needed(block, block, d, d), block_q=block, block_k=block)
+        crossed[block] = t.accesses
+        most = max(crossed.values())
+        line, mark = bar(t.accesses, most, width).ljust(width), round(width * standard / most)
+        rows.append([str(block), f"{t.peak:,}", f"{t.accesses:,}", f"{8 * (n * d)**2 / t.peak:,.0f}",
+                     line[:mark] + "│" + line[mark:]])
+    trace.ask("how many times fewer numbers cross with B = 8 than with B = 4?", crossed[4] / crossed[8])
+    old_table(trace, ["B", "M, counted", "crossed", "8n²d²/M", f"the line: standard's {standard:,}"], rows, left=(4,))
+
+    points, crossed, blocks = [], [], (2, 4, 6)
+    for n in (12, 24, 36):
+        for d in (16, 32, 64):
+            q, k, v = random_inputs(knobs, n, d)
+            for block in blocks:
+                _, t = counted(flash_attention, q, k, v, block_q=block, block_k=block)
+                points.append((n, d, t.peak))
+                crossed.append(t.accesses)
+    alone = [count - n * (2 * d + 1) for count, (n, d, _) in zip(crossed, points)]
+    fits = {"theory": [8, 2, 2, -1], "counted": fit_powers(points, alone)}
+    trace.say(f"{len(points)} runs like these (n from 12 to 36, d from 16 to 64, tiles of 2, 4 and 6), and constant "
+              "· n^a · d^b · M^c fitted to the numbers of k and v that crossed. (q, O and L cross once whatever M is.) "
+              "Nearly the theory, which neglects that the scores take some of M too.")
+    old_table(trace, ["", "constant", "a", "b", "c"],
+                [[name, f"{fit[0]:.1f}", *(f"{power:.2f}" for power in fit[1:])] for name, fit in fits.items()], (0,))
+
+    n, d, sram = min(knobs.seq_len, 48), knobs.head_dim, knobs.sram
+    q, k, v = random_inputs(knobs, n)
+    fitting = blocks_that_fit(sram, d, d, n, n)
+    trace.say(f"The blocks that M = {sram:,} allows for n = {n}, d = {d}: the more queries, the fewer keys. What "
+              "stays in the outer loop should be long: keys in version 1, queries in version 2. (With very few keys "
+              "tensor cores would idle, so kernels stop short of the best.)")
+    rows, counts = [], {}
+    for block_q, block_k in sorted({fitting[(len(fitting) - 1) * i // 3] for i in range(4)}):
+        first, second = (counted(attend, q, k, v, sram=sram, block_q=block_q, block_k=block_k)[1]
+                         for attend in (flash_attention_v1, flash_attention))
+        counts[block_q] = second.accesses
+        rows.append([f"{block_q}", f"{block_k}", f"{second.peak:,}", f"{first.accesses:,}", f"{second.accesses:,}"])
+    old_table(trace, ["block_q", "block_k", "peak", "version 1 crosses", "version 2 crosses"], rows)
+
+    trace.say("Tiles that real kernels use (forward, 16 bits, no mask), and what their q, k and v take of an SM's "
+              "shared memory (the rest is in registers). Last column: standard attention's traffic over theirs, n = 8,192.")
+    rows = []
+    for name, card, d, block_q, block_k in REAL_TILES:
+        held = 2 * (block_q * d + 2 * block_k * d) / 1024
+        gain = standard_accesses(8192, 8192, d, d) / flash_accesses(8192, 8192, d, d, block_q)
+        rows.append([name, card.name, str(d), f"{block_q} × {block_k}", f"{held:.0f} of {card.sram_kb} KB",
+                     f"{gain:.1f}×"])
+    old_table(trace, ["kernel", "card", "d", "tile", "q, k, v", "traffic"], rows, left=(0, 1))
+    trace.check("what crosses = n/B · n · 2d + n(2d + 1), for every run",
+                crossed == [flash_accesses(n, n, d, d, block) for (n, d, _), block in zip(points, blocks * 9)],
+                f"{len(points)} counts")
+    off = [abs(power - theory) for power, theory in zip(fits["counted"][1:], (2, 2, -1))]
+    trace.check("k and v: exponents of n, d and M as in theory",
+                all(map(operator.lt, off, (0.01, 0.1, 0.05))), "to 0.01, 0.1 and 0.05")
+    trace.check("version 2: more queries in a block never make more cross",
+                list(counts.values()) == sorted(counts.values(), reverse=True),
+                f"from {max(counts.values()):,} down to {min(counts.values()):,}")
+
+
+# 6. The backward pass
+
+def show_backward(trace: Trace, knobs: Namespace) -> None:
+    """Traffic and memory of both backward passes, and the gradients by finite differences."""
+    n, d, causal = knobs.seq_len, knobs.head_dim, knobs.causal
+    b_q, b_k, rng = min(knobs.block_q, n), min(knobs.block_k, n), random.Random(knobs.seed + 1)
+    (q, k, v), d_out = random_inputs(knobs, n), random_matrix(rng, n, d)
+    scores = score_tile(q, k, [visible(i, n, n, causal, None, 0)[1:] for i in range(n)], 1 / math.sqrt(d))
+    weights = list(map(softmax, scores))
+    out, lse = flash_attention(q, k, v, causal=causal, **knobs.blocks)
+    expected, standard = counted(standard_attention_backward, q, k, v, weights, d_out)
+    gradients, flash = counted(flash_attention_backward, q, k, v, out, lse, d_out, causal=causal, **knobs.blocks)
+
+    trace.say("Less memory, less traffic, a little more arithmetic (five products of matrices instead of four): instead "
+              f"of n² weights the forward pass leaves O and L. n = {n}, d = {d}{', causal' * causal}.")
+    kept = [f"{count_numbers(weights):,}", f"{count_numbers(out) + count_numbers(lse):,}"]
+    trace.ask(f"standard attention keeps {kept[0]} weights for the backward pass. How many numbers does flash keep, "
+              "besides q, k and v?", count_numbers(out) + count_numbers(lse))
+    old_table(trace, ["backward", "kept for it", "read", "written", "crossed", ""],
+                [[row[0], numbers, *row[1:]] for row, numbers
+                 in zip(traffic_rows({"standard": standard, "flash": flash}, 24), kept)], left=(0, 5))
+
+    options = dict(block_q=2, block_k=3, causal=True)
+    q2, k2, v2, d_out2 = (random_matrix(rng, *shape) for shape in ((5, 3), (7, 3), (7, 2), (5, 2)))
+
+    def loss() -> float:
+        return sum(map(dot, flash_attention(q2, k2, v2, **options)[0], d_out2))
+
+    differences = [[[difference_quotient(loss, row, c) for c in range(len(row))] for row in m] for m in (q2, k2, v2)]
+    analytic = flash_attention_backward(q2, k2, v2, *flash_attention(q2, k2, v2, **options), d_out2, **options)
+    for name, got, want in zip(("dq", "dk", "dv"), gradients, expected):
+        trace.check_close(f"{name} = the standard backward pass", got, want, 1e-11)
+    trace.check_close("dq, dk, dv of 5 causal queries and 7 keys = finite differences of Σ dO × O",
+                      [row for m in analytic for row in m], [row for m in differences for row in m], 1e-8)
+    trace.check_close("D: rowsum(dO × O) = rowsum(P × dP)", [list(map(dot, d_out, out))],
+                      [list(map(dot, weights, linear(d_out, v)))], 1e-11)
+    walked = walked_tiles(n, b_q, b_k, causal)
+    trace.check("numbers counted = by formula, both", standard.accesses == 7 * n * n + 8 * n * d
+                and flash.accesses == n * (7 * d + 1) + sum(rows * (4 * d + 2) for rows, _ in walked),
+                f"{standard.accesses:,} and {flash.accesses:,}")
+    trace.check("SRAM held what the formula says", flash.peak == sram_needed_backward(b_q, b_k, d, d),
+                f"peak {flash.peak:,}")
+
+
+# 7. Flash-Decoding
+
+def show_decode(trace: Trace, knobs: Namespace) -> None:
+    """Partial results and their merge; SMs at work."""
+    n, n_splits, rng = knobs.seq_len, knobs.n_splits, random.Random(knobs.seed)
+    q, k, v = random_inputs(knobs, n)
+    query, runs = q[-1:], split_evenly(n, n_splits)
+    parts = [flash_attention(query, k, v, keys=keys, **knobs.blocks) for keys in runs]
+    out, lse = flash_decode(query, k, v, n_splits=n_splits, **knobs.blocks)
+    trace.say(f"One query, {n} keys, {n_splits} split{'s' * (n_splits > 1)}. Each leaves an output and an L. exp(L_s "
+              "- L) is the share of the weight that lies in its part; the merged output is the average by these "
+              "shares.")
+    rows = []
+    for s, (keys, (part, (part_lse,))) in enumerate(zip(runs, parts)):
+        share = math.exp(part_lse - lse[0])
+        rows.append([str(s), f"{keys[0]}-{keys[-1]}" if keys else "none", f"{part_lse:.3f}", f"{share:.3f}",
+                     bar(share, 1, 24), f"{part[0][0]:8.4f}"])
+    if len(rows) > 10:
+        rows[5:-4] = [["…"] + [""] * 5]
+    old_table(trace, ["split", "keys", "L_s", "share", "", "out_s[0]"],
+                rows + [["all", f"0-{n - 1}", f"{lse[0]:.3f}", "1.000", "", f"{out[0][0]:8.4f}"]], left=(1, 4))
+
+    heads, block_k = 8, 128
+    trace.say(f"Who works? {A100.name}, {A100.n_sms} SMs; one decoding step of a model with {heads} KV heads; tiles "
+              f"of {block_k} keys. Unsplit, there is one job for each request and head. The longest job, in tiles, "
+              "is what everybody waits for.")
+    rows = []
+    for batch, length in ((1, 1024), (1, 8192), (1, 65536), (4, 8192), (16, 8192)):
+        jobs, n_tiles = batch * heads, length // block_k
+        splits = splits_that_fill(A100, jobs, n_tiles)
+        cells = [[f"{min(A100.n_sms, busy)}", bar(busy, A100.n_sms, 12), f"{longest}"]
+                 for busy, longest in ((jobs, n_tiles), (jobs * splits, -(-n_tiles // splits)))]
+        rows.append([f"{batch}", f"{length:,}", *cells[0], f"{splits}", *cells[1]])
+    trace.ask("one request of 65,536 tokens. Into how many splits must each head's keys be cut, so that nearly all SMs "
+              "have work?", splits_that_fill(A100, heads, 65536 // block_k))
+    old_table(trace, ["batch", "length", "SMs", "unsplit", "longest", "splits", "SMs", "split", "longest"], rows, (3, 7))
+
+    whole, trees = flash_attention(query, k, v, **knobs.blocks), parts[:]
+    while len(trees) > 1:
+        trees.append(merge_partials([trees.pop(rng.randrange(len(trees))) for _ in "ab"]))
+    trace.check_close("decode = one pass over all keys, out and L", [*out, lse], [*whole[0], whole[1]], 1e-12)
+    trace.check_close("merged the other way round, and two by two in a random tree: the same",
+                      [*merge_partials(parts[::-1])[0], *trees[0][0]], [*out, *out], 1e-12)
+    halves = [flash_attention(q, k, v, keys=keys, **knobs.blocks) for keys in split_evenly(n, 2)]
+    trace.check_close("cascade: all queries to a shared prefix, then to the rest, merged = to everything",
+                      merge_partials(halves)[0], standard_attention(q, k, v)[0], 1e-12)
+
+
+# 8. Grouped queries, windows and pages
+
+def show_family(trace: Trace, knobs: Namespace) -> None:
+    """GQA, a window and pages: traffic, walks, and equality with the dense computation."""
+    n, d, rng, blocks = knobs.seq_len, knobs.head_dim, random.Random(knobs.seed), knobs.blocks
+    q_heads, k_heads, v_heads = ([random_matrix(rng, n, d) for _ in range(count)] for count in (4, 2, 2))
+    q, k, v = q_heads[0], k_heads[0], v_heads[0]
+    apart, together = Traffic(), Traffic()
+    steps = flash_grouped_query([q[-1:] for q in q_heads], k_heads, v_heads, traffic=apart, **blocks)
+    as_blocks = [flash_attention([q[-1] for q in q_heads[2 * g:2 * g + 2]], k_heads[g], v_heads[g], block_q=2,
+                                 block_k=knobs.block_k, traffic=together) for g in range(2)]
+    trace.say(f"Grouped-query attention, 4 query heads on 2 KV heads, one decoding step over {n} keys: head by head "
+              "k and v are read twice; once, if the group's queries form a block.")
+    trace.ask("how many times fewer numbers cross if they do?", apart.accesses / together.accesses)
+    old_table(trace, ["", "read", "written", "crossed", ""],
+                traffic_rows({"head by head": apart, "group as a block": together}, 32), left=(0, 4))
+
+    window = max(1, n // 4)
+    full, windowed = (counted(flash_attention, q, k, v, causal=True, window=w, draw=True, **blocks)
+                      for w in (None, window))
+    trace.say(f"A window of {window} keys: tiles too far back are not touched either.")
+    trace.lines(side_by_side([draw_walk(f"{name}: {t.accesses:,} crossed", n, knobs, t.walk, reach) for name, t, reach
+                              in (("causal", full[1], n), (f"window {window}", windowed[1], window))], gap=4))
+    trace.note(WALK_LEGEND)
+
+    page_size = min(knobs.block_k, n)
+    n_pages = -(-n // page_size)
+    table = rng.sample(range(n_pages + 3), n_pages)
+    k_pages, v_pages = ([[[0.0] * d] * page_size for _ in range(n_pages + 3)] for _ in "kv")
+    for page, rows in zip(table, tiles(range(n), page_size)):
+        k_pages[page][:len(rows)], v_pages[page][:len(rows)] = k[rows.start:rows.stop], v[rows.start:rows.stop]
+    trace.say(f"Pages of {page_size} rows in {n_pages + 3} slots. The block table: " + " ".join(map(str, table[:12]))
+              + " …" * (n_pages > 12) + ". k and v never lie in a row; each tile is gathered through it.")
+    paged_k, paged_v = PagedRows(k_pages, table, n), PagedRows(v_pages, table, n)
+    paged = counted(flash_attention, q, paged_k, paged_v, causal=True, **blocks)
+    grouped = flash_grouped_query(q_heads, k_heads, v_heads, causal=True, **blocks)
+    repeated = [standard_attention(q_heads[h], k_heads[h // 2], v_heads[h // 2], causal=True) for h in range(4)]
+    trace.check_close("GQA without copies = standard attention with each KV head repeated",
+                      [row for out, _ in grouped for row in out], [row for out, _ in repeated for row in out], 1e-12)
+    trace.check_close("the group as a block = head by head", [row for out, _ in as_blocks for row in out],
+                      [row for out, _ in steps for row in out], 1e-12)
+    trace.check_close("window = dense attention under that mask", windowed[0][0],
+                      dense_attention(q, k, v, lambda i, j: i - window < j <= i), 1e-12)
+    trace.check("pages = rows in order, and as many numbers crossed",
+                paged[0] == full[0] and paged[1].accesses == full[1].accesses, "to the bit")
+
+
+# 9. What FlashAttention-3 and -4 changed
+
 def show_later_versions(trace: Trace, knobs: Namespace) -> None:
     """FP8 with and without rotation; rescaling less often; what the papers report."""
     n, d, block, rng = 32, 64, 8, random.Random(knobs.seed)
@@ -1033,7 +1054,7 @@ def show_later_versions(trace: Trace, knobs: Namespace) -> None:
     remedies = errors["outliers in one channel"]
     trace.ask("one channel is large in every row. What lowers the error more, a 'scale' for each tile or 'rotation'?",
               "scale" if remedies[0] - remedies[1] > remedies[1] - remedies[2] else "rotation")
-    trace.table(["", "one scale", "one a tile", "and rotated"],
+    old_table(trace, ["", "one scale", "one a tile", "and rotated"],
                 [[kind, *(f"{error:.1%}" for error in row)] for kind, row in errors.items()], left=(0,))
     trace.say("e4m3 has an exponent of its own, so a scale a tile matters only where tiles differ by more than its "
               "range. Rotation helps where large meets large: spread over d channels, the rounding errors average "
@@ -1051,7 +1072,7 @@ def show_later_versions(trace: Trace, knobs: Namespace) -> None:
         saved &= rarely <= always
         steps = len(matrix) * (len(tiles(range(len(matrix[0])), tile)) - 1)
         rows.append([name, f"{steps:,}", f"{always:,}", f"{rarely:,}"])
-    trace.table(["rows of scores", "tiles after the first", "m follows always", "by threshold"], rows, left=(0,))
+    old_table(trace, ["rows of scores", "tiles after the first", "m follows always", "by threshold"], rows, left=(0,))
     states = [(*EMPTY, [0.0] * 16)] * len(a)
     for part in tiles(range(len(b)), tile):
         states = [absorb(state, row[part.start:part.stop], list(zip(*c[part.start:part.stop])), RESCALE_THRESHOLD)
@@ -1065,8 +1086,9 @@ def show_later_versions(trace: Trace, knobs: Namespace) -> None:
     trace.check("it never rescales more often", saved, "the counts above")
 
 
-# ---------------------------------------------------------------------------------------------------
-# The supporting cast of this script: matrices, checks of arguments, inputs, a reference, and what counts.
+# =============================================================================================
+# THE MODEL AND THE BENCH
+# =============================================================================================
 
 def multiply(a: Matrix, b: Matrix) -> Matrix:
     """The product a b: [n][m], [m][p] -> [n][p]."""
@@ -1252,256 +1274,397 @@ def relative_error(a: Matrix, b: Matrix) -> float:
     return math.sqrt(dot(difference, difference) / dot(reference, reference))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Shared by the five scripts, the same in each: arithmetic, the text, the tokenizer, the trace.
+def old_table(trace: Trace, header: Sequence[str], rows: Sequence[Sequence[str]], left=()) -> None:
+    """Print cells that are text already (to go, section by section)."""
+    width = [max(map(display_width, column)) for column in zip(header, *rows)]
+    for row in (header, *rows):
+        cells = [cell.ljust(w) if c in left else cell.rjust(w)
+                 for c, (cell, w) in enumerate(zip(row, width))]
+        trace.lines(["  ".join(cells)])
+
+
+def show_token(token: str) -> str:
+    """Return a token as a label of at most 12 columns, with its blanks and controls made visible."""
+    text = token[1:] if len(token) > 1 and token[0] == " " else token.replace(" ", "␣")
+    text = printable(text)
+    while display_width(text) > 12:
+        text = text[:-2] + "…"
+    return text
+
+
+def side_by_side(blocks: Sequence[list[str]], gap: int = 3) -> list[str]:
+    """Return pictures of the same height next to each other."""
+    widths = [max(map(display_width, block)) for block in blocks]
+    lines = []
+    for parts in zip(*blocks):
+        padded = [part + " " * (width - display_width(part)) for part, width in zip(parts, widths)]
+        lines.append((" " * gap).join(padded))
+    return lines
+
+
+# =============================================================================================
+# SHARED BY THE FIVE: the same in each script, read once
+# =============================================================================================
+
+# Arithmetic
+
 
 def dot_by_hand(a: Sequence[float], b: Sequence[float]) -> float:
-    """Σ a[i]·b[i]."""
+    """Return Σ a[i]·b[i]."""
     return sum(map(operator.mul, a, b))
 
 
 dot = getattr(math, "sumprod", dot_by_hand)  # Python 3.12 and newer have it built in
 
 
-def softmax(scores: Vector) -> Vector:
-    """exp(s) / Σ exp(s), with the largest score taken off first so that nothing overflows.
+def linear(x: Matrix, w: Matrix) -> Matrix:
+    """Return y = W x for every row of x: x [n][in], w [out][in] -> [n][out]. nn.Linear, no bias."""
+    return [[dot(row, unit) for unit in w] for row in x]
 
-    A score of -inf gets weight 0; where all are -inf, as in a row that sees nothing, all weights are 0.
+
+def softmax(scores: Vector) -> Vector:
+    """Return exp(s) / Σ exp(s): weights that are positive and sum to 1.
+
+    The largest score is subtracted first, so that nothing overflows. A score of -inf gets weight 0.
+    If all scores are -inf, as for a query that sees no key, all weights are 0.
     """
-    top = max(scores, default=-math.inf)
-    if top == -math.inf:
+    largest = max(scores, default=-math.inf)
+    if largest == -math.inf:
         return [0.0] * len(scores)
-    exps = [math.exp(s - top) for s in scores]
+    exps = [math.exp(s - largest) for s in scores]
     total = sum(exps)
     return [e / total for e in exps]
 
 
-def linear(x: Matrix, w: Matrix) -> Matrix:
-    """y = W x for every row: x [n][in], w [out][in] -> [n][out], as nn.Linear without a bias."""
-    return [[dot(row, unit) for unit in w] for row in x]
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)
 
 
-CLAUSES = ["the house that Jack built.", "the malt that lay in", "the rat that ate", "the cat that killed",
-           "the dog that worried", "the cow with the crumpled horn that tossed", "the maiden all forlorn that milked",
-           "the man all tattered and torn that kissed", "the priest all shaven and shorn that married",
-           "the cock that crowed in the morn that waked", "the farmer sowing his corn that kept",
-           "the horse and the hound and the horn that belonged to"]
+# The text and the tokenizer
+
+CLAUSES = [
+    "the house that Jack built.",
+    "the malt that lay in",
+    "the rat that ate",
+    "the cat that killed",
+    "the dog that worried",
+    "the cow with the crumpled horn that tossed",
+    "the maiden all forlorn that milked",
+    "the man all tattered and torn that kissed",
+    "the priest all shaven and shorn that married",
+    "the cock that crowed in the morn that waked",
+    "the farmer sowing his corn that kept",
+    "the horse and the hound and the horn that belonged to",
+]
 # The House That Jack Built: verse n tells clauses n, n - 1, …, 0.
 TEXT = "".join("This is " + " ".join(CLAUSES[n::-1]) + "\n" for n in range(len(CLAUSES)))
 
 
+def split_words(text: str) -> list[str]:
+    """Return the units that no merge crosses: words and punctuation with the blank before them."""
+    return re.findall(r" ?\w+| ?[^\w\s]+|\s", text)
+
+
+def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """Return parts with every occurrence of pair joined, from the left."""
+    merged: list[str] = []
+    for part in parts:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
+
+
 @dataclass(frozen=True)
 class Tokenizer:
-    """Byte-pair encoding in miniature, over characters: vocab[id] is a token, merges are in order of learning.
+    """Byte-pair encoding in miniature, over characters (Sennrich et al. 2016, arXiv:1508.07909).
 
-    Sennrich et al., Neural Machine Translation of Rare Words with Subword Units, 2016, arXiv:1508.07909.
+    vocab[id] is a token. merges are the pairs that were joined, in the order they were learned.
     """
+
     vocab: list[str]
     merges: list[tuple[str, str]]
 
-    @staticmethod
-    def words(text: str) -> list[str]:
-        """The units no merge crosses: words and punctuation with their leading space, other white space alone."""
-        return re.findall(r" ?\w+| ?[^\w\s]+|\s", text)
-
-    @staticmethod
-    def merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
-        """Join every occurrence of pair in parts, from the left."""
-        merged: list[str] = []
-        for part in parts:
-            if merged and (merged[-1], part) == pair:
-                merged[-1] += part
-            else:
-                merged.append(part)
-        return merged
-
     @classmethod
     def train(cls, text: str, vocab_size: int) -> Tokenizer:
-        """Start from the text's characters; merge the most frequent pair until there are vocab_size tokens.
+        """Return a tokenizer of vocab_size tokens, or fewer if every word has become one token.
 
-        Ties go to the pair that sorts first. The vocabulary stays smaller when every word is one token already.
-        ValueError if text is empty or has more characters than vocab_size.
+        ValueError if text is empty or has more different characters than vocab_size.
         """
-        vocab, merges = sorted(set(text)), []
+        vocab = sorted(set(text))
+        merges: list[tuple[str, str]] = []
         if not 0 < len(vocab) <= vocab_size:
-            raise ValueError(f"vocab_size must be at least the number of different characters, {len(vocab)}, "
-                             f"and the text not empty; got {vocab_size}")
-        counts = Counter(cls.words(text))
-        parts = {word: list(word) for word in counts}
+            raise ValueError(f"vocab_size must be at least the number of different characters, "
+                             f"{len(vocab)}, and the text not empty; got {vocab_size}")
+        word_counts = Counter(split_words(text))
+        parts = {word: list(word) for word in word_counts}
         while len(vocab) < vocab_size:
-            pairs: Counter[tuple[str, str]] = Counter()
-            for word, count in counts.items():
+            pair_counts: Counter[tuple[str, str]] = Counter()
+            for word, count in word_counts.items():
                 for pair in zip(parts[word], parts[word][1:]):
-                    pairs[pair] += count
-            if not pairs:
+                    pair_counts[pair] += count
+            if not pair_counts:
                 break
-            best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+            # The most frequent pair; of equally frequent ones, the one that sorts first.
+            best = min(pair_counts, key=lambda pair: (-pair_counts[pair], pair))
             merges.append(best)
             if "".join(best) not in vocab:
                 vocab.append("".join(best))
-            parts = {word: cls.merge(split, best) for word, split in parts.items()}
+            parts = {word: merge_pair(split, best) for word, split in parts.items()}
         return cls(vocab, merges)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text: the merges, in order, within each word. ValueError names an unknown character."""
+        """Return the token ids of text: within each word, the merges in the order of learning.
+
+        ValueError names a character that the vocabulary does not have.
+        """
         ids = {token: i for i, token in enumerate(self.vocab)}
-        if unknown := next((c for c in text if c not in ids), None):
-            known = "".join(token for token in self.vocab if len(token) == 1)
-            raise ValueError(f"the vocabulary has no character {unknown!r}; it knows {known!r}")
-        parts = {word: list(word) for word in set(self.words(text))}
+        for character in text:
+            if character not in ids:
+                known = "".join(token for token in self.vocab if len(token) == 1)
+                raise ValueError(f"the vocabulary has no character {character!r}; it knows {known!r}")
+        words = split_words(text)
+        parts = {word: list(word) for word in words}
         for pair in self.merges:
-            parts = {word: self.merge(split, pair) for word, split in parts.items()}
-        return [ids[part] for word in self.words(text) for part in parts[word]]
+            parts = {word: merge_pair(split, pair) for word, split in parts.items()}
+        return [ids[part] for word in words for part in parts[word]]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text that these token ids stand for."""
+        """Return the text that these token ids stand for."""
         return "".join(self.vocab[i] for i in ids)
 
 
+# Printing
+
 WIDTH = 80  # columns of the trace
-# What a terminal without the left character gets instead of it.
+# What a terminal that cannot show the character on the left gets instead of it.
 ASCII = str.maketrans({
-    "█": "#", "▓": "*", "▒": "+", "░": ":", "·": ".", "│": "|", "─": "-", "┌": "+", "┐": "+", "└": "+", "┘": "+",
-    "├": "+", "┤": "+", "┬": "+", "┴": "+", "┼": "+", "→": "->", "←": "<-", "␣": "_", "…": "...", "×": "x",
-    "√": "sqrt ", "Σ": "sum ", "Δ": "d", "ᵀ": "^T", "²": "^2", "±": "+-", "≤": "<=", "≥": ">=", "≈": "~"})
+    "█": "#", "▓": "*", "▒": "+", "░": ":", "·": ".", "│": "|", "─": "-", "┌": "+", "┐": "+",
+    "└": "+", "┘": "+", "├": "+", "┤": "+", "┬": "+", "┴": "+", "┼": "+", "→": "->", "←": "<-",
+    "␣": "_", "…": "...", "×": "x", "√": "sqrt ", "Σ": "sum ", "Δ": "d", "ᵀ": "^T", "²": "^2",
+    "±": "+-", "≤": "<=", "≥": ">=", "≈": "~", "α": "alpha", "β": "beta", "γ": "gamma",
+    "θ": "theta", "λ": "lambda", "μ": "mu", "σ": "sigma", "τ": "tau", "∞": "inf", "≠": "!=",
+})
+
+
+def printable(text: str) -> str:
+    """Return text with everything escaped that a terminal would obey instead of showing."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def display_width(text: str) -> int:
+    """Return the columns that text takes: East Asian wide characters two, combining marks none."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    combining = sum(unicodedata.combining(c) > 0 for c in text)
+    return len(text) + wide - combining
+
+
+def bar(value: float, full: float, width: int) -> str:
+    """Return a bar of value / full times width characters; a dot for a value too small to draw."""
+    if full <= 0 or value <= 0:
+        return ""
+    return "█" * round(width * min(value / full, 1.0)) or "·"
+
+
+def format_cell(value: object, form: str) -> str:
+    """Return a value as text: form is a format specification, or a template with braces."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    return form.format(value) if "{" in form else format(value, form)
 
 
 class Trace:
-    """Prints the sections and their checks; knows what the output can show, and how many checks held.
+    """Prints the sections and their checks, as the output can show them, and counts the checks.
 
-    predict: ask the reader before each result; None: don't; False: ask, but wait for no answer.
+    predict: ask the reader for each result before it is shown.
     """
 
-    def __init__(self, ascii_only: bool = False, predict: bool | None = None):
+    def __init__(self, ascii_only: bool = False, predict: bool = False):
         encoding = getattr(sys.stdout, "encoding", None) or "ascii"
         probe = "".join(map(chr, ASCII))
         self.ascii = ascii_only or probe.encode(encoding, "ignore").decode(encoding) != probe
-        self.colour = (sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self.colour = (sys.stdout is not None and sys.stdout.isatty()
+                       and "NO_COLOR" not in os.environ
                        and os.environ.get("TERM", "dumb") != "dumb")
-        self.held = self.failed = self.unwritten = 0
-        self.predict, self.asked, self.right = predict, 0, 0
-        self.in_checks = False  # was the last line a check?
+        self.predict = predict
+        self.listening = sys.stdin is not None and sys.stdin.isatty()  # is there anybody to answer?
+        self.held = self.failed = 0    # checks
+        self.asked = self.right = 0    # predictions
+        self.unwritten = 0             # sections that wait for a function
+        self.in_checks = False         # was the last line a check?
 
     def plain(self, text: str) -> str:
-        """text as this output can show it."""
-        return text.translate(ASCII).encode("ascii", "backslashreplace").decode() if self.ascii else text
+        """Return text as this output can show it."""
+        if not self.ascii:
+            return text
+        return text.translate(ASCII).encode("ascii", "backslashreplace").decode()
 
     def lines(self, lines: Sequence[str], style: str = "") -> None:
-        """Print lines as they are (a picture, say); style: an ANSI code, for terminals."""
+        """Print lines as they are (a picture, say). style: an ANSI code, for terminals."""
         self.in_checks = False
         for line in lines:
             line = self.plain(line).rstrip()
             print(f"\x1b[{style}m{line}\x1b[0m" if style and self.colour else line)
 
-    def section(self, number: int, title: str, functions: Sequence[Callable]) -> None:
-        """A section's head: its number and title, and the functions in the source that do the work."""
+    def section(self, number: int, title: str, techniques: Sequence[Callable]) -> None:
+        """Print a section's head: its number, its title, and the functions that do the work."""
         self.lines(["", f"── {number} ── {title} ".ljust(WIDTH, "─")], "1")
-        names = "in the source: " + ", ".join(function.__name__ for function in functions)
+        names = "in the source: " + ", ".join(technique.__name__ for technique in techniques)
         self.lines(textwrap.wrap(names, WIDTH, subsequent_indent=" " * 15), "2")
 
     def say(self, text: str) -> None:
-        """A paragraph, wrapped."""
+        """Print a paragraph."""
         self.lines(["", *textwrap.wrap(self.plain(text), WIDTH)])
 
     def note(self, text: str) -> None:
-        """A line under a picture: its legend."""
+        """Print the legend of the table or picture above."""
         self.lines(textwrap.wrap(self.plain(text), WIDTH), "2")
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> None:
-        """A table, two blanks between the columns, right-aligned but for the columns named in left."""
-        cells = [[self.plain(cell) for cell in row] for row in (header, *rows)]
-        widths = [max(map(display_width, column)) for column in zip(*cells)]
-        for i, row in enumerate(cells):
-            pads = [" " * (width - display_width(cell)) for cell, width in zip(row, widths)]
-            self.lines(["  ".join(cell + pad if c in left else pad + cell
-                                  for c, (cell, pad) in enumerate(zip(row, pads)))], "2" if i == 0 else "")
+    def table(self, rows: Sequence, columns: dict[str, str]) -> None:
+        """Print rows (named tuples or dictionaries) as a table. columns: {field: format}, in order.
+
+        A format is ".1%" or "{:.1f}×". With "bar 20" after it, the number is drawn as well; with
+        nothing before that, it is drawn only. The longest bar stands for the largest number in the
+        column, or for F in "bar 20 of F". A heading is the field's name with blanks for _, or what
+        is said after " as ". Text goes to the left, numbers to the right; None is an empty cell.
+        """
+        printed = []
+        for column, form in columns.items():
+            field, _, heading = column.partition(" as ")
+            values = [row[field] if isinstance(row, dict) else getattr(row, field) for row in rows]
+            printed += self.table_column(heading or field.replace("_", " "), values, form)
+        for i, cells in enumerate(zip(*printed)):
+            self.lines(["  ".join(cells)], "2" if i == 0 else "")
+
+    def table_column(self, heading: str, values: list, form: str) -> list[list[str]]:
+        """Return the cells, heading first and padded, of the numbers and of the bars, if any."""
+        form, _, bars = form.partition("bar ")
+        numbers = [value for value in values if isinstance(value, (int, float))]
+        columns = []
+        if form or not bars:
+            cells = [heading] + [format_cell(value, form.strip()) for value in values]
+            columns.append(self.pad(cells, to_the_right=bool(numbers)))
+            heading = ""
+        if bars:
+            width, _, full = bars.partition(" of ")
+            largest = float(full) if full else max(numbers, default=0)
+            drawn = [bar(value or 0, largest, int(width)) for value in values]
+            columns.append(self.pad([heading] + drawn, to_the_right=False))
+        return columns
+
+    def pad(self, cells: list[str], to_the_right: bool) -> list[str]:
+        """Return cells filled up with blanks to the same width."""
+        cells = [self.plain(cell) for cell in cells]
+        width = max(map(display_width, cells))
+        blanks = [" " * (width - display_width(cell)) for cell in cells]
+        if to_the_right:
+            return [blank + cell for cell, blank in zip(cells, blanks)]
+        return [cell + blank for cell, blank in zip(cells, blanks)]
 
     def check(self, claim: str, holds: bool, evidence: str) -> None:
-        """Print one check: what is claimed, and what was compared or bounded. A failure makes the exit status 1."""
-        self.held, self.failed = self.held + bool(holds), self.failed + (not holds)
-        text = textwrap.wrap(self.plain(f"{claim} ({evidence})"), WIDTH - 6)
-        mark = "ok  " if holds else "FAIL"
+        """Print one check: what is claimed, and what was compared. A failure makes the status 1."""
+        if holds:
+            self.held += 1
+            mark, colour = "ok  ", "32"
+        else:
+            self.failed += 1
+            mark, colour = "FAIL", "1;31"
         if self.colour:
-            mark = f"\x1b[{'32' if holds else '1;31'}m{mark}\x1b[0m"
-        self.lines([""] * (not self.in_checks) + [f"{mark}  {text[0]}", *("      " + line for line in text[1:])])
+            mark = f"\x1b[{colour}m{mark}\x1b[0m"
+        if not self.in_checks:
+            self.lines([""])
+        first, *others = textwrap.wrap(self.plain(f"{claim} ({evidence})"), WIDTH - 6)
+        self.lines([f"{mark}  {first}"] + ["      " + line for line in others])
         self.in_checks = True
 
-    def ask(self, question: str, answer: float | str) -> None:
-        """With --predict: ask before the result is shown, wait for the reader's answer, show the computed one.
-
-        A number is right within a tenth, a text when it is the same but for case and blanks around it.
-        """
-        if self.predict is None:
-            return
-        shown = answer.strip() if isinstance(answer, str) else (
-            f"{answer:,.0f}" if isinstance(answer, int) or abs(answer) >= 1000 else f"{answer:.3g}")
-        self.say(f"Predict: {question}")
-        reply = ""
-        if self.predict:
-            try:
-                reply = input("  your answer (Enter: pass) > ").strip()
-            except EOFError:
-                print()
-                self.predict = False  # no more answers to come
-        right = bool(reply) and reply.casefold() == shown.casefold()
-        if not isinstance(answer, str) and (number := re.search(r"[+-]?[0-9][0-9,]*(\.[0-9]+)?|[+-]?\.[0-9]+", reply)):
-            right = abs(float(number[0].replace(",", "")) - answer) <= abs(answer) / 10
-        self.asked, self.right = self.asked + bool(reply), self.right + right
-        self.lines([f"  computed: {shown}" + (" - yes" if right else " - not quite") * bool(reply)], "1")
-
     def check_close(self, claim: str, got: Matrix, expected: Matrix, bound: float) -> None:
-        """A check that two matrices have the same shape and differ by less than bound in every place."""
-        same_shape = [len(row) for row in got] == [len(row) for row in expected]
-        gaps = [abs(a - b) for p, q in zip(got, expected) for a, b in zip(p, q)]
-        holds = same_shape and all(gap < bound for gap in gaps)
-        failure = f"max |Δ| = {max(gaps):.1e}" if same_shape else "the shapes differ"
-        self.check(claim, holds, f"max |Δ| < {bound:.0e}" if holds else f"{failure}; bound {bound:.0e}")
+        """Check that two matrices have one shape, and differ by less than bound in every place."""
+        if [len(row) for row in got] != [len(row) for row in expected]:
+            self.check(claim, False, "the shapes differ")
+            return
+        gaps = [abs(a - b) for rows in zip(got, expected) for a, b in zip(*rows)]
+        if all(gap < bound for gap in gaps):
+            self.check(claim, True, f"max |Δ| < {bound:.0e}")
+        else:
+            self.check(claim, False, f"max |Δ| = {max(gaps):.1e}; bound {bound:.0e}")
+
+    def ask(self, question: str, answer: float | str) -> None:
+        """With --predict: ask, wait for the reader's answer, show the computed one, and wait again.
+
+        A number is right within a tenth. Text is right if it is the same but for case.
+        """
+        if not self.predict:
+            return
+        if isinstance(answer, str):
+            shown = answer.strip()
+        elif isinstance(answer, int) or abs(answer) >= 1000:
+            shown = f"{answer:,.0f}"
+        else:
+            shown = f"{answer:.3g}"
+        self.say(f"Predict: {question}")
+        reply = self.hear("  your answer (Enter: pass) > ")
+        verdict = ""
+        if reply:
+            right = reply.casefold() == shown.casefold() or (
+                not isinstance(answer, str) and is_near(reply, answer))
+            self.asked += 1
+            self.right += right
+            verdict = " - yes" if right else " - not quite"
+        self.lines([f"  computed: {shown}{verdict}"], "1")
+        self.hear("  (Enter: go on) ")
+
+    def hear(self, prompt: str) -> str:
+        """Return what the reader types, or "" where there is nobody to ask."""
+        if not self.listening:
+            return ""
+        try:
+            return input(prompt).strip()
+        except EOFError:
+            print()
+            self.listening = False  # no more answers will come
+            return ""
 
 
-def display_width(text: str) -> int:
-    """Columns that text takes in a terminal: East Asian wide characters take two, combining marks none."""
-    if text.isascii():
-        return len(text)
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+def is_near(reply: str, answer: float) -> bool:
+    """Return whether reply is a number within a tenth of answer; 33% and 0,33 count as well."""
+    scale = 100 if reply.endswith("%") else 1
+    for comma in ("", "."):  # of thousands, or the decimal comma
+        try:
+            number = float(reply.rstrip("%×x ").replace(",", comma)) / scale
+        except ValueError:
+            continue
+        if abs(number - answer) <= abs(answer) / 10:
+            return True
+    return False
 
 
-def show_token(token: str) -> str:
-    """A token as a label of 12 columns at most: no leading space, other white space and the unprintable escaped."""
-    text = token[1:] if len(token) > 1 and token[0] == " " else token.replace(" ", "␣")
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    while display_width(text) > 12:
-        text = text[:-2] + "…"
-    return text
+# The command line
 
 
-def bar(value: float, full: float, width: int) -> str:
-    """A bar of value / full times width characters; a trace of one for anything above zero."""
-    length = round(width * max(0.0, min(value / full, 1.0))) if full else 0
-    return "█" * length or "·" * (value > 0)
+class Section(NamedTuple):
+    """A section of the trace. core: it belongs to the chapter itself; the others can wait."""
 
-
-def side_by_side(blocks: Sequence[list[str]], gap: int = 3) -> list[str]:
-    """Pictures of the same height next to each other."""
-    widths = [max(map(display_width, block)) for block in blocks]
-    return [(" " * gap).join(line + " " * (width - display_width(line)) for line, width in zip(lines, widths))
-            for lines in zip(*blocks)]
+    title: str
+    show: Callable
+    techniques: Sequence[Callable]  # the functions and classes that its head names
+    core: bool = True
 
 
 class OneLineParser(ArgumentParser):
-    """argparse, except that a refusal is one line, on every Python."""
-
-    def parse_args(self, args=None, namespace=None):
-        for argument in sys.argv[1:] if args is None else args:
-            if argument.startswith("--") and argument.endswith("=--"):  # argparse takes these for no value at all
-                self.error(f"argument {argument[:-3]}: expected a value")
-        return super().parse_args(args, namespace)
+    """argparse, but a refusal is one line, and shows control characters instead of sending them."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: {printable(message)} (--help lists the options)\n")
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from low to high."""
+    """Return an argparse type: a whole number from low to high."""
     def parse(text: str) -> int:
         if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not low <= int(text) <= high:
             raise ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
@@ -1510,97 +1673,115 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def section_numbers(count: int) -> Callable[[str], list[int]]:
-    """An argparse type: numbers of sections with commas between them."""
+    """Return an argparse type: section numbers with commas between them."""
     def parse(text: str) -> list[int]:
-        numbers = [int(part) if re.fullmatch(r" *[0-9]{1,4} *", part) else 0 for part in text.split(",")]
-        if not all(1 <= number <= count for number in numbers):
-            raise ArgumentTypeError(f"must be numbers from 1 to {count} (--list names them), as in 1,{count}, "
-                                             f"not {text!r}")
-        return numbers
+        parts = [part.strip() for part in text.split(",")]
+        if not all(re.fullmatch("[0-9]{1,4}", part) and 1 <= int(part) <= count for part in parts):
+            raise ArgumentTypeError(f"must be numbers from 1 to {count} (--list names them), as in "
+                                    f"1,{count}, not {text!r}")
+        return [int(part) for part in parts]
     return parse
 
 
 def common_parser(prog: str, description: str, n_sections: int) -> OneLineParser:
-    """The options that all five scripts have; the script adds its own knobs."""
+    """Return a parser with the options that all five scripts have; a script adds its own knobs."""
     parser = OneLineParser(prog=prog, description=description, allow_abbrev=False,
                            formatter_class=lambda prog: HelpFormatter(prog, width=WIDTH))
     parser.add_argument("--list", action="store_true", help="list the sections and stop")
-    parser.add_argument("--section", metavar="N[,N...]", action="extend", type=section_numbers(n_sections),
+    parser.add_argument("--section", metavar="N[,N...]", action="extend",
+                        type=section_numbers(n_sections),
                         help="run only these sections (may be repeated)")
     parser.add_argument("--seed", metavar="N", type=whole_number(0, 10**9), default=0,
                         help="seed of all randomness (default 0)")
     parser.add_argument("--ascii", action="store_true", help="print no character outside ASCII")
-    parser.add_argument("--time", action="store_true", help="print the seconds each section took, on stderr")
-    parser.add_argument("--predict", action="store_true", help="be asked for each section's result before it is shown")
+    parser.add_argument("--time", action="store_true",
+                        help="print the seconds each section took, on stderr")
+    parser.add_argument("--predict", action="store_true",
+                        help="be asked for each section's result before it is shown")
     return parser
 
 
-def announce(multiply_adds: float) -> None:
-    """On stderr, before a run that will take more than half a minute here: how long, from the work it will count."""
-    ones, start = [1.0] * 10_000, time.process_time()
-    for _ in range(20):
-        dot(ones, ones)
-    seconds = multiply_adds * (time.process_time() - start) / (20 * len(ones))
-    if seconds > 30:
-        print(f"these settings take about {multiply_adds:.0e} multiply-adds, {seconds:.0f} s on this machine; "
-              f"Ctrl-C ends it", file=sys.stderr)
+def list_sections(trace: Trace, sections: Sequence[Section]) -> None:
+    """Print the sections' numbers and titles, the core ones with a star."""
+    for number, section in enumerate(sections, 1):
+        star = "*" if section.core else " "
+        trace.lines([f"{number:>2}{star} {section.title}"])
+    trace.lines(["", "* the core of the chapter; the others can wait"])
 
 
-def run_sections(sections: Sequence[tuple], knobs: Namespace, next_experiment: str) -> int:
-    """Print the chosen sections (title, show function, functions named in the head); the exit status.
+def run_section(trace: Trace, number: int, section: Section, knobs: Namespace) -> None:
+    """Print one section. Where a function is not written yet (an exercise), say so and go on."""
+    start = time.perf_counter()
+    trace.section(number, section.title, section.techniques)
+    try:
+        section.show(trace, knobs)
+    except NotImplementedError as error:
+        trace.unwritten += 1
+        trace.say(f"Not written yet: {error}. This section goes on once it is.")
+    if knobs.time:
+        sys.stdout.flush()
+        print(f"section {number}: {time.perf_counter() - start:.2f} s", file=sys.stderr)
 
-    0 when every check held, 1 when one failed or a function is not written yet (an exercise: its section says so,
-    and the others go on), 130 after Ctrl-C. A reader who closes the pipe ends it quietly.
+
+def print_summary(trace: Trace, next_experiment: str) -> None:
+    """Print how many checks held, and what to run next."""
+    summary = [""]
+    if trace.failed:
+        summary.append(f"{trace.failed} of {trace.failed + trace.held} checks FAILED.")
+    elif trace.held:
+        summary.append(f"All {trace.held} checks held.")
+    else:
+        summary.append("No check was reached.")
+    if trace.unwritten:
+        summary.append(f"Sections that wait for a function: {trace.unwritten}.")
+    if trace.asked:
+        summary.append(f"Predictions: {trace.right} of {trace.asked} right.")
+    trace.lines([*summary, f"Try next: {next_experiment}"], "1")
+
+
+def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment: str) -> int:
+    """Print the chosen sections and return the exit status.
+
+    0: every check held. 1: one failed, or a function is not written yet. 130: Ctrl-C. A reader who
+    closes the pipe ends the trace quietly.
     """
     try:
-        trace = Trace(knobs.ascii, sys.stdin is not None and sys.stdin.isatty() if knobs.predict else None)
+        trace = Trace(knobs.ascii, knobs.predict)
         if knobs.list:
-            trace.lines([f"{number:>2}  {title}" for number, (title, *_) in enumerate(sections, 1)])
+            list_sections(trace, sections)
         else:
             for number in sorted(set(knobs.section or range(1, len(sections) + 1))):
-                title, show, functions = sections[number - 1]
-                start = time.perf_counter()
-                trace.section(number, title, functions)
-                try:
-                    show(trace, knobs)
-                except NotImplementedError as error:
-                    trace.unwritten += 1
-                    trace.say(f"Not written yet: {error}. This section goes on once it is.")
-                if knobs.time:
-                    sys.stdout.flush()
-                    print(f"section {number}: {time.perf_counter() - start:.2f} s", file=sys.stderr)
-            trace.lines(["", f"{trace.failed} of {trace.failed + trace.held} checks FAILED." if trace.failed else
-                         f"All {trace.held} checks held." if trace.held else
-                         "No check was reached.",
-                         *[f"Sections that wait for a function: {trace.unwritten}."] * bool(trace.unwritten),
-                         *[f"Predictions: {trace.right} of {trace.asked} right."] * bool(trace.asked),
-                         f"Try next: {next_experiment}"], "1")
+                run_section(trace, number, sections[number - 1], knobs)
+            print_summary(trace, next_experiment)
         if sys.stdout is not None:
             sys.stdout.flush()
         return 1 if trace.failed or trace.unwritten else 0
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing stdout cannot fail again
+        # Nothing can be written any more. Closing stdout must not fail a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 0
         print(f"cannot write the trace: {error.strerror}", file=sys.stderr)
         return 1
 
 
-# ---------------------------------------------------------------------------------------------------
+# The sections
 
 SECTIONS = [
-    ("Standard attention and its traffic", show_standard, [Traffic, standard_attention, standard_accesses]),
-    ("Softmax in one pass", show_online, [absorb, online_softmax, safe_softmax]),
-    ("FlashAttention, Algorithm 1", show_flash_v1, [flash_attention_v1, absorb_tile, tile_spans]),
-    ("FlashAttention-2", show_flash_v2, [flash_attention, finish]),
-    ("How much traffic, really", show_traffic, [flash_attention, blocks_that_fit, flash_accesses, fit_powers]),
-    ("The backward pass", show_backward, [flash_attention_backward, recompute_weights, standard_attention_backward]),
-    ("Flash-Decoding", show_decode, [flash_decode, merge_partials, splits_that_fill]),
-    ("Grouped queries, windows and pages", show_family, [flash_grouped_query, flash_attention, PagedRows]),
-    ("What FlashAttention-3 and -4 changed", show_later_versions,
-     [quantize_blocks, hadamard_rotate, absorb, count_rescalings]),
+    Section("Standard attention and its traffic", show_standard, [Traffic, standard_attention, standard_accesses]),
+    Section("Softmax in one pass", show_online, [absorb, online_softmax, safe_softmax]),
+    Section("FlashAttention, Algorithm 1", show_flash_v1, [flash_attention_v1, absorb_tile, tile_spans]),
+    Section("FlashAttention-2", show_flash_v2, [flash_attention, finish]),
+    Section("How much traffic, really", show_traffic, [flash_attention, blocks_that_fit, flash_accesses, fit_powers],
+            core=False),
+    Section("The backward pass", show_backward, [flash_attention_backward, recompute_weights, standard_attention_backward]),
+    Section("Flash-Decoding", show_decode, [flash_decode, merge_partials, splits_that_fill]),
+    Section("Grouped queries, windows and pages", show_family, [flash_grouped_query, flash_attention, PagedRows],
+            core=False),
+    Section("What FlashAttention-3 and -4 changed", show_later_versions,
+     [quantize_blocks, hadamard_rotate, absorb, count_rescalings], core=False),
 ]
 
 
@@ -1645,8 +1826,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     knobs.labels = [show_token(token) for token in knobs.tokens]
     if len(knobs.tokens) > MAX_TOKENS:
         parser.error(f"argument --text: {len(knobs.tokens)} tokens are more than this trace shows, {MAX_TOKENS}")
-    if not knobs.list:
-        announce(60 * n * n * d + 20_000 * n_tiles)  # a tile costs as much, whatever is in it (both measured)
     return run_sections(SECTIONS, knobs, "python microflash.py --section 3,4,6 --causal --block-q 8 --block-k 32")
 
 
