@@ -1284,7 +1284,7 @@ def old_table(trace: Trace, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def show_token(token: str) -> str:
-    """Return a token as a label of at most 12 columns, with its blanks and controls made visible."""
+    """Return a token as a label of at most 12 columns, blanks and controls made visible."""
     text = token[1:] if len(token) > 1 and token[0] == " " else token.replace(" ", "␣")
     text = printable(text)
     while display_width(text) > 12:
@@ -1424,7 +1424,8 @@ class Tokenizer:
         for character in text:
             if character not in ids:
                 known = "".join(token for token in self.vocab if len(token) == 1)
-                raise ValueError(f"the vocabulary has no character {character!r}; it knows {known!r}")
+                raise ValueError(f"the vocabulary has no character {character!r}; it knows "
+                                 f"{known!r}")
         words = split_words(text)
         parts = {word: list(word) for word in words}
         for pair in self.merges:

@@ -1775,17 +1775,18 @@ def count_parameters(c: Config) -> int:
 def counted_dots() -> Iterator[Namespace]:
     """While this is open, every dot product that anybody makes adds its length to .products."""
     global dot
-    plain, count = dot, Namespace(products=0)
+    plain_dot = dot
+    count = Namespace(products=0)
 
-    def counting(a: Sequence[float], b: Sequence[float]) -> float:
+    def counting_dot(a: Sequence[float], b: Sequence[float]) -> float:
         count.products += len(a)
-        return plain(a, b)
+        return plain_dot(a, b)
 
-    dot = counting
+    dot = counting_dot
     try:
         yield count
     finally:
-        dot = plain
+        dot = plain_dot
 
 
 class WatchedLlama(Llama):
@@ -1928,7 +1929,8 @@ class Tokenizer:
         for character in text:
             if character not in ids:
                 known = "".join(token for token in self.vocab if len(token) == 1)
-                raise ValueError(f"the vocabulary has no character {character!r}; it knows {known!r}")
+                raise ValueError(f"the vocabulary has no character {character!r}; it knows "
+                                 f"{known!r}")
         words = split_words(text)
         parts = {word: list(word) for word in words}
         for pair in self.merges:
