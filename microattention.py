@@ -8,11 +8,13 @@ it. This script runs them on one sentence, draws who looks at whom, and counts w
 Nothing is trained. The heads are built by hand, so that you can see what each of them looks for.
 
 How to read it
-  1. Run `python microattention.py` and read what it prints (10 minutes).
-  2. Read THE TECHNIQUES below, in order (30 minutes). Sections 1 to 6 and 8 are the core of the
-     chapter. Section 7, the memory of real models, can wait.
+  1. Read the words below (2 minutes), run `python microattention.py` and read what it prints
+     (10 minutes).
+  2. Read THE TECHNIQUES, in order (30 minutes). Sections 1 to 6 and 8 are the core of the chapter.
+     Section 7, the memory of real models, can wait.
   3. THE EXPERIMENTS say how each number of the trace was measured. THE MODEL AND THE BENCH has the
-     heads built by hand. SHARED BY THE FIVE prints, reads text and parses the command line.
+     heads built by hand. SHARED BY THE FIVE, which the five scripts of this collection have in
+     common, reads text, prints and parses the command line.
 
 The papers
   Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762             sections 1, 2
@@ -38,15 +40,18 @@ The papers
 #   embedding        the vector that stands for a token; its numbers are called channels
 #   query, key,      three vectors that each token makes from its embedding: what it looks for,
 #     value          what it can be found by, and what it hands over when it is found
-#   score            how well a key answers a query: their dot product, scaled
+#   score            how well a key answers a query: their dot product, scaled (also: logit)
 #   softmax(scores)  weights that are positive and sum to 1; a higher score gets more weight
 #   head             one set of queries, keys and values; a model has many heads in each layer
+#   KV head          the keys and values of a head, which several query heads may share
 #   causal           no token sees a later one
 #   prefill, decode  reading the prompt, all tokens at once; then writing, one token at a time
 #   KV cache         the keys and values of all tokens so far, kept for the tokens to come
 #   latent           a short vector from which longer ones are computed again
 #   rank             one of several cards that work together
 #   all-reduce       the ranks add up their vectors, and every rank gets the sum
+#   perplexity       how unsure a model is about the next token; 1 would be certain
+#   dense            computed with the whole matrix, as a textbook does it, to compare with
 #
 # linear(x, w) multiplies every row of x by the matrix w [out][in]. dot(a, b) is Σ a[i]·b[i].
 # A shape in brackets says how many: q [n_q][d] is n_q queries of d channels each.
@@ -86,7 +91,7 @@ WINDOW = 4         # keys that a query sees in section 4, itself included
 SINKS = 1          # first tokens that stay visible outside the window
 STAGES = 4         # cards in the pipeline of section 8
 MICRO_BATCHES = 8  # pieces of the batch in that pipeline
-MAX_TOKENS = 256   # longest text accepted
+MAX_TOKENS = 128   # longest text accepted
 MAP_TOKENS = 14    # tokens drawn in a map, so that four maps fit side by side
 
 
@@ -113,13 +118,15 @@ MAP_TOKENS = 14    # tokens drawn in a map, so that four maps fit side by side
 #
 #     out = .665 · 10 + .090 · 20 + .245 · 30 = 15.8
 #
-# Why divide by √d? If the channels of q and k are random with variance 1, q·k is a sum of d terms,
-# and its standard deviation is √d. With d = 128 the scores would lie tens apart, and softmax would
-# give all the weight to one key. Such a head hardly learns any more, because the slope of a weight
-# in its own score is weight · (1 - weight), which is 0 at both ends.
+# Why divide by √d? If the channels of q and k are random with variance 1, q·k is a sum of d
+# terms, and its standard deviation is √d. With d = 128 the scores would lie tens apart, and
+# softmax would give nearly all the weight to one key. Such a head hardly learns any more, because
+# the slope of a weight in its own score is weight · (1 - weight), which is 0 for a weight of 0
+# and for a weight of 1.
 #
-# In a causal model query i stops at its own position. While a model writes, there is one new query
-# for all the keys so far, so the queries are the last positions: the mask is aligned bottom right.
+# In a causal model query i stops at its own position. While a model writes, there is one new
+# query for all the keys so far. So the queries are the last positions of the text: with 1 query
+# and 5 keys the query is at position 4, and sees all of them.
 #
 # In production: FlashAttention computes the same without ever storing the scores (flash_attn_func
 # in flash_attn/flash_attn_interface.py; microflash.py takes it apart). vLLM calls it in
@@ -207,6 +214,7 @@ def visible_keys(
     position = n_k - n_q + i
     end = max(position + 1, 0) if causal else n_k
     start = 0 if window is None else max(position + 1 - window, 0)
+    # The sinks that are not in the window, and the window.
     return [*range(min(sinks, start, end)), *range(start, end)]
 
 
@@ -222,9 +230,10 @@ def visible_keys(
 # The rows of wq are the W_Q of head 1, then those of head 2, and so on; wk and wv likewise. One big
 # product makes the queries of all heads, and split_heads() cuts them apart.
 #
-# The heads that this script looks at are built, so that it is known what they look for: the same
-# word earlier in the text, the token one back, everything alike, or the first token. Heads that do
-# such jobs are found in trained models too.
+# The heads that this script looks at are built by hand (build_heads), so that it is known what they
+# look for: the same word, the token one back, everything alike, or the first token. Trained models
+# have heads that look one back (Olsson et al. 2022, arXiv:2209.11895) and heads that rest on the
+# first token (Xiao et al. 2023).
 #
 # In production: transformers has it in plain PyTorch, eager_attention_forward() in
 # models/llama/modeling_llama.py.
@@ -265,9 +274,10 @@ def concat(*blocks: Matrix) -> Matrix:
 
 # 3. Shared keys and values: MQA and GQA
 #
-# To write one token, every head reads the keys and values of all tokens so far. They fill the
-# cache, and reading them takes most of the time. Queries are used once and thrown away. So keep
-# n_heads query heads, and let several of them share one KV head (a head of keys and values):
+# To write one token, every head reads the keys and values of all tokens so far, and does only one
+# multiplication with each number. A card multiplies much faster than it reads memory, so with a
+# long text the reading is what takes the time (microkv measures it). Queries are used once and
+# thrown away. So keep n_heads query heads, and let several of them share one KV head:
 #
 #     MHA   every query head has its own KV head            n_kv_heads = n_heads
 #     GQA   each group of n_heads / n_kv_heads shares one   1 < n_kv_heads < n_heads
@@ -363,9 +373,9 @@ def mean_pool_kv_heads(w: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
 # not. The total grows more slowly, but it does grow.
 #
 # Attention sinks. The weights of a query sum to 1, so a head that finds nothing it looks for must
-# still put them somewhere. Trained models put them on the first token, whose value they keep small.
-# If a window hides that token, its weight goes to the tokens that are left, which the head did not
-# mean to read. There are two ways out:
+# still put them somewhere. Trained models often put them on the first token, which every later
+# token can see. If a window hides that token, its weight goes to the tokens that are left, which
+# the head did not mean to read. There are two ways out:
 #
 #     StreamingLLM   keep the first few tokens (4 in the paper) visible for ever, as sinks
 #     gpt-oss        a learned number per head, s, is one more term in the softmax's sum:
@@ -381,9 +391,9 @@ def mean_pool_kv_heads(w: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
 #
 # In production: vLLM frees the blocks that a window has left behind (SlidingWindowManager in
 # v1/core/single_type_kv_cache_manager.py); llama.cpp keeps two caches for a mixed model
-# (llama-kv-cache-iswa.cpp). FlashAttention counts a window without the token itself, so both pass
-# window - 1. StreamingLLM: streaming_llm/kv_cache.py. gpt-oss: sdpa() in gpt_oss/torch/model.py,
-# where S is the learned sink.
+# (llama-kv-cache-iswa.cpp). FlashAttention counts a window without the token itself: it is called
+# with window - 1. StreamingLLM: streaming_llm/kv_cache.py. gpt-oss: sdpa() in
+# gpt_oss/torch/model.py, where S is the learned sink.
 # Measured by show_window().
 
 
@@ -429,16 +439,21 @@ class RollingKVCache:
 #
 #     (x[2m], x[2m+1])  ->  (x[2m] + i·x[2m+1]) · e^(i·p·θ_m)        θ_m = base^(-2m/d)
 #
-# In q·k the two rotations meet as a difference, (p_q - p_k)·θ_m, so that the score depends on the
-# distance alone. A tiny one: d = 2, a quarter turn per token, q = k = (1, 0). A query at position 5
-# has turned by 450°, a key at 3 by 270°. They lie 180° apart, so q·k = cos 180° = -1. At positions
-# 2 and 0 the query has turned by 180° and the key by 0°: q·k is -1 again.
+# In q·k one of two complex numbers is conjugated, so the angles meet as a difference:
+#
+#     e^(i·p_q·θ) · conj(e^(i·p_k·θ)) = e^(i·(p_q - p_k)·θ)
+#
+# The positions enter the score by their distance only. A tiny one: d = 2, a quarter turn per
+# token, q = k = (1, 0). A query at position 5 has turned by 450°, a key at 3 by 270°. They lie
+# 180° apart, so q·k = cos 180° = -1. At positions 2 and 0 the query has turned by 180° and the
+# key by 0°: q·k is -1 again.
 #
 # The key's own rotation depends on its own position alone. So a key is rotated once, when its token
 # comes, and cached that way. (StreamingLLM renumbers positions, so it must cache keys unrotated.)
 #
 # Stretching RoPE. A model trained on 8,192 tokens has never seen the angles of token 100,000. The
-# wavelength of pair m, 2π / θ_m, is the number of tokens in one full turn. Ways to go further:
+# wavelength of pair m, 2π / θ_m, is the number of tokens in one full turn. Ways to go further,
+# which are mostly followed by some more training on longer texts:
 #
 #     position interpolation    divide every θ by the factor s; neighbours become hard to tell apart
 #     NTK-aware                 a larger base: fast pairs change little, the slowest is slowed by s
@@ -446,8 +461,8 @@ class RollingKVCache:
 #     Llama 3.1                 by wavelength: pairs that turn often within the old length stay as
 #                               they are, those that never finish a turn are slowed by s = 8
 #
-# QK-norm is another thing done to q and k before they meet: an RMSNorm on each head's q and k keeps
-# the scores from growing during training (Qwen3 and Gemma 3; OLMo 2 norms all heads together).
+# Beside positions, many models normalize q and k before they meet, so that the scores cannot grow
+# during training: QK-norm, an RMSNorm over each head (Qwen3, Gemma 3) or over all (OLMo 2).
 #
 # ALiBi leaves q and k alone and subtracts slope · distance from each score. Every head has a slope
 # of its own: a steep one looks near, a gentle one far. RoPE is what models use today.
@@ -560,9 +575,10 @@ def alibi_bias(n_q: int, n_k: int, slope: float) -> Matrix:
 #
 # When does it pay? Per pair of query and key the absorbed form is dearer, because the latent is
 # longer than a head's key. At DeepSeek's sizes it takes 576 + 512 = 1,088 multiplications, and the
-# plain form 192 + 128 = 320. What the absorbed form saves is the decompression of all cached
-# tokens. So it is used for few queries on many cached tokens, as in decoding, and the plain form
-# for a whole prompt at once.
+# plain form 192 + 128 = 320. What the absorbed form saves is the decompression of the cached
+# tokens, 512 · (128 + 128) = 131,072 multiplications for each token and head. On a long cache that
+# pays for up to 131,072 / (1,088 - 320) = 170 queries. So the absorbed form is used for few queries
+# on many cached tokens, as in decoding, and the plain form for a whole prompt at once.
 #
 # Left out: DeepSeek also makes the queries from a latent, which saves memory in training and none
 # in the cache, and it normalizes c before it is cached.
@@ -616,8 +632,8 @@ def mla_attention_absorbed(x: Matrix, c: Matrix, k_rope: Matrix, w: MLAWeights) 
     scale = 1 / math.sqrt(len(w.wq[0]) + len(w.wq_rope[0]))  # head_dim + d_rope, as in plain form
     heads = []
     for wq, wq_rope, wk_up, wv_up in zip(w.wq, w.wq_rope, w.wk_up, w.wv_up):
-        wk_up_transposed = list(zip(*wk_up))
-        absorbed = linear(linear(x, wq), wk_up_transposed)  # [n_q][d_c]
+        # W_UKᵀ W_Q could be one matrix, but it would be larger than the two, which stay apart.
+        absorbed = linear(linear(x, wq), list(zip(*wk_up)))  # [n_q][d_c]
         q = concat(absorbed, rope(linear(x, wq_rope), positions))
         mean_latent = attention(q, concat(c, k_rope), c, scale=scale)  # [n_q][d_c]
         heads.append(linear(mean_latent, wv_up))
@@ -632,8 +648,8 @@ def mla_attention_absorbed(x: Matrix, c: Matrix, k_rope: Matrix, w: MLAWeights) 
 #     MLA             n_layers · (d_c + d_rope) · bytes per number
 #
 # A layer with a window keeps the latest `window` tokens and no more. The formula that is often
-# quoted, 2 · n_layers · width · bytes, uses the width of the model where n_kv_heads · head_dim
-# belongs. It is right for MHA alone.
+# quoted, 2 · n_layers · width · bytes for every token, uses the width of the model where
+# n_kv_heads · head_dim belongs, and forgets windows. It is right for MHA alone.
 #
 # In production: v1/kv_cache_interface.py in vLLM computes these sizes for each kind of layer, and
 # the engine fills the memory that the weights leave with blocks of them.
@@ -653,7 +669,7 @@ def cache_bytes(model: RealModel, n_tokens: int, bytes_per_value: float = 2) -> 
         per_layer = (model.d_c + model.d_rope) * bytes_per_value
     else:
         per_layer = kv_bytes_per_token(1, model.n_kv_heads, model.head_dim, bytes_per_value)
-    n_local = model.n_layers - model.n_global_layers
+    n_local = model.n_layers - model.n_global_layers  # 0 in a model without windows
     kept_tokens = model.n_global_layers * n_tokens + n_local * min(n_tokens, model.window)
     return kept_tokens * per_layer
 
@@ -677,16 +693,17 @@ def decode_multiplications(model: RealModel, n_tokens: int) -> int:
 # Tensor parallelism cuts each layer. Heads do not talk to each other before wo, so each rank takes
 # some of them: the rows of wq, wk and wv that make its heads, and the columns of wo that read them.
 # Its output is one term of a sum; an all-reduce adds the terms up, so that every rank has the sum
-# and goes on. With R ranks each sends and receives about 2 · (R - 1)/R times the output.
+# and goes on. (Done in a ring, each of R ranks sends 2 · (R - 1)/R times the size of the output.)
 #
 # If there are more ranks than KV heads, several ranks keep the same KV head. From there on, more
 # ranks do not shrink the cache on each. MLA has one latent for all heads: every rank would keep all
 # of it. So DeepSeek's models run attention data-parallel instead: each rank has all heads, and
 # requests of its own.
 #
-# Pipeline parallelism cuts between layers. Stage s holds the layers after those of stage s - 1, and
-# gets its output. To keep the stages busy, the batch is cut into m micro-batches that follow each
-# other. With p = 3 stages and m = 4 (a row is a stage, a column a tick):
+# Pipeline parallelism cuts between layers. Each card is a stage: it holds some layers, gets its
+# input from the stage before it, and hands its output to the stage after it. To keep the stages
+# busy, the batch is cut into m micro-batches that follow each other. With p = 3 stages and m = 4
+# (a row is a stage, a column a tick):
 #
 #     0 1 2 3 . .
 #     . 0 1 2 3 .
@@ -697,9 +714,9 @@ def decode_multiplications(model: RealModel, n_tokens: int) -> int:
 #
 #     idle share = (p - 1) / (m + p - 1)
 #
-# One request alone gets no faster by it (m = 1: only one stage works at a time). What it buys is
-# memory, since a stage holds only its layers and their cache, and little traffic: one hand-over per
-# stage, where tensor parallelism has two all-reduces per layer (one here, one in the feed-forward).
+# One request alone gets no faster by it: with m = 1 only one stage works at a time. What it buys is
+# memory, since a stage holds only its layers and their cache. And it needs little traffic: one
+# hand-over per stage, where tensor parallelism has two all-reduces per layer.
 #
 # In production: vLLM shards heads in QKVParallelLinear (model_executor/layers/linear.py), which
 # copies KV heads by the same rule; it fills a pipeline with different batches of requests instead
@@ -879,15 +896,16 @@ def show_attention(trace: Trace, knobs: Namespace) -> None:
     trace.say("Each token makes a query, a key and a value. A query is compared with the keys of "
               "the tokens that it may see, itself and those before it. The comparison gives "
               "weights, and the output is the average of the values by these weights. Each row "
-              "below is a token that looks, each column a token it may look at. This head was "
-              "built to look for its own word (section 2 says how)." + knobs.cut)
+              "below is a token that looks, each column a token it may look at. All this is one "
+              "head; it was built to look for its own word." + knobs.cut)
     trace.lines(heat_map(weights[:shown], labels=knobs.labels[:shown], cell=2))
     trace.note(SHADES_LEGEND)
     repeated = [i for i in range(shown) if knobs.tokens[i] in knobs.tokens[:i]]
     i = max(repeated, default=shown - 1)
     trace.say(f"One row worked out: token {i}, {knobs.labels[i]!r}, with d = {len(k[0])} channels. "
-              "A word's key is a code of +1 and -1 for each channel, and so is its value. Words "
-              "whose codes differ in most channels have a negative q·k.")
+              "Every word has a code of +1 and -1, which is its key and its value (column v). The "
+              "query is the code of its own word, times a number that makes a perfect match score "
+              f"{SHARPNESS:.0f}. A word whose code differs in most channels scores below 0.")
     trace.ask("how large is its largest weight? (They sum to 1.)", max(weights[i]))
     rows = work_out_row(q, k, v, knobs.labels, i)
     trace.table(rows, {"j": "d", "key": "", "product as q·k": "z.2f", "score as q·k/√d": "z.2f",
@@ -1032,10 +1050,10 @@ def show_grouped(trace: Trace, knobs: Namespace) -> None:
     x = embed(knobs.tokens, knobs.dim, knobs.seed)[:12]
     mha, gqa, mqa = rows = compare_sharing(x, knobs.n_heads, knobs.n_kv_heads,
                                            random.Random(knobs.seed))
-    trace.say("While a model writes, the cache holds a key and a value of every KV head for every "
-              f"token. Let the {plural(knobs.n_heads, 'query head')} share KV heads, and it "
+    trace.say("While a model writes, the KV cache holds a key and a value of every KV head for "
+              f"every token. Let the {plural(knobs.n_heads, 'query head')} share KV heads, and it "
               "shrinks. Counted: the numbers kept for one token, and the multiplications when a "
-              f"new token looks at {len(x)}.")
+              f"new token looks at {len(x)} tokens.")
     trace.ask(f"MHA keeps {mha.kept} numbers. How many does GQA keep, with {gqa.kv_heads} KV "
               "heads?", gqa.kept)
     trace.table(rows, {"variant": "", "kv_heads as KV heads": "d",
@@ -1097,19 +1115,23 @@ class MovedRow(NamedTuple):
 
 
 def compare_outputs(x: Matrix, window: int, sinks: int) -> list[MovedRow]:
-    """Return a row for a head of each of the JOBS on x [n][dim], and one with a learned sink."""
+    """Return a row for each kind of head on x [n][dim]; a value tells its token's position."""
     dim = len(x[0])
-    heads = [(job, job, None) for job in JOBS]
-    heads.append(("nothing; learned sink", "everywhere", SHARPNESS))
+    size = dim // len(BLOCKS)
+    values = [clocks(position, size) for position in range(len(x))]
+    heads = [("its own word", "same word", None), ("one back", "one back", None),
+             ("everything alike", "everywhere", None),
+             ("nothing: rests on token 0", "first token", None),
+             ("nothing: learned sink", "everywhere", SHARPNESS)]
     rows = []
     for name, job, sink_logit in heads:
-        wq, wk, wv, _ = build_heads([job], dim // len(BLOCKS), dim)
-        q, k, v = linear(x, wq), linear(x, wk), linear(x, wv)
-        full = attention(q, k, v, sink_logit=sink_logit)
-        cut = attention(q, k, v, window=window, sink_logit=sink_logit)
-        kept = attention(q, k, v, window=window, sinks=sinks, sink_logit=sink_logit)
-        rows.append(MovedRow(name, distance(cut, full) / length_of(v),
-                             distance(kept, full) / length_of(v)))
+        wq, wk, _, _ = build_heads([job], size, dim)
+        q, k = linear(x, wq), linear(x, wk)
+        full = attention(q, k, values, sink_logit=sink_logit)
+        cut = attention(q, k, values, window=window, sink_logit=sink_logit)
+        kept = attention(q, k, values, window=window, sinks=sinks, sink_logit=sink_logit)
+        rows.append(MovedRow(name, distance(cut, full) / length_of(values),
+                             distance(kept, full) / length_of(values)))
     return rows
 
 
@@ -1182,17 +1204,19 @@ def show_window(trace: Trace, knobs: Namespace) -> None:
     trace.table(work, {"tokens": "d", **dict.fromkeys(masks, ",d")})
 
     moved = compare_outputs(embed(knobs.tokens, knobs.dim, knobs.seed), window, sinks)
-    trace.say("What a window costs depends on where a head looks. For five heads, how far the "
-              "output moves when the window hides keys, |windowed - full| / |values|:")
+    trace.say("What a window costs depends on what a head looks for. For five heads, built by "
+              "hand, how far the output moves when the window hides keys, |windowed - full| / "
+              "|values|:")
     columns = {"head_looks_for": "", "window": ".2f bar 16 of 1"}
     if sinks:
         columns[f"with_sinks as {with_sinks}"] = ".2f bar 16 of 1"
     trace.table(moved, columns)
-    trace.say("A head's weights must sum to 1. A head that has nothing to look for rests on the "
-              "first token (4th row). If a window hides that, the weights fall on tokens that the "
-              "head did not mean to read; if it is kept as a sink, nothing changes. A learned sink "
-              "logit (5th row) takes the weight itself, and needs no token. These heads are built "
-              "so. That trained models rest on the first token is a finding of Xiao et al. 2023.")
+    trace.say("The weights of a head must sum to 1. One that finds nothing to look for can rest "
+              "on token 0. If a window hides that, the weights fall on tokens that the head did "
+              "not mean to read; if it is kept as a sink, nothing changes. A learned sink is one "
+              "more term in the softmax's sum, and needs no token. (That trained models rest on "
+              "the first token is a finding of Xiao et al. 2023; these heads only show what "
+              "follows.)")
     show_stacks(trace, window)
 
     q, k, v = (random_matrix(rng, len(knobs.tokens), 4) for _ in range(3))
@@ -1210,7 +1234,7 @@ def show_window(trace: Trace, knobs: Namespace) -> None:
                       dense_attention(q, k, v, lambda i, j: j <= i, 1.5), 1e-12)
     n = work[2]["tokens"]
     pairs = [sum(min(i + 1, most) for i in range(n)) for most in (n, window)]
-    trace.check("multiplications = pairs of a query and a key it sees × (d + d_v)",
+    trace.check("multiplications = pairs of a query and a key it sees × 2·d, with d = 4",
                 [work[2]["causal"], work[2][windowed]] == [8 * p for p in pairs],
                 f"{pairs[0]:,} and {pairs[1]:,} pairs")
     if sinks:
@@ -1225,8 +1249,9 @@ def show_stacks(trace: Trace, window: int) -> None:
     stacks = {"4 local": [window] * 4, "3 local, 1 global": [window] * 3 + [width],
               "4 global": [width] * 4}
     rows = compare_stacks(stacks, width)
-    trace.say(f"Layers see further together. Token 0 of {width} has a marker, and a token gets it "
-              f"if it sees one in the layer below that has it. 4 layers of window {window}:")
+    trace.say(f"Layers see further together. Token 0 of {width} starts with a marker. In each "
+              "layer, a token that sees a marked one gets the marker as well. 4 layers of window "
+              f"{window}:")
     for layer, heard in enumerate(rows[0].heard, 1):
         trace.lines([f"layer {layer}  " + "".join("█" if has else "·" for has in heard)])
     trace.say(f"One layer in four without a window reaches everything, and keeps its whole cache. "
@@ -1235,6 +1260,10 @@ def show_stacks(trace: Trace, window: int) -> None:
     trace.check("4 local layers reach 4·(w - 1) tokens, a global layer the whole text",
                 rows[0].reach == min(4 * (window - 1), width - 1) and rows[1].reach == width - 1,
                 f"{rows[0].reach} and {rows[1].reach}")
+    trace.check("a local layer's cache holds w entries, a global one's all",
+                [row.entries for row in rows] == [4 * min(window, width),
+                                                  3 * min(window, width) + width, 4 * width],
+                ", ".join(f"{row.entries}" for row in rows))
 
 
 def draw_masks(masks: dict[str, dict], n: int) -> list[str]:
@@ -1301,10 +1330,10 @@ def show_positions(trace: Trace, knobs: Namespace) -> None:
     q, k = random_matrix(rng, 2, d)
     places, distances = (0, 7, 100, 5000), (0, 1, 2, 8, 32)
     scores = compare_shifts(lambda x, p: rope([x], [p])[0], places, distances, q, k)
-    trace.say(f"RoPE turns q and k by angles proportional to their positions. One random q and k "
-              f"of {d} channels, put at different places. Read down a column: the score depends "
-              "on how far apart they are, and on nothing else. So a key can be turned once, for "
-              "its own position, and cached.")
+    trace.say("RoPE turns q and k by angles proportional to their positions. One random q and k "
+              f"of {d} channels, put at different places. Read down a column: where they stand "
+              "does not matter, only how far apart. A key's own rotation depends on its own "
+              "position alone, so it is done once, and the key is cached that way.")
     trace.ask(f"a query 8 tokens after a key at 0 scores {scores[0][3]:.4f}. What does it score 8 "
               f"tokens after the same key at {places[-1]}?", scores[-1][3])
     columns = [f"{far} apart" for far in distances]
@@ -1321,14 +1350,15 @@ def show_positions(trace: Trace, knobs: Namespace) -> None:
 def show_stretched(trace: Trace) -> None:
     """What Llama 3.1's rule does to the angles."""
     rows = compare_stretched(head_dim=128, base=500_000.0, original_context=8192)
-    trace.say("To read 128K tokens, Llama 3.1 slowed down rotations that were learned on 8,192. "
-              "Its rule, at its own sizes, for some of the 64 pairs of channels. Tokens in a full "
-              "turn, before and after:")
+    trace.say("Before it was trained on longer texts, up to 128K tokens, Llama 3.1 slowed down the "
+              "rotations that it had learned on 8,192. Its rule, at its own sizes (128 channels, "
+              "base 500,000), for some of the 64 pairs of channels. Tokens in a full turn, before "
+              "and after:")
     trace.table([rows[m] for m in (0, 16, 26, 29, 32, 35, 48, 63)],
                 {"pair": "d", "before": ",.0f", "turns as turns in 8,192 tokens": ",.2f",
                  "after": ",.0f", "slowed as slowed by": "{:.2f}×"})
-    trace.say("Fast pairs, which tell neighbours apart, are left alone. Pairs that never finish a "
-              "turn are slowed by 8. Those between get something in between.")
+    trace.say("Fast pairs, which tell neighbours apart, are left alone. Pairs that make less than "
+              "one turn in 8,192 tokens are slowed by 8. Those between get something in between.")
     trace.check("more than 4 turns: kept; fewer than 1: slowed by 8; else between, in order",
                 all(abs(row.slowed - 1) < 1e-12 for row in rows if row.turns > 4)
                 and all(abs(row.slowed - 8) < 1e-12 for row in rows if row.turns < 1)
@@ -1353,8 +1383,8 @@ def show_alibi(trace: Trace, n_heads: int) -> None:
     trace.lines(lines[:8])
     trace.note("darker: nearer to the row's largest weight"
                + (f"; the 8 steepest of {n_heads} slopes" if n_heads > 8 else ""))
-    trace.check_close("the weights are softmax(slope · key's position): what is added to a whole "
-                      "row does not count", weights, by_hand, 1e-12)
+    trace.check_close("each key's weight is e^slope times that of the key before it", weights,
+                      by_hand, 1e-12)
     published = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
     trace.check("the slopes of 8 heads are the published ones; 12 heads add every other of 16's",
                 alibi_slopes(8) == published
@@ -1417,26 +1447,30 @@ def show_mla(trace: Trace, knobs: Namespace) -> None:
     w = random_mla_weights(random.Random(knobs.seed), knobs.dim, knobs.n_heads, **sizes)
     rows = compare_mla_caches(w, knobs.n_kv_heads)
     mha, _, mqa, mla = rows
-    trace.say(f"Instead of keys and values, cache one latent of {sizes['d_c']} numbers "
-              f"(4 · head_dim, as in DeepSeek-V2) and one rotated key of {sizes['d_rope']}, from "
-              "which every head's keys and values can be made again. One token leaves:")
+    trace.say("Instead of keys and values, cache a latent: a short vector from which every head's "
+              f"keys and values are computed again. Here it has {sizes['d_c']} numbers (4 · "
+              f"head_dim, as in DeepSeek-V2), and one rotated key of {sizes['d_rope']} stands "
+              "beside it. In the cache, one token takes:")
     trace.ask(f"a KV head leaves {mqa.numbers} numbers. How many KV heads' worth does MLA leave?",
               mla.numbers / mqa.numbers)
     trace.table(rows, {"attention": "", "numbers": "d bar 40"})
     if mla.numbers >= mha.numbers:
-        saving = "With so few heads MHA keeps no more than that"
+        saving = "With so few heads that is no less than MHA"
     else:
-        saving = f"With {knobs.n_heads} heads MHA keeps {mha.numbers / mla.numbers:.1f} times that"
+        times = mha.numbers / mla.numbers
+        saving = f"With {knobs.n_heads} heads MHA keeps {times:.1f} times as much"
     big = REAL_MODELS[-1]
     trace.say(f"MLA leaves {mla.numbers / mqa.numbers:.2f} KV heads' worth, however many heads "
               f"there are. {saving}; with the {big.n_heads} heads of {big.name}, "
-              f"{2 * big.n_heads * big.head_dim / (big.d_c + big.d_rope):.0f} times.")
+              f"{2 * big.n_heads * big.head_dim / (big.d_c + big.d_rope):.0f} times. GQA with 2 KV "
+              "heads keeps a little less, but all its query heads share those 2, where every head "
+              "of MLA has keys and values of its own.")
 
     forms = compare_forms(w, ((1, 32), (8, 32), (32, 32), (64, 64)), random.Random(knobs.seed))
     trace.say("Two ways to use that cache. The plain form makes the keys and values of all cached "
               "tokens again. The absorbed form moves those matrices to the query and to the "
               "result, and works on the latents. Multiplications, counted:")
-    trace.table(forms, {"new_tokens": "d", "cached_tokens as on cached tokens": "d",
+    trace.table(forms, {"new_tokens": "d", "cached_tokens as all tokens": "d",
                         "plain": ",d", "absorbed": ",d", "ratio as plain / absorbed": ".2f"})
     if forms[0].ratio > 1 > forms[-1].ratio:
         trace.say("For one new token the absorbed form does less, for a whole prompt more. So "
@@ -1511,14 +1545,15 @@ def decode_work(models: Sequence[RealModel], n_tokens: int) -> list[WorkRow]:
 def show_bill(trace: Trace, knobs: Namespace) -> None:
     """The table of real models: cache, popular formula, work."""
     trace.say("The KV cache of one request in GiB, 16 bits a number, computed from published "
-              "configurations. In parentheses: longer than the model was made for.")
+              "configurations. In parentheses: longer than the model was made for. (5:1 local: of "
+              "six layers five have a window. One token: while all layers keep it.)")
     trace.table(bill(REAL_MODELS), {
         "model": "", "attention": "", "kib as one token": "{:,.1f} KiB",
         "at_4k as 4K tokens": "", "at_32k as 32K tokens": "", "at_128k as 128K tokens": ""})
-    trace.say("The cache is n_layers · n_kv_heads · head_dim · 2 numbers a token. Often quoted is "
-              "n_layers · width · 2. For the models that read 32K tokens: how many times too much "
-              "that is, and the work in QKᵀ and weights·V of one new token after 32K (2 FLOPs a "
-              "multiplication).")
+    trace.say("A formula that is often quoted takes the width of the model for n_kv_heads · "
+              "head_dim, and forgets windows. For the models that read 32K tokens: how many times "
+              "too much it says after so many, and the work in QKᵀ and weights·V of one more token "
+              "(2 FLOPs a multiplication), in all and for each byte of the cache.")
     rows = decode_work(REAL_MODELS, 32768)
     llama = next(row for row in rows if row.model == "Llama 3.1 8B")
     trace.ask("Llama 3.1 8B has 32 query heads and 8 KV heads. How many times too much does the "
@@ -1526,8 +1561,9 @@ def show_bill(trace: Trace, knobs: Namespace) -> None:
     trace.table(rows, {
         "model": "", "times_too_much as popular / true": "{:.1f}×",
         "gflop as work": "{:,.1f} GFLOP", "flops_per_byte as FLOPs per byte of cache": ",.0f"})
-    trace.say("Sharing KV heads saves bytes and no work, so more work is done on each byte. MLA "
-              "goes furthest: a few bytes, and the most work.")
+    trace.say("A card does some hundreds of FLOPs in the time it takes to read a byte. So what "
+              "counts in decoding is the bytes. Sharing KV heads saves bytes and no work; MLA "
+              "goes furthest: a few bytes, and the most work on each.")
 
     # One layer without a window and one with: 3 query heads that share a KV head of 6 channels.
     x = random_matrix(random.Random(knobs.seed), 8, 6)
@@ -1647,10 +1683,10 @@ def show_tensor_parallel(trace: Trace, knobs: Namespace) -> None:
     weights = [random_matrix(rng, rows, knobs.dim, 1 / math.sqrt(knobs.dim))
                for rows in (knobs.dim, n_kv_heads * head_dim, n_kv_heads * head_dim, knobs.dim)]
     first_eight = " (the first 8 shown)" if n_ranks > 8 else ""
-    trace.say(f"Tensor parallelism: {plural(n_heads, 'query head')} and "
-              f"{plural(n_kv_heads, 'KV head')} on {plural(n_ranks, 'rank')}{first_eight}. Each "
-              "rank holds the weights of its heads and the keys and values of its KV heads, and "
-              "returns one term of the output; an all-reduce adds the terms up.")
+    trace.say(f"Tensor parallelism (a rank is one of the cards): {plural(n_heads, 'query head')} "
+              f"and {plural(n_kv_heads, 'KV head')} on {plural(n_ranks, 'rank')}{first_eight}. "
+              "Each rank holds the weights of its heads and the keys and values of its KV heads, "
+              "and returns one term of the output; an all-reduce adds the terms up.")
     trace.table(compare_ranks(weights, n_heads, n_kv_heads, n_ranks)[:8], {
         "rank": "d", "query_heads": "", "kv_heads as KV heads": "", "weights as weights held": ",d",
         "cache as cache for a token": ",d"})
@@ -1666,9 +1702,10 @@ def show_tensor_parallel(trace: Trace, knobs: Namespace) -> None:
     parts = tensor_parallel_attention(x, *weights, n_heads, n_kv_heads, n_ranks)
     trace.check_close("the sum of the ranks' outputs = all heads on one machine, densely",
                       add_matrices(parts), dense_heads(x, *weights, n_heads, n_kv_heads), 1e-12)
-    trace.check("no rank keeps less than one KV head",
-                all(row.each == 2 * head_dim * max(1, n_kv_heads // row.ranks) for row in rows),
-                f"{min(row.each for row in rows)} numbers at least")
+    trace.check("the heads go round up to one each, and no rank keeps less than one KV head",
+                rows[-1].ranks == n_heads
+                and all(row.each == 2 * head_dim * max(1, n_kv_heads // row.ranks) for row in rows),
+                f"{rows[-1].ranks} ranks, {rows[-1].each} numbers")
 
 
 def show_pipeline(trace: Trace, knobs: Namespace) -> None:
@@ -1694,8 +1731,8 @@ def show_pipeline(trace: Trace, knobs: Namespace) -> None:
                        "faster as times as fast as one card": ".1f"})
     trace.note("times as fast: if all ticks take equally long, and handing on takes none")
     if p > 1:
-        trace.say(f"With one micro-batch the {p} cards are no faster than one: a pipeline does "
-                  "nothing for a single request. At most a fifth is idle from "
+        trace.say(f"With one micro-batch the {p} cards are no faster than one: a pipeline makes no "
+                  "single request faster; it shares out the memory. At most a fifth is idle from "
                   f"{4 * (p - 1)} micro-batches on.")
 
     one_machine = []
