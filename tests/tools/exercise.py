@@ -115,13 +115,13 @@ def techniques(source: str) -> list[Technique]:
 
     In a script with floors they are the public functions, and the methods of public classes, of its
     first floor. What prints stays with the script, and so do checks of arguments (check_…) and what
-    main calls itself: without it, no section could be printed. In a script without floors they are
-    the functions and classes in numbered sections that SECTIONS names.
+    main calls before it prints: without it, there would be no trace. In a script without floors
+    they are the functions and classes in numbered sections that SECTIONS names.
     """
     tree = ast.parse(source)
     first_floor = floors(source).get("THE TECHNIQUES")
     named = {name for _, names in sections(source) for name in names}
-    needed_by_main = names_in_main(tree)
+    needed_by_main = names_that_main_needs(tree)
     section_of_line = section_of_each_line(source)
     found = []
     for node in tree.body:
@@ -138,15 +138,20 @@ def techniques(source: str) -> list[Technique]:
     return found
 
 
-def names_in_main(tree: ast.Module) -> set[str]:
-    """Return the names that main uses itself; not those in a lambda, which runs later or never."""
+def names_that_main_needs(tree: ast.Module) -> set[str]:
+    """Return the names used by main, and by the functions that it calls, and so on.
+
+    What a lambda or a method uses does not count, because it runs later or never.
+    """
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     names = set()
-    to_visit = [node for node in tree.body if isinstance(node, ast.FunctionDef)
-                and node.name == "main"]
+    to_visit = [functions["main"]] if "main" in functions else []
     while to_visit:
         node = to_visit.pop()
-        if isinstance(node, ast.Name):
+        if isinstance(node, ast.Name) and node.id not in names:
             names.add(node.id)
+            if node.id in functions:
+                to_visit.append(functions[node.id])
         if not isinstance(node, ast.Lambda):
             to_visit += ast.iter_child_nodes(node)
     return names
