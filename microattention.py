@@ -5,7 +5,8 @@ A language model writes one token at a time. For each new token, attention looks
 before it, and so their keys and values must be kept: this is the KV cache, the memory that limits
 how many people one card can serve. Most variants of attention in use today are ways to keep less of
 it. This script runs them on one sentence, draws who looks at whom, and counts what each one keeps.
-Nothing is trained. The heads are built by hand, so that you can see what each of them looks for.
+Nothing is trained. The heads that are drawn are built by hand, so that you can see what each of
+them looks for; where only sizes and sums count, the weights are random.
 
 How to read it
   1. Read the words below (2 minutes), run `python microattention.py` and read what it prints
@@ -275,9 +276,10 @@ def concat(*blocks: Matrix) -> Matrix:
 # 3. Shared keys and values: MQA and GQA
 #
 # To write one token, every head reads the keys and values of all tokens so far, and does only one
-# multiplication with each number. A card multiplies much faster than it reads memory, so with a
-# long text the reading is what takes the time (microkv measures it). Queries are used once and
-# thrown away. So keep n_heads query heads, and let several of them share one KV head:
+# multiplication with each number. A card multiplies much faster than it reads memory. So with
+# long texts or many requests the reading is what takes the time (microkv measures it). Queries
+# are used once and thrown away. So keep n_heads query heads, and let several of them share one KV
+# head:
 #
 #     MHA   every query head has its own KV head            n_kv_heads = n_heads
 #     GQA   each group of n_heads / n_kv_heads shares one   1 < n_kv_heads < n_heads
@@ -362,7 +364,7 @@ def mean_pool_kv_heads(w: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
 # 4. Sliding windows and attention sinks
 #
 # With a window of w, a query sees only the latest w keys, itself included. The work grows with n·w
-# instead of n²/2, and the cache never holds more than w entries: position p is written to slot
+# instead of n²/2, and w entries of cache are enough: position p is written to slot
 # p mod w, over position p - w, which no query can see any more. The slots are then out of order.
 # Attention does not mind, because a weighted average has no order.
 #
@@ -391,8 +393,8 @@ def mean_pool_kv_heads(w: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
 #
 # In production: vLLM frees the blocks that a window has left behind (SlidingWindowManager in
 # v1/core/single_type_kv_cache_manager.py); llama.cpp keeps two caches for a mixed model
-# (llama-kv-cache-iswa.cpp). FlashAttention counts a window without the token itself: it is called
-# with window - 1. StreamingLLM: streaming_llm/kv_cache.py. gpt-oss: sdpa() in
+# (llama-kv-cache-iswa.cpp). FlashAttention counts a window without the token itself: vLLM and
+# transformers call it with window - 1. StreamingLLM: streaming_llm/kv_cache.py. gpt-oss: sdpa() in
 # gpt_oss/torch/model.py, where S is the learned sink.
 # Measured by show_window().
 
@@ -549,8 +551,7 @@ def alibi_bias(n_q: int, n_k: int, slope: float) -> Matrix:
 #     k_h    = concat(W_UK_h c, k_rope)
 #     v_h    = W_UV_h c
 #     q_h    = concat(W_Q_h x, RoPE(W_QR_h x))
-#
-#     name here   in the paper   shape               in DeepSeek-V3
+# name here   in the paper   shape               with DeepSeek-V3's sizes
 #     w_down      W_DKV          [d_c][dim]          512 × 7168
 #     wk_rope     W_KR           [d_rope][dim]        64 × 7168
 #     wq          W_Q            [head_dim][dim]     128 × 7168, for each of 128 heads
@@ -580,12 +581,14 @@ def alibi_bias(n_q: int, n_k: int, slope: float) -> Matrix:
 # pays for up to 131,072 / (1,088 - 320) = 170 queries. So the absorbed form is used for few queries
 # on many cached tokens, as in decoding, and the plain form for a whole prompt at once.
 #
-# Left out: DeepSeek also makes the queries from a latent, which saves memory in training and none
-# in the cache, and it normalizes c before it is cached.
+# Left out: DeepSeek makes the queries from a latent of their own (1,536 numbers in V3, so that
+# W_Q is two smaller matrices there), which saves memory in training and none in the cache. It
+# also normalizes c before it is cached.
 #
 # In production: vLLM's model_executor/layers/attention/mla_attention.py has both forms:
 # forward_mha() is the plain one, for prompts, forward_mqa() the absorbed one, for decoding.
-# DeepSeek's own inference/model.py calls them "naive" and "absorb".
+# DeepSeek-V3's inference/model.py has the absorbed form for both; its "naive" variant caches the
+# keys and values of every head, 71 times as much. DeepSeek-V3.2-Exp's has both forms, as here.
 # Measured by show_mla().
 
 
@@ -649,7 +652,8 @@ def mla_attention_absorbed(x: Matrix, c: Matrix, k_rope: Matrix, w: MLAWeights) 
 #
 # A layer with a window keeps the latest `window` tokens and no more. The formula that is often
 # quoted, 2 · n_layers · width · bytes for every token, uses the width of the model where
-# n_kv_heads · head_dim belongs, and forgets windows. It is right for MHA alone.
+# n_kv_heads · head_dim belongs, and forgets windows and latents. It is right only for MHA whose
+# heads together are as wide as the model.
 #
 # In production: v1/kv_cache_interface.py in vLLM computes these sizes for each kind of layer, and
 # the engine fills the memory that the weights leave with blocks of them.
@@ -697,8 +701,8 @@ def decode_multiplications(model: RealModel, n_tokens: int) -> int:
 #
 # If there are more ranks than KV heads, several ranks keep the same KV head. From there on, more
 # ranks do not shrink the cache on each. MLA has one latent for all heads: every rank would keep all
-# of it. So DeepSeek's models run attention data-parallel instead: each rank has all heads, and
-# requests of its own.
+# of it. So such models are often served with data-parallel attention instead: each rank has all
+# heads, and requests of its own.
 #
 # Pipeline parallelism cuts between layers. Each card is a stage: it holds some layers, gets its
 # input from the stage before it, and hands its output to the stage after it. To keep the stages
@@ -899,13 +903,14 @@ def show_attention(trace: Trace, knobs: Namespace) -> None:
               "below is a token that looks, each column a token it may look at. All this is one "
               "head; it was built to look for its own word." + knobs.cut)
     trace.lines(heat_map(weights[:shown], labels=knobs.labels[:shown], cell=2))
-    trace.note(SHADES_LEGEND)
+    trace.note(SHADES_LEGEND + limits_of_heads(knobs.tokens, knobs.dim))
     repeated = [i for i in range(shown) if knobs.tokens[i] in knobs.tokens[:i]]
     i = max(repeated, default=shown - 1)
+    gain = SHARPNESS / math.sqrt(len(k[0]))
     trace.say(f"One row worked out: token {i}, {knobs.labels[i]!r}, with d = {len(k[0])} channels. "
               "Every word has a code of +1 and -1, which is its key and its value (column v). The "
-              "query is the code of its own word, times a number that makes a perfect match score "
-              f"{SHARPNESS:.0f}. A word whose code differs in most channels scores below 0.")
+              f"query is the code of its own word times {gain:.2f}. A word whose code differs in "
+              "most channels scores below 0.")
     trace.ask("how large is its largest weight? (They sum to 1.)", max(weights[i]))
     rows = work_out_row(q, k, v, knobs.labels, i)
     trace.table(rows, {"j": "d", "key": "", "product as q·k": "z.2f", "score as q·k/√d": "z.2f",
@@ -913,7 +918,7 @@ def show_attention(trace: Trace, knobs: Namespace) -> None:
     out = attention(q, k, v)
     largest = sorted(rows, key=lambda row: -row.weight)[:3]
     terms = " + ".join(f"{row.weight:.3f}·v[{row.j}]" for row in sorted(largest))
-    trace.lines([f"out = {terms} + …",
+    trace.lines([f"out = {terms}" + (" + …" if len(rows) > 3 else ""),
                  f"    = ({', '.join(f'{y:z.2f}' for y in out[i][:8])}"
                  + (", …)" if len(out[i]) > 8 else ")")])
 
@@ -948,10 +953,10 @@ def show_multi_head(trace: Trace, knobs: Namespace) -> None:
     k = split_heads(linear(x, wk), n_heads)
     weights = [attention_weights(q[h], k[h]) for h in range(n_heads)]
     first_four = f" (The first 4 of {n_heads} heads.)" if n_heads > 4 else ""
-    trace.say("The same tokens, looked at by several heads at once, each with its own queries, "
-              "keys and values. A head that looks one back draws a line below the diagonal. One "
-              "that looks everywhere fades downwards, because each row has more keys to share "
-              "its weight among." + knobs.cut + first_four)
+    trace.say("A layer has many heads, which look at the same tokens, each with queries, keys and "
+              "values of its own. One that looks one back draws a line below the diagonal. One "
+              "that looks everywhere fades downwards, because each row has more keys to share its "
+              "weight among." + knobs.cut + first_four)
     h = min(1, n_heads - 1)
     last = min(len(x), MAP_TOKENS) - 1
     favourite = weights[h][last].index(max(weights[h][last]))
@@ -962,9 +967,10 @@ def show_multi_head(trace: Trace, knobs: Namespace) -> None:
         labels = knobs.labels[:MAP_TOKENS] if h == 0 else ()
         maps.append(heat_map(weights[h][:MAP_TOKENS], labels, jobs[h]))
     trace.lines(side_by_side(maps))
-    trace.note(SHADES_LEGEND)
+    errs = ""
     if head_dim < knobs.dim // len(BLOCKS):
-        trace.note(f"With {head_dim} channels a head reads its code in part only, and errs.")
+        errs = f"; with {head_dim} channels a head reads its code in part only, and errs"
+    trace.note(SHADES_LEGEND + errs + limits_of_heads(knobs.tokens, knobs.dim))
     trace.check_close("all heads at once = each head alone and dense, through its columns of wo",
                       multi_head_attention(x, wq, wk, wv, wo, n_heads),
                       dense_heads(x, wq, wk, wv, wo, n_heads, n_heads), 1e-12)
@@ -979,7 +985,7 @@ class SharingRow(NamedTuple):
     variant: str
     kv_heads: int
     kept: int             # numbers in the keys and values of one token
-    multiplications: int  # in QKᵀ and weights·V, for one new token on all earlier ones
+    multiplications: int  # in QKᵀ and weights·V, for the whole text
     error: float          # largest difference from heads attending one by one, densely
 
 
@@ -993,17 +999,15 @@ def compare_sharing(
     rows = []
     for variant, n_kv in (("MHA", n_heads), ("GQA", n_kv_heads), ("MQA", 1)):
         weights = (wq, wk[:n_kv * head_dim], wv[:n_kv * head_dim], wo)
-        if variant == "MQA":
-            out = multi_query_attention(x, *weights, n_heads)
-        else:
-            out = grouped_query_attention(x, *weights, n_heads, n_kv)
-        error = distance(out, dense_heads(x, *weights, n_heads, n_kv))
-        q, k, v = (linear(x, w) for w in weights[:3])
         with counted_dots() as count:
-            for h, queries in enumerate(split_heads(q[-1:], n_heads)):
-                g = h * n_kv // n_heads
-                attention(queries, split_heads(k, n_kv)[g], split_heads(v, n_kv)[g])
-        rows.append(SharingRow(variant, n_kv, len(k[-1]) + len(v[-1]), count.products, error))
+            if variant == "MQA":
+                out = multi_query_attention(x, *weights, n_heads)
+            else:
+                out = grouped_query_attention(x, *weights, n_heads, n_kv)
+        projections = len(x) * sum(len(row) for w in weights for row in w)
+        error = distance(out, dense_heads(x, *weights, n_heads, n_kv))
+        kept = len(linear(x[:1], weights[1])[0]) + len(linear(x[:1], weights[2])[0])
+        rows.append(SharingRow(variant, n_kv, kept, count.products - projections, error))
     return rows
 
 
@@ -1051,21 +1055,21 @@ def show_grouped(trace: Trace, knobs: Namespace) -> None:
     mha, gqa, mqa = rows = compare_sharing(x, knobs.n_heads, knobs.n_kv_heads,
                                            random.Random(knobs.seed))
     trace.say("While a model writes, the KV cache holds a key and a value of every KV head for "
-              f"every token. Let the {plural(knobs.n_heads, 'query head')} share KV heads, and it "
-              "shrinks. Counted: the numbers kept for one token, and the multiplications when a "
-              f"new token looks at {len(x)} tokens.")
+              "every token. If several query heads share a KV head, it is smaller. "
+              f"{plural(knobs.n_heads, 'query head')}; counted: the numbers kept for one token, "
+              f"and the multiplications in QKᵀ and weights·V for a text of {len(x)} tokens.")
     trace.ask(f"MHA keeps {mha.kept} numbers. How many does GQA keep, with {gqa.kv_heads} KV "
               "heads?", gqa.kept)
     trace.table(rows, {"variant": "", "kv_heads as KV heads": "d",
                        "kept as kept per token": "d bar 24", "multiplications": ",d"})
-    trace.say(f"GQA keeps 1/{mha.kept // gqa.kept} of MHA's numbers, and MQA "
-              f"1/{mha.kept // mqa.kept}. The work is the same for all three: every query head "
-              "still meets every key.")
+    if mqa.kept < mha.kept:
+        trace.say(f"GQA keeps 1/{mha.kept // gqa.kept} of MHA's numbers, and MQA "
+                  f"1/{mha.kept // mqa.kept}. The work on the cache is the same for all three: "
+                  "every query head still meets every key.")
     trace.check("all three = every head attending densely to the KV head of its group",
                 max(row.error for row in rows) < 1e-12, "|Δ| < 1e-12")
-    trace.check("sharing changes what is kept, not the work",
-                mha.kept * gqa.kv_heads == gqa.kept * mha.kv_heads
-                and mha.multiplications == gqa.multiplications == mqa.multiplications,
+    trace.check("sharing does not change the work on the cache: pairs × 2·head_dim × query heads",
+                {row.multiplications for row in rows} == {len(x) * (len(x) + 1) * knobs.dim},
                 f"{mha.multiplications:,} multiplications each")
 
     group = group_size(knobs.n_heads, knobs.n_kv_heads)
@@ -1083,8 +1087,9 @@ def show_grouped(trace: Trace, knobs: Namespace) -> None:
         trace.say("Averaging costs less than keeping one head. Either costs much where the heads "
                   "did different jobs; the training afterwards has to make up for that.")
 
-    trace.check("averaging identical heads moves nothing", converted[0].averaged < 1e-12,
-                "relative error < 1e-12")
+    trace.check("heads of 1 and 3 are averaged to 2, and identical heads do not move the output",
+                mean_pool_kv_heads([[1.0], [3.0]], 2, 1) == [[2.0]]
+                and converted[0].averaged < 1e-12, "relative error < 1e-12")
 
 
 # 4. Sliding windows and attention sinks
@@ -1107,7 +1112,10 @@ def compare_work(
 
 
 class MovedRow(NamedTuple):
-    """How far a head's output moves when a window hides keys: |windowed - full| / |values|."""
+    """How far a head's output moves when a window hides keys: |windowed - full| / |values|.
+
+    (|values|: of as many values as there are tokens, all of mean square 1.)
+    """
 
     head_looks_for: str
     window: float
@@ -1115,10 +1123,13 @@ class MovedRow(NamedTuple):
 
 
 def compare_outputs(x: Matrix, window: int, sinks: int) -> list[MovedRow]:
-    """Return a row for each kind of head on x [n][dim]; a value tells its token's position."""
+    """Return a row for each kind of head on x [n][dim].
+
+    A value tells its token's position, but for token 0, whose value is 0: to rest there is silence.
+    """
     dim = len(x[0])
     size = dim // len(BLOCKS)
-    values = [clocks(position, size) for position in range(len(x))]
+    values = [[0.0] * size] + [clocks(position, size) for position in range(1, len(x))]
     heads = [("its own word", "same word", None), ("one back", "one back", None),
              ("everything alike", "everywhere", None),
              ("nothing: rests on token 0", "first token", None),
@@ -1130,8 +1141,8 @@ def compare_outputs(x: Matrix, window: int, sinks: int) -> list[MovedRow]:
         full = attention(q, k, values, sink_logit=sink_logit)
         cut = attention(q, k, values, window=window, sink_logit=sink_logit)
         kept = attention(q, k, values, window=window, sinks=sinks, sink_logit=sink_logit)
-        rows.append(MovedRow(name, distance(cut, full) / length_of(values),
-                             distance(kept, full) / length_of(values)))
+        rows.append(MovedRow(name, distance(cut, full) / math.sqrt(size * len(x)),
+                             distance(kept, full) / math.sqrt(size * len(x))))
     return rows
 
 
@@ -1178,8 +1189,10 @@ def roll_cache(
         outputs.append(cache.attend(q[i]))
         cells = [f"{position:>3}" + ("*" if slot == newest else " ")
                  for slot, (position, _, _) in sorted(cache.slots.items())]
-        line = f"token {i:>3} → slot {newest:>3}  │{'│'.join(cells)}│"
-        pictures.append(line[:WIDTH - 1])
+        if len(cells) > 10:  # the slots around the newest
+            first = min(max(0, newest - 5), len(cells) - 10)
+            cells = [" …", *cells[first:first + 10], " …"]
+        pictures.append(f"token {i:>3} → slot {newest:>3}  │{'│'.join(cells)}│")
     return outputs, pictures
 
 
@@ -1196,33 +1209,33 @@ def show_window(trace: Trace, knobs: Namespace) -> None:
     trace.lines(draw_masks(masks, min(len(knobs.tokens), MAP_TOKENS)))
 
     trace.say("The work, in multiplications counted while attention runs. Without a window it "
-              "grows with the square of the text, with one in proportion to it.")
+              f"grows with the square of the text. A window of {window} lets a query meet "
+              f"{window} keys at most.")
     work = compare_work((32, 64, 128), masks, 4, rng)
-    trace.ask(f"twice the text is four times the work without a window. How many times is it with "
+    trace.ask("twice the text is four times the work without a window. How many times is it with "
               f"a window of {window}, from 64 to 128 tokens?",
               work[2][windowed] / work[1][windowed])
     trace.table(work, {"tokens": "d", **dict.fromkeys(masks, ",d")})
 
     moved = compare_outputs(embed(knobs.tokens, knobs.dim, knobs.seed), window, sinks)
-    trace.say("What a window costs depends on what a head looks for. For five heads, built by "
-              "hand, how far the output moves when the window hides keys, |windowed - full| / "
-              "|values|:")
+    trace.say("What a window costs depends on what a head looks for. Five heads, built by hand; "
+              "how far the output moves when the window hides keys, |windowed - full| / |values|:")
     columns = {"head_looks_for": "", "window": ".2f bar 16 of 1"}
     if sinks:
         columns[f"with_sinks as {with_sinks}"] = ".2f bar 16 of 1"
     trace.table(moved, columns)
-    trace.say("The weights of a head must sum to 1. One that finds nothing to look for can rest "
-              "on token 0. If a window hides that, the weights fall on tokens that the head did "
-              "not mean to read; if it is kept as a sink, nothing changes. A learned sink is one "
-              "more term in the softmax's sum, and needs no token. (That trained models rest on "
-              "the first token is a finding of Xiao et al. 2023; these heads only show what "
-              "follows.)")
+    trace.say("The weights of a head must sum to 1. One that finds nothing can rest on token 0, "
+              "whose value is 0 here, and so say nothing. If a window hides that token, the "
+              "weights fall on tokens that the head did not mean to read, and it speaks; if the "
+              "token is kept as a sink, it stays silent. A learned sink is one more term in the "
+              "softmax's sum, and needs no token. (That trained models rest on the first token is "
+              "a finding of Xiao et al. 2023. These heads only show what follows from it.)")
     show_stacks(trace, window)
 
     q, k, v = (random_matrix(rng, len(knobs.tokens), 4) for _ in range(3))
     rolled, pictures = roll_cache(q, k, v, window, sinks)
-    trace.say("The cache that a window allows. Each new position (*) takes the slot of one that "
-              "nobody can see any more; sinks keep the first slots.")
+    trace.say("The cache that a window allows. Once it is full, each new position (*) takes the "
+              "slot of one that nobody can see any more; sinks keep the first slots.")
     trace.lines(pictures[-5:])
 
     dense = dense_attention(q, k, v, lambda i, j: j <= i and (j > i - window or j < sinks))
@@ -1237,10 +1250,13 @@ def show_window(trace: Trace, knobs: Namespace) -> None:
     trace.check("multiplications = pairs of a query and a key it sees × 2·d, with d = 4",
                 [work[2]["causal"], work[2][windowed]] == [8 * p for p in pairs],
                 f"{pairs[0]:,} and {pairs[1]:,} pairs")
-    if sinks:
-        trace.check("kept as a sink, the first token keeps its head's output",
-                    moved[3].with_sinks < 1e-6 and moved[4].window < 0.01,
-                    f"moved by {moved[3].with_sinks:.2f}; without, by {moved[3].window:.2f}")
+    resting, learned = moved[3:]
+    if sinks and window < len(knobs.tokens):
+        trace.check("the resting head speaks only where its token is hidden",
+                    resting.window > 0.1 and resting.with_sinks < 1e-6,
+                    f"moved by {resting.window:.2f}; with sinks by {resting.with_sinks:.2f}")
+    trace.check("a learned sink is silent with and without a window", learned.window < 0.01,
+                f"moved by {learned.window:.2f}")
 
 
 def show_stacks(trace: Trace, window: int) -> None:
@@ -1257,7 +1273,7 @@ def show_stacks(trace: Trace, window: int) -> None:
     trace.say(f"One layer in four without a window reaches everything, and keeps its whole cache. "
               f"After {width} tokens:")
     trace.table(rows, {"layers": "", "reach": "d", "entries as entries in the caches": "d bar 24"})
-    trace.check("4 local layers reach 4·(w - 1) tokens, a global layer the whole text",
+    trace.check("4 local layers reach 4·(w - 1) tokens or all, a global layer the whole text",
                 rows[0].reach == min(4 * (window - 1), width - 1) and rows[1].reach == width - 1,
                 f"{rows[0].reach} and {rows[1].reach}")
     trace.check("a local layer's cache holds w entries, a global one's all",
@@ -1355,7 +1371,7 @@ def show_stretched(trace: Trace) -> None:
               "base 500,000), for some of the 64 pairs of channels. Tokens in a full turn, before "
               "and after:")
     trace.table([rows[m] for m in (0, 16, 26, 29, 32, 35, 48, 63)],
-                {"pair": "d", "before": ",.0f", "turns as turns in 8,192 tokens": ",.2f",
+                {"pair": "d", "before": ",.0f", "turns as turns in 8,192 tokens": ",.3f",
                  "after": ",.0f", "slowed as slowed by": "{:.2f}×"})
     trace.say("Fast pairs, which tell neighbours apart, are left alone. Pairs that make less than "
               "one turn in 8,192 tokens are slowed by 8. Those between get something in between.")
@@ -1365,6 +1381,10 @@ def show_stretched(trace: Trace) -> None:
                 and all(1 < row.slowed < 8 for row in rows if 1 < row.turns < 4)
                 and all(a.after < b.after for a, b in itertools.pairwise(rows)),
                 f"{sum(1 < row.turns < 4 for row in rows)} of {len(rows)} pairs between")
+    # Pair 32 by hand: θ = 1/√500,000, a turn takes 4,443 tokens, 8,192 tokens make 1.844 turns; so
+    # .2813 of its angle is kept as it is, and .7187 of it is divided by 8: .3711 of it is left.
+    trace.check("pair 32 is slowed as worked out by hand", abs(rows[32].slowed - 1 / 0.3711) < 1e-3,
+                f"{rows[32].slowed:.3f}×")
 
 
 def show_alibi(trace: Trace, n_heads: int) -> None:
@@ -1385,11 +1405,10 @@ def show_alibi(trace: Trace, n_heads: int) -> None:
                + (f"; the 8 steepest of {n_heads} slopes" if n_heads > 8 else ""))
     trace.check_close("each key's weight is e^slope times that of the key before it", weights,
                       by_hand, 1e-12)
-    published = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
-    trace.check("the slopes of 8 heads are the published ones; 12 heads add every other of 16's",
-                alibi_slopes(8) == published
-                and all(abs(slope - 2 ** -(h + 0.5)) < 1e-12
-                        for h, slope in enumerate(alibi_slopes(12)[8:])), "1/2 to 1/256")
+    published = [2.0 ** -h for h in range(1, 9)]
+    of_twelve = published + [2.0 ** -(h + 0.5) for h in range(4)]
+    trace.check_close("8 heads have the published slopes, 1/2 to 1/256; 12 add every other of 16's",
+                      [alibi_slopes(8), alibi_slopes(12)], [published, of_twelve], 1e-12)
 
 
 # 6. Multi-head latent attention (MLA)
@@ -1466,7 +1485,7 @@ def show_mla(trace: Trace, knobs: Namespace) -> None:
               "heads keeps a little less, but all its query heads share those 2, where every head "
               "of MLA has keys and values of its own.")
 
-    forms = compare_forms(w, ((1, 32), (8, 32), (32, 32), (64, 64)), random.Random(knobs.seed))
+    forms = compare_forms(w, ((1, 32), (1, 64), (8, 64), (64, 64)), random.Random(knobs.seed))
     trace.say("Two ways to use that cache. The plain form makes the keys and values of all cached "
               "tokens again. The absorbed form moves those matrices to the query and to the "
               "result, and works on the latents. Multiplications, counted:")
@@ -1478,6 +1497,13 @@ def show_mla(trace: Trace, knobs: Namespace) -> None:
     else:
         trace.say("At these sizes one form does less for a new token and for a whole prompt.")
 
+    plain_pair = 2 * head_dim + sizes["d_rope"] + 2 * sizes["d_c"] * head_dim
+    absorbed_pair = 2 * sizes["d_c"] + sizes["d_rope"]
+    trace.check("one more cached token costs d_rope + 2·head_dim + 2·d_c·head_dim a head in the "
+                "plain form, d_rope + 2·d_c in the absorbed one",
+                forms[1].plain - forms[0].plain == 32 * knobs.n_heads * plain_pair
+                and forms[1].absorbed - forms[0].absorbed == 32 * knobs.n_heads * absorbed_pair,
+                f"{plain_pair} and {absorbed_pair}")
     x = embed(knobs.tokens, knobs.dim, knobs.seed)[:32]
     c, k_rope = mla_compress(x, w)
     expected = dense_mla(x, w)
@@ -1551,9 +1577,10 @@ def show_bill(trace: Trace, knobs: Namespace) -> None:
         "model": "", "attention": "", "kib as one token": "{:,.1f} KiB",
         "at_4k as 4K tokens": "", "at_32k as 32K tokens": "", "at_128k as 128K tokens": ""})
     trace.say("A formula that is often quoted takes the width of the model for n_kv_heads · "
-              "head_dim, and forgets windows. For the models that read 32K tokens: how many times "
-              "too much it says after so many, and the work in QKᵀ and weights·V of one more token "
-              "(2 FLOPs a multiplication), in all and for each byte of the cache.")
+              "head_dim, and forgets windows and latents. For the models that read 32K tokens: "
+              "how many times too much it says after so many, and the work in QKᵀ and weights·V "
+              "of one more token (2 FLOPs a multiplication), in all and for each byte of the "
+              "cache.")
     rows = decode_work(REAL_MODELS, 32768)
     llama = next(row for row in rows if row.model == "Llama 3.1 8B")
     trace.ask("Llama 3.1 8B has 32 query heads and 8 KV heads. How many times too much does the "
@@ -1561,10 +1588,10 @@ def show_bill(trace: Trace, knobs: Namespace) -> None:
     trace.table(rows, {
         "model": "", "times_too_much as popular / true": "{:.1f}×",
         "gflop as work": "{:,.1f} GFLOP", "flops_per_byte as FLOPs per byte of cache": ",.0f"})
-    trace.say("A card does some hundreds of FLOPs in the time it takes to read a byte. So what "
-              "counts in decoding is the bytes. Sharing KV heads saves bytes and no work; MLA "
-              "goes furthest: a few bytes, and the most work on each.")
-
+    most = max(rows, key=lambda row: row.flops_per_byte)
+    trace.say("Sharing KV heads saves bytes and no work. That is a good trade where reading is "
+              f"what takes the time. {most.model} goes furthest: all its query heads read the "
+              f"same latent, {most.flops_per_byte:.0f} FLOPs for each byte.")
     # One layer without a window and one with: 3 query heads that share a KV head of 6 channels.
     x = random_matrix(random.Random(knobs.seed), 8, 6)
     tiny = RealModel("tiny", "GQA", 2, 18, 3, 1, 6, 8, "here", window=4, n_local_layers=1)
@@ -1643,7 +1670,7 @@ class PipelineRow(NamedTuple):
     ticks: int
     idle: float     # share of idle cells in the schedule, counted
     formula: float  # (p - 1) / (m + p - 1)
-    faster: float   # times as fast as one card, if handing on is free
+    faster: float   # times as fast as one card on the same micro-batches, if handing on is free
 
 
 def make_stages(n_stages: int, dim: int, rng: random.Random) -> list[Callable[[Matrix], Matrix]]:
@@ -1691,8 +1718,11 @@ def show_tensor_parallel(trace: Trace, knobs: Namespace) -> None:
         "rank": "d", "query_heads": "", "kv_heads as KV heads": "", "weights as weights held": ",d",
         "cache as cache for a token": ",d"})
     rows = compare_rank_counts(weights, n_heads, n_kv_heads)
-    trace.say("With more ranks each keeps less of the cache, until there are more ranks than KV "
-              "heads. From there on the same KV head is kept on several.")
+    if n_kv_heads < n_heads:
+        trace.say("With more ranks each keeps less of the cache, until there are more ranks than "
+                  "KV heads. From there on the same KV head is kept on several.")
+    else:
+        trace.say("With more ranks each keeps less of the cache.")
     trace.ask(f"with {rows[-1].ranks} ranks, how many copies of each key and value are there?",
               rows[-1].copies)
     trace.table(rows, {"ranks": "d", "each as cache for a token, each": "d bar 20",
@@ -1728,8 +1758,10 @@ def show_pipeline(trace: Trace, knobs: Namespace) -> None:
               rows[0].idle)
     trace.table(rows, {"micro_batches": "d", "ticks": "d", "idle as idle, counted": ".0%",
                        "formula as (p-1)/(m+p-1)": ".0%",
-                       "faster as times as fast as one card": ".1f"})
-    trace.note("times as fast: if all ticks take equally long, and handing on takes none")
+                       "faster as times one card's speed": ".1f"})
+    trace.note("one card's speed: doing the same micro-batches one by one, if a tick takes the "
+               "time of one of them and handing on takes none. (In decoding a small batch takes "
+               "nearly as long as a large one, so that cutting it up gains less.)")
     if p > 1:
         trace.say(f"With one micro-batch the {p} cards are no faster than one: a pipeline makes no "
                   "single request faster; it shares out the memory. At most a fifth is idle from "
@@ -1844,6 +1876,17 @@ def read_block(block: str | None, gain: float, head_dim: int, size: int) -> Matr
     return rows
 
 
+def limits_of_heads(tokens: Sequence[str], dim: int) -> str:
+    """Return what heads of this size cannot tell apart in this text, as a note, or nothing."""
+    size = dim // len(BLOCKS)
+    codes = {tuple(row[:size]) for row in embed(tokens, dim, 0)}
+    if len(codes) < len(set(tokens)):
+        return f"; in {size} channels some words have the same code"
+    if len(tokens) > 2 ** (ceil_div(size, 2) + 1):
+        return f"; in {size} channels positions far apart look alike"
+    return ""
+
+
 def job_of(h: int) -> str:
     """Return head h's job: those of JOBS in turn."""
     return list(JOBS)[h % len(JOBS)]
@@ -1922,7 +1965,7 @@ def dense_attention(
     sees: Callable[[int, int], bool],
     sink_logit: float = -math.inf,
 ) -> Matrix:
-    """Return attention as in a textbook: all scores, -inf where hidden, softmax, all values.
+    """Return attention as in a textbook: all scores, no weight where hidden, all values.
 
     sees(i, j): does query i see key j? It shares no code with attention().
     """
@@ -2048,8 +2091,9 @@ def span(prefix: str, indices: range) -> str:
 
 
 def signs(code: Vector) -> str:
-    """Return a code of ±1 as text: + and -."""
-    return "".join("+" if value > 0 else "-" for value in code[:16])
+    """Return a code of ±1 as text, + and -, at most 16 of them."""
+    text = "".join("+" if value > 0 else "-" for value in code)
+    return text if len(text) <= 16 else text[:15] + "…"
 
 
 SHADES = " ·░▒▓█"

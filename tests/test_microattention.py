@@ -261,11 +261,11 @@ def test_heads_that_do_not_divide_are_refused(call):
 
 
 def test_sharing_by_hand():
-    """4 heads of 2 channels, 3 tokens: a KV head keeps 4 numbers, a pair takes 2 + 2 products."""
+    """4 heads of 2 channels: a KV head keeps 4 numbers, and each of 6 pairs takes 2 + 2 products."""
     x = numbers(0, 3, 8).tolist()
     rows = m.compare_sharing(x, 4, 2, random.Random(0))
     assert [(row.variant, row.kv_heads, row.kept, row.multiplications) for row in rows] == [
-        ("MHA", 4, 16, 48), ("GQA", 2, 8, 48), ("MQA", 1, 4, 48)]
+        ("MHA", 4, 16, 96), ("GQA", 2, 8, 96), ("MQA", 1, 4, 96)]
     assert max(row.error for row in rows) < 1e-12
 
 
@@ -325,13 +325,23 @@ def test_finding_a_kept_first_token_keeps_the_head_that_rests_on_it(seed):
 
 
 def test_how_far_an_output_moves_by_hand():
-    """A window of 2 hides nothing of two tokens; a window of 1 hides the first from the second."""
+    """A window of 2 hides nothing of two tokens; a window of 1 hides the first from the second.
+
+    A head that looks everywhere then returns v[1] instead of v[1] / 2, as v[0] is 0.
+    """
     x = m.embed(["a", "b"], 32, 0)
     assert all(row[1:] == (0.0, 0.0) for row in m.compare_outputs(x, 2, 0))
-    values = np.array(x)[:, 8:16]  # the positions
     everything = m.compare_outputs(x, 1, 0)[2]
-    moved = np.linalg.norm(values[1] - values.mean(axis=0)) / np.linalg.norm(values)
+    position_1 = np.array(x)[1, 8:16]
+    moved = np.linalg.norm(position_1) / 2 / math.sqrt(2 * 8)
     assert everything.window == pytest.approx(moved, abs=1e-12)
+
+
+@pytest.mark.parametrize("tokens, dim, note", [
+    (TOKENS, 32, ""), (TOKENS, 8, "same code"), (list("ab") * 20, 32, "far apart")])
+def test_what_the_heads_cannot_tell_apart_is_said(tokens, dim, note):
+    assert note in m.limits_of_heads(tokens, dim)
+    assert bool(note) == bool(m.limits_of_heads(tokens, dim))
 
 
 @pytest.mark.parametrize("windows, reach, entries", [
