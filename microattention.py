@@ -1112,24 +1112,21 @@ def compare_work(
 
 
 class MovedRow(NamedTuple):
-    """How far a head's output moves when a window hides keys: |windowed - full| / |values|.
-
-    (|values|: of as many values as there are tokens, all of mean square 1.)
-    """
+    """How far a head's output moves when a window hides keys: |windowed - full| / |values|."""
 
     head_looks_for: str
     window: float
     with_sinks: float  # the window, and the first tokens kept visible
 
 
-def compare_outputs(x: Matrix, window: int, sinks: int) -> list[MovedRow]:
-    """Return a row for each kind of head on x [n][dim].
+def compare_outputs(x: Matrix, window: int, sinks: int, rng: random.Random) -> list[MovedRow]:
+    """Return a row for each kind of head on x [n][dim], all with the same random values.
 
-    A value tells its token's position, but for token 0, whose value is 0: to rest there is silence.
+    Only the value of token 0 is 0: a head that rests there says nothing.
     """
     dim = len(x[0])
     size = dim // len(BLOCKS)
-    values = [[0.0] * size] + [clocks(position, size) for position in range(1, len(x))]
+    values = [[0.0] * 16] + random_matrix(rng, len(x) - 1, 16)
     heads = [("its own word", "same word", None), ("one back", "one back", None),
              ("everything alike", "everywhere", None),
              ("nothing: rests on token 0", "first token", None),
@@ -1141,8 +1138,8 @@ def compare_outputs(x: Matrix, window: int, sinks: int) -> list[MovedRow]:
         full = attention(q, k, values, sink_logit=sink_logit)
         cut = attention(q, k, values, window=window, sink_logit=sink_logit)
         kept = attention(q, k, values, window=window, sinks=sinks, sink_logit=sink_logit)
-        rows.append(MovedRow(name, distance(cut, full) / math.sqrt(size * len(x)),
-                             distance(kept, full) / math.sqrt(size * len(x))))
+        scale = length_of(values) or 1.0  # a text of one token has no other value than 0
+        rows.append(MovedRow(name, distance(cut, full) / scale, distance(kept, full) / scale))
     return rows
 
 
@@ -1217,7 +1214,8 @@ def show_window(trace: Trace, knobs: Namespace) -> None:
               work[2][windowed] / work[1][windowed])
     trace.table(work, {"tokens": "d", **dict.fromkeys(masks, ",d")})
 
-    moved = compare_outputs(embed(knobs.tokens, knobs.dim, knobs.seed), window, sinks)
+    x = embed(knobs.tokens, knobs.dim, knobs.seed)
+    moved = compare_outputs(x, window, sinks, random.Random(knobs.seed))
     trace.say("What a window costs depends on what a head looks for. Five heads, built by hand; "
               "how far the output moves when the window hides keys, |windowed - full| / |values|:")
     columns = {"head_looks_for": "", "window": ".2f bar 16 of 1"}

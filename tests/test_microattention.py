@@ -261,7 +261,7 @@ def test_heads_that_do_not_divide_are_refused(call):
 
 
 def test_sharing_by_hand():
-    """4 heads of 2 channels: a KV head keeps 4 numbers, and each of 6 pairs takes 2 + 2 products."""
+    """4 heads of 2 channels: a KV head keeps 4 numbers; each of 6 pairs takes 2 + 2 products."""
     x = numbers(0, 3, 8).tolist()
     rows = m.compare_sharing(x, 4, 2, random.Random(0))
     assert [(row.variant, row.kv_heads, row.kept, row.multiplications) for row in rows] == [
@@ -317,9 +317,9 @@ def test_the_work_is_that_of_the_visible_pairs(options):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_finding_a_kept_first_token_keeps_the_head_that_rests_on_it(seed):
-    rows = m.compare_outputs(m.embed(TOKENS, 32, seed), 4, 1)
+    rows = m.compare_outputs(m.embed(TOKENS, 32, seed), 4, 1, random.Random(seed))
     own_word, one_back, everything, resting, learned = rows
-    assert resting.window > 0.5 and resting.with_sinks < 1e-6
+    assert resting.window > 0.3 and resting.with_sinks < 1e-6
     assert learned.window < 0.01 < 0.1 < everything.window
     assert one_back.window < 0.1 < own_word.window
 
@@ -330,11 +330,10 @@ def test_how_far_an_output_moves_by_hand():
     A head that looks everywhere then returns v[1] instead of v[1] / 2, as v[0] is 0.
     """
     x = m.embed(["a", "b"], 32, 0)
-    assert all(row[1:] == (0.0, 0.0) for row in m.compare_outputs(x, 2, 0))
-    everything = m.compare_outputs(x, 1, 0)[2]
-    position_1 = np.array(x)[1, 8:16]
-    moved = np.linalg.norm(position_1) / 2 / math.sqrt(2 * 8)
-    assert everything.window == pytest.approx(moved, abs=1e-12)
+    for row in m.compare_outputs(x, 2, 0, random.Random(0)):
+        assert row[1:] == (0.0, 0.0)
+    everything = m.compare_outputs(x, 1, 0, random.Random(0))[2]
+    assert everything.window == pytest.approx(0.5, abs=1e-12)
 
 
 @pytest.mark.parametrize("tokens, dim, note", [
