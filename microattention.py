@@ -43,8 +43,10 @@ The papers
 #     value          what it can be found by, and what it hands over when it is found
 #   score            how well a key answers a query: their dot product, scaled (also: logit)
 #   softmax(scores)  weights that are positive and sum to 1; a higher score gets more weight
-#   head             one set of queries, keys and values; a model has many heads in each layer
-#   KV head          the keys and values of a head, which several query heads may share
+#   head             a query head: one set of queries, which looks for one thing
+#   KV head          one set of keys and values; several query heads may share it
+#   layer            attention with many heads, and then a feed-forward network, which works on each
+#                    token alone; a model is a stack of layers
 #   causal           no token sees a later one
 #   prefill, decode  reading the prompt, all tokens at once; then writing, one token at a time
 #   KV cache         the keys and values of all tokens so far, kept for the tokens to come
@@ -52,7 +54,8 @@ The papers
 #   rank             one of several cards that work together
 #   all-reduce       the ranks add up their vectors, and every rank gets the sum
 #   perplexity       how unsure a model is about the next token; 1 would be certain
-#   dense            computed with the whole matrix, as a textbook does it, to compare with
+#   dense            computed with the whole matrix of scores, [n_q][n_k], as a textbook does it
+#   FLOP             a multiplication or an addition
 #
 # linear(x, w) multiplies every row of x by the matrix w [out][in]. dot(a, b) is Σ a[i]·b[i].
 # A shape in brackets says how many: q [n_q][d] is n_q queries of d channels each.
@@ -120,10 +123,10 @@ MAP_TOKENS = 14    # tokens drawn in a map, so that four maps fit side by side
 #     out = .665 · 10 + .090 · 20 + .245 · 30 = 15.8
 #
 # Why divide by √d? If the channels of q and k are random with variance 1, q·k is a sum of d
-# terms, and its standard deviation is √d. With d = 128 the scores would lie tens apart, and
-# softmax would give nearly all the weight to one key. Such a head hardly learns any more, because
-# the slope of a weight in its own score is weight · (1 - weight), which is 0 for a weight of 0
-# and for a weight of 1.
+# terms, and its standard deviation is √d. With d = 128 the scores would lie about 11 apart, and
+# softmax would give nearly all the weight to one key. Such a head hardly learns any more: if a
+# score changes a little, its weight changes by weight · (1 - weight) times that, and this is 0 for
+# a weight of 0 and for a weight of 1.
 #
 # In a causal model query i stops at its own position. While a model writes, there is one new
 # query for all the keys so far. So the queries are the last positions of the text: with 1 query
@@ -158,7 +161,9 @@ def attention(
     """
     check_values(v, len(k))
     out = []
-    for seen, weights in visible_weights(q, k, causal, window, sinks, scale, bias, sink_logit):
+    options = dict(causal=causal, window=window, sinks=sinks, scale=scale, bias=bias,
+                   sink_logit=sink_logit)
+    for seen, weights in visible_weights(q, k, **options):
         if not seen:
             out.append([0.0] * len(v[0]))
             continue
@@ -184,6 +189,7 @@ def attention_weights(q: Matrix, k: Matrix, **options) -> Matrix:
 def visible_weights(
     q: Matrix,
     k: Matrix,
+    *,
     causal: bool = True,
     window: int | None = None,
     sinks: int = 0,
@@ -216,7 +222,7 @@ def visible_keys(
     end = max(position + 1, 0) if causal else n_k
     start = 0 if window is None else max(position + 1 - window, 0)
     # The sinks that are not in the window, and the window.
-    return [*range(min(sinks, start, end)), *range(start, end)]
+    return [*range(min(sinks, start)), *range(start, end)]
 
 
 # 2. Multi-head attention (MHA)
@@ -337,7 +343,10 @@ def multi_query_attention(
 
 
 def group_size(n_heads: int, n_kv_heads: int) -> int:
-    """Return how many query heads share a KV head. ValueError if n_kv_heads divides badly."""
+    """Return how many query heads share a KV head.
+
+    ValueError if n_kv_heads does not divide n_heads.
+    """
     if n_kv_heads < 1 or n_heads % n_kv_heads:
         raise ValueError(f"n_kv_heads must divide n_heads = {n_heads}, and {n_kv_heads} does not")
     return n_heads // n_kv_heads
@@ -363,10 +372,10 @@ def mean_pool_kv_heads(w: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
 
 # 4. Sliding windows and attention sinks
 #
-# With a window of w, a query sees only the latest w keys, itself included. The work grows with n·w
-# instead of n²/2, and w entries of cache are enough: position p is written to slot
-# p mod w, over position p - w, which no query can see any more. The slots are then out of order.
-# Attention does not mind, because a weighted average has no order.
+# With a window of w, a query sees only the latest w keys, itself included. The work grows with
+# n·w instead of n²/2, and w entries of cache are enough: position p is written to slot p mod w
+# (behind the sinks, if there are any), over position p - w, which no query can see any more. The
+# slots are then out of order. Attention does not mind, because a weighted average has no order.
 #
 # A layer with a window reaches w - 1 tokens back. What it reads there has itself looked w - 1
 # further back, one layer below. So L layers reach L · (w - 1) tokens back, in small steps. Models
@@ -441,7 +450,8 @@ class RollingKVCache:
 #
 #     (x[2m], x[2m+1])  ->  (x[2m] + i·x[2m+1]) · e^(i·p·θ_m)        θ_m = base^(-2m/d)
 #
-# In q·k one of two complex numbers is conjugated, so the angles meet as a difference:
+# Of two complex numbers a and b, the dot product of their parts is the real part of a · conj(b).
+# Conjugating turns an angle round, so in q·k the two angles meet as a difference:
 #
 #     e^(i·p_q·θ) · conj(e^(i·p_k·θ)) = e^(i·(p_q - p_k)·θ)
 #
@@ -463,11 +473,14 @@ class RollingKVCache:
 #     Llama 3.1                 by wavelength: pairs that turn often within the old length stay as
 #                               they are, those that never finish a turn are slowed by s = 8
 #
-# Beside positions, many models normalize q and k before they meet, so that the scores cannot grow
-# during training: QK-norm, an RMSNorm over each head (Qwen3, Gemma 3) or over all (OLMo 2).
+# Keys that were cached with the old angles do not fit the new ones.
 #
 # ALiBi leaves q and k alone and subtracts slope · distance from each score. Every head has a slope
 # of its own: a steep one looks near, a gentle one far. RoPE is what models use today.
+#
+# Not about positions, but done at the same place: many models normalize q and k before they meet,
+# so that the scores cannot grow during training. This is QK-norm, an RMSNorm (each vector divided
+# by its root mean square) over each head in Qwen3 and Gemma 3, over all heads together in OLMo 2.
 #
 # In production: transformers has the ways to stretch RoPE in modeling_rope_utils.py, vLLM in
 # model_executor/layers/rotary_embedding/. Checkpoints in Hugging Face's layout pair channel i
@@ -527,8 +540,9 @@ def alibi_slopes(n_heads: int) -> Vector:
         raise ValueError(f"n_heads must be at least 1, not {n_heads}")
     power = 2 ** (n_heads.bit_length() - 1)
     slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
-    twice_as_many = [2 ** (-8 * (h + 1) / (2 * power)) for h in range(2 * power)]
-    return slopes + twice_as_many[::2][:n_heads - power]
+    slopes_of_twice_as_many = [2 ** (-4 * (h + 1) / power) for h in range(2 * power)]
+    every_other = slopes_of_twice_as_many[::2]
+    return slopes + every_other[:n_heads - power]
 
 
 def alibi_bias(n_q: int, n_k: int, slope: float) -> Matrix:
@@ -544,14 +558,10 @@ def alibi_bias(n_q: int, n_k: int, slope: float) -> Matrix:
 #
 # GQA saves memory by having fewer KV heads. MLA (DeepSeek-V2) keeps all heads, and caches for each
 # token one short vector, the latent c, from which the keys and values of every head are computed
-# again. RoPE gets a second, small key that all heads share:
+# again. RoPE gets a second, small key that all heads share. The matrices, with d_c numbers in the
+# latent, d_rope in the rotated key, and v_dim in a head's value:
 #
-#     c      = W_DKV x                    cached
-#     k_rope = RoPE(W_KR x)               cached
-#     k_h    = concat(W_UK_h c, k_rope)
-#     v_h    = W_UV_h c
-#     q_h    = concat(W_Q_h x, RoPE(W_QR_h x))
-# name here   in the paper   shape               with DeepSeek-V3's sizes
+#     name here   in the paper   shape               with DeepSeek-V3's sizes
 #     w_down      W_DKV          [d_c][dim]          512 × 7168
 #     wk_rope     W_KR           [d_rope][dim]        64 × 7168
 #     wq          W_Q            [head_dim][dim]     128 × 7168, for each of 128 heads
@@ -559,12 +569,18 @@ def alibi_bias(n_q: int, n_k: int, slope: float) -> Matrix:
 #     wk_up       W_UK           [head_dim][d_c]     128 × 512, for each head
 #     wv_up       W_UV           [v_dim][d_c]        128 × 512, for each head
 #
+#     c      = W_DKV x                          cached
+#     k_rope = RoPE(W_KR x)                     cached
+#     k_h    = concat(W_UK_h c, k_rope)
+#     v_h    = W_UV_h c
+#     q_h    = concat(W_Q_h x, RoPE(W_QR_h x))
+#
 # A token leaves 512 + 64 = 576 numbers per layer. MHA would leave 2 · 128 · 128 = 32,768.
 #
 # The plain form computes the keys and values of all cached tokens again, at every step. The
 # absorbed form does not. It moves W_UK to the query, and W_UV behind the average:
 #
-#     q·(W_UK c)        = (W_UKᵀ q)·c              once per query instead of once per cached token
+#     q·(W_UK c)         = (W_UKᵀ q)·c           once per query instead of once per cached token
 #     Σ_j w_j (W_UV c_j) = W_UV (Σ_j w_j c_j)
 #
 # In numbers: c = (3, 1), q = (1, 2), and W_UK has the rows (1, 2) and (0, 1). Plain: the key is
@@ -588,7 +604,7 @@ def alibi_bias(n_q: int, n_k: int, slope: float) -> Matrix:
 # In production: vLLM's model_executor/layers/attention/mla_attention.py has both forms:
 # forward_mha() is the plain one, for prompts, forward_mqa() the absorbed one, for decoding.
 # DeepSeek-V3's inference/model.py has the absorbed form for both; its "naive" variant caches the
-# keys and values of every head, 71 times as much. DeepSeek-V3.2-Exp's has both forms, as here.
+# keys (rotated part and all) and values of every head. DeepSeek-V3.2-Exp's has both, as here.
 # Measured by show_mla().
 
 
@@ -636,7 +652,8 @@ def mla_attention_absorbed(x: Matrix, c: Matrix, k_rope: Matrix, w: MLAWeights) 
     heads = []
     for wq, wq_rope, wk_up, wv_up in zip(w.wq, w.wq_rope, w.wk_up, w.wv_up):
         # W_UKᵀ W_Q could be one matrix, but it would be larger than the two, which stay apart.
-        absorbed = linear(linear(x, wq), list(zip(*wk_up)))  # [n_q][d_c]
+        wk_up_transposed = list(zip(*wk_up))
+        absorbed = linear(linear(x, wq), wk_up_transposed)  # [n_q][d_c]
         q = concat(absorbed, rope(linear(x, wq_rope), positions))
         mean_latent = attention(q, concat(c, k_rope), c, scale=scale)  # [n_q][d_c]
         heads.append(linear(mean_latent, wv_up))
@@ -673,7 +690,7 @@ def cache_bytes(model: RealModel, n_tokens: int, bytes_per_value: float = 2) -> 
         per_layer = (model.d_c + model.d_rope) * bytes_per_value
     else:
         per_layer = kv_bytes_per_token(1, model.n_kv_heads, model.head_dim, bytes_per_value)
-    n_local = model.n_layers - model.n_global_layers  # 0 in a model without windows
+    n_local = model.n_layers - model.n_global_layers  # 0 if the model has no window
     kept_tokens = model.n_global_layers * n_tokens + n_local * min(n_tokens, model.window)
     return kept_tokens * per_layer
 
@@ -720,7 +737,8 @@ def decode_multiplications(model: RealModel, n_tokens: int) -> int:
 #
 # One request alone gets no faster by it: with m = 1 only one stage works at a time. What it buys is
 # memory, since a stage holds only its layers and their cache. And it needs little traffic: one
-# hand-over per stage, where tensor parallelism has two all-reduces per layer.
+# hand-over per stage, where tensor parallelism has two all-reduces per layer: one after attention
+# and one after the feed-forward network.
 #
 # In production: vLLM shards heads in QKVParallelLinear (model_executor/layers/linear.py), which
 # copies KV heads by the same rule; it fills a pipeline with different batches of requests instead
@@ -895,44 +913,46 @@ def show_attention(trace: Trace, knobs: Namespace) -> None:
     x = embed(knobs.tokens, knobs.dim, knobs.seed)
     wq, wk, wv, _ = build_heads(["same word"], knobs.dim // len(BLOCKS), knobs.dim)
     q, k, v = linear(x, wq), linear(x, wk), linear(x, wv)
-    weights = attention_weights(q, k)
     shown = min(len(x), MAP_TOKENS)
     trace.say("Each token makes a query, a key and a value. A query is compared with the keys of "
               "the tokens that it may see, itself and those before it. The comparison gives "
               "weights, and the output is the average of the values by these weights. Each row "
               "below is a token that looks, each column a token it may look at. All this is one "
               "head; it was built to look for its own word." + knobs.cut)
-    trace.lines(heat_map(weights[:shown], labels=knobs.labels[:shown], cell=2))
+    trace.lines(heat_map(attention_weights(q, k)[:shown], labels=knobs.labels[:shown], cell=2))
     trace.note(SHADES_LEGEND + limits_of_heads(knobs.tokens, knobs.dim))
+
     repeated = [i for i in range(shown) if knobs.tokens[i] in knobs.tokens[:i]]
     i = max(repeated, default=shown - 1)
+    rows = work_out_row(q, k, v, knobs.labels, i)
     gain = SHARPNESS / math.sqrt(len(k[0]))
     trace.say(f"One row worked out: token {i}, {knobs.labels[i]!r}, with d = {len(k[0])} channels. "
               "Every word has a code of +1 and -1, which is its key and its value (column v). The "
-              f"query is the code of its own word times {gain:.2f}. A word whose code differs in "
-              "most channels scores below 0.")
-    trace.ask("how large is its largest weight? (They sum to 1.)", max(weights[i]))
-    rows = work_out_row(q, k, v, knobs.labels, i)
+              f"query is the code of its own word times {gain:.2f}, so that a perfect match scores "
+              f"{SHARPNESS:.0f}. A word whose code differs in most channels scores below 0.")
+    largest = sorted(rows, key=lambda row: -row.weight)[:3]
+    trace.ask("how large is its largest weight? (They sum to 1.)", largest[0].weight)
     trace.table(rows, {"j": "d", "key": "", "product as q·k": "z.2f", "score as q·k/√d": "z.2f",
                        "weight": ".3f bar 16 of 1", "value as v": ""})
     out = attention(q, k, v)
-    largest = sorted(rows, key=lambda row: -row.weight)[:3]
     terms = " + ".join(f"{row.weight:.3f}·v[{row.j}]" for row in sorted(largest))
     trace.lines([f"out = {terms}" + (" + …" if len(rows) > 3 else ""),
                  f"    = ({', '.join(f'{y:z.2f}' for y in out[i][:8])}"
                  + (", …)" if len(out[i]) > 8 else ")")])
+    trace.check_close("attention() = softmax(QKᵀ/√d)V over the dense masked matrix", out,
+                      dense_attention(q, k, v, lambda i, j: j <= i), 1e-12)
+    show_scaling(trace, random.Random(knobs.seed))
 
-    sizes = (4, 16, 64, 256)
-    rows = compare_scales(sizes, 32, 32, random.Random(knobs.seed))
+
+def show_scaling(trace: Trace, rng: random.Random) -> None:
+    """What scores do to softmax that are not divided by √d."""
+    rows = compare_scales((4, 16, 64, 256), 32, 32, rng)
     trace.say("Why divide by √d? 32 random queries meet 32 random keys. q·k is a sum of d terms, "
               "so it spreads like √d. The largest weight of a query, mean of 32:")
     trace.table(rows, {"d": "d", "spread as spread of q·k": ".1f", "root_d as √d": ".1f",
                        "raw as largest weight": ".2f", "scaled as divided by √d": ".2f"})
     trace.say("Undivided, one key gets nearly all the weight once d is large: at 256 the mean is "
               f"{rows[-1].raw:.2f}. Divided, d makes no such difference.")
-
-    trace.check_close("attention() = softmax(QKᵀ/√d)V over the dense masked matrix", out,
-                      dense_attention(q, k, v, lambda i, j: j <= i), 1e-12)
     trace.check("divided by √d, the largest weight depends little on d; undivided, it grows",
                 max(row.scaled for row in rows) < 2 * min(row.scaled for row in rows)
                 and rows[-1].raw > 2 * max(row.scaled for row in rows),
@@ -1143,42 +1163,25 @@ def compare_outputs(x: Matrix, window: int, sinks: int, rng: random.Random) -> l
     return rows
 
 
-class StackRow(NamedTuple):
-    """A stack of layers: who has heard of token 0 in the end, and what the caches hold."""
+def spread_marker(windows: Sequence[int | None], n_tokens: int) -> list[list[bool]]:
+    """Return for each layer of a stack which tokens have heard of token 0: [layer][token].
 
-    layers: str
-    heard: list[list[bool]]  # [layer][token]
-    reach: int               # the last token that has heard, in the last layer
-    entries: int             # keys and values kept, all layers together
-
-
-def compare_stacks(stacks: dict[str, Sequence[int]], n_tokens: int) -> list[StackRow]:
-    """Return a row for each stack, given by its layers' windows, on a text of n_tokens.
-
-    Token 0 has a marker. A token hears of it if it sees one in the layer below that has it.
+    A token hears of it if it sees one in the layer below that has. None: a layer without a window.
     """
     blank = [[0.0]] * n_tokens  # zeros as queries and keys: every visible key gets the same weight
-    rows = []
-    for name, windows in stacks.items():
-        marker = [[1.0]] + [[0.0]] * (n_tokens - 1)
-        heard = []
-        entries = 0
-        for window in windows:
-            marker = attention(blank, blank, marker, window=window)
-            heard.append([mark > 0 for (mark,) in marker])
-            cache = RollingKVCache(window)
-            for _ in range(n_tokens):
-                cache.append([0.0], [0.0])
-            entries += len(cache.slots)
-        rows.append(StackRow(name, heard, sum(heard[-1]) - 1, entries))
-    return rows
+    marker = [[1.0]] + [[0.0]] * (n_tokens - 1)
+    layers = []
+    for window in windows:
+        marker = attention(blank, blank, marker, window=window)
+        layers.append([mark > 0 for (mark,) in marker])
+    return layers
 
 
 def roll_cache(
     q: Matrix, k: Matrix, v: Matrix, window: int, sinks: int
 ) -> tuple[Matrix, list[str]]:
     """Return each token's output from a RollingKVCache, and a picture of its slots after it."""
-    cache = RollingKVCache(window, sinks)
+    cache = RollingKVCache(window, sinks) if sinks else RollingKVCache(window)
     outputs = []
     pictures = []
     for i in range(len(q)):
@@ -1194,62 +1197,60 @@ def roll_cache(
 
 
 def show_window(trace: Trace, knobs: Namespace) -> None:
-    """The masks, the work, what a window hides, the reach of a stack, and the rolling cache."""
-    window, sinks = knobs.window, knobs.sinks
+    """The masks and the work; what a window hides; the reach of a stack; the rolling cache."""
     rng = random.Random(knobs.seed)
-    windowed, with_sinks = f"window {window}", f"with {plural(sinks, 'sink')}"
-    masks = {"causal": {}, windowed: {"window": window}}
-    if sinks:
-        masks[with_sinks] = {"window": window, "sinks": sinks}
-    trace.say("With a window, a token sees only the latest keys, itself included. Sinks are first "
-              "tokens that stay visible all the same. Row: who looks; column: at whom." + knobs.cut)
-    trace.lines(draw_masks(masks, min(len(knobs.tokens), MAP_TOKENS)))
+    show_masks(trace, knobs, rng)
+    show_hidden(trace, knobs, rng)
+    show_reach(trace, knobs.window)
+    show_rolling(trace, knobs, rng)
 
+
+def show_masks(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
+    """Who sees whom, and the work."""
+    window = f"window {knobs.window}"
+    masks = {"causal": {}, window: {"window": knobs.window}}
+    if knobs.sinks:
+        name = f"with {plural(knobs.sinks, 'sink')}"
+        masks[name] = {"window": knobs.window, "sinks": knobs.sinks}
+    trace.say("With a window, a token sees only the latest keys, itself included. Sinks are first "
+              "tokens that stay visible all the same. Row: who looks; column: at whom; blank: "
+              "hidden." + knobs.cut)
+    trace.lines(draw_masks(masks, min(len(knobs.tokens), MAP_TOKENS)))
     trace.say("The work, in multiplications counted while attention runs. Without a window it "
-              f"grows with the square of the text. A window of {window} lets a query meet "
-              f"{window} keys at most.")
+              f"grows with the square of the text. A window of {knobs.window} lets a query meet "
+              f"{plural(knobs.window, 'key')} at most.")
     work = compare_work((32, 64, 128), masks, 4, rng)
     trace.ask("twice the text is four times the work without a window. How many times is it with "
-              f"a window of {window}, from 64 to 128 tokens?",
-              work[2][windowed] / work[1][windowed])
+              f"a window of {knobs.window}, from 64 to 128 tokens?",
+              work[2][window] / work[1][window])
     trace.table(work, {"tokens": "d", **dict.fromkeys(masks, ",d")})
-
-    x = embed(knobs.tokens, knobs.dim, knobs.seed)
-    moved = compare_outputs(x, window, sinks, random.Random(knobs.seed))
-    trace.say("What a window costs depends on what a head looks for. Five heads, built by hand; "
-              "how far the output moves when the window hides keys, |windowed - full| / |values|:")
-    columns = {"head_looks_for": "", "window": ".2f bar 16 of 1"}
-    if sinks:
-        columns[f"with_sinks as {with_sinks}"] = ".2f bar 16 of 1"
-    trace.table(moved, columns)
-    trace.say("The weights of a head must sum to 1. One that finds nothing can rest on token 0, "
-              "whose value is 0 here, and so say nothing. If a window hides that token, the "
-              "weights fall on tokens that the head did not mean to read, and it speaks; if the "
-              "token is kept as a sink, it stays silent. A learned sink is one more term in the "
-              "softmax's sum, and needs no token. (That trained models rest on the first token is "
-              "a finding of Xiao et al. 2023. These heads only show what follows from it.)")
-    show_stacks(trace, window)
-
-    q, k, v = (random_matrix(rng, len(knobs.tokens), 4) for _ in range(3))
-    rolled, pictures = roll_cache(q, k, v, window, sinks)
-    trace.say("The cache that a window allows. Once it is full, each new position (*) takes the "
-              "slot of one that nobody can see any more; sinks keep the first slots.")
-    trace.lines(pictures[-5:])
-
-    dense = dense_attention(q, k, v, lambda i, j: j <= i and (j > i - window or j < sinks))
-    trace.check_close("attention() with window and sinks = the dense masked matrix",
-                      attention(q, k, v, window=window, sinks=sinks), dense, 1e-12)
-    trace.check_close("rolling cache = the same", rolled, dense, 1e-12)
-    trace.check_close("with a sink logit = the dense matrix with one more term in its sums",
-                      attention(q, k, v, sink_logit=1.5),
-                      dense_attention(q, k, v, lambda i, j: j <= i, 1.5), 1e-12)
     n = work[2]["tokens"]
-    pairs = [sum(min(i + 1, most) for i in range(n)) for most in (n, window)]
+    pairs = [sum(min(i + 1, most) for i in range(n)) for most in (n, knobs.window)]
     trace.check("multiplications = pairs of a query and a key it sees × 2·d, with d = 4",
-                [work[2]["causal"], work[2][windowed]] == [8 * p for p in pairs],
+                [work[2]["causal"], work[2][window]] == [8 * p for p in pairs],
                 f"{pairs[0]:,} and {pairs[1]:,} pairs")
-    resting, learned = moved[3:]
-    if sinks and window < len(knobs.tokens):
+
+
+def show_hidden(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
+    """How far the outputs of heads move when a window hides keys."""
+    x = embed(knobs.tokens, knobs.dim, knobs.seed)
+    rows = compare_outputs(x, knobs.window, knobs.sinks, rng)
+    trace.say("What a window costs depends on what a head looks for. Five heads, built by hand, "
+              "with random values, but 0 at token 0. How far does the output move when the window "
+              "hides keys, as a share of the values' size?")
+    columns = {"head_looks_for": "", "window": ".2f bar 16 of 1"}
+    if knobs.sinks:
+        columns[f"with_sinks as with {plural(knobs.sinks, 'sink')}"] = ".2f bar 16 of 1"
+    trace.table(rows, columns)
+    trace.say("The weights of a head must sum to 1. One that finds nothing can rest on token 0, "
+              "whose value is 0, and so say nothing. If a window hides that token, the weights "
+              "fall on tokens that the head did not mean to read, and it speaks; if the token is "
+              "kept as a sink, it stays silent. A learned sink is one more term in the softmax's "
+              "sum, which takes weight and has no value. It needs no token. (That trained models "
+              "rest on the first token is a finding of Xiao et al. 2023. These heads only show "
+              "what follows from it.)")
+    resting, learned = rows[3:]
+    if knobs.sinks and knobs.window < len(x):
         trace.check("the resting head speaks only where its token is hidden",
                     resting.window > 0.1 and resting.with_sinks < 1e-6,
                     f"moved by {resting.window:.2f}; with sinks by {resting.with_sinks:.2f}")
@@ -1257,27 +1258,40 @@ def show_window(trace: Trace, knobs: Namespace) -> None:
                 f"moved by {learned.window:.2f}")
 
 
-def show_stacks(trace: Trace, window: int) -> None:
-    """How far layers with windows reach together, alone and mixed with a global one."""
+def show_reach(trace: Trace, window: int) -> None:
+    """How far layers with windows reach together, alone and below a global one."""
     width = 64
-    stacks = {"4 local": [window] * 4, "3 local, 1 global": [window] * 3 + [width],
-              "4 global": [width] * 4}
-    rows = compare_stacks(stacks, width)
+    heard = spread_marker([window] * 4, width)
+    mixed = spread_marker([window] * 3 + [None], width)
     trace.say(f"Layers see further together. Token 0 of {width} starts with a marker. In each "
-              "layer, a token that sees a marked one gets the marker as well. 4 layers of window "
-              f"{window}:")
-    for layer, heard in enumerate(rows[0].heard, 1):
-        trace.lines([f"layer {layer}  " + "".join("█" if has else "·" for has in heard)])
-    trace.say(f"One layer in four without a window reaches everything, and keeps its whole cache. "
-              f"After {width} tokens:")
-    trace.table(rows, {"layers": "", "reach": "d", "entries as entries in the caches": "d bar 24"})
-    trace.check("4 local layers reach 4·(w - 1) tokens or all, a global layer the whole text",
-                rows[0].reach == min(4 * (window - 1), width - 1) and rows[1].reach == width - 1,
-                f"{rows[0].reach} and {rows[1].reach}")
-    trace.check("a local layer's cache holds w entries, a global one's all",
-                [row.entries for row in rows] == [4 * min(window, width),
-                                                  3 * min(window, width) + width, 4 * width],
-                ", ".join(f"{row.entries}" for row in rows))
+              "layer, a token that sees a marked one gets the marker as well (█). 4 layers of "
+              f"window {window}; and what the 4th reaches if it is global, without a window:")
+    names = ["layer 1", "layer 2", "layer 3", "layer 4", "global "]
+    for name, row in zip(names, [*heard, mixed[-1]]):
+        trace.lines([f"{name}  " + "".join("█" if has else "·" for has in row)])
+    reach = [sum(row) - 1 for row in heard]
+    trace.check("L local layers reach L·(w - 1) tokens or all, a global one the whole text",
+                reach == [min(layer * (window - 1), width - 1) for layer in range(1, 5)]
+                and all(mixed[-1]), ", ".join(map(str, reach)))
+
+
+def show_rolling(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
+    """The rolling cache, slot by slot."""
+    window, sinks = knobs.window, knobs.sinks
+    q, k, v = (random_matrix(rng, len(knobs.tokens), 4) for _ in range(3))
+    rolled, pictures = roll_cache(q, k, v, window, sinks)
+    trace.say(f"The cache that a window allows: {plural(sinks, 'slot')} for sinks and "
+              f"{plural(window, 'slot')} for the window, with the position that each holds. Once "
+              "it is full, each new position (*) takes the slot of one that nobody can see any "
+              "more.")
+    trace.lines(pictures[-5:])
+    dense = dense_attention(q, k, v, lambda i, j: j <= i and (j > i - window or j < sinks))
+    trace.check_close("attention() with window and sinks = the dense masked matrix",
+                      attention(q, k, v, window=window, sinks=sinks), dense, 1e-12)
+    trace.check_close("rolling cache = the same", rolled, dense, 1e-12)
+    trace.check_close("with a sink logit = the dense matrix with one more term in its sums",
+                      attention(q, k, v, sink_logit=1.5),
+                      dense_attention(q, k, v, lambda i, j: j <= i, 1.5), 1e-12)
 
 
 def draw_masks(masks: dict[str, dict], n: int) -> list[str]:
@@ -1287,7 +1301,7 @@ def draw_masks(masks: dict[str, dict], n: int) -> list[str]:
     for name, mask in masks.items():
         lines = [name.ljust(MAP_TOKENS)]
         for row in attention_weights(blank, blank, **mask):
-            lines.append("".join("█" if weight else "·" for weight in row))
+            lines.append("".join("█" if weight else " " for weight in row))
         pictures.append(lines)
     return side_by_side(pictures, gap=6)
 
@@ -1373,16 +1387,15 @@ def show_stretched(trace: Trace) -> None:
                  "after": ",.0f", "slowed as slowed by": "{:.2f}×"})
     trace.say("Fast pairs, which tell neighbours apart, are left alone. Pairs that make less than "
               "one turn in 8,192 tokens are slowed by 8. Those between get something in between.")
-    trace.check("more than 4 turns: kept; fewer than 1: slowed by 8; else between, in order",
+    trace.check("more than 4 turns: kept; fewer than 1: slowed by 8; in order",
                 all(abs(row.slowed - 1) < 1e-12 for row in rows if row.turns > 4)
                 and all(abs(row.slowed - 8) < 1e-12 for row in rows if row.turns < 1)
-                and all(1 < row.slowed < 8 for row in rows if 1 < row.turns < 4)
                 and all(a.after < b.after for a, b in itertools.pairwise(rows)),
                 f"{sum(1 < row.turns < 4 for row in rows)} of {len(rows)} pairs between")
     # Pair 32 by hand: θ = 1/√500,000, a turn takes 4,443 tokens, 8,192 tokens make 1.844 turns; so
     # .2813 of its angle is kept as it is, and .7187 of it is divided by 8: .3711 of it is left.
-    trace.check("pair 32 is slowed as worked out by hand", abs(rows[32].slowed - 1 / 0.3711) < 1e-3,
-                f"{rows[32].slowed:.3f}×")
+    trace.check("pair 32 is slowed as worked out by hand in the source",
+                abs(rows[32].slowed - 1 / 0.3711) < 1e-3, f"{rows[32].slowed:.3f}×")
 
 
 def show_alibi(trace: Trace, n_heads: int) -> None:
@@ -1405,7 +1418,8 @@ def show_alibi(trace: Trace, n_heads: int) -> None:
                       by_hand, 1e-12)
     published = [2.0 ** -h for h in range(1, 9)]
     of_twelve = published + [2.0 ** -(h + 0.5) for h in range(4)]
-    trace.check_close("8 heads have the published slopes, 1/2 to 1/256; 12 add every other of 16's",
+    trace.check_close("8 heads have the published slopes, 1/2 to 1/256; 12 heads have these and "
+                      "every other slope of 16 heads",
                       [alibi_slopes(8), alibi_slopes(12)], [published, of_twelve], 1e-12)
 
 
@@ -1457,51 +1471,13 @@ def compare_forms(
 
 
 def show_mla(trace: Trace, knobs: Namespace) -> None:
-    """What is cached, and when each form does less work."""
+    """What is cached; when each form does less work; that both are right."""
     head_dim = knobs.dim // knobs.n_heads
-    sizes = {"head_dim": head_dim, "v_dim": head_dim, "d_c": 4 * head_dim,
-             "d_rope": 2 * ceil_div(head_dim, 4)}
-    w = random_mla_weights(random.Random(knobs.seed), knobs.dim, knobs.n_heads, **sizes)
-    rows = compare_mla_caches(w, knobs.n_kv_heads)
-    mha, _, mqa, mla = rows
-    trace.say("Instead of keys and values, cache a latent: a short vector from which every head's "
-              f"keys and values are computed again. Here it has {sizes['d_c']} numbers (4 · "
-              f"head_dim, as in DeepSeek-V2), and one rotated key of {sizes['d_rope']} stands "
-              "beside it. In the cache, one token takes:")
-    trace.ask(f"a KV head leaves {mqa.numbers} numbers. How many KV heads' worth does MLA leave?",
-              mla.numbers / mqa.numbers)
-    trace.table(rows, {"attention": "", "numbers": "d bar 40"})
-    if mla.numbers >= mha.numbers:
-        saving = "With so few heads that is no less than MHA"
-    else:
-        times = mha.numbers / mla.numbers
-        saving = f"With {knobs.n_heads} heads MHA keeps {times:.1f} times as much"
-    big = REAL_MODELS[-1]
-    trace.say(f"MLA leaves {mla.numbers / mqa.numbers:.2f} KV heads' worth, however many heads "
-              f"there are. {saving}; with the {big.n_heads} heads of {big.name}, "
-              f"{2 * big.n_heads * big.head_dim / (big.d_c + big.d_rope):.0f} times. GQA with 2 KV "
-              "heads keeps a little less, but all its query heads share those 2, where every head "
-              "of MLA has keys and values of its own.")
+    w = random_mla_weights(random.Random(knobs.seed), knobs.dim, knobs.n_heads, head_dim, head_dim,
+                           d_c=4 * head_dim, d_rope=2 * ceil_div(head_dim, 4))
+    show_latent(trace, w, knobs.n_kv_heads)
+    show_forms(trace, w, random.Random(knobs.seed))
 
-    forms = compare_forms(w, ((1, 32), (1, 64), (8, 64), (64, 64)), random.Random(knobs.seed))
-    trace.say("Two ways to use that cache. The plain form makes the keys and values of all cached "
-              "tokens again. The absorbed form moves those matrices to the query and to the "
-              "result, and works on the latents. Multiplications, counted:")
-    trace.table(forms, {"new_tokens": "d", "cached_tokens as all tokens": "d",
-                        "plain": ",d", "absorbed": ",d", "ratio as plain / absorbed": ".2f"})
-    if forms[0].ratio > 1 > forms[-1].ratio:
-        trace.say("For one new token the absorbed form does less, for a whole prompt more. So "
-                  "decoding is done absorbed, and a prompt is read in the plain form.")
-    else:
-        trace.say("At these sizes one form does less for a new token and for a whole prompt.")
-
-    plain_pair = 2 * head_dim + sizes["d_rope"] + 2 * sizes["d_c"] * head_dim
-    absorbed_pair = 2 * sizes["d_c"] + sizes["d_rope"]
-    trace.check("one more cached token costs d_rope + 2·head_dim + 2·d_c·head_dim a head in the "
-                "plain form, d_rope + 2·d_c in the absorbed one",
-                forms[1].plain - forms[0].plain == 32 * knobs.n_heads * plain_pair
-                and forms[1].absorbed - forms[0].absorbed == 32 * knobs.n_heads * absorbed_pair,
-                f"{plain_pair} and {absorbed_pair}")
     x = embed(knobs.tokens, knobs.dim, knobs.seed)[:32]
     c, k_rope = mla_compress(x, w)
     expected = dense_mla(x, w)
@@ -1515,6 +1491,57 @@ def show_mla(trace: Trace, knobs: Namespace) -> None:
         steps += mla_attention_absorbed(x[i:i + 1], c, k_rope, w)
     trace.check_close("absorbed form, token by token from the cache = the same", steps, expected,
                       1e-12)
+
+
+def show_latent(trace: Trace, w: MLAWeights, n_kv_heads: int) -> None:
+    """What one token takes in the cache."""
+    rows = compare_mla_caches(w, n_kv_heads)
+    mha, _, mqa, mla = rows
+    trace.say("Instead of keys and values, cache a latent: a short vector from which every head's "
+              f"keys and values are computed again. Here it has {len(w.w_down)} numbers (4 · "
+              f"head_dim, as in DeepSeek-V2), and one rotated key of {len(w.wk_rope)} stands "
+              "beside it. In the cache, one token takes:")
+    trace.ask(f"a KV head takes {mqa.numbers} numbers. How many KV heads' worth does MLA take?",
+              mla.numbers / mqa.numbers)
+    trace.table(rows, {"attention": "", "numbers": "d bar 40"})
+    if mla.numbers >= mha.numbers:
+        saving = "With so few heads that is no less than MHA"
+    else:
+        times = mha.numbers / mla.numbers
+        saving = f"With {len(w.wq)} heads MHA keeps {times:.1f} times as much"
+    big = REAL_MODELS[-1]
+    trace.say(f"MLA takes {mla.numbers / mqa.numbers:.2f} KV heads' worth, however many heads "
+              f"there are. {saving}; with the {big.n_heads} heads of {big.name}, "
+              f"{2 * big.n_heads * big.head_dim / (big.d_c + big.d_rope):.0f} times. GQA with 2 KV "
+              "heads keeps a little less, but all its query heads share those 2, where every head "
+              "of MLA has keys and values of its own.")
+
+
+def show_forms(trace: Trace, w: MLAWeights, rng: random.Random) -> None:
+    """The work of the plain and of the absorbed form."""
+    rows = compare_forms(w, ((1, 32), (1, 64), (8, 64), (64, 64)), rng)
+    trace.say("Two ways to use that cache. The plain form multiplies all cached latents by the "
+              "matrices that make keys and values. The absorbed form multiplies the query and the "
+              "result by these matrices instead, and attends to the latents themselves. "
+              "Multiplications, counted:")
+    trace.table(rows, {"new_tokens": "d", "cached_tokens as all tokens": "d",
+                       "plain": ",d", "absorbed": ",d", "ratio as plain / absorbed": ".2f"})
+    d_c, d_rope, head_dim = len(w.w_down), len(w.wk_rope), len(w.wk_up[0])
+    plain = d_rope + 2 * head_dim + 2 * d_c * head_dim
+    absorbed = d_rope + 2 * d_c
+    if rows[0].ratio > 1 > rows[-1].ratio:
+        break_even = 2 * d_c * head_dim / (2 * d_c - 2 * head_dim)
+        trace.say("For one new token the absorbed form does less, for a whole prompt more. So "
+                  "decoding is done absorbed, and a prompt is read in the plain form. On a long "
+                  f"cache the absorbed form does less for up to {break_even:.0f} new tokens at "
+                  "these sizes (170 at DeepSeek-V3's).")
+    else:
+        trace.say("At these sizes one form does less for a new token and for a whole prompt.")
+    trace.check("one more cached token costs d_rope + 2·head_dim + 2·d_c·head_dim a head in the "
+                "plain form, d_rope + 2·d_c in the absorbed one",
+                rows[1].plain - rows[0].plain == 32 * len(w.wq) * plain
+                and rows[1].absorbed - rows[0].absorbed == 32 * len(w.wq) * absorbed,
+                f"{plain} and {absorbed}")
 
 
 # 7. The bill: cache and work of real models
@@ -1569,16 +1596,17 @@ def decode_work(models: Sequence[RealModel], n_tokens: int) -> list[WorkRow]:
 def show_bill(trace: Trace, knobs: Namespace) -> None:
     """The table of real models: cache, popular formula, work."""
     trace.say("The KV cache of one request in GiB, 16 bits a number, computed from published "
-              "configurations. In parentheses: longer than the model was made for. (5:1 local: of "
-              "six layers five have a window. One token: while all layers keep it.)")
+              "configurations. In parentheses: longer than the model was made for. \"5:1 local\" "
+              "means that of six layers five have a window. The column \"one token\" counts all "
+              "layers, as long as no window has dropped the token.")
     trace.table(bill(REAL_MODELS), {
         "model": "", "attention": "", "kib as one token": "{:,.1f} KiB",
         "at_4k as 4K tokens": "", "at_32k as 32K tokens": "", "at_128k as 128K tokens": ""})
-    trace.say("A formula that is often quoted takes the width of the model for n_kv_heads · "
-              "head_dim, and forgets windows and latents. For the models that read 32K tokens: "
-              "how many times too much it says after so many, and the work in QKᵀ and weights·V "
-              "of one more token (2 FLOPs a multiplication), in all and for each byte of the "
-              "cache.")
+    trace.say("An often quoted formula multiplies by the width of the model where n_kv_heads · "
+              "head_dim belongs, and forgets windows and latents. For models that can read 32K "
+              "tokens, after so many: the formula's bytes over the true ones; the work of one more "
+              "token in QKᵀ and weights·V (2 FLOPs a multiplication); and that work for each byte "
+              "of cache.")
     rows = decode_work(REAL_MODELS, 32768)
     llama = next(row for row in rows if row.model == "Llama 3.1 8B")
     trace.ask("Llama 3.1 8B has 32 query heads and 8 KV heads. How many times too much does the "
@@ -1596,7 +1624,7 @@ def show_bill(trace: Trace, knobs: Namespace) -> None:
     with counted_dots() as count:
         attention(x[-1:], x, x)
         attention(x[-1:], x, x, window=4)
-    trace.check("one token's work, and the bytes of 8, = those of real keys and values",
+    trace.check("the formulas give the work of one token and the bytes of 8 real keys and values",
                 count.products * 3 == decode_multiplications(tiny, 8)
                 and 2 * sum(len(row) for row in x + x + x[-4:] + x[-4:]) == cache_bytes(tiny, 8),
                 f"{count.products * 3} multiplications, {cache_bytes(tiny, 8):.0f} bytes")
@@ -1604,7 +1632,7 @@ def show_bill(trace: Trace, knobs: Namespace) -> None:
     with counted_dots() as count:
         attention(x[-1:], x, [row[:4] for row in x])
     tiny = RealModel("tiny", "MLA", 1, 18, 3, 3, 6, 8, "here", d_c=4, d_rope=2)
-    trace.check("the same for MLA, absorbed",
+    trace.check("they do so for MLA, absorbed",
                 count.products * 3 == decode_multiplications(tiny, 8)
                 and 2 * sum(len(row) for row in x) == cache_bytes(tiny, 8),
                 f"{count.products * 3} multiplications, {cache_bytes(tiny, 8):.0f} bytes")
@@ -1616,48 +1644,27 @@ def show_bill(trace: Trace, knobs: Namespace) -> None:
 # 8. Model parallelism: heads and layers on several cards
 
 
-class RankRow(NamedTuple):
-    """What one rank holds."""
-
-    rank: int
-    query_heads: str
-    kv_heads: str
-    weights: int  # numbers in its matrices
-    cache: int    # numbers that one token leaves there
-
-
 class RanksRow(NamedTuple):
-    """What becomes of the cache with so many ranks."""
+    """What each rank holds, if there are so many."""
 
     ranks: int
-    each: int      # numbers that a token leaves on each rank
-    together: int
-    copies: float  # together / without parallelism
+    query_heads: int  # on each
+    kv_heads: int     # on each
+    weights: int      # numbers in the matrices of each
+    cache: int        # numbers that one token leaves on each
+    copies: float     # of every KV head, on all ranks together
 
 
-def compare_ranks(
-    weights: Sequence[Matrix], n_heads: int, n_kv_heads: int, n_ranks: int
-) -> list[RankRow]:
-    """Return a row per rank; weights: wq, wk, wv and wo."""
+def compare_ranks(weights: Sequence[Matrix], n_heads: int, n_kv_heads: int) -> list[RanksRow]:
+    """Return a row for each possible number of ranks; weights: wq, wk, wv and wo of all heads."""
     rows = []
-    shards = shard_weights(*weights, n_heads, n_kv_heads, n_ranks)
-    for rank, (queries, kv) in enumerate(heads_of_ranks(n_heads, n_kv_heads, n_ranks)):
-        _, wk, wv, _ = shards[rank]
-        held = sum(len(row) for w in shards[rank] for row in w)
-        rows.append(RankRow(rank, span("q", queries), span("kv", kv), held, len(wk) + len(wv)))
-    return rows
-
-
-def compare_rank_counts(
-    weights: Sequence[Matrix], n_heads: int, n_kv_heads: int
-) -> list[RanksRow]:
-    """Return a row for each possible number of ranks."""
-    rows = []
-    alone = len(weights[1]) + len(weights[2])
     for n_ranks in possible_ranks(n_heads, n_kv_heads):
-        ranks = compare_ranks(weights, n_heads, n_kv_heads, n_ranks)
-        together = sum(row.cache for row in ranks)
-        rows.append(RanksRow(n_ranks, ranks[0].cache, together, together / alone))
+        heads = heads_of_ranks(n_heads, n_kv_heads, n_ranks)
+        shard = shard_weights(*weights, n_heads, n_kv_heads, n_ranks)[0]
+        held = sum(len(row) for w in shard for row in w)
+        copies = sum(len(kv_heads) for _, kv_heads in heads) / n_kv_heads
+        rows.append(RanksRow(n_ranks, len(heads[0][0]), len(heads[0][1]), held,
+                             len(shard[1]) + len(shard[2]), copies))
     return rows
 
 
@@ -1702,38 +1709,34 @@ def show_parallel(trace: Trace, knobs: Namespace) -> None:
 
 def show_tensor_parallel(trace: Trace, knobs: Namespace) -> None:
     """Heads on several ranks."""
-    n_heads, n_kv_heads, n_ranks = knobs.n_heads, knobs.n_kv_heads, knobs.ranks
+    n_heads, n_kv_heads = knobs.n_heads, knobs.n_kv_heads
     head_dim = knobs.dim // n_heads
     rng = random.Random(knobs.seed)
     weights = [random_matrix(rng, rows, knobs.dim, 1 / math.sqrt(knobs.dim))
                for rows in (knobs.dim, n_kv_heads * head_dim, n_kv_heads * head_dim, knobs.dim)]
-    first_eight = " (the first 8 shown)" if n_ranks > 8 else ""
-    trace.say(f"Tensor parallelism (a rank is one of the cards): {plural(n_heads, 'query head')} "
-              f"and {plural(n_kv_heads, 'KV head')} on {plural(n_ranks, 'rank')}{first_eight}. "
-              "Each rank holds the weights of its heads and the keys and values of its KV heads, "
-              "and returns one term of the output; an all-reduce adds the terms up.")
-    trace.table(compare_ranks(weights, n_heads, n_kv_heads, n_ranks)[:8], {
-        "rank": "d", "query_heads": "", "kv_heads as KV heads": "", "weights as weights held": ",d",
-        "cache as cache for a token": ",d"})
-    rows = compare_rank_counts(weights, n_heads, n_kv_heads)
+    trace.say("Tensor parallelism: each rank (one of the cards) holds the weights of some heads, "
+              "and their keys and values. It returns one term of the output; an all-reduce adds "
+              f"the terms up. {plural(n_heads, 'query head')} and {plural(n_kv_heads, 'KV head')}; "
+              "what each rank holds, in numbers:")
+    rows = compare_ranks(weights, n_heads, n_kv_heads)
+    trace.ask(f"with {rows[-1].ranks} ranks, how many copies of each KV head are there?",
+              rows[-1].copies)
+    trace.table(rows, {"ranks": "d", "query_heads": "d", "kv_heads as KV heads": "d",
+                       "weights": ",d", "cache as cache for a token": "d bar 10",
+                       "copies": "{:.0f}×"})
     if n_kv_heads < n_heads:
         trace.say("With more ranks each keeps less of the cache, until there are more ranks than "
                   "KV heads. From there on the same KV head is kept on several.")
-    else:
-        trace.say("With more ranks each keeps less of the cache.")
-    trace.ask(f"with {rows[-1].ranks} ranks, how many copies of each key and value are there?",
-              rows[-1].copies)
-    trace.table(rows, {"ranks": "d", "each as cache for a token, each": "d bar 20",
-                       "together as all ranks": "d", "copies": "{:.0f}×"})
-
     x = embed(knobs.tokens, knobs.dim, knobs.seed)
-    parts = tensor_parallel_attention(x, *weights, n_heads, n_kv_heads, n_ranks)
-    trace.check_close("the sum of the ranks' outputs = all heads on one machine, densely",
-                      add_matrices(parts), dense_heads(x, *weights, n_heads, n_kv_heads), 1e-12)
-    trace.check("the heads go round up to one each, and no rank keeps less than one KV head",
+    parts = tensor_parallel_attention(x, *weights, n_heads, n_kv_heads, knobs.ranks)
+    trace.check_close(f"the sum of the outputs of {plural(knobs.ranks, 'rank')} = all heads on one "
+                      "machine, densely", add_matrices(parts),
+                      dense_heads(x, *weights, n_heads, n_kv_heads), 1e-12)
+    trace.check("at most one rank per query head; no rank keeps less than one KV head",
                 rows[-1].ranks == n_heads
-                and all(row.each == 2 * head_dim * max(1, n_kv_heads // row.ranks) for row in rows),
-                f"{rows[-1].ranks} ranks, {rows[-1].each} numbers")
+                and all(row.cache == 2 * head_dim * max(1, n_kv_heads // row.ranks)
+                        for row in rows),
+                f"{rows[-1].ranks} ranks, {rows[-1].cache} numbers")
 
 
 def show_pipeline(trace: Trace, knobs: Namespace) -> None:
@@ -2079,13 +2082,6 @@ def counted_dots() -> Iterator[Namespace]:
 def plural(count: int, noun: str, nouns: str = "") -> str:
     """Return a count with its noun: 1 head, 2 heads."""
     return f"{count} {noun}" if count == 1 else f"{count} {nouns or noun + 's'}"
-
-
-def span(prefix: str, indices: range) -> str:
-    """Return a run of heads in short: q0, or q0-3."""
-    if len(indices) == 1:
-        return f"{prefix}{indices[0]}"
-    return f"{prefix}{indices[0]}-{indices[-1]}"
 
 
 def signs(code: Vector) -> str:
