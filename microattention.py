@@ -597,9 +597,9 @@ def alibi_bias(n_q: int, n_k: int, slope: float) -> Matrix:
 # pays for up to 131,072 / (1,088 - 320) = 170 queries. So the absorbed form is used for few queries
 # on many cached tokens, as in decoding, and the plain form for a whole prompt at once.
 #
-# Left out: DeepSeek makes the queries from a latent of their own (1,536 numbers in V3, so that
-# W_Q is two smaller matrices there), which saves memory in training and none in the cache. It
-# also normalizes c before it is cached.
+# Left out: DeepSeek makes the queries, W_Q and W_QR alike, from a latent of their own (1,536
+# numbers in V3, by a matrix that all heads share). That saves memory in training and none in the
+# cache. It also normalizes c before it is cached.
 #
 # In production: vLLM's model_executor/layers/attention/mla_attention.py has both forms:
 # forward_mha() is the plain one, for prompts, forward_mqa() the absorbed one, for decoding.
@@ -920,7 +920,7 @@ def show_attention(trace: Trace, knobs: Namespace) -> None:
               "below is a token that looks, each column a token it may look at. All this is one "
               "head; it was built to look for its own word." + knobs.cut)
     trace.lines(heat_map(attention_weights(q, k)[:shown], labels=knobs.labels[:shown], cell=2))
-    trace.note(SHADES_LEGEND + limits_of_heads(knobs.tokens, knobs.dim))
+    trace.note(SHADES_LEGEND + limits_of_heads(x, knobs.tokens, len(k[0])))
 
     repeated = [i for i in range(shown) if knobs.tokens[i] in knobs.tokens[:i]]
     i = max(repeated, default=shown - 1)
@@ -939,8 +939,12 @@ def show_attention(trace: Trace, knobs: Namespace) -> None:
     trace.lines([f"out = {terms}" + (" + …" if len(rows) > 3 else ""),
                  f"    = ({', '.join(f'{y:z.2f}' for y in out[i][:8])}"
                  + (", …)" if len(out[i]) > 8 else ")")])
-    trace.check_close("attention() = softmax(QKᵀ/√d)V over the dense masked matrix", out,
-                      dense_attention(q, k, v, lambda i, j: j <= i), 1e-12)
+    dense = dense_attention(q, k, v, lambda i, j: j <= i)
+    trace.check_close("attention() = softmax(QKᵀ/√d)V over the dense masked matrix", out, dense,
+                      1e-12)
+    half = len(x) // 2
+    trace.check_close("the second half of the queries, with all keys so far, gets the same",
+                      attention(q[half:], k, v), dense[half:], 1e-12)
     show_scaling(trace, random.Random(knobs.seed))
 
 
@@ -987,10 +991,12 @@ def show_multi_head(trace: Trace, knobs: Namespace) -> None:
         labels = knobs.labels[:MAP_TOKENS] if h == 0 else ()
         maps.append(heat_map(weights[h][:MAP_TOKENS], labels, jobs[h]))
     trace.lines(side_by_side(maps))
-    errs = ""
-    if head_dim < knobs.dim // len(BLOCKS):
-        errs = f"; with {head_dim} channels a head reads its code in part only, and errs"
-    trace.note(SHADES_LEGEND + errs + limits_of_heads(knobs.tokens, knobs.dim))
+    limits = limits_of_heads(x, knobs.tokens, head_dim)
+    trace.note(SHADES_LEGEND + limits)
+    if not limits:
+        trace.check("every head looks where it was built to look",
+                    all(does_its_job(job, weights[h], knobs.tokens) for h, job in enumerate(jobs)),
+                    f"{len(x)} tokens")
     trace.check_close("all heads at once = each head alone and dense, through its columns of wo",
                       multi_head_attention(x, wq, wk, wv, wo, n_heads),
                       dense_heads(x, wq, wk, wv, wo, n_heads, n_heads), 1e-12)
@@ -1103,13 +1109,17 @@ def show_grouped(trace: Trace, knobs: Namespace) -> None:
     converted = compare_conversions(x, knobs.n_heads, knobs.n_kv_heads, random.Random(knobs.seed))
     trace.table(converted, {"heads_of_a_group": "", "averaged": ".1%",
                             "first_kept as first kept": ".1%"})
-    if all(row.averaged < row.first_kept for row in converted[1:]):
-        trace.say("Averaging costs less than keeping one head. Either costs much where the heads "
-                  "did different jobs; the training afterwards has to make up for that.")
-
+    limits = limits_of_heads(x, knobs.tokens, knobs.dim // knobs.n_heads)
+    if limits:
+        trace.note("where" + limits.removeprefix(";") + ", these figures are accidents")
+    identical, noisy, different = converted
+    if noisy.averaged < noisy.first_kept and 2 * noisy.averaged < different.averaged:
+        trace.say("Where the heads of a group are alike, averaging costs less than keeping one of "
+                  "them. Where they did different jobs either costs much, and the training "
+                  "afterwards has to make up for it.")
     trace.check("heads of 1 and 3 are averaged to 2, and identical heads do not move the output",
                 mean_pool_kv_heads([[1.0], [3.0]], 2, 1) == [[2.0]]
-                and converted[0].averaged < 1e-12, "relative error < 1e-12")
+                and identical.averaged < 1e-12, "relative error < 1e-12")
 
 
 # 4. Sliding windows and attention sinks
@@ -1135,6 +1145,7 @@ class MovedRow(NamedTuple):
     """How far a head's output moves when a window hides keys: |windowed - full| / |values|."""
 
     head_looks_for: str
+    full: float        # the output without a window, |full| / |values|
     window: float
     with_sinks: float  # the window, and the first tokens kept visible
 
@@ -1159,7 +1170,8 @@ def compare_outputs(x: Matrix, window: int, sinks: int, rng: random.Random) -> l
         cut = attention(q, k, values, window=window, sink_logit=sink_logit)
         kept = attention(q, k, values, window=window, sinks=sinks, sink_logit=sink_logit)
         scale = length_of(values) or 1.0  # a text of one token has no other value than 0
-        rows.append(MovedRow(name, distance(cut, full) / scale, distance(kept, full) / scale))
+        rows.append(MovedRow(name, length_of(full) / scale, distance(cut, full) / scale,
+                             distance(kept, full) / scale))
     return rows
 
 
@@ -1218,17 +1230,18 @@ def show_masks(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
     trace.lines(draw_masks(masks, min(len(knobs.tokens), MAP_TOKENS)))
     trace.say("The work, in multiplications counted while attention runs. Without a window it "
               f"grows with the square of the text. A window of {knobs.window} lets a query meet "
-              f"{plural(knobs.window, 'key')} at most.")
+              f"{plural(knobs.window, 'key')} at most, and the sinks.")
     work = compare_work((32, 64, 128), masks, 4, rng)
     trace.ask("twice the text is four times the work without a window. How many times is it with "
               f"a window of {knobs.window}, from 64 to 128 tokens?",
               work[2][window] / work[1][window])
     trace.table(work, {"tokens": "d", **dict.fromkeys(masks, ",d")})
     n = work[2]["tokens"]
-    pairs = [sum(min(i + 1, most) for i in range(n)) for most in (n, knobs.window)]
+    most_seen = dict(zip(masks, (n, knobs.window, knobs.window + knobs.sinks)))
+    pairs = {name: sum(min(i + 1, most) for i in range(n)) for name, most in most_seen.items()}
     trace.check("multiplications = pairs of a query and a key it sees × 2·d, with d = 4",
-                [work[2]["causal"], work[2][window]] == [8 * p for p in pairs],
-                f"{pairs[0]:,} and {pairs[1]:,} pairs")
+                all(work[2][name] == 8 * pairs[name] for name in masks),
+                ", ".join(f"{count:,}" for count in pairs.values()) + " pairs")
 
 
 def show_hidden(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
@@ -1252,10 +1265,10 @@ def show_hidden(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
     resting, learned = rows[3:]
     if knobs.sinks and knobs.window < len(x):
         trace.check("the resting head speaks only where its token is hidden",
-                    resting.window > 0.1 and resting.with_sinks < 1e-6,
+                    resting.window > 0.1 and max(resting.full, resting.with_sinks) < 1e-6,
                     f"moved by {resting.window:.2f}; with sinks by {resting.with_sinks:.2f}")
-    trace.check("a learned sink is silent with and without a window", learned.window < 0.01,
-                f"moved by {learned.window:.2f}")
+    trace.check("a head with a learned sink is silent with and without a window",
+                max(learned.full, learned.window) < 0.01, f"moved by {learned.window:.2f}")
 
 
 def show_reach(trace: Trace, window: int) -> None:
@@ -1378,10 +1391,10 @@ def show_positions(trace: Trace, knobs: Namespace) -> None:
 def show_stretched(trace: Trace) -> None:
     """What Llama 3.1's rule does to the angles."""
     rows = compare_stretched(head_dim=128, base=500_000.0, original_context=8192)
-    trace.say("Before it was trained on longer texts, up to 128K tokens, Llama 3.1 slowed down the "
-              "rotations that it had learned on 8,192. Its rule, at its own sizes (128 channels, "
-              "base 500,000), for some of the 64 pairs of channels. Tokens in a full turn, before "
-              "and after:")
+    trace.say("For texts longer than the 8,192 tokens that it first learned on, Llama 3.1 slows "
+              "down some rotations (and it was trained further on long texts). Its rule, at its "
+              "own sizes (128 channels, base 500,000), for some of the 64 pairs of channels. "
+              "Tokens in a full turn, before and after:")
     trace.table([rows[m] for m in (0, 16, 26, 29, 32, 35, 48, 63)],
                 {"pair": "d", "before": ",.0f", "turns as turns in 8,192 tokens": ",.3f",
                  "after": ",.0f", "slowed as slowed by": "{:.2f}×"})
@@ -1414,6 +1427,9 @@ def show_alibi(trace: Trace, n_heads: int) -> None:
     trace.lines(lines[:8])
     trace.note("darker: nearer to the row's largest weight"
                + (f"; the 8 steepest of {n_heads} slopes" if n_heads > 8 else ""))
+    trace.check("the bias is -slope × distance, the queries at the last positions",
+                alibi_bias(2, 4, 0.5) == [[-1.0, -0.5, 0.0, 0.5], [-1.5, -1.0, -0.5, 0.0]],
+                "2 queries, 4 keys")
     trace.check_close("each key's weight is e^slope times that of the key before it", weights,
                       by_hand, 1e-12)
     published = [2.0 ** -h for h in range(1, 9)]
@@ -1483,6 +1499,10 @@ def show_mla(trace: Trace, knobs: Namespace) -> None:
     expected = dense_mla(x, w)
     trace.check_close("plain form = DeepSeek-V2's equations, dense and without a cache",
                       mla_attention(x, c, k_rope, w), expected, 1e-12)
+    half = len(x) // 2
+    for name, form in (("plain", mla_attention), ("absorbed", mla_attention_absorbed)):
+        trace.check_close(f"{name} form, the second half of the text on the cache of all = the "
+                          "same", form(x[half:], c, k_rope, w), expected[half:], 1e-12)
     steps, c, k_rope = [], [], []
     for i in range(len(x)):
         new_c, new_k_rope = mla_compress(x[i:i + 1], w, start=i)
@@ -1510,11 +1530,11 @@ def show_latent(trace: Trace, w: MLAWeights, n_kv_heads: int) -> None:
         times = mha.numbers / mla.numbers
         saving = f"With {len(w.wq)} heads MHA keeps {times:.1f} times as much"
     big = REAL_MODELS[-1]
-    trace.say(f"MLA takes {mla.numbers / mqa.numbers:.2f} KV heads' worth, however many heads "
-              f"there are. {saving}; with the {big.n_heads} heads of {big.name}, "
+    trace.say(f"MLA takes {mla.numbers / mqa.numbers:.2f} KV heads' worth, and more heads of this "
+              f"size would change nothing. {saving}; with the {big.n_heads} heads of {big.name}, "
               f"{2 * big.n_heads * big.head_dim / (big.d_c + big.d_rope):.0f} times. GQA with 2 KV "
-              "heads keeps a little less, but all its query heads share those 2, where every head "
-              "of MLA has keys and values of its own.")
+              "heads keeps less, but all its query heads share those 2, where every head of MLA "
+              "has keys and values of its own.")
 
 
 def show_forms(trace: Trace, w: MLAWeights, rng: random.Random) -> None:
@@ -1605,8 +1625,8 @@ def show_bill(trace: Trace, knobs: Namespace) -> None:
     trace.say("An often quoted formula multiplies by the width of the model where n_kv_heads · "
               "head_dim belongs, and forgets windows and latents. For models that can read 32K "
               "tokens, after so many: the formula's bytes over the true ones; the work of one more "
-              "token in QKᵀ and weights·V (2 FLOPs a multiplication); and that work for each byte "
-              "of cache.")
+              "token in QKᵀ and weights·V (2 FLOPs a multiplication; MLA absorbed); and that work "
+              "for each byte of cache.")
     rows = decode_work(REAL_MODELS, 32768)
     llama = next(row for row in rows if row.model == "Llama 3.1 8B")
     trace.ask("Llama 3.1 8B has 32 query heads and 8 KV heads. How many times too much does the "
@@ -1736,7 +1756,7 @@ def show_tensor_parallel(trace: Trace, knobs: Namespace) -> None:
                 rows[-1].ranks == n_heads
                 and all(row.cache == 2 * head_dim * max(1, n_kv_heads // row.ranks)
                         for row in rows),
-                f"{rows[-1].ranks} ranks, {rows[-1].cache} numbers")
+                f"{plural(rows[-1].ranks, 'rank')}, {rows[-1].cache} numbers")
 
 
 def show_pipeline(trace: Trace, knobs: Namespace) -> None:
@@ -1792,7 +1812,8 @@ def show_pipeline(trace: Trace, knobs: Namespace) -> None:
 #     before   the position one earlier, told the same way
 #     first    1 at position 0, and -1 elsewhere
 #
-# A head's query reads one block and its key another. Its score is SHARPNESS where the two agree.
+# A head's query reads one block and its key another. Its score is SHARPNESS where the two agree
+# (if a block has an even number of channels).
 
 BLOCKS = ["word", "here", "before", "first"]
 JOBS = {  # what a head looks for: (block that q reads, block that k reads, sign)
@@ -1827,7 +1848,7 @@ def word_codes(words: Sequence[str], size: int, rng: random.Random) -> dict[str,
 
 
 def clocks(position: int, size: int) -> Vector:
-    """Return `size` channels that tell the position; √2 makes their mean square 1."""
+    """Return `size` channels that tell the position, their mean square 1 if size is even."""
     hands = []
     for c in range(ceil_div(size, 2)):
         angle = position * math.pi / 2 ** (c + 1)
@@ -1844,8 +1865,8 @@ def build_heads(
 ) -> tuple[Matrix, Matrix, Matrix, Matrix]:
     """Return wq, wk, wv and wo with one head per job of JOBS, for the channels of embed().
 
-    Values are channels of the word's code. noise: the length of a random vector that is added to
-    each row of wk and wv, which have length 1.
+    A head hands over the block that its key reads. noise: the length of a random vector that is
+    added to each row of wk and wv, which have length 1.
     """
     size = dim // len(BLOCKS)
     gain = SHARPNESS / math.sqrt(head_dim)
@@ -1854,7 +1875,7 @@ def build_heads(
         q_block, k_block, sign = JOBS[job]
         wq += read_block(q_block, gain * sign, head_dim, size)
         wk += read_block(k_block, 1.0, head_dim, size)
-        wv += read_block("word", 1.0, head_dim, size)
+        wv += read_block(k_block, 1.0, head_dim, size)
     if noise:
         for w in (wk, wv):
             for row in w:
@@ -1877,15 +1898,34 @@ def read_block(block: str | None, gain: float, head_dim: int, size: int) -> Matr
     return rows
 
 
-def limits_of_heads(tokens: Sequence[str], dim: int) -> str:
-    """Return what heads of this size cannot tell apart in this text, as a note, or nothing."""
-    size = dim // len(BLOCKS)
-    codes = {tuple(row[:size]) for row in embed(tokens, dim, 0)}
+def limits_of_heads(x: Matrix, tokens: Sequence[str], head_dim: int) -> str:
+    """Return what heads cannot tell apart in embeddings x of these tokens, as a note, or ""."""
+    size = len(x[0]) // len(BLOCKS)
+    if head_dim < size:
+        return f"; a head reads {head_dim} of the {size} channels of its code only, and errs"
+    codes = {tuple(row[:size]) for row in x}
     if len(codes) < len(set(tokens)):
         return f"; in {size} channels some words have the same code"
     if len(tokens) > 2 ** (ceil_div(size, 2) + 1):
         return f"; in {size} channels positions far apart look alike"
     return ""
+
+
+def does_its_job(job: str, weights: Matrix, tokens: Sequence[str]) -> bool:
+    """Return whether the largest weight of every token is where a head with this job looks."""
+    for i, row in enumerate(weights):
+        largest = [j for j, weight in enumerate(row) if weight > max(row) - 1e-9]
+        if job == "same word":
+            expected = [j for j in range(i + 1) if tokens[j] == tokens[i]]
+        elif job == "one back":
+            expected = [max(i - 1, 0)]
+        elif job == "first token":
+            expected = [0]
+        else:
+            expected = list(range(i + 1))
+        if largest != expected:
+            return False
+    return True
 
 
 def job_of(h: int) -> str:
@@ -2057,8 +2097,9 @@ def length_of(m: Matrix) -> float:
 
 
 def distance(a: Matrix, b: Matrix) -> float:
-    """Return |a - b|."""
-    return length_of([[x - y for x, y in zip(p, r)] for p, r in zip(a, b)])
+    """Return |a - b|. ValueError if the shapes differ."""
+    return length_of([[x - y for x, y in zip(p, r, strict=True)]
+                      for p, r in zip(a, b, strict=True)])
 
 
 @contextmanager
