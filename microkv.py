@@ -1,29 +1,57 @@
 #!/usr/bin/env python3
 """Why generation is memory-bound, and how serving engines live with it.
 
-A language model writes one token at a time, and every token looks back at all those before it. Keeping their
-keys and values, the KV cache, saves nearly all of the work; then the cache itself becomes the problem: it grows
-with every token, it must be read for every token, and it decides how many people one card can serve. This
-script trains a tiny Llama before your eyes and does with it what vLLM does with a large one: pages the cache,
-shares blocks, batches continuously, splits long prompts, and survives running out of memory. Everything
-that is claimed is run through the model, and every request's tokens must stay those it would get alone.
+A language model writes one token at a time, and every token looks back at all tokens before it.
+Keeping their keys and values, the KV cache, saves nearly all of the work. Then the cache itself
+becomes the problem: it grows with every token, it is read for every token, and its size decides
+how many people one card can serve.
 
-Run it (`python microkv.py`), read the trace, then read on from here in order: every section of the trace is a
-section of this file. The model and its training come last; the chapter is about the cache.
+Run it (`python microkv.py`): it trains a tiny Llama in seconds and does with it what vLLM does with
+a large one. It pages the cache, shares blocks, batches continuously, cuts up long prompts, and
+survives running out of memory. Every schedule is run through the model, and every request must get
+the tokens that it gets alone. Three things are not run: the tables of real models and all
+milliseconds are computed from data sheets (step_seconds), and sections 8 and 11 schedule for real
+but with a stand-in for the model.
+
+How to read it:
+  The core is sections 1 to 7, on the floor THE TECHNIQUES: about 60 minutes, from top to bottom.
+  Sections 8 to 12 can wait (20 minutes more).
+  THE EXPERIMENTS shows how each number of the trace was made. Read there what you want to check.
+  THE MODEL AND THE BENCH and SHARED BY THE FIVE can be skipped; the words below say what you need.
 
 The papers:
-  Williams et al., Roofline: An Insightful Visual Performance Model, CACM 2009            section 2
+  Williams et al., Roofline: An Insightful Visual Performance Model, CACM 2009     section 2
   Kwon et al., Efficient Memory Management for Large Language Model Serving with
-    PagedAttention, 2023, arXiv:2309.06180 (vLLM)                                         sections 4, 5, 9
-  Yu et al., Orca: A Distributed Serving System for Transformer-Based Generative
-    Models, OSDI 2022                                                                     section 7
-  Agrawal et al., SARATHI: Efficient LLM Inference by Piggybacking Decodes with Chunked
-    Prefills, 2023, arXiv:2308.16369; Sarathi-Serve, 2024, arXiv:2403.02310               section 8
-  Patel et al., Splitwise: Efficient Generative LLM Inference Using Phase Splitting, 2023,
-    arXiv:2311.18677                                                                      section 10
-  Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, 2024,
-    arXiv:2402.02750                                                                      section 11
+    PagedAttention (vLLM), 2023, arXiv:2309.06180                                  sections 3, 4, 8, 9
+  Zheng et al., SGLang: Efficient Execution of Structured Language Model
+    Programs, 2024, arXiv:2312.07104                                               section 5
+  Yu et al., Orca: A Distributed Serving System for Transformer-Based
+    Generative Models, OSDI 2022                                                   section 6
+  Agrawal et al., Taming Throughput-Latency Tradeoff in LLM Inference with
+    Sarathi-Serve, 2024, arXiv:2403.02310                                          section 7
+  Patel et al., Splitwise: Efficient Generative LLM Inference Using Phase
+    Splitting, 2023, arXiv:2311.18677                                              section 10
+  Zhong et al., DistServe: Disaggregating Prefill and Decoding for
+    Goodput-optimized LLM Serving, 2024, arXiv:2401.09670                          sections 10, 11
+  Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache,
+    2024, arXiv:2402.02750                                                         section 12
 """
+
+# The words that are used before a section explains them:
+#
+#   token      a piece of text, here a word; models read and write token numbers
+#   logits     the model's score for every token that could come next; greedy: take the largest
+#   key, value the two vectors that attention keeps of a token, in every layer and KV head. A later
+#              token compares its query with all keys before it, and adds up the values by likeness.
+#   prefill    running the prompt through the model, all of its tokens at once
+#   decode     the steps after that, each of which runs one token and yields the next
+#   step       one pass through the model, for one request or for a batch of them
+#   FLOP       one addition or multiplication; HBM: the card's memory, from which weights are read
+#   KV heads   several query heads may share one key and value head (grouped-query attention)
+#
+# Llama.forward(tokens, cache) runs tokens that come after those in the cache and returns their
+# logits. In each layer one line uses the cache:    k, v = cache.update(layer, k, v)
+# It stores the new keys and values, and returns those of all tokens so far for attention to read.
 
 from __future__ import annotations
 
@@ -45,7 +73,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import NamedTuple
 
 if sys.version_info < (3, 11):
@@ -55,10 +83,10 @@ Vector = list[float]
 Matrix = list[Vector]  # row-major: m[row][column]
 
 PROMPT = "This is the"
-MAX_NEW_TOKENS = 24          # tokens to generate in sections 1, 4 and 5
+MAX_NEW_TOKENS = 24          # tokens to generate in sections 1, 3 and 4
 BLOCK_SIZE = 4               # tokens a block holds (vLLM: 16)
 MAX_NUM_SEQS = 4             # requests that may run at the same time
-MAX_NUM_BATCHED_TOKENS = 24  # tokens a step may compute where prompts are cut up, section 8
+MAX_NUM_BATCHED_TOKENS = 38  # tokens a step may run where prompts are cut up: the ridge, section 7
 VOCAB_SIZE = 160             # every word of TEXT is then one token
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32)
 TRAINING = dict(steps=54, length=26)  # length: tokens a step
@@ -68,20 +96,27 @@ TRAINING = dict(steps=54, length=26)  # length: tokens a step
 # THE TECHNIQUES
 # =============================================================================================
 
-
 # 1. Generation without a cache, and with one
 #
-# To predict the next token, the model needs the keys and values of all tokens before it. Without a cache it
-# computes them all again at every step: step t runs t tokens through every matrix. But the key and value of a
-# token depend on nothing that comes later, so they never change. Keep them, and a step runs one token:
+# To predict the next token, the model needs the keys and values of all tokens before it. Without a
+# cache it computes them all again at every step. But the key and value of a token depend on nothing
+# that comes later, so they never change. Keep them, and a step runs only the newest token.
 #
-#     without: n steps from nothing cost 1 + 2 + … + n = n(n + 1)/2 tokens        with: n tokens
+# A prompt of p tokens and n new ones put through the model
 #
-# The cache changes what is computed again, not what is computed: same tokens, same logits.
+#     without a cache:   p + (p + 1) + … + (p + n - 1)   tokens
+#     with one:          p + 1 + 1 + … + 1  =  p + n - 1  tokens
+#
+# For p = 3 and n = 4 these are 3 + 4 + 5 + 6 = 18 and 3 + 1 + 1 + 1 = 6. The results are the same.
+#
+# In production: DynamicCache in transformers (src/transformers/cache_utils.py) is this list that
+# grows. Engines page it instead (section 3).
+#
+# Measured by show_cache().
 
 
 class KVCache:
-    """The keys and values of all tokens so far: a list of each per layer, which grows."""
+    """The keys and values of all tokens so far: two lists per layer that grow by a row per token."""
 
     def __init__(self, config: Config):
         self.keys: list[Matrix] = [[] for _ in range(config.n_layers)]
@@ -89,148 +124,224 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens in it."""
-        return len(self.keys[-1])  # the last layer is the last to be written
+        """Tokens in the cache."""
+        return len(self.keys[-1])  # the last layer is written last
 
     def update(self, layer: int, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
-        """Add the new tokens' k and v [n][n_kv_heads·head_dim] of a layer; the keys and values of all tokens."""
+        """Add k and v of the new tokens in one layer, and return those of all tokens.
+
+        k and v: [new tokens][n_kv_heads·head_dim].
+        """
         self.keys[layer] += k
         self.values[layer] += v
         return self.keys[layer], self.values[layer]
 
 
 def generate(model: Llama, prompt: Sequence[int], max_new_tokens: int, cache=None) -> list[int]:
-    """The new tokens, each the likeliest next one (greedy). With a cache: prefill what it lacks, then one a step.
+    """Return max_new_tokens new tokens, each the likeliest next one (greedy).
 
-    ValueError for an empty prompt, a negative max_new_tokens, or a cache that holds the whole prompt already.
+    With a cache, the first step runs what the cache lacks of the prompt (prefill), and each later
+    one a single token (decode).
     """
-    if not prompt or max_new_tokens < 0:
-        raise ValueError(f"prompt must have a token and max_new_tokens be at least 0, not {len(prompt)} tokens "
-                         f"and {max_new_tokens}")
-    if cache is not None and cache.length >= len(prompt):
-        raise ValueError(f"cache must hold less than the prompt, whose last token is needed for its logits; it holds "
-                         f"{cache.length} of {len(prompt)} tokens")
+    check_prompt(prompt, max_new_tokens, cache)
     tokens = list(prompt)
     for _ in range(max_new_tokens):
-        tokens.append(argmax(model.forward(tokens[0 if cache is None else cache.length:], cache)[-1]))
+        n_known = cache.length if cache is not None else 0
+        logits = model.forward(tokens[n_known:], cache)
+        tokens.append(argmax(logits[-1]))
     return tokens[len(prompt):]
 
 
 def argmax(logits: Vector) -> int:
-    """The first index of the largest."""
+    """Return the first index of the largest number."""
     return logits.index(max(logits))
+
+
+def check_prompt(prompt: Sequence[int], max_new_tokens: int, cache=None) -> None:
+    """Raise ValueError if generate() could not work with these."""
+    if not prompt or max_new_tokens < 0:
+        raise ValueError(f"prompt must have a token and max_new_tokens be at least 0, not "
+                         f"{len(prompt)} tokens and {max_new_tokens}")
+    if cache is not None and cache.length >= len(prompt):
+        raise ValueError(f"cache must hold less than the prompt, whose last token is run for its "
+                         f"logits; it holds {cache.length} of {len(prompt)} tokens")
 
 
 # 2. Prefill and decode are different machines
 #
-# A step must read all the weights, and the cache, from memory, whatever it does with them. Divide its work by that:
+# A step reads from the card's memory every weight that it uses, and the cached keys and values of
+# its requests. It does so once, whether it runs one token or a thousand. So a step has two times:
 #
-#     arithmetic intensity = FLOPs / bytes moved            ridge = peak FLOP/s / bandwidth of the card
+#     arithmetic = 2 · weights · tokens / FLOPs per second         a multiplication and an addition
+#     reading    = (bytes of weights + bytes of caches) / bytes per second
 #
-# Below the ridge the card waits for memory, above it for arithmetic (Williams et al. 2009, the roofline model).
-# Prefill uses every weight once per token of the prompt, decode once: about one FLOP per byte at 16 bits, where
-# the cards want hundreds. Batching lets many requests share one reading of the weights. It does not let them
-# share one reading of their caches, as each has its own: that is why the cache's size decides.
+# Both go on at once, so the step takes the longer of the two. The ridge of a card is the number of
+# FLOPs that it can do in the time in which it reads one byte (Williams et al. 2009):
+#
+#     ridge = FLOPs per second / bytes per second                  A100: 312e12 / 2039e9 = 153
+#
+# A weight of 2 bytes makes 2 FLOPs for each token. A step of 1 token makes 1 FLOP per byte, a step
+# of 153 tokens makes 153 of them. Below the ridge the step waits for memory, and more tokens in it
+# cost no time. That is the difference: a prefill of a few hundred tokens is bound by arithmetic, and
+# a decode step, one token per request, is bound by memory. So requests should share decode steps,
+# as they then share one reading of the weights. They do not share their caches:
+#
+#     bytes per token = 2 · n_layers · n_kv_heads · head_dim · bytes per value      (key and value)
+#
+# With c tokens cached for each of b requests, arithmetic catches up with reading where
+#
+#     b · 2 · weights / FLOPs per second  =  (bytes of weights + b · c · bytes per token) / bandwidth
+#     b = (bytes of weights / bandwidth)  /  (2 · weights / FLOPs per second - c · bytes per token / bandwidth)
+#
+# and never, if one more request costs more reading than arithmetic. Long before that, memory is full
+# of caches. The next sections are about that memory.
+#
+# What is counted, here and in the trace: every weight that the step's operations use. All matrices
+# and gains are, but only a few rows of the embedding table. Its bytes count where memory is filled,
+# and not where it is read. Activations, attention's own FLOPs and all overhead are left out.
+#
+# In production: vLLM measures at its start what weights and activations take, and makes the rest of
+# its share of the card (gpu_memory_utilization, 0.92) into cache blocks: determine_available_memory
+# in vllm/v1/worker/gpu_worker.py.
+#
+# Measured by show_intensity().
 
 
-@dataclass(frozen=True)
-class Card:
-    """A GPU by its data sheet: dense 16-bit FLOP/s, its HBM in bytes/s and bytes, its SMs and their shared memory."""
+class Gpu(NamedTuple):
+    """A card by its data sheet; flops are those of dense 16-bit matrix products."""
+
     name: str
-    flops: float
+    flops: float            # per second
     hbm_bytes_per_s: float
     hbm_bytes: float
-    n_sms: int
-    sram_kb: int  # of one SM
     source: str
 
     @property
     def ridge(self) -> float:
-        """FLOPs it can do in the time it takes to read a byte."""
+        """FLOPs that the card can do in the time in which it reads a byte."""
         return self.flops / self.hbm_bytes_per_s
 
 
-A100 = Card("A100 80GB SXM", 312e12, 2039e9, 80e9, 108, 164, "NVIDIA A100 data sheet; Ampere tuning guide")
-H100 = Card("H100 80GB SXM", 989.4e12, 3350e9, 80e9, 132, 228, "NVIDIA Hopper white paper; Hopper tuning guide")
+class ServedModel(NamedTuple):
+    """A published model with weights and cache of 16 bits, as far as serving it goes."""
 
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A published configuration (16-bit weights and cache), as far as serving goes."""
     name: str
-    parameters: float
+    parameters: float  # with the embedding table
+    vocab_size: int
+    dim: int
     n_layers: int
     n_kv_heads: int
     head_dim: int
     source: str
 
     @property
+    def used_weights(self) -> float:
+        """Weights that a step reads and multiplies by: all but the embedding table."""
+        return self.parameters - self.vocab_size * self.dim
+
+    @property
     def kv_bytes(self) -> float:
-        """Bytes of cache a token takes."""
+        """Bytes of cache for one token."""
         return kv_bytes_per_token(self.n_layers, self.n_kv_heads, self.head_dim)
 
 
-SERVED_MODELS = [
-    ServedModel("Llama 2 7B", 6.74e9, 32, 32, 128, "Touvron et al. 2023, arXiv:2307.09288; model card"),
-    ServedModel("Mistral 7B", 7.24e9, 32, 8, 128, "Jiang et al. 2023, arXiv:2310.06825; model card"),
-    ServedModel("Llama 3.1 8B", 8.03e9, 32, 8, 128, "Llama team 2024, arXiv:2407.21783; model card"),
-    ServedModel("Llama 2 13B", 13.02e9, 40, 40, 128, "Touvron et al. 2023, arXiv:2307.09288; model card"),
-    ServedModel("Llama 3.1 70B", 70.6e9, 80, 8, 128, "Llama team 2024, arXiv:2407.21783; model card")]
-LLAMA_8B = SERVED_MODELS[2]
-
-
-def step_seconds(card: Card, model: ServedModel, new_tokens: float, cached_tokens: float,
-                 weight_bytes: float = 2) -> tuple[float, float]:
-    """(seconds of arithmetic, seconds of reading) of a step that runs new_tokens; cached_tokens are read.
-
-    Arithmetic: 2 FLOPs a parameter and token (attention itself, small at these lengths, is left out). Reading:
-    the weights once, whatever the batch, and the caches of all requests in it. The step takes the longer one.
-    """
-    return (2 * model.parameters * new_tokens / card.flops,
-            (model.parameters * weight_bytes + cached_tokens * model.kv_bytes) / card.hbm_bytes_per_s)
-
-
-def kv_bytes_per_token(n_layers: int, n_kv_heads: int, head_dim: int, bytes_per_value: float = 2) -> float:
-    """Bytes that one token adds to the KV cache of MHA, GQA or MQA: a key and a value per layer and KV head."""
+def kv_bytes_per_token(
+    n_layers: int, n_kv_heads: int, head_dim: int, bytes_per_value: float = 2
+) -> float:
+    """Return the bytes that one token adds to the KV cache of MHA, GQA or MQA."""
     return 2 * n_layers * n_kv_heads * head_dim * bytes_per_value
 
 
-# 3. The cache's size
-#
-#     2 · n_layers · n_kv_heads · head_dim · bytes per value, for every token of every request
-#
-# The weights are paid once; this is paid for each user, and grows with every word.
+class StepTime(NamedTuple):
+    """The two times of a step, in seconds."""
+
+    arithmetic: float
+    reading: float
+
+    @property
+    def seconds(self) -> float:
+        """The time that the step takes: the longer one."""
+        return max(self.arithmetic, self.reading)
 
 
-# 4. Paged attention
+def step_seconds(
+    gpu: Gpu, model: ServedModel, new_tokens: float, cached_tokens: float, weight_bytes: float = 2
+) -> StepTime:
+    """Return the times of a step that runs new_tokens while reading cached_tokens, by all requests.
+
+    weight_bytes: the bytes of one weight, 0.5 for 4 bits.
+    """
+    flops = 2 * model.used_weights * new_tokens
+    bytes_read = model.used_weights * weight_bytes + cached_tokens * model.kv_bytes
+    return StepTime(flops / gpu.flops, bytes_read / gpu.hbm_bytes_per_s)
+
+
+def batch_at_ridge(gpu: Gpu, model: ServedModel, cached_tokens: float) -> int | None:
+    """Return the smallest decode batch that arithmetic takes longest for; None if no batch is.
+
+    cached_tokens: of each request.
+    """
+    weights = step_seconds(gpu, model, 0, 0).reading
+    one_request = step_seconds(gpu, model, 1, cached_tokens)
+    more_arithmetic = one_request.arithmetic
+    more_reading = one_request.reading - weights
+    if more_arithmetic <= more_reading:
+        return None
+    return math.ceil(weights / (more_arithmetic - more_reading))
+
+
+def requests_that_fit(
+    gpu: Gpu, model: ServedModel, tokens_each: int, memory_share: float = 0.9
+) -> int:
+    """Return how many caches of tokens_each tokens fit beside the weights in a share of the memory."""
+    left = gpu.hbm_bytes * memory_share - 2 * model.parameters
+    return max(0, math.floor(left / (tokens_each * model.kv_bytes)))
+
+
+# 3. Paged attention
 #
-# A request's final length is unknown. Reserve the longest possible as one piece, and most of it stays empty.
-# PagedAttention (Kwon et al. 2023) does what operating systems do: memory is cut into blocks of block_size
-# tokens; a request's block table says in which physical block each of its logical blocks lies; blocks are handed
-# out one at a time, as the text grows, from anywhere in the pool. Token p of a request lies in
+# An engine does not know how long an answer will get. If it reserves the longest that is allowed, in
+# one piece, most of that memory stays empty. PagedAttention (Kwon et al. 2023) does what operating
+# systems do. The memory is a pool of blocks, each with slots for block_size tokens. A request takes
+# blocks one at a time, as its text grows, from anywhere in the pool. Its block table lists them in
+# the order of the text, and tells where a token is:
 #
-#     slot = block_table[p // block_size] · block_size + p % block_size
+#     slot = block_table[position // block_size] · block_size + position % block_size
 #
-# so at most block_size - 1 slots of a request are ever idle. The model reads its keys and values through the
-# table. (vLLM's kernel walks the table block by block on the GPU; here the rows are looked up one by one.)
+# Blocks of 4, and a request with the block table 7 2 5. Its token 6 is in the second block of the
+# text (6 // 4 = 1), which is block 2 of the pool, at offset 6 % 4 = 2: slot 2 · 4 + 2 = 10.
+#
+#     pool     … | block 2: tokens 4 5 6 7 | … | block 5: 8 9 _ _ | … | block 7: 0 1 2 3 | …
+#
+# Only the last block of a request can have empty slots, so at most block_size - 1 are wasted.
+#
+# In production: vllm/v1/core/block_pool.py (BlockPool) and kv_cache_manager.py keep the blocks. The
+# attention kernels walk the table block by block on the GPU; here the rows are looked up one by one.
+#
+# Measured by show_paging().
 
 
 class BlockPool:
-    """num_blocks physical blocks of block_size slots; a slot holds one token's keys and values of every layer.
+    """num_blocks blocks of block_size slots; a slot holds one token's keys and values, all layers.
 
-    A block is free when nobody refers to it (ref_count 0). Free blocks are handed out least recently used
-    first, and keep what is in them until then: section 6 finds it again by its hash.
+    A block is free when no block table lists it (its ref_count is 0). Free blocks keep their content
+    until they are handed out again, the longest unused first: section 5 finds it by its hash.
     """
 
     def __init__(self, num_blocks: int, block_size: int):
         if num_blocks < 1 or block_size < 1:
-            raise ValueError(f"num_blocks and block_size must be at least 1, not {num_blocks} and {block_size}")
-        self.num_blocks, self.block_size = num_blocks, block_size
+            raise ValueError(f"num_blocks and block_size must be at least 1, not {num_blocks} and "
+                             f"{block_size}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
         self.ref_count = [0] * num_blocks
-        self.free_blocks = OrderedDict.fromkeys(range(num_blocks))  # an ordered set, oldest first
-        self.slots: list[dict[int, tuple[Vector, Vector]]] = [{} for _ in range(num_blocks * block_size)]  # layer: k, v
-        self.block_of: dict[str, int] = {}   # hash -> block with that content (section 6)
-        self.hash_of: dict[int, str] = {}    # and back
+        self.free_blocks = OrderedDict.fromkeys(range(num_blocks))  # in the order of handing out
+        # slots[slot][layer] = (key, value)
+        self.slots: list[dict[int, tuple[Vector, Vector]]] = []
+        for _ in range(num_blocks * block_size):
+            self.slots.append({})
+        self.block_of: dict[str, int] = {}  # hash -> the block that has this content (section 5)
+        self.hash_of: dict[int, str] = {}   # and back
 
     @property
     def num_free_blocks(self) -> int:
@@ -238,22 +349,29 @@ class BlockPool:
         return len(self.free_blocks)
 
     def allocate(self) -> int:
-        """A free block, now with one reference; nobody finds what it held any more. ValueError if none is free."""
+        """Return a free block, which now has one reference and no hash.
+
+        ValueError if none is free.
+        """
         if not self.free_blocks:
-            raise ValueError(f"all {self.num_blocks} blocks are in use; free some, or make num_blocks larger")
+            raise ValueError(f"all {self.num_blocks} blocks are in use; free some, or make "
+                             f"num_blocks larger")
         block, _ = self.free_blocks.popitem(last=False)
-        if (old := self.hash_of.pop(block, None)) is not None:
-            del self.block_of[old]  # evicted from the prefix cache
+        if block in self.hash_of:  # its content will be overwritten: nobody may find it any more
+            del self.block_of[self.hash_of.pop(block)]
         self.ref_count[block] = 1
         return block
 
     def share(self, block: int) -> None:
-        """One more reference; a free block that still holds what is wanted comes back into use."""
+        """Add a reference to a block, which may be a free one whose content is wanted again."""
         self.free_blocks.pop(block, None)
         self.ref_count[block] += 1
 
     def free(self, block: int) -> None:
-        """One reference less; at none the block is free, last in line to be handed out. ValueError if it was free."""
+        """Take a reference off a block. Without any it is free, and the last to be handed out.
+
+        ValueError if it was free already.
+        """
         if self.ref_count[block] < 1:
             raise ValueError(f"block {block} is free already")
         self.ref_count[block] -= 1
@@ -262,213 +380,241 @@ class BlockPool:
 
 
 class PagedKVCache:
-    """One request's cache: a block table into a pool. Serves Llama.forward as KVCache does."""
+    """The cache of one request: a block table into a pool. Llama.forward uses it like a KVCache."""
 
     def __init__(self, pool: BlockPool, config: Config):
-        self.pool, self.config, self.length = pool, config, 0
+        self.pool = pool
+        self.config = config
+        self.length = 0                    # tokens in it
         self.block_table: list[int] = []
+        self.hashes: list[str] = []        # of its full blocks, as far as they are known (section 5)
 
     def slot(self, position: int) -> int:
-        """The physical slot of a position."""
+        """Return the slot in the pool of the token at this position of the text."""
         block, offset = divmod(position, self.pool.block_size)
         return self.block_table[block] * self.pool.block_size + offset
 
     def blocks_needed(self, n_new: int) -> int:
-        """How many blocks reserve(n_new) would take from the pool."""
-        total = -(-(self.length + n_new) // self.pool.block_size)
-        return total - len(self.block_table) + (n_new > 0 and self.last_is_shared())
+        """Return how many blocks reserve(n_new) would take from the pool."""
+        total = ceil_div(self.length + n_new, self.pool.block_size)
+        more = max(0, total - len(self.block_table))
+        if n_new > 0 and self.writes_to_shared_block():
+            more += 1  # for the copy
+        return more
 
-    def last_is_shared(self) -> bool:
-        """Is the next token to be written into a block that others refer to as well?"""
+    def writes_to_shared_block(self) -> bool:
+        """Return whether the next token's slot is in a block that others refer to as well."""
         block = self.length // self.pool.block_size
-        return block < len(self.block_table) and self.pool.ref_count[self.block_table[block]] > 1
+        if block >= len(self.block_table):
+            return False
+        return self.pool.ref_count[self.block_table[block]] > 1
 
     def reserve(self, n_new: int) -> None:
-        """Make room for n_new tokens. ValueError, and nothing changed, if the pool has not enough free blocks."""
-        if self.blocks_needed(n_new) > self.pool.num_free_blocks:
-            raise ValueError(f"{n_new} tokens need {self.blocks_needed(n_new)} more blocks, and "
+        """Make room for n_new tokens.
+
+        ValueError, and nothing is changed, if the pool has too few free blocks.
+        """
+        needed = self.blocks_needed(n_new)
+        if needed > self.pool.num_free_blocks:
+            raise ValueError(f"{n_new} tokens need {needed} more blocks, and "
                              f"{self.pool.num_free_blocks} are free; make num_blocks larger")
-        if n_new and self.last_is_shared():  # copy on write (section 5)
-            size, (logical, filled) = self.pool.block_size, divmod(self.length, self.pool.block_size)
-            shared, own = self.block_table[logical], self.pool.allocate()
-            for i in range(filled):
-                self.pool.slots[own * size + i] = dict(self.pool.slots[shared * size + i])
-            self.block_table[logical] = own
-            self.pool.free(shared)
+        if n_new > 0 and self.writes_to_shared_block():
+            self.copy_last_block()
         while len(self.block_table) * self.pool.block_size < self.length + n_new:
             self.block_table.append(self.pool.allocate())
 
     def update(self, layer: int, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
-        """Write the new tokens' k and v of a layer into their slots; the keys and values of all, read by the table.
+        """Write k and v of the new tokens into their slots; return those of all tokens, in order.
 
         Reserves what is missing. The tokens count in length once the last layer has them.
         """
         self.reserve(len(k))
-        for position, row in enumerate(zip(k, v), self.length):
-            self.pool.slots[self.slot(position)][layer] = row
-        rows = [self.pool.slots[self.slot(position)][layer] for position in range(self.length + len(k))]
+        slots = self.pool.slots
+        for i in range(len(k)):
+            slots[self.slot(self.length + i)][layer] = (k[i], v[i])
+        keys = []
+        values = []
+        for position in range(self.length + len(k)):
+            key, value = slots[self.slot(position)][layer]
+            keys.append(key)
+            values.append(value)
         if layer == self.config.n_layers - 1:
             self.length += len(k)
-        return [key for key, _ in rows], [value for _, value in rows]
+        return keys, values
+
+    def free(self) -> None:
+        """Give all blocks back. The end of the text goes first: its beginning is wanted more often."""
+        for block in reversed(self.block_table):
+            self.pool.free(block)
+        self.block_table = []
+        self.hashes = []
+        self.length = 0
+
+    # 4. Sharing: the next section
 
     def fork(self) -> PagedKVCache:
-        """A second cache with the same content, in the same blocks: no copy, one more reference each (section 5)."""
+        """Return a second cache with the same content in the same blocks. Nothing is copied."""
         twin = PagedKVCache(self.pool, self.config)
-        filled = -(-self.length // self.pool.block_size)  # blocks only reserved so far stay ours alone
-        twin.block_table, twin.length = self.block_table[:filled], self.length
+        twin.length = self.length
+        filled = ceil_div(self.length, self.pool.block_size)  # what is only reserved is not shared
+        twin.block_table = self.block_table[:filled]
+        twin.hashes = list(self.hashes)
         for block in twin.block_table:
             self.pool.share(block)
         return twin
 
-    def free(self) -> None:
-        """Give all blocks back, the last first: the beginning of a text is the likeliest to be wanted again."""
-        for block in reversed(self.block_table):
-            self.pool.free(block)
-        self.block_table, self.length = [], 0
+    def copy_last_block(self) -> None:
+        """Put a copy of the block that is written next, so far as it is filled, in its place."""
+        size = self.pool.block_size
+        last, filled = divmod(self.length, size)
+        shared = self.block_table[last]
+        own = self.pool.allocate()
+        for i in range(filled):
+            self.pool.slots[own * size + i] = dict(self.pool.slots[shared * size + i])
+        self.block_table[last] = own
+        self.pool.free(shared)
 
 
-@dataclass
-class Waste:
-    """Slots of a memory, summed over steps, by what became of them (Kwon et al. 2023)."""
-    used: int = 0       # hold a token
-    reserved: int = 0   # will hold one before the request ends
-    internal: int = 0   # set aside, and the request ends without having used them
-    free: int = 0       # not set aside; while somebody waits, that is external fragmentation
-
-    def shares(self) -> list[str]:
-        """Each as a share of all."""
-        counts = [self.used, self.reserved, self.internal, self.free]
-        return [f"{count / sum(counts):.0%}" for count in counts]
-
-
-def contiguous_waste(lengths: Sequence[tuple[int, int]], size: int, reserve: Callable[[int], int]) -> Waste:
-    """Requests of (prompt, final) tokens, each kept in one piece of reserve(final) slots, for as long as some wait.
-
-    First come, first served; a request takes the first gap it fits. It is there for a step with its prompt, one with
-    a token more, …, one with all; then it goes. ValueError for a piece larger than size, the slots there are.
-    """
-    waiting, placed, waste = deque(lengths), [], Waste()  # placed: [start, length of the piece, tokens now, final]
-    while waiting:
-        piece, start = reserve(waiting[0][1]), 0
-        for other, length, _, _ in sorted(placed):
-            if start + piece <= other:
-                break
-            start = other + length
-        if start + piece <= size:
-            placed.append([start, piece, *waiting.popleft()])
-            continue
-        if not placed:
-            raise ValueError(f"size must be at least {piece}, for the piece a request reserves, not {size}")
-        waste.used += sum(now for _, _, now, _ in placed)
-        waste.reserved += sum(final - now for _, _, now, final in placed)
-        waste.internal += sum(length - final for _, length, _, final in placed)
-        waste.free += size - sum(length for _, length, _, _ in placed)
-        placed = [[start, length, now + 1, final] for start, length, now, final in placed if now < final]
-    return waste
-
-
-def paged_waste(model: Llama, requests: Sequence[Request], num_blocks: int, block_size: int) -> tuple[Waste, int]:
-    """The same for a pool of blocks, by the engine of section 7; and the most idle slots any request ever had."""
-    engine = Engine(model, requests, num_blocks=num_blocks, block_size=block_size, max_num_seqs=len(requests),
-                    max_num_batched_tokens=1024)
-    schedule, waste, most_idle = engine.schedule, Waste(), 0
-
-    def counting() -> list[tuple[RequestState, int]]:
-        nonlocal most_idle
-        work = schedule()
-        idle = [len(state.cache.block_table) * block_size - state.cache.length - n for state, n in work]
-        most_idle = max(most_idle, *idle)
-        if engine.waiting:
-            waste.used += sum(state.cache.length + n for state, n in work)
-            waste.internal += sum(idle)
-            waste.free += engine.pool.num_free_blocks * block_size
-        return work
-
-    engine.schedule = counting
-    engine.run()
-    return waste, most_idle
-
-
-# 5. Sharing: reference counts and copy on write
+# 4. Sharing: reference counts and copy on write
 #
-# Several answers to one prompt need its keys and values once. fork() copies the block table, not the blocks, and
-# each block counts its references. Full blocks are never written again, so sharing them is safe. The last,
-# half-full one is: whoever writes into a block with more than one reference takes a copy of it first and writes
-# into that (copy on write). When the references to a block are down to none, it is free.
+# Several answers to one prompt need its keys and values only once. fork() copies the block table and
+# not the blocks, and every block counts the tables that list it. A full block is never written again,
+# so it can be shared for good. The last block may be half full, and then two answers would write
+# different tokens into the same slot. So whoever writes into a block with more than one reference
+# first takes a copy of it, and writes into the copy (copy on write). Blocks of 4, a prompt of 6:
+#
+#     after the prompt   A: 0 1          B: 0 1          references to 0 and 1:      2 2
+#     A writes token 6   A: 0 2 (copy)   B: 0 1          references to 0, 1 and 2:   2 1 1
+#     B writes token 6   A: 0 2          B: 0 1          B is alone in block 1: no copy
+#
+# In production: today's vLLM runs n answers as n requests (vllm/v1/engine/parallel_sampling.py) that
+# find the prompt's full blocks by prefix caching (section 5), and computes the half-full block again
+# for each. Copy on write was in vLLM's first engine, and in the paper.
+#
+# The code is above: PagedKVCache.fork, copy_last_block, reserve, and BlockPool.share and free.
+# Measured by show_sharing().
 
 
-# 6. Prefix caching
+# 5. Prefix caching
 #
-# Requests often begin alike: a system prompt, a conversation so far. A full block's content depends on its own
-# tokens and on all tokens before them, so name it by a hash of both, its parent block's hash standing for what
-# came before:
+# Requests often begin alike: with the same system prompt, or with the conversation so far. The keys
+# and values in a full block depend on its tokens and on all tokens before them. So give the block a
+# name that is made from both, with the name of the block before it standing for what came before:
 #
-#     hash(block i) = H(hash(block i - 1), tokens of block i)
+#     hash(block i) = SHA-256(hash(block i - 1), tokens of block i)
 #
-# A new request walks down its own chain of hashes; as long as the pool knows them, it takes those blocks and skips
-# their computation. Free blocks keep their content until they are handed out, least recently used first, so even
-# the blocks of finished requests are found. The last token of a prompt is always computed, cached or not:
-# what is cached are keys and values, and what the request needs is the logits after that token. (vLLM does this.
-# SGLang keeps a radix tree instead of hashes: the same idea, token by token instead of block by block.)
+# With blocks of 2, the texts "a b c d" and "a b c e" have names that are made like this:
+#
+#     H1 = hash("", a b)     H2 = hash(H1, c d)            H1 = hash("", a b)     H3 = hash(H1, c e)
+#
+# The second text finds H1 in the pool, takes that block, and runs only "c e" through the model. Free
+# blocks keep their content and their name until they are handed out, the longest unused first, so
+# even the blocks of finished requests are found. The last token of a prompt is always run: the cache
+# has keys and values, and the request needs the logits of that token.
+#
+# Equal hashes are taken for equal tokens, without comparing them. With SHA-256 that is safe: two
+# texts with the same hash are not known. With a shorter or weaker hash, compare the tokens.
+#
+# In production: vLLM keeps every block with the same content under one name (block_pool.py). Here the
+# first keeps the name, and when it is handed out, a second copy is not found; in nano-vllm the last
+# one has the name, and it compares the tokens. SGLang keeps a tree of prefixes instead of hashes.
+# LMCache and Mooncake move what is evicted to the host's memory or to other machines.
+#
+# Measured by show_prefix_caching().
 
 
 def hash_block(parent_hash: str, token_ids: Sequence[int]) -> str:
-    """A full block's name: SHA-256, in hex, of "<the parent's name, empty for the first>|<tokens with commas>"."""
-    return hashlib.sha256(f"{parent_hash}|{','.join(map(str, token_ids))}".encode()).hexdigest()
+    """Return a full block's name, SHA-256 in hex of "<parent>|<tokens with commas>".
+
+    parent_hash: the name of the block before it, "" for the first.
+    """
+    numbers = ",".join(map(str, token_ids))
+    return hashlib.sha256(f"{parent_hash}|{numbers}".encode()).hexdigest()
 
 
-def block_hashes(tokens: Sequence[int], block_size: int) -> list[str]:
-    """The hash chain of all full blocks of tokens."""
-    hashes = [""]
-    for end in range(block_size, len(tokens) + 1, block_size):
-        hashes.append(hash_block(hashes[-1], tokens[end - block_size:end]))
-    return hashes[1:]
+def block_hashes(tokens: Sequence[int], block_size: int, known: Sequence[str] = ()) -> list[str]:
+    """Return the names of all full blocks of tokens. known: those of the first blocks."""
+    hashes = list(known)
+    for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
+        parent = hashes[-1] if hashes else ""
+        hashes.append(hash_block(parent, tokens[start:start + block_size]))
+    return hashes
 
 
 def register_blocks(cache: PagedKVCache, tokens: Sequence[int]) -> None:
-    """Make the full blocks of a cache that holds these tokens findable; of two alike the first keeps the name."""
+    """Name the full blocks of a cache that holds these tokens, so that they are found."""
     pool = cache.pool
-    for block, name in zip(cache.block_table, block_hashes(tokens[:cache.length], pool.block_size)):
-        if name not in pool.block_of and block not in pool.hash_of:
-            pool.block_of[name], pool.hash_of[block] = block, name
+    n_named = len(cache.hashes)
+    cache.hashes = block_hashes(tokens[:cache.length], pool.block_size, cache.hashes)
+    for block, name in zip(cache.block_table[n_named:], cache.hashes[n_named:]):
+        if name not in pool.block_of:
+            pool.block_of[name] = block
+            pool.hash_of[block] = name
+
+
+def find_prefix(pool: BlockPool, tokens: Sequence[int]) -> list[int]:
+    """Return the blocks in the pool that hold the beginning of tokens. Nothing is changed.
+
+    The last token is left out, so that there is always one to run.
+    """
+    blocks = []
+    for name in block_hashes(tokens[:-1], pool.block_size):
+        if name not in pool.block_of:
+            break
+        blocks.append(pool.block_of[name])
+    return blocks
 
 
 def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
-    """Fill an empty cache with the longest run of full blocks that the pool knows; how many tokens that skips.
-
-    The last token is left to be computed: its logits are needed.
-    """
-    for name in block_hashes(tokens[:len(tokens) - 1], cache.pool.block_size):
-        if name not in cache.pool.block_of:
-            break
-        block = cache.pool.block_of[name]
-        cache.pool.share(block)
+    """Fill an empty cache with the blocks that find_prefix() finds; return the tokens in them."""
+    pool = cache.pool
+    for block in find_prefix(pool, tokens):
+        pool.share(block)
         cache.block_table.append(block)
-        cache.length += cache.pool.block_size
+        cache.hashes.append(pool.hash_of[block])
+        cache.length += pool.block_size
     return cache.length
 
 
-# 7. Continuous batching
+# 6. Continuous batching
 #
-# Reading the weights is most of a decode step, so requests should share steps. A static batch starts together and
-# ends with its longest member: finished ones sit in their places, new ones wait outside. Orca (Yu et al. 2022)
-# decides anew at every step: whoever is done leaves, whoever waits and fits comes in. A scheduler in vLLM's words:
-# requests are waiting, running, or preempted back to waiting; a step has room for max_num_seqs requests and
-# max_num_batched_tokens tokens, and every request needs free blocks for what it will write.
+# Reading the weights is most of a decode step (section 2), so requests should share steps. A static
+# batch starts together and ends with its longest answer. Requests that are done leave their places
+# empty, and new ones wait outside. Orca (Yu et al. 2022) decides anew at every step: whoever is done
+# leaves, and whoever waits comes in if it fits. A step has room for
 #
-# The model really runs every step here, request by request. (An engine runs all tokens of a step through each
-# matrix at once. The rows do not mix, so the numbers are the same, but for rounding on a GPU, where the shape of a
-# batch changes the order of sums.) The clock is one stated cost model: a step takes step_seconds() of Llama 3.1 8B
-# on an A100, with 4-bit weights, so that 38 tokens a step, as many as our short texts have, already use up the card.
+#     max_num_seqs requests,  max_num_batched_tokens tokens,  and what the free blocks can hold.
+#
+# Requests that run come first, the oldest before the others. Each gets the blocks that it needs; if
+# none is free, the youngest running request loses its own and goes back to the head of the queue (it
+# is preempted; section 9). Then those that wait come in, in order of arrival, until one does not fit.
+# One step with blocks of 4 and a single free block, A and B running, C waiting with 6 tokens:
+#
+#     A has 8 tokens cached in 2 full blocks; its next token needs a block:   1 free -> 0 free
+#     B has 5 tokens cached in 2 blocks; its next token fits:                 0 free
+#     C needs 2 blocks for its prompt, and 0 are free:                        C waits
+#     the step runs one token of A and one of B
+#
+# The engine uses the length of an answer only to stop. A real model stops at its end-of-text token,
+# so nobody knows the length beforehand. Ours has no such token: max_new_tokens are always written.
+#
+# The model really runs every step, one request after the other. (An engine runs all tokens of a step
+# through each matrix at once. Rows do not mix, so the numbers are the same but for rounding.) The
+# clock is the cost model of section 2: each step takes step_seconds() of Llama 3.1 8B with weights of
+# 4 bits on an A100. At 4 bits, 38 tokens in a step are free: arithmetic takes as long as reading.
+#
+# In production: vllm/v1/core/sched/scheduler.py (Scheduler.schedule) has the same order: the running
+# requests, then the waiting ones, and none of those in a step that had to preempt.
+#
+# Measured by show_continuous().
+
+PRICED_WEIGHT_BYTES = 0.5  # bytes of a weight: 4 bits
+PCIE_BYTES_PER_S = 32e9    # each way. PCI Express 4.0 with 16 lanes; A100 data sheet: 64 GB/s in all
 
 
-PRICED_WEIGHT_BYTES = 0.5   # a weight, 4 bits   # a weight, 4 bits
-PCIE = 32e9                 # bytes/s each way, PCI Express 4.0 with 16 lanes (A100 data sheet: 64 GB/s both ways)                 # bytes/s
-
-
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What a user asks for, and when: arrival in seconds on the engine's clock."""
+
     prompt: Sequence[int]
     max_new_tokens: int
     arrival: float = 0
@@ -476,55 +622,64 @@ class Request:
 
 @dataclass(eq=False)
 class RequestState:
-    """A request on its way: its tokens so far, its cache, and when each new token came."""
+    """A request on its way through the engine."""
+
     number: int
     request: Request
-    tokens: list[int]
+    tokens: list[int]                 # its prompt and its answer so far
     cache: PagedKVCache
-    times: list[float] = field(default_factory=list)
-    stash: list[dict] | None = None  # its slots' contents while they are not in the pool
-    found: int = 0                   # tokens that prefix caching spared it
-    swapped: bool = False            # is the stash in the host's memory, a PCIe transfer away?
+    arrival: float                    # at this engine
+    times: list[float] = field(default_factory=list)  # when each new token came, in seconds
+    found: int = 0                    # tokens of its prompt that prefix caching found (section 5)
+    on_host: list[dict] | None = None   # slots that were swapped out to the host (section 9)
+    received: list[dict] | None = None  # slots that another machine has sent (section 10)
 
     @property
     def done(self) -> bool:
-        """Has it all its tokens?"""
+        """Whether the request has all its new tokens."""
         return len(self.tokens) == len(self.request.prompt) + self.request.max_new_tokens
+
+
+class Step(NamedTuple):
+    """What one step did."""
+
+    start: float            # seconds
+    end: float
+    tokens: dict[int, int]  # {request: how many of its tokens ran}
+    cached: dict[int, int]  # {request: tokens in its cache afterwards}
+    waiting: int            # requests that had arrived and were not in it
 
 
 @dataclass
 class Report:
     """What serve() did."""
+
     states: list[RequestState]
     max_num_seqs: int
-    steps: list[tuple[float, float, dict[int, int]]] = field(default_factory=list)  # start, end, {request: tokens}
-    preempted: list[tuple[int, int]] = field(default_factory=list)                  # step, request
-    swapped_tokens: int = 0                                                         # moved to the host or back
+    steps: list[Step] = field(default_factory=list)
+    preempted: list[tuple[int, int]] = field(default_factory=list)  # (step, request)
+    swapped_tokens: int = 0  # moved to the host or back
 
     @property
     def tokens(self) -> list[list[int]]:
-        """Every request's new tokens."""
+        """The new tokens of every request."""
         return [state.tokens[len(state.request.prompt):] for state in self.states]
 
     @property
-    def times(self) -> list[list[float]]:
-        """When each of them came, in seconds."""
-        return [state.times for state in self.states]
-
-    @property
     def computed(self) -> int:
-        """Tokens run through the model."""
-        return sum(n for _, _, work in self.steps for n in work.values())
+        """Tokens that were run through the model."""
+        return sum(sum(step.tokens.values()) for step in self.steps)
 
     @property
     def utilisation(self) -> float:
-        """Share of the max_num_seqs places that did useful work, over the steps."""
-        return fmean(len(work) for _, _, work in self.steps) / self.max_num_seqs
+        """Share of the max_num_seqs places in which a request ran, over all steps."""
+        return fmean(len(step.tokens) for step in self.steps) / self.max_num_seqs
 
 
 @dataclass(eq=False)
 class Engine:
-    """The scheduler and the loop around the model. The settings are those of serve(), which explains them."""
+    """The scheduler, and the loop around the model. serve() explains the settings."""
+
     model: Llama
     requests: Sequence[Request]
     _: KW_ONLY
@@ -539,170 +694,299 @@ class Engine:
     def __post_init__(self):
         check_settings(self)
         self.pool = BlockPool(self.num_blocks, self.block_size)
-        states = [RequestState(number, request, list(request.prompt), PagedKVCache(self.pool, self.model.config))
-                  for number, request in enumerate(self.requests)]
-        self.waiting = deque(sorted(states, key=lambda state: (state.request.arrival, state.number)))
-        self.running: list[RequestState] = []  # oldest first
-        self.clock, self.report = 0.0, Report(states, self.max_num_seqs)
+        states = []
+        for number, request in enumerate(self.requests):
+            cache = PagedKVCache(self.pool, self.model.config)
+            states.append(RequestState(number, request, list(request.prompt), cache, request.arrival))
+        self.waiting = deque(in_order_of_arrival(states))
+        self.running: list[RequestState] = []  # the oldest first
+        self.clock = 0.0                       # seconds
+        self.report = Report(states, self.max_num_seqs)
+
+    def run(self) -> Report:
+        """Step until no request is left, and return the report.
+
+        RuntimeError after a step without work: the scheduler would go on for ever.
+        """
+        while self.waiting or self.running:
+            self.step()
+            if not self.report.steps[-1].tokens:
+                raise RuntimeError("a step had no work: the scheduler is stuck")
+        return self.report
+
+    def step(self) -> None:
+        """Schedule a step, advance the clock, and run the model."""
+        if not self.running:  # nothing to do until the next request comes
+            self.clock = max(self.clock, self.waiting[0].arrival)
+        start = self.clock
+        swapped_before = self.report.swapped_tokens
+        work = self.schedule()
+        swapped = self.report.swapped_tokens - swapped_before
+        tokens = {state.number: n for state, n in work}
+        cached = {state.number: state.cache.length + n for state, n in work}
+        self.clock += priced_step(sum(tokens.values()), sum(cached.values())).seconds
+        self.clock += swapped * PRICED_MODEL.kv_bytes / PCIE_BYTES_PER_S
+        waiting = sum(state.arrival <= start for state in self.waiting)
+        self.report.steps.append(Step(start, self.clock, tokens, cached, waiting))
+        for state, n in work:
+            self.advance(state, n)
 
     def schedule(self) -> list[tuple[RequestState, int]]:
-        """What the next step runs: (request, how many of its tokens). Blocks for them are reserved.
+        """Return what the next step runs: (request, how many of its tokens). Blocks are reserved."""
+        batch_under_way = self.policy == "static" and bool(self.running)
+        preempted_before = len(self.report.preempted)
+        work = self.schedule_running()
+        budget = self.max_num_batched_tokens - sum(n for _, n in work)
+        if not batch_under_way and len(self.report.preempted) == preempted_before:
+            work += self.schedule_waiting(budget)
+        return work
 
-        The running first, oldest first: all that the cache lacks and the budget allows. Then the waiting, in order,
-        until one does not fit; but none in a step that had to preempt, nor into a static batch under way.
-        """
-        budget, work = self.max_num_batched_tokens, []
-        admits = self.policy != "static" or not self.running
-        for state in list(self.running):
-            if state not in self.running:
-                continue  # preempted a moment ago
+    def schedule_running(self) -> list[tuple[RequestState, int]]:
+        """Give every running request, the oldest first, what its cache lacks and the budget allows."""
+        budget = self.max_num_batched_tokens
+        work = []
+        while len(work) < len(self.running):
+            state = self.running[len(work)]
             n = min(len(state.tokens) - state.cache.length, budget)
-            while state in self.running and state.cache.blocks_needed(n) > self.pool.num_free_blocks:
-                self.preempt(self.running[-1])  # the youngest, be it this one
-                admits = False
-            if state in self.running:
-                state.cache.reserve(n)
-                work.append((state, n))
-                budget -= n
-        while (admits and self.waiting and self.waiting[0].request.arrival <= self.clock
-               and len(self.running) < self.max_num_seqs):
-            n = self.admit(self.waiting[0], budget)
-            if not n:
-                break  # first come, first served: nobody overtakes
+            if state.cache.blocks_needed(n) > self.pool.num_free_blocks:
+                self.preempt(self.running[-1])  # the youngest, which may be this one; then look again
+                continue
+            state.cache.reserve(n)
+            work.append((state, n))
+            budget -= n
+        return work
+
+    def schedule_waiting(self, budget: int) -> list[tuple[RequestState, int]]:
+        """Let in those that wait, in order of arrival, until one does not fit."""
+        work = []
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            state = self.waiting[0]
+            if state.arrival > self.clock:
+                break
+            n = self.admit(state, budget)
+            if n == 0:
+                break  # nobody overtakes
             self.running.append(self.waiting.popleft())
-            work.append((self.running[-1], n))
+            work.append((state, n))
             budget -= n
         return work
 
     def admit(self, state: RequestState, budget: int) -> int:
-        """Let a waiting request in: bring back its stash or find its prefix, reserve blocks; how many tokens to run.
-
-        0, and its cache empty as before, if blocks or budget do not do for all it has to run; "chunked" may run a part.
-        """
+        """Let a request in, and return how many of its tokens run; 0, and no change, if none can."""
         cache = state.cache
-        if state.stash is None and self.prefix_caching:
-            adopt_prefix(cache, state.tokens)
-        known = cache.length if state.stash is None else len(state.stash)
-        n = len(state.tokens) - known
-        n = min(n, budget) if self.policy == "chunked" else n
-        if not 0 < n <= budget or cache.blocks_needed(known - cache.length + n) > self.pool.num_free_blocks:
-            cache.free()  # what it had found stays findable
+        brought = state.received or state.on_host or []
+        found = []
+        if self.prefix_caching and not brought:
+            found = find_prefix(self.pool, state.tokens)
+        n_known = len(brought) + len(found) * self.block_size
+        to_run = len(state.tokens) - n_known
+        if self.policy == "chunked":
+            to_run = min(to_run, budget)
+        # Of the blocks found, those that are free will be taken out of the free ones as well.
+        new_blocks = ceil_div(n_known + to_run, self.block_size) - len(found)
+        from_free = new_blocks + sum(self.pool.ref_count[block] == 0 for block in found)
+        if to_run == 0 or to_run > budget or from_free > self.pool.num_free_blocks:
             return 0
-        state.found += cache.length
-        cache.reserve(known - cache.length + n)
-        if state.stash is not None:
-            swap_in(cache, state.stash)
-            self.report.swapped_tokens += known * state.swapped
-            state.stash = None
-        return n
+        if found:
+            state.found += adopt_prefix(cache, state.tokens)
+        if brought:
+            swap_in(cache, brought)
+        if state.on_host:
+            self.report.swapped_tokens += len(brought)
+        state.on_host = state.received = None
+        cache.reserve(to_run)
+        return to_run
 
     def preempt(self, state: RequestState) -> None:
-        """Take a running request's blocks away. Nothing is lost: they are computed again, or kept on the host."""
+        """Take a running request's blocks away; it goes back to the head of the queue (section 9)."""
         self.running.remove(state)
         self.waiting.appendleft(state)
         self.report.preempted.append((len(self.report.steps), state.number))
         if self.preemption == "swap":
-            state.stash, state.swapped = swap_out(state.cache), True
-            self.report.swapped_tokens += len(state.stash)
+            state.on_host = swap_out(state.cache)
+            self.report.swapped_tokens += len(state.on_host)
         state.cache.free()
 
-    def step(self) -> None:
-        """Schedule, advance the clock, run the model. Whoever has all its tokens leaves, its slots in its stash.
+    def advance(self, state: RequestState, n: int) -> None:
+        """Run n tokens of a request through the model. After its last known token comes a new one."""
+        first = state.cache.length
+        logits = self.model.forward(state.tokens[first:first + n], state.cache)
+        if self.prefix_caching:
+            register_blocks(state.cache, state.tokens)
+        if state.cache.length == len(state.tokens):  # not so in the middle of a prompt
+            state.tokens.append(argmax(logits[-1]))
+            state.times.append(self.clock)
+        if state.done:
+            self.finish(state)
 
-        The clock: step_seconds() with the caches as they are after the step, then PCIe for what was swapped.
-        """
-        if not self.running:
-            self.clock = max(self.clock, self.waiting[0].request.arrival)
-        start, swapped = self.clock, self.report.swapped_tokens
-        work = self.schedule()
-        cached = sum(state.cache.length + n for state, n in work)
-        self.clock += max(step_seconds(A100, LLAMA_8B, sum(n for _, n in work), cached, PRICED_WEIGHT_BYTES))
-        self.clock += (self.report.swapped_tokens - swapped) * LLAMA_8B.kv_bytes / PCIE
-        self.report.steps.append((start, self.clock, {state.number: n for state, n in work}))
-        for state, n in work:
-            first = state.cache.length
-            logits = self.model.forward(state.tokens[first:first + n], state.cache)
-            if self.prefix_caching:
-                register_blocks(state.cache, state.tokens)
-            if state.cache.length == len(state.tokens):  # not the case halfway through a prompt
-                state.tokens.append(argmax(logits[-1]))
-                state.times.append(self.clock)
-            if state.done:
-                state.stash = swap_out(state.cache)  # section 10 hands it on
-                state.cache.free()
-                self.running.remove(state)
-
-    def run(self) -> Report:
-        """Step until nobody is left; the report. RuntimeError for a step without work: it would go on for ever."""
-        while self.waiting or self.running:
-            self.step()
-            if not self.report.steps[-1][2]:
-                raise RuntimeError("a step had no work: the scheduler is stuck")
-        return self.report
+    def finish(self, state: RequestState) -> None:
+        """Let a request that has all its tokens go."""
+        state.cache.free()
+        self.running.remove(state)
 
 
 def serve(model: Llama, requests: Sequence[Request], **settings) -> Report:
-    """Every request's greedy tokens and the schedule that made them. The settings, by name:
+    """Return every request's greedy tokens, and the schedule that made them. The settings, by name:
 
-    policy: "static" (batches that start and end together), "continuous" (whole prompts join running decodes; the
-    default) or "chunked" (prompts are cut to the token budget, section 8). num_blocks, block_size: the pool.
-    max_num_seqs: requests that run at the same time. max_num_batched_tokens: tokens of a step.
-    preemption: "recompute" (the default) or "swap" (section 9). prefix_caching: False unless given (section 6).
+    policy: "static" (batches that start and end together), "continuous" (whole prompts join running
+    requests; the default) or "chunked" (prompts are cut up, section 7). num_blocks, block_size: the
+    pool. max_num_seqs: requests that run at the same time. max_num_batched_tokens: tokens of a step.
+    preemption: "recompute" (the default) or "swap" (section 9). prefix_caching: False unless given.
     ValueError for settings under which some request could never run.
     """
     return Engine(model, requests, **settings).run()
 
 
+def in_order_of_arrival(states: Sequence[RequestState]) -> list[RequestState]:
+    """Return the requests as a queue: who came first, and of those at the same time the first named."""
+    return sorted(states, key=lambda state: (state.arrival, state.number))
+
+
+def priced_step(new_tokens: int, cached_tokens: int) -> StepTime:
+    """Return the times of an engine's step, by the cost model."""
+    return step_seconds(PRICED_GPU, PRICED_MODEL, new_tokens, cached_tokens, PRICED_WEIGHT_BYTES)
+
+
+def blocks_for(request: Request, block_size: int) -> int:
+    """Return the blocks that a request fills at its end. Its last token is never written."""
+    return ceil_div(len(request.prompt) + request.max_new_tokens - 1, block_size)
+
+
 def check_settings(engine: Engine) -> None:
-    """ValueError, with what would do, where some request could never run."""
-    policy, budget, num_blocks = engine.policy, engine.max_num_batched_tokens, engine.num_blocks
-    if policy not in ("static", "continuous", "chunked") or engine.preemption not in ("recompute", "swap"):
-        raise ValueError(f'policy must be "static", "continuous" or "chunked" and preemption "recompute" or "swap", '
-                         f"not {policy!r} and {engine.preemption!r}")
-    if engine.max_num_seqs < 1 or budget < 1 or engine.block_size < 1:
-        raise ValueError(f"max_num_seqs, max_num_batched_tokens and block_size must be at least 1, not "
-                         f"{engine.max_num_seqs}, {budget} and {engine.block_size}")
+    """Raise ValueError, which says what would do, if some request could never run."""
+    policy = engine.policy
+    budget = engine.max_num_batched_tokens
+    if policy not in ("static", "continuous", "chunked"):
+        raise ValueError(f'policy must be "static", "continuous" or "chunked", not {policy!r}')
+    if engine.preemption not in ("recompute", "swap"):
+        raise ValueError(f'preemption must be "recompute" or "swap", not {engine.preemption!r}')
+    if min(engine.max_num_seqs, budget, engine.block_size) < 1:
+        raise ValueError(f"max_num_seqs, max_num_batched_tokens and block_size must be at least 1, "
+                         f"not {engine.max_num_seqs}, {budget} and {engine.block_size}")
     if policy == "chunked" and budget < engine.max_num_seqs:
-        raise ValueError(f"max_num_batched_tokens must be at least max_num_seqs, {engine.max_num_seqs}, so that every "
-                         f"running request gets a token, not {budget}")
+        raise ValueError(f"max_num_batched_tokens must be at least max_num_seqs, "
+                         f"{engine.max_num_seqs}, so that every running request gets a token, not "
+                         f"{budget}")
     for number, request in enumerate(engine.requests):
         total = len(request.prompt) + request.max_new_tokens
         if not request.prompt or request.max_new_tokens < 1:
             raise ValueError(f"request {number} must have a prompt and max_new_tokens of at least 1")
-        if (need := blocks_for(request, engine.block_size)) > num_blocks:
-            raise ValueError(f"request {number} needs {need} blocks of {engine.block_size} for its {total} tokens, so "
-                             f"num_blocks must be at least {need}, not {num_blocks}")
+        need = blocks_for(request, engine.block_size)
+        if need > engine.num_blocks:
+            raise ValueError(f"request {number} needs {need} blocks of {engine.block_size} for its "
+                             f"{total} tokens, so num_blocks must be at least {need}, not "
+                             f"{engine.num_blocks}")
         if policy != "chunked" and total > budget:
-            raise ValueError(f"request {number} may have to run {total} tokens in one step, so max_num_batched_tokens "
-                             f'must be at least {total}, not {budget}; or policy "chunked"')
+            raise ValueError(f"request {number} may have to run {total} tokens in one step, so "
+                             f"max_num_batched_tokens must be at least {total}, not {budget}; or "
+                             f'policy "chunked"')
 
 
-def blocks_for(request: Request, block_size: int) -> int:
-    """Blocks that a request fills at its end; its last token is never written."""
-    return -(-(len(request.prompt) + request.max_new_tokens - 1) // block_size)
-
-
-# 8. Chunked prefill
+# 7. Chunked prefill
 #
-# A long prompt makes one long step, and everybody who is in the middle of an answer waits for it. Cut prompts into
-# chunks (Sarathi, Agrawal et al. 2023), under a budget of max_num_batched_tokens a step: decodes go first, a token
-# each, and what is left of the budget goes to a prompt (Sarathi-Serve, 2024). The decodes ride on steps that have
-# their weights read anyway. The long prompt's own first token comes later; nobody else stalls.
+# A long prompt makes one long step, and everybody who is in the middle of an answer waits for it. So
+# cut the prompt into chunks (Sarathi-Serve, Agrawal et al. 2024). Running requests come first, one
+# token each. What is left of max_num_batched_tokens goes to the prompt. With a budget of 38, 3
+# requests running and a prompt of 100 tokens:
+#
+#     step 1   3 + 35 tokens       step 2   3 + 35 tokens       step 3   3 + 30 tokens, first new one
+#
+# How large should the budget be? Below the ridge a step takes the same time whatever is in it, as it
+# waits for memory. So the budget should be as large as arithmetic is free:
+#
+#     budget = ridge · bytes per weight / 2 FLOPs            4 bits on an A100: 153 · 0.5 / 2 = 38
+#
+# A smaller one makes the prompt take more steps and shortens no step. A larger one makes the steps
+# longer for everybody, and the prompt is done sooner.
+#
+# The code is in the engine already: the two lines with min(…, budget).
+#
+# In production: vLLM always does this (max_num_batched_tokens, 2048 to 16384 by the card's memory and
+# the kind of service; larger than the ridge, for the sake of throughput).
+#
+# Measured by show_chunked().
+
+
+def ridge_tokens(gpu: Gpu, weight_bytes: float) -> int:
+    """Return the most tokens that a step can run before arithmetic takes longer than the weights."""
+    return math.floor(gpu.ridge * weight_bytes / 2)
+
+
+# 8. What paging saves
+#
+# Before paging, a request's memory was one piece, reserved when it came in, as long as the longest
+# text that was allowed. Kwon et al. (2023) ask of every slot of a memory what becomes of it:
+#
+#     used       it holds a token now
+#     reserved   it will hold a token of this request, later
+#     internal   it is set aside for the request, which will end without using it
+#     free       it is not set aside; while somebody waits, it is too little for that request
+#
+# A request with 3 tokens now and 5 at its end, in a piece of 8 slots, has 3 used, 2 reserved and 3
+# internal. The same request in blocks of 2 has two blocks: 3 used, 1 reserved, none internal.
+#
+# A piece as long as the longest text is a block of that size, of which every request takes one. So
+# both can be measured by the same engine. (Pieces of different lengths also leave gaps between them
+# that no request fits; blocks of one size cannot.)
+#
+# Paging has its price. A pool that lets more requests in may run out of blocks while they grow, and
+# what a preempted request had computed is computed again (section 9). So both are counted.
+#
+# Measured by show_waste().
+
+
+class Waste(NamedTuple):
+    """What became of the slots of a memory, summed over the steps in which a request waited."""
+
+    used: int
+    reserved: int
+    internal: int
+    free: int
+
+
+def slot_waste(report: Report, num_blocks: int, block_size: int) -> Waste:
+    """Return what became of the slots of the pool that an engine worked with."""
+    used = reserved = internal = free = 0
+    for step in report.steps:
+        if not step.waiting:
+            continue
+        free += num_blocks * block_size
+        for number, now in step.cached.items():
+            request = report.states[number].request
+            final = len(request.prompt) + request.max_new_tokens - 1  # the last is never written
+            slots = ceil_div(now, block_size) * block_size
+            used += now
+            reserved += min(final, slots) - now
+            internal += max(0, slots - final)
+            free -= slots
+    return Waste(used, reserved, internal, free)
 
 
 # 9. Running out of blocks
 #
-# Nobody knows how long the answers get, so an engine admits more than may fit in the end. When a running request
-# needs a block and none is free, the youngest gives up its own: preempted, back to the head of the queue. Either its
-# keys and values are thrown away and computed again, prompt and answer so far in one prefill (recompute), or
-# they are copied to the host's memory and back over PCIe (swap). Either way its text goes on as if nothing had
-# happened. Recomputing a short text is nearly free: below 38 tokens a step costs what a decode costs anyway. A
-# request that could not even run alone in the pool must be refused at the door.
+# An engine lets in more requests than may fit in the end, as answers may be short. When a running
+# request needs a block and none is free, the youngest is preempted. There are two ways to go on with
+# it later:
+#
+#     recompute   throw its keys and values away; later run its prompt and answer so far as one prompt
+#     swap        copy them to the host's memory, and back later, over PCI Express
+#
+# Either way its text goes on as if nothing had happened. Which is cheaper? Swapping costs the same
+# for every token. Recomputing is free as long as the step stays below the ridge, and from there on
+# costs arithmetic. So short texts are recomputed, and long ones were swapped.
+#
+# A request that could not even run alone in the pool must be refused at the door (check_settings).
+#
+# In production: vLLM recomputes (Scheduler._preempt_request); its first engine could swap too. With
+# prefix caching on, much of the work is found again, as the blocks keep their content for a while.
+#
+# Measured by show_preemption(). The scheduling is in Engine.schedule_running and Engine.preempt.
 
 
 def swap_out(cache: PagedKVCache) -> list[dict]:
-    """A copy of every slot's contents, to be kept elsewhere."""
-    return [dict(cache.pool.slots[cache.slot(position)]) for position in range(cache.length)]
+    """Return a copy of every slot's content, in the order of the text, to be kept elsewhere."""
+    slots = cache.pool.slots
+    return [dict(slots[cache.slot(position)]) for position in range(cache.length)]
 
 
 def swap_in(cache: PagedKVCache, contents: Sequence[dict]) -> None:
@@ -713,590 +997,1054 @@ def swap_in(cache: PagedKVCache, contents: Sequence[dict]) -> None:
     cache.length = len(contents)
 
 
-# 10. Splitwise: prefill here, decode there
+# 10. Prefill here, decode there
 #
-# Prefill wants arithmetic, decode wants bandwidth, and in one machine they get in each other's way. Splitwise
-# (Patel et al. 2023; DistServe, Zhong et al. 2024, is alike) gives each phase machines of its own. The price: the
-# keys and values of the prompt must cross from one to the other before the second token. (Splitwise sends each layer
-# as soon as it is done, while the next is computed; here they go when all are.) Two machines are twice the hardware:
-# what is compared is the gaps, not the throughput.
+# Prefill wants arithmetic, decode wants bandwidth, and on one card they get in each other's way.
+# Splitwise (Patel et al. 2023) and DistServe (Zhong et al. 2024) give each phase cards of its own. A
+# prompt never waits behind the steps of others, and no decode step ever has a prompt in it. The
+# price: the keys and values of the prompt must cross from one card to the other before the second
+# token, and there is a second card, which could have served requests as well.
+#
+# Here they cross in one piece, when the prompt is done. Splitwise does that with short prompts; the
+# layers of long ones it sends one by one, while the next layer is computed.
+#
+# In production: vLLM's KV connectors (vllm/distributed/kv_transfer) and NVIDIA Dynamo.
+#
+# Measured by show_split().
 
 
-LINKS = {"two cards, NVLink": (300e9, "A100 data sheet: 600 GB/s, both ways together"),
-         "two machines, HDR": (25e9, "InfiniBand HDR, 200 Gb/s")}
+class PrefillEngine(Engine):
+    """An engine that keeps the slots of finished requests, for another machine to go on with."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.outgoing: dict[int, list[dict]] = {}
+
+    def finish(self, state: RequestState) -> None:
+        self.outgoing[state.number] = swap_out(state.cache)
+        super().finish(state)
 
 
-def hand_over(prefill: Report, model: Llama, requests: Sequence[Request], link: float,
-              **settings) -> tuple[Report, float]:
-    """(what the decode machine does, bytes that crossed), after a prefill machine has made each first token.
+def serve_split(
+    model: Llama, requests: Sequence[Request], link_bytes_per_s: float, **settings
+) -> tuple[Report, float]:
+    """Return what the decode machine does, and the bytes that crossed to it.
 
-    A request arrives at the decode machine with the stash the prefill machine left of it, as soon as a link of that
-    many bytes/s, all its own, has carried it. settings: those of serve().
+    The prefill machine makes the first token of every request. Each request arrives at the decode
+    machine once a link, all its own, has carried its keys and values. settings: those of serve(), for
+    both machines.
     """
-    sizes = [len(state.stash) * LLAMA_8B.kv_bytes for state in prefill.states]
-    engine = Engine(model, [replace(request, arrival=times[0] + size / link)
-                            for request, times, size in zip(requests, prefill.times, sizes)], **settings)
-    for state, before in zip(engine.report.states, prefill.states):
-        state.tokens, state.stash, state.times = list(before.tokens), before.stash, list(before.times)
-    engine.waiting = deque(state for state in engine.waiting if not state.done)
-    return engine.run(), sum(sizes)
+    prompts_only = [request._replace(max_new_tokens=1) for request in requests]
+    prefill = PrefillEngine(model, prompts_only, **settings)
+    prefill.run()
+    decode = Engine(model, requests, **settings)
+    unfinished = []
+    bytes_crossed = 0.0
+    for state, before in zip(decode.report.states, prefill.report.states):
+        state.tokens = list(before.tokens)
+        state.times = list(before.times)
+        if not state.done:
+            state.received = prefill.outgoing[state.number]
+            size = len(state.received) * PRICED_MODEL.kv_bytes
+            state.arrival = state.times[0] + size / link_bytes_per_s
+            bytes_crossed += size
+            unfinished.append(state)
+    decode.waiting = deque(in_order_of_arrival(unfinished))
+    return decode.run(), bytes_crossed
 
 
-# 11. A smaller cache
+# 11. Latency against load
 #
-# Fewer bits a number: round each group of numbers to an even grid between its smallest and its largest (an offset
-# and a scale a group, asymmetric as in KIVI). Which numbers form a group decides the error. Per token: one
-# token's key of a head. Per channel: one channel of a head over all tokens, so that a channel that is large for
-# every token does not spoil the grid of the others. KIVI found such channels in the keys of real models,
-# and not in the values, hence: keys per channel, values per token. (It must gather some tokens before it can
-# do that: the newest ones wait in full precision.)
+# How good is a policy? It depends on how many requests come. So serving systems are judged by a
+# curve: requests arrive at random at a certain rate (a Poisson process), and two times are measured,
+# from arrival to the first token, and between one token and the next. While the rate is low, both are
+# short. At some rate the queue gets longer and longer: the curve tips over. DistServe calls the
+# largest rate at which both times stay within what users were promised the goodput.
+#
+# Measured by show_load(). Nothing new is needed: it runs the engine of section 6.
+
+
+# 12. A smaller cache
+#
+# Fewer bits per number make the cache smaller, and decode steps that read it faster. Two ways:
+#
+#     FP8     a sign, 4 bits of exponent, 3 bits of mantissa (E4M3): half the bytes, no groups
+#     2 bits  round each group of numbers to 4 evenly spaced ones between its smallest and largest
+#
+#     step = (largest - smallest) / (2^bits - 1)         value ≈ smallest + code · step
+#
+# The group 0.1 0.2 0.9 1.0 has step 0.3 and codes 0 0 3 3. Its smallest number and its step are kept
+# beside the codes, in 16 bits each. Which numbers form a group? In real models a few channels of the
+# keys are far larger than the others, for every token. KIVI (Liu et al. 2024) therefore groups keys
+# per channel, over many tokens, so that such a channel is alone in its group, and values per token.
+# The newest tokens wait in full precision until there are enough of them for a group.
+#
+# In production: FP8 is what is deployed (vLLM: kv_cache_dtype="fp8", with a scale per tensor or per
+# head). transformers has a cache after KIVI (QuantizedCache), with 4 or 2 bits.
+#
+# Measured by show_small_cache().
+
+KIVI_TOKENS = 32  # tokens of a group of keys, as in KIVI
+
+
+def round_to_e4m3(x: float) -> float:
+    """Return the nearest FP8 number, of the 4-bit exponent kind; 448 at most, in size."""
+    if x == 0:
+        return x
+    _, exponent = math.frexp(x)               # 2^(exponent - 1) ≤ |x| < 2^exponent
+    spacing = 2.0 ** max(exponent - 4, -9)    # between neighbours: 8 of them per power of two
+    return max(-448.0, min(448.0, round(x / spacing) * spacing))
 
 
 def round_to_grid(values: Vector, bits: int) -> Vector:
-    """Each value to the nearest of 2^bits evenly spaced numbers, the first their smallest, the last their largest."""
-    low, high = min(values), max(values)
-    scale = (high - low) / (2 ** bits - 1) or 1.0
-    return [low + round((value - low) / scale) * scale for value in values]
+    """Return each value rounded to one of 2^bits evenly spaced ones, from the smallest to the largest."""
+    low = min(values)
+    step = (max(values) - low) / (2 ** bits - 1)
+    if step == 0:
+        return list(values)
+    return [low + round((value - low) / step) * step for value in values]
 
 
-def quantize_cache(m: Matrix, bits: int, n_kv_heads: int, per: str) -> Matrix:
-    """m [n][n_kv_heads·head_dim] on grids of `bits`; per "token" and head, or per "channel". bits 16: a plain copy."""
-    if bits >= 16:
-        return list(m)
-    if per == "channel":
-        return [list(row) for row in zip(*(round_to_grid(list(channel), bits) for channel in zip(*m)))]
-    return concat(*([round_to_grid(row, bits) for row in head] for head in split_heads(m, n_kv_heads)))
+def fp8_cache(keys: Matrix, values: Matrix) -> tuple[Matrix, Matrix]:
+    """Return the keys and values [tokens][channels] of a layer in FP8."""
+    return ([list(map(round_to_e4m3, row)) for row in keys],
+            [list(map(round_to_e4m3, row)) for row in values])
 
 
-def quantized_bytes(m: Matrix, bits: int, n_kv_heads: int, per: str) -> float:
-    """Bytes that quantize_cache(m, …) takes: the codes, and an offset and a scale of 16 bits for each group."""
-    n, width = len(m), len(m[0])
-    groups = 0 if bits >= 16 else width if per == "channel" else n * n_kv_heads
-    return n * width * bits / 8 + groups * 4
+def kivi(keys: Matrix, values: Matrix, bits: int = 2) -> tuple[Matrix, Matrix]:
+    """Return the keys and values of a layer as KIVI has them: the newest tokens stay as they are.
+
+    A group of keys is KIVI_TOKENS tokens of one channel, a group of values is one token.
+    """
+    keys = list(keys)
+    n_rounded = len(keys) // KIVI_TOKENS * KIVI_TOKENS
+    for start in range(0, n_rounded, KIVI_TOKENS):
+        group = slice(start, start + KIVI_TOKENS)
+        channels = [round_to_grid(list(channel), bits) for channel in zip(*keys[group])]
+        keys[group] = map(list, zip(*channels))
+    rounded_values = [round_to_grid(row, bits) for row in values[:n_rounded]]
+    return keys, rounded_values + values[n_rounded:]
 
 
 # =============================================================================================
-# THE EXPERIMENTS
+# THE EXPERIMENTS: what the trace shows, and how it is measured
 # =============================================================================================
-
 
 # 1. Generation without a cache, and with one
 
 
-def show_cache(trace: Trace, knobs: Namespace) -> None:
-    """The same text generated twice, and the multiplications of every step."""
-    model, prompt, n_new = knobs.model(), knobs.prompt_ids, knobs.max_new_tokens
-    c = model.config
-    runs = {}
-    for name, cache in (("without", None), ("with", KVCache(c))):
-        tokens, logits, work = list(prompt), [], []
-        for _ in range(n_new):
-            unseen = tokens[0 if cache is None else cache.length:]
-            with counted_dots() as count:
-                logits.append(model.forward(unseen, cache)[-1])
-            work.append(count.products)
-            tokens.append(argmax(logits[-1]))
-        runs[name] = tokens, logits, work
-    trace.say(f"The tiny Llama ({c.n_layers} layers, {count_parameters(c):,} parameters) goes on from its prompt:")
-    trace.lines(textwrap.wrap(repr(knobs.tokenizer.decode(runs["with"][0])), WIDTH - 4, initial_indent="    ",
-                              subsequent_indent="    "))
-    trace.say("Multiplications in dot products, counted at each step. Without a cache each step does all the tokens "
-              "again; with one, the first step does the prompt (prefill) and each later one a single token (decode).")
-    trace.ask("over all steps, how many times fewer multiplications are made with the cache?",
-              sum(runs["without"][2]) / sum(runs["with"][2]))
-    most, rows = runs["without"][2][-1], []
-    for t in sorted({0, 1, *range(3, n_new - 1, max(1, n_new // 5)), n_new - 1} & set(range(n_new))):
-        without, with_ = runs["without"][2][t], runs["with"][2][t]
-        rows.append([str(t + 1), f"{without:,}", bar(without, most, 24), f"{with_:,}", bar(with_, most, 24)])
-    rows.append(["all", f"{sum(runs['without'][2]):,}", "", f"{sum(runs['with'][2]):,}", ""])
-    text_table(trace, ["step", "without", "", "with", ""], rows, left=(2, 4))
-    trace.check("the same tokens with the cache as without", runs["with"][0] == runs["without"][0], f"{n_new} tokens")
-    trace.check_close("the same logits at every step", runs["with"][1], runs["without"][1], 1e-9)
-    n = len(prompt)
-    formula = ([forward_products(c, n + t, 0) for t in range(n_new)],
-               [forward_products(c, n, 0)] + [forward_products(c, 1, n + t) for t in range(n_new - 1)])
-    trace.check("every step's count = the closed formula", formula == (runs["without"][2], runs["with"][2]), "equal")
-
-
 def forward_products(c: Config, n_new: int, n_cached: int) -> int:
-    """Multiplications in the dot products of forward() on n_new tokens after n_cached: a closed formula."""
-    kv_dim = c.n_kv_heads * c.head_dim
-    layer = 2 * c.dim * c.dim + 2 * kv_dim * c.dim + 3 * c.hidden_dim * c.dim   # wq and wo, wk and wv, w1 to w3
-    norms = (2 * c.n_layers + 1) * c.dim
-    pairs = n_new * n_cached + n_new * (n_new + 1) // 2                        # of a query and a key it sees
-    return n_new * (c.n_layers * layer + c.vocab_size * c.dim + norms) + c.n_layers * pairs * 2 * c.dim
+    """Return the multiplications in the dot products of forward(), by a closed formula.
+
+    Every weight that is used takes part in one for each token: so do the gains, as a norm's sum of
+    squares has as many products. Attention has 2 · dim for a query and a key that it sees.
+    """
+    pairs = n_new * n_cached + n_new * (n_new + 1) // 2
+    return n_new * used_weights(c) + c.n_layers * pairs * 2 * c.dim
+
+
+class CacheStep(NamedTuple):
+    """One row: multiplications of a step."""
+
+    step: int
+    without_cache: int
+    with_cache: int
+
+
+def show_cache(trace, knobs) -> None:
+    """The same text generated twice, and the multiplications of every step."""
+    c = knobs.lab.config
+    n_new = knobs.max_new_tokens
+    without = CountingLlama(knobs.lab.model)
+    cached = CountingLlama(knobs.lab.model)
+    text = generate(without, knobs.prompt_ids, n_new)
+    cached_text = generate(cached, knobs.prompt_ids, n_new, KVCache(c))
+    rows = list(map(CacheStep, range(1, n_new + 1), without.products, cached.products))
+    fewer = sum(without.products) / sum(cached.products)
+
+    trace.say(f"The tiny Llama ({c.n_layers} layers, {count_parameters(c):,} parameters) goes on from its "
+              "prompt:")
+    trace.lines(textwrap.wrap(repr(knobs.lab.tokenizer.decode(cached_text)), WIDTH - 4,
+                              initial_indent="    ", subsequent_indent="    "))
+    trace.say("Multiplications in dot products, counted at some of the steps. Without a cache, each "
+              "step runs all tokens again. With one, the first step runs the prompt (prefill), and "
+              "each later step a single token (decode), whose attention reads the kept keys and values.")
+    trace.ask("over all steps, how many times fewer multiplications are made with the cache?", fewer)
+    bar_of_most = f",d bar 20 of {max(without.products)}"
+    trace.table(rows[::max(1, n_new // 6)],
+                {"step": "d", "without_cache": bar_of_most, "with_cache": bar_of_most})
+    trace.say(f"Over all {n_new} steps, the cache makes {fewer:.1f} times fewer multiplications.")
+
+    trace.check("the same tokens with the cache as without", cached_text == text, f"{n_new} tokens")
+    trace.check_close("the same logits at every step", cached.logits, without.logits, 1e-9)
+    sizes = range(len(knobs.prompt_ids), len(knobs.prompt_ids) + n_new)
+    formula = [forward_products(c, n, 0) for n in sizes]
+    cached_formula = formula[:1] + [forward_products(c, 1, n) for n in sizes[:-1]]
+    trace.check("every step's count is the closed formula's",
+                (without.products, cached.products) == (formula, cached_formula), "with and without")
 
 
 # 2. Prefill and decode are different machines
 
 
-def show_intensity(trace: Trace, knobs: Namespace) -> None:
-    """FLOPs and bytes of a prefill and a decode step, counted; then Llama 3.1 8B on real cards."""
-    c = knobs.config
-    model = WatchedLlama(c, init_weights(c, random.Random(knobs.seed)))  # the counts do not depend on what it learned
-    trace.say("Our own model: FLOPs (2 for each multiplication, counted) and the bytes of all weights and cached keys "
-              "and values that the step's operations touched (counted, at 2 a number).")
-    rows, intensity = [], {}
-    for n_new, n_cached in ((1, 0), (1, 63), (8, 0), (64, 0)):
-        cache = KVCache(c)
-        model.touched = []
-        if n_cached:
-            model.forward([0] * n_cached, cache)
-        model.touched = []
-        with counted_dots() as count:
-            model.forward([0] * n_new, cache)
-        read = 2 * sum(len(row) for matrix in model.touched for row in matrix)
-        intensity[n_new, n_cached] = 2 * count.products / read
-        rows.append(["decode" if n_new == 1 else "prefill", str(n_new), str(n_cached), f"{2 * count.products:,}",
-                     f"{read:,}", f"{2 * count.products / read:.1f}", bar(2 * count.products / read, 64, 16)])
-    trace.ask("how many times as many FLOPs for each byte does a prefill of 64 tokens make as a decode step with "
-              "nothing cached?", intensity[64, 0] / intensity[1, 0])
-    text_table(trace, ["", "new tokens", "cached", "FLOPs", "bytes", "FLOPs a byte", ""], rows, left=(0, 6))
+class Intensity(NamedTuple):
+    """One row: a step of our own model, counted."""
 
-    trace.say(f"{LLAMA_8B.name}, {LLAMA_8B.parameters / 1e9:.2f} billion parameters: one decoding step for a batch of "
-              f"requests, each with 1024 tokens cached, on an {A100.name}, whose ridge is at {A100.ridge:.0f} FLOPs a "
-              "byte. It takes the longer of the two times.")
-    rows = []
-    for batch in (1, 8, 32, 128, 384):
-        arithmetic, reading = step_seconds(A100, LLAMA_8B, batch, batch * 1024)
-        rows.append([str(batch), f"{arithmetic * 1e3:.2f}", f"{reading * 1e3:.2f}",
-                     f"{arithmetic * A100.flops / (reading * A100.hbm_bytes_per_s):.0f}",
-                     f"{batch / max(arithmetic, reading):,.0f}", f"{batch * 1024 * LLAMA_8B.kv_bytes / 1e9:.1f}"])
-    text_table(trace, ["batch", "arithmetic, ms", "reading, ms", "FLOPs a byte", "tokens a second", "cache, GB"], rows)
-    rows = []
-    for cached in (0, 256, 1024):
-        row = [str(cached)]
-        for card in (A100, H100):
-            request = step_seconds(card, LLAMA_8B, 1, cached, weight_bytes=0)  # what one more adds to both times
-            _, weights = step_seconds(card, LLAMA_8B, 0, 0)
-            row.append(f"{weights / (request[0] - request[1]):,.0f}" if request[0] > request[1] else "never")
-        rows.append(row)
-    trace.say("From which batch size on arithmetic is the longer time, so that a bigger batch buys nothing. With much "
-              "in the caches that never comes: reading them grows with the batch as well.")
-    text_table(trace, ["tokens cached, each", A100.name, H100.name], rows)
-    trace.check("decode stays near 1 FLOP a byte, prefill of n tokens near n",
-                all(n / 2 < ratio < 1.5 * n for (n, _), ratio in intensity.items()), "between n / 2 and 1.5 n")
+    phase: str
+    new_tokens: int
+    cached: int
+    flops: int
+    bytes: int
+    flops_per_byte: float
 
 
-# 3. The cache's size
+def measure_intensity(config: Config, n_new: int, n_cached: int) -> Intensity:
+    """Count the FLOPs of a step and the bytes that it reads, at 2 bytes a number."""
+    model = RecordingLlama(config, init_weights(config, random.Random(0)))
+    cache = KVCache(config)
+    if n_cached:
+        model.forward([0] * n_cached, cache)
+    with counted_dots() as count:
+        model.forward([0] * n_new, cache)
+    numbers = n_new * config.dim  # rows of the embedding table
+    for name, inputs in model.inputs.items():
+        if name in model.weights:
+            numbers += sum(map(len, as_rows(model.weights[name])))
+        elif name.endswith("attention"):
+            _, keys, values = inputs
+            numbers += sum(map(len, keys + values))
+    phase = "decode" if n_new == 1 else "prefill"
+    return Intensity(phase, n_new, n_cached, 2 * count.products, 2 * numbers,
+                     count.products / numbers)
 
 
-def show_size(trace: Trace, knobs: Namespace) -> None:
-    """Bytes per token of real models, and how many requests fit beside the weights."""
-    trace.say("Real models at 16 bits, and how many requests of 4096 tokens fit beside the weights on one 80 GB card.")
-    rows = []
+class Batch(NamedTuple):
+    """One row: a decode step by the cost model."""
+
+    batch: int
+    arithmetic: float  # milliseconds
+    reading: float
+    tokens_a_second: float
+
+
+def price_batch(batch: int, cached: int) -> Batch:
+    """Return the times of a batch at 16 bits, of requests with that many tokens cached each."""
+    step = step_seconds(PRICED_GPU, PRICED_MODEL, batch, batch * cached)
+    return Batch(batch, step.arithmetic * 1e3, step.reading * 1e3, batch / step.seconds)
+
+
+class Fit(NamedTuple):
+    """One row: a model, and how many requests of 4096 tokens fit beside it."""
+
+    model: str
+    weights_gb: float
+    kib_a_token: float
+    requests: int
+
+
+def show_intensity(trace, knobs) -> None:
+    """FLOPs and bytes of our own model, counted; then real models on a real card."""
+    c = knobs.lab.config
+    rows = [measure_intensity(c, *size) for size in ((1, 0), (1, 63), (8, 0), (64, 0))]
+    trace.say("A step reads every weight that it uses once, and the cached keys and values, whether it "
+              "runs one token or many. Our own model, counted (2 bytes a number, 2 FLOPs a "
+              "multiplication):")
+    trace.ask("how many times as many FLOPs for each byte does a prefill of 64 tokens make as a "
+              "decode step with nothing cached?", rows[3].flops_per_byte / rows[0].flops_per_byte)
+    trace.table(rows, {"phase": "", "new_tokens": "d", "cached": "d", "flops as FLOPs": ",d",
+                       "bytes": ",d", "flops_per_byte as FLOPs a byte": ".1f bar 16"})
+
+    batches = [price_batch(batch, 1024) for batch in (1, 8, 32, 128)]
+    batch = batch_at_ridge(PRICED_GPU, PRICED_MODEL, 256)
+    trace.say(f"A card has a ridge: the FLOPs that it can do while it reads one byte, "
+              f"{PRICED_GPU.ridge:.0f} for the {PRICED_GPU.name}. A step with fewer FLOPs a byte waits "
+              f"for memory. {PRICED_MODEL.name} with weights of 16 bits, one decode step for a batch of "
+              "requests with 1024 tokens cached each; it takes the longer of its two times:")
+    trace.table(batches, {"batch": "d", "arithmetic as arithmetic, ms": ".2f",
+                          "reading as reading, ms": ".2f", "tokens_a_second": ",.0f"})
+    trace.say("A large batch takes little longer than one request and yields many more tokens. "
+              "Arithmetic takes longer than reading from a batch of "
+              f"{batch_at_ridge(PRICED_GPU, PRICED_MODEL, 0)} on if nothing is cached, from {batch} on "
+              "with 256 tokens cached each, and never with 1024: every cache must be read, too.")
+    fits = []
     for model in SERVED_MODELS:
-        weights, request = 2 * model.parameters, 4096 * model.kv_bytes
-        fit = int((A100.hbm_bytes - weights) // request)
-        if model is LLAMA_8B:
-            trace.ask(f"{model.name}: weights of {weights / 1e9:.0f} GB, {request / 1e9:.2f} GB of cache for a "
-                      "request. How many requests fit?", fit)
-        rows.append([model.name, f"{weights / 1e9:.0f} GB", f"{model.kv_bytes / 1024:.0f} KiB",
-                     f"{request / 1e9:.2f} GB", str(fit) if fit > 0 else "weights too big", bar(max(fit, 0), 128, 20)])
-    text_table(trace, ["model", "weights", "a token", "4K tokens", "requests", ""], rows, left=(0, 5))
-    c, cache, held = knobs.config, KVCache(knobs.config), []
-    model = Llama(c, init_weights(c, random.Random(knobs.seed)))
-    for _ in range(8):
-        model.forward([0, 0], cache)
-        held.append(2 * sum(len(row) for layers in (cache.keys, cache.values) for layer in layers for row in layer))
-    each = kv_bytes_per_token(c.n_layers, c.n_kv_heads, c.head_dim)
-    trace.check("our own cache, measured as it grows: every token adds kv_bytes_per_token()",
-                held == [n * each for n in range(2, 18, 2)], f"{each:.0f} bytes")
+        fits.append(Fit(model.name, 2 * model.parameters / 1e9, model.kv_bytes / 1024,
+                        requests_that_fit(PRICED_GPU, model, 4096)))
+    trace.say("And memory ends. How many requests of 4096 tokens fit beside the weights, in nine "
+              "tenths of 80 GB? (Engines leave the rest for activations. The last model needs more "
+              "than one card.)")
+    trace.table(fits, {"model": "", "weights_gb as weights, GB": ".1f",
+                       "kib_a_token as KiB a token": ".0f", "requests": "d bar 20"})
+
+    kv_bytes = kv_bytes_per_token(c.n_layers, c.n_kv_heads, c.head_dim)
+    expected = []
+    for row in rows:
+        in_cache = row.cached + row.new_tokens
+        expected.append(2 * (used_weights(c) + row.new_tokens * c.dim) + in_cache * kv_bytes)
+    trace.check("bytes counted = used weights, embedding rows and cache, by formula",
+                [row.bytes for row in rows] == expected, f"{len(rows)} steps")
+    before = price_batch(batch - 1, 256)
+    after = price_batch(batch, 256)
+    trace.check("the first batch that arithmetic takes longer for is the formula's",
+                before.arithmetic < before.reading and after.arithmetic >= after.reading,
+                f"{batch} at 256 tokens")
+    trace.check("with 1024 tokens cached, reading takes longer for any batch",
+                batch_at_ridge(PRICED_GPU, PRICED_MODEL, 1024) is None
+                and all(row.reading > row.arithmetic for row in batches), f"{len(batches)} tried")
 
 
-# 4. Paged attention
+# 3. Paged attention
 
 
-def show_paging(trace: Trace, knobs: Namespace) -> None:
-    """Two requests interleaved in one pool, drawn; then the waste of four ways to set memory aside."""
-    model, bs, n_new = knobs.model(), knobs.block_size, knobs.max_new_tokens
-    prompts = [knobs.prompt_ids, knobs.tokenizer.encode("This is the man all tattered and torn")]
-    blocks = sum(-(-(len(p) + n_new) // bs) for p in prompts) + 2
-    pool, solo = BlockPool(blocks, bs), [KVCache(model.config) for _ in prompts]
-    random.Random(knobs.seed).shuffle(order := list(pool.free_blocks))
-    pool.free_blocks = OrderedDict.fromkeys(order)  # as after some hours of service: free blocks in no order
-    paged = [PagedKVCache(pool, model.config) for _ in prompts]
-    same, texts = True, [list(p) for p in prompts]
+class PagedRun(NamedTuple):
+    """Requests written in turn into one pool."""
+
+    pool: BlockPool
+    caches: list[PagedKVCache]
+    logits: Matrix    # of the last step
+    expected: Matrix  # the same without any cache
+
+
+def run_paged(
+    model: Llama, prompts: Sequence[Sequence[int]], n_new: int, block_size: int, rng: random.Random
+) -> PagedRun:
+    """Generate n_new tokens for each prompt, in turn, in a pool whose free blocks are in no order."""
+    n_blocks = 2 + sum(ceil_div(len(prompt) + n_new, block_size) for prompt in prompts)
+    pool = BlockPool(n_blocks, block_size)
+    pool.free_blocks = OrderedDict.fromkeys(rng.sample(range(n_blocks), n_blocks))
+    caches = [PagedKVCache(pool, model.config) for _ in prompts]
+    texts = [list(prompt) for prompt in prompts]
     for _ in range(n_new):
-        for text, cache, reference in zip(texts, paged, solo):
-            unseen = text[cache.length:]
-            logits = model.forward(unseen, cache)
-            same &= logits == model.forward(unseen, reference)
+        logits = []
+        for text, cache in zip(texts, caches):
+            logits.append(model.forward(text[cache.length:], cache)[-1])
             text.append(argmax(logits[-1]))
-    trace.say(f"Two requests, A and B, written token by token, in turn, into one pool of {blocks} blocks of {bs}. Each "
-              f"letter is a token's keys and values; a dot is an idle slot.")
-    owner = {cache.slot(p): name for name, cache in zip("AB", paged) for p in range(cache.length)}
-    boxes = [f"{block}│" + "".join(owner.get(block * bs + i, "·") for i in range(bs)) + "│" for block in range(blocks)]
-    trace.lines(textwrap.wrap(" ".join(boxes), WIDTH))
-    for name, cache in zip("AB", paged):
-        trace.lines(textwrap.wrap(f"block table of {name}: " + " ".join(map(str, cache.block_table)), WIDTH))
-    last = paged[0].length - 1
-    trace.ask(f"slots are numbered from the first of block 0. In which slot is token {last} of A, its last (its first "
-              "is token 0)?", paged[0].slot(last))
-    trace.lines([f"token {last} of A: block_table[{last // bs}] · {bs} + {last % bs} = slot {paged[0].slot(last)}"])
-
-    requests, size, most = [replace(request, arrival=0) for request in knobs.requests] * 2, 128 // bs * bs, 64
-    lengths = [(len(request.prompt), len(request.prompt) + request.max_new_tokens - 1) for request in requests]
-    finals = [final for _, final in lengths]
-    trace.say(f"Waste. {len(requests)} requests that end up with {min(finals)} to {max(finals)} cached tokens, which "
-              f"nobody could know, share {size} slots; {most} is the most anyone may use. What became of the slots, "
-              "averaged over the steps in which somebody waited for room:")
-    paged_share, most_idle = paged_waste(model, requests, size // bs, bs)
-    wastes = {f"in one piece: the most, {most}": contiguous_waste(lengths, size, lambda final: most),
-              "the next power of 2": contiguous_waste(lengths, size, lambda final: 1 << (final - 1).bit_length()),
-              "what it will be (an oracle)": contiguous_waste(lengths, size, lambda final: final),
-              f"paged, blocks of {bs}": paged_share}
-    text_table(trace, ["", "used", "reserved", "internal", "free"],
-                [[name, *waste.shares()] for name, waste in wastes.items()], left=(0,))
-    trace.note("internal: set aside and never used; free: left over while somebody waits, for want of a gap or of "
-               "blocks enough. Kwon et al. found 20.4% to 38.2% used in the systems before theirs.")
-    trace.check("paged logits = contiguous logits at every step", same, "equal to the bit")
-    trace.check("no request ever had more than block_size - 1 idle slots", most_idle < bs, f"at most {most_idle}")
+    expected = [model.forward(text[:-1])[-1] for text in texts]
+    return PagedRun(pool, caches, logits, expected)
 
 
-# 5. Sharing: reference counts and copy on write
+def draw_pool(pool: BlockPool, caches: Sequence[PagedKVCache]) -> list[str]:
+    """Return the blocks as boxes with a letter for each token of a cache."""
+    owner = {}
+    for letter, cache in zip("AB", caches):
+        for position in range(cache.length):
+            owner[cache.slot(position)] = letter
+    boxes = []
+    for block in range(pool.num_blocks):
+        empty = "·" if pool.ref_count[block] else "_"
+        first = block * pool.block_size
+        slots = range(first, first + pool.block_size)
+        boxes.append(f"{block}│{''.join(owner.get(slot, empty) for slot in slots)}│")
+    return textwrap.wrap(" ".join(boxes), WIDTH)
 
 
-def show_sharing(trace: Trace, knobs: Namespace) -> None:
-    """Four different continuations of one prompt: blocks with and without sharing."""
-    model, bs, n_new, n_samples = knobs.model(), knobs.block_size, min(knobs.max_new_tokens, 8), 4
-    half_full = -(-12 // bs) * bs + (bs // 2 - len(knobs.prompt_ids)) % bs  # so that it ends inside a block
-    prompt = knobs.tokenizer.encode(TEXT)[-half_full:] + knobs.prompt_ids
-    pool = BlockPool(n_samples * -(-(len(prompt) + n_new + 1) // bs), bs)
+def show_paging(trace, knobs) -> None:
+    """Two requests that grow in one pool, drawn, and where one of their tokens is."""
+    size = knobs.block_size
+    prompts = [knobs.prompt_ids, knobs.lab.tokenizer.encode("This is the man all tattered and torn")]
+    run = run_paged(knobs.lab.model, prompts, knobs.max_new_tokens, size, random.Random(knobs.seed))
+    trace.say("Memory is cut into blocks. A request takes a block at a time, from anywhere, and its "
+              "block table lists them. Two requests, A and B, have been written in turn, token by "
+              f"token, into one pool of {run.pool.num_blocks} blocks of {size}. A letter is a token's "
+              "keys and values, a dot an empty slot of a request, _ a slot of a free block.")
+    trace.lines(["", *draw_pool(run.pool, run.caches)])
+    for letter, cache in zip("AB", run.caches):
+        trace.lines(textwrap.wrap(f"block table of {letter}: {cache.block_table}", WIDTH))
+    b = run.caches[1]
+    position = b.length - 2
+    block = b.block_table[position // size]
+    trace.ask(f"slots are numbered from the first of block 0, and tokens from 0. In which slot is "
+              f"token {position} of B?", b.slot(position))
+    trace.say(f"Where is token {position} of B? {position} // {size} = {position // size}: in block "
+              f"block_table[{position // size}] = {block}. {position} % {size} = {position % size}: at "
+              f"this offset. So in slot {block} · {size} + {position % size} = {b.slot(position)}.")
+
+    trace.check_close("logits through the block tables = logits without any cache", run.logits,
+                      run.expected, 1e-9)
+    trace.check("that token's slot is the one of the formula",
+                b.slot(position) == block * size + position % size, f"slot {b.slot(position)}")
+    empty = [len(cache.block_table) * size - cache.length for cache in run.caches]
+    trace.check("no request has an empty block", max(empty) < size, f"{max(empty)} empty slots at most")
+
+
+# 4. Sharing: reference counts and copy on write
+
+
+def fork_prompt(
+    model: Llama, prompt: Sequence[int], pool: BlockPool
+) -> tuple[list[list[int]], list[PagedKVCache]]:
+    """Return four texts, the prompt with one of its likeliest next tokens each, and their caches."""
     first = PagedKVCache(pool, model.config)
     logits = model.forward(prompt, first)[-1]
-    samples = [first] + [first.fork() for _ in range(n_samples - 1)]
-    best = sorted(range(len(logits)), key=lambda token: -logits[token])[:n_samples]  # each starts with another word
-    texts, forked = [prompt + [token] for token in best], list(first.block_table)
-    trace.say(f"A prompt of {len(prompt)} tokens, {n_samples} answers that begin with the {n_samples} likeliest words, "
-              f"blocks of {bs}. After the prompt all have one block table, blocks {forked[0]} to {forked[-1]}, and "
-              f"each of these has {pool.ref_count[0]} references. Then every answer writes a token.")
+    likeliest = sorted(range(len(logits)), key=lambda token: -logits[token])
+    texts = [[*prompt, token] for token in likeliest[:4]]
+    return texts, [first, first.fork(), first.fork(), first.fork()]
 
-    def write_a_token() -> None:
-        for text, cache in zip(texts, samples):
+
+def write_tokens(
+    model: Llama, texts: Sequence[list[int]], caches: Sequence[PagedKVCache], n_new: int
+) -> None:
+    """Let every text go on for n_new tokens, in turn."""
+    for _ in range(n_new):
+        for text, cache in zip(texts, caches):
             text.append(argmax(model.forward(text[cache.length:], cache)[-1]))
 
-    write_a_token()
-    copies = sum(cache.block_table[:len(forked)] != forked for cache in samples)
-    trace.ask(f"the prompt fills {len(prompt) % bs} slots of its last block (0: all). How many of the {n_samples} "
-              "copy that block before they write?", copies)
-    trace.lines([""])
-    for name, cache in zip("ABCD", samples):
-        trace.lines(textwrap.wrap(f"{name}: blocks " + " ".join(map(str, cache.block_table)), WIDTH,
-                                  subsequent_indent=" " * 10))
-    trace.lines(textwrap.wrap("references to blocks 0, 1, …: " + " ".join(str(n) for n in pool.ref_count if n), WIDTH))
-    trace.note(f"{copies} wrote into the half-full block and took a copy first; the last to hold it needed none."
-               if copies else "Each took a new block: the prompt had filled its last one.")
-    for _ in range(n_new - 1):
-        write_a_token()
-    used, alone = pool.num_blocks - pool.num_free_blocks, sum(-(-cache.length // bs) for cache in samples)
-    trace.say(f"After {n_new} tokens each, {used} blocks are in use; without sharing it would be {alone}.")
-    for name, text in zip("ABCD", texts):
-        trace.lines([f"{name}: … " + knobs.tokenizer.decode(text[len(prompt) - 3:])[:WIDTH - 8].replace("\n", " / ")])
-    undisturbed = all(text == prompt + [token] + generate(model, prompt + [token], n_new, KVCache(model.config))
-                      for text, token in zip(texts, best))
-    trace.check("copies taken = answers - 1, if the prompt ends inside a block", copies
-                == (n_samples - 1) * (len(prompt) % bs > 0), f"{copies}")
-    trace.check("every answer = what it is without sharing", undisturbed, f"{n_samples} × {n_new} tokens")
-    held = Counter(block for cache in samples for block in cache.block_table)
-    trace.check("every reference count = the block tables that name the block",
+
+def show_sharing(trace, knobs) -> None:
+    """Four continuations of one prompt: blocks with and without sharing."""
+    model = knobs.lab.model
+    size = knobs.block_size
+    n_new = min(knobs.max_new_tokens, 8)
+    context = knobs.lab.text_ids[-15 - size:] + knobs.prompt_ids
+    prompt = context[(len(context) - size // 2) % size:]  # so that it ends in the middle of a block
+    pool = BlockPool(4 * ceil_div(len(prompt) + n_new, size), size)
+    texts, caches = fork_prompt(model, prompt, pool)
+    prompt_table = list(caches[0].block_table)
+    write_tokens(model, texts, caches, 1)
+    copies = sum(cache.block_table[:len(prompt_table)] != prompt_table for cache in caches)
+    trace.say(f"Four answers to one prompt share its blocks. The prompt has {len(prompt)} tokens, in "
+              f"blocks {prompt_table[0]} to {prompt_table[-1]} of {size}. The answers A to D begin with "
+              "its four likeliest next words. Every block counts its references: the block tables that "
+              "list it. Who writes into a block with more than one takes a copy first.")
+    trace.ask(f"the prompt fills {len(prompt) % size} slots of its last block (0: all of them). How "
+              "many of the four answers copy that block before they write?", copies)
+    trace.say("After each answer has written one token:")
+    for letter, cache in zip("ABCD", caches):
+        trace.lines(textwrap.wrap(f"block table of {letter}: {cache.block_table}", WIDTH))
+    counts = [count for count in pool.ref_count if count]
+    trace.lines(textwrap.wrap(f"references to blocks 0, 1, …: {counts}", WIDTH))
+    if copies:
+        trace.say(f"{copies} answers took a copy of the half-full block {prompt_table[-1]}. The last one "
+                  "to write was then alone in it, and needed none.")
+    else:
+        trace.say("The prompt had filled its last block, so every answer took a new one.")
+    write_tokens(model, texts, caches, n_new - 1)
+    used = pool.num_blocks - pool.num_free_blocks
+    alone = sum(ceil_div(cache.length, size) for cache in caches)
+    trace.say(f"After {n_new} tokens each, {used} blocks are in use. Without sharing it would be {alone}.")
+
+    trace.check("copies = answers - 1 if the prompt ends inside a block, otherwise none",
+                copies == (3 if len(prompt) % size else 0), f"{copies}")
+    requests = [Request(text[:-n_new], n_new) for text in texts]
+    trace.check("every answer is what it is without sharing",
+                [text[-n_new:] for text in texts] == knobs.lab.solo_tokens(requests),
+                f"4 × {n_new} tokens")
+    trace.check("blocks saved = the prompt's full blocks, for three of the four",
+                alone - used == 3 * (len(prompt) // size), f"{alone} - {used}")
+    held = Counter(itertools.chain(*(cache.block_table for cache in caches)))
+    trace.check("every reference count = the block tables that list the block",
                 pool.ref_count == [held[block] for block in range(pool.num_blocks)], "equal")
-    for cache in samples:
-        cache.free()
-    trace.check("when all are done, every block is free again", pool.num_free_blocks == pool.num_blocks,
-                f"{pool.num_blocks}")
 
 
-# 6. Prefix caching
+# 5. Prefix caching
 
 
-def show_prefix_caching(trace: Trace, knobs: Namespace) -> None:
-    """A conversation that grows by a verse a turn; then a stranger comes between."""
-    model, bs, verses = knobs.model(), knobs.block_size, TEXT.splitlines(keepends=True)
-    turns = ["".join(verses[:n]) + f"This is {CLAUSES[n].split(' that')[0]}" for n in (1, 2, 2, 3)]
-    prompts = [tuple(knobs.tokenizer.encode(text)) for text in [*turns, verses[5], turns[-1]]]
-    requests = [Request(prompt, 4, float(i)) for i, prompt in enumerate(prompts)]  # a second apart: each runs alone
-    plenty, enough = (f(blocks_for(request, bs) for request in requests) for f in (sum, max))
-    without, report, small = (serve(model, requests, num_blocks=blocks, block_size=bs, max_num_seqs=1,
-                                    max_num_batched_tokens=1024, prefix_caching=caching)
-                              for blocks, caching in ((plenty, False), (plenty, True), (enough, True)))
-    texts = [prompt + tuple(new[:-1]) for prompt, new in zip(prompts, report.tokens)]  # the last token is never run
-    naive = [max([common_full_blocks(prompt[:-1], text, bs) for text in texts[:n]], default=0)
-             for n, prompt in enumerate(prompts)]
-    trace.say("Requests that begin alike: the rhyme so far, then a new line. Each comes when the one before has ended "
-              "and given its blocks back. Then a stranger comes, request 4, and the last one asks again. █ the prompt "
-              "tokens the model ran, ░ those it found in the pool.")
-    found = [state.found for state in report.states]
-    alike = max(common_full_blocks(prompts[3], text, 1) for text in texts[:3])
-    trace.ask(f"the first {alike} tokens of request 3 are those of an earlier text. How many does it find in the pool, "
-              f"with blocks of {bs}?", found[3])
-    text_table(trace, ["request", "prompt", f"found in {plenty} blocks", "", f"in {enough} blocks"],
-                [[str(n), str(len(prompt)), str(hit), "░" * (hit // 3) + "█" * ((len(prompt) - hit) // 3), str(state.found)]
-                 for n, (prompt, hit, state) in enumerate(zip(prompts, found, small.states))], left=(3,))
-    trace.note(f"In {enough} blocks, no more than the largest request needs, the stranger's content takes the place of "
-               "the least recently used.")
-    trace.check("found = the longest run of full blocks shared with any earlier text", found == naive,
-                ", ".join(map(str, found)))
-    trace.check("tokens computed without, less those computed with it = those found",
-                without.computed - report.computed == sum(found), f"{without.computed} - {report.computed}")
-    trace.check("the answers are what each request gets alone", all(r.tokens == [knobs.alone(q) for q in requests] for r
-                in (without, report, small)), f"{len(requests)} requests")
+class PrefixHit(NamedTuple):
+    """One row: a request, and how many tokens of its prompt were found in the pool."""
+
+    request: int
+    prompt: int     # tokens
+    found: int
+    longest: int    # in full blocks shared with an earlier text, by comparing the texts
+    in_few: int     # found, in a smaller pool
+    picture: str    # a mark for each token
 
 
-def common_full_blocks(a: Sequence[int], b: Sequence[int], block_size: int) -> int:
-    """Tokens in the full blocks that two texts have in common from their start, by comparing them."""
-    same = 0
-    while same < min(len(a), len(b)) and a[same] == b[same]:
-        same += 1
-    return same // block_size * block_size
+def compare_prefixes(plenty: Report, few: Report, block_size: int) -> list[PrefixHit]:
+    """Return a row per request, which were served one after the other in two pools."""
+    rows = []
+    earlier: list[list[int]] = []
+    for state, state_in_few in zip(plenty.states, few.states):
+        prompt = state.request.prompt
+        longest = max((shared_start(prompt[:-1], text) for text in earlier), default=0)
+        rows.append(PrefixHit(state.number, len(prompt), state.found,
+                              longest // block_size * block_size, state_in_few.found,
+                              "░" * state.found + "█" * (len(prompt) - state.found)))
+        earlier.append(state.tokens[:-1])  # the last token was never run
+    return rows
 
 
-# 7. Continuous batching
+def shared_start(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many tokens two texts share from their start."""
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
+
+
+def conversation(tokenizer: Tokenizer) -> list[Request]:
+    """Return turns that repeat the rhyme so far, then a stranger, then the last turn again."""
+    verses = TEXT.splitlines(keepends=True)
+    texts = []
+    for n in (1, 2, 2, 3):
+        new_line = "This is " + CLAUSES[n].split(" that")[0]
+        texts.append("".join(verses[:n]) + new_line)
+    texts += [verses[5], texts[-1]]
+    # A second apart, so that each finds the engine empty
+    return [Request(tuple(tokenizer.encode(text)), 4, float(i)) for i, text in enumerate(texts)]
+
+
+def show_prefix_caching(trace, knobs) -> None:
+    """A conversation that grows by a verse a turn, with a stranger before its last turn."""
+    size = knobs.block_size
+    requests = conversation(knobs.lab.tokenizer)
+    blocks = [blocks_for(request, size) for request in requests]
+    plenty, few = [serve(knobs.lab.model, requests, num_blocks=n, block_size=size, max_num_seqs=1,
+                         max_num_batched_tokens=1024, prefix_caching=True)
+                   for n in (sum(blocks), max(blocks))]
+    rows = compare_prefixes(plenty, few, size)
+    trace.say("The keys and values of a beginning that was computed before are still in the pool, under "
+              "a hash of its tokens. Requests 0 to 3 are a conversation: each repeats the rhyme so far "
+              "and adds a line. Request 4 is a stranger, and request 5 asks the same as 3. Each comes "
+              "when the one before has ended and given its blocks back.")
+    shared = max(shared_start(requests[3].prompt, state.tokens) for state in plenty.states[:3])
+    trace.ask(f"the first {shared} tokens of request 3 are those of an earlier text. How many does it "
+              f"find in the pool, with blocks of {size}?", rows[3].found)
+    trace.table(rows, {"request": "d", "prompt": "d", "found": "d",
+                       f"in_few as in {max(blocks)} blocks": "d", "picture as ░ found, █ run": ""})
+    trace.note(f"Tokens. found: in a pool of {sum(blocks)} blocks, enough for all; a mark in the picture "
+               "is a token.")
+    trace.say("Only full blocks are found, and the last token is always run. In a pool of "
+              f"{max(blocks)} blocks, no more than the largest request needs, the stranger takes those "
+              f"that were longest unused: request 5 finds {rows[5].in_few} tokens there instead of "
+              f"{rows[5].found}.")
+
+    found = [row.found for row in rows]
+    trace.check("found = the longest run of full blocks shared with any earlier text",
+                found == [row.longest for row in rows], ", ".join(map(str, found)))
+    needed = sum(len(request.prompt) + request.max_new_tokens - 1 for request in requests)
+    trace.check("what was found was not computed", plenty.computed == needed - sum(found),
+                f"{needed} tokens - {sum(found)}")
+    trace.check("the answers are what each request gets alone",
+                plenty.tokens == few.tokens == knobs.lab.solo_tokens(requests),
+                f"{len(requests)} requests, in both pools")
+
+
+# 6. Continuous batching
+
+
+class PolicyRow(NamedTuple):
+    """One row: what a schedule achieved."""
+
+    policy: str
+    steps: int
+    places_used: float
+    first_token: float  # milliseconds from arrival, mean
 
 
 def make_requests(tokenizer: Tokenizer, rng: random.Random) -> list[Request]:
-    """Users with lines of the rhyme as prompts, arriving about 3 ms apart, wanting 3 to 20 tokens."""
-    arrival, requests = 0.0, []
+    """Return users with lines of the rhyme as prompts, about 3 ms apart, who want 3 to 20 tokens."""
+    arrival = 0.0
+    requests = []
     for clause in CLAUSES[1:10]:
-        requests.append(Request(tuple(tokenizer.encode("This is " + clause)), rng.randint(3, 20), arrival))
+        prompt = tuple(tokenizer.encode("This is " + clause))
+        requests.append(Request(prompt, rng.randint(3, 20), arrival))
         arrival += rng.expovariate(1 / 0.003)
     return requests
 
 
-def show_continuous(trace: Trace, knobs: Namespace) -> None:
-    """The same requests in static batches and continuously."""
-    model, requests = knobs.model(), knobs.requests
-    blocks = knobs.num_blocks or sum(blocks_for(request, knobs.block_size) for request in requests)
-    settings = dict(num_blocks=blocks, block_size=knobs.block_size, max_num_seqs=knobs.max_num_seqs,
-                    max_num_batched_tokens=1024)
-    reports = {policy: serve(model, requests, policy=policy, **settings) for policy in ("static", "continuous")}
-    trace.say(f"{len(requests)} requests, {knobs.max_num_seqs} places, {blocks} blocks of {knobs.block_size}. A column "
-              f"is a step, a row a request (its prompt + new tokens): dots while it waits, █ its prompt runs, ▒ a new "
-              f"token.")
-    for policy, report in reports.items():
-        if policy == "continuous":
-            trace.ask(f"static batches took {len(reports['static'].steps)} steps. How many does it take if whoever is "
-                      "done leaves at once, and whoever waits comes in?", len(report.steps))
-        trace.lines(["", f"{policy}:"] + timeline(report))
-    trace.lines([""])
-    text_table(trace, ["", "steps", "places used", "ms in all", "tokens/s", "first token", "each later"],
-                [[policy, *metrics(report)] for policy, report in reports.items()], left=(0,))
-    trace.note(f"Times by the cost model: {LLAMA_8B.name}, 4-bit weights, {A100.name}; the last two are means in ms, "
-               f"from arrival to the first token, and from a token to the next.")
-    alone = [knobs.alone(request) for request in requests]
-    for policy, report in reports.items():
-        trace.check(f"{policy}: every request's tokens are what it gets alone", report.tokens == alone,
-                    f"{sum(map(len, alone))} tokens")
-    most = max(len(work) for report in reports.values() for _, _, work in report.steps)
-    trace.check("a step never ran more requests than there are places", most <= knobs.max_num_seqs, f"at most {most}")
-
-
-def metrics(report: Report) -> list[str]:
-    """Steps, utilisation, time, throughput, mean time to first token and per later token, as cells of a table."""
-    end = report.steps[-1][1]
-    first = fmean(state.times[0] - state.request.arrival for state in report.states)
-    gaps = token_gaps(report)
-    return [str(len(report.steps)), f"{report.utilisation:.0%}", f"{end * 1e3:.1f}",
-            f"{sum(map(len, report.tokens)) / end:,.0f}", f"{first * 1e3:.1f}", f"{fmean(gaps) * 1e3:.2f}"]
-
-
-def token_gaps(report: Report, requests: slice = slice(None)) -> list[float]:
-    """The seconds between each new token and the next of the same request."""
-    return [later - earlier for times in report.times[requests] for earlier, later in zip(times, times[1:])] or [0.0]
-
-
 def timeline(report: Report, width: int = 66) -> list[str]:
-    """The schedule as a picture of at most width + 12 columns: a row per request, a column per step."""
-    lines, preempted = [], set(report.preempted)
+    """Return the schedule as a picture: a row per request, a column per step, at most width."""
+    lines = []
     for state in report.states:
-        row, seen = "", 0
-        last = max(i for i, (_, _, work) in enumerate(report.steps) if state.number in work)
-        for i, (start, _, work) in enumerate(report.steps):
-            if state.number in work:
-                row += "▒" if work[state.number] == 1 and seen >= len(state.request.prompt) else "█"
-                seen += work[state.number]
-            elif (i, state.number) in preempted:
+        row = ""
+        n_run = 0
+        for i, step in enumerate(report.steps):
+            n = step.tokens.get(state.number, 0)
+            n_run += n
+            if n:
+                row += "▒" if n == 1 and n_run > len(state.request.prompt) else "█"
+            elif (i, state.number) in report.preempted:
                 row += "×"
+            elif state.arrival <= step.start < state.times[-1]:
+                row += "·"
             else:
-                row += "·" if state.request.arrival <= start and i < last else " "
-        lines.append(f"{state.number:>2} {len(state.request.prompt):>2}+{state.request.max_new_tokens:<3} "
-                     + (row.rstrip() if len(row.rstrip()) <= width else row[:width] + "…"))
+                row += " "
+        if len(row.rstrip()) > width:
+            row = row[:width] + "…"
+        sizes = f"{len(state.request.prompt):>2}+{state.request.max_new_tokens:<3}"
+        lines.append(f"{state.number:>2} {sizes} {row}")
     return lines
 
 
-# 8. Chunked prefill
-
-
-def show_chunked(trace: Trace, knobs: Namespace) -> None:
-    """Three users are answered when a long prompt comes in."""
-    model, n_seqs = knobs.model(), max(knobs.max_num_seqs, 4)
-    budget = max(knobs.max_num_batched_tokens, n_seqs)
-    long_prompt = tuple(knobs.tokenizer.encode("".join(TEXT.splitlines(keepends=True)[:6])))
-    requests = [Request(tuple(knobs.tokenizer.encode("This is " + clause)), 20) for clause in CLAUSES[1:4]]
-    requests.append(Request(long_prompt, 4, 0.012))
-    settings = dict(num_blocks=sum(blocks_for(request, knobs.block_size) for request in requests),
-                    block_size=knobs.block_size, max_num_seqs=n_seqs)
-    reports = {"whole": serve(model, requests, policy="continuous", max_num_batched_tokens=1024, **settings),
-               "chunked": serve(model, requests, policy="chunked", max_num_batched_tokens=budget, **settings)}
-    trace.say(f"Requests 0 to 2 have come when request 3 does, with a prompt of {len(long_prompt)} tokens. A column is "
-              f"a millisecond; a mark says that a new token came out in it.")
-    worst = {name: max(token_gaps(report, slice(3))) for name, report in reports.items()}
-    for name, report in reports.items():
-        if name == "chunked":
-            trace.ask(f"the long prompt made users 0 to 2 wait {worst['whole'] * 1e3:.1f} ms for a token. What is "
-                      f"their longest wait, in ms, if a step runs at most {budget} tokens?", worst["chunked"] * 1e3)
-        trace.lines(["", "whole prompts:" if name == "whole" else f"chunked, at most {budget} tokens a step:"])
-        trace.lines(clock_line(report))
+def show_continuous(trace, knobs) -> None:
+    """The same requests in static batches, and continuously."""
+    requests = knobs.requests
+    reports = {}
     rows = []
-    for name, report in reports.items():
-        rows.append([name, f"{worst[name] * 1e3:.1f}", f"{(report.times[3][0] - requests[3].arrival) * 1e3:.1f}",
-                     str(max(sum(work.values()) for _, _, work in report.steps))])
-    trace.lines([""])
-    text_table(trace, ["", "worst gap, ms", "3's first token, ms", "largest step, tokens"], rows, left=(0,))
-    alone = [knobs.alone(request) for request in requests]
-    trace.check("every request's tokens are those it gets alone, both ways",
-                all(report.tokens == alone for report in reports.values()), f"{sum(map(len, alone))} tokens")
-    trace.check("no chunked step ran more than max_num_batched_tokens",
-                all(sum(work.values()) <= budget for _, _, work in reports["chunked"].steps), f"{budget}")
+    for policy in ("static", "continuous"):
+        report = serve_plenty(knobs.lab.model, requests, policy, 1024, knobs.max_num_seqs)
+        reports[policy] = report
+        rows.append(PolicyRow(policy, len(report.steps), report.utilisation,
+                              fmean(first_tokens(report))))
+    static, continuous = rows
+    steps = reports["static"].steps + reports["continuous"].steps
+    trace.say("In a static batch, requests start together and end with the longest. Continuous batching "
+              f"decides anew at every step who runs. {len(requests)} requests, "
+              f"{knobs.max_num_seqs} places. A row is a request (tokens of its prompt + new ones), a "
+              "column is a step: dots while it waits, █ its prompt runs, ▒ a new token.")
+    trace.lines(["", "static:", *timeline(reports["static"])])
+    trace.ask(f"static batches took {static.steps} steps. How many does it take if whoever is done "
+              "leaves at once, and whoever waits comes in?", continuous.steps)
+    trace.lines(["", "continuous:", *timeline(reports["continuous"]), ""])
+    trace.table(rows, {"policy": "", "steps": "d", "places_used": ".0%",
+                       "first_token as first token after, ms": ".1f"})
+    times = [(step.end - step.start) * 1e3 for step in steps]
+    trace.note(f"Milliseconds by the cost model ({PRICED_MODEL.name}, weights of 4 bits, "
+               f"{PRICED_GPU.name}), mean from arrival. A step takes {min(times):.1f} to "
+               f"{max(times):.1f} of them: its weights must be read, whatever is in it.")
+    if continuous.steps < static.steps:
+        trace.say(f"The same work takes {static.steps} steps in static batches and {continuous.steps} "
+                  "in continuous ones, since no place stays empty while somebody waits.")
+    else:
+        trace.say(f"Both take {static.steps} steps: no place became free while somebody waited.")
+
+    trace.check("continuous batching needs no more steps than static batches",
+                continuous.steps <= static.steps, f"{continuous.steps} and {static.steps}")
+    alone = knobs.lab.solo_tokens(requests)
+    trace.check("both ways, every request's tokens are what it gets alone",
+                all(report.tokens == alone for report in reports.values()),
+                f"{sum(map(len, alone))} tokens")
+    most = max(len(step.tokens) for step in steps)
+    trace.check("a step never ran more requests than there are places", most <= knobs.max_num_seqs,
+                f"at most {most}")
+
+
+# 7. Chunked prefill
+
+
+class BudgetRow(NamedTuple):
+    """One row: users are being answered when a long prompt comes in. Milliseconds."""
+
+    budget: int | str   # tokens of a step
+    worst_gap: float    # of the others
+    first_token: float  # after the long prompt, from its arrival
+    end: float
+
+
+def long_prompt_requests(tokenizer: Tokenizer) -> list[Request]:
+    """Return three users who want 20 tokens each, and one who comes 12 ms later with six verses."""
+    texts = ["This is " + clause for clause in CLAUSES[1:4]]
+    requests = [Request(tuple(tokenizer.encode(text)), 20) for text in texts]
+    verses = "".join(TEXT.splitlines(keepends=True)[:6])
+    return [*requests, Request(tuple(tokenizer.encode(verses)), 4, 0.012)]
+
+
+def budget_row(report: Report, budget: int | str) -> BudgetRow:
+    """Return the figures of a run whose last request has the long prompt."""
+    return BudgetRow(budget, max(token_gaps(report.states[:-1])), first_tokens(report)[-1],
+                     report.steps[-1].end * 1e3)
 
 
 def clock_line(report: Report, width: int = 67) -> list[str]:
-    """When tokens came, a column per millisecond: ▒ for a token, dots in between."""
+    """Return when tokens came, a row per request and a column per millisecond: ▒ for a token."""
     lines = []
     for state in report.states:
-        marks = {int(t * 1e3) for t in state.times}
-        row = "".join(" " if ms < int(state.request.arrival * 1e3) or ms > max(marks) else "▒" if ms in marks else "·"
-                      for ms in range(width)) + "…" * (max(marks) >= width)
-        lines.append(f"{state.number:>2} {len(state.request.prompt):>3}+{state.request.max_new_tokens:<3} {row}")
+        marks = {int(seconds * 1e3) for seconds in state.times}
+        row = " " * int(state.arrival * 1e3)
+        for ms in range(len(row), max(marks) + 1):
+            row += "▒" if ms in marks else "·"
+        if len(row) > width:
+            row = row[:width] + "…"
+        sizes = f"{len(state.request.prompt):>3}+{state.request.max_new_tokens:<3}"
+        lines.append(f"{state.number:>2} {sizes} {row}")
     return lines
+
+
+def show_chunked(trace, knobs) -> None:
+    """Three users are being answered when a long prompt comes in."""
+    requests = long_prompt_requests(knobs.lab.tokenizer)
+    free = free_tokens()
+    budget = max(knobs.max_num_batched_tokens, len(requests))
+    whole = serve_plenty(knobs.lab.model, requests)
+    chunked = serve_plenty(knobs.lab.model, requests, "chunked", budget)
+    before = budget_row(whole, "whole prompts")
+    after = budget_row(chunked, budget)
+    trace.say("A long prompt makes one long step, and everybody who is being answered waits for it. "
+              "Chunked prefill cuts the prompt up, so that no step runs more tokens than a budget. "
+              f"Requests 0 to 2 are being answered when 3 comes, with {len(requests[3].prompt)} tokens. "
+              "A column is a millisecond by the cost model, a mark says that a new token came out.")
+    trace.lines(["", "whole prompts:", *clock_line(whole)])
+    trace.ask(f"the long prompt made users 0 to 2 wait {before.worst_gap:.1f} ms for a token. What is "
+              f"their longest wait, in ms, if a step runs at most {budget} tokens?", after.worst_gap)
+    trace.lines(["", f"chunked, at most {budget} tokens a step:", *clock_line(chunked)])
+    rows = []
+    for n in sorted({8, 16, free, 64, 96, budget}):
+        rows.append(budget_row(serve_plenty(StandIn(), requests, "chunked", n), n))
+    trace.say("The same with other budgets, and with no chunks at all:")
+    trace.table([*rows, before], {"budget": "", "worst_gap as gap of 0 to 2, ms": ".1f bar 12",
+                                  "first_token as first token of 3, ms": ".1f",
+                                  "end as end, ms": ".1f"})
+    trace.say(f"Up to {free} tokens a step takes the same time, as it waits for memory (the ridge, at 4 "
+              "bits a weight). So a smaller budget only delays request 3, and a larger one lengthens "
+              f"the steps of all. With chunks of {budget}, request 3 has its first token after "
+              f"{after.first_token:.1f} ms instead of {before.first_token:.1f}, and all is done after "
+              f"{after.end:.1f} ms instead of {before.end:.1f}.")
+
+    trace.check("no budget lengthens the longest gap of the others",
+                all(row.worst_gap <= before.worst_gap for row in rows), f"{len(rows)} budgets")
+    at_ridge = rows[[row.budget for row in rows].index(free)]
+    trace.check("below the ridge, a smaller budget shortens no gap by a tenth, and delays request 3",
+                all(row.worst_gap > 0.9 * at_ridge.worst_gap
+                    and row.first_token > 0.99 * at_ridge.first_token
+                    for row in rows if row.budget < free), f"ridge: {free} tokens")
+    alone = knobs.lab.solo_tokens(requests)
+    trace.check("every request's tokens are those it gets alone, both ways",
+                whole.tokens == chunked.tokens == alone, f"{sum(map(len, alone))} tokens")
+    largest = max(sum(step.tokens.values()) for step in chunked.steps)
+    trace.check("no chunked step ran more tokens than the budget", largest <= budget,
+                f"{largest} of {budget}")
+
+
+# 8. What paging saves
+
+
+class MemoryRow(NamedTuple):
+    """One row: a pool of blocks of one size, and what became of its slots."""
+
+    block_size: int
+    used: float       # shares of the slots, over the steps in which a request waited
+    reserved: float
+    internal: float
+    free: float
+    preempted: int
+    computed: int     # tokens run
+    steps: int        # until the last request is done
+
+
+def memory_row(requests: Sequence[Request], size: int, block_size: int) -> MemoryRow:
+    """Serve the requests in a memory of size slots. The model is a stand-in."""
+    num_blocks = size // block_size
+    report = serve(StandIn(), requests, num_blocks=num_blocks, block_size=block_size,
+                   max_num_seqs=len(requests), max_num_batched_tokens=2048)
+    waste = slot_waste(report, num_blocks, block_size)
+    shares = [count / max(1, sum(waste)) for count in waste]
+    return MemoryRow(block_size, *shares, len(report.preempted), report.computed, len(report.steps))
+
+
+def show_waste(trace, knobs) -> None:
+    """The waste of a piece for each request and of blocks, and the price of paging."""
+    requests = [request._replace(arrival=0.0) for request in knobs.requests] * 2
+    needed = [len(request.prompt) + request.max_new_tokens - 1 for request in requests]
+    size = 2 * 64
+    rows = [memory_row(requests, size, n) for n in sorted({64, 16, 4, 1, knobs.block_size})]
+    one_piece = rows[-1]
+    paged = rows[sorted({64, 16, 4, 1, knobs.block_size}).index(knobs.block_size)]
+    trace.say("What becomes of memory if each request's cache is one piece, reserved when it comes in? "
+              f"{len(requests)} requests wait for {size} slots. They will need {min(needed)} to "
+              f"{max(needed)} slots each, which nobody can know, and 64 is the most that any may use. A "
+              "piece of 64 is a block of 64. Averages over the steps in which somebody waited:")
+    trace.ask("with 64 slots reserved for each, two requests fit. What share of all slots holds a "
+              "token? (as 0.5 or 50%)", one_piece.used)
+    trace.table(rows, {"block_size": "d", "used": ".0%", "reserved": ".0%", "internal": ".0%",
+                       "free": ".0%", "preempted": "d", "computed": "d", "steps": "d"})
+    trace.note("used: holds a token. reserved: will hold one before the request ends. internal: is set "
+               "aside and never used. free: not set aside, and too little for who waits. computed: "
+               f"tokens run; {sum(needed)} are needed. Kwon et al. found 20.4% to 38.2% used in the "
+               "systems before theirs.")
+    trace.say(f"In blocks of {knobs.block_size}, {paged.used:.0%} of the memory is used instead of "
+              f"{one_piece.used:.0%}, and all are done in {paged.steps} steps instead of "
+              f"{one_piece.steps}. The price: {paged.preempted} preemptions, after which "
+              f"{paged.computed - sum(needed)} tokens were computed a second time.")
+
+    trace.check("blocks use as much of the memory as pieces or more, and take no more steps",
+                paged.used >= one_piece.used and paged.steps <= one_piece.steps,
+                f"{paged.used:.0%} and {one_piece.used:.0%}")
+    idle = (paged.reserved + paged.internal) * size
+    trace.check("a request has at most block_size - 1 slots that are not used",
+                idle <= (knobs.block_size - 1) * len(requests), f"{idle:.1f} in all, on average")
+    trace.check("nobody is preempted from a piece that is large enough",
+                one_piece.preempted == 0 and one_piece.computed == sum(needed), "blocks of 64")
 
 
 # 9. Running out of blocks
 
 
-def show_preemption(trace: Trace, knobs: Namespace) -> None:
-    """The requests of section 7 in ever smaller pools."""
-    model, requests, bs = knobs.model(), knobs.requests, knobs.block_size
-    smallest = max(blocks_for(request, bs) for request in requests)
-    pools = [knobs.num_blocks] if knobs.num_blocks else [2 * smallest, smallest]
-    settings = dict(block_size=bs, max_num_seqs=knobs.max_num_seqs, max_num_batched_tokens=1024)
-    alone = [knobs.alone(request) for request in requests]
-    trace.say(f"The requests of section 7 again; the largest needs {smallest} blocks of {bs}. Computed: tokens run "
-              f"through the model. Swapped: both ways, at {LLAMA_8B.kv_bytes / 1024:.0f} KiB a token (Llama 3.1 8B).")
-    rows, unchanged, empty, reports = [], True, True, {}
-    for blocks in pools:
-        for preemption in ("recompute", "swap"):
-            engine = Engine(model, requests, num_blocks=blocks, preemption=preemption, **settings)
-            report = reports[preemption] = engine.run()
-            unchanged &= report.tokens == alone
-            empty &= engine.pool.num_free_blocks == blocks and not any(engine.pool.ref_count)
-            rows.append([str(blocks), preemption, str(len(report.preempted)), str(report.computed),
-                         f"{report.swapped_tokens * LLAMA_8B.kv_bytes / 2**20:.0f} MiB", str(len(report.steps)),
-                         f"{report.steps[-1][1] * 1e3:.1f}"])
-    trace.ask(f"the prompts have {sum(len(request.prompt) for request in requests)} tokens, the answers "
-              f"{sum(map(len, alone))}; the last token of each of the {len(requests)} answers is never run. How many "
-              "tokens go through the model when blocks are swapped out and in?", reports["swap"].computed)
-    text_table(trace, ["blocks", "preemption by", "preempted", "computed", "swapped", "steps", "ms in all"], rows, left=(1,))
-    trace.say(f"In {pools[-1]} blocks, by recomputation; × marks where a request lost its blocks:")
-    trace.lines(timeline(reports["recompute"]))
-    refusal = ""
-    try:
-        serve(model, requests, num_blocks=smallest - 1, **settings)
-    except ValueError as error:
-        refusal = str(error)
-    trace.say(f"One block less than the smallest: {refusal}.")
-    trace.check("no token changed, in any pool, either way", unchanged, f"{len(rows)} runs")
-    trace.check("every pool is empty at the end", empty, "all free, no references")
-    trace.check("a pool that is one block too small is refused", bool(refusal), "ValueError")
+class PreemptionRow(NamedTuple):
+    """One row: a pool, and a way to come back after a preemption."""
+
+    blocks: int
+    by: str
+    preempted: int
+    computed: int       # tokens run
+    swapped_mib: float  # both ways
+    steps: int
+    end: float          # milliseconds
 
 
-# 10. Splitwise: prefill here, decode there
+class ComeBack(NamedTuple):
+    """One row: what it costs to bring a preempted request back, in milliseconds."""
+
+    tokens: int  # that it had cached
+    recompute: float
+    swap: float
 
 
-def show_split(trace: Trace, knobs: Namespace) -> None:
-    """The same requests on one machine and on two, over two links."""
-    model, bs = knobs.model(), knobs.block_size
-    rng, verses = random.Random(knobs.seed), TEXT.splitlines(keepends=True)
-    requests = [Request(tuple(knobs.tokenizer.encode("".join(verses[:n]))), rng.randint(8, 16), 0.008 * i)
-                for i, n in enumerate((3, 5, 4))]
-    settings = dict(num_blocks=sum(blocks_for(request, bs) for request in requests), block_size=bs, max_num_seqs=4,
+def price_come_back(tokens: int, decoding: int) -> ComeBack:
+    """Return how much longer a step takes if a request with so many tokens comes back in it.
+
+    decoding: other requests in the step, with as many tokens cached.
+    """
+    cached = (decoding + 1) * tokens
+    plain = priced_step(decoding + 1, cached).seconds
+    again = priced_step(decoding + tokens, cached).seconds
+    swap = 2 * tokens * PRICED_MODEL.kv_bytes / PCIE_BYTES_PER_S
+    return ComeBack(tokens, (again - plain) * 1e3, swap * 1e3)
+
+
+def show_preemption(trace, knobs) -> None:
+    """The requests of section 6 in small pools, and what each way of coming back costs."""
+    model = knobs.lab.model
+    requests = knobs.requests
+    settings = dict(block_size=knobs.block_size, max_num_seqs=knobs.max_num_seqs,
                     max_num_batched_tokens=1024)
-    prompt_tokens, kv_bytes = sum(len(request.prompt) for request in requests), LLAMA_8B.kv_bytes
-    prefill = serve(model, [replace(request, max_new_tokens=1) for request in requests], **settings)
-    runs = {"one machine": (serve(model, requests, **settings), 0.0)}
-    runs |= {name: hand_over(prefill, model, requests, rate, **settings) for name, (rate, _) in LINKS.items()}
-    trace.say(f"{len(requests)} requests, {prompt_tokens} tokens of prompts, on one machine and on two. First token: "
-              "after arrival, on average. Worst gap: the longest between two tokens of a request. Later gap: the longest "
-              "but for the first ones, which have the crossing in them and the wait for the step under way. Crossing: a "
-              "request's, on average.")
-    trace.ask(f"how many MB of keys and values cross, all in all, at {kv_bytes / 1024:.0f} KiB a token?",
-              runs["two machines, HDR"][1] / 1e6)
-    rows, same = [], True
-    for name, (report, crossed) in runs.items():
-        same &= report.tokens == [knobs.alone(request) for request in requests]
-        first = fmean(times[0] - request.arrival for times, request in zip(report.times, requests))
-        later = max(b - a for times in report.times for a, b in zip(times[1:], times[2:]))
-        crossing = f"{crossed / LINKS[name][0] * 1e3 / len(requests):.2f}" if crossed else "-"
-        rows.append([name, *(f"{s * 1e3:.1f}" for s in (first, max(token_gaps(report)), later)), crossing,
-                     f"{crossed / 1e6:.1f}"])
-    text_table(trace, ["times in ms", "first token", "worst gap", "later gap", "crossing", "MB crossed"], rows, left=(0,))
-    trace.check("two machines write what one writes, and what each request gets alone", same,
-                f"{len(requests)} requests")
+    smallest = max(blocks_for(request, knobs.block_size) for request in requests)
+    needed = sum(len(request.prompt) + request.max_new_tokens - 1 for request in requests)
+    engines = []
+    rows = []
+    for blocks in [knobs.num_blocks] if knobs.num_blocks else [2 * smallest, smallest]:
+        for way in ("recompute", "swap"):
+            engine = Engine(model, requests, num_blocks=blocks, preemption=way, **settings)
+            report = engine.run()
+            engines.append(engine)
+            rows.append(PreemptionRow(blocks, way, len(report.preempted), report.computed,
+                                      report.swapped_tokens * PRICED_MODEL.kv_bytes / 2 ** 20,
+                                      len(report.steps), report.steps[-1].end * 1e3))
+    trace.say("When a running request needs a block and none is free, the youngest loses all of its "
+              "own and waits. It comes back by recomputing its text so far, or by swapping it in from "
+              f"the host. The requests of section 6 again, of which the largest needs {smallest} blocks "
+              f"of {knobs.block_size}, in small pools; together they have {needed} tokens to run:")
+    trace.ask("how many tokens go through the model when blocks are swapped out and in?",
+              rows[1].computed)
+    trace.table(rows, {"blocks": "d", "by": "", "preempted": "d", "computed": "d",
+                       "swapped_mib as swapped, MiB": ".0f", "steps": "d", "end as end, ms": ".1f"})
+    trace.say(f"In {rows[0].blocks} blocks, by recomputation; × marks where a request lost its blocks:")
+    trace.lines(timeline(engines[0].report))
+
+    costs = [price_come_back(tokens, 3) for tokens in range(1, 1025)]
+    crossing = next(row.tokens for row in costs if row.swap < row.recompute)
+    trace.say("What does coming back cost? By the cost model, the time that it adds to a step in which "
+              f"three others decode ({PRICED_MODEL.name}, {PRICED_MODEL.kv_bytes / 1024:.0f} KiB a token):")
+    trace.table([costs[n - 1] for n in (16, 32, 64, 128, 1024)],
+                {"tokens": ",d", "recompute as recompute, ms": ".2f",
+                 "swap as swap out and in, ms": ".2f"})
+    trace.say("Recomputing is free while the step stays below the ridge; swapping never is. From "
+              f"{crossing} tokens on, swapping is cheaper.")
+
+    trace.check("no token changed, in any pool, either way",
+                all(engine.report.tokens == knobs.lab.solo_tokens(requests) for engine in engines),
+                f"{len(engines)} runs")
+    holds = True
+    for row in rows:
+        holds &= (row.computed > needed) == (row.by == "recompute" and row.preempted > 0)
+    trace.check("tokens are run again after a preemption by recomputation, and only then", holds,
+                f"{needed} are needed")
+    trace.check("every pool is empty at the end",
+                not any(any(engine.pool.ref_count) for engine in engines), "no references")
+
+# 10. Prefill here, decode there
+
+# Bytes per second in one direction, between two cards or two machines
+LINKS = {"NVLink": 300e9,     # A100 data sheet: 600 GB/s, both ways together
+         "InfiniBand": 25e9}  # HDR, 200 Gb/s
+
+
+class Latency(NamedTuple):
+    """One row: requests on one or more cards. Times in milliseconds."""
+
+    cards: int
+    way: str
+    rate: int           # requests a second for each card, where they come at random
+    first_token: float  # after arrival: 9 of 10 are no longer
+    second_gap: float   # the longest from a first token to the second
+    later_gap: float    # between later tokens: 99 of 100 are no longer
+
+
+def measure_latency(
+    model: Llama, requests: Sequence[Request], way: str, cards: int, rate: int = 0
+) -> Latency:
+    """Serve the requests by a policy, on cards that take them in turn, or split over a link."""
+    if way in LINKS:
+        reports = [serve_split(model, requests, LINKS[way], **plenty(requests))[0]]
+    else:
+        budget = free_tokens() if way == "chunked" else 2048
+        shares = [requests[card::cards] for card in range(cards)]
+        reports = [serve_plenty(model, share, way, budget) for share in shares]
+    states = list(itertools.chain(*(report.states for report in reports)))
+    waits = sorted(itertools.chain(*map(first_tokens, reports)))
+    second = [(state.times[1] - state.times[0]) * 1e3 for state in states]
+    later = sorted(token_gaps(states, first=1))
+    return Latency(cards, way, rate, waits[len(waits) * 9 // 10], max(second),
+                   later[len(later) * 99 // 100])
+
+
+def show_split(trace, knobs) -> None:
+    """The same requests on one card, on two alike, and on one for prefill and one for decode."""
+    model = knobs.lab.model
+    requests = long_prompt_requests(knobs.lab.tokenizer)
+    prompt_tokens = sum(len(request.prompt) for request in requests)
+    ways = [("continuous", 1), ("chunked", 1), ("continuous", 2), ("chunked", 2), *((link, 2) for link in LINKS)]
+    rows = [measure_latency(StandIn(), requests, way, cards) for way, cards in ways]
+    whole, chunked, _, split = rows[2:]
+    report, crossed = serve_split(model, requests, LINKS["InfiniBand"], **plenty(requests))
+    trace.say("One card can do the prefill of all requests and another their decode; then no prompt "
+              "disturbs an answer. The keys and values of a prompt must cross over before its second "
+              "token. The requests of section 7: on one card, on two that take them in turn, and split "
+              "over two links, by the cost model:")
+    trace.ask(f"the prompts have {prompt_tokens} tokens. How many MB of keys and values cross in all, at "
+              f"{PRICED_MODEL.kv_bytes / 1024:.0f} KiB a token?", crossed / 1e6)
+    trace.table(rows, {"cards": "d", "way": "", "first_token as first token, ms": ".1f",
+                       "second_gap as to the second, ms": ".1f", "later_gap as later gap, ms": ".1f"})
+    trace.note("The longest of all requests: from arrival to the first token, from that to the second, "
+               "with the crossing in it, and between two later ones. continuous: whole prompts; chunked: "
+               f"at most {free_tokens()} tokens a step.")
+    trace.say(f"Chunks make the later gaps short, {chunked.later_gap:.1f} ms, and the first token late, "
+              f"{chunked.first_token:.1f} ms. With whole prompts it comes after {whole.first_token:.1f} ms, "
+              f"with gaps of {whole.later_gap:.1f}. The split has both, {split.first_token:.1f} and "
+              f"{split.later_gap:.1f} ms; only the second token waits, for the crossing of "
+              f"{crossed / 1e6:.0f} MB in all. It costs the second card, which pays while both are busy "
+              "(section 11).")
+
+    trace.check("split, every request gets the tokens that it gets alone",
+                report.tokens == knobs.lab.solo_tokens(requests), f"{len(requests)} requests")
+    trace.check("split, the first token comes before that of chunks, and the later gaps are shorter than "
+                "with whole prompts",
+                split.first_token < chunked.first_token and split.later_gap < whole.later_gap,
+                "on two cards each")
     trace.check("the keys and values of every prompt token crossed, once",
-                [crossed for _, crossed in runs.values()][1:] == [prompt_tokens * kv_bytes] * len(LINKS),
-                f"{prompt_tokens} tokens")
+                crossed == prompt_tokens * PRICED_MODEL.kv_bytes, f"{prompt_tokens} tokens")
 
 
-# 11. A smaller cache
+# 11. Latency against load
 
 
-def show_small_cache(trace: Trace, knobs: Namespace) -> None:
-    """The error in the logits, and the tokens that change, for keys and values of fewer bits."""
-    model, n_new = knobs.model(), 24
-    c = model.config
-    tokens = knobs.tokenizer.encode("".join(TEXT.splitlines(keepends=True)[4:6]))
-    half = len(tokens) // 2
-    exact = KVCache(c)
-    model.forward(tokens[:half], exact)
-    keys, values = [list(k) for k in exact.keys], [list(v) for v in exact.values]
-    reference = model.forward(tokens[half:], exact)
-    trace.say(f"The first {half} tokens of two verses are cached and rounded; then the model reads the next "
-              f"{len(tokens) - half}. The error in its logits (root mean square), how often its favourite token "
-              f"changes, and what the {half} tokens take, the offset and scale of each group included (16 bits each).")
-    rows, errors = [], {}
-    for key_bits, value_bits, per in ((16, 16, "-"), (8, 8, "token"), (4, 16, "token"), (4, 16, "channel"),
-                                      (2, 16, "token"), (2, 16, "channel"), (16, 4, "token"), (16, 4, "channel")):
-        cache = KVCache(c)
-        cache.keys = [quantize_cache(k, key_bits, c.n_kv_heads, per) for k in keys]
-        cache.values = [quantize_cache(v, value_bits, c.n_kv_heads, per) for v in values]
-        logits = model.forward(tokens[half:], cache)
-        gaps = [a - b for p, q in zip(logits, reference) for a, b in zip(p, q)]
-        error = errors[key_bits, value_bits, per] = math.sqrt(dot(gaps, gaps) / len(gaps))
-        nbytes = sum(quantized_bytes(m, bits, c.n_kv_heads, per)
-                     for matrices, bits in ((keys, key_bits), (values, value_bits)) for m in matrices)
-        changed = sum(argmax(p) != argmax(q) for p, q in zip(logits, reference))
-        rows.append([f"{key_bits}", f"{value_bits}", per, f"{nbytes:,.0f}", f"{error:.4f}", bar(error, 1, 16),
-                     f"{changed} of {len(logits)}"])
-    better = "channel" if errors[4, 16, "channel"] < errors[4, 16, "token"] else "token"
-    trace.ask("on the keys of this model, does a grid of 4 bits do better per token or per channel?", better)
-    text_table(trace, ["key bits", "value bits", "grid per", "bytes", "error", "", "changed"], rows, left=(2, 5))
-    trace.note(f"A head of ours has {c.head_dim} channels, so offset and scale weigh much. With the 128 of real models, "
-               f"8 bits per token take {(128 + 4) / (2 * 128):.0%} of 16, not {rows[1][3]} of {rows[0][3]}.")
-    largest = [[max(map(abs, channel)) for channel in zip(*k)] for k in keys]
-    factor = max(max(channels) / fmean(channels) for channels in largest)
-    trace.say(f"On this model's keys, 4 bits do better per {better}. Its largest key channel is {factor:.1f} times the "
-              f"mean one. Real models have a few key channels that are far larger than the rest for every token (KIVI): "
-              f"those spoil the grid of every token, and channels gain.")
-    groups = [row for k in keys for head in split_heads(k, c.n_kv_heads) for row in head]
-    trace.check("8 bits: every value comes back to within half a step",
-                all(abs(a - b) <= (max(row) - min(row)) / 255 / 2 * (1 + 1e-9)
-                    for row in groups for a, b in zip(round_to_grid(row, 8), row)), "scale / 2")
+def poisson_requests(n: int, rate: float, rng: random.Random) -> list[Request]:
+    """Return n requests that come at random, `rate` a second, with prompts and answers of all sizes."""
+    arrival = 0.0
+    requests = []
+    for _ in range(n):
+        arrival += rng.expovariate(rate)
+        requests.append(Request((0,) * rng.randint(64, 448), rng.randint(8, 56), arrival))
+    return requests
+
+
+def measure_load(way: str, rates: Sequence[int], n_requests: int, seed: int) -> list[Latency]:
+    """Return a row per rate, on two cards. The schedule is real, the model a stand-in."""
+    rows = []
+    for rate in rates:
+        requests = poisson_requests(n_requests, 2 * rate, random.Random(seed))
+        rows.append(measure_latency(StandIn(), requests, way, 2, rate))
+    return rows
+
+
+def goodput(rows: Sequence[Latency]) -> int:
+    """Return the highest rate with a first token within 50 ms and later gaps within 5 ms, or 0."""
+    return max((row.rate for row in rows if row.first_token <= 50 and row.later_gap <= 5), default=0)
+
+
+def show_load(trace, knobs) -> None:
+    """First token and gaps under growing load, for four policies."""
+    curves = {}
+    for way in ("static", "continuous", "chunked", "NVLink"):
+        curves[way] = measure_load(way, (5, 10, 20, 40, 80), 80, knobs.seed)
+    kept = {way: goodput(rows) for way, rows in curves.items()}
+    trace.say("A serving system is judged by its times under load. 80 requests with prompts of 64 to 448 "
+              "tokens and answers of 8 to 56 come at random to two cards, which take them in turn; with "
+              "NVLink, one does the prefill and the other the decode. The scheduler runs for real, with "
+              "a stand-in for the model, as the tokens do not matter. rate: requests a second for each "
+              "card. first token: 9 of 10 come sooner after arrival. later gap: 99 of 100 are no longer.")
+    trace.ask("users were promised a first token within 50 ms and later gaps within 5 ms. Which way keeps "
+              "that up to the highest rate: static, continuous, chunked or NVLink?",
+              max(kept, key=kept.get))
+    trace.table(list(itertools.chain(*curves.values())),
+                {"way": "", "rate": "d", "first_token as first token, ms": ".0f bar 24",
+                 "later_gap as later gap, ms": ".1f bar 12"})
+    trace.say("Where does each tip over? Static batches first: everybody waits for the batch before. "
+              "Continuous batching keeps the first token early, but whole prompts tear gaps into the "
+              "answers; chunks close those. The split has short gaps too, until its one prefill card has "
+              "more prompts than it can run: the numbers of cards must fit the work. With a promise of "
+              "50 ms to the first token and later gaps of 5, they can serve these rates (goodput): "
+              + ", ".join(f"{way} {rate}" for way, rate in kept.items()) + ".")
+
+    for way in ("continuous", "chunked", "NVLink"):
+        trace.check(f"{way}: from 10 a second on, an earlier first token than in static batches",
+                    all(row.first_token < static.first_token
+                        for row, static in zip(curves[way][1:], curves["static"][1:])), "4 rates")
+    trace.check("from 10 a second on, chunks have shorter gaps than whole prompts",
+                all(row.later_gap < whole.later_gap
+                    for row, whole in zip(curves["chunked"][1:], curves["continuous"][1:])), "4 rates")
+    trace.check("chunks keep the promise up to the highest rate", kept["chunked"] == max(kept.values()),
+                f"{kept['chunked']} a second")
+
+
+# 12. A smaller cache
+
+class SmallCacheRow(NamedTuple):
+    """One row: a cache with fewer bits, and what that does to the logits."""
+
+    cache: str
+    error: float   # of the logits: root mean square, mean over the texts
+    spread: float  # standard deviation of that over the texts
+    changed: int   # tokens whose likeliest successor is another one
+
+
+def measure_small_cache(
+    model: Llama, texts: Sequence[Sequence[int]], name: str, shrink: Callable
+) -> SmallCacheRow:
+    """Cache half of each text, shrink that, and read the other half with it and with the exact one.
+
+    shrink(keys, values) returns those of a layer as the small cache has them.
+    """
+    errors = []
+    changed = 0
+    for text in texts:
+        half = len(text) // 2
+        exact = KVCache(model.config)
+        model.forward(text[:half], exact)
+        small = KVCache(model.config)
+        for layer in range(model.config.n_layers):
+            small.keys[layer], small.values[layer] = shrink(exact.keys[layer], exact.values[layer])
+        gaps = []
+        for got, expected in zip(model.forward(text[half:], small), model.forward(text[half:], exact)):
+            gaps += map(operator.sub, got, expected)
+            changed += argmax(got) != argmax(expected)
+        errors.append(math.sqrt(dot(gaps, gaps) / len(gaps)))
+    return SmallCacheRow(name, fmean(errors), pstdev(errors), changed)
+
+
+def show_small_cache(trace, knobs) -> None:
+    """The error in the logits of a cache in FP8, and of one after KIVI with 2 bits."""
+    model = knobs.lab.model
+    verses = TEXT.splitlines(keepends=True)
+    texts = [knobs.lab.tokenizer.encode(verses[n] + verses[n + 1]) for n in (7, 8, 9)]
+    fp8 = measure_small_cache(model, texts, "FP8", fp8_cache)
+    two_bits = measure_small_cache(model, texts, "KIVI", kivi)
+    trace.say("Fewer bits a number make the cache smaller. FP8 rounds every number by itself. KIVI rounds "
+              f"groups of numbers to 2 bits each, keys per channel over {KIVI_TOKENS} tokens and values per "
+              "token, and keeps the newest tokens in full. Half of a text is cached and rounded; then the "
+              f"model reads the other half. How far do its logits move, over {len(texts)} texts, and how "
+              f"often does its likeliest next token change, of {sum(map(len, texts)) // 2} times?")
+    trace.ask("how many times as far as FP8 does the 2-bit cache move the logits?",
+              two_bits.error / fp8.error)
+    trace.table([fp8, two_bits], {"cache": "", "error": ".4f bar 24", "spread": ".4f", "changed": "d"})
+    trace.note("error: of the logits, root mean square, mean over the texts; spread: its standard "
+               f"deviation. FP8 takes 8 bits a number. KIVI takes {2 + 32 / KIVI_TOKENS:.0f} for a key and "
+               f"{2 + 32 / len(model.weights['layers.0.attention.wv']):.0f} for a value, with the smallest "
+               "number and the step of each group, and 16 for each number of the newest tokens.")
+    trace.say("What cannot be seen here is why KIVI rounds keys per channel: real models have a few key "
+              "channels that are far larger than the others. This little model has none.")
+
+    trace.check("FP8 moves the logits less than 2 bits do", 0 < fp8.error < two_bits.error,
+                f"{fp8.error:.4f} and {two_bits.error:.4f}")
+    numbers = model.weights["output"][0]
+    trace.check("a number in FP8 is off by one part in 16 at most, or 2^-10",
+                all(abs(round_to_e4m3(x) - x) <= max(abs(x) / 16, 2 ** -10) for x in numbers),
+                f"{len(numbers)} numbers")
 
 
 # =============================================================================================
 # THE MODEL AND THE BENCH
 # =============================================================================================
-
 
 # The tiny Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases, and Meta's
 # names for the weights, so that they fit any implementation of Llama.
@@ -1558,7 +2306,7 @@ class RecordingLlama(Llama):
         return super().gate(name, a, b)
 
     def backward(self, tokens: Sequence[int], d_logits: Matrix) -> dict[str, Matrix | Vector]:
-        """Return {weight: its gradient} after forward(tokens); d_logits: the gradient of its output."""
+        """Return {weight: its gradient} after forward(tokens), from the gradient of the logits."""
         c = self.config
         gradients: dict[str, Matrix | Vector] = {}
         unrotate = [-position for position in range(len(tokens))]
@@ -1607,7 +2355,7 @@ def linear_backward(d: Matrix, x: Matrix, w: Matrix) -> tuple[Matrix, Matrix]:
 
 
 def rms_norm_backward(d: Matrix, x: Matrix, gain: Vector, eps: float) -> tuple[Matrix, Vector]:
-    """y = gain · u with u = x / rms: return dx = (gain·d - u · mean(gain·d · u)) / rms and dgain."""
+    """y = gain · u, u = x / rms: return dx = (gain·d - u · mean(gain·d · u)) / rms and dgain."""
     d_x = []
     d_gain = [0.0] * len(gain)
     for d_row, row in zip(d, x):
@@ -1686,7 +2434,9 @@ def loss_and_gradients(
 class Adam:
     """Steps scaled by running means of the gradient and of its square (Kingma & Ba 2015)."""
 
-    def __init__(self, weights: dict[str, Matrix | Vector], beta1: float = 0.7, beta2: float = 0.95):
+    def __init__(
+        self, weights: dict[str, Matrix | Vector], beta1: float = 0.7, beta2: float = 0.95
+    ):
         self.rows = {name: as_rows(w) for name, w in weights.items()}
         self.mean = {name: [[0.0] * len(row) for row in rows] for name, rows in self.rows.items()}
         self.square = {name: [[0.0] * len(row) for row in rows] for name, rows in self.rows.items()}
@@ -1763,48 +2513,148 @@ def train(
     return model, losses
 
 
-# The bench
+# The bench: what the experiments of this script share
+
+# Published data of the card and of models
+PRICED_GPU = Gpu("A100 80GB SXM", 312e12, 2039e9, 80e9, "NVIDIA A100 data sheet")
+SERVED_MODELS = [
+    ServedModel("Llama 2 7B", 6.74e9, 32000, 4096, 32, 32, 128,
+                "Touvron et al. 2023, arXiv:2307.09288; model card"),
+    ServedModel("Mistral 7B", 7.24e9, 32000, 4096, 32, 8, 128,
+                "Jiang et al. 2023, arXiv:2310.06825; model card"),
+    ServedModel("Llama 3.1 8B", 8.03e9, 128256, 4096, 32, 8, 128,
+                "Llama team 2024, arXiv:2407.21783; model card"),
+    ServedModel("Llama 2 13B", 13.02e9, 32000, 5120, 40, 40, 128,
+                "Touvron et al. 2023, arXiv:2307.09288; model card"),
+    ServedModel("Llama 3.1 70B", 70.6e9, 128256, 8192, 80, 8, 128,
+                "Llama team 2024, arXiv:2407.21783; model card"),
+]
+PRICED_MODEL = SERVED_MODELS[2]
+
+
+def free_tokens() -> int:
+    """Return how many tokens a priced step can run before arithmetic takes longer than reading."""
+    return ridge_tokens(PRICED_GPU, PRICED_WEIGHT_BYTES)
+
+
+@dataclass
+class Lab:
+    """What the sections share: the tokenizer, and the tiny Llama, which is trained when it is needed."""
+
+    seed: int
+
+    def __post_init__(self):
+        self.tokenizer = Tokenizer.train(TEXT, VOCAB_SIZE)
+        self.text_ids = self.tokenizer.encode(TEXT)
+        self.config = Config(len(self.tokenizer.vocab), **SIZES)
+
+    @functools.cached_property
+    def model(self) -> Llama:
+        """The trained model."""
+        model, _ = train(self.config, self.text_ids, random.Random(self.seed), **TRAINING)
+        return model
+
+    def solo_tokens(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Return the new tokens that each request gets when it is alone, with a plain KVCache."""
+        answers = []
+        for request in requests:
+            cache = KVCache(self.config)
+            answers.append(generate(self.model, request.prompt, request.max_new_tokens, cache))
+        return answers
+
+
+class StandIn:
+    """A model's place taken where only the schedule matters: it fills slots with nothing.
+
+    Its logits are the same for every token, so it writes token 0.
+    """
+
+    def __init__(self):
+        self.config = Config(1, 2, 1, 1, 1, 1)
+
+    def forward(self, tokens: Sequence[int], cache: PagedKVCache) -> Matrix:
+        """Return logits of the last token only; the tokens are in the cache afterwards."""
+        cache.reserve(len(tokens))
+        cache.length += len(tokens)
+        return [[0.0]]
+
+
+class CountingLlama(Llama):
+    """A Llama that keeps, of every forward(), the last logits and the multiplications made."""
+
+    def __init__(self, model: Llama):
+        super().__init__(model.config, model.weights)
+        self.logits: Matrix = []
+        self.products: list[int] = []  # in dot products
+
+    def forward(self, tokens: Sequence[int], cache=None, **options) -> Matrix:
+        with counted_dots() as count:
+            logits = super().forward(tokens, cache, **options)
+        self.logits.append(logits[-1])
+        self.products.append(count.products)
+        return logits
+
+
+def plenty(requests: Sequence[Request]) -> dict:
+    """Return settings under which memory is never short, and all requests may run at a time."""
+    return dict(num_blocks=sum(blocks_for(request, 16) for request in requests), block_size=16,
+                max_num_seqs=32, max_num_batched_tokens=2048)
+
+
+def serve_plenty(
+    model: Llama, requests: Sequence[Request], policy: str = "continuous", budget: int = 2048,
+    max_num_seqs: int = 32
+) -> Report:
+    """Return serve()'s report for plenty of memory."""
+    settings = plenty(requests)
+    settings["max_num_batched_tokens"] = budget
+    settings["max_num_seqs"] = min(max_num_seqs, len(requests), budget)
+    return serve(model, requests, policy=policy, **settings)
+
+
+def first_tokens(report: Report) -> list[float]:
+    """Return the milliseconds from each request's arrival to its first token."""
+    return [(state.times[0] - state.request.arrival) * 1e3 for state in report.states]
+
+
+def token_gaps(states: Sequence[RequestState], first: int = 0) -> list[float]:
+    """Return the milliseconds between each new token and the next one of its request.
+
+    first: the token of each request to begin with. [0.0] if there are no gaps.
+    """
+    gaps = []
+    for state in states:
+        for earlier, later in zip(state.times[first:], state.times[first + 1:]):
+            gaps.append((later - earlier) * 1e3)
+    return gaps or [0.0]
 
 
 def count_parameters(c: Config) -> int:
-    """All of a model's numbers."""
+    """Return how many numbers a model has."""
     return sum(math.prod(shape) for shape in c.shapes().values())
+
+
+def used_weights(c: Config) -> int:
+    """Return how many of them a step computes with: all but the embedding table."""
+    return count_parameters(c) - c.vocab_size * c.dim
 
 
 @contextmanager
 def counted_dots() -> Iterator[Namespace]:
     """While this is open, every dot product that anybody makes adds its length to .products."""
     global dot
-    plain_dot = dot
+    plain = dot
     count = Namespace(products=0)
 
-    def counting_dot(a: Sequence[float], b: Sequence[float]) -> float:
+    def counting(a: Sequence[float], b: Sequence[float]) -> float:
         count.products += len(a)
-        return plain_dot(a, b)
+        return plain(a, b)
 
-    dot = counting_dot
+    dot = counting
     try:
         yield count
     finally:
-        dot = plain_dot
-
-
-class WatchedLlama(Llama):
-    """A Llama that notes in .touched the matrices, keys and values that its operations read."""
-
-    def linear(self, name: str, x: Matrix) -> Matrix:
-        self.touched.append(self.weights[name])
-        return super().linear(name, x)
-
-    def attend(self, name: str, q: Matrix, k: Matrix, v: Matrix, mask=None) -> Matrix:
-        self.touched += [k, v]
-        return super().attend(name, q, k, v, mask)
-
-
-def text_table(trace: Trace, header: Sequence[str], rows: Sequence[Sequence[str]], left=()) -> None:
-    """For the time being: a table of text."""
-    columns = {f"{i} as {name}" if name else f"{i} as  ": "" for i, name in enumerate(header)}
-    trace.table([{str(i): cell for i, cell in enumerate(row)} for row in rows], columns)
+        dot = plain
 
 
 # =============================================================================================
@@ -2273,57 +3123,62 @@ def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment:
         return 1
 
 
+# The sections of the trace, and the knobs
+
 SECTIONS = [
     Section("Generation without a cache, and with one", show_cache, [KVCache, generate]),
-    Section("Prefill and decode are different machines", show_intensity, [step_seconds]),
-    Section("The cache's size", show_size, [kv_bytes_per_token], core=False),
-    Section("Paged attention", show_paging, [BlockPool, PagedKVCache, contiguous_waste]),
-    Section("Sharing: reference counts and copy on write", show_sharing, [PagedKVCache, BlockPool]),
+    Section("Prefill and decode are different machines", show_intensity,
+            [step_seconds, batch_at_ridge, kv_bytes_per_token]),
+    Section("Paged attention", show_paging, [BlockPool, PagedKVCache]),
+    Section("Sharing: reference counts and copy on write", show_sharing,
+            [PagedKVCache, BlockPool]),
     Section("Prefix caching", show_prefix_caching, [hash_block, register_blocks, adopt_prefix]),
     Section("Continuous batching", show_continuous, [serve, Engine]),
-    Section("Chunked prefill", show_chunked, [serve, Engine]),
+    Section("Chunked prefill", show_chunked, [serve, Engine, ridge_tokens]),
+    Section("What paging saves", show_waste, [slot_waste], core=False),
     Section("Running out of blocks", show_preemption, [Engine, swap_out, swap_in], core=False),
-    Section("Splitwise: prefill here, decode there", show_split, [hand_over, swap_in], core=False),
-    Section("A smaller cache", show_small_cache, [round_to_grid, quantize_cache], core=False),
+    Section("Prefill here, decode there", show_split, [serve_split, PrefillEngine], core=False),
+    Section("Latency against load", show_load, [serve, Engine, serve_split], core=False),
+    Section("A smaller cache", show_small_cache, [fp8_cache, kivi], core=False),
 ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the trace; the exit status."""
-    parser = common_parser("microkv", "The KV cache of a tiny Llama, and what serving engines do about it.",
-                           len(SECTIONS))
+    """Print the trace and return the exit status."""
+    parser = common_parser("microkv", "The KV cache of a tiny Llama, and what serving engines do "
+                           "about it.", len(SECTIONS))
     parser.add_argument("--prompt", default=PROMPT, help=f"what to go on from (default: {PROMPT!r})")
-    parser.add_argument("--max-new-tokens", metavar="N", type=whole_number(1, 64), default=MAX_NEW_TOKENS,
-                        help=f"tokens to generate (default {MAX_NEW_TOKENS})")
+    parser.add_argument("--max-new-tokens", metavar="N", type=whole_number(1, 64),
+                        default=MAX_NEW_TOKENS,
+                        help=f"tokens to generate in sections 1, 3 and 4 (default {MAX_NEW_TOKENS})")
     parser.add_argument("--block-size", metavar="N", type=whole_number(1, 64), default=BLOCK_SIZE,
                         help=f"tokens a block holds (default {BLOCK_SIZE})")
     parser.add_argument("--num-blocks", metavar="N", type=whole_number(1, 999),
-                        help="blocks in the pool of sections 7 and 9 (default: plenty, and ever fewer)")
+                        help="blocks in the pool of section 9 (default: twice what the largest "
+                        "request needs, and just that)")
     parser.add_argument("--max-num-seqs", metavar="N", type=whole_number(1, 64), default=MAX_NUM_SEQS,
-                        help=f"requests that may run at the same time (default {MAX_NUM_SEQS})")
+                        help=f"requests that may run at the same time, sections 6 and 9 "
+                        f"(default {MAX_NUM_SEQS})")
     parser.add_argument("--max-num-batched-tokens", metavar="N", type=whole_number(1, 9999),
-                        default=MAX_NUM_BATCHED_TOKENS, help="tokens a step may compute where prompts are cut up, "
-                        f"section 8; the running requests get one each in any case (default {MAX_NUM_BATCHED_TOKENS})")
+                        default=MAX_NUM_BATCHED_TOKENS,
+                        help="tokens a step may run where prompts are cut up, section 7; the running "
+                        f"requests get one each in any case (default {MAX_NUM_BATCHED_TOKENS})")
     knobs = parser.parse_args(argv)
 
-    tokenizer = knobs.tokenizer = Tokenizer.train(TEXT, VOCAB_SIZE)
+    knobs.lab = Lab(knobs.seed)
     try:
-        knobs.prompt_ids = tokenizer.encode(knobs.prompt)
+        knobs.prompt_ids = knobs.lab.tokenizer.encode(knobs.prompt)
     except ValueError as error:
         parser.error(f"argument --prompt: {error}")
     if not 1 <= len(knobs.prompt_ids) <= 64:
         parser.error(f"argument --prompt: {len(knobs.prompt_ids)} tokens; it must have 1 to 64")
-    knobs.requests = make_requests(tokenizer, random.Random(knobs.seed))
+    knobs.requests = make_requests(knobs.lab.tokenizer, random.Random(knobs.seed))
     smallest = max(blocks_for(request, knobs.block_size) for request in knobs.requests)
     if knobs.num_blocks and knobs.num_blocks < smallest:
-        parser.error(f"argument --num-blocks: the largest request needs {smallest} blocks of {knobs.block_size}, "
-                     f"so {smallest} or more, not {knobs.num_blocks}")
-    knobs.config = Config(len(tokenizer.vocab), **SIZES)
-    ids = tokenizer.encode(TEXT)
-    knobs.model = functools.cache(lambda: train(knobs.config, ids, random.Random(knobs.seed), **TRAINING)[0])
-    knobs.alone = functools.cache(lambda request: generate(knobs.model(), request.prompt, request.max_new_tokens,
-                                                           KVCache(knobs.config)))
-    return run_sections(SECTIONS, knobs, "python microkv.py --section 9 --num-blocks 8 --max-num-seqs 8")
+        parser.error(f"argument --num-blocks: the largest request needs {smallest} blocks of "
+                     f"{knobs.block_size}, so {smallest} or more, not {knobs.num_blocks}")
+    return run_sections(SECTIONS, knobs,
+                        "python microkv.py --section 9 --num-blocks 8 --max-num-seqs 8")
 
 
 if __name__ == "__main__":

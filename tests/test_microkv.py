@@ -1,5 +1,7 @@
-"""microkv: the tiny Llama against numpy written from the papers, its gradients against finite differences, every
-cache against none, and every schedule against each request alone."""
+"""microkv: every cache against none, every schedule against each request alone, the tiny Llama
+against numpy written from the papers, its gradients against finite differences; and what the
+experiments count, worked out by hand on small inputs, and found again for five seeds.
+"""
 
 import hashlib
 import math
@@ -10,13 +12,19 @@ import pytest
 
 import microkv as m
 
-TIGHT = dict(rtol=0, atol=1e-12)
-CONFIGS = [m.Config(13, 8, 2, 4, 2, 6), m.Config(5, 6, 1, 3, 1, 7, rope_base=500.0, norm_eps=1e-3), m.Config(17, 8, 3, 2, 2, 5, rope_base=500.0)]
-SMALL = m.Config(13, 4, 1, 2, 1, 3)  # for schedules, which are none of its business
+TIGHT = {"rtol": 0, "atol": 1e-12}
+CONFIGS = [
+    m.Config(13, 8, 2, 4, 2, 6),
+    m.Config(5, 6, 1, 3, 1, 7, rope_base=500.0, norm_eps=1e-3),
+    m.Config(17, 8, 3, 2, 2, 5, rope_base=500.0),
+]
+SMALL = m.Config(13, 4, 1, 2, 1, 3)  # for tests of schedules
+SEEDS = range(5)
+each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.dim}x{c.n_layers}")
 
 
 def make_model(config=CONFIGS[0], seed=0):
-    """A Llama with random weights, the gains included."""
+    """Return a Llama with random weights, gains included."""
     rng = random.Random(seed)
     weights = m.init_weights(config, rng)
     for name, w in weights.items():
@@ -25,165 +33,141 @@ def make_model(config=CONFIGS[0], seed=0):
     return m.Llama(config, weights)
 
 
-# ------------------------------------------------------------------------------------- the tiny Llama
-
-def reference_logits(config, weights, tokens):
-    """Llama from the papers, all tokens at once: RMSNorm, rotary pairs as 2 × 2 matrices, repeated KV heads, SwiGLU."""
-    w = {name: np.array(value) for name, value in weights.items()}
-    hd, n = config.dim // config.n_heads, len(tokens)
-
-    def norm(x, gain):
-        return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + config.norm_eps) * gain
-
-    def turn(x):
-        out = np.array(x)
-        for p in range(n):
-            for i in range(hd // 2):
-                a = p * config.rope_base ** (-2 * i / hd)
-                out[p, :, 2 * i] = x[p, :, 2 * i] * math.cos(a) - x[p, :, 2 * i + 1] * math.sin(a)
-                out[p, :, 2 * i + 1] = x[p, :, 2 * i] * math.sin(a) + x[p, :, 2 * i + 1] * math.cos(a)
-        return out
-
-    x = w["tok_embeddings"][tokens]
-    for layer in range(config.n_layers):
-        part = {name.split(".")[-1]: w[f"layers.{layer}.{name}"] for name in
-                ("attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w2",
-                 "feed_forward.w3", "attention_norm", "ffn_norm")}
-        h = norm(x, part["attention_norm"])
-        q = turn((h @ part["wq"].T).reshape(n, config.n_heads, hd))
-        k = turn((h @ part["wk"].T).reshape(n, config.n_kv_heads, hd))
-        v = (h @ part["wv"].T).reshape(n, config.n_kv_heads, hd)
-        k, v = (np.repeat(a, config.n_heads // config.n_kv_heads, axis=1) for a in (k, v))
-        out = np.zeros((n, config.n_heads, hd))
-        for head in range(config.n_heads):
-            for i in range(n):
-                scores = k[:i + 1, head] @ q[i, head] / math.sqrt(hd)
-                p = np.exp(scores - scores.max())
-                out[i, head] = p / p.sum() @ v[:i + 1, head]
-        x = x + out.reshape(n, -1) @ part["wo"].T
-        h = norm(x, part["ffn_norm"])
-        a = h @ part["w1"].T
-        x = x + (a / (1 + np.exp(-a)) * (h @ part["w3"].T)) @ part["w2"].T
-    return norm(x, w["norm"]) @ w["output"].T
+# 1. Generation without a cache, and with one
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.dim}x{c.n_layers}")
-@pytest.mark.parametrize("n", [1, 2, 11])
-def test_the_llama_is_a_llama(config, n):
-    model, tokens = make_model(config), [random.Random(n).randrange(config.vocab_size) for _ in range(n)]
-    np.testing.assert_allclose(model.forward(tokens), reference_logits(config, model.weights, tokens), **TIGHT)
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.dim}x{c.n_layers}")
-def test_gradients_are_finite_differences_for_every_weight(config):
-    model, rng = make_model(config), random.Random(1)
-    tokens = [rng.randrange(config.vocab_size) for _ in range(7)] + [0, 0]
-    targets = [rng.randrange(config.vocab_size) for _ in tokens]
-    recording = m.RecordingLlama(config, model.weights)
-    logits = recording.forward(tokens)
-    assert logits == model.forward(tokens)
-    gradients = recording.backward(tokens, m.cross_entropy(logits, targets)[1])
-    for name, w in model.weights.items():
-        rows = w if isinstance(w[0], list) else [w]
-        d_rows = gradients[name] if isinstance(w[0], list) else [gradients[name]]
-        assert (len(d_rows), len(d_rows[0])) == (len(rows), len(rows[0]))
-        places = [(i, j) for i in range(len(rows)) for j in range(len(rows[0]))]
-        for i, j in rng.sample(places, min(3, len(places))):
-            kept, losses = rows[i][j], []
-            for shift in (1e-5, -1e-5):
-                rows[i][j] = kept + shift
-                losses.append(m.cross_entropy(model.forward(tokens), targets)[0])
-            rows[i][j] = kept
-            assert d_rows[i][j] == pytest.approx((losses[0] - losses[1]) / 2e-5, abs=2e-8), name
-
-
-def test_cross_entropy_is_minus_log_softmax():
-    logits, targets = [[1.0, 2.0, 3.0], [0.0, 0.0, 1e4]], [0, 2]
-    loss, d = m.cross_entropy(logits, targets)
-    assert loss == pytest.approx((math.log(1 + math.e + math.e ** 2) + 0) / 2, abs=1e-12)
-    np.testing.assert_allclose(np.sum(d, axis=1), 0, **TIGHT)
-
-
-def test_adam_is_adam():
-    """Against the update rule written out for scalars, several steps, with bias correction."""
-    w, v = {"a": [[1.0, -2.0]], "g": [0.5]}, {"a": [[0.3, -0.2]], "g": [2.0]}
-    flat, first, second = np.array([1.0, -2.0, 0.5]), np.zeros(3), np.zeros(3)
-    adam = m.Adam(w, beta1=0.8, beta2=0.9)
-    for t in range(1, 6):
-        gradient = np.array([0.3 * t, -0.2, 2.0 / t])
-        adam.step({"a": [gradient[:2].tolist()], "g": gradient[2:].tolist()}, 0.1)
-        first, second = 0.8 * first + 0.2 * gradient, 0.9 * second + 0.1 * gradient ** 2
-        flat = flat - 0.1 * (first / (1 - 0.8 ** t)) / (np.sqrt(second / (1 - 0.9 ** t)) + 1e-8)
-    np.testing.assert_allclose([*w["a"][0], *w["g"]], flat, **TIGHT)
-    assert v
-
-
-def test_training_learns_and_says_nothing(capsys):
-    tokenizer = m.Tokenizer.train(m.TEXT, 60)
-    ids = tokenizer.encode(m.TEXT)
-    _, losses = m.train(m.Config(len(tokenizer.vocab), 8, 1, 2, 1, 8), ids, random.Random(0), steps=30, length=16)
-    assert losses[0] > 4 and sum(losses[-5:]) < sum(losses[:5]) - 3
-    assert capsys.readouterr() == ("", "")
-
-
-def test_training_reads_the_text_in_order_and_starts_again():
-    """With a rate of 0 the weights stay what they were, and each step's loss tells which tokens it read."""
-    config, ids = CONFIGS[0], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
-    model, losses = m.train(config, ids, random.Random(0), steps=5, length=5, learning_rate=0.0)
-    assert model.weights == m.init_weights(config, random.Random(0))
-    for loss, start in zip(losses, (0, 5, 10 - 7, 15 - 14, 20 - 14), strict=True):
-        logits = reference_logits(config, model.weights, ids[start:start + 5])
-        chosen = logits[range(5), ids[start + 1:start + 6]]
-        assert loss == pytest.approx((np.log(np.exp(logits).sum(axis=1)) - chosen).mean(), abs=1e-12)
-
-
-def test_the_learning_rate_rises_over_ten_steps_and_falls_to_nothing(monkeypatch):
-    rates = []
-    monkeypatch.setattr(m.Adam, "step", lambda self, gradients, rate: rates.append(rate))
-    for settings, peak in ((dict(learning_rate=3.0), 3.0), (dict(), 0.02)):
-        m.train(SMALL, [1, 2, 3, 4], random.Random(0), steps=20, length=2, **settings)
-        assert rates == pytest.approx([peak * min(1, s / 10) * (21 - s) / 20 for s in range(1, 21)], abs=1e-15)
-        rates.clear()
-    adam = m.Adam({"g": [1.0]})
-    assert (adam.beta1, adam.beta2) == (0.7, 0.95)
-
-
-def test_weights_begin_at_their_sizes():
-    weights = m.init_weights(m.Config(50, 64, 1, 2, 2, 16), random.Random(0))
-    sizes = {name: np.std(w) for name, w in weights.items() if np.ndim(w) == 2}
-    expected = {"tok_embeddings": 1, "layers.0.attention.wo": 0.5 / 8, "layers.0.feed_forward.w2": 0.5 / 4}
-    for name, size in sizes.items():
-        assert size == pytest.approx(expected.get(name, 1 / 8), rel=0.08), name
-    assert weights["norm"] == weights["layers.0.ffn_norm"] == [1.0] * 64
-
-
-@pytest.mark.parametrize("sizes", [(0, 8, 1, 2, 1, 4), (5, 6, 1, 2, 1, 4), (5, 8, 1, 2, 3, 4), (5, 8, 0, 2, 1, 4)])
-def test_impossible_sizes_are_refused(sizes):
-    with pytest.raises(ValueError, match="must be"):
-        m.Config(*sizes)
-
-
-def test_a_llama_is_metas_unless_it_says_otherwise():
-    config = m.Config(5, 8, 1, 2, 1, 4)
-    assert (config.rope_base, config.norm_eps) == (10000.0, 1e-5)
-
-
-def test_missing_weights_are_named():
+@pytest.mark.parametrize("kind", ["none", "plain", "paged"])
+def test_generate_is_greedy(kind):
     model = make_model()
-    with pytest.raises(ValueError, match="layers.1.attention.wo"):
-        m.Llama(model.config, {k: v for k, v in model.weights.items() if k != "layers.1.attention.wo"})
+    tokens = [3, 1]
+    for _ in range(9):
+        logits = reference_logits(model.config, model.weights, tokens)[-1]
+        tokens.append(int(logits.argmax()))
+    caches = {
+        "none": None,
+        "plain": m.KVCache(model.config),
+        "paged": m.PagedKVCache(m.BlockPool(9, 2), model.config),
+    }
+    assert m.generate(model, [3, 1], 9, caches[kind]) == tokens[2:]
+    assert m.generate(model, [3, 1], 0) == []
 
 
-@pytest.mark.parametrize("x", [0.0, 1.5, -3.0, 40.0, -40.0, 1e4, -1e4])
-def test_sigmoid_never_overflows(x):
-    expected = 1 / (1 + math.exp(-x)) if x > -700 else 0.0
-    assert m.sigmoid(x) == pytest.approx(expected, abs=1e-15)
+def test_generate_goes_on_from_a_cache_that_holds_part_of_the_prompt():
+    model = make_model()
+    prompt = [3, 1, 4, 1, 5]
+    expected = m.generate(model, prompt, 6)
+    for n_known in range(1, 5):
+        cache = m.KVCache(model.config)
+        model.forward(prompt[:n_known], cache)
+        assert m.generate(model, prompt, 6, cache) == expected
+    cache = m.KVCache(model.config)
+    model.forward(prompt, cache)
+    with pytest.raises(ValueError, match="cache"):
+        m.generate(model, prompt, 6, cache)
 
 
-# ----------------------------------------------------------------------------------------- the caches
+def test_argmax_takes_the_first_of_the_largest():
+    assert m.argmax([1.0, 3.0, 3.0]) == 1
+
+
+@pytest.mark.parametrize("prompt, n", [([], 3), ([1], -1)])
+def test_generate_refuses(prompt, n):
+    with pytest.raises(ValueError, match="prompt"):
+        m.generate(make_model(), prompt, n)
+
+
+@each_config
+@pytest.mark.parametrize("n_new, n_cached", [(1, 0), (5, 0), (1, 9), (4, 3)])
+def test_multiplications_are_counted_where_they_are_made(config, n_new, n_cached):
+    model = m.CountingLlama(make_model(config))
+    cache = m.KVCache(config)
+    if n_cached:
+        model.forward([0] * n_cached, cache)
+    logits = model.forward([0] * n_new, cache)
+    assert model.logits[-1] == logits[-1]
+    assert model.products[-1] == m.forward_products(config, n_new, n_cached)
+    assert m.dot is getattr(math, "sumprod", m.dot_by_hand)  # put back
+
+
+@each_config
+def test_the_closed_formula_for_one_token_alone(config):
+    matrices = 0
+    for name, w in make_model(config).weights.items():
+        if np.ndim(w) == 2 and name != "tok_embeddings":
+            matrices += np.size(w)
+    norms = (2 * config.n_layers + 1) * config.dim
+    attention = 2 * config.n_layers * config.dim
+    assert m.forward_products(config, 1, 0) == matrices + norms + attention
+
+
+# 2. Prefill and decode
+
+
+TOY_GPU = m.Gpu("toy", flops=100.0, hbm_bytes_per_s=10.0, hbm_bytes=100.0, source="")
+# 5 weights that a step uses, beside an embedding table of 6; 4 bytes of cache for a token
+TOY_MODEL = m.ServedModel("toy", 11.0, 3, 2, 1, 1, 1, "")
+
+
+def test_step_seconds_is_the_roofline():
+    assert TOY_GPU.ridge == 10
+    assert TOY_MODEL.used_weights == 5
+    assert TOY_MODEL.kv_bytes == 4
+    assert m.kv_bytes_per_token(3, 5, 7, 0.5) == 105
+    assert m.step_seconds(TOY_GPU, TOY_MODEL, 3, 0) == (0.3, 1.0)
+    assert m.step_seconds(TOY_GPU, TOY_MODEL, 3, 5, weight_bytes=0.5) == (0.3, 2.25)
+    assert m.StepTime(1.0, 2.0).seconds == m.StepTime(2.0, 1.0).seconds == 2.0
+
+
+@pytest.mark.parametrize("cached", [0, 1, 100, 256, 500])
+def test_batch_at_ridge_is_the_first_that_arithmetic_takes_longer_for(cached):
+    got = m.batch_at_ridge(m.PRICED_GPU, m.PRICED_MODEL, cached)
+    first = None
+    for batch in range(1, 3000):
+        step = m.step_seconds(m.PRICED_GPU, m.PRICED_MODEL, batch, batch * cached)
+        if step.arithmetic >= step.reading:
+            first = batch
+            break
+    assert got == first
+    assert m.batch_at_ridge(m.PRICED_GPU, m.PRICED_MODEL, 1024) is None
+
+
+def test_the_batch_at_the_ridge_is_rounded_up():
+    assert m.PRICED_GPU.ridge == pytest.approx(153.02, abs=0.005)
+    assert m.batch_at_ridge(m.PRICED_GPU, m.PRICED_MODEL, 0) == 154
+
+
+def test_requests_that_fit():
+    # 90 of 100 bytes, less 22 for the weights, leave 68; a request of 3 tokens takes 12.
+    assert m.requests_that_fit(TOY_GPU, TOY_MODEL, 3) == 5
+    assert m.requests_that_fit(TOY_GPU, TOY_MODEL, 3, memory_share=0.2) == 0
+
+
+@pytest.mark.parametrize("bits, expected", [(2.0, 153), (0.5, 38), (1.0, 76)])
+def test_ridge_tokens(bits, expected):
+    assert m.ridge_tokens(m.PRICED_GPU, bits) == expected
+    assert m.MAX_NUM_BATCHED_TOKENS == m.free_tokens() == 38
+
+
+@each_config
+@pytest.mark.parametrize("n_new, n_cached", [(1, 0), (1, 9), (4, 3)])
+def test_bytes_of_a_step_by_hand(config, n_new, n_cached):
+    row = m.measure_intensity(config, n_new, n_cached)
+    numbers = n_new * config.dim
+    for name, shape in config.shapes().items():
+        if name != "tok_embeddings":
+            numbers += math.prod(shape)
+    kv_dim = config.n_kv_heads * config.head_dim
+    numbers += 2 * config.n_layers * kv_dim * (n_new + n_cached)
+    assert row.bytes == 2 * numbers
+    assert row.flops == 2 * m.forward_products(config, n_new, n_cached)
+    assert row.flops_per_byte == row.flops / row.bytes
+
+
+# 3. Paged attention
+
 
 def scattered_pool(num_blocks, block_size, seed=0):
-    """A pool whose free blocks come in no order."""
+    """Return a pool whose free blocks come in no order."""
     pool = m.BlockPool(num_blocks, block_size)
     order = list(range(num_blocks))
     random.Random(seed).shuffle(order)
@@ -191,72 +175,8 @@ def scattered_pool(num_blocks, block_size, seed=0):
     return pool
 
 
-@pytest.mark.parametrize("block_size", [1, 3, 16])
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 15, 16, 17])
-@pytest.mark.parametrize("piece", [1, 2, 5, 100])
-def test_cached_uncached_and_paged_agree(block_size, n, piece):
-    model = make_model()
-    tokens = [random.Random(7).randrange(13) for _ in range(n)]
-    whole = model.forward(tokens)
-    plain, paged = m.KVCache(model.config), m.PagedKVCache(scattered_pool(20, block_size), model.config)
-    out = []
-    for start in range(0, n, piece):
-        logits = model.forward(tokens[start:start + piece], plain)
-        assert model.forward(tokens[start:start + piece], paged) == logits  # to the bit
-        out += logits
-    np.testing.assert_allclose(out, whole, **TIGHT)
-    assert plain.length == paged.length == n
-    assert len(paged.block_table) == -(-n // block_size) == 20 - paged.pool.num_free_blocks
-    slots = [paged.slot(p) for p in range(n)]
-    assert slots == [paged.block_table[p // block_size] * block_size + p % block_size for p in range(n)]
-
-
-def test_the_model_reads_through_the_table():
-    """Move a block's contents and its number in the table: nothing changes. Move only the contents: everything does."""
-    model, tokens = make_model(), [1, 2, 3, 4, 5, 6]
-    outcome = []
-    for move, fix_table in ((False, False), (True, True), (True, False)):
-        pool = m.BlockPool(8, 2)
-        cache, other = m.PagedKVCache(pool, model.config), m.PagedKVCache(pool, model.config)
-        model.forward(tokens, cache)
-        model.forward(tokens[::-1], other)
-        if move:
-            a, b = cache.block_table[0], other.block_table[0]
-            pool.slots[2 * a:2 * a + 2], pool.slots[2 * b:2 * b + 2] = pool.slots[2 * b:2 * b + 2], pool.slots[2 * a:2 * a + 2]
-            if fix_table:
-                cache.block_table[0] = b
-        outcome.append(model.forward([7], cache)[0])
-    assert outcome[0] == outcome[1]
-    assert max(abs(a - b) for a, b in zip(outcome[0], outcome[2])) > 1e-3
-
-
-@pytest.mark.parametrize("n", range(0, 9))
-@pytest.mark.parametrize("block_size", [1, 3, 4])
-def test_fork_and_copy_on_write_disturb_nobody(n, block_size):
-    model, rng = make_model(), random.Random(n)
-    prompt = [rng.randrange(13) for _ in range(n)] or [3]
-    pool = m.BlockPool(60, block_size)
-    caches, texts = [m.PagedKVCache(pool, model.config)], [list(prompt)]
-    model.forward(prompt, caches[0])
-    for _ in range(3):
-        texts.append(list(texts[0]))
-        caches.append(caches[0].fork())
-    in_use = pool.num_blocks - pool.num_free_blocks
-    assert in_use == -(-len(prompt) // block_size)  # forking takes no block
-    for step in range(7):
-        for i in rng.sample(range(4), 3):
-            token = rng.randrange(13)
-            texts[i].append(token)
-            assert model.forward([token], caches[i])[-1] == pytest.approx(model.forward(texts[i])[-1], abs=1e-12)
-        check_pool(pool, caches)
-    for cache in caches:
-        cache.free()
-    check_pool(pool, [])
-    assert pool.num_free_blocks == pool.num_blocks
-
-
 def check_pool(pool, caches):
-    """What must hold of a pool at any time."""
+    """Assert what must hold of a pool at any time."""
     held = [0] * pool.num_blocks
     for cache in caches:
         assert len(cache.block_table) * pool.block_size >= cache.length
@@ -268,16 +188,63 @@ def check_pool(pool, caches):
     assert {name: block for block, name in pool.hash_of.items()} == pool.block_of
 
 
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 15, 16, 17])
+@pytest.mark.parametrize("piece", [1, 2, 5, 100])
+def test_cached_uncached_and_paged_agree(block_size, n, piece):
+    model = make_model()
+    rng = random.Random(7)
+    tokens = [rng.randrange(13) for _ in range(n)]
+    plain = m.KVCache(model.config)
+    paged = m.PagedKVCache(scattered_pool(20, block_size), model.config)
+    out = []
+    for start in range(0, n, piece):
+        logits = model.forward(tokens[start:start + piece], plain)
+        assert model.forward(tokens[start:start + piece], paged) == logits  # to the bit
+        out += logits
+    np.testing.assert_allclose(out, model.forward(tokens), **TIGHT)
+    assert plain.length == paged.length == n
+    n_blocks = math.ceil(n / block_size)
+    assert len(paged.block_table) == n_blocks == 20 - paged.pool.num_free_blocks
+    for p in range(n):
+        assert paged.slot(p) == paged.block_table[p // block_size] * block_size + p % block_size
+
+
+@pytest.mark.parametrize("move, fix_table", [(True, True), (True, False)])
+def test_the_model_reads_through_the_table(move, fix_table):
+    """Move a block's content and its number in the table: the logits stay. Else they change."""
+    model = make_model()
+    tokens = [1, 2, 3, 4, 5, 6]
+    expected = model.forward([*tokens, 7])[-1]
+    pool = m.BlockPool(8, 2)
+    cache = m.PagedKVCache(pool, model.config)
+    other = m.PagedKVCache(pool, model.config)
+    model.forward(tokens, cache)
+    model.forward(tokens[::-1], other)
+    a = cache.block_table[0]
+    b = other.block_table[0]
+    for i in range(2):
+        pool.slots[2 * a + i], pool.slots[2 * b + i] = pool.slots[2 * b + i], pool.slots[2 * a + i]
+    if fix_table:
+        cache.block_table[0] = b
+    gap = max(abs(x - y) for x, y in zip(model.forward([7], cache)[0], expected))
+    assert gap < 1e-12 if fix_table else gap > 1e-3
+
+
 def test_a_pool_hands_out_what_it_has_and_no_more():
     pool = m.BlockPool(3, 2)
-    assert [pool.allocate() for _ in range(3)] == [0, 1, 2] and pool.num_free_blocks == 0
+    assert [pool.allocate() for _ in range(3)] == [0, 1, 2]
+    assert pool.num_free_blocks == 0
     with pytest.raises(ValueError, match="block"):
         pool.allocate()
     pool.share(1)
     pool.free(1)
-    assert pool.num_free_blocks == 0 and pool.ref_count == [1, 1, 1]
-    pool.free(1), pool.free(0)
-    assert pool.num_free_blocks == 2 and pool.allocate() == 1  # freed first, handed out first
+    assert pool.num_free_blocks == 0
+    assert pool.ref_count == [1, 1, 1]
+    pool.free(1)
+    pool.free(0)
+    assert pool.num_free_blocks == 2
+    assert pool.allocate() == 1  # freed first, handed out first
     with pytest.raises(ValueError, match="free"):
         pool.free(0)
 
@@ -286,38 +253,6 @@ def test_a_pool_hands_out_what_it_has_and_no_more():
 def test_a_pool_of_nothing_is_refused(arguments):
     with pytest.raises(ValueError, match="at least 1"):
         m.BlockPool(*arguments)
-
-
-def test_a_copy_on_write_shares_nothing_with_what_it_was_copied_from():
-    """The block that was copied from is freed and used by another text: the copy must not feel it."""
-    model, pool = make_model(), m.BlockPool(8, 4)
-    a = m.PagedKVCache(pool, model.config)
-    model.forward([1, 2], a)
-    b = a.fork()
-    assert b.blocks_needed(0) == 0 and b.blocks_needed(1) == 1
-    b.reserve(0)
-    assert b.block_table == a.block_table
-    model.forward([3], b)
-    old = a.block_table[0]
-    a.free()
-    pool.free_blocks.move_to_end(old, last=False)
-    other = m.PagedKVCache(pool, model.config)
-    model.forward([9, 8, 7], other)
-    assert other.block_table == [old]
-    assert model.forward([4], b)[-1] == pytest.approx(model.forward([1, 2, 3, 4])[-1], abs=1e-12)
-
-
-def test_a_fork_shares_no_block_that_was_only_reserved():
-    model, pool = make_model(), m.BlockPool(8, 2)
-    a = m.PagedKVCache(pool, model.config)
-    a.reserve(6)
-    model.forward([1, 2, 3], a)
-    b = a.fork()
-    assert pool.ref_count[:3] == [2, 2, 1]
-    outcome = [model.forward(rest, cache)[-1] for cache, rest in ((a, [4, 5, 6]), (b, [7, 8, 9]), (a, [0]), (b, [0]))]
-    for logits, text in zip(outcome[2:], ([1, 2, 3, 4, 5, 6, 0], [1, 2, 3, 7, 8, 9, 0])):
-        assert logits == pytest.approx(model.forward(text)[-1], abs=1e-12)
-    check_pool(pool, [a, b])
 
 
 def test_too_few_blocks_change_nothing():
@@ -331,80 +266,150 @@ def test_too_few_blocks_change_nothing():
     model.forward([4], cache)
 
 
-@pytest.mark.parametrize("cache", [None, "plain", "paged"])
-def test_generate_is_greedy(cache):
-    model, tokens = make_model(), [3, 1]
-    for _ in range(9):
-        logits = reference_logits(model.config, model.weights, tokens)[-1]
-        tokens.append(int(logits.argmax()))
-    cache = {"plain": m.KVCache(model.config), "paged": m.PagedKVCache(m.BlockPool(9, 2), model.config)}.get(cache)
-    assert m.generate(model, [3, 1], 9, cache) == tokens[2:]
-    assert m.generate(model, [3, 1], 0) == []
+@pytest.mark.parametrize("block_size", [1, 3, 4])
+def test_the_picture_of_a_pool(block_size):
+    model = make_model()
+    run = m.run_paged(model, [[1, 2], [3, 4, 5]], 4, block_size, random.Random(1))
+    for cache, n in zip(run.caches, (5, 6)):
+        assert cache.length == n
+    np.testing.assert_allclose(run.logits, run.expected, **TIGHT)
+    boxes = {}
+    for box in " ".join(m.draw_pool(run.pool, run.caches)).split():
+        number, slots = box.split("│")[:2]
+        boxes[int(number)] = slots
+    for letter, cache in zip("AB", run.caches):
+        text = "".join(boxes[block] for block in cache.block_table)
+        assert text == (letter * cache.length).ljust(len(text), "·")
+    assert sum(slots == "_" * block_size for slots in boxes.values()) == run.pool.num_free_blocks
 
 
-def test_generate_goes_on_from_a_cache_that_holds_part_of_the_prompt():
-    model, prompt = make_model(), [3, 1, 4, 1, 5]
-    expected = m.generate(model, prompt, 6)
-    for known in range(1, 5):
-        cache = m.KVCache(model.config)
-        model.forward(prompt[:known], cache)
-        assert m.generate(model, prompt, 6, cache) == expected
-    cache = m.KVCache(model.config)
-    model.forward(prompt, cache)
-    with pytest.raises(ValueError, match="cache"):
-        m.generate(model, prompt, 6, cache)
-    assert m.argmax([1.0, 3.0, 3.0]) == 1
+# 4. Sharing
 
 
-@pytest.mark.parametrize("prompt, n", [([], 3), ([1], -1)])
-def test_generate_refuses(prompt, n):
-    with pytest.raises(ValueError, match="prompt"):
-        m.generate(make_model(), prompt, n)
+@pytest.mark.parametrize("n", range(0, 9))
+@pytest.mark.parametrize("block_size", [1, 3, 4])
+def test_fork_and_copy_on_write_disturb_nobody(n, block_size):
+    model = make_model()
+    rng = random.Random(n)
+    prompt = [rng.randrange(13) for _ in range(n)] or [3]
+    pool = m.BlockPool(60, block_size)
+    caches = [m.PagedKVCache(pool, model.config)]
+    model.forward(prompt, caches[0])
+    for _ in range(3):
+        caches.append(caches[0].fork())
+    texts = [list(prompt) for _ in caches]
+    # Forking takes no block.
+    assert pool.num_blocks - pool.num_free_blocks == math.ceil(len(prompt) / block_size)
+    for _ in range(7):
+        for i in rng.sample(range(4), 3):
+            token = rng.randrange(13)
+            texts[i].append(token)
+            expected = model.forward(texts[i])[-1]
+            assert model.forward([token], caches[i])[-1] == pytest.approx(expected, abs=1e-12)
+        check_pool(pool, caches)
+    for cache in caches:
+        cache.free()
+    check_pool(pool, [])
+    assert pool.num_free_blocks == pool.num_blocks
 
 
-# ------------------------------------------------------------------------------------ the closed formulas
-
-@pytest.mark.parametrize("n_new, n_cached", [(1, 0), (5, 0), (1, 9), (4, 3)])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.dim}x{c.n_layers}")
-def test_multiplications_are_counted_where_they_are_made(config, n_new, n_cached):
-    model, cache = make_model(config), m.KVCache(config)
-    if n_cached:
-        model.forward([0] * n_cached, cache)
-    with m.counted_dots() as count:
-        model.forward([0] * n_new, cache)
-    assert count.products == m.forward_products(config, n_new, n_cached)
-    matrices = sum(np.size(w) for name, w in model.weights.items() if np.ndim(w) == 2 and name != "tok_embeddings")
-    assert m.forward_products(config, 1, 0) == matrices + (2 * config.n_layers + 1 + 2 * config.n_layers) * config.dim
-    assert m.dot is getattr(math, "sumprod", m.dot_by_hand)
-
-
-def test_step_seconds_is_the_roofline():
-    card = m.Card("toy", flops=100.0, hbm_bytes_per_s=10.0, hbm_bytes=1.0, n_sms=1, sram_kb=1, source="")
-    model = m.ServedModel("toy", 5.0, 1, 1, 1, "")
-    assert card.ridge == 10 and model.kv_bytes == 4 and m.kv_bytes_per_token(3, 5, 7, 0.5) == 105
-    assert m.step_seconds(card, model, 3, 0) == (0.3, 1.0)
-    assert m.step_seconds(card, model, 3, 5, weight_bytes=0.5) == (0.3, 2.25)
+def test_a_copy_on_write_shares_nothing_with_what_it_was_copied_from():
+    """Free the block that was copied from, and write another text into it."""
+    model = make_model()
+    pool = m.BlockPool(8, 4)
+    a = m.PagedKVCache(pool, model.config)
+    model.forward([1, 2], a)
+    b = a.fork()
+    assert b.blocks_needed(0) == 0
+    assert b.blocks_needed(1) == 1
+    b.reserve(0)
+    assert b.block_table == a.block_table
+    model.forward([3], b)
+    old = a.block_table[0]
+    a.free()
+    pool.free_blocks.move_to_end(old, last=False)
+    other = m.PagedKVCache(pool, model.config)
+    model.forward([9, 8, 7], other)
+    assert other.block_table == [old]
+    expected = model.forward([1, 2, 3, 4])[-1]
+    assert model.forward([4], b)[-1] == pytest.approx(expected, abs=1e-12)
 
 
-# ----------------------------------------------------------------------------------------- prefix caching
+def test_a_fork_shares_no_block_that_was_only_reserved():
+    model = make_model()
+    pool = m.BlockPool(8, 2)
+    a = m.PagedKVCache(pool, model.config)
+    a.reserve(6)
+    model.forward([1, 2, 3], a)
+    b = a.fork()
+    assert pool.ref_count[:3] == [2, 2, 1]
+    model.forward([4, 5, 6], a)
+    model.forward([7, 8, 9], b)
+    for cache, text in ((a, [1, 2, 3, 4, 5, 6, 0]), (b, [1, 2, 3, 7, 8, 9, 0])):
+        expected = model.forward(text)[-1]
+        assert model.forward([0], cache)[-1] == pytest.approx(expected, abs=1e-12)
+    check_pool(pool, [a, b])
+
+
+def test_a_fork_knows_its_hashes_and_keeps_them_to_itself():
+    model = make_model()
+    pool = m.BlockPool(8, 2)
+    a = m.PagedKVCache(pool, model.config)
+    model.forward([1, 2, 3], a)
+    m.register_blocks(a, [1, 2, 3])
+    b = a.fork()
+    model.forward([4], b)
+    m.register_blocks(b, [1, 2, 3, 4])
+    assert a.hashes == m.block_hashes([1, 2], 2)
+    assert b.hashes == m.block_hashes([1, 2, 3, 4], 2)
+
+
+# 5. Prefix caching
+
 
 def test_hash_chain():
-    expected = hashlib.sha256(b"|1,2").hexdigest()
-    assert m.hash_block("", [1, 2]) == expected
-    assert m.hash_block(expected, [3]) == hashlib.sha256(f"{expected}|3".encode()).hexdigest()
-    assert m.block_hashes([1, 2, 3, 4, 5], 2) == [expected, m.hash_block(expected, [3, 4])]
-    assert m.hash_block("", [1, 23]) != m.hash_block("", [12, 3])
-    assert m.block_hashes([9, 2, 3, 4], 2)[1] != m.block_hashes([1, 2, 3, 4], 2)[1]  # the parent is in it
+    first = hashlib.sha256(b"|1,2").hexdigest()
+    assert m.hash_block("", [1, 2]) == first
+    assert m.hash_block(first, [3]) == hashlib.sha256(f"{first}|3".encode()).hexdigest()
+    assert m.block_hashes([1, 2, 3, 4, 5], 2) == [first, m.hash_block(first, [3, 4])]
     assert m.block_hashes([1], 2) == []
+    assert m.hash_block("", [1, 23]) != m.hash_block("", [12, 3])
+    # The parent is in the name.
+    assert m.block_hashes([9, 2, 3, 4], 2)[1] != m.block_hashes([1, 2, 3, 4], 2)[1]
+
+
+def test_only_new_blocks_are_hashed(monkeypatch):
+    model = make_model()
+    cache = m.PagedKVCache(m.BlockPool(20, 2), model.config)
+    hashed = []
+    plain = m.hash_block
+
+    def counting(parent, tokens):
+        hashed.append(tuple(tokens))
+        return plain(parent, tokens)
+
+    monkeypatch.setattr(m, "hash_block", counting)
+    text = [1, 2, 3]
+    model.forward(text, cache)
+    m.register_blocks(cache, text)
+    for token in range(4, 9):
+        text.append(token)
+        model.forward([token], cache)
+        m.register_blocks(cache, text)
+    assert hashed == [(1, 2), (3, 4), (5, 6), (7, 8)]
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_prefix_hits_are_the_longest_common_run_of_full_blocks(seed):
-    model, rng = make_model(), random.Random(seed)
+    model = make_model()
+    rng = random.Random(seed)
     block_size = rng.choice([1, 2, 3, 5])
-    pool, earlier = m.BlockPool(400, block_size), []
+    pool = m.BlockPool(400, block_size)
+    earlier = []
     for _ in range(12):
-        base = rng.choice(earlier)[:rng.randrange(1, 12)] if earlier and rng.random() < 0.8 else []
+        base = []
+        if earlier and rng.random() < 0.8:
+            base = rng.choice(earlier)[:rng.randrange(1, 12)]
         prompt = base + [rng.randrange(2) for _ in range(rng.randrange(1, 8))]
         naive = 0
         for text in earlier:
@@ -414,7 +419,8 @@ def test_prefix_hits_are_the_longest_common_run_of_full_blocks(seed):
             naive = max(naive, same // block_size * block_size)
         cache = m.PagedKVCache(pool, model.config)
         assert m.adopt_prefix(cache, prompt) == naive == cache.length
-        np.testing.assert_allclose(model.forward(prompt[naive:], cache), model.forward(prompt)[naive:], **TIGHT)
+        logits = model.forward(prompt[naive:], cache)
+        np.testing.assert_allclose(logits, model.forward(prompt)[naive:], **TIGHT)
         m.register_blocks(cache, prompt)
         check_pool(pool, [cache])
         earlier.append(prompt)
@@ -422,23 +428,62 @@ def test_prefix_hits_are_the_longest_common_run_of_full_blocks(seed):
     check_pool(pool, [])
 
 
-@pytest.mark.parametrize("a, b, block_size, expected", [("abcdefg", "abcdefx", 2, 6), ("abcdefg", "abcdefx", 4, 4), ("ab", "abcd", 1, 2),
-                                                         ("abc", "xbc", 1, 0), ("", "abc", 1, 0), ("abcd", "abcd", 3, 3)])
-def test_common_full_blocks(a, b, block_size, expected):
-    assert m.common_full_blocks(a, b, block_size) == m.common_full_blocks(b, a, block_size) == expected
+def test_looking_for_a_prefix_changes_nothing():
+    model = make_model()
+    pool = m.BlockPool(4, 2)
+    cache = m.PagedKVCache(pool, model.config)
+    model.forward([1, 2, 3, 4], cache)
+    m.register_blocks(cache, [1, 2, 3, 4])
+    table = list(cache.block_table)
+    cache.free()
+    order = list(pool.free_blocks)
+    assert m.find_prefix(pool, [1, 2, 3, 4, 5]) == table
+    assert m.find_prefix(pool, [1, 2, 3, 4]) == table[:1]  # the last token is run
+    assert m.find_prefix(pool, [1, 3]) == []
+    assert list(pool.free_blocks) == order
+
+
+def test_a_refused_admission_leaves_the_order_of_eviction_alone():
+    """The head of the queue finds its prefix at every step, and does not fit."""
+    early = m.Request((1, 2), 1)
+    long = m.Request((9,), 9)
+    late = m.Request((7,), 2)
+    waiting = m.Request((1, 2, 5, 5, 5, 5, 5, 5, 5), 1)
+    engine = m.Engine(make_model(SMALL), [early, long, late, waiting], num_blocks=10, block_size=1,
+                      max_num_seqs=3, max_num_batched_tokens=16, prefix_caching=True)
+    engine.step()
+    engine.step()
+    order = list(engine.pool.free_blocks)
+    assert len(engine.pool.hash_of) > 3  # what early and late have left is among them
+    engine.step()
+    assert [state.number for state in engine.waiting] == [3]
+    assert list(engine.pool.free_blocks) == order[1:]  # the long one has taken a block
+
+
+@pytest.mark.parametrize("a, b, expected", [
+    ("abcdefg", "abcdefx", 6), ("ab", "abcd", 2), ("abc", "xbc", 0), ("", "abc", 0),
+    ("abcd", "abcd", 4),
+])
+def test_shared_start(a, b, expected):
+    assert m.shared_start(a, b) == m.shared_start(b, a) == expected
 
 
 def test_eviction_takes_the_least_recently_used_and_ends_first():
-    model, pool = make_model(), m.BlockPool(4, 1)
+    model = make_model()
+    pool = m.BlockPool(4, 1)
     for text in ([1, 2], [3, 4]):
         cache = m.PagedKVCache(pool, model.config)
         model.forward(text, cache)
         m.register_blocks(cache, text)
         cache.free()
-    known = lambda: [text for text in ([1], [1, 2], [3], [3, 4]) if m.block_hashes(text, 1)[-1] in pool.block_of]
+
+    def known():
+        texts = ([1], [1, 2], [3], [3, 4])
+        return [text for text in texts if m.block_hashes(text, 1)[-1] in pool.block_of]
+
     assert known() == [[1], [1, 2], [3], [3, 4]]
     again = m.PagedKVCache(pool, model.config)
-    assert m.adopt_prefix(again, [1, 9]) == 1  # used again: now the youngest
+    assert m.adopt_prefix(again, [1, 9]) == 1  # used again: now the last in line
     again.free()
     left = []
     for _ in range(4):
@@ -447,275 +492,738 @@ def test_eviction_takes_the_least_recently_used_and_ends_first():
     assert left == [[[1], [3], [3, 4]], [[1], [3]], [[1]], []]
 
 
-# ------------------------------------------------------------------------------------------------ serving
+def test_prefix_rows_by_hand():
+    model = make_model(SMALL)
+    requests = [m.Request((1, 2, 3, 4, 5), 2), m.Request((1, 2, 3, 9), 1, 1.0)]
+    reports = []
+    for num_blocks in (20, 3):
+        reports.append(m.serve(model, requests, num_blocks=num_blocks, block_size=2, max_num_seqs=1,
+                               max_num_batched_tokens=64, prefix_caching=True))
+    first, second = m.compare_prefixes(*reports, 2)
+    assert first == (0, 5, 0, 0, 0, "█████")
+    assert second == (1, 4, 2, 2, 2, "░░██")
+
+
+# 6. Continuous batching
+
+
+def times_of(report):
+    """Return when each request's new tokens came."""
+    return [state.times for state in report.states]
+
 
 def request_set(seed):
-    """Random requests, some alike, and random settings under which every request can just run."""
+    """Return random requests, some alike, and settings under which each can just run."""
     rng = random.Random(seed)
     common = [rng.randrange(13) for _ in range(6)]
-    requests = [m.Request(tuple((common[:rng.randrange(7)] + [rng.randrange(13) for _ in range(rng.randrange(1, 9))])),
-                          rng.randrange(1, 10), rng.choice([0.0, rng.random() * 0.02]))
-                for _ in range(rng.randrange(1, 8))]
-    block_size, n_seqs = rng.choice([1, 2, 3, 4, 7]), rng.randrange(1, 6)
-    smallest = max(-(-(len(r.prompt) + r.max_new_tokens - 1) // block_size) for r in requests)
-    return requests, dict(block_size=block_size, max_num_seqs=n_seqs), smallest, rng
+    requests = []
+    for _ in range(rng.randrange(1, 8)):
+        start = common[:rng.randrange(7)]
+        rest = [rng.randrange(13) for _ in range(rng.randrange(1, 9))]
+        arrival = rng.choice([0.0, rng.random() * 0.02])
+        requests.append(m.Request(tuple(start + rest), rng.randrange(1, 10), arrival))
+    block_size = rng.choice([1, 2, 3, 4, 7])
+    settings = {"block_size": block_size, "max_num_seqs": rng.randrange(1, 6)}
+    smallest = 0
+    for request in requests:
+        tokens = len(request.prompt) + request.max_new_tokens - 1
+        smallest = max(smallest, math.ceil(tokens / block_size))
+    return requests, settings, smallest, rng
 
 
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+@pytest.mark.parametrize("policy", ["static", "continuous", "chunked"])
 @pytest.mark.parametrize("seed", range(24))
-def test_every_schedule_gives_every_request_what_it_gets_alone(seed):
+def test_every_schedule_gives_every_request_what_it_gets_alone(seed, policy, preemption):
     model = make_model(SMALL)
     requests, settings, smallest, rng = request_set(seed)
     alone = [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
+    needed = sum(len(r.prompt) + r.max_new_tokens - 1 for r in requests)
+    for prefix_caching in (False, True):
+        budget = 64
+        if policy == "chunked":
+            budget = rng.randrange(settings["max_num_seqs"], 12)
+        blocks = smallest + rng.choice([0, 0, 1, 3, 50])
+        engine = m.Engine(model, requests, policy=policy, num_blocks=blocks,
+                          max_num_batched_tokens=budget, preemption=preemption,
+                          prefix_caching=prefix_caching, **settings)
+        while engine.waiting or engine.running:
+            engine.step()
+            check_engine(engine, budget)
+        report = engine.run()
+        assert report.tokens == alone
+        assert engine.pool.num_free_blocks == blocks
+        assert not any(engine.pool.ref_count)
+        for request, times in zip(requests, times_of(report)):
+            assert len(times) == request.max_new_tokens
+            assert times == sorted(times)
+            assert times[0] > request.arrival
+        found = sum(state.found for state in report.states)
+        if not report.preempted:
+            assert report.computed + found == needed
+            assert report.swapped_tokens == 0
+        if preemption == "swap" and not prefix_caching and policy != "chunked":
+            assert report.computed == needed
+
+
+def test_the_random_request_sets_do_force_preemption():
     preempted = 0
-    for policy in ("static", "continuous", "chunked"):
-        for preemption in ("recompute", "swap"):
-            for prefix_caching in (False, True):
-                budget = rng.randrange(settings["max_num_seqs"], 12) if policy == "chunked" else 64
-                blocks = smallest + rng.choice([0, 0, 1, 3, 50])
-                engine = m.Engine(model, requests, policy=policy, num_blocks=blocks, max_num_batched_tokens=budget,
-                                  preemption=preemption, prefix_caching=prefix_caching, **settings)
-                while engine.waiting or engine.running:
-                    engine.step()
-                    check_engine(engine, requests, budget)
-                report = engine.run()
-                assert report.tokens == alone, (policy, preemption, prefix_caching, blocks)
-                assert engine.pool.num_free_blocks == blocks and not any(engine.pool.ref_count)
-                assert [len(times) for times in report.times] == [r.max_new_tokens for r in requests]
-                assert all(list(times) == sorted(times) and times[0] > r.arrival for times, r in zip(report.times, requests))
-                assert report.computed == sum(n for *_, work in report.steps for n in work.values())
-                if not report.preempted:
-                    assert report.computed + sum(state.found for state in report.states) == sum(len(r.prompt) + r.max_new_tokens - 1 for r in requests)
-                    assert report.swapped_tokens == 0
-                if preemption == "swap" and not prefix_caching and policy != "chunked":
-                    assert report.computed == sum(len(r.prompt) + r.max_new_tokens - 1 for r in requests)
-                preempted += len(report.preempted)
-    PREEMPTED[seed] = preempted
+    for seed in range(24):
+        requests, settings, smallest, _ = request_set(seed)
+        report = m.serve(m.StandIn(), requests, num_blocks=smallest, max_num_batched_tokens=64,
+                         **settings)
+        preempted += len(report.preempted) > 0
+    assert preempted > 7
 
 
-PREEMPTED = {}  # seed -> how often, over all its runs
-
-
-def test_the_random_request_sets_did_force_preemption():
-    if len(PREEMPTED) == 24:
-        assert sum(n > 0 for n in PREEMPTED.values()) > 9
-
-
-def check_engine(engine, requests, budget):
-    """What must hold after every step."""
+def check_engine(engine, budget):
+    """Assert what must hold after every step."""
     check_pool(engine.pool, [state.cache for state in engine.running])
     assert len(engine.running) <= engine.max_num_seqs
-    start, end, work = engine.report.steps[-1]
-    assert end > start and sum(work.values()) <= budget and work
-    assert all(requests[number].arrival <= start for number in work)
+    step = engine.report.steps[-1]
+    assert step.end > step.start
+    assert 0 < sum(step.tokens.values()) <= budget
+    assert set(step.cached) == set(step.tokens)
+    for number in step.tokens:
+        assert engine.requests[number].arrival <= step.start
     assert all(not state.cache.block_table for state in engine.waiting)
-    for queue in (engine.waiting, engine.running):  # first come, first served, also after a preemption
-        assert [s.number for s in queue] == [s.number for s in sorted(queue, key=lambda s: (s.request.arrival, s.number))]
-    for step, number in engine.report.preempted:
-        assert number not in engine.report.steps[step][2]
+    for queue in (engine.waiting, engine.running):  # first come, first served, after preemption too
+        assert list(queue) == m.in_order_of_arrival(queue)
+    for i, number in engine.report.preempted:
+        assert number not in engine.report.steps[i].tokens
     for state in engine.running:
-        names = m.block_hashes(state.tokens[:state.cache.length], engine.pool.block_size)
-        for block, name in zip(state.cache.block_table, names):  # the hash table points to live content
-            if block in engine.pool.hash_of:
-                assert engine.pool.hash_of[block] == name
+        text = state.tokens[:state.cache.length]
+        for block, name in zip(state.cache.block_table, m.block_hashes(text, engine.block_size)):
+            assert engine.pool.hash_of.get(block, name) == name  # a name tells what is in the block
 
 
-def test_preemption_happens_and_both_ways_cost_what_they_say():
-    model, requests = make_model(), [m.Request((1, 2, 3), 8), m.Request((4, 5, 6), 8)]
-    settings = dict(num_blocks=6, block_size=2, max_num_seqs=2, max_num_batched_tokens=64)
-    again, swapped = (m.serve(model, requests, preemption=way, **settings) for way in ("recompute", "swap"))
-    assert again.preempted == swapped.preempted and [number for _, number in again.preempted] == [1]
-    assert again.computed > swapped.computed == 20 and again.swapped_tokens == 0
-    stashed = swapped.swapped_tokens
-    assert stashed == 2 * (again.computed - swapped.computed)  # out and back; computed again otherwise
-    slow = [end - start for start, end, _ in swapped.steps]
-    fast = [end - start for start, end, _ in again.steps]
-    assert max(slow) - max(fast) == pytest.approx(stashed / 2 * m.LLAMA_8B.kv_bytes / m.PCIE, rel=0.3)
+def run_steps(requests, **settings):
+    """Return the report of a stand-in's run in a pool of plenty, unless told otherwise."""
+    defaults = {"num_blocks": 40, "block_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 64}
+    return m.serve(m.StandIn(), requests, **(defaults | settings))
+
+
+def members(report):
+    """Return who was in each step."""
+    return [sorted(step.tokens) for step in report.steps]
 
 
 def test_static_batches_start_and_end_together():
-    model = make_model()
     requests = [m.Request((1,), n) for n in (2, 5, 3, 4)]
-    report = m.serve(model, requests, policy="static", num_blocks=40, block_size=2, max_num_seqs=2, max_num_batched_tokens=64)
-    assert [sorted(work) for *_, work in report.steps] == [[0, 1]] * 2 + [[1]] * 3 + [[2, 3]] * 3 + [[3]]
+    report = run_steps(requests, policy="static")
+    assert members(report) == [[0, 1]] * 2 + [[1]] * 3 + [[2, 3]] * 3 + [[3]]
     assert report.utilisation == (4 + 3 + 6 + 1) / (9 * 2)
-    report = m.serve(model, requests, policy="continuous", num_blocks=40, block_size=2, max_num_seqs=2, max_num_batched_tokens=64)
-    assert [sorted(work) for *_, work in report.steps] == [[0, 1]] * 2 + [[1, 2]] * 3 + [[3]] * 4
+    assert [step.waiting for step in report.steps] == [2] * 5 + [0] * 4
+    report = run_steps(requests, policy="continuous")
+    assert members(report) == [[0, 1]] * 2 + [[1, 2]] * 3 + [[3]] * 4
     assert report.utilisation == (4 + 6 + 4) / (9 * 2)
 
 
-def test_chunked_prefill_keeps_the_budget_and_decodes_first():
-    model = make_model()
-    requests = [m.Request((1, 2), 9), m.Request(tuple(range(12)), 2, 1e-9)]
-    report = m.serve(model, requests, policy="chunked", num_blocks=40, block_size=2, max_num_seqs=2, max_num_batched_tokens=5)
-    assert [work for *_, work in report.steps][:5] == [{0: 2}, {0: 1, 1: 4}, {0: 1, 1: 4}, {0: 1, 1: 4}, {0: 1, 1: 1}]
-
-
 def test_static_batches_are_closed_and_the_clock_waits_only_for_work():
-    model = make_model()
-    settings = dict(num_blocks=40, block_size=2, max_num_seqs=2, max_num_batched_tokens=64)
-    report = m.serve(model, [m.Request((1,), 5), m.Request((1,), 2, 1e-9)], policy="static", **settings)
-    assert [sorted(work) for *_, work in report.steps] == [[0]] * 5 + [[1]] * 2
-    report = m.serve(model, [m.Request((1,), 5), m.Request((2,), 1, 1.0)], **settings)
-    assert report.times[0][-1] < 1 < report.times[1][0]
-
-
-def test_prefix_caching_in_the_engine():
-    model, prompt = make_model(), (1, 2, 3, 4, 5)
-    requests = [m.Request(prompt, 2), m.Request(prompt, 2, 1.0)]
-    settings = dict(num_blocks=40, block_size=2, max_num_seqs=2, max_num_batched_tokens=64)
-    report = m.serve(model, requests, prefix_caching=True, **settings)
-    assert [state.found for state in report.states] == [0, 4] and report.tokens[0] == report.tokens[1] == m.generate(model, prompt, 2)
-    assert [state.found for state in m.serve(model, requests, **settings).states] == [0, 0]
-
-
-def test_more_seats_than_budget_is_fine_where_prompts_are_whole():
-    report = m.serve(make_model(), [m.Request((1,), 3)], num_blocks=9, block_size=2, max_num_seqs=20, max_num_batched_tokens=10)
-    assert len(report.steps) == 3
-
-
-def test_gaps_metrics_and_timeline():
-    model = make_model()
-    requests = [m.Request((1, 2, 3), 8), m.Request((4, 5, 6), 8)]
-    report = m.serve(model, requests, num_blocks=6, block_size=2, max_num_seqs=2, max_num_batched_tokens=64)
-    assert m.token_gaps(report) == [b - a for times in report.times for a, b in zip(times, times[1:])]
-    rows = [line[10:] for line in m.timeline(report)]
-    step = report.preempted[0][0]
-    assert rows[0][:8] == " █▒▒▒▒▒▒▒"[1:9] and rows[1][step] == "×"
-    first_again = next(i for i, (*_, work) in enumerate(report.steps) if i > step and 1 in work)
-    assert set(rows[1][step + 1:first_again]) <= {"·"} and rows[1][first_again] == "█"
-    assert m.metrics(report)[0] == str(len(report.steps))
-
-
-def test_a_scheduler_that_is_stuck_is_noticed():
-    model, requests = make_model(), [m.Request((1,), 2)]
-    engine = m.Engine(model, requests, num_blocks=9, block_size=2, max_num_seqs=1, max_num_batched_tokens=64)
-    engine.step()
-    engine.schedule = iter([[], []]).__next__  # two steps without work; a third would raise StopIteration
-    with pytest.raises(RuntimeError, match="no work"):
-        engine.run()
+    report = run_steps([m.Request((1,), 5), m.Request((1,), 2, 1e-9)], policy="static")
+    assert members(report) == [[0]] * 5 + [[1]] * 2
+    report = run_steps([m.Request((1,), 5), m.Request((2,), 1, 1.0)])
+    first, second = times_of(report)
+    assert first[-1] < 1 < second[0]
 
 
 def test_nobody_overtakes():
     """A long prompt at the head of the queue is not passed by a short one behind it."""
-    model = make_model()
     requests = [m.Request((1,) * 8, 4), m.Request((2,) * 8, 2), m.Request((3,), 1)]
-    report = m.serve(model, requests, num_blocks=8, block_size=2, max_num_seqs=3, max_num_batched_tokens=64)
-    assert report.times[2][0] >= report.times[1][0]
+    times = times_of(run_steps(requests, num_blocks=8, max_num_seqs=3))
+    assert times[2][0] >= times[1][0]
+
+
+def test_the_step_of_the_comment_of_section_6():
+    """One block is free: A takes it, B needs none, C waits."""
+    requests = [m.Request((1,) * 8, 4), m.Request((2,) * 5, 2), m.Request((3,) * 6, 1, 1e-9)]
+    report = run_steps(requests, num_blocks=5, block_size=4, max_num_seqs=3)
+    assert report.steps[0].cached == {0: 8, 1: 5}
+    assert report.steps[1].tokens == {0: 1, 1: 1}
+    assert report.steps[1].waiting == 1
+
+
+def test_prefix_caching_in_the_engine():
+    model = make_model()
+    prompt = (1, 2, 3, 4, 5)
+    requests = [m.Request(prompt, 2), m.Request(prompt, 2, 1.0)]
+    settings = {"num_blocks": 40, "block_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 64}
+    report = m.serve(model, requests, prefix_caching=True, **settings)
+    assert [state.found for state in report.states] == [0, 4]
+    assert report.tokens == [m.generate(model, prompt, 2)] * 2
+    report = m.serve(model, requests, **settings)
+    assert [state.found for state in report.states] == [0, 0]
 
 
 def test_the_clock_is_the_cost_model():
-    model = make_model()
-    report = m.serve(model, [m.Request((1,) * 10, 3, 5.0)], num_blocks=10, block_size=2, max_num_seqs=1, max_num_batched_tokens=64)
-    seconds = lambda new, cached: max(m.step_seconds(m.A100, m.LLAMA_8B, new, cached, m.PRICED_WEIGHT_BYTES))
-    expected = [5 + seconds(10, 10), 5 + seconds(10, 10) + seconds(1, 11), 5 + seconds(10, 10) + seconds(1, 11) + seconds(1, 12)]
-    np.testing.assert_allclose(report.times[0], expected, rtol=1e-12)
+    report = run_steps([m.Request((1,) * 10, 3, 5.0)])
+
+    def seconds(new, cached):
+        return m.step_seconds(m.PRICED_GPU, m.PRICED_MODEL, new, cached, 0.5).seconds
+
+    expected = [5 + seconds(10, 10)]
+    expected.append(expected[-1] + seconds(1, 11))
+    expected.append(expected[-1] + seconds(1, 12))
+    np.testing.assert_allclose(times_of(report)[0], expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("change, word", [(dict(num_blocks=4), "num_blocks must be at least 5"), (dict(policy="best"), "policy"),
-                                          (dict(preemption="kill"), "preemption"), (dict(max_num_seqs=0), "max_num_seqs"),
-                                          (dict(max_num_batched_tokens=9), "max_num_batched_tokens must be at least 10"),
-                                          (dict(policy="chunked", max_num_batched_tokens=1), "at least max_num_seqs"),
-                                          (dict(block_size=0), "block_size")])
+def test_a_scheduler_that_is_stuck_is_noticed(monkeypatch):
+    engine = m.Engine(m.StandIn(), [m.Request((1,), 2)], num_blocks=9, block_size=2, max_num_seqs=1,
+                      max_num_batched_tokens=64)
+    engine.step()
+    monkeypatch.setattr(engine, "schedule", lambda: [])
+    with pytest.raises(RuntimeError, match="no work"):
+        engine.run()
+    assert len(engine.report.steps) == 2
+
+
+def test_more_seats_than_budget_is_fine_where_prompts_are_whole():
+    assert len(run_steps([m.Request((1,), 3)], max_num_seqs=20, max_num_batched_tokens=10).steps) == 3
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"num_blocks": 4}, "num_blocks must be at least 5"),
+    ({"policy": "best"}, "policy"),
+    ({"preemption": "kill"}, "preemption"),
+    ({"max_num_seqs": 0}, "max_num_seqs"),
+    ({"max_num_batched_tokens": 9}, "max_num_batched_tokens must be at least 10"),
+    ({"policy": "chunked", "max_num_batched_tokens": 1}, "at least max_num_seqs"),
+    ({"block_size": 0}, "block_size"),
+])
 def test_settings_that_cannot_work_are_refused(change, word):
-    settings = dict(num_blocks=5, block_size=2, max_num_seqs=2, max_num_batched_tokens=10)
     requests = [m.Request((1, 2, 3), 7), m.Request((1,), 1)]
-    m.serve(make_model(), requests, **settings)
+    settings = {"num_blocks": 5, "block_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 10}
+    m.serve(m.StandIn(), requests, **settings)
     with pytest.raises(ValueError, match=word):
-        m.serve(make_model(), requests, **settings | change)
+        m.serve(m.StandIn(), requests, **(settings | change))
 
 
 @pytest.mark.parametrize("request_", [m.Request((), 3), m.Request((1,), 0)])
 def test_empty_requests_are_refused(request_):
     with pytest.raises(ValueError, match="request 0 must have"):
-        m.serve(make_model(), [request_], num_blocks=5, block_size=2, max_num_seqs=2, max_num_batched_tokens=10)
+        run_steps([request_])
+
+
+def test_gaps_and_first_tokens_by_hand():
+    report = run_steps([m.Request((1,), 3), m.Request((1,), 1, 0.5)])
+    step = (report.steps[0].end - report.steps[0].start) * 1e3
+    gaps = m.token_gaps(report.states)
+    assert gaps == pytest.approx([step, step], rel=1e-3)
+    assert m.token_gaps(report.states, first=1) == gaps[1:]
+    assert m.token_gaps(report.states[1:]) == [0.0]
+    assert m.first_tokens(report) == pytest.approx([step, step], rel=1e-3)
+
+
+def test_the_timeline_by_hand():
+    requests = [m.Request((1, 2, 3), 4), m.Request((4, 5, 6), 4), m.Request((7,), 2)]
+    report = run_steps(requests, num_blocks=4)
+    assert [line[10:].rstrip() for line in m.timeline(report)] == [
+        "█▒▒▒",
+        "█▒×·█▒",
+        "····█▒",
+    ]
+    assert m.timeline(report)[0].startswith(" 0  3+4   ")
+    assert m.timeline(report, width=3)[0][10:] == "█▒▒…"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 4, 9])
+def test_continuous_batching_needs_no_more_steps(seed, max_num_seqs):
+    requests = m.make_requests(TOKENIZER, random.Random(seed))
+    steps = {}
+    for policy in ("static", "continuous"):
+        report = m.serve_plenty(m.StandIn(), requests, policy, 1024, max_num_seqs)
+        steps[policy] = len(report.steps)
+    assert steps["continuous"] <= steps["static"]
+    if max_num_seqs == 4:
+        assert steps["continuous"] < 0.95 * steps["static"]
+
+
+TOKENIZER = m.Tokenizer.train(m.TEXT, m.VOCAB_SIZE)
+
+
+# 7. Chunked prefill
+
+
+def test_chunked_prefill_keeps_the_budget_and_decodes_first():
+    requests = [m.Request((1, 2), 9), m.Request(tuple(range(12)), 2, 1e-9)]
+    report = run_steps(requests, policy="chunked", max_num_batched_tokens=5)
+    assert [step.tokens for step in report.steps[:5]] == [
+        {0: 2}, {0: 1, 1: 4}, {0: 1, 1: 4}, {0: 1, 1: 4}, {0: 1, 1: 1},
+    ]
+
+
+def test_the_chunks_of_the_comment_of_section_7():
+    requests = [m.Request((1,), 9)] * 3 + [m.Request((2,) * 100, 2, 1e-9)]
+    report = run_steps(requests, policy="chunked", num_blocks=60, max_num_seqs=4,
+                       max_num_batched_tokens=38)
+    assert [sum(step.tokens.values()) for step in report.steps[:5]] == [3, 38, 38, 33, 4]
+
+
+def test_chunks_close_the_gap_that_a_long_prompt_tears():
+    requests = m.long_prompt_requests(TOKENIZER)
+    rows = {}
+    for budget in (8, 16, 38, 64, 96):
+        report = m.serve_plenty(m.StandIn(), requests, "chunked", budget)
+        rows[budget] = m.budget_row(report, budget)
+    whole = m.budget_row(m.serve_plenty(m.StandIn(), requests), "whole")
+    assert rows[38].worst_gap < whole.worst_gap / 3
+    assert rows[38].end < 0.92 * whole.end
+    assert rows[38].first_token < 1.25 * whole.first_token
+    assert rows[8].worst_gap > 0.95 * rows[38].worst_gap
+    assert rows[8].first_token > 4 * rows[38].first_token
+    assert rows[96].worst_gap > 2 * rows[38].worst_gap
+
+
+def test_clock_line_by_hand():
+    report = run_steps([m.Request((1,), 2), m.Request((1,), 1, 0.0025)])
+    ms = report.steps[0].end * 1e3
+    assert 1.5 < ms < 2
+    first, second = [line[11:] for line in m.clock_line(report)]
+    assert first == "·▒·▒"
+    assert second == "  ···▒"
+    assert m.clock_line(report, width=2)[0][11:] == "·▒…"
+
+
+# 8. What paging saves
+
+
+def test_slot_waste_by_hand():
+    """Two requests in a pool of 2 blocks of 2, one at a time; the last token is never written."""
+    requests = [m.Request((1,), 3), m.Request((1, 2, 3), 2)]
+    report = run_steps(requests, num_blocks=2)
+    # While the second waits, the first has 1 token in a block, 2 in one, 3 in two.
+    assert m.slot_waste(report, 2, 2) == m.Waste(used=6, reserved=1, internal=1, free=4)
+
+
+def test_the_request_of_the_comment_of_section_8():
+    """3 tokens now, 5 at its end: in a piece of 8, and in blocks of 2."""
+    requests = [m.Request((1, 2, 3), 3), m.Request((1,) * 5, 1)]
+    for block_size, first in ((8, m.Waste(3, 2, 3, 0)), (2, m.Waste(3, 1, 0, 4))):
+        report = run_steps(requests, num_blocks=8 // block_size, block_size=block_size)
+        report.steps = report.steps[:1]
+        assert m.slot_waste(report, 8 // block_size, block_size) == first
+
+
+def test_the_default_row():
+    requests = [r._replace(arrival=0.0) for r in m.make_requests(TOKENIZER, random.Random(0))] * 2
+    row = m.memory_row(requests, 128, 4)
+    shares = [row.used, row.reserved, row.internal, row.free]
+    assert [round(100 * share) for share in shares] == [88, 9, 1, 3]
+    assert (row.preempted, row.computed) == (9, 457)
+    row = m.memory_row(requests, 128, 64)
+    shares = [row.used, row.reserved, row.internal, row.free]
+    assert [round(100 * share) for share in shares] == [22, 10, 68, 0]
+    assert (row.preempted, row.computed) == (0, 358)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_paging_uses_more_of_the_memory(seed):
+    requests = m.make_requests(TOKENIZER, random.Random(seed))
+    requests = [r._replace(arrival=0.0) for r in requests] * 2
+    rows = [m.memory_row(requests, 128, block_size) for block_size in (1, 4, 16, 64)]
+    used = [row.used for row in rows]
+    steps = [row.steps for row in rows]
+    assert used == sorted(used, reverse=True)
+    assert used[1] > 3 * used[3]
+    assert steps == sorted(steps)
+
+
+# 9. Running out of blocks
+
+
+def test_preemption_happens_and_both_ways_cost_what_they_say():
+    model = make_model()
+    requests = [m.Request((1, 2, 3), 8), m.Request((4, 5, 6), 8)]
+    settings = {"num_blocks": 6, "block_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 64}
+    again = m.serve(model, requests, preemption="recompute", **settings)
+    swapped = m.serve(model, requests, preemption="swap", **settings)
+    assert again.preempted == swapped.preempted
+    assert [number for _, number in again.preempted] == [1]
+    assert again.computed > swapped.computed == 20
+    assert again.swapped_tokens == 0
+    # What is swapped out and in by one is computed again by the other.
+    moved = swapped.swapped_tokens
+    assert moved == 2 * (again.computed - swapped.computed)
+    extra = swapped.steps[-1].end - again.steps[-1].end
+    assert extra == pytest.approx(moved * m.PRICED_MODEL.kv_bytes / 32e9, rel=0.01)
+
+
+def test_coming_back_by_the_cost_model():
+    row = m.price_come_back(16, 3)
+    assert row.recompute == 0  # 19 tokens are below the ridge
+    assert row.swap == pytest.approx(2 * 16 * 131072 / 32e9 * 1e3, rel=1e-12)
+    row = m.price_come_back(1024, 3)
+    assert row.recompute > 5 * row.swap
+
+
+# 10. Prefill here, decode there
 
 
 def test_the_crossing_takes_its_time_and_changes_nothing():
-    model, requests = make_model(), [m.Request((1, 2, 3), 3, 0.5), m.Request((4, 5), 2)]
-    settings = dict(num_blocks=3, block_size=2, max_num_seqs=2, max_num_batched_tokens=64)
-    prefill = m.serve(model, [m.replace(r, max_new_tokens=1) for r in requests], **settings)
-    first, again = (m.hand_over(prefill, model, requests, 1e8, **settings)[0] for _ in range(2))
-    assert first.tokens == again.tokens == [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
-    crossing = 3 * m.LLAMA_8B.kv_bytes / 1e8
-    step = max(m.step_seconds(m.A100, m.LLAMA_8B, 1, 4, m.PRICED_WEIGHT_BYTES))
-    assert first.times[0][1] == pytest.approx(prefill.times[0][0] + crossing + step, rel=1e-12)
+    model = make_model()
+    requests = [m.Request((1, 2, 3), 3, 0.5), m.Request((4, 5), 2)]
+    settings = {"num_blocks": 3, "block_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 64}
+    report, crossed = m.serve_split(model, requests, 1e8, **settings)
+    assert report.tokens == [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
+    assert crossed == 5 * m.PRICED_MODEL.kv_bytes
+    prefill = m.priced_step(3, 3).seconds
+    crossing = 3 * m.PRICED_MODEL.kv_bytes / 1e8
+    decode = m.priced_step(1, 4).seconds
+    first, second, _ = report.states[0].times
+    assert first == pytest.approx(0.5 + prefill, rel=1e-12)
+    assert second == pytest.approx(first + crossing + decode, rel=1e-12)
+
+
+def test_a_request_of_one_token_never_crosses():
+    model = make_model(SMALL)
+    requests = [m.Request((1, 2, 3), 1), m.Request((4, 5), 2)]
+    report, crossed = m.serve_split(model, requests, 1e9, num_blocks=9, block_size=2, max_num_seqs=2,
+                                    max_num_batched_tokens=64)
+    assert crossed == 2 * m.PRICED_MODEL.kv_bytes
+    assert report.tokens == [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_two_machines_write_what_one_writes(seed):
     model = make_model(SMALL)
     requests, settings, smallest, _ = request_set(seed)
-    settings |= dict(num_blocks=smallest, max_num_batched_tokens=1024)
-    prefill = m.serve(model, [m.replace(r, max_new_tokens=1) for r in requests], **settings)
-    report, crossed = m.hand_over(prefill, model, requests, 1e9, **settings)
+    report, _ = m.serve_split(model, requests, 1e9, num_blocks=smallest, max_num_batched_tokens=1024,
+                              **settings)
     assert report.tokens == [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
-    assert crossed == sum(len(r.prompt) for r in requests) * m.LLAMA_8B.kv_bytes
-    for times, first, request in zip(report.times, prefill.times, requests):
-        assert times[0] == first[0] and len(times) == request.max_new_tokens
-        assert all(later > times[0] + len(request.prompt) * m.LLAMA_8B.kv_bytes / 1e9 for later in times[1:])
+    for state in report.states:
+        crossing = len(state.request.prompt) * m.PRICED_MODEL.kv_bytes / 1e9
+        assert len(state.times) == state.request.max_new_tokens
+        assert all(later > state.times[0] + crossing for later in state.times[1:])
 
 
-# --------------------------------------------------------------------------------- memory in one piece
-
-def test_contiguous_waste_by_hand():
-    """8 slots. Two requests of 2 growing to 4, one of 3 growing to 3, reserving 4 each: the third waits three steps."""
-    waste = m.contiguous_waste([(2, 4), (2, 4), (3, 3)], 8, lambda final: 4)
-    assert waste == m.Waste(used=4 + 6 + 8, reserved=4 + 2 + 0, internal=0, free=0)
-    waste = m.contiguous_waste([(3, 3), (3, 3), (1, 4)], 8, lambda final: final)
-    assert waste == m.Waste(used=6, reserved=0, internal=0, free=2)  # 2 free slots, and 4 wanted
-    waste = m.contiguous_waste([(1, 1), (1, 1)], 4, lambda final: 4)
-    assert waste == m.Waste(used=1, reserved=0, internal=3, free=0)
-
-
-def test_a_piece_that_never_fits_is_refused():
-    with pytest.raises(ValueError, match="9"):
-        m.contiguous_waste([(1, 2), (1, 9)], 8, lambda final: final)
+def test_the_split_has_the_first_token_of_whole_prompts_and_the_gaps_of_chunks():
+    requests = m.long_prompt_requests(TOKENIZER)
+    rows = {}
+    for way, cards in (("continuous", 1), ("chunked", 1), ("chunked", 2), ("InfiniBand", 2)):
+        rows[way, cards] = m.measure_latency(m.StandIn(), requests, way, cards)
+    split = rows["InfiniBand", 2]
+    assert split.first_token < 0.9 * rows["continuous", 1].first_token
+    assert split.first_token < 0.8 * rows["chunked", 2].first_token
+    assert split.later_gap < 1.05 * rows["chunked", 1].later_gap
+    assert split.second_gap > 1.5 * rows["chunked", 1].second_gap
 
 
-def test_paged_waste_counts_while_somebody_waits():
-    model = make_model()
-    waste, idle = m.paged_waste(model, [m.Request((1,), 3), m.Request((1, 2, 3), 2)], 2, 2)
-    # One at a time. In the first's steps: 1 token in a block, 2 in a block, 3 in two; its last is never written.
-    assert waste == m.Waste(used=1 + 2 + 3, reserved=0, internal=1 + 0 + 1, free=2 + 2 + 0) and idle == 1
+# 11. Latency against load
 
 
-def test_first_fit_uses_a_gap_between_others():
-    lengths = [(1, 3), (1, 1), (1, 3), (1, 1), (1, 9)]
-    waste = m.contiguous_waste(lengths, 9, lambda final: 3 if final < 9 else 9)
-    # step 1 [a b c], d waits for room; b ends, d takes its gap in step 2, and the last waits for all to end.
-    assert waste.used == 3 + (2 + 2 + 1) + (3 + 3)
-    assert waste.free == 0 + 0 + 3
+def test_latency_by_hand():
+    """Two cards, a request for each: all first tokens after one step, all gaps a step long."""
+    requests = [m.Request((1,), 3), m.Request((1,), 3)]
+    row = m.measure_latency(m.StandIn(), requests, "continuous", 2, 7)
+    step = m.priced_step(1, 1).seconds * 1e3
+    assert row[:3] == (2, "continuous", 7)
+    assert row[3:] == pytest.approx([step] * 3, rel=1e-3)
 
 
-# ------------------------------------------------------------------------------------- a smaller cache
+def test_poisson_requests():
+    requests = m.poisson_requests(4000, 50.0, random.Random(0))
+    arrivals = [request.arrival for request in requests]
+    assert arrivals == sorted(arrivals)
+    gaps = np.diff(arrivals)
+    assert gaps.mean() == pytest.approx(1 / 50, rel=0.05)
+    assert gaps.std() == pytest.approx(1 / 50, rel=0.05)  # as large as the mean: a Poisson process
+    assert {len(request.prompt) for request in requests} == set(range(64, 449))
+
+
+def test_goodput_by_hand():
+    rows = [m.Latency(2, "x", rate, first, 0.0, gap)
+            for rate, first, gap in ((1, 40.0, 4.0), (2, 50.0, 5.0), (3, 51.0, 4.0), (4, 9.0, 6.0))]
+    assert m.goodput(rows) == 2
+    assert m.goodput(rows[2:]) == 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_the_curve_shows(seed):
+    rates = (10, 20, 40, 80)
+    curves = {}
+    for way in ("static", "continuous", "chunked", "NVLink"):
+        curves[way] = m.measure_load(way, rates, 80, seed)
+    for i in range(len(rates)):
+        static = curves["static"][i].first_token
+        assert curves["continuous"][i].first_token < 0.5 * static
+        assert curves["chunked"][i].first_token < 0.5 * static
+        assert curves["NVLink"][i].first_token < static
+        assert curves["chunked"][i].later_gap < 0.5 * curves["continuous"][i].later_gap
+    goodputs = {way: m.goodput(rows) for way, rows in curves.items()}
+    assert goodputs["chunked"] == 40
+    assert max(goodputs.values()) == 40
+    assert goodputs["continuous"] == 0  # its gaps
+
+
+# 12. A smaller cache
+
+
+def e4m3_values():
+    """Return all finite FP8 E4M3 numbers, from their bits."""
+    values = []
+    for code in range(127):  # 127 is not a number
+        exponent, mantissa = divmod(code, 8)
+        if exponent == 0:
+            values.append(mantissa / 8 * 2 ** -6)
+        else:
+            values.append((1 + mantissa / 8) * 2 ** (exponent - 7))
+    return np.array([-v for v in values[:0:-1]] + values)
+
+
+def test_round_to_e4m3_finds_the_nearest():
+    values = e4m3_values()
+    assert values.max() == 448
+    rng = np.random.default_rng(0)
+    inputs = [*rng.normal(size=300), *rng.normal(size=300) * 1e-3, *rng.normal(size=300) * 200]
+    for x in inputs:
+        nearest = np.abs(values - x).min()
+        assert abs(m.round_to_e4m3(x) - x) == pytest.approx(nearest, abs=1e-15)
+        assert m.round_to_e4m3(x) in values
+    assert [m.round_to_e4m3(x) for x in (0.0, 1e9, -1e9, 448.0)] == [0.0, 448.0, -448.0, 448.0]
+
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_round_to_grid(bits):
     values = np.random.default_rng(bits).normal(size=50)
-    low, step = values.min(), (values.max() - values.min()) / (2 ** bits - 1)
-    grid = low + step * np.arange(2 ** bits)
+    step = (values.max() - values.min()) / (2 ** bits - 1)
+    grid = values.min() + step * np.arange(2 ** bits)
     expected = [grid[np.abs(grid - v).argmin()] for v in values]
     np.testing.assert_allclose(m.round_to_grid(values.tolist(), bits), expected, **TIGHT)
     assert m.round_to_grid([3.0, 3.0], bits) == [3.0, 3.0]
 
 
-@pytest.mark.parametrize("bits, per, expected", [(16, "-", 7 * 6 * 2), (15, "token", 7 * 6 * 15 / 8 + 7 * 2 * 4), (8, "token", 7 * 6 + 7 * 2 * 4), (3, "channel", 7 * 6 * 3 / 8 + 6 * 4)])
-def test_bytes_of_a_quantized_cache(bits, per, expected):
-    assert m.quantized_bytes([[0.0] * 6] * 7, bits, 2, per) == expected
+def test_the_group_of_the_comment_of_section_12():
+    got = m.round_to_grid([0.1, 0.2, 0.9, 1.0], 2)
+    np.testing.assert_allclose(got, [0.1, 0.1, 1.0, 1.0], **TIGHT)
 
 
-@pytest.mark.parametrize("per", ["token", "channel"])
-def test_quantize_cache_groups(per):
-    x = np.random.default_rng(0).normal(size=(7, 6))
-    got = np.array(m.quantize_cache(x.tolist(), 3, 2, per))
-    expected = np.zeros_like(x)
-    groups = ([(slice(None), [c]) for c in range(6)] if per == "channel" else
-              [([t], slice(h * 3, h * 3 + 3)) for t in range(7) for h in range(2)])
-    for group in groups:
-        part = x[group]
-        step = (part.max() - part.min()) / 7
-        expected[group] = part.min() + np.round((part - part.min()) / step) * step
-    np.testing.assert_allclose(got, expected, **TIGHT)
-    rows = x.tolist()
-    copy = m.quantize_cache(rows, 16, 2, per)
-    assert copy == rows and copy is not rows
+@pytest.mark.parametrize("n", [5, 31, 32, 40, 70])
+def test_kivi_rounds_keys_by_channel_and_values_by_token(n):
+    rng = np.random.default_rng(n)
+    keys = rng.normal(size=(n, 6))
+    values = rng.normal(size=(n, 6))
+    expected_keys = keys.copy()
+    expected_values = values.copy()
+    for start in range(0, n - 31, 32):
+        for c in range(6):
+            expected_keys[start:start + 32, c] = m.round_to_grid(keys[start:start + 32, c].tolist(), 2)
+        for i in range(start, start + 32):
+            expected_values[i] = m.round_to_grid(values[i].tolist(), 2)
+    given = keys.tolist()
+    got_keys, got_values = m.kivi(given, values.tolist())
+    np.testing.assert_array_equal(got_keys, expected_keys)
+    np.testing.assert_array_equal(got_values, expected_values)
+    assert given == keys.tolist()  # unchanged
+
+
+def test_a_shrunk_cache_is_measured_against_the_exact_one():
+    model = make_model(CONFIGS[0])
+    text = list(range(12))
+
+    def exact(keys, values):
+        return list(keys), list(values)
+
+    def nothing(keys, values):
+        return [[0.0] * 4 for _ in keys], [[0.0] * 4 for _ in values]
+
+    assert m.measure_small_cache(model, [text], "exact", exact) == ("exact", 0, 0, 0)
+    row = m.measure_small_cache(model, [text, text], "none", nothing)
+    assert row.error > 0.05
+    assert row.spread == 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_fp8_moves_the_logits_less_than_two_bits(seed):
+    ids = TOKENIZER.encode(m.TEXT)
+    config = m.Config(len(TOKENIZER.vocab), 16, 2, 2, 2, 16)
+    model, _ = m.train(config, ids, random.Random(seed), steps=3, length=20)
+    texts = [ids[start:start + 90] for start in (0, 200, 400)]
+    fp8 = m.measure_small_cache(model, texts, "FP8", m.fp8_cache)
+    two_bits = m.measure_small_cache(model, texts, "KIVI", m.kivi)
+    assert fp8.error < two_bits.error / 2
+
+
+# The tiny Llama
+
+
+def reference_logits(config, weights, tokens):
+    """Return a Llama's logits, from the papers, all tokens at once.
+
+    RMSNorm, rotary pairs as 2 × 2 matrices, repeated KV heads, SwiGLU.
+    """
+    w = {name: np.array(value) for name, value in weights.items()}
+    head_dim = config.dim // config.n_heads
+    n = len(tokens)
+
+    def norm(x, gain):
+        return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + config.norm_eps) * gain
+
+    def turn(x):
+        out = np.array(x)
+        for p in range(n):
+            for i in range(head_dim // 2):
+                angle = p * config.rope_base ** (-2 * i / head_dim)
+                a = x[p, :, 2 * i]
+                b = x[p, :, 2 * i + 1]
+                out[p, :, 2 * i] = a * math.cos(angle) - b * math.sin(angle)
+                out[p, :, 2 * i + 1] = a * math.sin(angle) + b * math.cos(angle)
+        return out
+
+    x = w["tok_embeddings"][tokens]
+    for layer in range(config.n_layers):
+        prefix = f"layers.{layer}."
+        h = norm(x, w[prefix + "attention_norm"])
+        q = turn((h @ w[prefix + "attention.wq"].T).reshape(n, config.n_heads, head_dim))
+        k = turn((h @ w[prefix + "attention.wk"].T).reshape(n, config.n_kv_heads, head_dim))
+        v = (h @ w[prefix + "attention.wv"].T).reshape(n, config.n_kv_heads, head_dim)
+        k = np.repeat(k, config.n_heads // config.n_kv_heads, axis=1)
+        v = np.repeat(v, config.n_heads // config.n_kv_heads, axis=1)
+        out = np.zeros((n, config.n_heads, head_dim))
+        for head in range(config.n_heads):
+            for i in range(n):
+                scores = k[:i + 1, head] @ q[i, head] / math.sqrt(head_dim)
+                p = np.exp(scores - scores.max())
+                out[i, head] = p / p.sum() @ v[:i + 1, head]
+        x = x + out.reshape(n, -1) @ w[prefix + "attention.wo"].T
+        h = norm(x, w[prefix + "ffn_norm"])
+        a = h @ w[prefix + "feed_forward.w1"].T
+        b = h @ w[prefix + "feed_forward.w3"].T
+        x = x + (a / (1 + np.exp(-a)) * b) @ w[prefix + "feed_forward.w2"].T
+    return norm(x, w["norm"]) @ w["output"].T
+
+
+@each_config
+@pytest.mark.parametrize("n", [1, 2, 11])
+def test_the_llama_is_a_llama(config, n):
+    model = make_model(config)
+    rng = random.Random(n)
+    tokens = [rng.randrange(config.vocab_size) for _ in range(n)]
+    expected = reference_logits(config, model.weights, tokens)
+    np.testing.assert_allclose(model.forward(tokens), expected, **TIGHT)
+
+
+@each_config
+def test_gradients_are_finite_differences_for_every_weight(config):
+    model = make_model(config)
+    rng = random.Random(1)
+    tokens = [rng.randrange(config.vocab_size) for _ in range(8)] + [0, 0]
+    _, gradients = m.loss_and_gradients(config, model.weights, tokens)
+    assert set(gradients) == set(model.weights)
+    for name, w in model.weights.items():
+        rows = m.as_rows(w)
+        slopes = m.as_rows(gradients[name])
+        assert np.shape(slopes) == np.shape(rows)
+        places = [(i, j) for i in range(len(rows)) for j in range(len(rows[0]))]
+        for i, j in rng.sample(places, min(3, len(places))):
+            kept = rows[i][j]
+            losses = []
+            for shift in (1e-5, -1e-5):
+                rows[i][j] = kept + shift
+                losses.append(m.cross_entropy(model.forward(tokens[:-1]), tokens[1:])[0])
+            rows[i][j] = kept
+            slope = (losses[0] - losses[1]) / 2e-5
+            assert slopes[i][j] == pytest.approx(slope, abs=2e-8), name
+
+
+def test_cross_entropy_is_minus_log_softmax():
+    loss, d = m.cross_entropy([[1.0, 2.0, 3.0], [0.0, 0.0, 1e4]], [0, 2])
+    assert loss == pytest.approx(math.log(1 + math.e + math.e ** 2) / 2, abs=1e-12)
+    np.testing.assert_allclose(np.sum(d, axis=1), 0, **TIGHT)
+
+
+def test_adam_is_adam():
+    """Against the update rule written out for scalars, several steps, with bias correction."""
+    w = {"a": [[1.0, -2.0]], "g": [0.5]}
+    flat = np.array([1.0, -2.0, 0.5])
+    first = np.zeros(3)
+    second = np.zeros(3)
+    adam = m.Adam(w, beta1=0.8, beta2=0.9)
+    for t in range(1, 6):
+        gradient = np.array([0.3 * t, -0.2, 2.0 / t])
+        adam.step({"a": [gradient[:2].tolist()], "g": gradient[2:].tolist()}, 0.1)
+        first = 0.8 * first + 0.2 * gradient
+        second = 0.9 * second + 0.1 * gradient ** 2
+        mean = first / (1 - 0.8 ** t)
+        flat = flat - 0.1 * mean / (np.sqrt(second / (1 - 0.9 ** t)) + 1e-8)
+    np.testing.assert_allclose([*w["a"][0], *w["g"]], flat, **TIGHT)
+
+
+def test_training_learns_and_says_nothing(capsys):
+    tokenizer = m.Tokenizer.train(m.TEXT, 60)
+    config = m.Config(len(tokenizer.vocab), 8, 1, 2, 1, 8)
+    _, losses = m.train(config, tokenizer.encode(m.TEXT), random.Random(0), steps=30, length=16)
+    assert losses[0] > 4
+    assert sum(losses[-5:]) < sum(losses[:5]) - 3
+    assert capsys.readouterr() == ("", "")
+
+
+def test_training_reads_the_text_in_order_and_starts_again():
+    """With a rate of 0 the weights stay, and each step's loss tells which tokens it read."""
+    config = CONFIGS[0]
+    ids = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
+    model, losses = m.train(config, ids, random.Random(0), steps=5, length=5, learning_rate=0.0)
+    assert model.weights == m.init_weights(config, random.Random(0))
+    for loss, start in zip(losses, (0, 5, 10 - 7, 15 - 14, 20 - 14), strict=True):
+        logits = reference_logits(config, model.weights, ids[start:start + 5])
+        chosen = logits[range(5), ids[start + 1:start + 6]]
+        expected = (np.log(np.exp(logits).sum(axis=1)) - chosen).mean()
+        assert loss == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_learning_rate_rises_over_ten_steps_and_falls_to_nothing(monkeypatch):
+    rates = []
+    monkeypatch.setattr(m.Adam, "step", lambda self, gradients, rate: rates.append(rate))
+    for settings, peak in (({"learning_rate": 3.0}, 3.0), ({}, 0.02)):
+        m.train(SMALL, [1, 2, 3, 4], random.Random(0), steps=20, length=2, **settings)
+        expected = [peak * min(1, s / 10) * (21 - s) / 20 for s in range(1, 21)]
+        assert rates == pytest.approx(expected, abs=1e-15)
+        rates.clear()
+    adam = m.Adam({"g": [1.0]})
+    assert (adam.beta1, adam.beta2) == (0.7, 0.95)
+
+
+def test_weights_begin_at_their_sizes():
+    weights = m.init_weights(m.Config(50, 64, 1, 2, 2, 16), random.Random(0))
+    expected = {"tok_embeddings": 1, "layers.0.attention.wo": 0.5 / 8,
+                "layers.0.feed_forward.w2": 0.5 / 4}
+    for name, w in weights.items():
+        if np.ndim(w) == 2:
+            assert np.std(w) == pytest.approx(expected.get(name, 1 / 8), rel=0.08), name
+        else:
+            assert w == [1.0] * 64
+
+
+@pytest.mark.parametrize("sizes", [
+    (0, 8, 1, 2, 1, 4), (5, 6, 1, 2, 1, 4), (5, 8, 1, 2, 3, 4), (5, 8, 0, 2, 1, 4),
+])
+def test_impossible_sizes_are_refused(sizes):
+    with pytest.raises(ValueError, match="must be"):
+        m.Config(*sizes)
+
+
+def test_a_llama_is_metas_unless_it_says_otherwise():
+    config = m.Config(5, 8, 1, 2, 1, 4)
+    assert (config.rope_base, config.norm_eps) == (10000.0, 1e-5)
+
+
+def test_missing_weights_are_named():
+    model = make_model()
+    weights = {name: w for name, w in model.weights.items() if name != "layers.1.attention.wo"}
+    with pytest.raises(ValueError, match="layers.1.attention.wo"):
+        m.Llama(model.config, weights)
+
+
+@pytest.mark.parametrize("x", [0.0, 1.5, -3.0, 40.0, -40.0, 1e4, -1e4])
+def test_sigmoid_never_overflows(x):
+    expected = 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+    assert m.sigmoid(x) == pytest.approx(expected, abs=1e-15)
+
+
+def test_positions_and_mask_make_a_tree_of_two_branches():
+    """A prompt of 2 and two tokens that both come next: each sees the prompt and itself."""
+    model = make_model()
+    mask = [[True], [True, True], [True, True, True], [True, True, False, True]]
+    logits = model.forward([1, 2, 3, 4], positions=[0, 1, 2, 2], mask=mask)
+    for row, token in ((2, 3), (3, 4)):
+        np.testing.assert_allclose(logits[row], model.forward([1, 2, token])[-1], **TIGHT)
