@@ -2106,18 +2106,18 @@ def distance(a: Matrix, b: Matrix) -> float:
 def counted_dots() -> Iterator[Namespace]:
     """While this is open, every dot product that anybody makes adds its length to .products."""
     global dot
-    plain_dot = dot
+    plain = dot
     count = Namespace(products=0)
 
-    def counting_dot(a: Sequence[float], b: Sequence[float]) -> float:
+    def counting(a: Sequence[float], b: Sequence[float]) -> float:
         count.products += len(a)
-        return plain_dot(a, b)
+        return plain(a, b)
 
-    dot = counting_dot
+    dot = counting
     try:
         yield count
     finally:
-        dot = plain_dot
+        dot = plain
 
 
 def plural(count: int, noun: str, nouns: str = "") -> str:

@@ -1607,7 +1607,7 @@ class RecordingLlama(Llama):
         return super().gate(name, a, b)
 
     def backward(self, tokens: Sequence[int], d_logits: Matrix) -> dict[str, Matrix | Vector]:
-        """Return {weight: its gradient} after forward(tokens); d_logits: the gradient of its output."""
+        """Return {weight: its gradient} after forward(tokens), from the gradient of the logits."""
         c = self.config
         gradients: dict[str, Matrix | Vector] = {}
         unrotate = [-position for position in range(len(tokens))]
@@ -1656,7 +1656,7 @@ def linear_backward(d: Matrix, x: Matrix, w: Matrix) -> tuple[Matrix, Matrix]:
 
 
 def rms_norm_backward(d: Matrix, x: Matrix, gain: Vector, eps: float) -> tuple[Matrix, Vector]:
-    """y = gain · u with u = x / rms: return dx = (gain·d - u · mean(gain·d · u)) / rms and dgain."""
+    """y = gain · u, u = x / rms: return dx = (gain·d - u · mean(gain·d · u)) / rms and dgain."""
     d_x = []
     d_gain = [0.0] * len(gain)
     for d_row, row in zip(d, x):
@@ -1735,7 +1735,9 @@ def loss_and_gradients(
 class Adam:
     """Steps scaled by running means of the gradient and of its square (Kingma & Ba 2015)."""
 
-    def __init__(self, weights: dict[str, Matrix | Vector], beta1: float = 0.7, beta2: float = 0.95):
+    def __init__(
+        self, weights: dict[str, Matrix | Vector], beta1: float = 0.7, beta2: float = 0.95
+    ):
         self.rows = {name: as_rows(w) for name, w in weights.items()}
         self.mean = {name: [[0.0] * len(row) for row in rows] for name, rows in self.rows.items()}
         self.square = {name: [[0.0] * len(row) for row in rows] for name, rows in self.rows.items()}
