@@ -1,31 +1,54 @@
 #!/usr/bin/env python3
-"""Attention that never writes down its matrix.
+"""FlashAttention: attention that never writes down its matrix.
 
-Attention multiplies fast and waits for memory: the n × n matrix of its weights is written out, read back, and
-thrown away. FlashAttention cuts the work into tiles that fit in the small fast memory next to the arithmetic
-(SRAM), and never sends that matrix through the large slow one (HBM). The result is the same; what changes is
-how many numbers cross between the two. This script moves the tiles for real and counts every number that
-crosses, forward and backward, until the bounds of the papers come out.
+A GPU has a large slow memory (HBM) and a small fast one (SRAM). Attention over n tokens computes
+n × n scores, writes them to the slow memory, reads them back, writes n × n weights, and reads those
+back: 4n² numbers. FlashAttention cuts the work into tiles that fit in the fast memory, and nothing
+of size n × n ever crosses. The result is the same.
 
-It shows what FlashAttention does and how much traffic that saves, not how fast it is: in pure Python there is
-no SRAM to win from, and the tiles only cost time. Plain attention is faster here.
+The script moves the tiles for real and counts every number that crosses between the two memories,
+forward and backward. It counts traffic and not time: pure Python has no SRAM that could make it
+faster.
 
-Run it (`python microflash.py`), read the trace, then read on from here in order: every section of the trace is
-a section of this file.
+How to read it: run `python microflash.py` and read the trace (15 minutes). Then read this file from
+here. It has four floors:
+  THE TECHNIQUES          the chapter. Sections 1 to 4, 6 and 7 are its core (40 minutes); sections
+                          5, 8, 9 and 10 can wait (20 minutes).
+  THE EXPERIMENTS         how the trace's numbers are measured. Come here to check one.
+  THE MODEL AND THE BENCH cards and kernels by their sources, references, pictures.
+  SHARED BY THE FIVE      the text, the printing and the command line, the same in all five scripts.
 
 The papers:
-  Milakov and Gimelshein, Online Normalizer Calculation for Softmax, 2018, 1805.02867     section 2
+  Milakov and Gimelshein, Online Normalizer Calculation for Softmax, 2018, 1805.02867    section 2
   Dao et al., FlashAttention: Fast and Memory-Efficient Exact Attention with
-    IO-Awareness, 2022, arXiv:2205.14135                                                  sections 1, 3, 5, 6
+    IO-Awareness, 2022, arXiv:2205.14135                                    sections 1, 3, 5, 6
   Dao, FlashAttention-2: Faster Attention with Better Parallelism and Work
-    Partitioning, 2023, arXiv:2307.08691                                                  sections 4, 6
+    Partitioning, 2023, arXiv:2307.08691                                          sections 4, 6
   Dao, Haziza, Massa and Sizov, Flash-Decoding for Long-Context Inference, 2023,
-    pytorch.org/blog/flash-decoding                                                       section 7
-  Liu et al., Ring Attention with Blockwise Transformers, 2023, arXiv:2310.01889          section 7
-  Kwon et al., PagedAttention (vLLM), 2023, arXiv:2309.06180                              section 8
-  Shah et al., FlashAttention-3, 2024, arXiv:2407.08608                                   section 9
-  Zadouri et al., FlashAttention-4, 2026, arXiv:2603.05451                                section 9
+    pytorch.org/blog/flash-decoding                                               section 7
+  Liu et al., Ring Attention with Blockwise Transformers, 2023, arXiv:2310.01889  section 7
+  Kwon et al., PagedAttention (vLLM), 2023, arXiv:2309.06180                      section 8
+  Shah et al., FlashAttention-3, 2024, arXiv:2407.08608                           section 9
+  Zadouri et al., FlashAttention-4, 2026, arXiv:2603.05451                        section 10
 """
+
+# The words, where a section uses them before it explains them
+#
+# q, k, v       queries, keys and values, a row for each token: [n_q][d], [n_k][d], [n_k][d_v]
+# S, P, O       scores S = q kᵀ · scale and weights P = softmax(S), [n_q][n_k]; output O = P v
+# L, or lse     log-sum-exp of a row of scores, log Σ exp(s); the row's weights are exp(s - L)
+# head          attention runs many times side by side, each time with its own q, k and v
+# KV head       a head's k and v; in grouped-query attention several query heads share one
+# HBM           the GPU's large memory: tens of gigabytes, slow
+# SRAM          the fast memory on the chip, beside the arithmetic: some 200 KB in each SM
+# SM            streaming multiprocessor: a GPU has about a hundred; they work in parallel
+# kernel        a program for the GPU; it reads its inputs from HBM and writes its result there
+# tile, block   a block is some consecutive rows of q, or of k and v; a tile is the piece of S for
+#               one block of queries and one block of keys
+# causal        a token attends to itself and to what came before it
+# tensor cores  the part of an SM that multiplies matrices, some ten times faster than the rest
+# decoding      generating one token at a time: one query, many cached keys
+# dot(a, b), softmax(scores), linear(x, w) = x wᵀ: at the end of the file
 
 from __future__ import annotations
 
@@ -42,7 +65,7 @@ from argparse import ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import NamedTuple
 
@@ -59,10 +82,10 @@ BLOCK_Q = 16       # queries in a tile: the papers' B_r
 BLOCK_K = 16       # keys in a tile: the papers' B_c
 SRAM = 2048        # numbers that SRAM holds: the papers' M
 N_SPLITS = 4       # parts of the cache in section 7
-MAX_WORK = 2**19   # seq_len² · head_dim, and
-MAX_TILES = 2**12  # tiles of scores: more would take longer than anyone watches
+MAX_WORK = 2**19   # seq_len² · head_dim at most, and
+MAX_TILES = 2**12  # tiles of scores at most: a run then takes seconds
 MAX_TOKENS = 256   # longest text accepted
-VOCAB_SIZE = 96    # tokens: the words of SENTENCE are then one token each
+VOCAB_SIZE = 96    # tokens: each word of SENTENCE is then one token
 
 
 # =============================================================================================
@@ -71,48 +94,59 @@ VOCAB_SIZE = 96    # tokens: the words of SENTENCE are then one token each
 
 # 1. Standard attention and its traffic
 #
-# A GPU computes in SRAM: fast, a few hundred KB for each of its hundred-odd processors (SMs). Everything else
-# lives in HBM: tens of GB, and slow. Standard attention runs as three kernels, each of which reads its inputs
-# from HBM and writes its result back there, because the n × n matrices between them do not fit anywhere else:
+# A GPU computes in SRAM, which is fast and small, and keeps everything else in HBM, which is large
+# and slow. Standard attention runs as three kernels. Each reads its inputs from HBM and writes its
+# result back there, because the n × n matrices between the kernels do not fit into SRAM:
 #
-#     S = q kᵀ · scale            reads q, k          writes S
-#     P = softmax(S)              reads S             writes P
-#     O = P v                     reads P, v          writes O
+#     S = q kᵀ · scale        reads q and k      writes S
+#     P = softmax(S)          reads S            writes P
+#     O = P v                 reads P and v      writes O
 #
-# So n² numbers cross four times, for the sake of n·d numbers of input and n·d of output. (More in practice: mask
-# and dropout used to be kernels of their own.) L, the log-sum-exp of each row of S, is kept as well; the backward
-# pass and the merging of partial results will want it.
+# So S and P cross twice each, once in each direction: 4n² numbers. The inputs and the output that
+# somebody asked for are only 4nd numbers (d channels in each of q, k, v and O). With n = 8,192 and
+# d = 128 that is 64 numbers of S and P for each number of q, k, v and O.
+#
+# The softmax kernel also keeps L, one number a row, which sections 6 and 7 will need:
+#
+#     L_i = log Σ_j exp(S_ij)         so that    P_ij = exp(S_ij - L_i)
+#
+# In production: transformers runs these three steps in eager_attention_forward (modeling_llama.py),
+# the reference that other implementations are compared with. PyTorch's scaled_dot_product_attention
+# does the same where no fused kernel fits its arguments.
+#
+# Measured by show_standard().
 
+
+@dataclass
 class Traffic:
-    """HBM on one side, SRAM on the other: counts the numbers that cross, and how many SRAM holds.
+    """The two memories of a GPU: moves tiles between HBM and SRAM and counts what moves.
 
-    sram: how many it can hold (None: any number). What does not fit is refused with a ValueError.
-    draw: keep the walk, the tiles of scores made, as (queries, keys), in order; their number is counted anyway.
+    sram: how many numbers SRAM holds; None means any number.
+    ValueError if SRAM would have to hold more than that.
     """
 
-    def __init__(self, sram: int | None = None, draw: bool = False):
-        self.sram, self.reads, self.writes, self.held, self.peak, self.tiles = sram, 0, 0, 0, 0, 0
-        self.walk: list[tuple[range, range]] | None = [] if draw else None
+    sram: int | None = None
+    reads: int = 0          # numbers that went from HBM to SRAM
+    writes: int = 0         # numbers that went from SRAM to HBM
+    held: int = 0           # numbers in SRAM now
+    peak: int = 0           # the most that SRAM held at any time
+    multiply_adds: int = 0  # made by multiply()
+    walk: list[tuple[range, range]] = field(default_factory=list)  # tiles of S: (queries, keys)
 
     @property
     def accesses(self) -> int:
-        """Numbers that crossed, either way."""
+        """How many numbers crossed, in either direction."""
         return self.reads + self.writes
 
     def load(self, matrix: Sequence, rows: range) -> list:
-        """Copy these rows of a matrix (or numbers of a vector) from HBM into SRAM: a change to the copy stays there."""
-        tile = [row if isinstance(row, (int, float)) else list(row) for row in matrix[rows.start:rows.stop]]
+        """Copy these rows of a matrix (or numbers of a vector) from HBM into SRAM."""
+        tile = copy_rows(matrix[rows.start:rows.stop])
         self.reads += count_numbers(tile)
         self.hold(count_numbers(tile))
         return tile
 
     def store(self, matrix: list, rows: range, tile: Sequence) -> None:
-        """Write a tile from SRAM over these rows of a matrix (or vector) in HBM, or after its last.
-
-        ValueError if the tile has more rows or fewer than that, or would leave a gap.
-        """
-        if len(tile) != len(rows) or rows.start > len(matrix):
-            raise ValueError(f"tile must have a row for each of {rows} and leave no gap, not {len(tile)} rows")
+        """Write a tile from SRAM over these rows of a matrix (or vector) in HBM, or at its end."""
         matrix[rows.start:rows.stop] = tile
         self.writes += count_numbers(tile)
 
@@ -123,490 +157,723 @@ class Traffic:
         if self.sram is not None and self.held > self.sram:
             raise ValueError(f"SRAM holds {self.sram} numbers and would have to hold {self.held}")
 
-    def visit(self, queries: range, keys: range) -> None:
-        """Make room for this tile of scores."""
-        self.tiles += 1
-        if self.walk is not None:
-            self.walk.append((queries, keys))
+    def hold_scores(self, queries: range, keys: range) -> None:
+        """Make room in SRAM for the scores of this tile, and note that it was visited."""
+        self.walk.append((queries, keys))
         self.hold(len(queries) * len(keys))
 
     @contextmanager
     def frame(self) -> Iterator[None]:
-        """with hbm.frame(): what SRAM takes in from here on is dropped at the end of the block."""
+        """Drop from SRAM, at the end of the with block, what came into it since its start."""
         before = self.held
         yield
         self.held = before
 
+    def multiply(self, a: Matrix, b: Matrix) -> Matrix:
+        """Return the product a b of two matrices in SRAM: [n][m], [m][p] -> [n][p]."""
+        self.multiply_adds += len(a) * len(b) * len(b[0])
+        return multiply(a, b)
 
-def score_tile(q: Matrix, k: Matrix, spans: Sequence[tuple[int, int]], scale: float) -> Matrix:
-    """S = q kᵀ · scale: [n_q][d], [n_k][d] -> [n_q][n_k]; -inf outside spans[i], the keys that query i sees."""
-    return [[-math.inf] * lo + [dot(query, key) * scale for key in k[lo:hi]] + [-math.inf] * (len(k) - hi)
-            for query, (lo, hi) in zip(q, spans)]
+    def kernel(self, compute: Callable, *inputs: Sequence) -> list:
+        """Load inputs whole, compute something from them, and return it, stored in HBM."""
+        with self.frame():
+            result = compute(*[self.load(m, range(len(m))) for m in inputs])
+            stored: list = []
+            self.store(stored, range(len(result)), result)
+            return stored
 
 
-def standard_attention(q: Matrix, k: Matrix, v: Matrix, *, causal: bool = False, window: int | None = None,
-                       scale: float | None = None, traffic: Traffic | None = None) -> tuple[Matrix, Vector]:
-    """q [n_q][d], k [n_k][d], v [n_k][d_v] -> (out [n_q][d_v], lse [n_q]), by way of S and P [n_q][n_k] in HBM.
+def standard_attention(
+    q: Matrix, k: Matrix, v: Matrix, *, causal: bool = False, scale: float | None = None,
+    traffic: Traffic | None = None,
+) -> tuple[Matrix, Vector]:
+    """Return (out [n_q][d_v], lse [n_q]), by way of S and P [n_q][n_k] in HBM.
 
-    causal: no key after the query's own position; the queries are the last n_q of the n_k positions. window: and
-    none more than window - 1 positions back. scale: 1/√d unless given. A query that sees nothing gets zeros, and
-    -inf. Each kernel goes row by row and reads k or v only once, which flatters it: they stay in SRAM whole.
-    Raises ValueError where the arguments do not fit together. Dao et al. 2022.
+    q [n_q][d], k [n_k][d], v [n_k][d_v]. causal: the queries are the last n_q of the n_k positions,
+    and a query sees no later key. scale: 1/√d unless given. A query that sees nothing gets zeros,
+    and -inf. Each kernel reads its inputs once, as if SRAM held them whole, which flatters it.
     """
-    scale, hbm = check_arguments(q, k, v, scale, traffic, window=window)
-    scores, weights, out, lse = ([], [], [], [])                       # these four are in HBM
-    with hbm.frame():
-        k_held = hbm.load(k, range(len(k)))
-        for i in range(len(q)):
-            with hbm.frame():
-                span = visible(i, len(q), len(k), causal, window, 0)[1:]
-                hbm.store(scores, range(i, i + 1), score_tile(hbm.load(q, range(i, i + 1)), k_held, [span], scale))
-    for i in range(len(q)):
-        with hbm.frame():
-            row, = hbm.load(scores, range(i, i + 1))
-            p = softmax(row)
-            hbm.store(weights, range(i, i + 1), [p])
-            # The largest weight is exp(0) / Σ exp(s - max), so its logarithm is max - lse.
-            hbm.store(lse, range(i, i + 1), [max(row) - math.log(max(p)) if max(p) else -math.inf])
-    with hbm.frame():
-        columns = list(zip(*hbm.load(v, range(len(v)))))
-        for i in range(len(q)):
-            with hbm.frame():
-                p, = hbm.load(weights, range(i, i + 1))
-                hbm.store(out, range(i, i + 1), [[dot(p, column) for column in columns]])
-    return out, lse
+    check_inputs(q, k, v)
+    queries = range(len(q))
+    spans = visible_spans(queries, range(len(k)), len(q), len(k), causal)
+    scale = default_scale(scale, k)
+    gpu = traffic or Traffic()
+    # S = q kᵀ · scale
+    scores = gpu.kernel(
+        lambda q, k: mask_scores(gpu.multiply(q, transpose(k)), spans, scale), q, k)
+    # P = softmax(S), and L
+    weights = []
+    lse = []
+    with gpu.frame():
+        s = gpu.load(scores, queries)
+        gpu.store(weights, queries, list(map(softmax, s)))
+        gpu.store(lse, queries, list(map(log_sum_exp, s)))
+    # O = P v
+    return gpu.kernel(gpu.multiply, weights, v), lse
 
 
-def standard_accesses(n_q: int, n_k: int, d: int, d_v: int) -> int:
-    """The numbers that cross, by formula: S and P each written and read; q, k, v, O and L once."""
-    return 4 * n_q * n_k + n_q * d + n_k * (d + d_v) + n_q * (d_v + 1)
+def visible_spans(
+    rows: range, keys: range, n_q: int, n_k: int, causal: bool, window: int | None = None
+) -> list[tuple[int, int]]:
+    """Return, for each query of a tile, (first, end) of the keys it sees, counted within the tile.
 
-
-def flash_accesses(n_q: int, n_k: int, d: int, d_v: int, block_q: int) -> int:
-    """The same for flash_attention without a mask: k and v once for every block of queries; q, O and L once."""
-    return -(-n_q // block_q) * n_k * (d + d_v) + n_q * (d + d_v + 1)
-
-
-# 2. Softmax in one pass
-#
-# Softmax seems to need its whole row before it can begin: the maximum m first (without it exp overflows), then
-# the sum l of exp(s - m), and only then the weights. Three passes. Milakov and Gimelshein's online softmax
-# carries m and l together, tile by tile. When a tile brings a larger maximum, everything summed so far was
-# measured from the wrong m, and by the same factor all over. One multiplication repairs it:
-#
-#     m_new = max(m, max(s))       c = exp(m - m_new)       l_new = c·l + Σ exp(s - m_new)
-#
-# If l can be carried along and repaired, so can any sum with the same weights, and the one that attention wants
-# is o = Σ exp(s - m) · v. Divided by l at the very end, it is the output:
-#
-#     o_new = c·o + Σ_j exp(s_j - m_new) · v_j
-#
-# This step is the heart of FlashAttention, in every version of it, and absorb() is the only place where it is
-# written in this file. With nothing to average (o empty), it is online softmax.
-
-State = tuple[float, float, Vector]  # of one query: (m, l, o)
-EMPTY = -math.inf, 0.0               # m and l before the first key
-
-
-def absorb(state: State, scores: Vector, columns: Sequence[Sequence[float]], threshold: float = 0.0) -> State:
-    """One query takes in one more tile of keys: its scores [n], and the columns of v [d_v][n].
-
-    Scores of -inf weigh nothing, and may be all there is.
-    threshold: how far m may be exceeded before it follows (section 9; 0 is the usual softmax).
+    rows, keys: the tile. The n_q queries are the last of the n_k positions. window: a query sees
+    only its own position and the window - 1 before it.
     """
-    m, l, o = state
-    top = max(scores)
-    m_new = top if top > m + threshold else m
-    if m_new == -math.inf:
-        return state  # all hidden so far; and -inf - -inf is not a number
-    c = math.exp(m - m_new)
-    p = [math.exp(s - m_new) for s in scores]
-    return m_new, c * l + sum(p), [c * x + dot(p, column) for x, column in zip(o, columns)]
+    spans = []
+    for i in rows:
+        position = n_k - n_q + i
+        end = position + 1 if causal else n_k
+        first = 0 if window is None else position + 1 - window
+        end = min(max(end, keys.start), keys.stop)
+        first = min(max(first, keys.start), end)
+        spans.append((first - keys.start, end - keys.start))
+    return spans
+
+
+def mask_scores(products: Matrix, spans: Sequence[tuple[int, int]], scale: float) -> Matrix:
+    """Return products · scale, but -inf outside spans[i], the keys that query i sees."""
+    scores = []
+    for row, (first, end) in zip(products, spans):
+        seen = [product * scale for product in row[first:end]]
+        scores.append([-math.inf] * first + seen + [-math.inf] * (len(row) - end))
+    return scores
+
+
+def log_sum_exp(scores: Vector) -> float:
+    """Return L = log Σ exp(s); the largest score is taken out first, so that nothing overflows."""
+    m = max(scores, default=-math.inf)
+    if m == -math.inf:
+        return -math.inf
+    return m + math.log(sum(math.exp(s - m) for s in scores))
+
+
+# 2. Online softmax
+#
+# Softmax seems to need a whole row of scores before it can begin. First the maximum m, because
+# without it exp overflows; then the sum l of exp(s - m); then the weights exp(s - m) / l. Those are
+# three passes over the row.
+#
+# Online softmax computes m and l in one pass, a tile of scores at a time. When a tile brings a
+# larger maximum, all that l has summed so far was measured from the wrong m. But it was wrong by
+# the same factor everywhere, since
+#
+#     exp(s - m_old) · exp(m_old - m_new) = exp(s - m_new)
+#
+# so one multiplication repairs the whole sum:
+#
+#     m_new = max(m_old, largest score of the tile)
+#     c     = exp(m_old - m_new)
+#     l_new = c · l_old + Σ exp(s - m_new)
+#
+# A tiny one, with powers of 2 in place of e. The scores 1, 3 come first, then 2, 5:
+#
+#     after 1, 3:    m = 3    l = 1/4 + 1 = 5/4
+#     after 2, 5:    m = 5    c = 2^(3 - 5) = 1/4    l = 1/4 · 5/4 + 1/8 + 1 = 23/16
+#     directly:      l = 2^-4 + 2^-2 + 2^-3 + 2^0 = 23/16
+#
+# What works for l works for every sum with these weights. The one that attention wants is the sum
+# of the rows of v, which only has to be divided by l at the very end:
+#
+#     o_new = c · o_old + Σ_j exp(s_j - m_new) · v_j          output = o / l
+#
+# Then the weights themselves are never needed, and one pass over the scores is enough. This step,
+# absorb(), is the heart of FlashAttention in all its versions. (If somebody wants the weights, as
+# online_softmax() returns them, a second pass is needed: exp(s - L) with L = m + log l.)
+#
+# In production: flash-attention, csrc/flash_attn/src/softmax.h, Softmax::softmax_rescale_o. It
+# computes with exp2, because the hardware does, and folds the factor log2(e) into the scale.
+#
+# Measured by show_online().
+
+
+class State(NamedTuple):
+    """What one query has gathered from the keys that it has seen."""
+
+    m: float   # the largest score
+    l: float   # Σ exp(s - m)
+    o: Vector  # Σ exp(s_j - m) · v_j
+
+
+def empty_state(d_v: int, sink: float | None = None) -> State:
+    """Return the state before the first key. (sink: section 8.)"""
+    if sink is None:
+        return State(-math.inf, 0.0, [0.0] * d_v)
+    return State(sink, 1.0, [0.0] * d_v)  # one term, exp(sink - sink), and no value
+
+
+def absorb(state: State, scores: Vector, columns: Sequence[Sequence[float]]) -> State:
+    """Return the state after one more tile of keys: their scores [n], and v by columns [d_v][n]."""
+    m_new = max(state.m, max(scores))
+    return add_tile(rescale(state, m_new), scores, columns)
+
+
+def rescale(state: State, m_new: float) -> State:
+    """Return the same state measured from m_new."""
+    if m_new == state.m:
+        return state
+    c = math.exp(state.m - m_new)
+    return State(m_new, c * state.l, [c * x for x in state.o])
+
+
+def add_tile(state: State, scores: Vector, columns: Sequence[Sequence[float]]) -> State:
+    """Return the state with a tile added to l and o, measured from the m that it has."""
+    if state.m == -math.inf:
+        return state  # nothing is visible so far
+    p = [math.exp(s - state.m) for s in scores]
+    o = [x + dot(p, column) for x, column in zip(state.o, columns)]
+    return State(state.m, state.l + sum(p), o)
 
 
 def finish(state: State) -> tuple[Vector, float]:
-    """(o / l, log-sum-exp) of a query that has seen all its keys: zeros and -inf if there were none."""
-    m, l, o = state
-    return ([x / l for x in o], m + math.log(l)) if l else ([0.0] * len(o), -math.inf)
+    """Return (o / l, L) of a query that has seen all its keys: zeros and -inf if it saw none."""
+    if state.l == 0:
+        return state.o, -math.inf
+    return [x / state.l for x in state.o], state.m + math.log(state.l)
 
 
-def safe_softmax(scores: Vector, traffic: Traffic | None = None) -> Vector:
-    """Softmax in the three passes of the textbooks, each of which reads the scores from HBM again. -inf gets 0."""
-    hbm, row, weights = traffic or Traffic(), range(len(scores)), []
-    with hbm.frame():
-        m = max(hbm.load(scores, row), default=-math.inf)
-    if m == -math.inf:
-        return [0.0] * len(scores)
-    with hbm.frame():
-        l = sum(math.exp(s - m) for s in hbm.load(scores, row))
-    with hbm.frame():
-        hbm.store(weights, row, [math.exp(s - m) / l for s in hbm.load(scores, row)])
-    return weights
+def recompute_weights(scores: Vector, lse: float) -> Vector:
+    """Return the weights of a row, or of a piece of it, from its L: exp(s - L)."""
+    return [math.exp(s - lse) if s > -math.inf else 0.0 for s in scores]
 
 
-def online_softmax(scores: Vector, *, tile: int = 1, traffic: Traffic | None = None) -> Vector:
-    """Softmax in two passes, one for m and l together and one for the weights; `tile` scores at a time.
+def online_softmax(
+    scores: Vector, *, tile: int = 1, traffic: Traffic | None = None
+) -> Vector:
+    """Return softmax(scores), read twice from HBM: once for m and l, once for the weights.
 
-    Scores of -inf get 0. ValueError if tile < 1. Milakov and Gimelshein 2018.
+    tile: scores that are read at a time. Scores of -inf get weight 0.
+    ValueError if tile < 1.
     """
-    if tile < 1:
-        raise ValueError(f"tile must be at least 1 score, not {tile}")
-    hbm, weights, state = traffic or Traffic(), [], (*EMPTY, [])
-    for part in tiles(range(len(scores)), tile):
-        with hbm.frame():
-            state = absorb(state, hbm.load(scores, part), [])
-    m, l, _ = state
-    for part in tiles(range(len(scores)), tile):
-        with hbm.frame():
-            hbm.store(weights, part, [math.exp(s - m) / l if l else 0.0 for s in hbm.load(scores, part)])
+    check_counts(tile=tile)
+    gpu = traffic or Traffic()
+    parts = tiles(range(len(scores)), tile)
+    state = empty_state(0)  # no v: nothing is averaged
+    for part in parts:
+        with gpu.frame():
+            state = absorb(state, gpu.load(scores, part), [])
+    lse = finish(state)[1]
+    weights = []
+    for part in parts:
+        with gpu.frame():
+            gpu.store(weights, part, recompute_weights(gpu.load(scores, part), lse))
     return weights
 
 
 def tiles(whole: range, block: int) -> list[range]:
-    """whole, cut into blocks; the last may be shorter."""
+    """Return whole, cut into blocks; the last one may be shorter."""
     return [whole[start:start + block] for start in range(0, len(whole), block)]
 
 
-# 3. FlashAttention, Algorithm 1
+# 3. FlashAttention: tiles that stay in SRAM
 #
-# Now the tiles. A block of keys and values comes into SRAM (outer loop); then, one after another, every block of
-# queries (inner loop) with what it has so far: o, m and l. It absorbs the tile of scores q kᵀ, which is made in
-# SRAM, used, and dropped. Then o, m and l go back to HBM. Algorithm 1 keeps o divided by l at all times, so each
-# visit takes the old division back and makes a new one; the paper writes both in one line:
+# The first FlashAttention walks over the tiles of S in two loops. The outer loop brings a block of
+# keys and values into SRAM. The inner loop brings one block of queries after another, each with
+# what it has gathered so far: o, m and l. The tile of scores is made in SRAM, absorbed and dropped.
+# Then o, m and l go back to HBM, because the next block of queries needs the room.
 #
-#     o = diag(l_new)⁻¹ (diag(l) · exp(m - m_new) · o + …)
+#     for each block of keys:        load k, v
+#         for each block of queries: load q, o, m, l
+#                                    S = q kᵀ · scale        (a tile, in SRAM only)
+#                                    o, m, l = absorb(S, v)
+#                                    store o, m, l
 #
-# Nothing of size n × n exists anywhere. What remains of S is the log-sum-exp of each row, L = m + log l: one
-# number from which section 6 can make any weight again, as exp(s - L).
+# Nothing of size n × n exists anywhere. Algorithm 1 of the paper keeps o divided by l at all times,
+# so each visit multiplies by the old l and divides by the new one.
+#
+# With a mask, a tile in which no query sees any key is skipped: its q and o are not loaded and its
+# scores are not made. (The block of k and v has been loaded by then, whoever sees it.)
+#
+# In production: nowhere any more. flash-attention replaced this order by that of section 4 with its
+# version 2.0. It is here because it is the one in the paper that everybody reads first.
+#
+# Measured by show_flash_v1().
 
-def flash_attention_v1(q: Matrix, k: Matrix, v: Matrix, *, block_q: int, block_k: int, causal: bool = False,
-                       window: int | None = None, scale: float | None = None,
-                       traffic: Traffic | None = None) -> tuple[Matrix, Vector]:
-    """(out, lse) as standard_attention, tile by tile in the order of 2022: Dao et al., Algorithm 1.
 
-    block_q, block_k: rows in a tile of q, and of k and v; they need not divide anything. HBM begins with o, m and
-    l of no keys, written for every row, and is left with m and l, from which lse is made on the way out. Every block
-    of k and v is loaded, even one that nobody sees.
+def flash_attention_v1(
+    q: Matrix, k: Matrix, v: Matrix, *, block_q: int, block_k: int, causal: bool = False,
+    scale: float | None = None, traffic: Traffic | None = None,
+) -> tuple[Matrix, Vector]:
+    """Return (out, lse) as standard_attention does, tile by tile: Dao et al. 2022, Algorithm 1.
+
+    block_q, block_k: rows in a block of q, and of k and v; they need not divide anything. HBM is
+    left with o, and with m and l, from which lse is made on the way out.
     """
-    scale, hbm = check_arguments(q, k, v, scale, traffic, block_q=block_q, block_k=block_k, window=window)
-    out, stats = [], []                                                # in HBM: o, and (m, l)
-    hbm.store(out, range(len(q)), [[0.0] * len(v[0]) for _ in q])
-    hbm.store(stats, range(len(q)), [list(EMPTY) for _ in q])
-    for keys in tiles(range(len(k)), block_k):
-        with hbm.frame():
-            k_tile, v_tile = hbm.load(k, keys), hbm.load(v, keys)
-            for rows in tiles(range(len(q)), block_q):
-                spans = tile_spans(rows, keys, len(q), len(k), causal, window)
-                if nothing_seen(spans):
+    check_inputs(q, k, v, block_q=block_q, block_k=block_k)
+    n_q, n_k = len(q), len(k)
+    scale = default_scale(scale, k)
+    gpu = traffic or Traffic()
+    out = []    # o, in HBM
+    stats = []  # m and l of each row, in HBM
+    gpu.store(out, range(n_q), [[0.0] * len(v[0]) for _ in q])
+    gpu.store(stats, range(n_q), [[-math.inf, 0.0] for _ in q])
+    for keys in tiles(range(n_k), block_k):
+        with gpu.frame():
+            k_tile = gpu.load(k, keys)
+            v_tile = gpu.load(v, keys)
+            for rows in tiles(range(n_q), block_q):
+                spans = visible_spans(rows, keys, n_q, n_k, causal)
+                if nothing_visible(spans):
                     continue
-                with hbm.frame():
-                    q_tile, o_tile, ml = hbm.load(q, rows), hbm.load(out, rows), hbm.load(stats, rows)
-                    hbm.visit(rows, keys)
-                    states = [(m, l, [l * x for x in o]) for o, (m, l) in zip(o_tile, ml)]
-                    states = absorb_tile(states, score_tile(q_tile, k_tile, spans, scale), v_tile)
-                    hbm.store(out, rows, [finish(state)[0] for state in states])
-                    hbm.store(stats, rows, [[m, l] for m, l, _ in states])
-    return out, [m + math.log(l) if l else -math.inf for m, l in stats]
+                with gpu.frame():
+                    q_tile = gpu.load(q, rows)
+                    o_tile = gpu.load(out, rows)
+                    stats_tile = gpu.load(stats, rows)
+                    gpu.hold_scores(rows, keys)
+                    scores = mask_scores(gpu.multiply(q_tile, transpose(k_tile)), spans, scale)
+                    # o was kept divided by l: take the division back, and make a new one.
+                    states = []
+                    for o, (m, l) in zip(o_tile, stats_tile):
+                        states.append(State(m, l, [l * x for x in o]))
+                    states = absorb_tile(states, scores, v_tile)
+                    gpu.store(out, rows, [finish(state)[0] for state in states])
+                    gpu.store(stats, rows, [[state.m, state.l] for state in states])
+    return out, [finish(State(m, l, []))[1] for m, l in stats]
 
 
 def absorb_tile(states: Sequence[State], scores: Matrix, v_tile: Matrix) -> list[State]:
-    """absorb() for every query of a tile: scores [rows][keys], v_tile [keys][d_v]."""
-    columns = list(zip(*v_tile))  # so that each output channel is one dot product with the weights
+    """Return the states of a block of queries after a tile: scores [rows][keys], v [keys][d_v]."""
+    columns = transpose(v_tile)  # so that each channel of o takes one dot product with the weights
     return [absorb(state, row, columns) for state, row in zip(states, scores)]
 
 
-def tile_spans(rows: range, keys: range, n_q: int, n_k: int, causal: bool, window: int | None) -> list[tuple[int, int]]:
-    """For each query of a tile, the keys lo to hi of the tile that it sees, counted from the tile's first."""
-    def clip(j: int) -> int:
-        return min(max(j, keys.start), keys.stop) - keys.start
-
-    return [(clip(lo), clip(hi)) for _, lo, hi in (visible(i, n_q, n_k, causal, window, 0) for i in rows)]
+def nothing_visible(spans: Sequence[tuple[int, int]]) -> bool:
+    """Return whether no query of a tile sees any of its keys."""
+    return all(first == end for first, end in spans)
 
 
-def nothing_seen(spans: Sequence[tuple[int, int]]) -> bool:
-    """Does no query of the tile see any of its keys? Such a tile is neither loaded nor computed."""
-    return all(lo == hi for lo, hi in spans)
+def sram_parts(block_q: int, block_k: int, d: int, d_v: int) -> dict[str, int]:
+    """Return what a tile takes of SRAM, by formula; the weights are written over the scores."""
+    return {
+        "q and o": block_q * (d + d_v),
+        "m and l": block_q * 2,
+        "k and v": block_k * (d + d_v),
+        "scores": block_q * block_k,
+    }
 
 
-def visible(i: int, n_q: int, n_k: int, causal: bool, window: int | None, sinks: int) -> tuple[int, int, int]:
-    """(s, lo, hi): query i of n_q sees the keys [0, s) and [lo, hi) of n_k, where s <= lo <= hi."""
-    position = n_k - n_q + i
-    hi = max(position + 1, 0) if causal else n_k
-    lo = 0 if window is None else min(max(position + 1 - window, 0), hi)
-    return min(sinks, lo), lo, hi
-
-
-def sram_needed(block_q: int, block_k: int, d: int, d_v: int) -> int:
-    """What a tile takes, by formula: q, o, m and l; k and v; and the scores, over which the weights are written."""
-    return block_q * (d + d_v + 2) + block_k * (d + d_v) + block_q * block_k
-
-
-# 4. FlashAttention-2
+# 4. FlashAttention-2: the loops exchanged
 #
-# Exchange the loops, and o, m and l never leave SRAM until their row is finished: they are written once. The
-# division by l waits until the end as well, so that between the products of matrices, which tensor cores make
-# fast, less is left for the slow ordinary arithmetic. And blocks of queries are now independent of each other, so
-# each can go to another SM: one head of one long text fills a card.
+# Exchange the two loops. Now a block of queries stays in SRAM while all blocks of keys come past,
+# so its o, m and l stay there as well, and are written once, when they are finished:
 #
-# Under a causal mask the tiles above the diagonal are never loaded, those below it need no mask, and only those
-# on it are masked. Half of the work is gone. (Kernels do not ask tile by tile: the bounds of the loop say it.)
+#     for each block of queries:     load q;  o, m, l = nothing
+#         for each block of keys:    load k, v
+#                                    S = q kᵀ · scale        (a tile, in SRAM only)
+#                                    o, m, l = absorb(S, v)
+#         after the last of them:    store o / l and L = m + log l
+#
+# Two more things are gained. The division by l waits until the end. (An A100 makes 312 TFLOP/s in
+# its tensor cores and 19.5 outside them, so one operation that is no matrix product costs as much
+# as sixteen that are.) And the blocks of queries do not depend on each other, so each can go to
+# another SM.
+#
+# Under a causal mask nearly half of the tiles lie above the diagonal and are skipped. Those on the
+# diagonal are masked, and those below it need no mask. (Kernels do not ask tile by tile as this
+# code does: the bounds of their loops say it.)
+#
+# In production: flash-attention, csrc/flash_attn/src/flash_fwd_kernel.h, compute_attn_1rowblock. It
+# walks over the keys from the last block to the first, so that the masked tiles come first.
+# PyTorch's scaled_dot_product_attention calls a copy of this kernel.
+#
+# Measured by show_flash_v2().
 
-def flash_attention(q: Matrix, k: Matrix, v: Matrix, *, block_q: int, block_k: int, causal: bool = False,
-                    window: int | None = None, scale: float | None = None, keys: range | None = None,
-                    traffic: Traffic | None = None) -> tuple[Matrix, Vector]:
-    """(out, lse) as standard_attention, tile by tile in the order of 2023: Dao, FlashAttention-2, Algorithm 1.
 
-    block_q, block_k: rows in a tile of q, and of k and v; they need not divide anything. keys: attend to this run
-    of the keys only, each in its own position (section 7).
+def flash_attention(
+    q: Matrix, k: Matrix, v: Matrix, *, block_q: int, block_k: int, causal: bool = False,
+    window: int | None = None, scale: float | None = None, keys: range | None = None,
+    sink: float | None = None, traffic: Traffic | None = None,
+) -> tuple[Matrix, Vector]:
+    """Return (out, lse) as standard_attention does, tile by tile: FlashAttention-2, Algorithm 1.
+
+    block_q, block_k: rows in a block of q, and of k and v; they need not divide anything.
+    window: a query sees only its own position and the window - 1 before it (section 8).
+    keys: attend to this run of the keys only, each in its own position (section 7).
+    sink: the score of a learned sink (section 8).
     """
-    scale, hbm = check_arguments(q, k, v, scale, traffic, block_q=block_q, block_k=block_k, window=window, keys=keys)
-    out, lse = [], []                                                  # in HBM
-    for rows in tiles(range(len(q)), block_q):
-        with hbm.frame():
-            q_tile, states = hbm.load(q, rows), [(*EMPTY, [0.0] * len(v[0]))] * len(rows)
-            hbm.hold(len(rows) * (len(v[0]) + 2))                      # m, l, o
-            for part in tiles(range(len(k)) if keys is None else keys, block_k):
-                spans = tile_spans(rows, part, len(q), len(k), causal, window)
-                if nothing_seen(spans):
+    check_inputs(q, k, v, keys, block_q=block_q, block_k=block_k, window=window)
+    n_q, n_k, d_v = len(q), len(k), len(v[0])
+    scale = default_scale(scale, k)
+    keys = range(n_k) if keys is None else keys
+    gpu = traffic or Traffic()
+    out = []
+    lse = []
+    for rows in tiles(range(n_q), block_q):
+        with gpu.frame():
+            q_tile = gpu.load(q, rows)
+            gpu.hold(len(rows) * (d_v + 2))  # o, m and l
+            states = [empty_state(d_v, sink) for _ in rows]
+            for part in tiles(keys, block_k):
+                spans = visible_spans(rows, part, n_q, n_k, causal, window)
+                if nothing_visible(spans):
                     continue
-                with hbm.frame():
-                    k_tile, v_tile = hbm.load(k, part), hbm.load(v, part)
-                    hbm.visit(rows, part)
-                    states = absorb_tile(states, score_tile(q_tile, k_tile, spans, scale), v_tile)
+                with gpu.frame():
+                    k_tile = gpu.load(k, part)
+                    v_tile = gpu.load(v, part)
+                    gpu.hold_scores(rows, part)
+                    scores = mask_scores(gpu.multiply(q_tile, transpose(k_tile)), spans, scale)
+                    states = absorb_tile(states, scores, v_tile)
             finished = [finish(state) for state in states]
-            hbm.store(out, rows, [o for o, _ in finished])
-            hbm.store(lse, rows, [log_sum_exp for _, log_sum_exp in finished])
+            gpu.store(out, rows, [o for o, _ in finished])
+            gpu.store(lse, rows, [row_lse for _, row_lse in finished])
     return out, lse
 
 
-# 5. How much traffic, really
+# 5. How much traffic, and which tiles
 #
-# In FlashAttention-2's order, k and v cross once for every block of queries: n/B_r times n·2d numbers (for
-# d_v = d). SRAM must hold q, o, k and v tiles and the scores: for square tiles, M = 4dB + B² + 2B. While B is small
-# beside d that is B = M/4d, and so
+# In FlashAttention-2's order k and v cross once for each block of queries. With blocks of B and
+# d_v = d:
 #
-#     accesses = n/B · n·2d + O(nd) = 8 · n²d²/M + O(nd)
+#     accesses = n/B · 2nd + n(2d + 1)
 #
-# which is the papers' bound, order n²d²/M, with its constant. Standard attention's 4n² does not depend on M. The
-# two meet where 8d² = 4M: FlashAttention pays as soon as SRAM is larger than some 2d². (With d = 128 that is 32K
-# numbers, 64 KB at 16 bits; a tile wide and low, of few keys and many queries, needs half of it.)
+# How large can B be? SRAM holds M numbers: q, o, k and v of a block, and a tile of scores:
 #
-# Which blocks are best for a given M? Whatever stands in the outer loop stays, whatever stands in the inner loop
-# crosses again and again: version 1 wants long blocks of keys, version 2 long blocks of queries. So the other side
-# should be as short as the tensor cores allow.
+#     M = 4dB + B² + 2B            (the sum of sram_parts, with d_v = d)
 #
-# What this leaves out: a card's L2 cache (40 MB on an A100) serves part of these reads, so its HBM sees fewer.
-
-@dataclass(frozen=True)
-class Card:
-    """A GPU by its data sheet: dense 16-bit FLOP/s, its HBM in bytes/s and bytes, its SMs and their shared memory."""
-    name: str
-    flops: float
-    hbm_bytes_per_s: float
-    hbm_bytes: float
-    n_sms: int
-    sram_kb: int  # of one SM
-    source: str
-
-    @property
-    def ridge(self) -> float:
-        """FLOPs it can do in the time it takes to read a byte."""
-        return self.flops / self.hbm_bytes_per_s
-
-
-A100 = Card("A100 80GB SXM", 312e12, 2039e9, 80e9, 108, 164, "NVIDIA A100 data sheet; Ampere tuning guide")
-H100 = Card("H100 80GB SXM", 989.4e12, 3350e9, 80e9, 132, 228, "NVIDIA Hopper white paper; Hopper tuning guide")
-# Forward tiles at 16 bits without a mask: version, card, d, block_q, block_k. From Dao-AILab/flash-attention,
-# csrc/flash_attn/src/flash_fwd_launch_template.h and hopper/tile_size.h.
-REAL_TILES = [("FlashAttention-2", A100, 64, 128, 128), ("FlashAttention-2", A100, 128, 128, 64),
-              ("FlashAttention-3", H100, 64, 192, 192), ("FlashAttention-3", H100, 128, 128, 176)]
-
-
-def blocks_that_fit(sram: int, d: int, d_v: int, n_q: int, n_k: int) -> list[tuple[int, int]]:
-    """Every block_q up to n_q for which SRAM has room, with the largest block_k up to n_k that then fits."""
-    return [(block_q, min(n_k, room // (d + d_v + block_q))) for block_q in range(1, n_q + 1)
-            if (room := sram - block_q * (d + d_v + 2)) >= d + d_v + block_q]
-
-
-# 6. The backward pass
+# While B is small beside d this is nearly 4dB, so B = M/4d, and
 #
-# Given dO, the gradient of the loss by the output, training needs dq, dk and dv:
+#     accesses = 8n²d²/M + n(2d + 1)
 #
-#     dv = Pᵀ dO        dP = dO vᵀ        dS = P ∘ (dP - D)        dq = dS k · scale        dk = dSᵀ q · scale
+# which is the bound of the papers, n²d²/M, with its constant. Twice the SRAM means half the
+# traffic. Standard attention's 4n² does not depend on M; the two meet where 8d² = 4M. So flash
+# crosses less once SRAM holds more than about 2d² numbers: 32K of them at d = 128, or 64 KB at 16
+# bits. An SM has more than that.
 #
-# with D_i = Σ_j P_ij dP_ij. P again, and it was never written down. But P = exp(S - L), tile by tile, from q, k
-# and one number a row: one product of matrices more than if P had been kept, and far less traffic, hence less
-# memory *and* less time. And D needs no row of P: Σ_j P_ij (dO_i · v_j) = dO_i · O_i, so D = rowsum(dO ∘ O).
+# Which blocks are best for a given M? What stands in the outer loop stays in SRAM, and what stands
+# in the inner loop crosses again and again. So version 1 wants long blocks of keys, and version 2
+# long blocks of queries. By the count alone the other side should be as short as can be. Kernels
+# choose by the clock: S and O of a tile live in the registers of an SM, and if they need more than
+# there are, the compiler "spills" them to memory. flash-attention notes in its source that tiles of
+# 256 × 64 at d = 64 are 85% slower than 128 × 128 for this reason.
 #
-# The outer loop is over keys, whose dk and dv stay in SRAM till they are complete. dq of a block of queries gets a
-# share from every block of keys, so it crosses each time; on a GPU many SMs add to it at once, by atomic adds,
-# which is why its last bits may change from run to run.
+# In production: flash-attention picks its tiles by d and by card in
+# csrc/flash_attn/src/flash_fwd_launch_template.h (version 2) and hopper/tile_size.h (version 3).
+#
+# Measured by show_traffic().
 
-def flash_attention_backward(q: Matrix, k: Matrix, v: Matrix, out: Matrix, lse: Vector, d_out: Matrix, *, block_q: int,
-                             block_k: int, causal: bool = False, window: int | None = None, scale: float | None = None,
-                             traffic: Traffic | None = None) -> tuple[Matrix, Matrix, Matrix]:
-    """(dq [n_q][d], dk [n_k][d], dv [n_k][d_v]) from what the forward pass left, out and lse, and d_out [n_q][d_v].
 
-    The options are those of flash_attention, and must be the same. D, block by block of queries, and zeros for dq are
-    written first. Dao, FlashAttention-2.
+# 6. The backward pass: weights computed again
+#
+# Training needs the gradients of the loss by q, k and v, given dO, its gradient by the output O.
+# (dX always means the gradient of the loss by X.) O = P v gives two of them at once:
+#
+#     dv = Pᵀ dO
+#     dP = dO vᵀ
+#
+# Then it has to go back through the softmax. One row of it: weights p = softmax(s), and given dp.
+#
+#     p_j       = exp(s_j) / Σ_i exp(s_i)
+#     ∂p_i/∂s_j = p_j (1 - p_j)   if i = j,   and   -p_i p_j   if not
+#     ds_j      = Σ_i dp_i ∂p_i/∂s_j
+#               = p_j (dp_j - D)        with  D = Σ_i p_i dp_i
+#
+# So the softmax compares each dp_j with D, the row's weighted average of them. Row by row this is
+# dS, and S = q kᵀ · scale gives the rest:
+#
+#     dS_ij = P_ij (dP_ij - D_i)
+#     dq    = dS k · scale
+#     dk    = dSᵀ q · scale
+#
+# The backward pass needs P, which was never written down. But P_ij = exp(S_ij - L_i): a tile of it
+# is made again from q, k and one number a row. D is one number a row as well, and it needs no row
+# of P and dP, because the sums can be exchanged:
+#
+#     D_i = Σ_j P_ij (dO_i · v_j) = dO_i · Σ_j P_ij v_j = dO_i · O_i
+#
+# So the forward pass keeps O and L, n(d_v + 1) numbers in place of n². This is activation
+# checkpointing: what is not kept is computed again. The price is one more product of matrices,
+# q kᵀ, five in place of four.
+#
+# The outer loop goes over the keys, whose dk and dv stay in SRAM until they are complete. A block
+# of dq gets a share from every block of keys, so it crosses each time.
+#
+# In production: flash-attention, csrc/flash_attn/src/flash_bwd_kernel.h,
+# compute_dq_dk_dv_1colblock; D is dot_do_o in flash_bwd_preprocess_kernel.h. There the blocks of
+# keys run on many SMs at once and add to dq by atomic operations. Their order changes from run to
+# run, and with it the last bits of dq, unless deterministic=True is asked for.
+#
+# Measured by show_backward().
+
+
+def flash_attention_backward(
+    q: Matrix, k: Matrix, v: Matrix, out: Matrix, lse: Vector, d_out: Matrix, *, block_q: int,
+    block_k: int, causal: bool = False, scale: float | None = None,
+    traffic: Traffic | None = None,
+) -> tuple[Matrix, Matrix, Matrix]:
+    """Return (dq [n_q][d], dk [n_k][d], dv [n_k][d_v]).
+
+    out, lse: what the forward pass left; d_out [n_q][d_v]. causal and scale must be those of the
+    forward pass; the blocks may be others.
     """
-    scale, hbm = check_arguments(q, k, v, scale, traffic, block_q=block_q, block_k=block_k, window=window)
-    d, d_v = len(k[0]), len(v[0])
-    check_rows(len(q), out=(out, d_v), lse=(lse, None), d_out=(d_out, d_v))
-    dq, dk, dv, rowsums = [], [], [], []                               # in HBM
-    hbm.store(dq, range(len(q)), [[0.0] * d for _ in q])
-    for rows in tiles(range(len(q)), block_q):
-        with hbm.frame():
-            hbm.store(rowsums, rows, list(map(dot, hbm.load(d_out, rows), hbm.load(out, rows))))
-    for keys in tiles(range(len(k)), block_k):
-        with hbm.frame():
-            k_tile, v_tile = hbm.load(k, keys), hbm.load(v, keys)
-            dk_tile, dv_tile = [[0.0] * d for _ in keys], [[0.0] * d_v for _ in keys]
-            hbm.hold(len(keys) * (d + d_v))
-            for rows in tiles(range(len(q)), block_q):
-                spans = tile_spans(rows, keys, len(q), len(k), causal, window)
-                if nothing_seen(spans):
+    check_inputs(q, k, v, block_q=block_q, block_k=block_k)
+    check_rows(len(q), len(v[0]), out=out, d_out=d_out)
+    check_rows(len(q), None, lse=lse)
+    n_q, n_k, d, d_v = len(q), len(k), len(k[0]), len(v[0])
+    scale = default_scale(scale, k)
+    gpu = traffic or Traffic()
+    dq = []
+    dk = []
+    dv = []
+    averages = []  # D
+    gpu.store(dq, range(n_q), [[0.0] * d for _ in q])
+    # D_i = dO_i · O_i
+    for rows in tiles(range(n_q), block_q):
+        with gpu.frame():
+            pairs = zip(gpu.load(d_out, rows), gpu.load(out, rows))
+            gpu.store(averages, rows, [dot(do, o) for do, o in pairs])
+    for keys in tiles(range(n_k), block_k):
+        with gpu.frame():
+            k_tile = gpu.load(k, keys)
+            v_tile = gpu.load(v, keys)
+            gpu.hold(len(keys) * (d + d_v))
+            dk_tile = [[0.0] * d for _ in keys]
+            dv_tile = [[0.0] * d_v for _ in keys]
+            for rows in tiles(range(n_q), block_q):
+                spans = visible_spans(rows, keys, n_q, n_k, causal)
+                if nothing_visible(spans):
                     continue
-                with hbm.frame():
-                    q_tile, do_tile, dq_tile = hbm.load(q, rows), hbm.load(d_out, rows), hbm.load(dq, rows)
-                    lse_tile, rowsum_tile = hbm.load(lse, rows), hbm.load(rowsums, rows)
-                    hbm.visit(rows, keys)                              # P
-                    hbm.hold(len(rows) * len(keys))                    # dP, and dS over it
-                    p = recompute_weights(score_tile(q_tile, k_tile, spans, scale), lse_tile)
-                    dp = linear(do_tile, v_tile)                       # dO vᵀ
-                    ds = [[weight * (slope - rowsum) * scale for weight, slope in zip(weights, slopes)]
-                          for weights, slopes, rowsum in zip(p, dp, rowsum_tile)]
-                    dv_tile = add_matrices([dv_tile, multiply(transpose(p), do_tile)])
-                    dk_tile = add_matrices([dk_tile, multiply(transpose(ds), q_tile)])
-                    hbm.store(dq, rows, add_matrices([dq_tile, multiply(ds, k_tile)]))
-            hbm.store(dk, keys, dk_tile)
-            hbm.store(dv, keys, dv_tile)
+                with gpu.frame():
+                    q_tile = gpu.load(q, rows)
+                    do_tile = gpu.load(d_out, rows)
+                    dq_tile = gpu.load(dq, rows)
+                    lse_tile = gpu.load(lse, rows)
+                    d_tile = gpu.load(averages, rows)
+                    gpu.hold_scores(rows, keys)        # S, and P over it
+                    gpu.hold(len(rows) * len(keys))    # dP, and dS over it
+                    # P = exp(S - L)
+                    s = mask_scores(gpu.multiply(q_tile, transpose(k_tile)), spans, scale)
+                    p = list(map(recompute_weights, s, lse_tile))
+                    # dP = dO vᵀ,  dS = P (dP - D)
+                    dp = gpu.multiply(do_tile, transpose(v_tile))
+                    ds = list(map(softmax_backward, p, dp, d_tile))
+                    # This tile's share of dv = Pᵀ dO, dk = dSᵀ q · scale and dq = dS k · scale
+                    dv_tile = add_scaled(dv_tile, gpu.multiply(transpose(p), do_tile), 1.0)
+                    dk_tile = add_scaled(dk_tile, gpu.multiply(transpose(ds), q_tile), scale)
+                    dq_tile = add_scaled(dq_tile, gpu.multiply(ds, k_tile), scale)
+                    gpu.store(dq, rows, dq_tile)
+            gpu.store(dk, keys, dk_tile)
+            gpu.store(dv, keys, dv_tile)
     return dq, dk, dv
 
 
-def recompute_weights(scores: Matrix, lse: Vector) -> Matrix:
-    """P = exp(S - L): the weights of a tile again, finished, with no maximum and no sum to wait for."""
-    return [[math.exp(s - log_sum_exp) if s > -math.inf else 0.0 for s in row] for row, log_sum_exp in zip(scores, lse)]
+def softmax_backward(p: Vector, dp: Vector, average: float) -> Vector:
+    """Return ds of a row (or a piece of it): p_j (dp_j - D), D the row's weighted average of dp."""
+    return [weight * (gradient - average) for weight, gradient in zip(p, dp)]
 
 
-def standard_attention_backward(q: Matrix, k: Matrix, v: Matrix, weights: Matrix, d_out: Matrix, *,
-                                scale: float | None = None,
-                                traffic: Traffic | None = None) -> tuple[Matrix, Matrix, Matrix]:
-    """(dq, dk, dv) from the weights P [n_q][n_k], kept since the forward pass. Dao et al. 2022.
+def standard_attention_backward(
+    q: Matrix, k: Matrix, v: Matrix, weights: Matrix, d_out: Matrix, *,
+    scale: float | None = None, traffic: Traffic | None = None,
+) -> tuple[Matrix, Matrix, Matrix]:
+    """Return (dq, dk, dv) from the weights P [n_q][n_k] that the forward pass kept.
 
-    Five kernels, through dP and dS in HBM; each is again read in one go, as though SRAM held it whole.
+    Five kernels, through dP and dS in HBM (Dao et al. 2022, Algorithm 3). Each reads its inputs
+    once, as if SRAM held them whole.
     """
-    scale, hbm = check_arguments(q, k, v, scale, traffic)
-    check_rows(len(q), weights=(weights, len(k)), d_out=(d_out, len(v[0])))
-    queries, keys = range(len(q)), range(len(k))
-    dp, ds, dq, dk, dv = [], [], [], [], []                            # in HBM
-    with hbm.frame():
-        hbm.store(dv, keys, multiply(transpose(hbm.load(weights, queries)), hbm.load(d_out, queries)))
-    with hbm.frame():
-        hbm.store(dp, queries, linear(hbm.load(d_out, queries), hbm.load(v, keys)))
-    with hbm.frame():
-        hbm.store(ds, queries, [[weight * (slope - dot(row, slopes)) * scale for weight, slope in zip(row, slopes)]
-                                for row, slopes in zip(hbm.load(weights, queries), hbm.load(dp, queries))])
-    with hbm.frame():
-        hbm.store(dq, queries, multiply(hbm.load(ds, queries), hbm.load(k, keys)))
-    with hbm.frame():
-        hbm.store(dk, keys, multiply(transpose(hbm.load(ds, queries)), hbm.load(q, queries)))
+    check_inputs(q, k, v)
+    check_rows(len(q), len(k), weights=weights)
+    check_rows(len(q), len(v[0]), d_out=d_out)
+    scale = default_scale(scale, k)
+    gpu = traffic or Traffic()
+
+    def differences(p: Matrix, dp: Matrix) -> Matrix:
+        return list(map(softmax_backward, p, dp, map(dot, p, dp)))  # D = Σ P dP
+
+    dv = gpu.kernel(lambda p, do: gpu.multiply(transpose(p), do), weights, d_out)
+    dp = gpu.kernel(lambda do, v: gpu.multiply(do, transpose(v)), d_out, v)
+    ds = gpu.kernel(differences, weights, dp)
+    dq = gpu.kernel(lambda ds, k: scale_matrix(gpu.multiply(ds, k), scale), ds, k)
+    dk = gpu.kernel(lambda ds, q: scale_matrix(gpu.multiply(transpose(ds), q), scale), ds, q)
     return dq, dk, dv
 
 
 def sram_needed_backward(block_q: int, block_k: int, d: int, d_v: int) -> int:
-    """What a tile of the backward pass takes, by formula: q, dq, dO, L and D; k, v, dk and dv; P and dP."""
-    return max(block_q * (2 * d + d_v + 2) + block_k * 2 * (d + d_v) + 2 * block_q * block_k, block_q * 2 * d_v)
+    """Return what the backward pass takes of SRAM, by formula: for a tile, or for D if larger."""
+    queries = block_q * (2 * d + d_v + 2)  # q, dq, dO, L, D
+    keys = block_k * 2 * (d + d_v)         # k, v, dk, dv
+    tile = 2 * block_q * block_k           # P and dP
+    return max(queries + keys + tile, block_q * 2 * d_v)
 
 
-# 7. Flash-Decoding
+def backward_blocks(
+    block_q: int, block_k: int, d: int, d_v: int, sram: int
+) -> tuple[int, int]:
+    """Return the blocks, halved as often as it takes until a backward tile fits into SRAM."""
+    while block_q * block_k > 1 and sram_needed_backward(block_q, block_k, d, d_v) > sram:
+        # Keys stand in the outer loop, so their blocks should stay long.
+        if block_q > 1:
+            block_q = ceil_div(block_q, 2)
+        else:
+            block_k = ceil_div(block_k, 2)
+    return block_q, block_k
+
+
+# 7. Flash-Decoding: split the keys
 #
-# A model that generates has one query and a long cache: one block of queries, so one SM works and the others wait.
-# Flash-Decoding cuts the keys instead. Each split runs FlashAttention over its own part, and leaves out_s and L_s,
-# as if there were nothing else. They are merged as section 2 merges tiles; L_s is all it takes:
+# A model that generates has one query and a long cache. That is one block of queries for each head,
+# so a request with 8 KV heads keeps 8 SMs busy while a hundred others wait.
 #
-#     L = log Σ_s exp(L_s)         out = Σ_s exp(L_s - L) · out_s
+# Flash-Decoding cuts the keys as well. Each split runs FlashAttention over its own run of the keys,
+# as if the others did not exist, and leaves out_s and L_s. They are merged as absorb() merges
+# tiles: treat each split as one key, whose score is L_s and whose value is out_s.
 #
-# Merging is associative and commutative, so the parts may come in any order and meet in any tree. The same step is
-# ring attention (k and v go round a ring of cards, and each card merges what passes) and cascade attention (many
-# requests share a prefix: attend to it once for all of them, to each one's own rest alone, and merge).
+#     L   = log Σ_s exp(L_s)
+#     out = Σ_s exp(L_s - L) · out_s
+#
+# A tiny one: two splits, L_1 = log 3 with out_1 = 10, and L_2 = log 1 with out_2 = 2. Then
+# L = log 4, the shares are 3/4 and 1/4, and out = 3/4 · 10 + 1/4 · 2 = 8.
+#
+# In exact arithmetic the merge does not depend on the order or the grouping. (In floating point the
+# last bits do: 0.1 + 0.2 + 0.3 is 0.6000000000000001 from the left and 0.6 from the right. How many
+# splits a request gets depends on how many others share the card, so the same prompt can get other
+# logits in a larger batch. Kernels that avoid this are called batch invariant.)
+#
+# The same merge is ring attention (k and v travel round a ring of cards, and each card merges what
+# passes) and cascade attention (many requests share a prefix: attend to it once for all of them,
+# then to each one's own rest, and merge).
+#
+# How many splits? Splits run in rounds, as many at a time as there are SMs, and a round takes as
+# long as its longest split. Each split also leaves a partial result to write and read again. So
+# take the fewest splits whose wait is within a tenth of the shortest. When there are more
+# requests and heads than SMs, or when many queries come at once (a prompt), splitting saves little.
+#
+# In production: flash-attention, csrc/flash_attn/src/flash_fwd_kernel.h,
+# compute_attn_1rowblock_splitkv and combine_attn_seqk_parallel. num_splits_heuristic in
+# flash_api.cpp does not split where requests × heads fill 80% of the SMs, and otherwise takes the
+# fewest splits within 85% of the best use of the card. FlashInfer merges in
+# include/flashinfer/attention/cascade.cuh, vLLM in csrc/attention/merge_attn_states.cu.
+#
+# Measured by show_decode().
 
-def flash_decode(q: Matrix, k: Matrix, v: Matrix, *, n_splits: int, block_q: int = BLOCK_Q, block_k: int = BLOCK_K,
-                 causal: bool = False, window: int | None = None, scale: float | None = None,
-                 traffic: Traffic | None = None) -> tuple[Matrix, Vector]:
-    """(out, lse) as flash_attention, the keys cut into n_splits runs that do not wait for each other, then merged.
 
-    A second kernel merges: it reads all parts from HBM, where the runs wrote them, and writes out and lse there.
+def flash_decode(
+    q: Matrix, k: Matrix, v: Matrix, *, n_splits: int, block_q: int = BLOCK_Q,
+    block_k: int = BLOCK_K, traffic: Traffic | None = None, **options,
+) -> tuple[Matrix, Vector]:
+    """Return (out, lse) as flash_attention does, from n_splits runs of the keys, merged at the end.
+
+    The runs do not wait for each other. A second kernel reads what they left in HBM and merges it.
+    options: causal, window and scale, as there.
     """
-    scale, hbm = check_arguments(q, k, v, scale, traffic, n_splits=n_splits)
-    parts = [flash_attention(q, k, v, keys=keys, block_q=block_q, block_k=block_k, causal=causal, window=window,
-                             scale=scale, traffic=hbm) for keys in split_evenly(len(k), n_splits)]
-    out, lse, whole = [], [], range(len(q))
-    with hbm.frame():
-        merged = merge_partials([(hbm.load(part, whole), hbm.load(part_lse, whole)) for part, part_lse in parts])
-        hbm.store(out, whole, merged[0])
-        hbm.store(lse, whole, merged[1])
+    check_counts(n_splits=n_splits)
+    gpu = traffic or Traffic()
+    parts = []
+    for keys in split_evenly(len(k), n_splits):
+        parts.append(flash_attention(q, k, v, keys=keys, block_q=block_q, block_k=block_k,
+                                     traffic=gpu, **options))
+    out = []
+    lse = []
+    rows = range(len(q))
+    with gpu.frame():
+        merged = merge_partials([(gpu.load(part, rows), gpu.load(part_lse, rows))
+                                 for part, part_lse in parts])
+        gpu.store(out, rows, merged[0])
+        gpu.store(lse, rows, merged[1])
     return out, lse
 
 
 def merge_partials(parts: Sequence[tuple[Matrix, Vector]]) -> tuple[Matrix, Vector]:
-    """(out [n][d_v], lse [n]) of the same queries over disjoint sets of keys -> (out, lse) over all of them.
+    """Return (out, lse) over all keys, from those of the same queries over disjoint sets of keys.
 
-    Queries that saw nothing anywhere keep zeros and -inf. ValueError if there are no parts, or of unequal length.
+    Queries that saw nothing anywhere keep zeros and -inf.
+    ValueError if there are no parts, or if they differ in length.
     """
-    if not parts or len({len(rows) for part in parts for rows in part}) > 1:
-        raise ValueError(f"parts must be at least one (out, lse), all of as many rows, not {len(parts)} of "
-                         f"{[len(rows) for part in parts for rows in part]}")
+    check_parts(parts)
     merged = []
-    for outs, lses in zip(zip(*(out for out, _ in parts)), zip(*(lse for _, lse in parts))):
-        # As if each part were one key, with L_s its score and out_s its value.
-        merged.append(finish(absorb((*EMPTY, [0.0] * len(outs[0])), list(lses), list(zip(*outs)))))
+    for i in range(len(parts[0][1])):
+        values = [out[i] for out, _ in parts]
+        scores = [lse[i] for _, lse in parts]
+        merged.append(finish(absorb(empty_state(len(values[0])), scores, transpose(values))))
     return [out for out, _ in merged], [lse for _, lse in merged]
 
 
 def split_evenly(n: int, n_splits: int) -> list[range]:
-    """range(n) in n_splits runs whose lengths differ by at most 1; runs are empty where there are more than n."""
-    return [range(n * s // n_splits, n * (s + 1) // n_splits) for s in range(n_splits)]
+    """Return range(n) in n_splits runs whose lengths differ by at most 1; some may be empty."""
+    bounds = [n * s // n_splits for s in range(n_splits + 1)]
+    return [range(start, end) for start, end in zip(bounds, bounds[1:])]
 
 
-def splits_that_fill(card: Card, work: int, n_tiles: int) -> int:
-    """The most splits, up to n_tiles, for which no SM gets a second job; at least 1.
+def decode_wait(n_sms: int, n_jobs: int, n_tiles: int, n_splits: int) -> int:
+    """Return how many tiles everybody waits for, if n_jobs jobs of n_tiles are split so often."""
+    rounds = ceil_div(n_jobs * n_splits, n_sms)
+    longest_split = ceil_div(n_tiles, n_splits)
+    return rounds * longest_split
 
-    work: independent problems of n_tiles tiles of keys, each of which makes a job a split.
-    """
-    return max(1, min(n_tiles, card.n_sms // work))
+
+def choose_splits(n_sms: int, n_jobs: int, n_tiles: int) -> int:
+    """Return the fewest splits whose wait is at most a tenth longer than the shortest."""
+    waits = [decode_wait(n_sms, n_jobs, n_tiles, s) for s in range(1, n_tiles + 1)]
+    for n_splits, wait in enumerate(waits, 1):
+        if 10 * wait <= 11 * min(waits):
+            return n_splits
+    return 1
 
 
-# 8. Grouped queries, windows and pages
+# 8. Grouped queries, windows, pages and sinks
 #
-# Whatever changes only *which* keys a query sees or *where* they lie leaves absorb() alone:
+# What changes only which keys a query sees, or where they lie, leaves absorb() alone:
 #
-# - Grouped-query attention: query head h reads KV head h // group. No copy of k and v is made. While decoding,
-#   the group's queries (one each) can form one block, which then reads k and v once for all of them.
-# - A sliding window: tiles too far back are skipped like those above the diagonal, so traffic grows with n·w.
-# - Pages: the cache lies scattered in blocks, and a block table says which block holds which positions. A tile is
-#   then gathered through the table on its way into SRAM. Nothing else changes.
+# - Grouped-query attention: n_heads query heads share n_kv_heads KV heads, so query head h reads KV
+#   head h // group. No copy of k and v is made. While decoding, each head has one query, and the
+#   queries of a group can form one block: then k and v cross once for the group, not once a head.
+# - A sliding window: tiles too far back are skipped like those above the diagonal.
+# - Pages: the cache lies scattered in blocks, and a block table says which block holds which
+#   positions. A tile is gathered through the table on its way into SRAM.
+# - A learned sink (gpt-oss): a number for each head that competes in the softmax like the score of
+#   one more key, but has no value, so that a head can attend to nothing. It is one more term in l:
+#   a query starts from m = sink, l = 1, o = 0 (empty_state), and the rest is as always. L includes
+#   it, so the backward pass does not change either.
+#
+# In production: a group as one block is hopper/pack_gqa.h in flash-attention. Pages are
+# hopper/paged_kv.h there and include/flashinfer/page.cuh in FlashInfer; vLLM passes its block_table
+# to flash_attn_varlen_func in vllm/v1/attention/backends/flash_attn.py. Sinks are added to l at
+# the end, not at the start: Softmax.finalize in flash_attn/cute/softmax.py.
+#
+# Measured by show_family().
 
-def flash_grouped_query(q_heads: Sequence[Matrix], k_heads: Sequence[Matrix], v_heads: Sequence[Matrix],
-                        **options) -> list[tuple[Matrix, Vector]]:
-    """(out, lse) of each query head; n_heads of q, n_kv_heads of k and v. options: those of flash_attention.
 
-    ValueError if n_kv_heads does not divide n_heads.
+def flash_grouped_query(
+    q_heads: Sequence[Matrix], k_heads: Sequence[Matrix], v_heads: Sequence[Matrix], **options
+) -> list[tuple[Matrix, Vector]]:
+    """Return (out, lse) of each query head. options: those of flash_attention.
+
+    ValueError if the number of KV heads does not divide that of the query heads.
     """
-    if not k_heads or len(q_heads) % len(k_heads) or len(v_heads) != len(k_heads):
-        raise ValueError(f"n_kv_heads must divide the {len(q_heads)} query heads, and be the same for k and v; "
-                         f"{len(k_heads)} and {len(v_heads)} do not")
-    group = len(q_heads) // len(k_heads)
-    return [flash_attention(q, k_heads[h // group], v_heads[h // group], **options) for h, q in enumerate(q_heads)]
+    group = group_size(q_heads, k_heads, v_heads)
+    results = []
+    for h, q in enumerate(q_heads):
+        results.append(flash_attention(q, k_heads[h // group], v_heads[h // group], **options))
+    return results
 
 
+def flash_packed_group(
+    q_heads: Sequence[Matrix], k_heads: Sequence[Matrix], v_heads: Sequence[Matrix], **options
+) -> list[tuple[Matrix, Vector]]:
+    """Return (out, lse) of each KV head while decoding, with a row for each of its query heads.
+
+    q_heads [n_heads][1][d]: the queries of a group form one block. They see all keys: no mask.
+    """
+    group = group_size(q_heads, k_heads, v_heads)
+    blocks = [[q_heads[h][0] for h in heads] for heads in tiles(range(len(q_heads)), group)]
+    return flash_grouped_query(blocks, k_heads, v_heads, block_q=group, **options)
+
+
+@dataclass
 class PagedRows(Sequence):
-    """n rows that lie in pages: row j is pages[block_table[j // page_size]][j % page_size]. Reads as a matrix."""
+    """n rows that lie in pages; it reads as a matrix.
 
-    def __init__(self, pages: Sequence[Matrix], block_table: Sequence[int], n: int):
-        self.pages, self.block_table, self.page_size, self.n = pages, block_table, len(pages[0]), n
-        if n > len(block_table) * self.page_size:
-            raise ValueError(f"n must be at most {len(block_table)} pages of {self.page_size} rows, not {n}")
+    Row j is pages[block_table[j // page_size]][j % page_size].
+    """
+
+    pages: Sequence[Matrix]
+    block_table: Sequence[int]
+    n: int
+
+    def __post_init__(self):
+        self.page_size = len(self.pages[0])
+        if self.n > len(self.block_table) * self.page_size:
+            raise ValueError(f"n must be at most {len(self.block_table)} pages of "
+                             f"{self.page_size} rows, not {self.n}")
 
     def __len__(self) -> int:
         return self.n
@@ -618,669 +885,1146 @@ class PagedRows(Sequence):
         return self.pages[self.block_table[page]][slot]
 
 
-# 9. What FlashAttention-3 and -4 changed
+# 9. FlashAttention-3: FP8
 #
-# The tiles stayed. Version 3 (Hopper) overlaps the copying with the products, and softmax with both, and can run the
-# products in FP8: e4m3 numbers have 3 bits after the leading one, and lie between 2⁻⁹ and 448. Outliers are what is
-# feared then, and there are two remedies. Block quantization: each tile has a scale of its own. Incoherent processing:
-# multiply q and k by the same random orthogonal matrix R first. Since (qR)(kR)ᵀ = q R Rᵀ kᵀ = q kᵀ, no score changes,
-# but every outlier is spread over all d channels. R is a Hadamard matrix with random signs: d·log d additions.
+# The tiles stayed. Version 3, for Hopper cards, lets an SM do three things at once: copy the next
+# tile, multiply this one, and take the softmax of another (asynchrony; nothing of it shows in
+# counts). And it can multiply in FP8, which is twice as fast as 16 bits.
 #
-# Version 4 (Blackwell): products have become so fast that exp and the rescaling of o are what takes time. So rescale
-# less. m need not be the maximum; any number near it keeps exp from overflowing, and the division by l at the end
-# makes up for it exactly. Follow the maximum only when it has outgrown m by more than a threshold, log2(256) = 8 in
-# powers of two (the kernels compute with exp2): weights then stay below 256. It is a condition in absorb().
+# An e4m3 number has a sign, 4 bits of exponent and 3 bits of fraction: 1.125, 1.25, …, up to 448.
+# So it is off by up to 1 part in 16, large numbers by more than small ones in absolute terms.
+# That hurts where large meets large: if q and k have the same wide channels, as in real models,
+# the scores there are large and so are their errors. There are two remedies:
+#
+# - Block quantization: each tile has a scale of its own, which takes its largest value to 448.
+# - Incoherent processing: multiply q and k by the same random orthogonal matrix R first. As
+#   (qR)(kR)ᵀ = q R Rᵀ kᵀ = q kᵀ, no score changes, but a wide channel is spread over all channels.
+#
+# R is a Hadamard matrix with random signs. Four channels by hand, signs all +, H with entries ±1:
+#
+#         1  1  1  1        q = (8, 0, 0, 0)    qH/2 = (4, 4, 4, 4)
+#     H = 1 -1  1 -1        k = (1, 2, 3, 4)    kH/2 = (5, -1, -2, 0)
+#         1  1 -1 -1
+#         1 -1 -1  1        q · k = 8           rotated: 4 · (5 - 1 - 2 + 0) = 8
+#
+# (A kernel needs only d·log2(d) additions a row for it, because H is made of 2 × 2 pieces, each
+# (a, b) -> (a + b, a - b).)
+#
+# In production: flash-attention's hopper/ folder. What it takes from callers today is one scale for
+# each request and KV head (q_descale of shape (b, h_k) in flash_api.cpp), not one a tile; and the
+# rotation is left to the caller.
+#
+# Measured by show_fp8().
 
 E4M3_MAX = 448.0
-RESCALE_THRESHOLD = 8 * math.log(2)  # 16-bit inputs: flash_attn/cute/flash_fwd_sm100.py
 
 
 def round_to_e4m3(x: float) -> float:
-    """The nearest FP8 e4m3 number, ties to even; beyond ±448, ±448. (OCP 8-bit floating point, 2023.)"""
-    step = 2.0 ** (max(math.frexp(x)[1] - 1, -6) - 3)  # below 2⁻⁶ numbers are evenly spaced
+    """Return the nearest FP8 e4m3 number, ties to even; beyond ±448, ±448."""
+    exponent = max(math.frexp(x)[1] - 1, -6)  # below 2⁻⁶ the numbers are evenly spaced
+    step = 2.0 ** (exponent - 3)
     return max(-E4M3_MAX, min(E4M3_MAX, round(x / step) * step))
 
 
 def quantize_blocks(m: Matrix, block: int) -> Matrix:
-    """m as FP8 can hold it, each block of rows with a scale of its own that takes its largest value, if not 0, to 448."""
+    """Return m as FP8 can hold it, each block of rows with a scale of its own."""
     out = []
     for rows in tiles(range(len(m)), block):
-        scale = max(abs(x) for i in rows for x in m[i]) / E4M3_MAX or 1.0
-        out += [[round_to_e4m3(x / scale) * scale for x in m[i]] for i in rows]
+        largest = max(abs(x) for i in rows for x in m[i])
+        scale = largest / E4M3_MAX if largest else 1.0
+        for i in rows:
+            out.append([round_to_e4m3(x / scale) * scale for x in m[i]])
     return out
 
 
 def hadamard_rotate(m: Matrix, signs: Vector) -> Matrix:
-    """m R, R = diag(signs) · H / √d, H as Sylvester built it, [[H, H], [H, -H]] again and again: mixes all d channels.
+    """Return m R, R = diag(signs) · H / √d, H Sylvester's Hadamard matrix [[H, H], [H, -H]].
 
-    ValueError unless d is a power of two, and there is one sign for each channel.
+    ValueError unless d is a power of two, with one sign for each channel.
     """
-    d = len(signs)
-    if d < 1 or d & (d - 1) or any(len(row) != d for row in m):
-        raise ValueError(f"signs must be one for each channel of m, and a power of two of them, not {d}")
-    out = []
-    for row in m:
-        x, half = list(map(operator.mul, row, signs)), 1
-        while half < d:  # butterflies: (a, b) -> (a + b, a - b), at distances 1, 2, 4, …
-            x = [x[c] + x[c + half] if not c & half else x[c - half] - x[c] for c in range(d)]
-            half *= 2
-        out.append([value / math.sqrt(d) for value in x])
-    return out
+    check_rotation(m, signs)
+    h = [[1.0]]
+    while len(h) < len(signs):
+        h = [row + row for row in h] + [row + [-x for x in row] for row in h]
+    return scale_matrix(multiply(scale_channels(m, signs), h), 1 / math.sqrt(len(signs)))
 
 
-def count_rescalings(rows: Matrix, tile: int, threshold: float) -> int:
-    """How often o would be rescaled while rows of scores are taken in tile by tile: m moves, the first time aside."""
-    count = 0
-    for row in rows:
-        state = (*EMPTY, [])
-        for part in tiles(range(len(row)), tile):
-            m, state = state[0], absorb(state, row[part.start:part.stop], [], threshold)
-            count += state[0] != m > -math.inf
-    return count
+# 10. FlashAttention-4: cheaper exponentials
+#
+# From Hopper to Blackwell cards the tensor cores became twice as fast, and the units for exp did
+# not. Count the clock cycles of one SM for a tile of 128 × 128 at d = 128:
+#
+#     tensor cores, q kᵀ and P v    4 · 128³ / 4,096 = 2,048    (H100: 4,096 FLOPs a clock)
+#                                   4 · 128³ / 8,192 = 1,024    (B200: 8,192)
+#     exp units                         128² / 16    = 1,024    (16 a clock, on both)
+#
+# Now exp takes as long as the products, and version 4 saves it work in two ways.
+#
+# Rescale less. m need not be the maximum of what was seen. Any number near it keeps exp from
+# overflowing, and the division by l at the end makes up for it exactly. So let m follow only when
+# the maximum has outgrown it by more than a threshold of 8 powers of two: weights then reach at
+# most 2⁸ = 256, and the rescaling of o is nearly always skipped.
+#
+# Compute some exponentials without the exp unit. The kernels work with powers of two, and
+#
+#     2^x = 2^n · 2^f        n = floor(x), 0 <= f < 1
+#
+# 2^n only sets the exponent bits of a float. 2^f is nearly a cubic polynomial in f, which takes
+# three multiply-adds; an SM makes 128 of those in a clock cycle, against 16 exponentials. The
+# polynomial is wrong by less than 1 part in 10,000. That does not matter, because P is rounded to
+# bf16 next, which has 8 significant bits, so that its steps are at least 1 part in 256.
+#
+# In production: flash-attention, flash_attn/cute/. flash_fwd_sm100.py sets rescale_threshold to 8
+# for 16-bit inputs and to 0 for FP8; ex2_emulation in utils.py is the polynomial. Only a part of
+# each row takes it (ex2_emu_freq; 10 to 25% by the paper), so that both kinds of unit are busy.
+#
+# Measured by show_fa4().
+
+RESCALE_THRESHOLD = 8 * math.log(2)  # 8 powers of two, for scores that go through exp
+EXP2_COEFFICIENTS = (1.0, 0.69514614, 0.22756439, 0.07711909)  # POLY_EX2[3], cute/utils.py
+
+
+def absorb_lazily(
+    state: State, scores: Vector, columns: Sequence[Sequence[float]], threshold: float
+) -> State:
+    """Return the state after one more tile, as absorb(); m follows only beyond the threshold."""
+    largest = max(scores)
+    if largest > state.m + threshold:
+        state = rescale(state, largest)
+    return add_tile(state, scores, columns)
+
+
+def exp2_by_polynomial(x: float) -> float:
+    """Return 2^x, nearly."""
+    n = math.floor(x)
+    f = x - n
+    # ((c3 · f + c2) · f + c1) · f + c0
+    power = 0.0
+    for coefficient in reversed(EXP2_COEFFICIENTS):
+        power = power * f + coefficient
+    return math.ldexp(power, n)
 
 
 # =============================================================================================
 # THE EXPERIMENTS: what the trace shows, and how it is measured
 # =============================================================================================
 
+
+class Sizes(NamedTuple):
+    """Attention of n queries on n keys with d channels, in tiles, and the room for them."""
+
+    n: int
+    d: int
+    block_q: int
+    block_k: int
+    sram: int | None = None
+    seed: int = 0
+
+
+class Run(NamedTuple):
+    """What crossed between HBM and SRAM in one run, by count and by formula."""
+
+    attention: str            # "standard", "version 1" or "version 2"
+    mask: str
+    n: int
+    block_q: int
+    read: int
+    written: int
+    crossed: int
+    peak: int                 # M, the most numbers that SRAM held
+    bound: float              # 8n²d²/M
+    tiles: int
+    walk: list[tuple[range, range]]
+    formula: tuple[int, int]  # (read, written)
+    error: float              # distance of out and L from the definition
+
+
+def run_attention(attention: str, sizes: Sizes, causal: bool = False) -> Run:
+    """Run standard attention or a version of flash attention on random q, k and v."""
+    q, k, v = random_inputs(sizes.seed, sizes.n, sizes.d)
+    if attention == "standard":
+        traffic = Traffic()
+        out, lse = standard_attention(q, k, v, causal=causal, traffic=traffic)
+    else:
+        traffic = Traffic(sizes.sram)
+        attend = flash_attention_v1 if attention == "version 1" else flash_attention
+        out, lse = attend(q, k, v, block_q=sizes.block_q, block_k=sizes.block_k, causal=causal,
+                          traffic=traffic)
+    expected, expected_lse = attention_by_definition(q, k, v, causal)
+    return Run(attention, "causal" if causal else "full", sizes.n, sizes.block_q, traffic.reads,
+               traffic.writes, traffic.accesses, traffic.peak,
+               8 * (sizes.n * sizes.d)**2 / traffic.peak, len(traffic.walk), traffic.walk,
+               crossings_by_formula(attention, sizes, causal),
+               distance([*out, lse], [*expected, expected_lse]))
+
+
+def check_runs(trace: Trace, claim: str, runs: Sequence[Run]) -> None:
+    """Check that runs give attention as it is defined, and that their counts are the formula's."""
+    trace.check(f"{claim} = attention by its definition, out and L",
+                max(run.error for run in runs) < 1e-12, "|Δ| < 1e-12")
+    trace.check("numbers read and written = by formula",
+                all((run.read, run.written) == run.formula for run in runs),
+                " and ".join(f"{count:,}" for count in runs[-1].formula))
+
+
 # 1. Standard attention and its traffic
 
-def show_standard(trace: Trace, knobs: Namespace) -> None:
-    """The count against the formula, and what that is on real cards."""
-    n, d, causal = knobs.seq_len, knobs.head_dim, knobs.causal
-    trace.say(f"What crosses between HBM and SRAM while standard_attention runs, counted in numbers, d = {d}. The "
-              "longer the text, the more of it is S and P, which nobody asked for.")
-    rows, counts_agree = [], True
-    for length in sorted({max(1, n // 4), max(1, n // 2), n}):
-        q, k, v = random_inputs(knobs, length)
-        (out, _), t = counted(standard_attention, q, k, v, causal=causal)
-        counts_agree &= t.accesses == standard_accesses(length, length, d, d)
-        rows.append([str(length), f"{t.reads:,}", f"{t.writes:,}", f"{t.accesses:,}",
-                     f"{4 * length**2 / t.accesses:.0%}"])
-    trace.ask(f"for n = {n}, how many percent of all that crosses are S and P, each written and read?",
-              100 * 4 * n**2 / t.accesses)
-    old_table(trace, ["n", "read", "written", "crossed", "of that, S and P"], rows)
 
-    length, d_real, nbytes = 8192, 128, 2
-    trace.say(f"The same for one head of a real model, by the formula that the counts confirm: n = {length:,}, d = "
-              f"{d_real}, {nbytes} bytes a number. How long a card takes to move that, and how long for the 4n²d "
-              "floating-point operations (from data sheets, not timed). A ratio above 1: the arithmetic waits.")
+def move_and_compute(n: int, d: int, block_q: int) -> list[dict]:
+    """Return, for each card, the milliseconds to compute one head, and to move its numbers.
+
+    By the data sheets, at 16 bits a number.
+    """
+    crossed = {
+        "standard": sum(crossings_by_formula("standard", Sizes(n, d, n, n))),
+        "flash, no cache": sum(crossings_by_formula("version 2", Sizes(n, d, block_q, n))),
+        "flash, cache": sum(crossings_by_formula("version 2", Sizes(n, d, n, n))),
+    }
     rows = []
-    for card in (A100, H100):
-        for name, crossed in (("standard", standard_accesses(length, length, d_real, d_real)),
-                              ("flash, block_q 128", flash_accesses(length, length, d_real, d_real, 128))):
-            moving, computing = crossed * nbytes / card.hbm_bytes_per_s, 4 * length**2 * d_real / card.flops
-            rows.append([card.name, name, f"{crossed * nbytes / 1e6:,.0f} MB", f"{moving * 1e3:.3f} ms",
-                         f"{computing * 1e3:.3f} ms", f"{moving / computing:.1f}×"])
-    old_table(trace, ["card", "attention", "crosses", "moving", "computing", "ratio"], rows, left=(0, 1))
-    trace.check("numbers counted = 4n² + n(d + d + d_v) + n(d_v + 1)", counts_agree, "equal, for each n")
-    trace.check_close("standard_attention() = softmax(q kᵀ/√d) v, written out with sums", out,
-                      dense_attention(q, k, v, lambda i, j: j <= i or not causal), 1e-12)
+    for card in CARDS:
+        row = {"card": card.name}
+        row["computing"] = 1000 * 4 * n * n * d / card.flops  # two products of n × n × d
+        for attention, numbers in crossed.items():
+            row[attention] = 1000 * 2 * numbers / card.hbm_bytes_per_s
+        rows.append(row)
+    return rows
 
 
-# 2. Softmax in one pass
+def show_standard(trace: Trace, knobs: Namespace) -> None:
+    """What crosses, by count; and what that means on real cards."""
+    n, d = knobs.sizes.n, knobs.sizes.d
+    lengths = sorted({max(1, n // 4), max(1, n // 2), n})
+    runs = [run_attention("standard", knobs.sizes._replace(n=length), knobs.causal)
+            for length in lengths]
+    share = 4 * n * n / runs[-1].crossed
+    trace.say("A GPU has a large slow memory (HBM) and a small fast one (SRAM). Attention over n "
+              "tokens makes n × n scores S and n × n weights P = softmax(S). They do not fit into "
+              "SRAM. So S is written to HBM and read back, and P is written and read: 4n² numbers "
+              f"cross between the memories. Counted on random q, k and v with d = {d} channels:")
+    trace.ask(f"n = {n}: how many percent of all numbers that cross are 4n² for S and P?",
+              100 * share)
+    trace.table(runs, {"n": "d", "read": ",d", "written": ",d", "crossed": ",d bar 36"})
+    trace.say(f"At n = {n}, S and P are {share:.0%} of it.")
+    trace.say("What that means on real cards, for one head of n = 8,192 and d = 128 at 16 bits: "
+              "milliseconds to compute the two products of matrices, and to move the numbers that "
+              "cross, by the formulas that the counts confirm and the cards' data sheets. Where "
+              "moving takes longer than computing, the arithmetic waits.")
+    times = dict.fromkeys(("computing", "standard", "flash, no cache", "flash, cache"), ".3f")
+    trace.table(move_and_compute(8192, 128, 128), {"card": "", **times})
+    trace.note("Flash: sections 3 and 4, in blocks of 128 queries, each of which reads K and V "
+               f"again. A card has a cache before HBM, of {A100_SHEET.l2_mb} and "
+               f"{H100_SHEET.l2_mb} MB. One head's K and V are 4 MB and stay there, so the truth "
+               "is nearer to the last column, where each number comes from HBM once. "
+               "(FlashAttention-3 reports up to 740 TFLOP/s on an H100.) S and P, 134 MB each, do "
+               "not fit. The model leaves out the softmax, and all waiting but for HBM.")
+    check_runs(trace, "standard attention", runs)
+
+
+# 2. Online softmax
+
+
+class OnlineStep(NamedTuple):
+    """One tile of scores, and the state after it."""
+
+    keys: str
+    largest: str         # the token with the tile's largest score
+    scores: str
+    m: float
+    c: float             # what the old l is multiplied by
+    kept: float          # c · l_old
+    l: float
+    error: float         # of l, against the sum taken directly
+
+
+def follow_online(scores: Vector, labels: Sequence[str], tile: int) -> list[OnlineStep]:
+    """Return the state of online softmax after each tile of a row of scores."""
+    rows = []
+    state = empty_state(0)
+    for part in tiles(range(len(scores)), tile):
+        new = scores[part.start:part.stop]
+        old = state
+        state = absorb(old, new, [])
+        c = math.exp(old.m - state.m)
+        seen = scores[:part.stop]
+        direct = sum(math.exp(s - max(seen)) for s in seen)
+        rows.append(OnlineStep(f"{part.start}-{part[-1]}", labels[scores.index(max(new))],
+                               " ".join(f"{s:6.2f}" for s in new), state.m, c, c * old.l, state.l,
+                               abs(state.l - direct)))
+    return rows
+
 
 def show_online(trace: Trace, knobs: Namespace) -> None:
-    """A row of scores from the text, taken in three at a time, and what each way reads."""
-    scores, tile, last = text_scores(knobs)[-1], 3, knobs.labels[-1]
-    trace.say(f"How the last token of the text, {last!r}, scores the tokens, three at a time: m is the largest score "
-              "so far, l the sum of exp(s - m). Watch for a late surprise: when m jumps, c = exp(m_old - m) shrinks "
-              "all that l had gathered, which was measured from the wrong maximum.")
-    state, rows = (*EMPTY, []), []
-    for part in tiles(range(len(scores)), tile):
-        new, old = scores[part.start:part.stop], state
-        state = absorb(old, new, [])
-        c = math.exp(old[0] - state[0])
-        rows.append([f"{part.start}-{part[-1]}", knobs.labels[part.start + new.index(max(new))],
-                     " ".join(f"{s:6.2f}" for s in new), *(f"{x:.4f}" for x in (state[0], c, c * old[1], state[1]))])
-    if len(rows) > 10:
-        rows[5:-4] = [["…"] + [""] * 6]
-    old_table(trace, ["keys", "largest", "scores", "m", "c", "c·l_old", "l"], rows, left=(0, 1, 2))
-    safe, three = counted(safe_softmax, scores)
-    online, two = counted(online_softmax, scores, tile=tile)
-    trace.ask(f"safe softmax reads its {len(scores)} scores three times, {three.reads} in all. How many numbers does "
-              "online softmax read?", two.reads)
-    trace.say(f"What crosses for these {len(scores)} scores: three passes read {three.reads} and write "
-              f"{three.writes}, online softmax reads {two.reads} and writes {two.writes}. In attention its second "
-              "pass goes too, as nobody asks for the weights themselves.")
-    trace.check_close("online = three passes = softmax()", [online, safe], [softmax(scores)] * 2, 1e-12)
+    """A row of scores from the text, three at a time, and what is read."""
+    scores = text_scores(knobs.tokens, knobs.seed)[-1]
+    n = len(scores)
+    steps = follow_online(scores, knobs.labels, 3)
+    traffic = Traffic()
+    weights = online_softmax(scores, tile=3, traffic=traffic)
+    trace.say("Softmax needs the largest score m of a row, so that exp does not overflow, and the "
+              "sum l of exp(s - m). Online softmax gathers both in one pass, a tile of scores at a "
+              "time. When m grows, one factor c = exp(m_old - m) repairs the whole sum, because "
+              "exp(s - m_old) · exp(m_old - m) = exp(s - m).")
+    trace.say(f"How the last token of the text, {knobs.labels[-1]!r}, scores all tokens, 3 at a "
+              "time. (Each different token has a random code of 16 numbers, which is its query and "
+              "its key, so equal tokens score high.)")
+    trace.table(shorten(steps), {"keys": "", "largest": "", "scores": "", "m": ".4f", "c": ".4f",
+                 "kept as c·l_old": ".4f", "l": ".4f"})
+    trace.note("Where c is below 1, m has grown, and the old sum shrinks to c·l_old. (Of more than "
+               "ten tiles, the first five and the last four.)")
+    trace.ask(f"textbook softmax reads {n} scores three times, for m, for l and for the weights. "
+              "How many numbers does online softmax read?", traffic.reads)
+    trace.say(f"Textbook softmax reads {n} scores three times, for m, for l and for the weights. "
+              f"Online softmax read {traffic.reads} numbers: once for m and l, once more for the "
+              "weights. Attention does not need the weights by themselves, so there the second "
+              "pass goes too.")
+    trace.check("after each tile, l = Σ exp(s - m) of all scores so far",
+                max(step.error for step in steps) < 1e-12, "|Δ| < 1e-12")
+    trace.check_close("online softmax = softmax()", [weights], [softmax(scores)], 1e-12)
+    trace.check("it reads each score twice and writes each weight once",
+                (traffic.reads, traffic.writes) == (2 * n, n), f"{2 * n} and {n}")
 
 
-# 3. FlashAttention, Algorithm 1
+# 3. FlashAttention: tiles that stay in SRAM
+
 
 def show_flash_v1(trace: Trace, knobs: Namespace) -> None:
-    """What SRAM holds, what crosses, and the log-sum-exp."""
-    n, d, causal, sram = knobs.seq_len, knobs.head_dim, knobs.causal, knobs.sram
-    b_q, b_k = min(knobs.block_q, n), min(knobs.block_k, n)
-    q, k, v = random_inputs(knobs, n)
-    expected, standard = counted(standard_attention, q, k, v, causal=causal)
-    (out, lse), flash = counted(flash_attention_v1, q, k, v, sram=sram, causal=causal, **knobs.blocks)
-    trace.say(f"What SRAM holds at once, for tiles of {b_q} queries and {b_k} keys, d = {d}: never more than its "
-              f"{sram:,} numbers. The matrix that standard attention writes down has {n * n:,}.")
-    trace.ask("how many numbers is that, with q, o, m and l for each query, k and v for each key, and the scores?",
-              flash.peak)
-    parts = {"q, o": b_q * 2 * d, "m, l": b_q * 2, "k, v": b_k * 2 * d, "scores": b_q * b_k,
-             "peak, counted": flash.peak}
-    old_table(trace, ["", "numbers", ""], [[name, f"{size:,}", bar(size, sram, 48)] for name, size in parts.items()],
-                left=(0, 2))
-    trace.say(f"And what crosses, n = {n}{', causal' * causal}. For each tile of scores o, m and l come in and go "
-              "out again; that is what version 2 will save.")
-    old_table(trace, ["", "read", "written", "crossed", ""],
-                traffic_rows({"standard": standard, "flash, version 1": flash}, 30), left=(0, 4))
-    walked = walked_tiles(n, b_q, b_k, causal)
-    trace.check_close("version 1 = standard attention, out and L", [*out, lse], [*expected[0], expected[1]], 1e-12)
-    last, = score_tile(q[-1:], k, [(0, n)], 1 / math.sqrt(d))
-    trace.check_close("what is left of S is one number a row, and gives its weights again: exp(s - L) = softmax(s)",
-                      [[math.exp(s - lse[-1]) for s in last]], [softmax(last)], 1e-12)
-    trace.check("numbers counted = by formula", flash.reads == 2 * n * d + sum(a * (2 * d + 2) for a, _ in walked)
-                and flash.writes == n * (d + 2) + sum(a * (d + 2) for a, _ in walked), f"{flash.accesses:,}")
-    trace.check("SRAM never held more than it can", flash.peak == sram_needed(b_q, b_k, d, d) <= sram,
-                f"peak {flash.peak:,} of {sram:,}")
+    """What SRAM holds, and what crosses."""
+    sizes = knobs.sizes
+    runs = [run_attention(name, sizes, knobs.causal) for name in ("standard", "version 1")]
+    standard, flash = runs
+    parts = sram_parts(sizes.block_q, sizes.block_k, sizes.d, sizes.d)
+    held = [{"part": part, "numbers": count} for part, count in parts.items()]
+    trace.say("FlashAttention makes a tile of scores in SRAM, lets each query absorb its row of "
+              "the tile as in section 2, with o = Σ exp(s - m) · v beside m and l, and drops it. "
+              f"Here with tiles of {sizes.block_q} queries and {sizes.block_k} keys, d = "
+              f"{sizes.d}. SRAM holds {sizes.sram:,} numbers; the matrix S has {sizes.n**2:,}.")
+    trace.ask("how many numbers does SRAM hold at the most, with q, o, m and l for each query, k "
+              "and v for each key, and the scores?", flash.peak)
+    trace.table([*held, {"part": "peak, counted", "numbers": flash.peak}],
+                {"part as in SRAM": "", "numbers": f",d bar 40 of {sizes.sram}"})
+    trace.say(f"And what crosses between HBM and SRAM, n = {sizes.n}, mask: {flash.mask}.")
+    trace.table(runs, {"attention": "", "read": ",d", "written": ",d", "crossed": ",d bar 28"})
+    trace.say(compare_counts("Version 1 moves", flash.crossed, standard.crossed)
+              + " For each tile, o, m and l come in and go out again. Version 2 will save that.")
+    check_runs(trace, "version 1", runs[1:])
+    trace.check("the peak is the sum of the parts, and SRAM has room for it",
+                flash.peak == sum(parts.values()) <= sizes.sram,
+                f"{flash.peak:,} of {sizes.sram:,}")
 
 
-# 4. FlashAttention-2
+# 4. FlashAttention-2: the loops exchanged
+
 
 def show_flash_v2(trace: Trace, knobs: Namespace) -> None:
     """The two walks over the tiles, and what the exchange of the loops saves."""
-    n, d = knobs.seq_len, knobs.head_dim
-    q, k, v = random_inputs(knobs, n)
-    versions = {"1": flash_attention_v1, "2": flash_attention}
-    runs = {(name, mask): counted(versions[name], q, k, v, sram=knobs.sram, causal=mask == "causal", draw=True,
-                                 **knobs.blocks)
-            for name in versions for mask in ("full", "causal")}
-    walks = {key: t.walk for key, (_, t) in runs.items()}
-    trace.say("The causal walk: rows are blocks of queries, columns blocks of keys, the numbers tell in which order "
-              "the tiles come. Version 1 goes down the columns, version 2 along the rows.")
-    trace.ask(f"without a mask {len(walks['2', 'full'])} tiles are computed. How many under a causal mask?",
-              len(walks["2", "causal"]))
-    trace.lines(side_by_side([draw_walk(f"version {name}", n, knobs, walks[name, "causal"], n) for name in "12"], 4))
+    sizes = knobs.sizes
+    runs = [run_attention(version, sizes, causal)
+            for version in ("version 1", "version 2") for causal in (False, True)]
+    first, first_causal, second, causal = runs
+    trace.say("Version 2 exchanges the two loops: a block of queries stays in SRAM with its o, m "
+              "and l while the blocks of keys come past. In the pictures a row is a block of "
+              "queries and a column a block of keys; the numbers say when a tile is visited, under "
+              "a causal mask.")
+    trace.ask(f"without a mask {second.tiles} tiles are visited. How many with a causal mask?",
+              causal.tiles)
+    trace.lines(draw_walks(sizes, first_causal, causal))
     trace.note(WALK_LEGEND)
-    size, width, block = min(n, 12), min(d, 8), 4
-    products = 2 * size * size * width
-    others = {name: count_operations(lambda *qkv: attend(*qkv, block_q=block, block_k=block),
-                                     *random_inputs(knobs, size, width)) - products - size * size
-              for name, attend in versions.items()}
-    trace.say(f"Exchanging the loops: o is written once instead of once a tile. The last column counts, on {size} "
-              f"queries and keys, d = {width}, tiles of {block} × {block}, the multiplications and divisions that "
-              f"are no part of q kᵀ · scale or P v. (Those two take {products + size * size:,}, in either version.)")
-    rows = traffic_rows({f"version {name}, {mask}": t for (name, mask), (_, t) in runs.items()}, 12)
-    old_table(trace, ["", "tiles", "read", "written", "crossed", "", "other × and /"],
-                [[row[0], str(len(walks[key])), *row[1:], f"{others[key[0]]:,}" if key[1] == "full" else ""]
-                 for key, row in zip(runs, rows)], left=(0, 5))
-    for mask in ("full", "causal"):
-        (out, lse), t = runs["2", mask]
-        expected, expected_lse = standard_attention(q, k, v, causal=mask == "causal")
-        walked = walked_tiles(n, knobs.block_q, knobs.block_k, mask == "causal")
-        trace.check_close(f"{mask}: version 2 = standard attention, out and L", [*out, lse],
-                          [*expected, expected_lse], 1e-12)
-        trace.check(f"{mask}: numbers counted = by formula; o and L written once",
-                    t.reads == n * d + sum(b * 2 * d for _, b in walked) and t.writes == n * (d + 1), f"{t.accesses:,}")
-    trace.check("both versions touch the same tiles, and no causal one lies above the diagonal",
-                all(set(walks["1", mask]) == set(walks["2", mask]) for mask in ("full", "causal"))
-                and all(keys.start < rows.stop for rows, keys in walks["2", "causal"]),
-                f"{len(walks['2', 'causal'])} of {len(walks['2', 'full'])}")
+    trace.say(f"What crosses, n = {sizes.n}, d = {sizes.d}:")
+    trace.table(runs, {"attention as flash attention": "", "mask": "", "tiles": ",d", "read": ",d",
+                       "written": ",d", "crossed": ",d bar 18"})
+    trace.say(f"Version 2 writes O and L once, {second.written:,} numbers; version 1 writes "
+              f"{first.written:,}. "
+              + compare_counts("In all, version 2 moves", second.crossed, first.crossed))
+    check_runs(trace, "versions 1 and 2, full and causal,", runs)
+    trace.check("both versions visit the same tiles, and none above the diagonal",
+                set(first_causal.walk) == set(causal.walk)
+                and all(keys.start < rows.stop for rows, keys in causal.walk),
+                f"{causal.tiles} of {second.tiles}")
 
 
-# 5. How much traffic, really
+# 5. How much traffic, and which tiles
+
 
 def show_traffic(trace: Trace, knobs: Namespace) -> None:
-    """Accesses over a grid of n, d and M, fitted; blocks for one M; tiles in use."""
-    n, d, rng = 48, 16, random.Random(knobs.seed)
-    q, k, v = random_inputs(knobs, n, d)
-    trace.say(f"FlashAttention-2 on n = {n}, d = {d}, square tiles of B × B: the more SRAM, the fewer numbers cross. "
-              f"The vertical line is standard attention; flash gets below it when M is about 2d² = {2 * d * d}.")
-    standard, rows, width, crossed = standard_accesses(n, n, d, d), [], 36, {}
-    for block in (2, 4, 6, 8, 12, 24):
-        _, t = counted(flash_attention, q, k, v, sram=sram_needed(block, block, d, d), block_q=block, block_k=block)
-        crossed[block] = t.accesses
-        most = max(crossed.values())
-        line, mark = bar(t.accesses, most, width).ljust(width), round(width * standard / most)
-        rows.append([str(block), f"{t.peak:,}", f"{t.accesses:,}", f"{8 * (n * d)**2 / t.peak:,.0f}",
-                     line[:mark] + "│" + line[mark:]])
-    trace.ask("how many times fewer numbers cross with B = 8 than with B = 4?", crossed[4] / crossed[8])
-    old_table(trace, ["B", "M, counted", "crossed", "8n²d²/M", f"the line: standard's {standard:,}"], rows, left=(4,))
-
-    points, crossed, blocks = [], [], (2, 4, 6)
-    for n in (12, 24, 36):
-        for d in (16, 32, 64):
-            q, k, v = random_inputs(knobs, n, d)
-            for block in blocks:
-                _, t = counted(flash_attention, q, k, v, block_q=block, block_k=block)
-                points.append((n, d, t.peak))
-                crossed.append(t.accesses)
-    alone = [count - n * (2 * d + 1) for count, (n, d, _) in zip(crossed, points)]
-    fits = {"theory": [8, 2, 2, -1], "counted": fit_powers(points, alone)}
-    trace.say(f"{len(points)} runs like these (n from 12 to 36, d from 16 to 64, tiles of 2, 4 and 6), and constant "
-              "· n^a · d^b · M^c fitted to the numbers of k and v that crossed. (q, O and L cross once whatever M is.) "
-              "Nearly the theory, which neglects that the scores take some of M too.")
-    old_table(trace, ["", "constant", "a", "b", "c"],
-                [[name, f"{fit[0]:.1f}", *(f"{power:.2f}" for power in fit[1:])] for name, fit in fits.items()], (0,))
-
-    n, d, sram = min(knobs.seq_len, 48), knobs.head_dim, knobs.sram
-    q, k, v = random_inputs(knobs, n)
-    fitting = blocks_that_fit(sram, d, d, n, n)
-    trace.say(f"The blocks that M = {sram:,} allows for n = {n}, d = {d}: the more queries, the fewer keys. What "
-              "stays in the outer loop should be long: keys in version 1, queries in version 2. (With very few keys "
-              "tensor cores would idle, so kernels stop short of the best.)")
-    rows, counts = [], {}
-    for block_q, block_k in sorted({fitting[(len(fitting) - 1) * i // 3] for i in range(4)}):
-        first, second = (counted(attend, q, k, v, sram=sram, block_q=block_q, block_k=block_k)[1]
-                         for attend in (flash_attention_v1, flash_attention))
-        counts[block_q] = second.accesses
-        rows.append([f"{block_q}", f"{block_k}", f"{second.peak:,}", f"{first.accesses:,}", f"{second.accesses:,}"])
-    old_table(trace, ["block_q", "block_k", "peak", "version 1 crosses", "version 2 crosses"], rows)
-
-    trace.say("Tiles that real kernels use (forward, 16 bits, no mask), and what their q, k and v take of an SM's "
-              "shared memory (the rest is in registers). Last column: standard attention's traffic over theirs, n = 8,192.")
-    rows = []
-    for name, card, d, block_q, block_k in REAL_TILES:
-        held = 2 * (block_q * d + 2 * block_k * d) / 1024
-        gain = standard_accesses(8192, 8192, d, d) / flash_accesses(8192, 8192, d, d, block_q)
-        rows.append([name, card.name, str(d), f"{block_q} × {block_k}", f"{held:.0f} of {card.sram_kb} KB",
-                     f"{gain:.1f}×"])
-    old_table(trace, ["kernel", "card", "d", "tile", "q, k, v", "traffic"], rows, left=(0, 1))
-    trace.check("what crosses = n/B · n · 2d + n(2d + 1), for every run",
-                crossed == [flash_accesses(n, n, d, d, block) for (n, d, _), block in zip(points, blocks * 9)],
-                f"{len(points)} counts")
-    off = [abs(power - theory) for power, theory in zip(fits["counted"][1:], (2, 2, -1))]
-    trace.check("k and v: exponents of n, d and M as in theory",
-                all(map(operator.lt, off, (0.01, 0.1, 0.05))), "to 0.01, 0.1 and 0.05")
-    trace.check("version 2: more queries in a block never make more cross",
-                list(counts.values()) == sorted(counts.values(), reverse=True),
-                f"from {max(counts.values()):,} down to {min(counts.values()):,}")
+    """Traffic by the size of SRAM; tiles in use."""
+    small = Sizes(48, 16, 0, 0, seed=knobs.seed)
+    squares = [run_attention("version 2", small._replace(block_q=block, block_k=block))
+               for block in (2, 4, 6, 8, 12, 24)]
+    standard = sum(crossings_by_formula("standard", small))
+    fewer = [run for run in squares if run.crossed < standard]
+    trace.say("The more SRAM, the longer the blocks, and the fewer numbers cross: about 8n²d²/M, "
+              "if SRAM holds M. FlashAttention-2 with square tiles of B × B, n = 48, d = 16:")
+    trace.ask("how many times fewer numbers cross with B = 8 than with B = 4?",
+              squares[1].crossed / squares[3].crossed)
+    trace.table(squares, {"block_q as B": "d", "peak as M, counted": ",d", "bound as 8n²d²/M":
+                          ",.0f", "crossed": ",d bar 40"})
+    trace.say(f"Standard attention moves {standard:,}. Flash moves fewer from M = "
+              f"{fewer[0].peak:,} on; 2d² is {2 * 16**2}. (8n²d²/M leaves out q, O and L, and that "
+              "the scores take some of M too.)")
+    trace.say("Tiles of real kernels (forward, 16 bits, no mask). Stages: how many tiles of K and "
+              "V are in SRAM at once, so that one loads while another is multiplied.")
+    trace.table(REAL_TILES, {"kernel": "", "card": "", "d": "d", "block_q": "d", "block_k": "d",
+                             "stages": "d", "sram_kb as SRAM": "{:.0f} KB",
+                             "of_kb as of": "{:d} KB", "gain as less traffic": "{:.1f}×"})
+    trace.note("SRAM: q, k and v, and in FlashAttention-3 at d = 64 also P; the rest is in "
+               "registers. Less traffic: than standard attention, n = 8,192, by formula, without "
+               "caches. In FlashAttention-3 at d = 128 two SMs share each K and V that they load, "
+               "so it counts as 256 queries. Sources: the files named at REAL_TILES.")
+    check_runs(trace, "square tiles", squares)
+    trace.check("the counts lie above 8n²d²/M, and below three times that",
+                all(run.bound < run.crossed < 3 * run.bound for run in squares),
+                f"{len(squares)} runs")
 
 
-# 6. The backward pass
+# 6. The backward pass: weights computed again
+
+
+class BackwardRow(NamedTuple):
+    """A backward pass: what the forward pass kept for it, what crossed, what was computed."""
+
+    backward: str
+    kept: int           # numbers besides q, k and v
+    crossed: int
+    multiply_adds: int
+
+
+class BackwardRun(NamedTuple):
+    """Both backward passes on the same inputs, and the differences between them."""
+
+    rows: list[BackwardRow]
+    peak: int             # of SRAM, in the flash backward pass
+    error: float          # largest difference of dq, dk, dv from the standard backward pass
+
+
+def run_backward(sizes: Sizes, causal: bool) -> BackwardRun:
+    """Run both backward passes for random q, k, v and dO."""
+    q, k, v = random_inputs(sizes.seed, sizes.n, sizes.d)
+    d_out = random_inputs(sizes.seed + 1, sizes.n, sizes.d)[0]
+    weights = list(map(softmax, all_scores(q, k, causal)))
+    blocks = {"block_q": sizes.block_q, "block_k": sizes.block_k}
+    out, lse = flash_attention(q, k, v, causal=causal, **blocks)
+    standard = Traffic()
+    flash = Traffic(sizes.sram)
+    expected = standard_attention_backward(q, k, v, weights, d_out, traffic=standard)
+    gradients = flash_attention_backward(q, k, v, out, lse, d_out, causal=causal, traffic=flash,
+                                         **blocks)
+    rows = [BackwardRow("standard", count_numbers(weights), standard.accesses,
+                        standard.multiply_adds),
+            BackwardRow("flash", count_numbers(out) + count_numbers(lse), flash.accesses,
+                        flash.multiply_adds)]
+    return BackwardRun(rows, flash.peak, max(map(distance, gradients, expected)))
+
+
+def backward_by_formula(sizes: Sizes, causal: bool = False) -> list[BackwardRow]:
+    """Return what both passes keep, move and compute, for d_v = d."""
+    n, d = sizes.n, sizes.d
+    walked = walked_tiles(sizes, causal)
+    once = n * (7 * d + 1)  # zeros for dq; dO, O and D; k and v; dk and dv
+    crossed = once + sum(queries * (4 * d + 2) for queries, _ in walked)  # q, dO, dq twice, L, D
+    products = 5 * d * sum(queries * keys for queries, keys in walked)
+    return [BackwardRow("standard", n * n, 7 * n * n + 8 * n * d, 4 * n * n * d),
+            BackwardRow("flash", n * (d + 1), crossed, products)]
+
+
+def slope_error(seed: int) -> float:
+    """Return how far dq, dk and dv are from the slope of Σ dO · O in a random direction."""
+    inputs = random_inputs(seed, 5, 3)
+    direction = random_inputs(seed + 1, 5, 3)
+    d_out = random_inputs(seed + 2, 5, 3)[0]
+    options = {"block_q": 2, "block_k": 3, "causal": True}
+
+    def loss(step: float) -> float:
+        moved = [add_scaled(m, u, step) for m, u in zip(inputs, direction)]
+        return sum(map(dot, flash_attention(*moved, **options)[0], d_out))
+
+    out, lse = flash_attention(*inputs, **options)
+    gradients = flash_attention_backward(*inputs, out, lse, d_out, **options)
+    expected = sum(sum(map(dot, g, u)) for g, u in zip(gradients, direction))
+    return abs((loss(1e-5) - loss(-1e-5)) / 2e-5 - expected)
+
 
 def show_backward(trace: Trace, knobs: Namespace) -> None:
-    """Traffic and memory of both backward passes, and the gradients by finite differences."""
-    n, d, causal = knobs.seq_len, knobs.head_dim, knobs.causal
-    b_q, b_k, rng = min(knobs.block_q, n), min(knobs.block_k, n), random.Random(knobs.seed + 1)
-    (q, k, v), d_out = random_inputs(knobs, n), random_matrix(rng, n, d)
-    scores = score_tile(q, k, [visible(i, n, n, causal, None, 0)[1:] for i in range(n)], 1 / math.sqrt(d))
-    weights = list(map(softmax, scores))
-    out, lse = flash_attention(q, k, v, causal=causal, **knobs.blocks)
-    expected, standard = counted(standard_attention_backward, q, k, v, weights, d_out)
-    gradients, flash = counted(flash_attention_backward, q, k, v, out, lse, d_out, causal=causal, **knobs.blocks)
-
-    trace.say("Less memory, less traffic, a little more arithmetic (five products of matrices instead of four): instead "
-              f"of n² weights the forward pass leaves O and L. n = {n}, d = {d}{', causal' * causal}.")
-    kept = [f"{count_numbers(weights):,}", f"{count_numbers(out) + count_numbers(lse):,}"]
-    trace.ask(f"standard attention keeps {kept[0]} weights for the backward pass. How many numbers does flash keep, "
-              "besides q, k and v?", count_numbers(out) + count_numbers(lse))
-    old_table(trace, ["backward", "kept for it", "read", "written", "crossed", ""],
-                [[row[0], numbers, *row[1:]] for row, numbers
-                 in zip(traffic_rows({"standard": standard, "flash": flash}, 24), kept)], left=(0, 5))
-
-    options = dict(block_q=2, block_k=3, causal=True)
-    q2, k2, v2, d_out2 = (random_matrix(rng, *shape) for shape in ((5, 3), (7, 3), (7, 2), (5, 2)))
-
-    def loss() -> float:
-        return sum(map(dot, flash_attention(q2, k2, v2, **options)[0], d_out2))
-
-    differences = [[[difference_quotient(loss, row, c) for c in range(len(row))] for row in m] for m in (q2, k2, v2)]
-    analytic = flash_attention_backward(q2, k2, v2, *flash_attention(q2, k2, v2, **options), d_out2, **options)
-    for name, got, want in zip(("dq", "dk", "dv"), gradients, expected):
-        trace.check_close(f"{name} = the standard backward pass", got, want, 1e-11)
-    trace.check_close("dq, dk, dv of 5 causal queries and 7 keys = finite differences of Σ dO × O",
-                      [row for m in analytic for row in m], [row for m in differences for row in m], 1e-8)
-    trace.check_close("D: rowsum(dO × O) = rowsum(P × dP)", [list(map(dot, d_out, out))],
-                      [list(map(dot, weights, linear(d_out, v)))], 1e-11)
-    walked = walked_tiles(n, b_q, b_k, causal)
-    trace.check("numbers counted = by formula, both", standard.accesses == 7 * n * n + 8 * n * d
-                and flash.accesses == n * (7 * d + 1) + sum(rows * (4 * d + 2) for rows, _ in walked),
-                f"{standard.accesses:,} and {flash.accesses:,}")
-    trace.check("SRAM held what the formula says", flash.peak == sram_needed_backward(b_q, b_k, d, d),
-                f"peak {flash.peak:,}")
+    """What each backward pass keeps, moves and computes, and whether the gradients are right."""
+    d, sram = knobs.sizes.d, knobs.sizes.sram
+    block_q, block_k = backward_blocks(knobs.sizes.block_q, knobs.sizes.block_k, d, d, sram)
+    sizes = knobs.sizes._replace(block_q=block_q, block_k=block_k)
+    run = run_backward(sizes, knobs.causal)
+    standard, flash = run.rows
+    trace.say("The backward pass needs the n × n weights P again. Standard attention keeps them. "
+              "Flash keeps O and one number a row, L, and makes P again tile by tile, as exp(S - "
+              "L). The softmax's gradient needs one more number a row, D = dO · O.")
+    trace.ask(f"standard attention keeps {standard.kept:,} weights. How many numbers does flash "
+              "keep, besides q, k and v?", flash.kept)
+    trace.say(f"n = {sizes.n}, d = {d}, mask: {'causal' if knobs.causal else 'full'}, tiles of "
+              f"{block_q} × {block_k}. (A backward tile also holds dO, dq, dk, dv and dP, and so "
+              "may have to be smaller than a forward one.)")
+    trace.table(run.rows, {"backward": "", "kept": ",d", "crossed": ",d bar 18",
+                           "multiply_adds as multiply-adds": ",d"})
+    trace.say(compare_counts("Flash keeps", flash.kept, standard.kept) + " "
+              + compare_counts("It moves", flash.crossed, standard.crossed)
+              + " It makes five products of matrices for each tile, where standard attention "
+              "makes four.")
+    real, real_flash = backward_by_formula(Sizes(8192, 128, 64, 128))
+    trace.say("At the size of a real head, n = 8,192, d = 128, tiles of 64 × 128, by the formulas "
+              f"that the counts confirm, flash keeps {real.kept / real_flash.kept:.0f} times less "
+              f"and moves {real.crossed / real_flash.crossed:.1f} times less, for "
+              f"{real_flash.multiply_adds / real.multiply_adds:.2f} times the multiply-adds.")
+    trace.check("dq, dk, dv = the standard backward pass", run.error < 1e-11, "|Δ| < 1e-11")
+    trace.check("dq, dk, dv = the slope of Σ dO · O in a random direction",
+                slope_error(knobs.seed) < 1e-8, "by differences, 5 causal queries, |Δ| < 1e-8")
+    trace.check("numbers kept, crossed and multiplied = by formula",
+                run.rows == backward_by_formula(sizes, knobs.causal), "both passes")
+    trace.check("SRAM held what the formula says, and has room for it",
+                run.peak == sram_needed_backward(block_q, block_k, d, d) <= sram,
+                f"peak {run.peak:,} of {sram:,}")
 
 
-# 7. Flash-Decoding
+# 7. Flash-Decoding: split the keys
+
+
+class SplitRow(NamedTuple):
+    """One split of the keys: its partial result and its share of the weight."""
+
+    split: str
+    keys: str
+    lse: float
+    share: float
+    out: float  # channel 0
+
+
+class DecodeRun(NamedTuple):
+    """One query, its splits and their merge, and how far they are from attention's definition."""
+
+    rows: list[SplitRow]
+    error: float          # of the merged out and L
+    order_error: float    # of out and L, merged one at a time
+
+
+def run_decode(sizes: Sizes, n_splits: int) -> DecodeRun:
+    """Decode one query over n keys in n_splits; merge in several orders."""
+    q, k, v = random_inputs(sizes.seed, sizes.n, sizes.d)
+    query = q[-1:]
+    blocks = {"block_q": sizes.block_q, "block_k": sizes.block_k}
+    runs = split_evenly(sizes.n, n_splits)
+    parts = [flash_attention(query, k, v, keys=keys, **blocks) for keys in runs]
+    out, lse = flash_decode(query, k, v, n_splits=n_splits, **blocks)
+    rows = []
+    for s, (keys, (part_out, part_lse)) in enumerate(zip(runs, parts)):
+        name = f"{keys[0]}-{keys[-1]}" if keys else "none"
+        rows.append(SplitRow(str(s), name, part_lse[0], math.exp(part_lse[0] - lse[0]),
+                             part_out[0][0]))
+    rows = shorten(rows)
+    rows.append(SplitRow("all", f"0-{sizes.n - 1}", lse[0], 1.0, out[0][0]))
+
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merge_partials([part, merged])
+    expected = attention_by_definition(query, k, v)
+    return DecodeRun(rows, pair_gap((out, lse), expected), pair_gap(merged, expected))
+
+
+class SplitChoice(NamedTuple):
+    """A decoding step on one card: the wait unsplit and split, in tiles of keys."""
+
+    batch: int
+    length: int
+    jobs: int      # requests × KV heads
+    unsplit: int
+    splits: int
+    split: int
+    ideal: int     # if all SMs worked all the time
+
+
+def compare_splits(
+    n_sms: int, n_kv_heads: int, block_k: int, requests: Sequence[tuple[int, int]]
+) -> list[SplitChoice]:
+    """Return the wait unsplit and with choose_splits(), for each (batch, length)."""
+    rows = []
+    for batch, length in requests:
+        jobs = batch * n_kv_heads
+        n_tiles = ceil_div(length, block_k)
+        splits = choose_splits(n_sms, jobs, n_tiles)
+        rows.append(SplitChoice(batch, length, jobs, decode_wait(n_sms, jobs, n_tiles, 1), splits,
+                                decode_wait(n_sms, jobs, n_tiles, splits),
+                                ceil_div(jobs * n_tiles, n_sms)))
+    return rows
+
 
 def show_decode(trace: Trace, knobs: Namespace) -> None:
-    """Partial results and their merge; SMs at work."""
-    n, n_splits, rng = knobs.seq_len, knobs.n_splits, random.Random(knobs.seed)
-    q, k, v = random_inputs(knobs, n)
-    query, runs = q[-1:], split_evenly(n, n_splits)
-    parts = [flash_attention(query, k, v, keys=keys, **knobs.blocks) for keys in runs]
-    out, lse = flash_decode(query, k, v, n_splits=n_splits, **knobs.blocks)
-    trace.say(f"One query, {n} keys, {n_splits} split{'s' * (n_splits > 1)}. Each leaves an output and an L. exp(L_s "
-              "- L) is the share of the weight that lies in its part; the merged output is the average by these "
-              "shares.")
+    """Partial results and their merge; how long a decoding step waits, split and not."""
+    run = run_decode(knobs.sizes, knobs.n_splits)
+    trace.say("While a model generates, each head has one query and many keys. Flash-Decoding cuts "
+              "the keys into splits that different SMs take at the same time. Each split leaves "
+              "its output and its L. exp(L_s - L) is the share of the weight that lies in split s, "
+              "and the merged output is the average of the outputs by these shares.")
+    trace.say(f"One query over {knobs.sizes.n} random keys, {knobs.n_splits} splits. Output: "
+              "channel 0. (Of more than ten splits, the first five and the last four.)")
+    trace.table(run.rows, {"split": "", "keys": "", "lse as L_s": ".3f",
+                           "share": ".3f bar 24 of 1", "out as out_s": ".4f"})
+    rows = compare_splits(A100_SHEET.n_sms, 8, 128,
+                          ((1, 1024), (1, 8192), (1, 65536), (4, 8192), (16, 8192), (256, 8192)))
+    trace.say(f"How long does everybody wait? One decoding step on an {A100_SHEET.name} with "
+              f"{A100_SHEET.n_sms} SMs, 8 KV heads, tiles of 128 keys. A job is one head of one "
+              "request. Jobs run in rounds, one on each SM; the wait is counted in tiles.")
+    trace.ask("16 requests of 8,192 tokens are 128 jobs of 64 tiles, for 108 SMs. How many tiles "
+              "is the wait, unsplit?", rows[4].unsplit)
+    trace.table(rows, {"batch": "d", "length": ",d", "jobs": ",d",
+                       "unsplit as wait unsplit": ",d", "splits": "d", "split as wait split": ",d",
+                       "ideal": ",d"})
+    trace.note("ideal: all tiles over all SMs. splits: the fewest whose wait is within a tenth of "
+               "the shortest. A model: it leaves out the merge, and that SMs share the bandwidth "
+               "of HBM.")
+    trace.check("split and merged = attention by its definition, out and L", run.error < 1e-12,
+                "|Δ| < 1e-12")
+    trace.check("merged one at a time: the same",
+                run.order_error < 1e-12, "|Δ| < 1e-12, not to the last bit")
+    trace.check("split, the wait is within a tenth of the ideal",
+                all(10 * row.split <= 11 * row.ideal for row in rows), f"{len(rows)} cases")
+    small = [decode_wait(3, 1, 10, n_splits) for n_splits in (1, 2, 3, 4, 10)]
+    trace.check("10 tiles on 3 SMs, in 1, 2, 3, 4 and 10 splits, wait for 10, 5, 4, 6 and 4",
+                small == [10, 5, 4, 6, 4] and choose_splits(3, 1, 10) == 3, "by hand")
+
+
+# 8. Grouped queries, windows, pages and sinks
+
+
+class FamilyRow(NamedTuple):
+    """One of section 8's variants: what crosses, and how far it is from attention's definition."""
+
+    variant: str
+    read: int
+    crossed: int
+    error: float
+
+
+def run_decoding(sizes: Sizes) -> list[FamilyRow]:
+    """Run one decoding step of 4 query heads on 2 KV heads, head by head and by groups."""
+    q_heads = [[row] for row in random_inputs(sizes.seed, 4, sizes.d)[0]]
+    _, k, v = random_inputs(sizes.seed + 1, sizes.n, sizes.d)
+    k_heads = [k, v]
+    v_heads = [v, k]
+    apart = Traffic()
+    together = Traffic()
+    by_heads = flash_grouped_query(q_heads, k_heads, v_heads, block_q=1, block_k=sizes.block_k,
+                                   traffic=apart)
+    by_groups = flash_packed_group(q_heads, k_heads, v_heads, block_k=sizes.block_k,
+                                   traffic=together)
+    expected = [attention_by_definition(q, k_heads[h // 2], v_heads[h // 2])[0][0]
+                for h, q in enumerate(q_heads)]
+    return [FamilyRow("head by head", apart.reads, apart.accesses,
+                      distance([out[0] for out, _ in by_heads], expected)),
+            FamilyRow("a group as one block", together.reads, together.accesses,
+                      distance([row for out, _ in by_groups for row in out], expected))]
+
+
+def run_variants(sizes: Sizes, window: int, sink: float, block_table: list[int]) -> list[FamilyRow]:
+    """Run causal attention as it is, with a window, with a sink, and from pages."""
+    q, k, v = random_inputs(sizes.seed, sizes.n, sizes.d)
+    pages = [into_pages(rows, block_table, sizes.block_k) for rows in (k, v)]
+    variants = {"causal": (k, v, {}), f"window of {window}": (k, v, {"window": window}),
+                "learned sink": (k, v, {"sink": sink}), "pages": (*pages, {})}
     rows = []
-    for s, (keys, (part, (part_lse,))) in enumerate(zip(runs, parts)):
-        share = math.exp(part_lse - lse[0])
-        rows.append([str(s), f"{keys[0]}-{keys[-1]}" if keys else "none", f"{part_lse:.3f}", f"{share:.3f}",
-                     bar(share, 1, 24), f"{part[0][0]:8.4f}"])
-    if len(rows) > 10:
-        rows[5:-4] = [["…"] + [""] * 5]
-    old_table(trace, ["split", "keys", "L_s", "share", "", "out_s[0]"],
-                rows + [["all", f"0-{n - 1}", f"{lse[0]:.3f}", "1.000", "", f"{out[0][0]:8.4f}"]], left=(1, 4))
+    for name, (keys, values, options) in variants.items():
+        traffic = Traffic()
+        result = flash_attention(q, keys, values, block_q=sizes.block_q, block_k=sizes.block_k,
+                                 causal=True, traffic=traffic, **options)
+        expected = attention_by_definition(q, k, v, True, **options)
+        rows.append(FamilyRow(name, traffic.reads, traffic.accesses, pair_gap(result, expected)))
+    return rows
 
-    heads, block_k = 8, 128
-    trace.say(f"Who works? {A100.name}, {A100.n_sms} SMs; one decoding step of a model with {heads} KV heads; tiles "
-              f"of {block_k} keys. Unsplit, there is one job for each request and head. The longest job, in tiles, "
-              "is what everybody waits for.")
-    rows = []
-    for batch, length in ((1, 1024), (1, 8192), (1, 65536), (4, 8192), (16, 8192)):
-        jobs, n_tiles = batch * heads, length // block_k
-        splits = splits_that_fill(A100, jobs, n_tiles)
-        cells = [[f"{min(A100.n_sms, busy)}", bar(busy, A100.n_sms, 12), f"{longest}"]
-                 for busy, longest in ((jobs, n_tiles), (jobs * splits, -(-n_tiles // splits)))]
-        rows.append([f"{batch}", f"{length:,}", *cells[0], f"{splits}", *cells[1]])
-    trace.ask("one request of 65,536 tokens. Into how many splits must each head's keys be cut, so that nearly all SMs "
-              "have work?", splits_that_fill(A100, heads, 65536 // block_k))
-    old_table(trace, ["batch", "length", "SMs", "unsplit", "longest", "splits", "SMs", "split", "longest"], rows, (3, 7))
-
-    whole, trees = flash_attention(query, k, v, **knobs.blocks), parts[:]
-    while len(trees) > 1:
-        trees.append(merge_partials([trees.pop(rng.randrange(len(trees))) for _ in "ab"]))
-    trace.check_close("decode = one pass over all keys, out and L", [*out, lse], [*whole[0], whole[1]], 1e-12)
-    trace.check_close("merged the other way round, and two by two in a random tree: the same",
-                      [*merge_partials(parts[::-1])[0], *trees[0][0]], [*out, *out], 1e-12)
-    halves = [flash_attention(q, k, v, keys=keys, **knobs.blocks) for keys in split_evenly(n, 2)]
-    trace.check_close("cascade: all queries to a shared prefix, then to the rest, merged = to everything",
-                      merge_partials(halves)[0], standard_attention(q, k, v)[0], 1e-12)
-
-
-# 8. Grouped queries, windows and pages
 
 def show_family(trace: Trace, knobs: Namespace) -> None:
-    """GQA, a window and pages: traffic, walks, and equality with the dense computation."""
-    n, d, rng, blocks = knobs.seq_len, knobs.head_dim, random.Random(knobs.seed), knobs.blocks
-    q_heads, k_heads, v_heads = ([random_matrix(rng, n, d) for _ in range(count)] for count in (4, 2, 2))
-    q, k, v = q_heads[0], k_heads[0], v_heads[0]
-    apart, together = Traffic(), Traffic()
-    steps = flash_grouped_query([q[-1:] for q in q_heads], k_heads, v_heads, traffic=apart, **blocks)
-    as_blocks = [flash_attention([q[-1] for q in q_heads[2 * g:2 * g + 2]], k_heads[g], v_heads[g], block_q=2,
-                                 block_k=knobs.block_k, traffic=together) for g in range(2)]
-    trace.say(f"Grouped-query attention, 4 query heads on 2 KV heads, one decoding step over {n} keys: head by head "
-              "k and v are read twice; once, if the group's queries form a block.")
-    trace.ask("how many times fewer numbers cross if they do?", apart.accesses / together.accesses)
-    old_table(trace, ["", "read", "written", "crossed", ""],
-                traffic_rows({"head by head": apart, "group as a block": together}, 32), left=(0, 4))
-
-    window = max(1, n // 4)
-    full, windowed = (counted(flash_attention, q, k, v, causal=True, window=w, draw=True, **blocks)
-                      for w in (None, window))
-    trace.say(f"A window of {window} keys: tiles too far back are not touched either.")
-    trace.lines(side_by_side([draw_walk(f"{name}: {t.accesses:,} crossed", n, knobs, t.walk, reach) for name, t, reach
-                              in (("causal", full[1], n), (f"window {window}", windowed[1], window))], gap=4))
-    trace.note(WALK_LEGEND)
-
-    page_size = min(knobs.block_k, n)
-    n_pages = -(-n // page_size)
-    table = rng.sample(range(n_pages + 3), n_pages)
-    k_pages, v_pages = ([[[0.0] * d] * page_size for _ in range(n_pages + 3)] for _ in "kv")
-    for page, rows in zip(table, tiles(range(n), page_size)):
-        k_pages[page][:len(rows)], v_pages[page][:len(rows)] = k[rows.start:rows.stop], v[rows.start:rows.stop]
-    trace.say(f"Pages of {page_size} rows in {n_pages + 3} slots. The block table: " + " ".join(map(str, table[:12]))
-              + " …" * (n_pages > 12) + ". k and v never lie in a row; each tile is gathered through it.")
-    paged_k, paged_v = PagedRows(k_pages, table, n), PagedRows(v_pages, table, n)
-    paged = counted(flash_attention, q, paged_k, paged_v, causal=True, **blocks)
-    grouped = flash_grouped_query(q_heads, k_heads, v_heads, causal=True, **blocks)
-    repeated = [standard_attention(q_heads[h], k_heads[h // 2], v_heads[h // 2], causal=True) for h in range(4)]
-    trace.check_close("GQA without copies = standard attention with each KV head repeated",
-                      [row for out, _ in grouped for row in out], [row for out, _ in repeated for row in out], 1e-12)
-    trace.check_close("the group as a block = head by head", [row for out, _ in as_blocks for row in out],
-                      [row for out, _ in steps for row in out], 1e-12)
-    trace.check_close("window = dense attention under that mask", windowed[0][0],
-                      dense_attention(q, k, v, lambda i, j: i - window < j <= i), 1e-12)
-    trace.check("pages = rows in order, and as many numbers crossed",
-                paged[0] == full[0] and paged[1].accesses == full[1].accesses, "to the bit")
+    """GQA, a window, pages and a sink: traffic, and equality with attention's definition."""
+    sizes = knobs.sizes
+    window = max(1, sizes.n // 4)
+    n_pages = ceil_div(sizes.n, sizes.block_k)
+    block_table = random.Random(knobs.seed).sample(range(n_pages + 3), n_pages)
+    decoding = run_decoding(sizes)
+    variants = run_variants(sizes, window, 1.0, block_table)
+    apart, together = decoding
+    trace.say("In grouped-query attention several query heads share the k and v of one KV head. "
+              f"In one decoding step of 4 query heads on 2 KV heads, {sizes.n} keys, head by head, "
+              "k and v are read once for each query head. If the queries of a group form one "
+              "block, they are read once for the group.")
+    trace.ask("how many times fewer numbers cross then?", apart.crossed / together.crossed)
+    columns = {"read": ",d", "crossed": ",d bar 36"}
+    trace.table(decoding, {"variant as decoding": "", **columns})
+    more = " …" if n_pages > 12 else ""
+    trace.say(f"Causal attention of {sizes.n} queries: as it is; with a window of {window} keys, "
+              "where tiles too far back are skipped as well; with a learned sink of score 1, one "
+              f"more term in each query's l; and with k and v in pages of {sizes.block_k} rows, "
+              "scattered over a cache. The block table says in which slot each page lies: "
+              f"{' '.join(map(str, block_table[:12]))}{more}.")
+    trace.table(variants, {"variant": "", **columns})
+    trace.check("each of them = attention by its definition",
+                max(row.error for row in decoding + variants) < 1e-12,
+                f"{len(decoding + variants)} variants, |Δ| < 1e-12")
+    reads = [4 * sizes.d + heads * 2 * sizes.n * sizes.d for heads in (4, 2)]
+    trace.check("k and v are read for each query head, or for each group",
+                [row.read for row in decoding] == reads, f"{reads[0]:,} and {reads[1]:,}")
+    causal, near, sink, paged = (row.crossed for row in variants)
+    trace.check("a window moves no more numbers, a sink and pages as many",
+                near <= causal == sink == paged, f"{near:,} and {causal:,}")
 
 
-# 9. What FlashAttention-3 and -4 changed
+# 9. FlashAttention-3: FP8
 
-def show_later_versions(trace: Trace, knobs: Namespace) -> None:
-    """FP8 with and without rotation; rescaling less often; what the papers report."""
-    n, d, block, rng = 32, 64, 8, random.Random(knobs.seed)
-    signs = [rng.choice((-1.0, 1.0)) for _ in range(d)]
+FP8_DRAWS = 4  # inputs of each kind
+FP8_TILE = 8   # rows that share a scale
 
-    kinds = {"outliers anywhere": lambda i, c: rng.gauss(0, 10 if rng.random() < 0.001 else 1),
-             "outliers in one channel": lambda i, c: rng.gauss(0, 1) + 20 * (c == d // 2) * rng.choice((-1, 1)),
-             "one tile a millionth": lambda i, c: rng.gauss(0, 1e-6 if i < block else 1)}
-    trace.say(f"FP8: q and k of {n} rows, d = {d}, stored in e4m3. How far a row of q kᵀ is off on average, |error| "
-              f"/ |exact|, with one scale for the matrix, one for each tile of {block} rows, and q and k rotated "
-              "first. Three kinds of trouble: one number in a thousand ten times as wide (much as in the "
-              "FlashAttention-3 paper's test); one channel near ±20 in q and in k; a tile that is tiny.")
-    errors, rotation = {}, []
-    for kind, entry in kinds.items():
-        q, k = ([[entry(i, c) for c in range(d)] for i in range(n)] for _ in "qk")
-        rotated, exact = [hadamard_rotate(m, signs) for m in (q, k)], linear(q, k)
-        rotation.append(relative_error(linear(*rotated), exact))
-        errors[kind] = [fmean(relative_error([got], [want]) for got, want
-                              in zip(linear(quantize_blocks(a, rows), quantize_blocks(b, rows)), exact))
-                        for a, b, rows in ((q, k, n), (q, k, block), (*rotated, block))]
-    remedies = errors["outliers in one channel"]
-    trace.ask("one channel is large in every row. What lowers the error more, a 'scale' for each tile or 'rotation'?",
-              "scale" if remedies[0] - remedies[1] > remedies[1] - remedies[2] else "rotation")
-    old_table(trace, ["", "one scale", "one a tile", "and rotated"],
-                [[kind, *(f"{error:.1%}" for error in row)] for kind, row in errors.items()], left=(0,))
-    trace.say("e4m3 has an exponent of its own, so a scale a tile matters only where tiles differ by more than its "
-              "range. Rotation helps where large meets large: spread over d channels, the rounding errors average "
-              "out.")
 
-    tile, a, b, c = 8, *(random_matrix(rng, rows, 16, spread) for rows, spread in ((32, 1), (64, 1), (64, 1)))
-    scores = {"random q and k, d = 16": linear(a, b), "the text's own": text_scores(knobs),
-              "rising by 1 a key": [[float(j) for j in range(64)]]}
-    trace.say(f"Rescaling less: rows of scores taken in {tile} at a time. How often does m move after the first "
-              "tile, so that o must be rescaled, if it follows every new maximum, and if only one that exceeds it "
-              "by more than 8 powers of two?")
-    rows, saved = [], True
-    for name, matrix in scores.items():
-        always, rarely = (count_rescalings(matrix, tile, threshold) for threshold in (0.0, RESCALE_THRESHOLD))
-        saved &= rarely <= always
-        steps = len(matrix) * (len(tiles(range(len(matrix[0])), tile)) - 1)
-        rows.append([name, f"{steps:,}", f"{always:,}", f"{rarely:,}"])
-    old_table(trace, ["rows of scores", "tiles after the first", "m follows always", "by threshold"], rows, left=(0,))
-    states = [(*EMPTY, [0.0] * 16)] * len(a)
-    for part in tiles(range(len(b)), tile):
-        states = [absorb(state, row[part.start:part.stop], list(zip(*c[part.start:part.stop])), RESCALE_THRESHOLD)
-                  for state, row in zip(states, linear(a, b))]
-    trace.check("rotation changes no score", max(rotation) < 1e-12, "relative error < 1e-12")
-    trace.check("rotation at least halves the error where one channel is wide, a scale a tile where a tile is tiny",
-                2 * errors["outliers in one channel"][2] < errors["outliers in one channel"][1]
-                and 2 * errors["one tile a millionth"][1] < errors["one tile a millionth"][0], "as in the table")
-    trace.check_close("rescaling by threshold = standard attention", [finish(state)[0] for state in states],
-                      standard_attention(a, b, c, scale=1.0)[0], 1e-12)
-    trace.check("it never rescales more often", saved, "the counts above")
+class Fp8Row(NamedTuple):
+    """The error of the output, |error| / |exact|, with q and k in FP8; mean over the draws."""
+
+    inputs: str
+    one_scale: float   # for the matrix
+    tile_scale: float  # for each tile
+    rotated: float     # a scale for each tile, and q and k rotated first
+    rotation: float    # rotated, but not rounded: what the rotation alone changes
+
+
+def compare_fp8(inputs: str, widths: Vector, seed: int) -> Fp8Row:
+    """Draw q and k with channels of these widths several times, quantize them, compare outputs."""
+    rng = random.Random(seed)
+    errors = []
+    for _ in range(FP8_DRAWS):
+        q = scale_channels(gaussian_matrix(rng, 16, len(widths)), widths)
+        k = scale_channels(gaussian_matrix(rng, 64, len(widths)), widths)
+        v = gaussian_matrix(rng, 64, len(widths))
+        signs = [rng.choice((-1.0, 1.0)) for _ in widths]
+        rotated = [hadamard_rotate(m, signs) for m in (q, k)]
+        variants = [[quantize_blocks(m, 64) for m in (q, k)],
+                    [quantize_blocks(m, FP8_TILE) for m in (q, k)],
+                    [quantize_blocks(m, FP8_TILE) for m in rotated], rotated]
+        exact, _ = attention_by_definition(q, k, v)
+        norm = math.hypot(*(x for row in exact for x in row))
+        errors.append([distance(attention_by_definition(*variant, v)[0], exact) / norm
+                       for variant in variants])
+    return Fp8Row(inputs, *map(fmean, zip(*errors)))
+
+
+def show_fp8(trace: Trace, knobs: Namespace) -> None:
+    """The output's error with q and k in FP8, with and without rotation."""
+    normal = compare_fp8("all channels alike", [1.0] * 32, knobs.seed)
+    wide = compare_fp8("2 channels 5 times as wide", [5.0] * 2 + [1.0] * 30, knobs.seed)
+    gain = wide.tile_scale / wide.rotated
+    trace.say("FlashAttention-3 can multiply in FP8, numbers with 4 significant bits. Two remedies "
+              "keep the error low: a scale for each tile, and rotating q and k by the same random "
+              "orthogonal matrix first, which changes no score and spreads wide channels over all "
+              "of them.")
+    trace.ask("with some channels wide, how many times does the rotation lower the error of the "
+              "output?", gain)
+    trace.say("The error of the output, |error| / |exact|, when q and k are rounded to FP8 (16 "
+              f"queries, 64 keys, d = 32; tiles of {FP8_TILE} rows; mean of {FP8_DRAWS} random "
+              "inputs of each kind):")
+    trace.table([normal, wide], {"inputs as q and k": "", "one_scale": ".1%",
+                                 "tile_scale as a scale a tile": ".1%",
+                                 "rotated as and rotated": ".1%"})
+    if gain > 1.25:
+        verdict = f"With wide channels the rotation lowers the error {gain:.1f} times."
+    else:
+        verdict = "In these draws the rotation hardly helps, even with wide channels."
+    trace.say(f"{verdict} Where all channels are alike, there is nothing to spread. A scale a tile "
+              "does little, because FP8 numbers have an exponent of their own. The paper finds the "
+              "same for both, and reports 2.6 times less error than FP8 without them.")
+    trace.note("Small draws, and v and P stay exact here. In the kernel they are FP8 too, which "
+               "adds an error that no rotation of q and k lowers.")
+    trace.check("rotating q and k alone changes no output", max(normal.rotation, wide.rotation)
+                < 1e-12, "relative error < 1e-12")
+    codes = sorted({round_to_e4m3(i / 2**10) for i in range(2**10 + 1)})
+    trace.check("e4m3: 8 numbers in each power of two, down to steps of 2^-9, and at most 448",
+                len(codes) == 57 and codes[1] == 2**-9 and round_to_e4m3(1e9) == 448,
+                f"{len(codes)} numbers from 0 to 1")
+    trace.check("FP8 loses something, and less than a tenth where channels are alike",
+                all(0.001 < error < 0.1 for error in normal[1:4]), "all three ways")
+
+
+# 10. FlashAttention-4: cheaper exponentials
+
+
+class Rescalings(NamedTuple):
+    """How often m moves after the first tile, in rows of scores taken in tile by tile."""
+
+    scores: str
+    tiles: int             # after the first, in all rows
+    always: int            # moves, if m follows every new maximum
+    lazily: int            # moves, if it follows beyond the threshold
+    largest_weight: float  # exp(s - m) under the threshold
+    error: float           # of L under the threshold, against log_sum_exp
+
+
+def count_rescalings(name: str, rows: Matrix, tile: int, threshold: float) -> Rescalings:
+    """Take in rows of scores tile by tile, with and without the threshold."""
+    parts = tiles(range(len(rows[0])), tile)
+    always = 0
+    lazily = 0
+    weights = []
+    errors = []
+    for row in rows:
+        strict = lazy = empty_state(0)
+        for part in parts:
+            scores = row[part.start:part.stop]
+            old_strict, old_lazy = strict, lazy
+            strict = absorb(strict, scores, [])
+            lazy = absorb_lazily(lazy, scores, [], threshold)
+            always += strict.m > old_strict.m > -math.inf
+            lazily += lazy.m > old_lazy.m > -math.inf
+            weights.append(math.exp(max(scores) - lazy.m))
+        errors.append(abs(finish(lazy)[1] - log_sum_exp(row)))
+    return Rescalings(name, len(rows) * (len(parts) - 1), always, lazily, max(weights),
+                      max(errors))
+
+
+def polynomial_error(points: int) -> float:
+    """Return the largest relative error of exp2_by_polynomial on a grid of x from -8 to 0."""
+    xs = [-8 * i / points for i in range(points + 1)]
+    return max(abs(exp2_by_polynomial(x) / 2.0**x - 1) for x in xs)
+
+
+def rescaled_rows(tokens: Sequence[str], seed: int) -> list[Rescalings]:
+    """Count rescalings in scores of four kinds."""
+    q, k, _ = random_inputs(seed, 64, 16)
+    kinds = {"random q and k": all_scores(q, k, False),
+             "the text's own": text_scores(tokens, seed),
+             "rising by 1/2 a key": [[j / 2 for j in range(64)]],
+             "rising by 1 a key": [[float(j) for j in range(64)]]}
+    return [count_rescalings(name, rows, 8, RESCALE_THRESHOLD) for name, rows in kinds.items()]
+
+
+def show_fa4(trace: Trace, knobs: Namespace) -> None:
+    """Rescaling by threshold; exp2 by polynomial."""
+    rows = rescaled_rows(knobs.tokens, knobs.seed)
+    error = polynomial_error(1000)
+    trace.say("On the newest cards tensor cores multiply so fast that exp takes as long as the "
+              "products: 1,024 clock cycles each on a B200, for a tile of 128 × 128 at d = 128. "
+              "FlashAttention-4 rescales less: m may lag behind the maximum by up to 8 powers of "
+              "two. How often does it move after the first tile, with tiles of 8 scores, and how "
+              "large do weights get?")
+    trace.ask("scores rise by 1/2 a key, 8 keys a tile: in how many of the 7 tiles after the first "
+              "does m move under the threshold?", rows[2].lazily)
+    trace.table(rows, {"scores as rows of scores": "", "tiles as later tiles": ",d",
+                       "always as moves always": ",d", "lazily as by threshold": ",d",
+                       "largest_weight": ",.1f"})
+    trace.say("And it computes part of the exponentials by a polynomial of degree 3. For x from -8 "
+              f"to 0 it is off by at most {error:.1e} of 2^x. The weights are rounded to bf16 "
+              "next, whose last place is worth at least 1/256 of a number, so that is at most "
+              f"{256 * error:.3f} of the last place.")
+    trace.check("lazy rescaling ends with the same L", max(row.error for row in rows) < 1e-12,
+                "|Δ| < 1e-12")
+    trace.check("m moves at each tile that rises by 4 or 8, and by threshold at 3 and 7 of 7",
+                [(row.always, row.lazily) for row in rows[2:]] == [(7, 3), (7, 7)], "by hand")
+    trace.check("no weight above 2^8, and some above 1",
+                1 < max(row.largest_weight for row in rows) <= 256, "the threshold")
+    trace.check("the polynomial is within 1e-4, where bf16 itself rounds by up to 2e-3",
+                0 < error < 1e-4, "1,001 points")
 
 
 # =============================================================================================
-# THE MODEL AND THE BENCH
+# THE MODEL AND THE BENCH: there is no model here; cards, kernels, references, pictures
 # =============================================================================================
+
+# Cards and kernels, by their sources
+
+
+@dataclass(frozen=True)
+class DataSheet:
+    """A GPU by its data sheet."""
+
+    name: str
+    flops: float            # a second, dense, 16 bits
+    hbm_bytes_per_s: float
+    l2_mb: int              # the cache between HBM and all SMs
+    n_sms: int
+
+
+# NVIDIA A100 data sheet and A100 architecture white paper.
+A100_SHEET = DataSheet("A100 80GB SXM", 312e12, 2039e9, 40, 108)
+# NVIDIA H100 architecture white paper.
+H100_SHEET = DataSheet("H100 80GB SXM", 989.4e12, 3350e9, 50, 132)
+CARDS = (A100_SHEET, H100_SHEET)
+
+
+class RealTile(NamedTuple):
+    """The tile of a real kernel: forward, 16 bits, no mask."""
+
+    kernel: str
+    card: str
+    of_kb: int         # shared memory of an SM
+    d: int
+    block_q: int
+    block_k: int
+    stages: int        # tiles of K and of V in SRAM at once
+    p_in_sram: bool    # P lies in SRAM, not in registers
+    cluster: int       # SMs that share the K and V that they load
+
+    @property
+    def sram_kb(self) -> float:
+        """What it takes of an SM's shared memory: q, the stages of k and v, and P or not."""
+        numbers = (self.block_q + self.stages * 2 * self.block_k) * self.d
+        if self.p_in_sram:
+            numbers += self.block_q * self.block_k
+        return 2 * numbers / 1024
+
+    @property
+    def gain(self) -> float:
+        """How many times less it moves than standard attention, at n = 8,192 and without caches."""
+        sizes = Sizes(8192, self.d, self.block_q * self.cluster, 8192)
+        return (sum(crossings_by_formula("standard", sizes))
+                / sum(crossings_by_formula("version 2", sizes)))
+
+
+# Dao-AILab/flash-attention: csrc/flash_attn/src/flash_fwd_launch_template.h for version 2;
+# hopper/tile_size.h and hopper/flash_fwd_launch_template.h (kStages, ClusterM) for version 3.
+# Shared memory: the Ampere and Hopper tuning guides.
+REAL_TILES = (
+    RealTile("FlashAttention-2", "A100", 164, 64, 128, 128, 1, False, 1),
+    RealTile("FlashAttention-2", "A100", 164, 128, 128, 64, 1, False, 1),
+    RealTile("FlashAttention-3", "H100", 228, 64, 192, 192, 2, True, 1),
+    RealTile("FlashAttention-3", "H100", 228, 128, 128, 176, 2, False, 2),
+)
+
+
+# Matrices
+
 
 def multiply(a: Matrix, b: Matrix) -> Matrix:
-    """The product a b: [n][m], [m][p] -> [n][p]."""
-    columns = list(zip(*b))
+    """Return the product a b: [n][m], [m][p] -> [n][p]."""
+    columns = transpose(b)
     return [[dot(row, column) for column in columns] for row in a]
 
 
 def transpose(m: Matrix) -> list[tuple[float, ...]]:
-    """[n][m] -> [m][n]."""
+    """Return m with rows and columns exchanged."""
     return list(zip(*m))
 
 
+def scale_matrix(m: Matrix, factor: float) -> Matrix:
+    """Return m · factor."""
+    return [[x * factor for x in row] for row in m]
+
+
+def scale_channels(m: Matrix, factors: Vector) -> Matrix:
+    """Return m with each column multiplied by its factor."""
+    return [list(map(operator.mul, row, factors)) for row in m]
+
+
+def add_scaled(a: Matrix, b: Matrix, factor: float) -> Matrix:
+    """Return a + b · factor."""
+    return [[x + y * factor for x, y in zip(*rows)] for rows in zip(a, b)]
+
+
+def copy_rows(rows: Sequence) -> list:
+    """Return a copy of the rows of a matrix, or of the numbers of a vector."""
+    return [row if isinstance(row, (int, float)) else list(row) for row in rows]
+
+
 def count_numbers(tile: Sequence) -> int:
-    """How many numbers a matrix or a vector has."""
-    return len(tile) if not tile or isinstance(tile[0], (int, float)) else sum(map(len, tile))
+    """Return how many numbers a matrix or a vector has."""
+    if not tile or isinstance(tile[0], (int, float)):
+        return len(tile)
+    return sum(map(len, tile))
 
 
-def check_arguments(q: Matrix, k: Matrix, v: Matrix, scale: float | None, traffic: Traffic | None,
-                    keys: range | None = None, **counts: int | None) -> tuple[float, Traffic]:
-    """(the scale, the traffic to count in). ValueError, with what would do, where attention cannot work."""
-    if not len(k) or not len(k[0]) or len(v) != len(k) or not len(v[0]):
-        raise ValueError(f"k and v must have as many rows as each other, at least one, of at least one channel, "
-                         f"not {len(k)} and {len(v)} rows")
-    if any(len(row) != len(k[0]) for row in q):
-        raise ValueError(f"q and k must have as many channels as each other, not {len(q[0])} and {len(k[0])}")
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, not {count}")
-    if keys is not None and not (keys.step == 1 and 0 <= keys.start and (keys.stop <= len(k) or not keys)):
-        raise ValueError(f"keys must be a run within the {len(k)} keys, not {keys}")
-    return 1 / math.sqrt(len(k[0])) if scale is None else scale, traffic or Traffic()
+def gaussian_matrix(rng: random.Random, rows: int, columns: int) -> Matrix:
+    """Return normal numbers of mean 0 and standard deviation 1."""
+    return [[rng.gauss(0, 1) for _ in range(columns)] for _ in range(rows)]
 
 
-def check_rows(n: int, **matrices: tuple[Sequence, int | None]) -> None:
-    """ValueError unless each has n rows, one for each query, of so many channels (None: it is a vector)."""
-    for name, (rows, width) in matrices.items():
-        if len(rows) != n or width is not None and any(len(row) != width for row in rows):
-            wanted = f"{n} rows, one for each query" + ("" if width is None else f", of {width} channels")
-            found = f"{len(rows)}" + ("" if width is None else f", of {sorted(set(map(len, rows)))}")
-            raise ValueError(f"{name} must have {wanted}, not {found}")
-
-
-def random_inputs(knobs: Namespace, n: int, d: int | None = None) -> tuple[Matrix, Matrix, Matrix]:
-    """Random q, k, v [n][d], d the head_dim unless given."""
-    rng = random.Random(knobs.seed)
-    q, k, v = (random_matrix(rng, n, d or knobs.head_dim) for _ in range(3))
+def random_inputs(seed: int, n: int, d: int) -> tuple[Matrix, Matrix, Matrix]:
+    """Return random q, k, v [n][d]."""
+    rng = random.Random(seed)
+    q = gaussian_matrix(rng, n, d)
+    k = gaussian_matrix(rng, n, d)
+    v = gaussian_matrix(rng, n, d)
     return q, k, v
 
 
-def text_scores(knobs: Namespace) -> Matrix:
-    """Scores of every token of the text against every other, [n][n]: each different token has a random code, d = 16.
+def text_scores(tokens: Sequence[str], seed: int) -> Matrix:
+    """Return the scores of every token against every other, [n][n].
 
-    Equal tokens agree, others do so by chance.
+    Each different token has a random code of 16 numbers, its query and its key.
     """
-    rng, d = random.Random(knobs.seed), 16
-    codes = {token: random_matrix(rng, 1, d)[0] for token in dict.fromkeys(knobs.tokens)}
-    x = [codes[token] for token in knobs.tokens]
-    return [[score / math.sqrt(d) for score in row] for row in linear(x, x)]
+    rng = random.Random(seed)
+    codes = {token: gaussian_matrix(rng, 1, 16)[0] for token in dict.fromkeys(tokens)}
+    x = [codes[token] for token in tokens]
+    return all_scores(x, x, False)
 
 
-def counted(function: Callable, *arguments: object, sram: int | None = None, draw: bool = False,
-            **options: object) -> tuple:
-    """(what function(*arguments, **options) returns, the Traffic it made)."""
-    traffic = Traffic(sram, draw)
-    return function(*arguments, traffic=traffic, **options), traffic
+def into_pages(rows: Matrix, block_table: Sequence[int], page_size: int) -> PagedRows:
+    """Return rows, laid into pages at the slots that block_table says."""
+    pages = [[[]] * page_size for _ in range(max(block_table) + 1)]
+    for slot, page in zip(block_table, tiles(range(len(rows)), page_size)):
+        pages[slot][:len(page)] = rows[page.start:page.stop]
+    return PagedRows(pages, block_table, len(rows))
 
 
-def traffic_rows(traffics: dict[str, Traffic], width: int) -> list[list[str]]:
-    """Rows of a table: name, read, written, crossed, and crossed as a bar."""
-    most = max(t.accesses for t in traffics.values())
-    return [[name, f"{t.reads:,}", f"{t.writes:,}", f"{t.accesses:,}", bar(t.accesses, most, width)]
-            for name, t in traffics.items()]
+# Arguments: what is left out, and what cannot work
 
 
-def walked_tiles(n: int, block_q: int, block_k: int, causal: bool) -> list[tuple[int, int]]:
-    """For the formulas: (queries, keys) in each tile with something to see, n queries and keys.
+def default_scale(scale: float | None, k: Matrix) -> float:
+    """Return the scale, or 1/√d where none is given."""
+    return 1 / math.sqrt(len(k[0])) if scale is None else scale
 
-    Under the mask that is any tile whose bottom left corner is on or below the diagonal.
+
+def check_counts(**counts: int | None) -> None:
+    """ValueError names a count that is less than 1; None passes."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, not {count}")
+
+
+def check_inputs(
+    q: Matrix, k: Matrix, v: Matrix, keys: range | None = None, **counts: int | None
+) -> None:
+    """ValueError, with what would do, where attention cannot work."""
+    if not len(k) or not len(k[0]) or len(v) != len(k) or not len(v[0]):
+        raise ValueError("k and v must have as many rows as each other, at least one, of at least "
+                         f"one channel, not {len(k)} and {len(v)} rows")
+    if any(len(row) != len(k[0]) for row in q):
+        raise ValueError("q and k must have as many channels as each other, not "
+                         f"{len(q[0])} and {len(k[0])}")
+    check_counts(**counts)
+    if keys is not None:
+        inside = 0 <= keys.start and (keys.stop <= len(k) or not keys)
+        if keys.step != 1 or not inside:
+            raise ValueError(f"keys must be a run within the {len(k)} keys, not {keys}")
+
+
+def check_rows(n: int, width: int | None, **matrices: Sequence) -> None:
+    """ValueError unless each has n rows, one for each query, of that many channels, if any."""
+    for name, rows in matrices.items():
+        if len(rows) != n or width is not None and any(len(row) != width for row in rows):
+            channels = "" if width is None else f" of {width} channels"
+            raise ValueError(f"{name} must have {n} rows, one for each query,{channels}, not "
+                             f"{len(rows)} rows or others")
+
+
+def check_parts(parts: Sequence[tuple[Matrix, Vector]]) -> None:
+    """ValueError unless there is at least one part, and all have as many rows."""
+    lengths = {len(rows) for part in parts for rows in part}
+    if not parts or len(lengths) > 1:
+        raise ValueError("parts must be at least one (out, lse), all of as many rows, not "
+                         f"{len(parts)} of {sorted(lengths)}")
+
+
+def check_rotation(m: Matrix, signs: Vector) -> None:
+    """ValueError unless the channels are a power of two, with a sign for each."""
+    d = len(signs)
+    if d < 1 or d & (d - 1) or any(len(row) != d for row in m):
+        raise ValueError("signs must be one for each channel of m, and a power of two of them, "
+                         f"not {d}")
+
+
+def group_size(
+    q_heads: Sequence[Matrix], k_heads: Sequence[Matrix], v_heads: Sequence[Matrix]
+) -> int:
+    """Return how many query heads share a KV head; ValueError if that does not work out."""
+    if not k_heads or len(q_heads) % len(k_heads) or len(v_heads) != len(k_heads):
+        raise ValueError(f"n_kv_heads must divide the {len(q_heads)} query heads, and be the same "
+                         f"for k and v; {len(k_heads)} and {len(v_heads)} do not")
+    return len(q_heads) // len(k_heads)
+
+
+# References, which share only products of matrices with the techniques
+
+
+def all_scores(q: Matrix, k: Matrix, causal: bool, window: int | None = None) -> Matrix:
+    """Return S, -inf where a mask hides the key; the queries are the last of the positions."""
+    scores = scale_matrix(multiply(q, transpose(k)), 1 / math.sqrt(len(k[0])))
+    for i, row in enumerate(scores, len(k) - len(q)):
+        for j in range(len(row)):
+            if causal and j > i or window is not None and j <= i - window:
+                row[j] = -math.inf
+    return scores
+
+
+def attention_by_definition(
+    q: Matrix, k: Matrix, v: Matrix, causal: bool = False, window: int | None = None,
+    sink: float = -math.inf,
+) -> tuple[Matrix, Vector]:
+    """Return (out, lse) by way of all scores, with nothing done against overflow."""
+    weights = []
+    lse = []
+    for row in all_scores(q, k, causal, window):
+        exps = list(map(math.exp, row))
+        total = math.fsum(exps) + math.exp(sink)
+        weights.append([e / total for e in exps])
+        lse.append(math.log(total))
+    return multiply(weights, v), lse
+
+
+def walked_tiles(sizes: Sizes, causal: bool) -> list[tuple[int, int]]:
+    """Return (queries, keys) of each tile in which a query sees a key."""
+    walked = []
+    for i in range(0, sizes.n, sizes.block_q):
+        for j in range(0, sizes.n, sizes.block_k):
+            queries = min(sizes.block_q, sizes.n - i)
+            if not causal or j < i + queries:
+                walked.append((queries, min(sizes.block_k, sizes.n - j)))
+    return walked
+
+
+def crossings_by_formula(attention: str, sizes: Sizes, causal: bool = False) -> tuple[int, int]:
+    """Return how many numbers are read and written, for d_v = d."""
+    n, d = sizes.n, sizes.d
+    if attention == "standard":
+        return 2 * n * n + 3 * n * d, 2 * n * n + n * (d + 1)
+    walked = walked_tiles(sizes, causal)
+    if attention == "version 1":
+        visits = sum(queries for queries, _ in walked)
+        return 2 * n * d + visits * (2 * d + 2), n * (d + 2) + visits * (d + 2)
+    return n * d + 2 * d * sum(keys for _, keys in walked), n * (d + 1)
+
+
+def distance(a: Matrix, b: Matrix) -> float:
+    """Return the Euclidean distance of two matrices; infinity if their shapes differ."""
+    if list(map(len, a)) != list(map(len, b)):
+        return math.inf
+    return math.hypot(*(x - y for rows in zip(a, b) for x, y in zip(*rows)))
+
+
+def pair_gap(got: tuple[Matrix, Vector], expected: tuple[Matrix, Vector]) -> float:
+    """Return the distance of two pairs (out, lse)."""
+    return distance([*got[0], got[1]], [*expected[0], expected[1]])
+
+
+# Words and pictures
+
+
+def compare_counts(subject: str, ours: int, theirs: int) -> str:
+    """Return a sentence that says how our count of numbers compares with theirs."""
+    if ours < theirs:
+        return f"{subject} {theirs / ours:.2f} times fewer numbers."
+    return f"{subject} {ours / theirs:.2f} times as many numbers, at this size."
+
+
+def shorten(rows: list) -> list:
+    """Return at most 10 rows: of more, the first five and the last four."""
+    return rows if len(rows) <= 10 else rows[:5] + rows[-4:]
+
+
+WALK_LEGEND = "█ full tile   ▒ masked tile   · skipped, never loaded   (8 × 6 tiles at most)"
+
+
+def draw_walks(sizes: Sizes, *runs: Run) -> list[str]:
+    """Return pictures of causal walks, side by side: when each tile was visited.
+
+    At most 8 × 6 tiles of each. Tiles that the mask cuts are lighter.
     """
-    return [(min(block_q, n - i), min(block_k, n - j)) for i in range(0, n, block_q) for j in range(0, n, block_k)
-            if not causal or j <= min(i + block_q, n) - 1]
-
-
-def draw_walk(title: str, n: int, knobs: Namespace, walk: Sequence[tuple[range, range]], reach: int) -> list[str]:
-    """Tiles of n queries and keys as cells: when each was visited, and whether a causal mask `reach` wide cuts it.
-
-    At most 8 × 8 tiles and 38 columns.
-    """
-    when = {(rows.start, keys.start): (step, rows, keys) for step, (rows, keys) in enumerate(walk, 1)}
-    cell = len(str(len(walk))) + 2
-    starts_q, starts_k = range(0, n, knobs.block_q), range(0, n, knobs.block_k)
-    shown_q, shown_k = starts_q[:8], starts_k[:min(8, 38 // cell)]
-    lines = [title + " (cut)" * ((shown_q, shown_k) != (starts_q, starts_k))]
-    for i in shown_q:
+    lines = ["".join(run.attention.ljust(40) for run in runs)]
+    for queries in tiles(range(sizes.n), sizes.block_q)[:8]:
         line = ""
-        for j in shown_k:
-            step, rows, keys = when.get((i, j), ("·", (), ()))
-            seen = [a - reach < b <= a for a in rows for b in keys]
-            line += (" █" if all(seen) else " ▒") + f"{step:>{cell - 2}}" if seen else f"{step:>{cell}}"
+        for run in runs:
+            cells = ""
+            for keys in tiles(range(sizes.n), sizes.block_k)[:6]:
+                if (queries, keys) in run.walk:
+                    shade = "█" if keys[-1] <= queries[0] else "▒"
+                    cells += f"{shade}{run.walk.index((queries, keys)) + 1:<5}"
+                else:
+                    cells += "·     "
+            line += cells.ljust(40)
         lines.append(line)
-    return [line.ljust(38) for line in lines]
-
-
-WALK_LEGEND = "█ full tile   ▒ masked tile   · skipped: never loaded"
-
-
-def difference_quotient(function: Callable[[], float], row: Vector, c: int, step: float = 1e-5) -> float:
-    """The derivative of function() by row[c], by central differences; row is as before afterwards."""
-    here, values = row[c], []
-    for row[c] in (here + step, here - step):
-        values.append(function())
-    row[c] = here
-    return (values[0] - values[1]) / (2 * step)
-
-
-def fit_powers(points: Sequence[Sequence[float]], ys: Sequence[float]) -> Vector:
-    """[c, a, b, …] for which y = c · x1^a · x2^b · … comes closest: least squares in the logarithms."""
-    rows = [[1.0, *map(math.log, point)] for point in points]
-    columns, target = list(zip(*rows)), list(map(math.log, ys))
-    system = [[dot(a, b) for b in columns] + [dot(a, target)] for a in columns]
-    for i, pivot in enumerate(system):  # Gauss and Jordan
-        pivot[:] = [x / pivot[i] for x in pivot]
-        for row in system:
-            if row is not pivot:
-                row[:] = [x - row[i] * y for x, y in zip(row, pivot)]
-    solution = [row[-1] for row in system]
-    return [math.exp(solution[0]), *solution[1:]]
-
-
-def count_operations(function: Callable[..., object], *matrices: Matrix) -> int:
-    """How many multiplications and divisions function(*matrices) makes with these numbers and what comes of them.
-
-    They are handed over as floats that count, so whoever multiplies is counted, whatever way it goes about it.
-    What comes of math.exp is a plain number; multiplied by one of the counting kind, it counts.
-    """
-    count = 0
-
-    class Counted(float):
-        def __mul__(self, other):
-            nonlocal count
-            count += 1
-            return Counted(float.__mul__(self, other))
-
-        def __truediv__(self, other):
-            nonlocal count
-            count += 1
-            return Counted(float.__truediv__(self, other))
-
-        def __add__(self, other):
-            return Counted(float.__add__(self, other))
-
-        def __sub__(self, other):
-            return Counted(float.__sub__(self, other))
-
-        __rmul__, __radd__ = __mul__, __add__
-
-    function(*([list(map(Counted, row)) for row in matrix] for matrix in matrices))
-    return count
-
-
-def dense_attention(q: Matrix, k: Matrix, v: Matrix, sees: Callable[[int, int], bool]) -> Matrix:
-    """The reference of section 1: all of QKᵀ, a mask of -inf, softmax as written in textbooks, all of V."""
-    scores = [[math.fsum(a * b for a, b in zip(qi, kj)) / math.sqrt(len(qi)) if sees(i, j) else -math.inf
-               for j, kj in enumerate(k)] for i, qi in enumerate(q)]
-    exps = [[math.exp(s) for s in row] for row in scores]
-    return [[math.fsum(e * vj[c] for e, vj in zip(row, v)) / math.fsum(row) for c in range(len(v[0]))]
-            for row in exps]
-
-
-def add_matrices(matrices: Sequence[Matrix]) -> Matrix:
-    """The sum, element by element."""
-    return [[sum(values) for values in zip(*rows)] for rows in zip(*matrices)]
-
-
-def random_matrix(rng: random.Random, rows: int, columns: int, spread: float = 1.0) -> Matrix:
-    """Normal numbers of mean 0 and standard deviation spread, [rows][columns]."""
-    return [[rng.gauss(0, spread) for _ in range(columns)] for _ in range(rows)]
-
-
-def relative_error(a: Matrix, b: Matrix) -> float:
-    """|a - b| / |b| in the Frobenius norm."""
-    difference, reference = [x - y for p, r in zip(a, b) for x, y in zip(p, r)], [y for r in b for y in r]
-    return math.sqrt(dot(difference, difference) / dot(reference, reference))
-
-
-def old_table(trace: Trace, header: Sequence[str], rows: Sequence[Sequence[str]], left=()) -> None:
-    """Print cells that are text already (to go, section by section)."""
-    width = [max(map(display_width, column)) for column in zip(header, *rows)]
-    for row in (header, *rows):
-        cells = [cell.ljust(w) if c in left else cell.rjust(w)
-                 for c, (cell, w) in enumerate(zip(row, width))]
-        trace.lines(["  ".join(cells)])
+    return lines
 
 
 def show_token(token: str) -> str:
@@ -1290,16 +2034,6 @@ def show_token(token: str) -> str:
     while display_width(text) > 12:
         text = text[:-2] + "…"
     return text
-
-
-def side_by_side(blocks: Sequence[list[str]], gap: int = 3) -> list[str]:
-    """Return pictures of the same height next to each other."""
-    widths = [max(map(display_width, block)) for block in blocks]
-    lines = []
-    for parts in zip(*blocks):
-        padded = [part + " " * (width - display_width(part)) for part, width in zip(parts, widths)]
-        lines.append((" " * gap).join(padded))
-    return lines
 
 
 # =============================================================================================
@@ -1315,11 +2049,6 @@ def dot_by_hand(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 dot = getattr(math, "sumprod", dot_by_hand)  # Python 3.12 and newer have it built in
-
-
-def linear(x: Matrix, w: Matrix) -> Matrix:
-    """Return y = W x for every row of x: x [n][in], w [out][in] -> [n][out]. nn.Linear, no bias."""
-    return [[dot(row, unit) for unit in w] for row in x]
 
 
 def softmax(scores: Vector) -> Vector:
@@ -1771,63 +2500,93 @@ def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment:
 # The sections
 
 SECTIONS = [
-    Section("Standard attention and its traffic", show_standard, [Traffic, standard_attention, standard_accesses]),
-    Section("Softmax in one pass", show_online, [absorb, online_softmax, safe_softmax]),
-    Section("FlashAttention, Algorithm 1", show_flash_v1, [flash_attention_v1, absorb_tile, tile_spans]),
-    Section("FlashAttention-2", show_flash_v2, [flash_attention, finish]),
-    Section("How much traffic, really", show_traffic, [flash_attention, blocks_that_fit, flash_accesses, fit_powers],
-            core=False),
-    Section("The backward pass", show_backward, [flash_attention_backward, recompute_weights, standard_attention_backward]),
-    Section("Flash-Decoding", show_decode, [flash_decode, merge_partials, splits_that_fill]),
-    Section("Grouped queries, windows and pages", show_family, [flash_grouped_query, flash_attention, PagedRows],
-            core=False),
-    Section("What FlashAttention-3 and -4 changed", show_later_versions,
-     [quantize_blocks, hadamard_rotate, absorb, count_rescalings], core=False),
+    Section("Standard attention and its traffic", show_standard,
+            [Traffic, standard_attention, visible_spans, log_sum_exp]),
+    Section("Online softmax", show_online, [absorb, rescale, add_tile, online_softmax]),
+    Section("FlashAttention: tiles that stay in SRAM", show_flash_v1,
+            [flash_attention_v1, absorb_tile, sram_parts]),
+    Section("FlashAttention-2: the loops exchanged", show_flash_v2, [flash_attention, finish]),
+    Section("How much traffic, and which tiles", show_traffic,
+            [flash_attention, sram_parts], core=False),
+    Section("The backward pass: weights computed again", show_backward,
+            [flash_attention_backward, recompute_weights, softmax_backward,
+             standard_attention_backward]),
+    Section("Flash-Decoding: split the keys", show_decode,
+            [flash_decode, merge_partials, decode_wait, choose_splits]),
+    Section("Grouped queries, windows, pages and sinks", show_family,
+            [flash_grouped_query, flash_packed_group, PagedRows, empty_state], core=False),
+    Section("FlashAttention-3: FP8", show_fp8,
+            [round_to_e4m3, quantize_blocks, hadamard_rotate], core=False),
+    Section("FlashAttention-4: cheaper exponentials", show_fa4,
+            [absorb_lazily, exp2_by_polynomial], core=False),
 ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the trace; the exit status."""
-    parser = common_parser("microflash", "FlashAttention, tile by tile, its traffic counted.", len(SECTIONS))
+def build_parser() -> OneLineParser:
+    """Return the parser with this script's knobs."""
+    parser = common_parser("microflash", "FlashAttention, tile by tile, its traffic counted.",
+                           len(SECTIONS))
     parser.add_argument("--text", default=SENTENCE,
-                        help=f"the text whose scores sections 2 and 9 take in (default: {SENTENCE!r})")
-    parser.add_argument("--seq-len", metavar="N", type=whole_number(1, 256), default=SEQ_LEN,
-                        help=f"queries, and keys (default {SEQ_LEN})")
-    parser.add_argument("--head-dim", metavar="N", type=whole_number(1, 128), default=HEAD_DIM,
-                        help=f"channels of a head (default {HEAD_DIM})")
-    parser.add_argument("--block-q", metavar="N", type=whole_number(1, 10**6), default=BLOCK_Q,
-                        help=f"queries in a tile (default {BLOCK_Q})")
-    parser.add_argument("--block-k", metavar="N", type=whole_number(1, 10**6), default=BLOCK_K,
-                        help=f"keys in a tile (default {BLOCK_K})")
+                        help="the text whose scores sections 2 and 10 take in "
+                             f"(default: {SENTENCE!r})")
+    for flag, high, default, meaning in (
+        ("--seq-len", 256, SEQ_LEN, "queries, and keys"),
+        ("--head-dim", 128, HEAD_DIM, "channels of a head"),
+        ("--block-q", 10**6, BLOCK_Q, "queries in a tile"),
+        ("--block-k", 10**6, BLOCK_K, "keys in a tile"),
+        ("--n-splits", 1024, N_SPLITS, "parts of the cache in section 7"),
+    ):
+        parser.add_argument(flag, metavar="N", type=whole_number(1, high), default=default,
+                            help=f"{meaning} (default {default})")
     parser.add_argument("--sram", metavar="N", type=whole_number(1, 10**9),
-                        help=f"numbers that SRAM holds (default {SRAM}, or what the tiles need if that is more)")
-    parser.add_argument("--n-splits", metavar="N", type=whole_number(1, 1024), default=N_SPLITS,
-                        help=f"parts of the cache in section 7 (default {N_SPLITS})")
+                        help=f"numbers that SRAM holds (default {SRAM}, or what the tiles need if "
+                             "that is more)")
     parser.add_argument("--causal", action="store_true",
                         help="mask the future in sections 1, 3 and 6 (4 and 8 always do)")
-    knobs = parser.parse_args(argv)
+    return parser
 
+
+def read_sizes(parser: OneLineParser, knobs: Namespace) -> Sizes:
+    """Return the sizes, or refuse in one line those that take too long or do not fit into SRAM."""
     n, d = knobs.seq_len, knobs.head_dim
-    if n * n * d > MAX_WORK:
-        parser.error(f"argument --seq-len: {n}² × --head-dim {d} is more than this trace computes, {MAX_WORK:,}; "
-                     f"--seq-len {math.isqrt(MAX_WORK // d)} would do")
-    if (n_tiles := -(-n // knobs.block_q) * -(-n // knobs.block_k)) > MAX_TILES:
-        parser.error(f"argument --block-q: with --block-k {knobs.block_k} it makes {n_tiles:,} tiles, more than this "
-                     f"trace walks, {MAX_TILES:,}; larger blocks or --seq-len {math.isqrt(MAX_TILES)} would do")
-    needed = sram_needed(min(knobs.block_q, n), min(knobs.block_k, n), d, d)
-    knobs.sram = knobs.sram or max(SRAM, needed)
-    knobs.blocks = dict(block_q=knobs.block_q, block_k=knobs.block_k)
-    if knobs.sram < needed:
-        parser.error(f"argument --sram: {knobs.sram} numbers do not hold the tiles of --block-q {knobs.block_q} and "
-                     f"--block-k {knobs.block_k}; {needed} would")
+    n_tiles = ceil_div(n, knobs.block_q) * ceil_div(n, knobs.block_k)
+    if n * n * d > MAX_WORK or n_tiles > MAX_TILES:
+        parser.error(f"argument --seq-len: {n} makes {n * n * d:,} products and {n_tiles:,} tiles, "
+                     f"more than this trace takes, {MAX_WORK:,} and {MAX_TILES:,}; --seq-len "
+                     f"{min(math.isqrt(MAX_WORK // d), math.isqrt(MAX_TILES))} would do")
+    block_q = min(knobs.block_q, n)
+    block_k = min(knobs.block_k, n)
+    # The backward pass can take smaller tiles, but none smaller than 1 × 1.
+    needed = max(sum(sram_parts(block_q, block_k, d, d).values()),
+                 sram_needed_backward(1, 1, d, d))
+    sram = max(SRAM, needed) if knobs.sram is None else knobs.sram
+    if sram < needed:
+        parser.error(f"argument --sram: {sram} numbers do not hold the tiles of --block-q "
+                     f"{block_q} and --block-k {block_k}; {needed} would")
+    return Sizes(n, d, block_q, block_k, sram, knobs.seed)
+
+
+def read_text(parser: OneLineParser, knobs: Namespace) -> None:
+    """Set knobs.tokens and knobs.labels from the text, or refuse it in one line."""
     if not knobs.text.strip():
         parser.error("argument --text: there must be something in it")
-    tokenizer = Tokenizer.train(TEXT + knobs.text, VOCAB_SIZE + len(set(knobs.text) - set(TEXT)))
+    new_characters = len(set(knobs.text) - set(TEXT))
+    tokenizer = Tokenizer.train(TEXT + knobs.text, VOCAB_SIZE + new_characters)
     knobs.tokens = [tokenizer.vocab[i] for i in tokenizer.encode(knobs.text)]
     knobs.labels = [show_token(token) for token in knobs.tokens]
     if len(knobs.tokens) > MAX_TOKENS:
-        parser.error(f"argument --text: {len(knobs.tokens)} tokens are more than this trace shows, {MAX_TOKENS}")
-    return run_sections(SECTIONS, knobs, "python microflash.py --section 3,4,6 --causal --block-q 8 --block-k 32")
+        parser.error(f"argument --text: {len(knobs.tokens)} tokens are more than this trace shows, "
+                     f"{MAX_TOKENS}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the trace and return the exit status."""
+    parser = build_parser()
+    knobs = parser.parse_args(argv)
+    knobs.sizes = read_sizes(parser, knobs)
+    read_text(parser, knobs)
+    return run_sections(SECTIONS, knobs,
+                        "python microflash.py --section 3,4,6 --causal --block-q 8 --block-k 32")
 
 
 if __name__ == "__main__":
