@@ -46,9 +46,12 @@ The papers:
 # tile, block   a block is some consecutive rows of q, or of k and v; a tile is the piece of S for
 #               one block of queries and one block of keys
 # causal        a token attends to itself and to what came before it
-# tensor cores  the part of an SM that multiplies matrices, some ten times faster than the rest
+# tensor cores  the part of an SM that multiplies matrices; on an A100 16 times as fast as the rest
 # decoding      generating one token at a time: one query, many cached keys
-# dot(a, b), softmax(scores), linear(x, w) = x wᵀ: at the end of the file
+#
+# dot(a, b) is Σ a·b, multiply(a, b) the product of two matrices, transpose(m) the matrix turned,
+# add_scaled(a, b, f) is a + f·b. default_scale is 1/√d where no scale is given, and check_… refuses
+# what cannot work. All of them stand further down, and none needs reading now.
 
 from __future__ import annotations
 
@@ -96,13 +99,16 @@ VOCAB_SIZE = 96    # tokens: each word of SENTENCE is then one token
 #
 # A GPU computes in SRAM, which is fast and small, and keeps everything else in HBM, which is large
 # and slow. Standard attention runs as three kernels. Each reads its inputs from HBM and writes its
-# result back there, because the n × n matrices between the kernels do not fit into SRAM:
+# result back there:
 #
 #     S = q kᵀ · scale        reads q and k      writes S
 #     P = softmax(S)          reads S            writes P
 #     O = P v                 reads P and v      writes O
 #
-# So S and P cross twice each, once in each direction: 4n² numbers. The inputs and the output that
+# S and P cannot stay in SRAM. At n = 8,192 and 16 bits a number each is 134 MB for one head, and
+# the SRAM of all SMs of an A100 together is 18 MB.
+#
+# So both cross twice, once in each direction: 4n² numbers. The inputs and the output that
 # somebody asked for are only 4nd numbers (d channels in each of q, k, v and O). With n = 8,192 and
 # d = 128 that is 64 numbers of S and P for each number of q, k, v and O.
 #
@@ -618,8 +624,8 @@ def flash_attention_backward(
     # D_i = dO_i · O_i
     for rows in tiles(range(n_q), block_q):
         with gpu.frame():
-            pairs = zip(gpu.load(d_out, rows), gpu.load(out, rows))
-            gpu.store(averages, rows, [dot(do, o) for do, o in pairs])
+            do_tile = gpu.load(d_out, rows)
+            gpu.store(averages, rows, list(map(dot, do_tile, gpu.load(out, rows))))
     for keys in tiles(range(n_k), block_k):
         with gpu.frame():
             k_tile = gpu.load(k, keys)
@@ -722,7 +728,8 @@ def backward_blocks(
 # In exact arithmetic the merge does not depend on the order or the grouping. (In floating point the
 # last bits do: 0.1 + 0.2 + 0.3 is 0.6000000000000001 from the left and 0.6 from the right. How many
 # splits a request gets depends on how many others share the card, so the same prompt can get other
-# logits in a larger batch. Kernels that avoid this are called batch invariant.)
+# logits in a larger batch. Kernels that avoid this are called batch invariant; vLLM has them behind
+# VLLM_BATCH_INVARIANT=1.)
 #
 # The same merge is ring attention (k and v travel round a ring of cards, and each card merges what
 # passes) and cascade attention (many requests share a prefix: attend to it once for all of them,
@@ -1103,11 +1110,11 @@ def show_standard(trace: Trace, knobs: Namespace) -> None:
     trace.ask(f"n = {n}: how many percent of all numbers that cross are 4n² for S and P?",
               100 * share)
     trace.table(runs, {"n": "d", "read": ",d", "written": ",d", "crossed": ",d bar 36"})
-    trace.say(f"At n = {n}, S and P are {share:.0%} of it.")
-    trace.say("What that means on real cards, for one head of n = 8,192 and d = 128 at 16 bits: "
-              "milliseconds to compute the two products of matrices, and to move the numbers that "
-              "cross, by the formulas that the counts confirm and the cards' data sheets. Where "
-              "moving takes longer than computing, the arithmetic waits.")
+    trace.say(f"At n = {n}, S and P are {share:.0%} of it. What that means on real cards, for one "
+              "head of n = 8,192 and d = 128 at 16 bits: milliseconds to compute the two products "
+              "of matrices, and to move the numbers that cross, by the formulas that the counts "
+              "confirm and the cards' data sheets. Where moving takes longer than computing, the "
+              "arithmetic waits.")
     times = dict.fromkeys(("computing", "standard", "flash, no cache", "flash, cache"), ".3f")
     trace.table(move_and_compute(8192, 128, 128), {"card": "", **times})
     trace.note("Flash: sections 3 and 4, in blocks of 128 queries, each of which reads K and V "
@@ -1194,7 +1201,7 @@ def show_flash_v1(trace: Trace, knobs: Namespace) -> None:
     held = [{"part": part, "numbers": count} for part, count in parts.items()]
     trace.say("FlashAttention makes a tile of scores in SRAM, lets each query absorb its row of "
               "the tile as in section 2, with o = Σ exp(s - m) · v beside m and l, and drops it. "
-              f"Here with tiles of {sizes.block_q} queries and {sizes.block_k} keys, d = "
+              f"Here with tiles of {sizes.block_q} × {sizes.block_k} (queries × keys), d = "
               f"{sizes.d}. SRAM holds {sizes.sram:,} numbers; the matrix S has {sizes.n**2:,}.")
     trace.ask("how many numbers does SRAM hold at the most, with q, o, m and l for each query, k "
               "and v for each key, and the scores?", flash.peak)
@@ -1234,8 +1241,10 @@ def show_flash_v2(trace: Trace, knobs: Namespace) -> None:
               f"{first.written:,}. "
               + compare_counts("In all, version 2 moves", second.crossed, first.crossed))
     check_runs(trace, "versions 1 and 2, full and causal,", runs)
-    trace.check("both versions visit the same tiles",
-                set(first_causal.walk) == set(causal.walk), f"{causal.tiles} of {second.tiles}")
+    trace.check("both versions visit the same tiles, each once",
+                set(first_causal.walk) == set(causal.walk)
+                and causal.tiles == len(walked_tiles(sizes, True)),
+                f"{causal.tiles} of {second.tiles}")
 
 
 # 5. How much traffic, and which tiles
@@ -1247,7 +1256,7 @@ def show_traffic(trace: Trace, knobs: Namespace) -> None:
     squares = [run_attention("version 2", small._replace(block_q=block, block_k=block))
                for block in (2, 4, 6, 8, 12, 24)]
     standard = sum(crossings_by_formula("standard", small))
-    fewer = [run for run in squares if run.crossed < standard]
+    enough = min(run.peak for run in squares if run.crossed < standard)
     trace.say("The more SRAM, the longer the blocks, and the fewer numbers cross: about 8n²d²/M, "
               "if SRAM holds M. FlashAttention-2 with square tiles of B × B, n = 48, d = 16:")
     trace.ask("how many times fewer numbers cross with B = 8 than with B = 4?",
@@ -1255,7 +1264,7 @@ def show_traffic(trace: Trace, knobs: Namespace) -> None:
     trace.table(squares, {"block_q as B": "d", "peak as M, counted": ",d", "bound as 8n²d²/M":
                           ",.0f", "crossed": ",d bar 40"})
     trace.say(f"Standard attention moves {standard:,}. Flash moves fewer from M = "
-              f"{fewer[0].peak:,} on; 2d² is {2 * 16**2}. (8n²d²/M leaves out q, O and L, and that "
+              f"{enough:,} on; 2d² is {2 * 16**2}. (8n²d²/M leaves out q, O and L, and that "
               "the scores take some of M too.)")
     trace.say("Tiles of real kernels (forward, 16 bits, no mask). Stages: how many tiles of K and "
               "V are in SRAM at once, so that one loads while another is multiplied.")
@@ -1430,7 +1439,7 @@ class SplitChoice(NamedTuple):
 
 
 def compare_splits(requests: Sequence[tuple[int, int]]) -> list[SplitChoice]:
-    """Return the wait for each (batch, length) on an A100, with 8 KV heads and tiles of 128 keys."""
+    """Return the wait for each (batch, length) on an A100: 8 KV heads, tiles of 128 keys."""
     n_sms = A100_SHEET.n_sms
     rows = []
     for batch, length in requests:
@@ -1534,18 +1543,17 @@ def show_family(trace: Trace, knobs: Namespace) -> None:
     variants = run_variants(sizes, window, 1.0, block_table)
     apart, together = decoding
     trace.say("In grouped-query attention several query heads share the k and v of one KV head. "
-              f"In one decoding step of 4 query heads on 2 KV heads, {sizes.n} keys, head by head, "
-              "k and v are read once for each query head. If the queries of a group form one "
-              "block, they are read once for the group.")
+              f"In one decoding step of 4 query heads on 2 KV heads with n = {sizes.n} keys, head "
+              "by head, k and v are read once for each query head. If the queries of a group form "
+              "one block, they are read once for the group.")
     trace.ask("how many times fewer numbers cross then?", apart.crossed / together.crossed)
     columns = {"read": ",d", "crossed": ",d bar 36"}
     trace.table(decoding, {"variant as decoding": "", **columns})
     more = " …" if n_pages > 12 else ""
-    trace.say(f"Causal attention of {sizes.n} queries: as it is; with a window of {window} keys, "
-              "where tiles too far back are skipped as well; with a learned sink of score 1, one "
-              f"more term in each query's l; and with k and v in pages of {sizes.block_k} rows, "
-              "scattered over a cache. The block table says in which slot each page lies: "
-              f"{' '.join(map(str, block_table[:12]))}{more}.")
+    trace.say(f"Causal attention, n = {sizes.n}: as it is; with a window of {window}, where tiles "
+              "too far back are skipped as well; with a learned sink of score 1, one more term in "
+              f"each query's l; and with k and v scattered in pages of {sizes.block_k}. The block "
+              f"table says where each page lies: {' '.join(map(str, block_table[:12]))}{more}.")
     trace.table(variants, {"variant": "", **columns})
     trace.check("each of them = attention by its definition",
                 max(row.error for row in decoding + variants) < 1e-12,
@@ -1611,13 +1619,10 @@ def show_fp8(trace: Trace, knobs: Namespace) -> None:
     trace.table([normal, wide], {"inputs as q and k": "", "one_scale": ".1%",
                                  "tile_scale as a scale a tile": ".1%",
                                  "rotated as and rotated": ".1%"})
-    if gain > 1.25:
-        verdict = f"With wide channels the rotation lowers the error {gain:.1f} times."
-    else:
-        verdict = "In these draws the rotation hardly helps, even with wide channels."
-    trace.say(f"{verdict} Where all channels are alike, there is nothing to spread. A scale a tile "
-              "does little, because FP8 numbers have an exponent of their own. The paper finds the "
-              "same for both, and reports 2.6 times less error than FP8 without them.")
+    trace.say(f"With wide channels a scale a tile leaves {wide.tile_scale / wide.one_scale:.0%} of "
+              f"the error, and the rotation leaves {1 / gain:.0%} of that. Where all channels are "
+              "alike, there is nothing to spread. (The authors report 2.6 times less error by the "
+              "rotation, with one number in a thousand large.)")
     trace.note("Small draws, and v and P stay exact here. In the kernel they are FP8 too, which "
                "adds an error that no rotation of q and k lowers.")
     trace.check("rotating q and k alone changes no output", max(normal.rotation, wide.rotation)
@@ -1889,7 +1894,7 @@ def check_rows(n: int, width: int | None, **matrices: Sequence) -> None:
 def check_parts(parts: Sequence[tuple[Matrix, Vector]]) -> None:
     """ValueError unless there is at least one part, and all have as many rows."""
     lengths = {len(rows) for part in parts for rows in part}
-    if not parts or len(lengths) > 1:
+    if len(lengths) != 1:
         raise ValueError("parts must be at least one (out, lse), all of as many rows, not "
                          f"{len(parts)} of {sorted(lengths)}")
 
