@@ -22,7 +22,7 @@ How to read it:
 The papers:
   Williams et al., Roofline: An Insightful Visual Performance Model, CACM 2009     section 2
   Kwon et al., Efficient Memory Management for Large Language Model Serving with
-    PagedAttention (vLLM), 2023, arXiv:2309.06180                                  sections 3, 4, 8, 9
+    PagedAttention (vLLM), 2023, arXiv:2309.06180                                  section 3
   Zheng et al., SGLang: Efficient Execution of Structured Language Model
     Programs, 2024, arXiv:2312.07104                                               section 5
   Yu et al., Orca: A Distributed Serving System for Transformer-Based
@@ -72,7 +72,7 @@ from argparse import ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
 from statistics import fmean, pstdev
 from typing import NamedTuple
 
@@ -116,7 +116,7 @@ TRAINING = dict(steps=54, length=26)  # length: tokens a step
 
 
 class KVCache:
-    """The keys and values of all tokens so far: two lists per layer that grow by a row per token."""
+    """The keys and values of all tokens so far: two lists for each layer, a row for each token."""
 
     def __init__(self, config: Config):
         self.keys: list[Matrix] = [[] for _ in range(config.n_layers)]
@@ -153,7 +153,7 @@ def generate(model: Llama, prompt: Sequence[int], max_new_tokens: int, cache=Non
 
 
 def argmax(logits: Vector) -> int:
-    """Return the first index of the largest number."""
+    """Return the first index of the largest."""
     return logits.index(max(logits))
 
 
@@ -182,19 +182,23 @@ def check_prompt(prompt: Sequence[int], max_new_tokens: int, cache=None) -> None
 #
 # A weight of 2 bytes makes 2 FLOPs for each token. A step of 1 token makes 1 FLOP per byte, a step
 # of 153 tokens makes 153 of them. Below the ridge the step waits for memory, and more tokens in it
-# cost no time. That is the difference: a prefill of a few hundred tokens is bound by arithmetic, and
-# a decode step, one token per request, is bound by memory. So requests should share decode steps,
-# as they then share one reading of the weights. They do not share their caches:
+# cost no time. That is the difference: a prefill of a few hundred tokens is bound by arithmetic,
+# and a decode step, one token per request, is bound by memory. So requests should share decode
+# steps, as they then share one reading of the weights. They do not share their caches:
 #
 #     bytes per token = 2 · n_layers · n_kv_heads · head_dim · bytes per value      (key and value)
 #
-# With c tokens cached for each of b requests, arithmetic catches up with reading where
+# One more request in a decode step, with c tokens cached, adds to both times:
 #
-#     b · 2 · weights / FLOPs per second  =  (bytes of weights + b · c · bytes per token) / bandwidth
-#     b = (bytes of weights / bandwidth)  /  (2 · weights / FLOPs per second - c · bytes per token / bandwidth)
+#     more arithmetic = 2 · weights / FLOPs per second
+#     more reading    = c · bytes per token / bytes per second
 #
-# and never, if one more request costs more reading than arithmetic. Long before that, memory is full
-# of caches. The next sections are about that memory.
+# Arithmetic catches up with reading at a batch of
+#
+#     b = (bytes of weights / bytes per second) / (more arithmetic - more reading)
+#
+# and never, if a request adds more reading than arithmetic. Long before that, memory may be full of
+# caches. The next sections are about that memory.
 #
 # What is counted, here and in the trace: every weight that the step's operations use. All matrices
 # and gains are, but only a few rows of the embedding table. Its bytes count where memory is filled,
@@ -293,18 +297,18 @@ def batch_at_ridge(gpu: Gpu, model: ServedModel, cached_tokens: float) -> int | 
 def requests_that_fit(
     gpu: Gpu, model: ServedModel, tokens_each: int, memory_share: float = 0.9
 ) -> int:
-    """Return how many caches of tokens_each tokens fit beside the weights in a share of the memory."""
+    """Return how many requests of tokens_each tokens fit beside the weights."""
     left = gpu.hbm_bytes * memory_share - 2 * model.parameters
     return max(0, math.floor(left / (tokens_each * model.kv_bytes)))
 
 
 # 3. Paged attention
 #
-# An engine does not know how long an answer will get. If it reserves the longest that is allowed, in
-# one piece, most of that memory stays empty. PagedAttention (Kwon et al. 2023) does what operating
-# systems do. The memory is a pool of blocks, each with slots for block_size tokens. A request takes
-# blocks one at a time, as its text grows, from anywhere in the pool. Its block table lists them in
-# the order of the text, and tells where a token is:
+# An engine does not know how long an answer will get. If it reserves the longest that is allowed,
+# in one piece, most of that memory stays empty. PagedAttention (Kwon et al. 2023) does what
+# operating systems do. The memory is a pool of blocks, each with slots for block_size tokens. A
+# request takes blocks one at a time, as its text grows, from anywhere in the pool. Its block table
+# lists them in the order of the text, and tells where a token is:
 #
 #     slot = block_table[position // block_size] · block_size + position % block_size
 #
@@ -316,7 +320,8 @@ def requests_that_fit(
 # Only the last block of a request can have empty slots, so at most block_size - 1 are wasted.
 #
 # In production: vllm/v1/core/block_pool.py (BlockPool) and kv_cache_manager.py keep the blocks. The
-# attention kernels walk the table block by block on the GPU; here the rows are looked up one by one.
+# attention kernels walk the table block by block on the GPU; here the rows are looked up one by
+# one.
 #
 # Measured by show_paging().
 
@@ -324,8 +329,9 @@ def requests_that_fit(
 class BlockPool:
     """num_blocks blocks of block_size slots; a slot holds one token's keys and values, all layers.
 
-    A block is free when no block table lists it (its ref_count is 0). Free blocks keep their content
-    until they are handed out again, the longest unused first: section 5 finds it by its hash.
+    A block is free when no block table lists it (its ref_count is 0). Free blocks keep their
+    content until they are handed out again, the longest unused first: section 5 finds it by its
+    hash.
     """
 
     def __init__(self, num_blocks: int, block_size: int):
@@ -385,9 +391,9 @@ class PagedKVCache:
     def __init__(self, pool: BlockPool, config: Config):
         self.pool = pool
         self.config = config
-        self.length = 0                    # tokens in it
-        self.block_table: list[int] = []
-        self.hashes: list[str] = []        # of its full blocks, as far as they are known (section 5)
+        self.length = 0                   # tokens in it
+        self.block_table: list[int] = []  # the blocks that it has, in the order of the text
+        self.hashes: list[str] = []       # names of its full blocks (section 5)
 
     def slot(self, position: int) -> int:
         """Return the slot in the pool of the token at this position of the text."""
@@ -443,7 +449,7 @@ class PagedKVCache:
         return keys, values
 
     def free(self) -> None:
-        """Give all blocks back. The end of the text goes first: its beginning is wanted more often."""
+        """Give all blocks back, the last one first: the text's beginning is wanted more often."""
         for block in reversed(self.block_table):
             self.pool.free(block)
         self.block_table = []
@@ -477,19 +483,20 @@ class PagedKVCache:
 
 # 4. Sharing: reference counts and copy on write
 #
-# Several answers to one prompt need its keys and values only once. fork() copies the block table and
-# not the blocks, and every block counts the tables that list it. A full block is never written again,
-# so it can be shared for good. The last block may be half full, and then two answers would write
-# different tokens into the same slot. So whoever writes into a block with more than one reference
-# first takes a copy of it, and writes into the copy (copy on write). Blocks of 4, a prompt of 6:
+# Several answers to one prompt need its keys and values only once. fork() copies the block table
+# and not the blocks, and every block counts the tables that list it. A full block is never written
+# again, so it can be shared for good. The last block may be half full, and then two answers would
+# write different tokens into the same slot. So whoever writes into a block with more than one
+# reference first takes a copy of it, and writes into the copy (copy on write). Blocks of 4, a
+# prompt of 6:
 #
 #     after the prompt   A: 0 1          B: 0 1          references to 0 and 1:      2 2
 #     A writes token 6   A: 0 2 (copy)   B: 0 1          references to 0, 1 and 2:   2 1 1
 #     B writes token 6   A: 0 2          B: 0 1          B is alone in block 1: no copy
 #
-# In production: today's vLLM runs n answers as n requests (vllm/v1/engine/parallel_sampling.py) that
-# find the prompt's full blocks by prefix caching (section 5), and computes the half-full block again
-# for each. Copy on write was in vLLM's first engine, and in the paper.
+# In production: today's vLLM runs n answers as n requests (vllm/v1/engine/parallel_sampling.py)
+# that find the prompt's full blocks by prefix caching (section 5), and computes the half-full block
+# again for each. Copy on write was in vLLM's first engine, and in the paper.
 #
 # The code is above: PagedKVCache.fork, copy_last_block, reserve, and BlockPool.share and free.
 # Measured by show_sharing().
@@ -507,18 +514,18 @@ class PagedKVCache:
 #
 #     H1 = hash("", a b)     H2 = hash(H1, c d)            H1 = hash("", a b)     H3 = hash(H1, c e)
 #
-# The second text finds H1 in the pool, takes that block, and runs only "c e" through the model. Free
-# blocks keep their content and their name until they are handed out, the longest unused first, so
-# even the blocks of finished requests are found. The last token of a prompt is always run: the cache
-# has keys and values, and the request needs the logits of that token.
+# The second text finds H1 in the pool, takes that block, and runs only "c e" through the model.
+# Free blocks keep their content and their name until they are handed out, the longest unused first,
+# so even the blocks of finished requests are found. The last token of a prompt is always run: the
+# cache has keys and values, and the request needs the logits of that token.
 #
 # Equal hashes are taken for equal tokens, without comparing them. With SHA-256 that is safe: two
 # texts with the same hash are not known. With a shorter or weaker hash, compare the tokens.
 #
-# In production: vLLM keeps every block with the same content under one name (block_pool.py). Here the
-# first keeps the name, and when it is handed out, a second copy is not found; in nano-vllm the last
-# one has the name, and it compares the tokens. SGLang keeps a tree of prefixes instead of hashes.
-# LMCache and Mooncake move what is evicted to the host's memory or to other machines.
+# In production: vLLM keeps every block with the same content under one name (block_pool.py). Here
+# the first keeps the name, and when it is handed out, a second copy is not found; in nano-vllm the
+# last one has the name, and it compares the tokens. SGLang keeps a tree of prefixes instead of
+# hashes. LMCache and Mooncake move what is evicted to the host's memory or to other machines.
 #
 # Measured by show_prefix_caching().
 
@@ -580,15 +587,16 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
 #
 # Reading the weights is most of a decode step (section 2), so requests should share steps. A static
 # batch starts together and ends with its longest answer. Requests that are done leave their places
-# empty, and new ones wait outside. Orca (Yu et al. 2022) decides anew at every step: whoever is done
-# leaves, and whoever waits comes in if it fits. A step has room for
+# empty, and new ones wait outside. Orca (Yu et al. 2022) decides anew at every step: whoever is
+# done leaves, and whoever waits comes in if it fits. A step has room for
 #
 #     max_num_seqs requests,  max_num_batched_tokens tokens,  and what the free blocks can hold.
 #
 # Requests that run come first, the oldest before the others. Each gets the blocks that it needs; if
-# none is free, the youngest running request loses its own and goes back to the head of the queue (it
-# is preempted; section 9). Then those that wait come in, in order of arrival, until one does not fit.
-# One step with blocks of 4 and a single free block, A and B running, C waiting with 6 tokens:
+# none is free, the youngest running request loses its own and goes back to the head of the queue
+# (it is preempted; section 9). Then those that wait come in, in order of arrival, until one does
+# not fit. One step with blocks of 4 and a single free block, A and B running, C waiting with 6
+# tokens:
 #
 #     A has 8 tokens cached in 2 full blocks; its next token needs a block:   1 free -> 0 free
 #     B has 5 tokens cached in 2 blocks; its next token fits:                 0 free
@@ -598,18 +606,19 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
 # The engine uses the length of an answer only to stop. A real model stops at its end-of-text token,
 # so nobody knows the length beforehand. Ours has no such token: max_new_tokens are always written.
 #
-# The model really runs every step, one request after the other. (An engine runs all tokens of a step
-# through each matrix at once. Rows do not mix, so the numbers are the same but for rounding.) The
-# clock is the cost model of section 2: each step takes step_seconds() of Llama 3.1 8B with weights of
-# 4 bits on an A100. At 4 bits, 38 tokens in a step are free: arithmetic takes as long as reading.
+# The model really runs every step, one request after the other. (An engine runs all tokens of a
+# step through each matrix at once. Rows do not mix, so the numbers are the same but for rounding.)
+# The clock is the cost model of section 2: each step takes step_seconds() of Llama 3.1 8B with
+# weights of 4 bits on an A100. At 4 bits, 38 tokens in a step are free: arithmetic takes as long as
+# reading.
 #
-# In production: vllm/v1/core/sched/scheduler.py (Scheduler.schedule) has the same order: the running
-# requests, then the waiting ones, and none of those in a step that had to preempt.
+# In production: vllm/v1/core/sched/scheduler.py (Scheduler.schedule) has the same order: the
+# running requests, then the waiting ones, and none of those in a step that had to preempt.
 #
 # Measured by show_continuous().
 
 PRICED_WEIGHT_BYTES = 0.5  # bytes of a weight: 4 bits
-PCIE_BYTES_PER_S = 32e9    # each way. PCI Express 4.0 with 16 lanes; A100 data sheet: 64 GB/s in all
+PCIE_BYTES_PER_S = 32e9    # each way, PCI Express 4.0 (A100 data sheet: 64 GB/s both ways)
 
 
 class Request(NamedTuple):
@@ -697,7 +706,8 @@ class Engine:
         states = []
         for number, request in enumerate(self.requests):
             cache = PagedKVCache(self.pool, self.model.config)
-            states.append(RequestState(number, request, list(request.prompt), cache, request.arrival))
+            tokens = list(request.prompt)
+            states.append(RequestState(number, request, tokens, cache, request.arrival))
         self.waiting = deque(in_order_of_arrival(states))
         self.running: list[RequestState] = []  # the oldest first
         self.clock = 0.0                       # seconds
@@ -732,7 +742,7 @@ class Engine:
             self.advance(state, n)
 
     def schedule(self) -> list[tuple[RequestState, int]]:
-        """Return what the next step runs: (request, how many of its tokens). Blocks are reserved."""
+        """Return what the next step runs, as (request, how many tokens). Blocks are reserved."""
         batch_under_way = self.policy == "static" and bool(self.running)
         preempted_before = len(self.report.preempted)
         work = self.schedule_running()
@@ -742,15 +752,15 @@ class Engine:
         return work
 
     def schedule_running(self) -> list[tuple[RequestState, int]]:
-        """Give every running request, the oldest first, what its cache lacks and the budget allows."""
+        """Let every running request run what its cache lacks and the budget allows."""
         budget = self.max_num_batched_tokens
         work = []
         while len(work) < len(self.running):
             state = self.running[len(work)]
             n = min(len(state.tokens) - state.cache.length, budget)
             if state.cache.blocks_needed(n) > self.pool.num_free_blocks:
-                self.preempt(self.running[-1])  # the youngest, which may be this one; then look again
-                continue
+                self.preempt(self.running[-1])  # the youngest, which may be this one
+                continue                        # look again
             state.cache.reserve(n)
             work.append((state, n))
             budget -= n
@@ -772,7 +782,7 @@ class Engine:
         return work
 
     def admit(self, state: RequestState, budget: int) -> int:
-        """Let a request in, and return how many of its tokens run; 0, and no change, if none can."""
+        """Let a request in and return how many of its tokens run. If none can, return 0."""
         cache = state.cache
         brought = state.received or state.on_host or []
         found = []
@@ -798,7 +808,7 @@ class Engine:
         return to_run
 
     def preempt(self, state: RequestState) -> None:
-        """Take a running request's blocks away; it goes back to the head of the queue (section 9)."""
+        """Take a running request's blocks away, and put it at the head of the queue (section 9)."""
         self.running.remove(state)
         self.waiting.appendleft(state)
         self.report.preempted.append((len(self.report.steps), state.number))
@@ -808,7 +818,7 @@ class Engine:
         state.cache.free()
 
     def advance(self, state: RequestState, n: int) -> None:
-        """Run n tokens of a request through the model. After its last known token comes a new one."""
+        """Run n tokens of a request through the model. After its last token comes a new one."""
         first = state.cache.length
         logits = self.model.forward(state.tokens[first:first + n], state.cache)
         if self.prefix_caching:
@@ -828,17 +838,21 @@ class Engine:
 def serve(model: Llama, requests: Sequence[Request], **settings) -> Report:
     """Return every request's greedy tokens, and the schedule that made them. The settings, by name:
 
-    policy: "static" (batches that start and end together), "continuous" (whole prompts join running
-    requests; the default) or "chunked" (prompts are cut up, section 7). num_blocks, block_size: the
-    pool. max_num_seqs: requests that run at the same time. max_num_batched_tokens: tokens of a step.
-    preemption: "recompute" (the default) or "swap" (section 9). prefix_caching: False unless given.
+    policy: "static" (batches that start and end together), "continuous" (the default: whole
+        prompts join running requests) or "chunked" (prompts are cut up, section 7)
+    num_blocks, block_size: the pool
+    max_num_seqs: requests that may run at the same time
+    max_num_batched_tokens: tokens that a step may run
+    preemption: "recompute" (the default) or "swap" (section 9)
+    prefix_caching: False unless given (section 5)
+
     ValueError for settings under which some request could never run.
     """
     return Engine(model, requests, **settings).run()
 
 
 def in_order_of_arrival(states: Sequence[RequestState]) -> list[RequestState]:
-    """Return the requests as a queue: who came first, and of those at the same time the first named."""
+    """Return the requests as a queue: by arrival, then by number."""
     return sorted(states, key=lambda state: (state.arrival, state.number))
 
 
@@ -870,7 +884,8 @@ def check_settings(engine: Engine) -> None:
     for number, request in enumerate(engine.requests):
         total = len(request.prompt) + request.max_new_tokens
         if not request.prompt or request.max_new_tokens < 1:
-            raise ValueError(f"request {number} must have a prompt and max_new_tokens of at least 1")
+            raise ValueError(f"request {number} must have a prompt and max_new_tokens of at least "
+                             "1")
         need = blocks_for(request, engine.block_size)
         if need > engine.num_blocks:
             raise ValueError(f"request {number} needs {need} blocks of {engine.block_size} for its "
@@ -884,15 +899,17 @@ def check_settings(engine: Engine) -> None:
 
 # 7. Chunked prefill
 #
-# A long prompt makes one long step, and everybody who is in the middle of an answer waits for it. So
-# cut the prompt into chunks (Sarathi-Serve, Agrawal et al. 2024). Running requests come first, one
-# token each. What is left of max_num_batched_tokens goes to the prompt. With a budget of 38, 3
+# A long prompt makes one long step, and everybody who is in the middle of an answer waits for it.
+# So cut the prompt into chunks (Sarathi-Serve, Agrawal et al. 2024). Running requests come first,
+# one token each. What is left of max_num_batched_tokens goes to the prompt. With a budget of 38, 3
 # requests running and a prompt of 100 tokens:
 #
-#     step 1   3 + 35 tokens       step 2   3 + 35 tokens       step 3   3 + 30 tokens, first new one
+#     step 1   3 + 35 tokens
+#     step 2   3 + 35 tokens
+#     step 3   3 + 30 tokens, and the prompt has its first new token
 #
-# How large should the budget be? Below the ridge a step takes the same time whatever is in it, as it
-# waits for memory. So the budget should be as large as arithmetic is free:
+# How large should the budget be? Below the ridge a step takes the same time whatever is in it, as
+# it waits for memory. So the budget should be as large as arithmetic is free:
 #
 #     budget = ridge · bytes per weight / 2 FLOPs            4 bits on an A100: 153 · 0.5 / 2 = 38
 #
@@ -901,14 +918,14 @@ def check_settings(engine: Engine) -> None:
 #
 # The code is in the engine already: the two lines with min(…, budget).
 #
-# In production: vLLM always does this (max_num_batched_tokens, 2048 to 16384 by the card's memory and
-# the kind of service; larger than the ridge, for the sake of throughput).
+# In production: vLLM always does this (max_num_batched_tokens, 2048 to 16384 by the card's memory
+# and the kind of service; larger than the ridge, for the sake of throughput).
 #
 # Measured by show_chunked().
 
 
 def ridge_tokens(gpu: Gpu, weight_bytes: float) -> int:
-    """Return the most tokens that a step can run before arithmetic takes longer than the weights."""
+    """Return the most tokens that a step can run before arithmetic takes longer than reading."""
     return math.floor(gpu.ridge * weight_bytes / 2)
 
 
@@ -965,10 +982,10 @@ def slot_waste(report: Report, num_blocks: int, block_size: int) -> Waste:
 # 9. Running out of blocks
 #
 # An engine lets in more requests than may fit in the end, as answers may be short. When a running
-# request needs a block and none is free, the youngest is preempted. There are two ways to go on with
-# it later:
+# request needs a block and none is free, the youngest is preempted. There are two ways to go on
+# with it later:
 #
-#     recompute   throw its keys and values away; later run its prompt and answer so far as one prompt
+#     recompute   throw its keys and values away; later run its text so far like a prompt
 #     swap        copy them to the host's memory, and back later, over PCI Express
 #
 # Either way its text goes on as if nothing had happened. Which is cheaper? Swapping costs the same
@@ -1000,8 +1017,8 @@ def swap_in(cache: PagedKVCache, contents: Sequence[dict]) -> None:
 # 10. Prefill here, decode there
 #
 # Prefill wants arithmetic, decode wants bandwidth, and on one card they get in each other's way.
-# Splitwise (Patel et al. 2023) and DistServe (Zhong et al. 2024) give each phase cards of its own. A
-# prompt never waits behind the steps of others, and no decode step ever has a prompt in it. The
+# Splitwise (Patel et al. 2023) and DistServe (Zhong et al. 2024) give each phase cards of its own.
+# A prompt never waits behind the steps of others, and no decode step ever has a prompt in it. The
 # price: the keys and values of the prompt must cross from one card to the other before the second
 # token, and there is a second card, which could have served requests as well.
 #
@@ -1030,9 +1047,9 @@ def serve_split(
 ) -> tuple[Report, float]:
     """Return what the decode machine does, and the bytes that crossed to it.
 
-    The prefill machine makes the first token of every request. Each request arrives at the decode
-    machine once a link, all its own, has carried its keys and values. settings: those of serve(), for
-    both machines.
+    The prefill machine makes the first token of every request. The request arrives at the decode
+    machine once a link, all its own, has carried its keys and values. settings: those of serve(),
+    for both machines.
     """
     prompts_only = [request._replace(max_new_tokens=1) for request in requests]
     prefill = PrefillEngine(model, prompts_only, **settings)
@@ -1056,10 +1073,10 @@ def serve_split(
 # 11. Latency against load
 #
 # How good is a policy? It depends on how many requests come. So serving systems are judged by a
-# curve: requests arrive at random at a certain rate (a Poisson process), and two times are measured,
-# from arrival to the first token, and between one token and the next. While the rate is low, both are
-# short. At some rate the queue gets longer and longer: the curve tips over. DistServe calls the
-# largest rate at which both times stay within what users were promised the goodput.
+# curve: requests arrive at random at a certain rate (a Poisson process), and two times are
+# measured, from arrival to the first token, and between one token and the next. While the rate is
+# low, both are short. At some rate the queue gets longer and longer: the curve tips over. DistServe
+# calls the largest rate at which both times stay within what users were promised the goodput.
 #
 # Measured by show_load(). Nothing new is needed: it runs the engine of section 6.
 
@@ -1073,11 +1090,12 @@ def serve_split(
 #
 #     step = (largest - smallest) / (2^bits - 1)         value ≈ smallest + code · step
 #
-# The group 0.1 0.2 0.9 1.0 has step 0.3 and codes 0 0 3 3. Its smallest number and its step are kept
-# beside the codes, in 16 bits each. Which numbers form a group? In real models a few channels of the
-# keys are far larger than the others, for every token. KIVI (Liu et al. 2024) therefore groups keys
-# per channel, over many tokens, so that such a channel is alone in its group, and values per token.
-# The newest tokens wait in full precision until there are enough of them for a group.
+# The group 0.1 0.2 0.9 1.0 has step 0.3 and codes 0 0 3 3. Its smallest number and its step are
+# kept beside the codes, in 16 bits each. Which numbers form a group? In real models a few channels
+# of the keys are far larger than the others, for every token. KIVI (Liu et al. 2024) therefore
+# groups keys per channel, over many tokens, so that such a channel is alone in its group, and
+# values per token. The newest tokens wait in full precision until there are enough of them for a
+# group.
 #
 # In production: FP8 is what is deployed (vLLM: kv_cache_dtype="fp8", with a scale per tensor or per
 # head). transformers has a cache after KIVI (QuantizedCache), with 4 or 2 bits.
@@ -1087,7 +1105,7 @@ def serve_split(
 KIVI_TOKENS = 32  # tokens of a group of keys, as in KIVI
 
 
-def round_to_e4m3(x: float) -> float:
+def nearest_e4m3(x: float) -> float:
     """Return the nearest FP8 number, of the 4-bit exponent kind; 448 at most, in size."""
     if x == 0:
         return x
@@ -1097,7 +1115,7 @@ def round_to_e4m3(x: float) -> float:
 
 
 def round_to_grid(values: Vector, bits: int) -> Vector:
-    """Return each value rounded to one of 2^bits evenly spaced ones, from the smallest to the largest."""
+    """Return each value as the nearest of 2^bits even steps from the smallest to the largest."""
     low = min(values)
     step = (max(values) - low) / (2 ** bits - 1)
     if step == 0:
@@ -1107,8 +1125,8 @@ def round_to_grid(values: Vector, bits: int) -> Vector:
 
 def fp8_cache(keys: Matrix, values: Matrix) -> tuple[Matrix, Matrix]:
     """Return the keys and values [tokens][channels] of a layer in FP8."""
-    return ([list(map(round_to_e4m3, row)) for row in keys],
-            [list(map(round_to_e4m3, row)) for row in values])
+    return ([list(map(nearest_e4m3, row)) for row in keys],
+            [list(map(nearest_e4m3, row)) for row in values])
 
 
 def kivi(keys: Matrix, values: Matrix, bits: int = 2) -> tuple[Matrix, Matrix]:
@@ -1162,14 +1180,16 @@ def show_cache(trace, knobs) -> None:
     rows = list(map(CacheStep, range(1, n_new + 1), without.products, cached.products))
     fewer = sum(without.products) / sum(cached.products)
 
-    trace.say(f"The tiny Llama ({c.n_layers} layers, {count_parameters(c):,} parameters) goes on from its "
-              "prompt:")
+    trace.say(f"The tiny Llama ({c.n_layers} layers, {count_parameters(c):,} parameters) goes on "
+              "from its prompt:")
     trace.lines(textwrap.wrap(repr(knobs.lab.tokenizer.decode(cached_text)), WIDTH - 4,
                               initial_indent="    ", subsequent_indent="    "))
-    trace.say("Multiplications in dot products, counted at some of the steps. Without a cache, each "
-              "step runs all tokens again. With one, the first step runs the prompt (prefill), and "
-              "each later step a single token (decode), whose attention reads the kept keys and values.")
-    trace.ask("over all steps, how many times fewer multiplications are made with the cache?", fewer)
+    trace.say("Multiplications in dot products, counted at some of the steps. Without a cache, "
+              "each step runs all tokens again. With one, the first step runs the prompt "
+              "(prefill), and each later step a single token (decode), whose attention reads the "
+              "kept keys and values.")
+    trace.ask("over all steps, how many times fewer multiplications are made with the "
+              "cache?", fewer)
     bar_of_most = f",d bar 20 of {max(without.products)}"
     trace.table(rows[::max(1, n_new // 6)],
                 {"step": "d", "without_cache": bar_of_most, "with_cache": bar_of_most})
@@ -1181,7 +1201,8 @@ def show_cache(trace, knobs) -> None:
     formula = [forward_products(c, n, 0) for n in sizes]
     cached_formula = formula[:1] + [forward_products(c, 1, n) for n in sizes[:-1]]
     trace.check("every step's count is the closed formula's",
-                (without.products, cached.products) == (formula, cached_formula), "with and without")
+                (without.products, cached.products) == (formula, cached_formula), "with and "
+                                                                                  "without")
 
 
 # 2. Prefill and decode are different machines
@@ -1246,9 +1267,9 @@ def show_intensity(trace, knobs) -> None:
     """FLOPs and bytes of our own model, counted; then real models on a real card."""
     c = knobs.lab.config
     rows = [measure_intensity(c, *size) for size in ((1, 0), (1, 63), (8, 0), (64, 0))]
-    trace.say("A step reads every weight that it uses once, and the cached keys and values, whether it "
-              "runs one token or many. Our own model, counted (2 bytes a number, 2 FLOPs a "
-              "multiplication):")
+    trace.say("A step reads every weight that it uses once, and the cached keys and values, "
+              "whether it runs one token or many. Our own model, counted (2 bytes a number, 2 "
+              "FLOPs a multiplication):")
     trace.ask("how many times as many FLOPs for each byte does a prefill of 64 tokens make as a "
               "decode step with nothing cached?", rows[3].flops_per_byte / rows[0].flops_per_byte)
     trace.table(rows, {"phase": "", "new_tokens": "d", "cached": "d", "flops as FLOPs": ",d",
@@ -1256,16 +1277,18 @@ def show_intensity(trace, knobs) -> None:
 
     batches = [price_batch(batch, 1024) for batch in (1, 8, 32, 128)]
     batch = batch_at_ridge(PRICED_GPU, PRICED_MODEL, 256)
-    trace.say(f"A card has a ridge: the FLOPs that it can do while it reads one byte, "
-              f"{PRICED_GPU.ridge:.0f} for the {PRICED_GPU.name}. A step with fewer FLOPs a byte waits "
-              f"for memory. {PRICED_MODEL.name} with weights of 16 bits, one decode step for a batch of "
-              "requests with 1024 tokens cached each; it takes the longer of its two times:")
+    trace.say("A card has a ridge: the FLOPs that it can do while it reads one byte, "
+              f"{PRICED_GPU.ridge:.0f} for the {PRICED_GPU.name}. A step with fewer FLOPs a byte "
+              f"waits for memory. {PRICED_MODEL.name} with weights of 16 bits, one decode step for "
+              "a batch of requests with 1024 tokens cached each; it takes the longer of its two "
+              "times:")
     trace.table(batches, {"batch": "d", "arithmetic as arithmetic, ms": ".2f",
                           "reading as reading, ms": ".2f", "tokens_a_second": ",.0f"})
     trace.say("A large batch takes little longer than one request and yields many more tokens. "
               "Arithmetic takes longer than reading from a batch of "
-              f"{batch_at_ridge(PRICED_GPU, PRICED_MODEL, 0)} on if nothing is cached, from {batch} on "
-              "with 256 tokens cached each, and never with 1024: every cache must be read, too.")
+              f"{batch_at_ridge(PRICED_GPU, PRICED_MODEL, 0)} on if nothing is cached, from "
+              f"{batch} on with 256 tokens cached each, and never with 1024: every cache must be "
+              "read, too.")
     fits = []
     for model in SERVED_MODELS:
         fits.append(Fit(model.name, 2 * model.parameters / 1e9, model.kv_bytes / 1024,
@@ -1308,7 +1331,7 @@ class PagedRun(NamedTuple):
 def run_paged(
     model: Llama, prompts: Sequence[Sequence[int]], n_new: int, block_size: int, rng: random.Random
 ) -> PagedRun:
-    """Generate n_new tokens for each prompt, in turn, in a pool whose free blocks are in no order."""
+    """Generate n_new tokens for each prompt, in turn. The pool's free blocks are in no order."""
     n_blocks = 2 + sum(ceil_div(len(prompt) + n_new, block_size) for prompt in prompts)
     pool = BlockPool(n_blocks, block_size)
     pool.free_blocks = OrderedDict.fromkeys(rng.sample(range(n_blocks), n_blocks))
@@ -1341,12 +1364,14 @@ def draw_pool(pool: BlockPool, caches: Sequence[PagedKVCache]) -> list[str]:
 def show_paging(trace, knobs) -> None:
     """Two requests that grow in one pool, drawn, and where one of their tokens is."""
     size = knobs.block_size
-    prompts = [knobs.prompt_ids, knobs.lab.tokenizer.encode("This is the man all tattered and torn")]
+    prompts = [knobs.prompt_ids, knobs.lab.tokenizer.encode("This is the man all tattered and "
+                                                            "torn")]
     run = run_paged(knobs.lab.model, prompts, knobs.max_new_tokens, size, random.Random(knobs.seed))
-    trace.say("Memory is cut into blocks. A request takes a block at a time, from anywhere, and its "
-              "block table lists them. Two requests, A and B, have been written in turn, token by "
-              f"token, into one pool of {run.pool.num_blocks} blocks of {size}. A letter is a token's "
-              "keys and values, a dot an empty slot of a request, _ a slot of a free block.")
+    trace.say("Memory is cut into blocks. A request takes a block at a time, from anywhere, and "
+              "its block table lists them. Two requests, A and B, have been written in turn, token "
+              f"by token, into one pool of {run.pool.num_blocks} blocks of {size}. A letter is a "
+              "token's keys and values, a dot an empty slot of a request, _ a slot of a free "
+              "block.")
     trace.lines(["", *draw_pool(run.pool, run.caches)])
     for letter, cache in zip("AB", run.caches):
         trace.lines(textwrap.wrap(f"block table of {letter}: {cache.block_table}", WIDTH))
@@ -1355,16 +1380,18 @@ def show_paging(trace, knobs) -> None:
     block = b.block_table[position // size]
     trace.ask(f"slots are numbered from the first of block 0, and tokens from 0. In which slot is "
               f"token {position} of B?", b.slot(position))
-    trace.say(f"Where is token {position} of B? {position} // {size} = {position // size}: in block "
-              f"block_table[{position // size}] = {block}. {position} % {size} = {position % size}: at "
-              f"this offset. So in slot {block} · {size} + {position % size} = {b.slot(position)}.")
+    trace.say(f"Where is token {position} of B? {position} // {size} = {position // size}: in "
+              f"block block_table[{position // size}] = {block}. {position} % {size} = "
+              f"{position % size}: at this offset. So in slot {block} · {size} + {position % size} "
+              f"= {b.slot(position)}.")
 
     trace.check_close("logits through the block tables = logits without any cache", run.logits,
                       run.expected, 1e-9)
     trace.check("that token's slot is the one of the formula",
                 b.slot(position) == block * size + position % size, f"slot {b.slot(position)}")
     empty = [len(cache.block_table) * size - cache.length for cache in run.caches]
-    trace.check("no request has an empty block", max(empty) < size, f"{max(empty)} empty slots at most")
+    trace.check("no request has an empty "
+                "block", max(empty) < size, f"{max(empty)} empty slots at most")
 
 
 # 4. Sharing: reference counts and copy on write
@@ -1373,7 +1400,7 @@ def show_paging(trace, knobs) -> None:
 def fork_prompt(
     model: Llama, prompt: Sequence[int], pool: BlockPool
 ) -> tuple[list[list[int]], list[PagedKVCache]]:
-    """Return four texts, the prompt with one of its likeliest next tokens each, and their caches."""
+    """Return four texts, the prompt and one of its likeliest next tokens, and their caches."""
     first = PagedKVCache(pool, model.config)
     logits = model.forward(prompt, first)[-1]
     likeliest = sorted(range(len(logits)), key=lambda token: -logits[token])
@@ -1402,26 +1429,28 @@ def show_sharing(trace, knobs) -> None:
     prompt_table = list(caches[0].block_table)
     write_tokens(model, texts, caches, 1)
     copies = sum(cache.block_table[:len(prompt_table)] != prompt_table for cache in caches)
-    trace.say(f"Four answers to one prompt share its blocks. The prompt has {len(prompt)} tokens, in "
-              f"blocks {prompt_table[0]} to {prompt_table[-1]} of {size}. The answers A to D begin with "
-              "its four likeliest next words. Every block counts its references: the block tables that "
-              "list it. Who writes into a block with more than one takes a copy first.")
-    trace.ask(f"the prompt fills {len(prompt) % size} slots of its last block (0: all of them). How "
-              "many of the four answers copy that block before they write?", copies)
+    trace.say(f"Four answers to one prompt share its blocks. The prompt has {len(prompt)} tokens, "
+              f"in blocks {prompt_table[0]} to {prompt_table[-1]} of {size}. The answers A to D "
+              "begin with its four likeliest next words. Every block counts its references: the "
+              "block tables that list it. Who writes into a block with more than one takes a copy "
+              "first.")
+    trace.ask(f"the prompt fills {len(prompt) % size} slots of its last block (0: all of them). "
+              "How many of the four answers copy that block before they write?", copies)
     trace.say("After each answer has written one token:")
     for letter, cache in zip("ABCD", caches):
         trace.lines(textwrap.wrap(f"block table of {letter}: {cache.block_table}", WIDTH))
     counts = [count for count in pool.ref_count if count]
     trace.lines(textwrap.wrap(f"references to blocks 0, 1, …: {counts}", WIDTH))
     if copies:
-        trace.say(f"{copies} answers took a copy of the half-full block {prompt_table[-1]}. The last one "
-                  "to write was then alone in it, and needed none.")
+        trace.say(f"{copies} answers took a copy of the half-full block {prompt_table[-1]}. The "
+                  "last one to write was then alone in it, and needed none.")
     else:
         trace.say("The prompt had filled its last block, so every answer took a new one.")
     write_tokens(model, texts, caches, n_new - 1)
     used = pool.num_blocks - pool.num_free_blocks
     alone = sum(ceil_div(cache.length, size) for cache in caches)
-    trace.say(f"After {n_new} tokens each, {used} blocks are in use. Without sharing it would be {alone}.")
+    trace.say(f"After {n_new} tokens each, {used} blocks are in use. Without sharing it would be "
+              f"{alone}.")
 
     trace.check("copies = answers - 1 if the prompt ends inside a block, otherwise none",
                 copies == (3 if len(prompt) % size else 0), f"{copies}")
@@ -1493,21 +1522,21 @@ def show_prefix_caching(trace, knobs) -> None:
                          max_num_batched_tokens=1024, prefix_caching=True)
                    for n in (sum(blocks), max(blocks))]
     rows = compare_prefixes(plenty, few, size)
-    trace.say("The keys and values of a beginning that was computed before are still in the pool, under "
-              "a hash of its tokens. Requests 0 to 3 are a conversation: each repeats the rhyme so far "
-              "and adds a line. Request 4 is a stranger, and request 5 asks the same as 3. Each comes "
-              "when the one before has ended and given its blocks back.")
+    trace.say("The keys and values of a beginning that was computed before are still in the pool, "
+              "under a hash of its tokens. Requests 0 to 3 are a conversation: each repeats the "
+              "rhyme so far and adds a line. Request 4 is a stranger, and request 5 asks the same "
+              "as 3. Each comes when the one before has ended and given its blocks back.")
     shared = max(shared_start(requests[3].prompt, state.tokens) for state in plenty.states[:3])
-    trace.ask(f"the first {shared} tokens of request 3 are those of an earlier text. How many does it "
-              f"find in the pool, with blocks of {size}?", rows[3].found)
+    trace.ask(f"the first {shared} tokens of request 3 are those of an earlier text. How many does "
+              f"it find in the pool, with blocks of {size}?", rows[3].found)
     trace.table(rows, {"request": "d", "prompt": "d", "found": "d",
-                       f"in_few as in {max(blocks)} blocks": "d", "picture as ░ found, █ run": ""})
-    trace.note(f"Tokens. found: in a pool of {sum(blocks)} blocks, enough for all; a mark in the picture "
-               "is a token.")
+                       f"in_few as in {max(blocks)}": "d", "picture as ░ found, █ run": ""})
+    trace.note(f"Tokens. found: in a pool of {sum(blocks)} blocks, enough for all; then in a pool of "
+               f"{max(blocks)}. A mark in the picture is a token.")
     trace.say("Only full blocks are found, and the last token is always run. In a pool of "
-              f"{max(blocks)} blocks, no more than the largest request needs, the stranger takes those "
-              f"that were longest unused: request 5 finds {rows[5].in_few} tokens there instead of "
-              f"{rows[5].found}.")
+              f"{max(blocks)} blocks, no more than the largest request needs, the stranger takes "
+              f"those that were longest unused: request 5 finds {rows[5].in_few} tokens there "
+              f"instead of {rows[5].found}.")
 
     found = [row.found for row in rows]
     trace.check("found = the longest run of full blocks shared with any earlier text",
@@ -1533,7 +1562,7 @@ class PolicyRow(NamedTuple):
 
 
 def make_requests(tokenizer: Tokenizer, rng: random.Random) -> list[Request]:
-    """Return users with lines of the rhyme as prompts, about 3 ms apart, who want 3 to 20 tokens."""
+    """Return users with lines of the rhyme, about 3 ms apart, who want 3 to 20 tokens."""
     arrival = 0.0
     requests = []
     for clause in CLAUSES[1:10]:
@@ -1579,10 +1608,10 @@ def show_continuous(trace, knobs) -> None:
                               fmean(first_tokens(report))))
     static, continuous = rows
     steps = reports["static"].steps + reports["continuous"].steps
-    trace.say("In a static batch, requests start together and end with the longest. Continuous batching "
-              f"decides anew at every step who runs. {len(requests)} requests, "
-              f"{knobs.max_num_seqs} places. A row is a request (tokens of its prompt + new ones), a "
-              "column is a step: dots while it waits, █ its prompt runs, ▒ a new token.")
+    trace.say("In a static batch, requests start together and end with the longest. Continuous "
+              f"batching decides anew at every step who runs. {len(requests)} requests, "
+              f"{knobs.max_num_seqs} places. A row is a request (tokens of its prompt + new ones), "
+              "a column is a step: dots while it waits, █ its prompt runs, ▒ a new token.")
     trace.lines(["", "static:", *timeline(reports["static"])])
     trace.ask(f"static batches took {static.steps} steps. How many does it take if whoever is done "
               "leaves at once, and whoever waits comes in?", continuous.steps)
@@ -1594,8 +1623,9 @@ def show_continuous(trace, knobs) -> None:
                f"{PRICED_GPU.name}), mean from arrival. A step takes {min(times):.1f} to "
                f"{max(times):.1f} of them: its weights must be read, whatever is in it.")
     if continuous.steps < static.steps:
-        trace.say(f"The same work takes {static.steps} steps in static batches and {continuous.steps} "
-                  "in continuous ones, since no place stays empty while somebody waits.")
+        trace.say(f"The same work takes {static.steps} steps in static batches and "
+                  f"{continuous.steps} in continuous ones, since no place stays empty while "
+                  "somebody waits.")
     else:
         trace.say(f"Both take {static.steps} steps: no place became free while somebody waited.")
 
@@ -1660,13 +1690,15 @@ def show_chunked(trace, knobs) -> None:
     chunked = serve_plenty(knobs.lab.model, requests, "chunked", budget)
     before = budget_row(whole, "whole prompts")
     after = budget_row(chunked, budget)
-    trace.say("A long prompt makes one long step, and everybody who is being answered waits for it. "
-              "Chunked prefill cuts the prompt up, so that no step runs more tokens than a budget. "
-              f"Requests 0 to 2 are being answered when 3 comes, with {len(requests[3].prompt)} tokens. "
-              "A column is a millisecond by the cost model, a mark says that a new token came out.")
+    trace.say("A long prompt makes one long step, and everybody who is being answered waits for "
+              "it. Chunked prefill cuts the prompt up, so that no step runs more tokens than a "
+              "budget. Requests 0 to 2 are being answered when 3 comes, with "
+              f"{len(requests[3].prompt)} tokens. A column is a millisecond by the cost model, a "
+              "mark says that a new token came out.")
     trace.lines(["", "whole prompts:", *clock_line(whole)])
-    trace.ask(f"the long prompt made users 0 to 2 wait {before.worst_gap:.1f} ms for a token. What is "
-              f"their longest wait, in ms, if a step runs at most {budget} tokens?", after.worst_gap)
+    trace.ask(f"the long prompt made users 0 to 2 wait {before.worst_gap:.1f} ms for a token. What "
+              f"is their longest wait, in ms, if a step runs at most {budget} "
+              "tokens?", after.worst_gap)
     trace.lines(["", f"chunked, at most {budget} tokens a step:", *clock_line(chunked)])
     rows = []
     for n in sorted({8, 16, free, 64, 96, budget}):
@@ -1675,16 +1707,17 @@ def show_chunked(trace, knobs) -> None:
     trace.table([*rows, before], {"budget": "", "worst_gap as gap of 0 to 2, ms": ".1f bar 12",
                                   "first_token as first token of 3, ms": ".1f",
                                   "end as end, ms": ".1f"})
-    trace.say(f"Up to {free} tokens a step takes the same time, as it waits for memory (the ridge, at 4 "
-              "bits a weight). So a smaller budget only delays request 3, and a larger one lengthens "
-              f"the steps of all. With chunks of {budget}, request 3 has its first token after "
-              f"{after.first_token:.1f} ms instead of {before.first_token:.1f}, and all is done after "
-              f"{after.end:.1f} ms instead of {before.end:.1f}.")
+    trace.say(f"Up to {free} tokens a step takes the same time, as it waits for memory (the ridge, "
+              "at 4 bits a weight). So a smaller budget only delays request 3, and a larger one "
+              f"lengthens the steps of all. With chunks of {budget}, request 3 has its first token "
+              f"after {after.first_token:.1f} ms instead of {before.first_token:.1f}, and all is "
+              f"done after {after.end:.1f} ms instead of {before.end:.1f}.")
 
     trace.check("no budget lengthens the longest gap of the others",
                 all(row.worst_gap <= before.worst_gap for row in rows), f"{len(rows)} budgets")
     at_ridge = rows[[row.budget for row in rows].index(free)]
-    trace.check("below the ridge, a smaller budget shortens no gap by a tenth, and delays request 3",
+    trace.check("below the ridge, a smaller budget shortens no gap by a tenth, and delays request "
+                "3",
                 all(row.worst_gap > 0.9 * at_ridge.worst_gap
                     and row.first_token > 0.99 * at_ridge.first_token
                     for row in rows if row.budget < free), f"ridge: {free} tokens")
@@ -1730,18 +1763,19 @@ def show_waste(trace, knobs) -> None:
     rows = [memory_row(requests, size, n) for n in sorted({64, 16, 4, 1, knobs.block_size})]
     one_piece = rows[-1]
     paged = rows[sorted({64, 16, 4, 1, knobs.block_size}).index(knobs.block_size)]
-    trace.say("What becomes of memory if each request's cache is one piece, reserved when it comes in? "
-              f"{len(requests)} requests wait for {size} slots. They will need {min(needed)} to "
-              f"{max(needed)} slots each, which nobody can know, and 64 is the most that any may use. A "
-              "piece of 64 is a block of 64. Averages over the steps in which somebody waited:")
+    trace.say("What becomes of memory if each request's cache is one piece, reserved when it comes "
+              f"in? {len(requests)} requests wait for {size} slots. They will need {min(needed)} "
+              f"to {max(needed)} slots each, which nobody can know, and 64 is the most that any "
+              "may use. A piece of 64 is a block of 64. Averages over the steps in which somebody "
+              "waited:")
     trace.ask("with 64 slots reserved for each, two requests fit. What share of all slots holds a "
               "token? (as 0.5 or 50%)", one_piece.used)
     trace.table(rows, {"block_size": "d", "used": ".0%", "reserved": ".0%", "internal": ".0%",
                        "free": ".0%", "preempted": "d", "computed": "d", "steps": "d"})
-    trace.note("used: holds a token. reserved: will hold one before the request ends. internal: is set "
-               "aside and never used. free: not set aside, and too little for who waits. computed: "
-               f"tokens run; {sum(needed)} are needed. Kwon et al. found 20.4% to 38.2% used in the "
-               "systems before theirs.")
+    trace.note("used: holds a token. reserved: will hold one before the request ends. internal: is "
+               "set aside and never used. free: not set aside, and too little for who waits. "
+               f"computed: tokens run; {sum(needed)} are needed. Kwon et al. found 20.4% to 38.2% "
+               "used in the systems before theirs.")
     trace.say(f"In blocks of {knobs.block_size}, {paged.used:.0%} of the memory is used instead of "
               f"{one_piece.used:.0%}, and all are done in {paged.steps} steps instead of "
               f"{one_piece.steps}. The price: {paged.preempted} preemptions, after which "
@@ -1810,21 +1844,24 @@ def show_preemption(trace, knobs) -> None:
             rows.append(PreemptionRow(blocks, way, len(report.preempted), report.computed,
                                       report.swapped_tokens * PRICED_MODEL.kv_bytes / 2 ** 20,
                                       len(report.steps), report.steps[-1].end * 1e3))
-    trace.say("When a running request needs a block and none is free, the youngest loses all of its "
-              "own and waits. It comes back by recomputing its text so far, or by swapping it in from "
-              f"the host. The requests of section 6 again, of which the largest needs {smallest} blocks "
-              f"of {knobs.block_size}, in small pools; together they have {needed} tokens to run:")
+    trace.say("When a running request needs a block and none is free, the youngest loses all of "
+              "its own and waits. It comes back by recomputing its text so far, or by swapping it "
+              "in from the host. The requests of section 6 again, of which the largest needs "
+              f"{smallest} blocks of {knobs.block_size}, in small pools; together they have "
+              f"{needed} tokens to run:")
     trace.ask("how many tokens go through the model when blocks are swapped out and in?",
               rows[1].computed)
     trace.table(rows, {"blocks": "d", "by": "", "preempted": "d", "computed": "d",
                        "swapped_mib as swapped, MiB": ".0f", "steps": "d", "end as end, ms": ".1f"})
-    trace.say(f"In {rows[0].blocks} blocks, by recomputation; × marks where a request lost its blocks:")
+    trace.say(f"In {rows[0].blocks} blocks, by recomputation; × marks where a request lost its "
+              "blocks:")
     trace.lines(timeline(engines[0].report))
 
     costs = [price_come_back(tokens, 3) for tokens in range(1, 1025)]
     crossing = next(row.tokens for row in costs if row.swap < row.recompute)
-    trace.say("What does coming back cost? By the cost model, the time that it adds to a step in which "
-              f"three others decode ({PRICED_MODEL.name}, {PRICED_MODEL.kv_bytes / 1024:.0f} KiB a token):")
+    trace.say("What does coming back cost? By the cost model, the time that it adds to a step in "
+              f"which three others decode ({PRICED_MODEL.name}, {PRICED_MODEL.kv_bytes / 1024:.0f} "
+              "KiB a token):")
     trace.table([costs[n - 1] for n in (16, 32, 64, 128, 1024)],
                 {"tokens": ",d", "recompute as recompute, ms": ".2f",
                  "swap as swap out and in, ms": ".2f"})
@@ -1883,32 +1920,34 @@ def show_split(trace, knobs) -> None:
     model = knobs.lab.model
     requests = long_prompt_requests(knobs.lab.tokenizer)
     prompt_tokens = sum(len(request.prompt) for request in requests)
-    ways = [("continuous", 1), ("chunked", 1), ("continuous", 2), ("chunked", 2), *((link, 2) for link in LINKS)]
+    ways = [("continuous", 1), ("chunked", 1), ("continuous", 2), ("chunked", 2), ("NVLink", 2),
+            ("InfiniBand", 2)]
     rows = [measure_latency(StandIn(), requests, way, cards) for way, cards in ways]
     whole, chunked, _, split = rows[2:]
     report, crossed = serve_split(model, requests, LINKS["InfiniBand"], **plenty(requests))
-    trace.say("One card can do the prefill of all requests and another their decode; then no prompt "
-              "disturbs an answer. The keys and values of a prompt must cross over before its second "
-              "token. The requests of section 7: on one card, on two that take them in turn, and split "
-              "over two links, by the cost model:")
-    trace.ask(f"the prompts have {prompt_tokens} tokens. How many MB of keys and values cross in all, at "
-              f"{PRICED_MODEL.kv_bytes / 1024:.0f} KiB a token?", crossed / 1e6)
+    trace.say("One card can do the prefill of all requests and another their decode; then no "
+              "prompt disturbs an answer. The keys and values of a prompt must cross over before "
+              "its second token. The requests of section 7: on one card, on two that take them in "
+              "turn, and split over two links, by the cost model:")
+    trace.ask(f"the prompts have {prompt_tokens} tokens. How many MB of keys and values cross in "
+              f"all, at {PRICED_MODEL.kv_bytes / 1024:.0f} KiB a token?", crossed / 1e6)
     trace.table(rows, {"cards": "d", "way": "", "first_token as first token, ms": ".1f",
-                       "second_gap as to the second, ms": ".1f", "later_gap as later gap, ms": ".1f"})
-    trace.note("The longest of all requests: from arrival to the first token, from that to the second, "
-               "with the crossing in it, and between two later ones. continuous: whole prompts; chunked: "
-               f"at most {free_tokens()} tokens a step.")
-    trace.say(f"Chunks make the later gaps short, {chunked.later_gap:.1f} ms, and the first token late, "
-              f"{chunked.first_token:.1f} ms. With whole prompts it comes after {whole.first_token:.1f} ms, "
-              f"with gaps of {whole.later_gap:.1f}. The split has both, {split.first_token:.1f} and "
-              f"{split.later_gap:.1f} ms; only the second token waits, for the crossing of "
-              f"{crossed / 1e6:.0f} MB in all. It costs the second card, which pays while both are busy "
-              "(section 11).")
+                       "second_gap as to the second, "
+                       "ms": ".1f", "later_gap as later gap, ms": ".1f"})
+    trace.note("The longest of all requests: from arrival to the first token, from that to the "
+               "second, with the crossing in it, and between two later ones. continuous: whole "
+               f"prompts; chunked: at most {free_tokens()} tokens a step.")
+    trace.say(f"Chunks make the later gaps short, {chunked.later_gap:.1f} ms, and the first token "
+              f"late, {chunked.first_token:.1f} ms. With whole prompts it comes after "
+              f"{whole.first_token:.1f} ms, with gaps of {whole.later_gap:.1f}. The split has "
+              f"both, {split.first_token:.1f} and {split.later_gap:.1f} ms; only the second token "
+              f"waits, for the crossing of {crossed / 1e6:.0f} MB in all. It costs the second "
+              "card, which pays while both are busy (section 11).")
 
     trace.check("split, every request gets the tokens that it gets alone",
                 report.tokens == knobs.lab.solo_tokens(requests), f"{len(requests)} requests")
-    trace.check("split, the first token comes before that of chunks, and the later gaps are shorter than "
-                "with whole prompts",
+    trace.check("split, the first token comes before that of chunks, and the later gaps are "
+                "shorter than with whole prompts",
                 split.first_token < chunked.first_token and split.later_gap < whole.later_gap,
                 "on two cards each")
     trace.check("the keys and values of every prompt token crossed, once",
@@ -1919,7 +1958,7 @@ def show_split(trace, knobs) -> None:
 
 
 def poisson_requests(n: int, rate: float, rng: random.Random) -> list[Request]:
-    """Return n requests that come at random, `rate` a second, with prompts and answers of all sizes."""
+    """Return n requests that come at random, `rate` a second, with prompts of all sizes."""
     arrival = 0.0
     requests = []
     for _ in range(n):
@@ -1939,42 +1978,46 @@ def measure_load(way: str, rates: Sequence[int], n_requests: int, seed: int) -> 
 
 def goodput(rows: Sequence[Latency]) -> int:
     """Return the highest rate with a first token within 50 ms and later gaps within 5 ms, or 0."""
-    return max((row.rate for row in rows if row.first_token <= 50 and row.later_gap <= 5), default=0)
+    kept = [row.rate for row in rows if row.first_token <= 50 and row.later_gap <= 5]
+    return max(kept, default=0)
 
 
 def show_load(trace, knobs) -> None:
-    """First token and gaps under growing load, for four policies."""
-    curves = {}
+    """First token and gaps under growing load, in four ways."""
+    curves = []
     for way in ("static", "continuous", "chunked", "NVLink"):
-        curves[way] = measure_load(way, (5, 10, 20, 40, 80), 80, knobs.seed)
-    kept = {way: goodput(rows) for way, rows in curves.items()}
-    trace.say("A serving system is judged by its times under load. 80 requests with prompts of 64 to 448 "
-              "tokens and answers of 8 to 56 come at random to two cards, which take them in turn; with "
-              "NVLink, one does the prefill and the other the decode. The scheduler runs for real, with "
-              "a stand-in for the model, as the tokens do not matter. rate: requests a second for each "
-              "card. first token: 9 of 10 come sooner after arrival. later gap: 99 of 100 are no longer.")
-    trace.ask("users were promised a first token within 50 ms and later gaps within 5 ms. Which way keeps "
-              "that up to the highest rate: static, continuous, chunked or NVLink?",
+        curves.append(measure_load(way, (5, 10, 20, 40, 80), 80, knobs.seed))
+    static, continuous, chunked, _ = curves
+    kept = {rows[0].way: goodput(rows) for rows in curves}
+    trace.say("A serving system is judged by its times under load. 80 requests with prompts of 64 "
+              "to 448 tokens and answers of 8 to 56 come at random to two cards, which take them "
+              "in turn; with NVLink, one does the prefill and the other the decode. The scheduler "
+              "runs for real, with a stand-in for the model, as the tokens do not matter. rate: "
+              "requests a second for each card. first token: 9 of 10 come sooner after arrival. "
+              "later gap: 99 of 100 are no longer.")
+    trace.ask("users were promised a first token within 50 ms and later gaps within 5 ms. Which "
+              "way keeps that up to the highest rate: static, continuous, chunked or NVLink?",
               max(kept, key=kept.get))
-    trace.table(list(itertools.chain(*curves.values())),
-                {"way": "", "rate": "d", "first_token as first token, ms": ".0f bar 24",
-                 "later_gap as later gap, ms": ".1f bar 12"})
-    trace.say("Where does each tip over? Static batches first: everybody waits for the batch before. "
-              "Continuous batching keeps the first token early, but whole prompts tear gaps into the "
-              "answers; chunks close those. The split has short gaps too, until its one prefill card has "
-              "more prompts than it can run: the numbers of cards must fit the work. With a promise of "
-              "50 ms to the first token and later gaps of 5, they can serve these rates (goodput): "
-              + ", ".join(f"{way} {rate}" for way, rate in kept.items()) + ".")
+    trace.table(list(itertools.chain(*curves)),
+                {"way": "", "rate": "d", "first_token as first token, ms": ".0f bar 20",
+                 "later_gap as later gap, ms": ".1f bar 8"})
+    trace.say("Where does each tip over? Static batches first: everybody waits for the batch "
+              "before. Continuous batching keeps the first token early, but whole prompts tear "
+              "gaps into the answers; chunks close those. The split has short gaps too, until its "
+              "one prefill card has more prompts than it can run: the numbers of cards must fit "
+              "the work.")
+    rates = ", ".join(f"{way} {rate or 'none'}" for way, rate in kept.items())
+    trace.say("The highest rate with 9 of 10 first tokens within 50 ms and 99 of 100 later gaps "
+              f"within 5 ms (DistServe calls it goodput): {rates}.")
 
-    for way in ("continuous", "chunked", "NVLink"):
-        trace.check(f"{way}: from 10 a second on, an earlier first token than in static batches",
-                    all(row.first_token < static.first_token
-                        for row, static in zip(curves[way][1:], curves["static"][1:])), "4 rates")
+    trace.check("from 10 a second on, static batches have the latest first tokens",
+                all(row.first_token < slow.first_token for rows in curves[1:]
+                    for row, slow in zip(rows[1:], static[1:])), "4 rates")
     trace.check("from 10 a second on, chunks have shorter gaps than whole prompts",
                 all(row.later_gap < whole.later_gap
-                    for row, whole in zip(curves["chunked"][1:], curves["continuous"][1:])), "4 rates")
-    trace.check("chunks keep the promise up to the highest rate", kept["chunked"] == max(kept.values()),
-                f"{kept['chunked']} a second")
+                    for row, whole in zip(chunked[1:], continuous[1:])), "4 rates")
+    trace.check("chunks keep the promise up to the highest rate",
+                kept["chunked"] == max(kept.values()), f"{kept['chunked']} a second")
 
 
 # 12. A smaller cache
@@ -2005,7 +2048,8 @@ def measure_small_cache(
         for layer in range(model.config.n_layers):
             small.keys[layer], small.values[layer] = shrink(exact.keys[layer], exact.values[layer])
         gaps = []
-        for got, expected in zip(model.forward(text[half:], small), model.forward(text[half:], exact)):
+        logits = model.forward(text[half:], small)
+        for got, expected in zip(logits, model.forward(text[half:], exact)):
             gaps += map(operator.sub, got, expected)
             changed += argmax(got) != argmax(expected)
         errors.append(math.sqrt(dot(gaps, gaps) / len(gaps)))
@@ -2019,26 +2063,29 @@ def show_small_cache(trace, knobs) -> None:
     texts = [knobs.lab.tokenizer.encode(verses[n] + verses[n + 1]) for n in (7, 8, 9)]
     fp8 = measure_small_cache(model, texts, "FP8", fp8_cache)
     two_bits = measure_small_cache(model, texts, "KIVI", kivi)
-    trace.say("Fewer bits a number make the cache smaller. FP8 rounds every number by itself. KIVI rounds "
-              f"groups of numbers to 2 bits each, keys per channel over {KIVI_TOKENS} tokens and values per "
-              "token, and keeps the newest tokens in full. Half of a text is cached and rounded; then the "
-              f"model reads the other half. How far do its logits move, over {len(texts)} texts, and how "
-              f"often does its likeliest next token change, of {sum(map(len, texts)) // 2} times?")
+    trace.say("Fewer bits a number make the cache smaller. FP8 rounds every number by itself. KIVI "
+              f"rounds groups of numbers to 2 bits each, keys per channel over {KIVI_TOKENS} "
+              "tokens and values per token, and keeps the newest tokens in full. Half of a text is "
+              "cached and rounded; then the model reads the other half. How far do its logits "
+              f"move, over {len(texts)} texts, and how often does its likeliest next token change, "
+              f"of {sum(map(len, texts)) // 2} times?")
     trace.ask("how many times as far as FP8 does the 2-bit cache move the logits?",
               two_bits.error / fp8.error)
-    trace.table([fp8, two_bits], {"cache": "", "error": ".4f bar 24", "spread": ".4f", "changed": "d"})
+    trace.table([fp8, two_bits], {"cache": "", "error": ".4f bar "
+                                                        "24", "spread": ".4f", "changed": "d"})
     trace.note("error: of the logits, root mean square, mean over the texts; spread: its standard "
-               f"deviation. FP8 takes 8 bits a number. KIVI takes {2 + 32 / KIVI_TOKENS:.0f} for a key and "
-               f"{2 + 32 / len(model.weights['layers.0.attention.wv']):.0f} for a value, with the smallest "
-               "number and the step of each group, and 16 for each number of the newest tokens.")
-    trace.say("What cannot be seen here is why KIVI rounds keys per channel: real models have a few key "
-              "channels that are far larger than the others. This little model has none.")
+               f"deviation. FP8 takes 8 bits a number. KIVI takes {2 + 32 / KIVI_TOKENS:.0f} for a "
+               f"key and {2 + 32 / len(model.weights['layers.0.attention.wv']):.0f} for a value, "
+               "with the smallest number and the step of each group, and 16 for each number of the "
+               "newest tokens.")
+    trace.say("What cannot be seen here is why KIVI rounds keys per channel: real models have a "
+              "few key channels that are far larger than the others. This little model has none.")
 
     trace.check("FP8 moves the logits less than 2 bits do", 0 < fp8.error < two_bits.error,
                 f"{fp8.error:.4f} and {two_bits.error:.4f}")
     numbers = model.weights["output"][0]
     trace.check("a number in FP8 is off by one part in 16 at most, or 2^-10",
-                all(abs(round_to_e4m3(x) - x) <= max(abs(x) / 16, 2 ** -10) for x in numbers),
+                all(abs(nearest_e4m3(x) - x) <= max(abs(x) / 16, 2 ** -10) for x in numbers),
                 f"{len(numbers)} numbers")
 
 
@@ -2538,8 +2585,8 @@ def free_tokens() -> int:
 
 
 @dataclass
-class Lab:
-    """What the sections share: the tokenizer, and the tiny Llama, which is trained when it is needed."""
+class ServingLab:
+    """What the sections share: the tokenizer, and the tiny Llama, trained when it is needed."""
 
     seed: int
 
@@ -2643,18 +2690,18 @@ def used_weights(c: Config) -> int:
 def counted_dots() -> Iterator[Namespace]:
     """While this is open, every dot product that anybody makes adds its length to .products."""
     global dot
-    plain = dot
+    plain_dot = dot
     count = Namespace(products=0)
 
-    def counting(a: Sequence[float], b: Sequence[float]) -> float:
+    def counting_dot(a: Sequence[float], b: Sequence[float]) -> float:
         count.products += len(a)
-        return plain(a, b)
+        return plain_dot(a, b)
 
-    dot = counting
+    dot = counting_dot
     try:
         yield count
     finally:
-        dot = plain
+        dot = plain_dot
 
 
 # =============================================================================================
@@ -3147,25 +3194,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the trace and return the exit status."""
     parser = common_parser("microkv", "The KV cache of a tiny Llama, and what serving engines do "
                            "about it.", len(SECTIONS))
-    parser.add_argument("--prompt", default=PROMPT, help=f"what to go on from (default: {PROMPT!r})")
+    parser.add_argument("--prompt", default=PROMPT, help="what to go on from (default: "
+                                                         f"{PROMPT!r})")
     parser.add_argument("--max-new-tokens", metavar="N", type=whole_number(1, 64),
                         default=MAX_NEW_TOKENS,
-                        help=f"tokens to generate in sections 1, 3 and 4 (default {MAX_NEW_TOKENS})")
+                        help="tokens to generate in sections 1, 3 and 4 (default "
+                             f"{MAX_NEW_TOKENS})")
     parser.add_argument("--block-size", metavar="N", type=whole_number(1, 64), default=BLOCK_SIZE,
                         help=f"tokens a block holds (default {BLOCK_SIZE})")
     parser.add_argument("--num-blocks", metavar="N", type=whole_number(1, 999),
                         help="blocks in the pool of section 9 (default: twice what the largest "
                         "request needs, and just that)")
-    parser.add_argument("--max-num-seqs", metavar="N", type=whole_number(1, 64), default=MAX_NUM_SEQS,
-                        help=f"requests that may run at the same time, sections 6 and 9 "
-                        f"(default {MAX_NUM_SEQS})")
+    parser.add_argument("--max-num-seqs", metavar="N", type=whole_number(1, 64),
+                        default=MAX_NUM_SEQS, help="requests that may run at the same time, "
+                                                   f"sections 6 and 9 (default {MAX_NUM_SEQS})")
     parser.add_argument("--max-num-batched-tokens", metavar="N", type=whole_number(1, 9999),
                         default=MAX_NUM_BATCHED_TOKENS,
-                        help="tokens a step may run where prompts are cut up, section 7; the running "
-                        f"requests get one each in any case (default {MAX_NUM_BATCHED_TOKENS})")
+                        help="tokens a step may run where prompts are cut up, section 7; the "
+                             "running requests get one each in any case (default "
+                             f"{MAX_NUM_BATCHED_TOKENS})")
     knobs = parser.parse_args(argv)
 
-    knobs.lab = Lab(knobs.seed)
+    knobs.lab = ServingLab(knobs.seed)
     try:
         knobs.prompt_ids = knobs.lab.tokenizer.encode(knobs.prompt)
     except ValueError as error:

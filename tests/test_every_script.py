@@ -29,7 +29,7 @@ each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.s
 # on two cheap ones, with arguments that make them cheaper where that helps.
 CHEAP = {
     "microattention": "1,2",
-    "microkv": "2,3",
+    "microkv": "2,8",
     "microflash": "1,2",
     "microquant": "3,4",
     "microbeam": "1,2",
@@ -605,13 +605,14 @@ EDGES = {
         "--text=Ünïcödé—日本語🙂 --section 1,2,4", "--text=16,16 --section 1,2",
         "--seed 1000000000", "--seed 3", "--text=\udcffbroken --section 1,2,4"],
     "microkv": [
-        "--block-size 1 --section 5,6", "--block-size 64 --section 4",
-        "--block-size 7 --max-num-seqs 1 --section 6,7",
+        "--block-size 1 --section 3,4,5,8", "--block-size 64 --section 3,4,5,8",
+        "--block-size 33 --section 3,8", "--block-size 7 --max-num-seqs 1 --section 5,6,9",
         "--block-size 5 --num-blocks 5 --section 9", "--num-blocks 999 --section 9",
-        "--num-blocks 6 --max-num-seqs 64 --section 7",
-        "--max-num-seqs 64 --max-num-batched-tokens 1 --section 8",
-        "--max-num-batched-tokens 9999 --section 8",
-        "--prompt=built --max-new-tokens 1 --section 1,4,5", "--max-new-tokens 64 --section 5"],
+        "--max-num-seqs 64 --section 6,9",
+        "--max-num-seqs 64 --max-num-batched-tokens 1 --section 7",
+        "--max-num-batched-tokens 37 --section 7", "--max-num-batched-tokens 9999 --section 7",
+        "--prompt=built --max-new-tokens 1 --section 1,3,4", "--max-new-tokens 64 --section 1,4",
+        "--seed 1000000000"],
     "microflash": [
         "--seq-len 1",
         "--seq-len 1 --head-dim 1 --block-q 1 --block-k 1 --sram 11 --section 1,3,4,6,7,8",

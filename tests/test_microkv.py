@@ -678,7 +678,8 @@ def test_a_scheduler_that_is_stuck_is_noticed(monkeypatch):
 
 
 def test_more_seats_than_budget_is_fine_where_prompts_are_whole():
-    assert len(run_steps([m.Request((1,), 3)], max_num_seqs=20, max_num_batched_tokens=10).steps) == 3
+    report = run_steps([m.Request((1,), 3)], max_num_seqs=20, max_num_batched_tokens=10)
+    assert len(report.steps) == 3
 
 
 @pytest.mark.parametrize("change, word", [
@@ -878,8 +879,8 @@ def test_the_crossing_takes_its_time_and_changes_nothing():
 def test_a_request_of_one_token_never_crosses():
     model = make_model(SMALL)
     requests = [m.Request((1, 2, 3), 1), m.Request((4, 5), 2)]
-    report, crossed = m.serve_split(model, requests, 1e9, num_blocks=9, block_size=2, max_num_seqs=2,
-                                    max_num_batched_tokens=64)
+    settings = {"num_blocks": 9, "block_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 64}
+    report, crossed = m.serve_split(model, requests, 1e9, **settings)
     assert crossed == 2 * m.PRICED_MODEL.kv_bytes
     assert report.tokens == [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
 
@@ -888,8 +889,8 @@ def test_a_request_of_one_token_never_crosses():
 def test_two_machines_write_what_one_writes(seed):
     model = make_model(SMALL)
     requests, settings, smallest, _ = request_set(seed)
-    report, _ = m.serve_split(model, requests, 1e9, num_blocks=smallest, max_num_batched_tokens=1024,
-                              **settings)
+    settings |= {"num_blocks": smallest, "max_num_batched_tokens": 1024}
+    report, _ = m.serve_split(model, requests, 1e9, **settings)
     assert report.tokens == [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
     for state in report.states:
         crossing = len(state.request.prompt) * m.PRICED_MODEL.kv_bytes / 1e9
@@ -971,16 +972,16 @@ def e4m3_values():
     return np.array([-v for v in values[:0:-1]] + values)
 
 
-def test_round_to_e4m3_finds_the_nearest():
+def test_nearest_e4m3_finds_the_nearest():
     values = e4m3_values()
     assert values.max() == 448
     rng = np.random.default_rng(0)
     inputs = [*rng.normal(size=300), *rng.normal(size=300) * 1e-3, *rng.normal(size=300) * 200]
     for x in inputs:
         nearest = np.abs(values - x).min()
-        assert abs(m.round_to_e4m3(x) - x) == pytest.approx(nearest, abs=1e-15)
-        assert m.round_to_e4m3(x) in values
-    assert [m.round_to_e4m3(x) for x in (0.0, 1e9, -1e9, 448.0)] == [0.0, 448.0, -448.0, 448.0]
+        assert abs(m.nearest_e4m3(x) - x) == pytest.approx(nearest, abs=1e-15)
+        assert m.nearest_e4m3(x) in values
+    assert [m.nearest_e4m3(x) for x in (0.0, 1e9, -1e9, 448.0)] == [0.0, 448.0, -448.0, 448.0]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -1007,7 +1008,8 @@ def test_kivi_rounds_keys_by_channel_and_values_by_token(n):
     expected_values = values.copy()
     for start in range(0, n - 31, 32):
         for c in range(6):
-            expected_keys[start:start + 32, c] = m.round_to_grid(keys[start:start + 32, c].tolist(), 2)
+            channel = keys[start:start + 32, c].tolist()
+            expected_keys[start:start + 32, c] = m.round_to_grid(channel, 2)
         for i in range(start, start + 32):
             expected_values[i] = m.round_to_grid(values[i].tolist(), 2)
     given = keys.tolist()
