@@ -1264,7 +1264,7 @@ class Fit(NamedTuple):
 
 
 def show_intensity(trace, knobs) -> None:
-    """FLOPs and bytes of our own model, counted; then real models on a real card."""
+    """FLOPs and bytes of our own model, counted; then a real model on a real card."""
     c = knobs.lab.config
     rows = [measure_intensity(c, *size) for size in ((1, 0), (1, 63), (8, 0), (64, 0))]
     trace.say("A step reads every weight that it uses once, and the cached keys and values, "
@@ -1274,31 +1274,6 @@ def show_intensity(trace, knobs) -> None:
               "decode step with nothing cached?", rows[3].flops_per_byte / rows[0].flops_per_byte)
     trace.table(rows, {"phase": "", "new_tokens": "d", "cached": "d", "flops as FLOPs": ",d",
                        "bytes": ",d", "flops_per_byte as FLOPs a byte": ".1f bar 16"})
-
-    batches = [price_batch(batch, 1024) for batch in (1, 8, 32, 128)]
-    batch = batch_at_ridge(PRICED_GPU, PRICED_MODEL, 256)
-    trace.say("A card has a ridge: the FLOPs that it can do while it reads one byte, "
-              f"{PRICED_GPU.ridge:.0f} for the {PRICED_GPU.name}. A step with fewer FLOPs a byte "
-              f"waits for memory. {PRICED_MODEL.name} with weights of 16 bits, one decode step for "
-              "a batch of requests with 1024 tokens cached each; it takes the longer of its two "
-              "times:")
-    trace.table(batches, {"batch": "d", "arithmetic as arithmetic, ms": ".2f",
-                          "reading as reading, ms": ".2f", "tokens_a_second": ",.0f"})
-    trace.say("A large batch takes little longer than one request and yields many more tokens. "
-              "Arithmetic takes longer than reading from a batch of "
-              f"{batch_at_ridge(PRICED_GPU, PRICED_MODEL, 0)} on if nothing is cached, from "
-              f"{batch} on with 256 tokens cached each, and never with 1024: every cache must be "
-              "read, too.")
-    fits = []
-    for model in SERVED_MODELS:
-        fits.append(Fit(model.name, 2 * model.parameters / 1e9, model.kv_bytes / 1024,
-                        requests_that_fit(PRICED_GPU, model, 4096)))
-    trace.say("And memory ends. How many requests of 4096 tokens fit beside the weights, in nine "
-              "tenths of 80 GB? (Engines leave the rest for activations. The last model needs more "
-              "than one card.)")
-    trace.table(fits, {"model": "", "weights_gb as weights, GB": ".1f",
-                       "kib_a_token as KiB a token": ".0f", "requests": "d bar 20"})
-
     kv_bytes = kv_bytes_per_token(c.n_layers, c.n_kv_heads, c.head_dim)
     expected = []
     for row in rows:
@@ -1306,14 +1281,55 @@ def show_intensity(trace, knobs) -> None:
         expected.append(2 * (used_weights(c) + row.new_tokens * c.dim) + in_cache * kv_bytes)
     trace.check("bytes counted = used weights, embedding rows and cache, by formula",
                 [row.bytes for row in rows] == expected, f"{len(rows)} steps")
-    before = price_batch(batch - 1, 256)
-    after = price_batch(batch, 256)
+    show_batches(trace)
+    show_memory(trace)
+
+
+def show_batches(trace) -> None:
+    """Decode steps of a real model for batches of all sizes, by the cost model."""
+    rows = [price_batch(batch, 1024) for batch in (1, 8, 32, 128)]
+    longer = rows[-1].reading / rows[0].reading
+    more = rows[-1].tokens_a_second / rows[0].tokens_a_second
+    trace.say("A card has a ridge: the FLOPs that it can do while it reads one byte, "
+              f"{PRICED_GPU.ridge:.0f} for the {PRICED_GPU.name}. A step with fewer FLOPs a byte "
+              f"waits for memory. {PRICED_MODEL.name} with weights of 16 bits, one decode step for "
+              "a batch of requests with 1024 tokens cached each, which takes the longer of its two "
+              "times:")
+    trace.table(rows, {"batch": "d", "arithmetic as arithmetic, ms": ".2f",
+                       "reading as reading, ms": ".2f", "tokens_a_second": ",.0f"})
+    at_256 = batch_at_ridge(PRICED_GPU, PRICED_MODEL, 256)
+    trace.say(f"The batch of 128 takes {longer:.1f} times as long as one request and yields "
+              f"{more:.0f} times as many tokens, as all share one reading of the weights. "
+              "Arithmetic takes longer than reading from a batch of "
+              f"{batch_at_ridge(PRICED_GPU, PRICED_MODEL, 0)} on if nothing is cached, from "
+              f"{at_256} on with 256 tokens cached each, and never with 1024: everybody's cache "
+              "must be read, too.")
+    before = price_batch(at_256 - 1, 256)
+    after = price_batch(at_256, 256)
     trace.check("the first batch that arithmetic takes longer for is the formula's",
                 before.arithmetic < before.reading and after.arithmetic >= after.reading,
-                f"{batch} at 256 tokens")
+                f"{at_256} at 256 tokens")
     trace.check("with 1024 tokens cached, reading takes longer for any batch",
                 batch_at_ridge(PRICED_GPU, PRICED_MODEL, 1024) is None
-                and all(row.reading > row.arithmetic for row in batches), f"{len(batches)} tried")
+                and all(row.reading > row.arithmetic for row in rows), f"{len(rows)} tried")
+
+
+def show_memory(trace) -> None:
+    """How many requests fit beside the weights of real models."""
+    rows = []
+    for model in SERVED_MODELS:
+        rows.append(Fit(model.name, 2 * model.parameters / 1e9, model.kv_bytes / 1024,
+                        requests_that_fit(PRICED_GPU, model, 4096)))
+    trace.say("And memory ends. How many requests of 4096 tokens fit beside the weights, in nine "
+              "tenths of 80 GB? (Engines leave the rest for activations. The last model needs more "
+              "than one card.)")
+    trace.table(rows, {"model": "", "weights_gb as weights, GB": ".1f",
+                       "kib_a_token as KiB a token": ".0f", "requests": "d bar 20"})
+    fit = rows[SERVED_MODELS.index(PRICED_MODEL)]
+    left = 0.9 * PRICED_GPU.hbm_bytes / 1e9 - fit.weights_gb
+    one = 4096 * fit.kib_a_token * 1024 / 1e9
+    trace.check(f"{fit.model}: so many caches fit into what the weights leave, and not one more",
+                fit.requests * one <= left < (fit.requests + 1) * one, f"{left:.1f} GB left")
 
 
 # 3. Paged attention
@@ -1531,8 +1547,8 @@ def show_prefix_caching(trace, knobs) -> None:
               f"it find in the pool, with blocks of {size}?", rows[3].found)
     trace.table(rows, {"request": "d", "prompt": "d", "found": "d",
                        f"in_few as in {max(blocks)}": "d", "picture as ░ found, █ run": ""})
-    trace.note(f"Tokens. found: in a pool of {sum(blocks)} blocks, enough for all; then in a pool of "
-               f"{max(blocks)}. A mark in the picture is a token.")
+    trace.note(f"Tokens. found: in a pool of {sum(blocks)} blocks, enough for all; then in a pool "
+               f"of {max(blocks)}. A mark in the picture is a token.")
     trace.say("Only full blocks are found, and the last token is always run. In a pool of "
               f"{max(blocks)} blocks, no more than the largest request needs, the stranger takes "
               f"those that were longest unused: request 5 finds {rows[5].in_few} tokens there "
@@ -1684,7 +1700,6 @@ def clock_line(report: Report, width: int = 67) -> list[str]:
 def show_chunked(trace, knobs) -> None:
     """Three users are being answered when a long prompt comes in."""
     requests = long_prompt_requests(knobs.lab.tokenizer)
-    free = free_tokens()
     budget = max(knobs.max_num_batched_tokens, len(requests))
     whole = serve_plenty(knobs.lab.model, requests)
     chunked = serve_plenty(knobs.lab.model, requests, "chunked", budget)
@@ -1700,33 +1715,47 @@ def show_chunked(trace, knobs) -> None:
               f"is their longest wait, in ms, if a step runs at most {budget} "
               "tokens?", after.worst_gap)
     trace.lines(["", f"chunked, at most {budget} tokens a step:", *clock_line(chunked)])
-    rows = []
-    for n in sorted({8, 16, free, 64, 96, budget}):
-        rows.append(budget_row(serve_plenty(StandIn(), requests, "chunked", n), n))
-    trace.say("The same with other budgets, and with no chunks at all:")
-    trace.table([*rows, before], {"budget": "", "worst_gap as gap of 0 to 2, ms": ".1f bar 12",
-                                  "first_token as first token of 3, ms": ".1f",
-                                  "end as end, ms": ".1f"})
-    trace.say(f"Up to {free} tokens a step takes the same time, as it waits for memory (the ridge, "
-              "at 4 bits a weight). So a smaller budget only delays request 3, and a larger one "
-              f"lengthens the steps of all. With chunks of {budget}, request 3 has its first token "
-              f"after {after.first_token:.1f} ms instead of {before.first_token:.1f}, and all is "
-              f"done after {after.end:.1f} ms instead of {before.end:.1f}.")
-
-    trace.check("no budget lengthens the longest gap of the others",
-                all(row.worst_gap <= before.worst_gap for row in rows), f"{len(rows)} budgets")
-    at_ridge = rows[[row.budget for row in rows].index(free)]
-    trace.check("below the ridge, a smaller budget shortens no gap by a tenth, and delays request "
-                "3",
-                all(row.worst_gap > 0.9 * at_ridge.worst_gap
-                    and row.first_token > 0.99 * at_ridge.first_token
-                    for row in rows if row.budget < free), f"ridge: {free} tokens")
+    if after.worst_gap == before.worst_gap:
+        trace.say("This budget holds the whole prompt beside the others, so nothing changes.")
+    else:
+        trace.say(f"The longest wait of users 0 to 2 falls from {before.worst_gap:.1f} ms to "
+                  f"{after.worst_gap:.1f}. Request 3 has its first token after "
+                  f"{after.first_token:.1f} ms instead of {before.first_token:.1f}.")
+    if after.end < before.end:
+        trace.say(f"All is done after {after.end:.1f} ms instead of {before.end:.1f}: chunks are "
+                  "computed while the weights are read, which decoding waits for anyway.")
+    show_budgets(trace, requests, budget, before)
     alone = knobs.lab.solo_tokens(requests)
     trace.check("every request's tokens are those it gets alone, both ways",
                 whole.tokens == chunked.tokens == alone, f"{sum(map(len, alone))} tokens")
     largest = max(sum(step.tokens.values()) for step in chunked.steps)
     trace.check("no chunked step ran more tokens than the budget", largest <= budget,
                 f"{largest} of {budget}")
+
+
+def show_budgets(trace, requests: Sequence[Request], budget: int, whole: BudgetRow) -> None:
+    """The same requests with other budgets, and the rule for a good one."""
+    ridge = free_tokens()
+    rows = []
+    for n in sorted({8, 16, ridge, 64, 96, budget}):
+        rows.append(budget_row(serve_plenty(StandIn(), requests, "chunked", n), n))
+    trace.say("How large should the budget be? The same with others, and with no chunks at all:")
+    trace.table([*rows, whole], {"budget": "", "worst_gap as gap of 0 to 2, ms": ".1f bar 12",
+                                 "first_token as first token of 3, ms": ".1f",
+                                 "end as end, ms": ".1f"})
+    trace.say(f"Up to {ridge} tokens a step takes the same time, as it waits for memory: this is "
+              "the ridge, at 4 bits a weight. A smaller budget only delays request 3, and a larger "
+              "one lengthens the steps of all.")
+    trace.check("no budget lengthens the longest gap of the others",
+                all(row.worst_gap <= whole.worst_gap for row in rows), f"{len(rows)} budgets")
+    at_ridge = rows[[row.budget for row in rows].index(ridge)]
+    smaller = [row for row in rows if row.budget < ridge]
+    trace.check("below the ridge, no budget shortens a gap by a tenth",
+                all(row.worst_gap > 0.9 * at_ridge.worst_gap for row in smaller),
+                f"{at_ridge.worst_gap:.1f} ms at the ridge")
+    trace.check("and none brings request 3 its first token sooner",
+                all(row.first_token > 0.99 * at_ridge.first_token for row in smaller),
+                f"{at_ridge.first_token:.1f} ms at the ridge")
 
 
 # 8. What paging saves
@@ -1826,24 +1855,32 @@ def price_come_back(tokens: int, decoding: int) -> ComeBack:
     return ComeBack(tokens, (again - plain) * 1e3, swap * 1e3)
 
 
+def run_preemption(
+    model: Llama, requests: Sequence[Request], **settings
+) -> tuple[PreemptionRow, Engine]:
+    """Serve the requests in a pool that may be too small; return a row, and the engine."""
+    engine = Engine(model, requests, max_num_batched_tokens=1024, **settings)
+    report = engine.run()
+    mib = report.swapped_tokens * PRICED_MODEL.kv_bytes / 2 ** 20
+    row = PreemptionRow(engine.num_blocks, engine.preemption, len(report.preempted),
+                        report.computed, mib, len(report.steps), report.steps[-1].end * 1e3)
+    return row, engine
+
+
 def show_preemption(trace, knobs) -> None:
     """The requests of section 6 in small pools, and what each way of coming back costs."""
-    model = knobs.lab.model
     requests = knobs.requests
-    settings = dict(block_size=knobs.block_size, max_num_seqs=knobs.max_num_seqs,
-                    max_num_batched_tokens=1024)
     smallest = max(blocks_for(request, knobs.block_size) for request in requests)
     needed = sum(len(request.prompt) + request.max_new_tokens - 1 for request in requests)
-    engines = []
     rows = []
+    engines = []
     for blocks in [knobs.num_blocks] if knobs.num_blocks else [2 * smallest, smallest]:
         for way in ("recompute", "swap"):
-            engine = Engine(model, requests, num_blocks=blocks, preemption=way, **settings)
-            report = engine.run()
+            row, engine = run_preemption(
+                knobs.lab.model, requests, preemption=way, num_blocks=blocks,
+                block_size=knobs.block_size, max_num_seqs=knobs.max_num_seqs)
+            rows.append(row)
             engines.append(engine)
-            rows.append(PreemptionRow(blocks, way, len(report.preempted), report.computed,
-                                      report.swapped_tokens * PRICED_MODEL.kv_bytes / 2 ** 20,
-                                      len(report.steps), report.steps[-1].end * 1e3))
     trace.say("When a running request needs a block and none is free, the youngest loses all of "
               "its own and waits. It comes back by recomputing its text so far, or by swapping it "
               "in from the host. The requests of section 6 again, of which the largest needs "
@@ -1857,27 +1894,37 @@ def show_preemption(trace, knobs) -> None:
               "blocks:")
     trace.lines(timeline(engines[0].report))
 
-    costs = [price_come_back(tokens, 3) for tokens in range(1, 1025)]
-    crossing = next(row.tokens for row in costs if row.swap < row.recompute)
-    trace.say("What does coming back cost? By the cost model, the time that it adds to a step in "
-              f"which three others decode ({PRICED_MODEL.name}, {PRICED_MODEL.kv_bytes / 1024:.0f} "
-              "KiB a token):")
-    trace.table([costs[n - 1] for n in (16, 32, 64, 128, 1024)],
-                {"tokens": ",d", "recompute as recompute, ms": ".2f",
-                 "swap as swap out and in, ms": ".2f"})
-    trace.say("Recomputing is free while the step stays below the ridge; swapping never is. From "
-              f"{crossing} tokens on, swapping is cheaper.")
-
+    alone = knobs.lab.solo_tokens(requests)
     trace.check("no token changed, in any pool, either way",
-                all(engine.report.tokens == knobs.lab.solo_tokens(requests) for engine in engines),
-                f"{len(engines)} runs")
+                all(engine.report.tokens == alone for engine in engines), f"{len(rows)} runs")
     holds = True
     for row in rows:
         holds &= (row.computed > needed) == (row.by == "recompute" and row.preempted > 0)
     trace.check("tokens are run again after a preemption by recomputation, and only then", holds,
                 f"{needed} are needed")
     trace.check("every pool is empty at the end",
-                not any(any(engine.pool.ref_count) for engine in engines), "no references")
+                all(engine.pool.num_free_blocks == engine.num_blocks for engine in engines),
+                "all blocks are free")
+    show_come_back(trace)
+
+
+def show_come_back(trace) -> None:
+    """What recomputing and swapping cost, and where they cross."""
+    costs = [price_come_back(tokens, 3) for tokens in range(1, 1025)]
+    crossing = next(row.tokens for row in costs if row.swap < row.recompute)
+    ridge = free_tokens()
+    trace.say("What does coming back cost? By the cost model, the time that it adds to a step in "
+              f"which three others decode ({PRICED_MODEL.name}, {PRICED_MODEL.kv_bytes / 1024:.0f} "
+              "KiB a token):")
+    trace.table([costs[n - 1] for n in (16, 32, 64, 128, 1024)],
+                {"tokens": ",d", "recompute as recompute, ms": ".2f",
+                 "swap as swap out and in, ms": ".2f"})
+    trace.say(f"Recomputing is free while the step stays below the ridge of {ridge} tokens. "
+              f"Swapping never is, but from {crossing} tokens on it is cheaper.")
+    trace.check("the two cross once, and above the ridge",
+                crossing > ridge - 3 and all(row.swap < row.recompute for row in costs[crossing:]),
+                f"at {crossing} of 1 to {len(costs)} tokens")
+
 
 # 10. Prefill here, decode there
 
@@ -2083,6 +2130,10 @@ def show_small_cache(trace, knobs) -> None:
 
     trace.check("FP8 moves the logits less than 2 bits do", 0 < fp8.error < two_bits.error,
                 f"{fp8.error:.4f} and {two_bits.error:.4f}")
+    levels = {round(x, 9) for x in round_to_grid(model.weights["norm"], 2)}
+    trace.check("2 bits leave four different numbers, the smallest and the largest among them",
+                len(levels) == 4 and max(levels) == round(max(model.weights["norm"]), 9),
+                "the gains of the last norm")
     numbers = model.weights["output"][0]
     trace.check("a number in FP8 is off by one part in 16 at most, or 2^-10",
                 all(abs(nearest_e4m3(x) - x) <= max(abs(x) / 16, 2 ** -10) for x in numbers),
