@@ -8,16 +8,20 @@ how many people one card can serve.
 
 Run it (`python microkv.py`): it trains a tiny Llama in seconds and does with it what vLLM does with
 a large one. It pages the cache, shares blocks, batches continuously, cuts up long prompts, and
-survives running out of memory. Every schedule is run through the model, and every request must get
-the tokens that it gets alone. Three things are not run: the tables of real models and all
-milliseconds are computed from data sheets (step_seconds), and sections 8 and 11 schedule for real
-but with a stand-in for the model.
+survives running out of memory. Every request must get the very tokens that it gets alone.
+
+Not everything is run through the model. Figures of real models, and all milliseconds, are computed
+from data sheets by a stated cost model (step_seconds). Where only a schedule is asked for, as in
+the tables of sections 7, 8, 10 and 11, the scheduler runs for real and a stand-in takes the place
+of the model.
 
 How to read it:
-  The core is sections 1 to 7, on the floor THE TECHNIQUES: about 60 minutes, from top to bottom.
-  Sections 8 to 12 can wait (20 minutes more).
-  THE EXPERIMENTS shows how each number of the trace was made. Read there what you want to check.
-  THE MODEL AND THE BENCH and SHARED BY THE FIVE can be skipped; the words below say what you need.
+  1. Read the words below (2 minutes), run the script and read what it prints (15 minutes).
+  2. Read THE TECHNIQUES, in order: sections 1 to 7 are the core of the chapter (45 minutes).
+     Sections 8 to 12 can wait (15 minutes).
+  3. THE EXPERIMENTS show how each number of the trace was made. THE MODEL AND THE BENCH has the
+     Llama, its training and what the experiments share. SHARED BY THE FIVE, which all five scripts
+     of this collection have, reads text, prints, and parses the command line.
 
 The papers:
   Williams et al., Roofline: An Insightful Visual Performance Model, CACM 2009     section 2
@@ -37,21 +41,28 @@ The papers:
     2024, arXiv:2402.02750                                                         section 12
 """
 
-# The words that are used before a section explains them:
+# The words. What is not explained here is explained in the section that uses it.
 #
-#   token      a piece of text, here a word; models read and write token numbers
-#   logits     the model's score for every token that could come next; greedy: take the largest
-#   key, value the two vectors that attention keeps of a token, in every layer and KV head. A later
-#              token compares its query with all keys before it, and adds up the values by likeness.
-#   prefill    running the prompt through the model, all of its tokens at once
-#   decode     the steps after that, each of which runs one token and yields the next
-#   step       one pass through the model, for one request or for a batch of them
-#   FLOP       one addition or multiplication; HBM: the card's memory, from which weights are read
-#   KV heads   several query heads may share one key and value head (grouped-query attention)
+#   token        a piece of text, here a word; a model reads and writes the numbers of tokens
+#   logits       the model's score for every token that could come next
+#   greedy       always writing the token with the largest logit (argmax)
+#   key, value   two vectors that attention keeps of each token, in every layer: a later token
+#                compares its query with the key, and gathers the value if the two are alike
+#   KV head      one set of keys and values; several query heads may share it (GQA)
+#   prefill      running the prompt through the model, all of its tokens at once
+#   decode       the steps after that; each runs one token and yields the next
+#   step         one pass through the model, for one request or for several (a batch)
+#   FLOP         an addition or a multiplication
+#   HBM          the memory of a card, where weights and caches lie
+#   first token  the time from a request's arrival to its first new token
+#   gap          the time from one new token of a request to the next
 #
-# Llama.forward(tokens, cache) runs tokens that come after those in the cache and returns their
-# logits. In each layer one line uses the cache:    k, v = cache.update(layer, k, v)
-# It stores the new keys and values, and returns those of all tokens so far for attention to read.
+# Llama.forward(tokens, cache) runs tokens that come after those in the cache, and returns a row of
+# logits for each. In every layer one line of it uses the cache:
+#
+#     k, v = cache.update(layer, k, v)
+#
+# This stores the keys and values of the new tokens and returns those of all tokens so far.
 
 from __future__ import annotations
 
@@ -180,8 +191,8 @@ def check_prompt(prompt: Sequence[int], max_new_tokens: int, cache=None) -> None
 #
 #     ridge = FLOPs per second / bytes per second                  A100: 312e12 / 2039e9 = 153
 #
-# A weight of 2 bytes makes 2 FLOPs for each token. A step of 1 token makes 1 FLOP per byte, a step
-# of 153 tokens makes 153 of them. Below the ridge the step waits for memory, and more tokens in it
+# A weight of 2 bytes makes 2 FLOPs for each token. So a step of 1 token makes 1 FLOP per byte, and
+# a step of 153 tokens makes 153. Below the ridge the step waits for memory, and more tokens in it
 # cost no time. That is the difference: a prefill of a few hundred tokens is bound by arithmetic,
 # and a decode step, one token per request, is bound by memory. So requests should share decode
 # steps, as they then share one reading of the weights. They do not share their caches:
@@ -320,8 +331,7 @@ def requests_that_fit(
 # Only the last block of a request can have empty slots, so at most block_size - 1 are wasted.
 #
 # In production: vllm/v1/core/block_pool.py (BlockPool) and kv_cache_manager.py keep the blocks. The
-# attention kernels walk the table block by block on the GPU; here the rows are looked up one by
-# one.
+# attention kernels walk the table on the GPU, as update() does here, but without gathering a copy.
 #
 # Measured by show_paging().
 
@@ -435,15 +445,16 @@ class PagedKVCache:
         Reserves what is missing. The tokens count in length once the last layer has them.
         """
         self.reserve(len(k))
-        slots = self.pool.slots
+        size = self.pool.block_size
         for i in range(len(k)):
-            slots[self.slot(self.length + i)][layer] = (k[i], v[i])
-        keys = []
-        values = []
-        for position in range(self.length + len(k)):
-            key, value = slots[self.slot(position)][layer]
-            keys.append(key)
-            values.append(value)
+            self.pool.slots[self.slot(self.length + i)][layer] = (k[i], v[i])
+        # Walk the table and gather what its blocks hold.
+        slots = []
+        for block in self.block_table:
+            slots += self.pool.slots[block * size:(block + 1) * size]
+        filled = slots[:self.length + len(k)]
+        keys = [slot[layer][0] for slot in filled]
+        values = [slot[layer][1] for slot in filled]
         if layer == self.config.n_layers - 1:
             self.length += len(k)
         return keys, values
@@ -784,6 +795,7 @@ class Engine:
     def admit(self, state: RequestState, budget: int) -> int:
         """Let a request in and return how many of its tokens run. If none can, return 0."""
         cache = state.cache
+        # What need not run: slots that it brings along, or a beginning that is in the pool.
         brought = state.received or state.on_host or []
         found = []
         if self.prefix_caching and not brought:
@@ -792,7 +804,7 @@ class Engine:
         to_run = len(state.tokens) - n_known
         if self.policy == "chunked":
             to_run = min(to_run, budget)
-        # Of the blocks found, those that are free will be taken out of the free ones as well.
+        # Blocks that are found among the free ones will not be free any more, either.
         new_blocks = ceil_div(n_known + to_run, self.block_size) - len(found)
         from_free = new_blocks + sum(self.pool.ref_count[block] == 0 for block in found)
         if to_run == 0 or to_run > budget or from_free > self.pool.num_free_blocks:
@@ -918,8 +930,8 @@ def check_settings(engine: Engine) -> None:
 #
 # The code is in the engine already: the two lines with min(…, budget).
 #
-# In production: vLLM always does this (max_num_batched_tokens, 2048 to 16384 by the card's memory
-# and the kind of service; larger than the ridge, for the sake of throughput).
+# In production: vLLM does this by default. Its max_num_batched_tokens, 2048 to 16384 by card and
+# use (EngineArgs in vllm/engine/arg_utils.py), is larger than the ridge, for the sake of throughput.
 #
 # Measured by show_chunked().
 
@@ -990,7 +1002,7 @@ def slot_waste(report: Report, num_blocks: int, block_size: int) -> Waste:
 #
 # Either way its text goes on as if nothing had happened. Which is cheaper? Swapping costs the same
 # for every token. Recomputing is free as long as the step stays below the ridge, and from there on
-# costs arithmetic. So short texts are recomputed, and long ones were swapped.
+# costs arithmetic. So recomputing is better for short texts, and swapping for long ones.
 #
 # A request that could not even run alone in the pool must be refused at the door (check_settings).
 #
@@ -1654,6 +1666,10 @@ def show_continuous(trace, knobs) -> None:
     most = max(len(step.tokens) for step in steps)
     trace.check("a step never ran more requests than there are places", most <= knobs.max_num_seqs,
                 f"at most {most}")
+    n_new = sum(request.max_new_tokens for request in requests)
+    trace.check("each new token took one place for one step",
+                all(abs(row.places_used * row.steps * knobs.max_num_seqs - n_new) < 1e-6
+                    for row in rows), f"{n_new} places in all")
 
 
 # 7. Chunked prefill
@@ -1904,6 +1920,9 @@ def show_preemption(trace, knobs) -> None:
         holds &= (row.computed > needed) == (row.by == "recompute" and row.preempted > 0)
     trace.check("tokens are run again after a preemption by recomputation, and only then", holds,
                 f"{needed} are needed")
+    most = max(max(step.cached.values()) for step in engines[0].report.steps)
+    trace.check(f"the largest request fills {smallest} blocks in the end",
+                ceil_div(most, knobs.block_size) == smallest, f"{most} tokens")
     trace.check("every pool is empty at the end",
                 all(engine.pool.num_free_blocks == engine.num_blocks for engine in engines),
                 "all blocks are free")
@@ -2709,7 +2728,7 @@ def serve_plenty(
     """Return serve()'s report for plenty of memory."""
     settings = plenty(requests)
     settings["max_num_batched_tokens"] = budget
-    settings["max_num_seqs"] = min(max_num_seqs, len(requests), budget)
+    settings["max_num_seqs"] = min(max_num_seqs, budget)
     return serve(model, requests, policy=policy, **settings)
 
 

@@ -142,6 +142,18 @@ def test_requests_that_fit():
     assert m.requests_that_fit(TOY_GPU, TOY_MODEL, 3, memory_share=0.2) == 0
 
 
+def test_the_batches_of_the_trace():
+    one = m.price_batch(1, 1024)
+    step = m.step_seconds(m.PRICED_GPU, m.PRICED_MODEL, 1, 1024)
+    assert one.arithmetic == pytest.approx(step.arithmetic * 1e3, rel=1e-12)
+    assert one.reading == pytest.approx(step.reading * 1e3, rel=1e-12)
+    assert one.tokens_a_second == pytest.approx(1 / step.reading, rel=1e-12)
+    # The caches are read beside the weights: a larger batch takes longer, and yields more.
+    many = m.price_batch(128, 1024)
+    assert many.tokens_a_second > 50 * one.tokens_a_second
+    assert 2 < many.reading / one.reading < 2.2
+
+
 @pytest.mark.parametrize("bits, expected", [(2.0, 153), (0.5, 38), (1.0, 76)])
 def test_ridge_tokens(bits, expected):
     assert m.ridge_tokens(m.PRICED_GPU, bits) == expected
@@ -850,6 +862,27 @@ def test_preemption_happens_and_both_ways_cost_what_they_say():
     assert extra == pytest.approx(moved * m.PRICED_MODEL.kv_bytes / 32e9, rel=0.01)
 
 
+def test_a_row_of_the_preemption_table():
+    requests = [m.Request((1, 2, 3), 8), m.Request((4, 5, 6), 8)]
+    row, engine = m.run_preemption(m.StandIn(), requests, preemption="swap", num_blocks=6,
+                                   block_size=2, max_num_seqs=2)
+    report = engine.report
+    assert row[:4] == (6, "swap", 1, 20)
+    assert row.swapped_mib == report.swapped_tokens * 128 / 1024
+    assert row.steps == len(report.steps)
+    assert row.end == report.steps[-1].end * 1e3
+
+
+@pytest.mark.parametrize("decoding", [1, 3, 8])
+def test_recomputing_and_swapping_cross_once_above_the_ridge(decoding):
+    cheaper = []
+    for tokens in range(1, 200):
+        row = m.price_come_back(tokens, decoding)
+        cheaper.append(row.swap < row.recompute)
+    assert cheaper == sorted(cheaper)
+    assert 38 - decoding <= cheaper.index(True) < 60
+
+
 def test_coming_back_by_the_cost_model():
     row = m.price_come_back(16, 3)
     assert row.recompute == 0  # 19 tokens are below the ridge
@@ -920,6 +953,15 @@ def test_latency_by_hand():
     step = m.priced_step(1, 1).seconds * 1e3
     assert row[:3] == (2, "continuous", 7)
     assert row[3:] == pytest.approx([step] * 3, rel=1e-3)
+
+
+def test_the_longest_waits_are_what_is_shown():
+    """Of 10 requests, 9 have their first token sooner than the one that is shown."""
+    requests = [m.Request((1,) * (10 * (i + 1)), 2, float(i)) for i in range(10)]
+    row = m.measure_latency(m.StandIn(), requests, "continuous", 1)
+    waits = sorted(m.priced_step(10 * (i + 1), 10 * (i + 1)).seconds * 1e3 for i in range(10))
+    assert row.first_token == pytest.approx(waits[9], rel=1e-9)
+    assert row.later_gap == 0.0  # there is none
 
 
 def test_poisson_requests():
