@@ -15,7 +15,7 @@ from data sheets by a stated cost model (step_seconds). Where only a schedule is
 the tables of sections 7, 8, 10 and 11, the scheduler runs for real and a stand-in takes the place
 of the model.
 
-How to read it:
+How to read it
   1. Read the words below (2 minutes), run the script and read what it prints (15 minutes).
   2. Read THE TECHNIQUES, in order: sections 1 to 7 are the core of the chapter (45 minutes).
      Sections 8 to 12 can wait (15 minutes).
@@ -23,7 +23,7 @@ How to read it:
      Llama, its training and what the experiments share. SHARED BY THE FIVE, which all five scripts
      of this collection have, reads text, prints, and parses the command line.
 
-The papers:
+The papers
   Williams et al., Roofline: An Insightful Visual Performance Model, CACM 2009     section 2
   Kwon et al., Efficient Memory Management for Large Language Model Serving with
     PagedAttention (vLLM), 2023, arXiv:2309.06180                                  section 3
@@ -931,7 +931,8 @@ def check_settings(engine: Engine) -> None:
 # The code is in the engine already: the two lines with min(…, budget).
 #
 # In production: vLLM does this by default. Its max_num_batched_tokens, 2048 to 16384 by card and
-# use (EngineArgs in vllm/engine/arg_utils.py), is larger than the ridge, for the sake of throughput.
+# use (EngineArgs in vllm/engine/arg_utils.py), is larger than the ridge, for the sake of
+# throughput.
 #
 # Measured by show_chunked().
 
@@ -1408,10 +1409,10 @@ def show_paging(trace, knobs) -> None:
     block = b.block_table[position // size]
     trace.ask(f"slots are numbered from the first of block 0, and tokens from 0. In which slot is "
               f"token {position} of B?", b.slot(position))
-    trace.say(f"Where is token {position} of B? {position} // {size} = {position // size}: in "
-              f"block block_table[{position // size}] = {block}. {position} % {size} = "
-              f"{position % size}: at this offset. So in slot {block} · {size} + {position % size} "
-              f"= {b.slot(position)}.")
+    trace.say(f"Token {position} of B: {position} // {size} = {position // size}, so it is in "
+              f"block block_table[{position // size}] = {block}, at offset {position} % {size} = "
+              f"{position % size}. Its slot is {block} · {size} + {position % size} = "
+              f"{b.slot(position)}.")
 
     trace.check_close("logits through the block tables = logits without any cache", run.logits,
                       run.expected, 1e-9)
@@ -2073,7 +2074,8 @@ def show_load(trace, knobs) -> None:
               "before. Continuous batching keeps the first token early, but whole prompts tear "
               "gaps into the answers; chunks close those. The split has short gaps too, until its "
               "one prefill card has more prompts than it can run: the numbers of cards must fit "
-              "the work.")
+              "the work. (The cost model leaves out what each step costs besides; chunks, which "
+              "make more steps, would pay more of it.)")
     rates = ", ".join(f"{way} {rate or 'none'}" for way, rate in kept.items())
     trace.say("The highest rate with 9 of 10 first tokens within 50 ms and 99 of 100 later gaps "
               f"within 5 ms (DistServe calls it goodput): {rates}.")
@@ -2124,19 +2126,25 @@ def measure_small_cache(
     return SmallCacheRow(name, fmean(errors), pstdev(errors), changed)
 
 
+def shuffled_verses(n: int, rng: random.Random) -> list[str]:
+    """Return n verses with all clauses of the rhyme, in orders that the model has not read."""
+    return ["This is " + " ".join(rng.sample(CLAUSES, len(CLAUSES))) for _ in range(n)]
+
+
 def show_small_cache(trace, knobs) -> None:
     """The error in the logits of a cache in FP8, and of one after KIVI with 2 bits."""
     model = knobs.lab.model
-    verses = TEXT.splitlines(keepends=True)
-    texts = [knobs.lab.tokenizer.encode(verse) for verse in verses[9:]]
+    verses = shuffled_verses(3, random.Random(knobs.seed))
+    texts = [knobs.lab.tokenizer.encode(verse) for verse in verses]
     fp8 = measure_small_cache(model, texts, "FP8", fp8_cache)
     two_bits = measure_small_cache(model, texts, "KIVI", kivi)
     trace.say("Fewer bits a number make the cache smaller. FP8 rounds every number by itself. KIVI "
               f"rounds groups of numbers to 2 bits each, keys per channel over {KIVI_TOKENS} "
               "tokens and values per token, and keeps the newest tokens in full. Half of a text is "
               "cached and rounded; then the model reads the other half. How far do its logits "
-              f"move, over {len(texts)} texts, and how often does its likeliest next token change, "
-              f"of {sum(map(len, texts)) // 2} times?")
+              "move, and how often does its likeliest next token change, of "
+              f"{sum(len(text) - len(text) // 2 for text in texts)} times? The texts are "
+              f"{len(texts)} verses in orders that it was not trained on.")
     trace.ask("how many times as far as FP8 does the 2-bit cache move the logits?",
               two_bits.error / fp8.error)
     trace.table([fp8, two_bits], {"cache": "", "error": ".4f bar "
@@ -2149,6 +2157,8 @@ def show_small_cache(trace, knobs) -> None:
     trace.say("What cannot be seen here is why KIVI rounds keys per channel: real models have a "
               "few key channels that are far larger than the others. This little model has none.")
 
+    trace.check("the verses are not in the training text",
+                all(verse not in TEXT for verse in verses), f"{len(verses)} verses")
     trace.check("FP8 moves the logits less than 2 bits do", 0 < fp8.error < two_bits.error,
                 f"{fp8.error:.4f} and {two_bits.error:.4f}")
     levels = {round(x, 9) for x in round_to_grid(model.weights["norm"], 2)}

@@ -1082,7 +1082,10 @@ def test_fp8_moves_the_logits_less_than_two_bits(seed):
     ids = TOKENIZER.encode(m.TEXT)
     config = m.Config(len(TOKENIZER.vocab), 16, 2, 2, 2, 16)
     model, _ = m.train(config, ids, random.Random(seed), steps=3, length=20)
-    texts = [ids[start:start + 90] for start in (0, 200, 400)]
+    verses = m.shuffled_verses(3, random.Random(seed))
+    assert all(verse not in m.TEXT for verse in verses)
+    texts = [TOKENIZER.encode(verse) for verse in verses]
+    assert min(map(len, texts)) // 2 >= m.KIVI_TOKENS  # otherwise nothing is rounded
     fp8 = m.measure_small_cache(model, texts, "FP8", m.fp8_cache)
     two_bits = m.measure_small_cache(model, texts, "KIVI", m.kivi)
     assert fp8.error < two_bits.error / 2
