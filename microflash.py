@@ -390,8 +390,8 @@ def tiles(whole: range, block: int) -> list[range]:
 # With a mask, a tile in which no query sees any key is skipped: its q and o are not loaded and its
 # scores are not made. (The block of k and v has been loaded by then, whoever sees it.)
 #
-# In production: nowhere any more. flash-attention replaced this order by that of section 4 with its
-# version 2.0. It is here because it is the one in the paper that everybody reads first.
+# In production: not in this order any more. flash-attention 2.0 replaced it by that of section 4.
+# It is here because it is the one in the paper that everybody reads first.
 #
 # Measured by show_flash_v1().
 
@@ -737,8 +737,8 @@ def backward_blocks(
 #
 # How many splits? Splits run in rounds, as many at a time as there are SMs, and a round takes as
 # long as its longest split. Each split also leaves a partial result to write and read again. So
-# take the fewest splits whose wait is within a tenth of the shortest. When there are more
-# requests and heads than SMs, or when many queries come at once (a prompt), splitting saves little.
+# take the fewest splits whose wait is within a tenth of the shortest. Where there are many times
+# more requests and heads than SMs, or many queries at once (a prompt), splitting saves little.
 #
 # In production: flash-attention, csrc/flash_attn/src/flash_fwd_kernel.h,
 # compute_attn_1rowblock_splitkv and combine_attn_seqk_parallel. num_splits_heuristic in
@@ -1098,15 +1098,16 @@ def move_and_compute(n: int, d: int, block_q: int) -> list[dict]:
 
 def show_standard(trace: Trace, knobs: Namespace) -> None:
     """What crosses, by count; and what that means on real cards."""
-    n, d = knobs.sizes.n, knobs.sizes.d
+    n = knobs.sizes.n
     lengths = sorted({max(1, n // 4), max(1, n // 2), n})
     runs = [run_attention("standard", knobs.sizes._replace(n=length), knobs.causal)
             for length in lengths]
     share = 4 * n * n / runs[-1].crossed
     trace.say("A GPU has a large slow memory (HBM) and a small fast one (SRAM). Attention over n "
-              "tokens makes n × n scores S and n × n weights P = softmax(S). They do not fit into "
-              "SRAM. So S is written to HBM and read back, and P is written and read: 4n² numbers "
-              f"cross between the memories. Counted on random q, k and v with d = {d} channels:")
+              "tokens makes n × n scores S = q kᵀ/√d, n × n weights P = softmax(S), and the output "
+              "O = P v. Of a long text S and P do not fit into SRAM. So both are written to HBM and "
+              "read back: 4n² numbers cross between the memories. Counted on random q, k and v "
+              f"with d = {knobs.sizes.d} channels; read is into SRAM, written is back to HBM:")
     trace.ask(f"n = {n}: how many percent of all numbers that cross are 4n² for S and P?",
               100 * share)
     trace.table(runs, {"n": "d", "read": ",d", "written": ",d", "crossed": ",d bar 36"})
@@ -1120,9 +1121,9 @@ def show_standard(trace: Trace, knobs: Namespace) -> None:
     trace.note("Flash: sections 3 and 4, in blocks of 128 queries, each of which reads K and V "
                f"again. A card has a cache before HBM, of {A100_SHEET.l2_mb} and "
                f"{H100_SHEET.l2_mb} MB. One head's K and V are 4 MB and stay there, so the truth "
-               "is nearer to the last column, where each number comes from HBM once. "
-               "(FlashAttention-3 reports up to 740 TFLOP/s on an H100.) S and P, 134 MB each, do "
-               "not fit. The model leaves out the softmax, and all waiting but for HBM.")
+               "is nearer to the last column, where each number comes from HBM once. (FlashAttention"
+               "-3 reports up to 740 TFLOP/s on an H100.) S and P, 134 MB each, do not fit. The "
+               "model leaves out the softmax, and all waiting but for HBM.")
     check_runs(trace, "standard attention", runs)
 
 
@@ -1200,9 +1201,10 @@ def show_flash_v1(trace: Trace, knobs: Namespace) -> None:
     parts = sram_parts(sizes.block_q, sizes.block_k, sizes.d, sizes.d)
     held = [{"part": part, "numbers": count} for part, count in parts.items()]
     trace.say("FlashAttention makes a tile of scores in SRAM, lets each query absorb its row of "
-              "the tile as in section 2, with o = Σ exp(s - m) · v beside m and l, and drops it. "
-              f"Here with tiles of {sizes.block_q} × {sizes.block_k} (queries × keys), d = "
-              f"{sizes.d}. SRAM holds {sizes.sram:,} numbers; the matrix S has {sizes.n**2:,}.")
+              "the tile as in section 2, with o = Σ exp(s - m) · v beside m and l, and drops it. At "
+              "the end O = o / l, and L = m + log l is kept, one number a row. Here with tiles of "
+              f"{sizes.block_q} × {sizes.block_k} (queries × keys), d = {sizes.d}. SRAM holds "
+              f"{sizes.sram:,} numbers; the matrix S has {sizes.n**2:,}.")
     trace.ask("how many numbers does SRAM hold at the most, with q, o, m and l for each query, k "
               "and v for each key, and the scores?", flash.peak)
     trace.table([*held, {"part": "peak, counted", "numbers": flash.peak}],
@@ -1233,7 +1235,7 @@ def show_flash_v2(trace: Trace, knobs: Namespace) -> None:
     trace.ask(f"without a mask {second.tiles} tiles are visited. How many with a causal mask?",
               causal.tiles)
     trace.lines(draw_walks(sizes, first_causal, causal))
-    trace.note(WALK_LEGEND)
+    trace.note("█ full tile   ▒ masked tile   · skipped, never loaded   (8 × 6 tiles at most)")
     trace.say(f"What crosses, n = {sizes.n}, d = {sizes.d}:")
     trace.table(runs, {"attention as flash attention": "", "mask": "", "tiles": ",d", "read": ",d",
                        "written": ",d", "crossed": ",d bar 18"})
@@ -1354,9 +1356,10 @@ def show_backward(trace: Trace, knobs: Namespace) -> None:
     sizes = knobs.sizes._replace(block_q=block_q, block_k=block_k)
     run = run_backward(sizes, knobs.causal)
     standard, flash = run.rows
-    trace.say("The backward pass needs the n × n weights P again. Standard attention keeps them. "
-              "Flash keeps O and one number a row, L, and makes P again tile by tile, as exp(S - "
-              "L). The softmax's gradient needs one more number a row, D = dO · O.")
+    trace.say("Training needs the gradients of the loss by q, k and v, from dO, its gradient by "
+              "the output. For that it needs the n × n weights P again. Standard attention keeps "
+              "them. Flash keeps O and one number a row, L, and makes P again tile by tile, as "
+              "exp(S - L). The softmax's gradient needs one more number a row, D = dO · O.")
     trace.ask(f"standard attention keeps {standard.kept:,} weights. How many numbers does flash "
               "keep, besides q, k and v?", flash.kept)
     trace.say(f"n = {sizes.n}, d = {d}, mask: {'causal' if knobs.causal else 'full'}, tiles of "
@@ -1465,8 +1468,9 @@ def show_decode(trace: Trace, knobs: Namespace) -> None:
                            "share": ".3f bar 24 of 1", "out as out_s": ".4f"})
     rows = compare_splits(((1, 1024), (1, 8192), (1, 65536), (4, 8192), (16, 8192), (256, 8192)))
     trace.say(f"How long does everybody wait? One decoding step on an {A100_SHEET.name} with "
-              f"{A100_SHEET.n_sms} SMs, 8 KV heads, tiles of 128 keys. A job is one head of one "
-              "request. Jobs run in rounds, one on each SM; the wait is counted in tiles.")
+              f"{A100_SHEET.n_sms} SMs, its processors; 8 KV heads (sets of keys and values); "
+              "tiles of 128 keys. A job is one head of one request. Jobs run in rounds, one on "
+              "each SM; the wait is counted in tiles.")
     trace.ask("16 requests of 8,192 tokens are 128 jobs of 64 tiles, for 108 SMs. How many tiles "
               "is the wait, unsplit?", rows[4].unsplit)
     trace.table(rows, {"batch": "d", "length": ",d", "jobs": ",d",
@@ -1585,11 +1589,12 @@ class Fp8Row(NamedTuple):
 def compare_fp8(inputs: str, widths: Vector, seed: int) -> Fp8Row:
     """Draw q and k with channels of these widths several times, quantize them, compare outputs."""
     rng = random.Random(seed)
+    d = len(widths)
     errors = []
     for _ in range(FP8_DRAWS):
-        q = scale_channels(gaussian_matrix(rng, 16, len(widths)), widths)
-        k = scale_channels(gaussian_matrix(rng, 64, len(widths)), widths)
-        v = gaussian_matrix(rng, 64, len(widths))
+        q = scale_channels(gaussian_matrix(rng, 16, d), widths)
+        k = scale_channels(gaussian_matrix(rng, 64, d), widths)
+        v = gaussian_matrix(rng, 64, d)
         signs = [rng.choice((-1.0, 1.0)) for _ in widths]
         rotated = [hadamard_rotate(m, signs) for m in (q, k)]
         variants = [[quantize_blocks(m, 64) for m in (q, k)],
@@ -1670,9 +1675,9 @@ def count_rescalings(name: str, rows: Matrix, tile: int, threshold: float) -> Re
                       max(errors))
 
 
-def polynomial_error(points: int) -> float:
-    """Return the largest relative error of exp2_by_polynomial on a grid of x from -8 to 0."""
-    xs = [-8 * i / points for i in range(points + 1)]
+def polynomial_error() -> float:
+    """Return the largest relative error of exp2_by_polynomial at 1,001 points from -8 to 0."""
+    xs = [-i / 125 for i in range(1001)]
     return max(abs(exp2_by_polynomial(x) / 2.0**x - 1) for x in xs)
 
 
@@ -1689,7 +1694,7 @@ def rescaled_rows(tokens: Sequence[str], seed: int) -> list[Rescalings]:
 def show_fa4(trace: Trace, knobs: Namespace) -> None:
     """Rescaling by threshold; exp2 by polynomial."""
     rows = rescaled_rows(knobs.tokens, knobs.seed)
-    error = polynomial_error(1000)
+    error = polynomial_error()
     trace.say("On the newest cards tensor cores multiply so fast that exp takes as long as the "
               "products: 1,024 clock cycles each on a B200, for a tile of 128 × 128 at d = 128. "
               "FlashAttention-4 rescales less: m may lag behind the maximum by up to 8 powers of "
@@ -1706,7 +1711,7 @@ def show_fa4(trace: Trace, knobs: Namespace) -> None:
               f"{256 * error:.3f} of the last place.")
     trace.check("lazy rescaling ends with the same L", max(row.error for row in rows) < 1e-12,
                 "|Δ| < 1e-12")
-    trace.check("m moves at each tile that rises by 4 or 8, and by threshold at 3 and 7 of 7",
+    trace.check("scores that rise by 4 a tile move m 7 times, and 3 by threshold; by 8, 7 and 7",
                 [(row.always, row.lazily) for row in rows[2:]] == [(7, 3), (7, 7)], "by hand")
     trace.check("no weight above 2^8, and some above 1",
                 1 < max(row.largest_weight for row in rows) <= 256, "the threshold")
@@ -1992,9 +1997,6 @@ def compare_counts(subject: str, ours: int, theirs: int) -> str:
 def shorten(rows: list) -> list:
     """Return at most 10 rows: of more, the first five and the last four."""
     return rows if len(rows) <= 10 else rows[:5] + rows[-4:]
-
-
-WALK_LEGEND = "█ full tile   ▒ masked tile   · skipped, never loaded   (8 × 6 tiles at most)"
 
 
 def draw_walks(sizes: Sizes, *runs: Run) -> list[str]:
@@ -2498,7 +2500,7 @@ SECTIONS = [
             [flash_attention_v1, absorb_tile, sram_parts]),
     Section("FlashAttention-2: the loops exchanged", show_flash_v2, [flash_attention, finish]),
     Section("How much traffic, and which tiles", show_traffic,
-            [flash_attention, sram_parts], core=False),
+            [flash_attention], core=False),
     Section("The backward pass: weights computed again", show_backward,
             [flash_attention_backward, recompute_weights, softmax_backward,
              standard_attention_backward]),
@@ -2561,8 +2563,8 @@ def read_tokens(parser: OneLineParser, knobs: Namespace) -> None:
     """Set knobs.tokens and knobs.labels from the text, or refuse it in one line."""
     if not knobs.text.strip():
         parser.error("argument --text: there must be something in it")
-    new_characters = len(set(knobs.text) - set(TEXT))
-    tokenizer = Tokenizer.train(TEXT + knobs.text, VOCAB_SIZE + new_characters)
+    # Room for the characters that TEXT does not have.
+    tokenizer = Tokenizer.train(TEXT + knobs.text, VOCAB_SIZE + len(set(knobs.text) - set(TEXT)))
     knobs.tokens = [tokenizer.vocab[i] for i in tokenizer.encode(knobs.text)]
     knobs.labels = [show_token(token) for token in knobs.tokens]
     if len(knobs.tokens) > MAX_TOKENS:
