@@ -1105,9 +1105,9 @@ def show_standard(trace: Trace, knobs: Namespace) -> None:
     share = 4 * n * n / runs[-1].crossed
     trace.say("A GPU has a large slow memory (HBM) and a small fast one (SRAM). Attention over n "
               "tokens makes n × n scores S = q kᵀ/√d, n × n weights P = softmax(S), and the output "
-              "O = P v. Of a long text S and P do not fit into SRAM. So both are written to HBM and "
-              "read back: 4n² numbers cross between the memories. Counted on random q, k and v "
-              f"with d = {knobs.sizes.d} channels; read is into SRAM, written is back to HBM:")
+              "O = P v. Of a long text S and P do not fit into SRAM. So both are written to HBM "
+              "and read back: 4n² numbers cross. Counted on random q, k and v with d = "
+              f"{knobs.sizes.d} channels; read is into SRAM, written is back to HBM:")
     trace.ask(f"n = {n}: how many percent of all numbers that cross are 4n² for S and P?",
               100 * share)
     trace.table(runs, {"n": "d", "read": ",d", "written": ",d", "crossed": ",d bar 36"})
@@ -1121,9 +1121,9 @@ def show_standard(trace: Trace, knobs: Namespace) -> None:
     trace.note("Flash: sections 3 and 4, in blocks of 128 queries, each of which reads K and V "
                f"again. A card has a cache before HBM, of {A100_SHEET.l2_mb} and "
                f"{H100_SHEET.l2_mb} MB. One head's K and V are 4 MB and stay there, so the truth "
-               "is nearer to the last column, where each number comes from HBM once. (FlashAttention"
-               "-3 reports up to 740 TFLOP/s on an H100.) S and P, 134 MB each, do not fit. The "
-               "model leaves out the softmax, and all waiting but for HBM.")
+               "is nearer to the last column, where all numbers come from HBM once. "
+               "(FlashAttention-3 reports up to 740 TFLOP/s on an H100.) S and P, 134 MB each, do "
+               "not fit. The model leaves out the softmax, and all waiting but for HBM.")
     check_runs(trace, "standard attention", runs)
 
 
@@ -1180,10 +1180,9 @@ def show_online(trace: Trace, knobs: Namespace) -> None:
                "ten tiles, the first five and the last four.)")
     trace.ask(f"textbook softmax reads {n} scores three times, for m, for l and for the weights. "
               "How many numbers does online softmax read?", traffic.reads)
-    trace.say(f"Textbook softmax reads {n} scores three times, for m, for l and for the weights. "
-              f"Online softmax read {traffic.reads} numbers: once for m and l, once more for the "
-              "weights. Attention does not need the weights by themselves, so there the second "
-              "pass goes too.")
+    trace.say(f"Textbook softmax reads {n} scores three times. Online softmax read them twice, "
+              f"{traffic.reads} numbers: once for m and l, once more for the weights. Attention "
+              "does not need the weights by themselves, so there the second pass goes too.")
     trace.check("after each tile, l = Σ exp(s - m) of all scores so far",
                 max(step.error for step in steps) < 1e-12, "|Δ| < 1e-12")
     trace.check_close("online softmax = softmax()", [weights], [softmax(scores)], 1e-12)
@@ -1201,8 +1200,8 @@ def show_flash_v1(trace: Trace, knobs: Namespace) -> None:
     parts = sram_parts(sizes.block_q, sizes.block_k, sizes.d, sizes.d)
     held = [{"part": part, "numbers": count} for part, count in parts.items()]
     trace.say("FlashAttention makes a tile of scores in SRAM, lets each query absorb its row of "
-              "the tile as in section 2, with o = Σ exp(s - m) · v beside m and l, and drops it. At "
-              "the end O = o / l, and L = m + log l is kept, one number a row. Here with tiles of "
+              "it as in section 2, with o = Σ exp(s - m) · v beside m and l, and drops it. At the "
+              "end O = o / l, and L = m + log l is kept, one number a row. Here with tiles of "
               f"{sizes.block_q} × {sizes.block_k} (queries × keys), d = {sizes.d}. SRAM holds "
               f"{sizes.sram:,} numbers; the matrix S has {sizes.n**2:,}.")
     trace.ask("how many numbers does SRAM hold at the most, with q, o, m and l for each query, k "
@@ -1553,11 +1552,11 @@ def show_family(trace: Trace, knobs: Namespace) -> None:
     trace.ask("how many times fewer numbers cross then?", apart.crossed / together.crossed)
     columns = {"read": ",d", "crossed": ",d bar 36"}
     trace.table(decoding, {"variant as decoding": "", **columns})
-    more = " …" if n_pages > 12 else ""
     trace.say(f"Causal attention, n = {sizes.n}: as it is; with a window of {window}, where tiles "
               "too far back are skipped as well; with a learned sink of score 1, one more term in "
               f"each query's l; and with k and v scattered in pages of {sizes.block_k}. The block "
-              f"table says where each page lies: {' '.join(map(str, block_table[:12]))}{more}.")
+              "table says where each page lies (here the first 12 at most): "
+              f"{' '.join(map(str, block_table[:12]))}.")
     trace.table(variants, {"variant": "", **columns})
     trace.check("each of them = attention by its definition",
                 max(row.error for row in decoding + variants) < 1e-12,

@@ -458,7 +458,7 @@ def test_the_flash_backward_pass_multiplies_five_matrices():
     assert traffic.multiply_adds == 6 * 8 * (3 * 3 + 2 * 2)
 
 
-@pytest.mark.parametrize("n_q, n_k, d, d_v", SHAPES)
+@pytest.mark.parametrize("n_q, n_k, d, d_v", [*SHAPES, (13, 1, 1, 9)])
 @pytest.mark.parametrize("block_q, block_k", BLOCKS)
 def test_what_tiles_take_of_sram(n_q, n_k, d, d_v, block_q, block_k):
     """The formulas, for blocks that are no longer than the whole."""
@@ -475,6 +475,7 @@ def test_what_tiles_take_of_sram(n_q, n_k, d, d_v, block_q, block_k):
 def test_backward_blocks_fit_and_keep_the_keys_long():
     assert m.backward_blocks(16, 16, 16, 16, 2048) == (8, 16)
     assert m.backward_blocks(16, 16, 16, 16, 10**9) == (16, 16)
+    assert m.backward_blocks(4, 16, 2, 3, m.sram_needed_backward(1, 8, 2, 3)) == (1, 8)
     assert m.backward_blocks(64, 64, 2, 3, m.sram_needed_backward(1, 1, 2, 3)) == (1, 1)
     for sram in range(30, 3000, 37):
         block_q, block_k = m.backward_blocks(13, 9, 2, 3, sram)
@@ -499,7 +500,7 @@ def test_traffic_moves_copies():
     gpu.store(matrix, range(0, 1), [[0.0, 0.0]])
     assert matrix[0] == [0.0, 0.0]
     assert (gpu.reads, gpu.writes, gpu.accesses) == (6, 2, 8)
-    assert m.Traffic().walk == []
+    assert m.Traffic() == m.Traffic(None, 0, 0, 0, 0, 0, [])
 
 
 def test_a_kernel_reads_its_inputs_and_writes_what_it_makes():
@@ -964,6 +965,7 @@ REFUSED = [
                                                               **ONE)),
     ("weights must", lambda q, k, v: m.standard_attention_backward(q, k, v, [], q)),
     ("weights must", lambda q, k, v: m.standard_attention_backward(q, k, v, q, q)),
+    ("d_out must", lambda q, k, v: m.standard_attention_backward(q, k, v, [[0.25] * 4] * 3, q[:2])),
     ("parts", lambda q, k, v: m.merge_partials([])),
     ("parts", lambda q, k, v: m.merge_partials([(q, [0.0] * 3), (q[:2], [0.0] * 2)])),
     ("divide", lambda q, k, v: m.flash_grouped_query([q] * 3, [k] * 2, [v] * 2, **ONE)),
