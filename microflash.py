@@ -2496,7 +2496,7 @@ SECTIONS = [
             [Traffic, standard_attention, visible_spans, log_sum_exp]),
     Section("Online softmax", show_online, [absorb, rescale, add_tile, online_softmax]),
     Section("FlashAttention: tiles that stay in SRAM", show_flash_v1,
-            [flash_attention_v1, absorb_tile, sram_parts]),
+            [flash_attention_v1, absorb_tile]),
     Section("FlashAttention-2: the loops exchanged", show_flash_v2, [flash_attention, finish]),
     Section("How much traffic, and which tiles", show_traffic,
             [flash_attention], core=False),
