@@ -697,19 +697,6 @@ def sram_needed_backward(block_q: int, block_k: int, d: int, d_v: int) -> int:
     return max(queries + keys + tile, block_q * 2 * d_v)
 
 
-def backward_blocks(
-    block_q: int, block_k: int, d: int, d_v: int, sram: int
-) -> tuple[int, int]:
-    """Return the blocks, halved as often as it takes until a backward tile fits into SRAM."""
-    while block_q * block_k > 1 and sram_needed_backward(block_q, block_k, d, d_v) > sram:
-        # Keys stand in the outer loop, so their blocks should stay long.
-        if block_q > 1:
-            block_q = ceil_div(block_q, 2)
-        else:
-            block_k = ceil_div(block_k, 2)
-    return block_q, block_k
-
-
 # 7. Flash-Decoding: split the keys
 #
 # A model that generates has one query and a long cache. That is one block of queries for each head,
@@ -823,7 +810,8 @@ def choose_splits(n_sms: int, n_jobs: int, n_tiles: int) -> int:
 # - A learned sink (gpt-oss): a number for each head that competes in the softmax like the score of
 #   one more key, but has no value, so that a head can attend to nothing. It is one more term in l:
 #   a query starts from m = sink, l = 1, o = 0 (empty_state), and the rest is as always. L includes
-#   it, so the backward pass does not change either.
+#   it, so the backward pass for q, k and v does not change either. (The sink's own gradient is
+#   -Σ_i exp(sink - L_i) · D_i, as if it were a key whose dP is 0.)
 #
 # In production: a group as one block is hopper/pack_gqa.h in flash-attention. Pages are
 # hopper/paged_kv.h there and include/flashinfer/page.cuh in FlashInfer; vLLM passes its block_table
@@ -1854,6 +1842,19 @@ def into_pages(rows: Matrix, block_table: Sequence[int], page_size: int) -> Page
     for slot, page in zip(block_table, tiles(range(len(rows)), page_size)):
         pages[slot][:len(page)] = rows[page.start:page.stop]
     return PagedRows(pages, block_table, len(rows))
+
+
+def backward_blocks(
+    block_q: int, block_k: int, d: int, d_v: int, sram: int
+) -> tuple[int, int]:
+    """Return the blocks, halved as often as it takes until a backward tile fits into SRAM."""
+    while block_q * block_k > 1 and sram_needed_backward(block_q, block_k, d, d_v) > sram:
+        # Keys stand in the outer loop, so their blocks should stay long.
+        if block_q > 1:
+            block_q = ceil_div(block_q, 2)
+        else:
+            block_k = ceil_div(block_k, 2)
+    return block_q, block_k
 
 
 # Arguments: what is left out, and what cannot work

@@ -307,6 +307,22 @@ def test_backward_with_a_sink_needs_nothing_but_its_lse():
     assert abs((loss(1e-5) - loss(-1e-5)) / 2e-5 - expected) < 1e-8
 
 
+def test_the_gradient_of_a_sink():
+    """-Σ_i exp(sink - L_i) · D_i, as section 8 says."""
+    arrays = inputs(4, 6, 3, 2)
+    d_out = numbers(9, 4, 2)
+
+    def run(sink):
+        return m.flash_attention(*lists(*arrays), sink=sink, block_q=3, block_k=2)
+
+    out, lse = run(0.5)
+    averages = (np.array(out) * d_out).sum(axis=1)
+    expected = -(np.exp(0.5 - np.array(lse)) * averages).sum()
+    above = (np.array(run(0.5 + 1e-5)[0]) * d_out).sum()
+    below = (np.array(run(0.5 - 1e-5)[0]) * d_out).sum()
+    assert abs((above - below) / 2e-5 - expected) < 1e-8
+
+
 def test_backward_with_huge_scores_is_finite():
     q, k, v = inputs(6, 6, 2, 2, size=1e4)
     d_out = numbers(9, 6, 2)
@@ -853,6 +869,30 @@ def test_the_walks_are_drawn():
     pictures = [line.split() for line in m.draw_walks(sizes, *runs)]
     assert pictures[1] == ["▒1", "·", "▒1", "·"]
     assert pictures[2] == ["█2", "▒3", "█2", "▒3"]
+
+
+def test_what_stands_in_the_outer_loop_should_be_long():
+    """As section 5 says: blocks of keys in version 1, blocks of queries in version 2."""
+    long_queries = m.Sizes(48, 16, 24, 4)
+    long_keys = m.Sizes(48, 16, 4, 24)
+    for version, better, worse in (("version 1", long_keys, long_queries),
+                                   ("version 2", long_queries, long_keys)):
+        less = m.run_attention(version, better).crossed
+        more = m.run_attention(version, worse).crossed
+        assert 2 * less < more
+
+
+def test_the_clock_cycles_of_section_10():
+    """4 · 128³ FLOPs and 128² exponentials, by what an SM makes in a clock."""
+    assert [4 * 128**3 // flops for flops in (4096, 8192)] == [2048, 1024]
+    assert 128**2 // 16 == 1024
+
+
+def test_the_sizes_of_section_1():
+    """134 MB for S, 18 MB for all SRAM of an A100, 64 numbers of S and P for one of q, k, v, O."""
+    assert round(2 * 8192**2 / 1e6) == 134
+    assert round(108 * 164 * 1024 / 1e6) == 18
+    assert 4 * 8192**2 / (4 * 8192 * 128) == 64
 
 
 seeds = pytest.mark.parametrize("seed", range(5))
