@@ -853,6 +853,12 @@ def test_the_steps_of_online_softmax_by_hand():
     assert [step.l for step in steps] == pytest.approx([5 / 4, 23 / 16, 23 / 16 + 1 / 32])
 
 
+def test_the_gap_of_matrices():
+    assert m.matrix_gap([[3.0, 1.0], [2.0]], [[0.0, 1.0], [-2.0]]) == 5.0
+    assert m.matrix_gap([[1.0]], [[1.0, 2.0]]) == INF
+    assert m.matrix_gap([[1.0], [math.nan]], [[1.0], [1.0]]) == INF
+
+
 def test_a_long_table_keeps_its_ends():
     assert m.shorten(list(range(10))) == list(range(10))
     assert m.shorten(list(range(30))) == [0, 1, 2, 3, 4, 26, 27, 28, 29]
