@@ -1692,9 +1692,10 @@ def show_fa4(trace: Trace, knobs: Namespace) -> None:
     trace.table(rows, {"scores as rows of scores": "", "tiles as later tiles": ",d",
                        "always as moves always": ",d", "lazily as by threshold": ",d",
                        "largest_weight": ",.1f"})
-    trace.say("And it computes part of the exponentials by a polynomial of degree 3. For x from -8 "
-              f"to 0 it is off by at most {error:.1e} of 2^x. The weights are rounded to bf16 "
-              "next, whose last place is worth at least 1/256 of a number, so that is at most "
+    trace.say(f"Of {rows[0].always} rescalings of random scores the threshold leaves "
+              f"{rows[0].lazily}. And part of the exponentials come from a polynomial of degree 3. "
+              f"For x from -8 to 0 it is off by at most {error:.1e} of 2^x. Weights are rounded to "
+              "bf16 next, whose last place is worth at least 1/256 of a number, so that is at most "
               f"{256 * error:.3f} of the last place.")
     trace.check("lazy rescaling ends with the same L", max(row.error for row in rows) < 1e-12,
                 "|Δ| < 1e-12")
