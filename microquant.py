@@ -1,35 +1,63 @@
 #!/usr/bin/env python3
 """The same model in a quarter of the bytes.
 
-A language model that writes one token at a time spends its time fetching weights from memory, so a weight in
-4 bits instead of 16 is nearly four times the speed, and lets a card hold a model it could not hold before. The price is
-rounding. This script trains a tiny Llama, plants in it the outliers that real ones have, then compresses it by
-the methods that people deploy, and measures each on the same three things: the bytes it really takes, the
-model's loss, and how far its predictions moved.
+A language model that writes one token at a time spends most of its time fetching weights from
+memory. A weight in 4 bits instead of 16 is fetched in nearly a quarter of the time, and a card can
+hold a model that it could not hold before. The price is rounding. This script trains a tiny Llama
+in which a few channels grow as large as in real models, compresses it by the methods that people
+deploy, and measures each on text that no method has seen.
 
-Run it (`python microquant.py`), read the trace, then read on from here in order: every section of the trace is
-a section of this file. The model under test and its measures stand after the last section, then what the five
-scripts share.
+How to read it: run `python microquant.py` and read the trace first. Then read on from here.
+  The core, sections 1 to 9, is the chapter (60 minutes): how few bits hold numbers, why the scale
+  matters more than the bits, how activations differ from weights, the two methods that round
+  weights by data (GPTQ, AWQ), and training on top of a compressed model (QLoRA).
+  Sections 10 to 16 can wait (50 minutes). Each stands by itself.
+  THE TECHNIQUES come first, without experiments. THE EXPERIMENTS show how each was measured, under
+  the same numbers. Then come the model and the bench, and what all five scripts share.
+`python microquant.py --gguf tiny.gguf` writes the model as a file that llama.cpp runs.
 
 The papers:
-  Micikevicius et al., FP8 Formats for Deep Learning, 2022, arXiv:2209.05433                section 1
-  Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023, arXiv:2305.14314    sections 4, 11
-  Gerganov et al., llama.cpp, ggml-common.h and ggml-quants.c                               section 5
-  Dettmers et al., LLM.int8(), 2022, arXiv:2208.07339                                       section 6
-  Xiao et al., SmoothQuant, 2023, arXiv:2211.10438                                          section 6
-  Frantar et al., GPTQ, 2023, arXiv:2210.17323                                              section 7
-  Lin et al., AWQ: Activation-aware Weight Quantization, 2024, arXiv:2306.00978             section 8
-  Badri & Shaji, Half-Quadratic Quantization, 2023, mobiusml.github.io/hqq_blog             section 9
-  Kim et al., SqueezeLLM: Dense-and-Sparse Quantization, 2024, arXiv:2306.07629             section 9
-  Wang et al., BitNet, 2023, arXiv:2310.11453; Ma et al., The Era of 1-bit LLMs, 2024,
-    arXiv:2402.17764                                                                        section 10
-  Zhao et al., GaLore, 2024, arXiv:2403.03507; Zhang et al., Q-GaLore, 2024, arXiv:2407.08296   section 11
-  Liu et al., KIVI, 2024, arXiv:2402.02750: the large channels of keys      the model under test
+  Dettmers et al., QLoRA, 2023, arXiv:2305.14314                                   sections 4, 8
+  Dettmers et al., LLM.int8(), 2022, arXiv:2208.07339                              section 5
+  Xiao et al., SmoothQuant, 2023, arXiv:2211.10438                                 section 5
+  Micikevicius et al., FP8 Formats for Deep Learning, 2022, arXiv:2209.05433       section 5
+  Frantar et al., GPTQ, 2023, arXiv:2210.17323                                     section 6
+  Lin et al., AWQ, 2024, arXiv:2306.00978                                          section 7
+  Hu et al., LoRA, 2022, arXiv:2106.09685                                          section 8
+  Rouhani et al., Microscaling Data Formats, 2023, arXiv:2310.10537                section 10
+  Badri & Shaji, Half-Quadratic Quantization, 2023, mobiusml.github.io/hqq_blog    section 12
+  Kim et al., SqueezeLLM, 2024, arXiv:2306.07629                                   section 12
+  Wang et al., BitNet, 2023, arXiv:2310.11453; Ma et al., 2024, arXiv:2402.17764   section 13
+  Zhao et al., GaLore, 2024, arXiv:2403.03507                                      section 14
+  Zhang et al., Q-GaLore, 2024, arXiv:2407.08296                                   section 14
+  Micikevicius et al., Mixed Precision Training, 2018, arXiv:1710.03740            section 15
+  Dong et al., HAWQ-V2, 2020, arXiv:1911.03852                                     section 16
 """
+
+# The words that this script uses before it explains them:
+#
+# weight          a trained number; a matrix W has a row per output and a column per input
+# activation      a number that is computed anew for every token: what a matrix reads
+# output channel  a row of W, which makes one number of the output
+# input channel   a column of W, which reads one number of the input
+# gain            the factor that an RMSNorm multiplies each of its channels by
+# logits          the model's scores for the next token; softmax makes probabilities of them
+# loss            -log of the probability that the model gave to the token that came, in nats
+# perplexity      e to the mean loss; 4 means "as unsure as between 4 equally likely tokens"
+# KL              how far a model's probabilities are from the uncompressed model's, in nats a token;
+#                 0 if they are equal
+# calibration     running the model on a little text to see how large its activations are
+# INT4            whole numbers of 4 bits; W8A8: weights in 8 bits and activations in 8 bits
+# outlier         a number, or a channel, that is many times larger than the others
+#
+# linear(x, w) is y = W x for every row of x. Llama.forward(tokens) returns logits; it applies every
+# matrix by its method linear(name, x), which a subclass may replace. build_lab(seed) trains the
+# model under test and draws its texts. They stand on the third floor.
 
 from __future__ import annotations
 
 import cmath
+import itertools
 import math
 import operator
 import os
@@ -45,55 +73,66 @@ from bisect import bisect, bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from itertools import product
-from statistics import NormalDist, fmean
+from functools import cached_property, lru_cache
+from statistics import NormalDist, fmean, median
+from typing import NamedTuple
+
+if sys.version_info < (3, 11):
+    sys.exit("This script needs Python 3.11 or newer.")
 
 Vector = list[float]
 Matrix = list[Vector]  # row-major: m[row][column]
 
-VOCAB_SIZE = 160           # tokens that the tokenizer learns: all words of the text but one are then one token
-DIM = 64                   # channels: two groups of 32 in a row
-HIDDEN_DIM = 32            # channels inside the feed-forward
-STEPS = 20                 # of training
-LENGTH = 40                # tokens a training step
-LEARNING_RATE = 0.035      # at its highest
 BITS = 4                   # of the low-bit formats
 GROUP_SIZE = 32            # weights that share a scale, where there are groups
-CALIBRATION_TOKENS = 64    # what GPTQ, AWQ and the others see of the activations
-EVALUATION_TOKENS = 48     # the last of the last verse: what every method has to predict
+CALIBRATION_TOKENS = 128   # at least so many; whole verses are taken
 ALPHA = 0.5                # SmoothQuant's: how much of the difficulty moves to the weights
-OUTLIERS = (2, 32.0)       # channels planted as outliers, and how many times larger they are made
-PROMPT = "This is the"     # what the samples of text continue
-TERNARY_STEPS = 8          # of training with ternary weights, section 10
-FEW_STEPS = 6              # of the short runs of section 11
-PIECE = 24                 # tokens a step of both
+OUTLIERS = (2, 24.0)       # channels that begin as outliers, and the gain that they begin with
 
+# =============================================================================================
+# THE TECHNIQUES
+# =============================================================================================
 
-# ---------------------------------------------------------------------------------------------------
 # 1. Numbers in few bits
 #
-# A grid of evenly spaced values stands in for the real numbers. With b bits a code is a whole number from
-# -2^(b-1) to 2^(b-1) - 1; the scale is the distance between grid points, the zero point the code that means 0:
+# A code of b bits is one of 2^b whole numbers, from -2^(b-1) to 2^(b-1) - 1. To store weights in
+# such codes, lay a grid of evenly spaced values over them and take the nearest grid point. The
+# scale is the distance between grid points. The zero point is the code that stands for 0.
 #
-#     code = clip(round(w / scale + zero_point))          w ≈ (code - zero_point) · scale
+#     code = clip(round(w / scale + zero_point))
+#     w    ≈ (code - zero_point) · scale
 #
-# Symmetric: scale = absmax / (2^(b-1) - 1) and zero_point = 0, so INT8 runs from -127 to 127. Asymmetric: the grid
-# is laid from min to max instead (0 always included, so that zero stays zero), which pays where values lean to one
-# side: scale = (max - min) / (2^b - 1), zero_point = -2^(b-1) + round(-min / scale). Scales are stored as FP16,
-# rounded up. Either way nothing is further from a grid point than half a step: |error| ≤ scale / 2. Floating
-# point spends its bits on range instead: the steps double with every power of two.
-
-Grids = list[list[tuple]]  # [row][group]: (scale, zero_point)
+# A symmetric grid has 0 in the middle, and reaches as far as the largest weight does:
+#
+#     scale = max|w| / (2^(b-1) - 1)
+#     zero_point = 0
+#
+# An asymmetric grid runs from the smallest weight to the largest, which pays if the weights lean to
+# one side. 0 always stays on the grid, so that a weight of 0 remains 0:
+#
+#     scale = (max - min) / (2^b - 1)
+#     zero_point = -2^(b-1) + round(-min / scale)
+#
+# An example in INT4: w = (0.7, -0.32, 0.04). The scale is 0.7 / 7 = 0.1. The codes are 7, -3 and 0,
+# and they decode to 0.7, -0.3 and 0. Nothing moved by more than half a step, 0.05. But 0.04 became
+# 0: what is small beside the largest weight is lost.
+#
+# A floating-point number is a sign, an exponent and a mantissa. Its grid is not even: the steps
+# double with every power of two. So small numbers are kept as exactly, in proportion, as large ones.
+# FP16 has 5 bits of exponent and 10 of mantissa, BF16 8 and 7, FP8 either 4 and 3 or 5 and 2.
+#
+# In production: torch.ao.quantization and every format below store codes and scales like these.
+# Measured by show_numbers().
 
 
 @dataclass(frozen=True)
 class Quantized:
     """A matrix [out][in] in few bits: w ≈ (code - zero_point) · scale, or codebook[code] · scale.
 
-    scales[r][c // group] and zero_points[r][c // group] belong to codes[r][c]. overhead: the scales and zero
-    points as a file stores them, and what else decoding needs; a scale that all rows share is in there once.
+    scales[r][c // group] and zero_points[r][c // group] belong to codes[r][c]. overhead is what a
+    file stores beside the codes; a scale that all rows share is in there once.
     """
+
     codes: list[list[int]]
     scales: Matrix
     zero_points: Matrix
@@ -103,101 +142,95 @@ class Quantized:
     codebook: tuple[float, ...] = ()
 
     def dequantize(self) -> Matrix:
-        """The matrix that the codes stand for, [out][in]."""
-        book, g = self.codebook, self.group
-        return [flatten([(book[code] if book else code - zero) * scale for code in codes[i * g:(i + 1) * g]]
-                        for i, (scale, zero) in enumerate(zip(scales, zeros)))
-                for codes, scales, zeros in zip(self.codes, self.scales, self.zero_points)]
+        """Return the matrix that the codes stand for, [out][in]."""
+        w = []
+        for codes, scales, zero_points in zip(self.codes, self.scales, self.zero_points):
+            row: Vector = []
+            for g, (scale, zero_point) in enumerate(zip(scales, zero_points)):
+                group = codes[g * self.group:(g + 1) * self.group]
+                if self.codebook:
+                    row += [self.codebook[code] * scale for code in group]
+                else:
+                    row += [(code - zero_point) * scale for code in group]
+            w.append(row)
+        return w
 
     def to_bytes(self) -> bytes:
-        """What a file would hold: the codes, packed, then the overhead."""
+        """Return what a file would hold: the codes, packed, and then the overhead."""
         return pack_bits(flatten(self.codes), self.bits) + self.overhead
 
     @property
     def nbytes(self) -> int:
-        """Bytes that storing it takes, scales included."""
+        """Bytes of the file, scales included."""
         return len(self.to_bytes())
 
     @property
     def bits_per_weight(self) -> float:
-        """The same per weight, in bits."""
+        """Bits of the file for each weight."""
         return 8 * self.nbytes / sum(map(len, self.codes))
 
 
-def quantize(w: Matrix, bits: int, *, symmetric: bool = True, granularity: str | int = "tensor") -> Quantized:
-    """w [out][in] rounded to the nearest points of grids of 2^bits values.
+def quantize(
+    w: Matrix, bits: int, *, symmetric: bool = True, granularity: str | int = "tensor"
+) -> Quantized:
+    """Return w [out][in] rounded to the nearest points of grids of 2^bits values.
 
-    granularity: one grid for the "tensor", one per "channel" (row), or one per that many columns of a row.
-    bits: 2 to 8. ValueError for anything else, for ragged or empty w, NaN, and infinities.
+    granularity: one grid for the "tensor", one per "channel" (row), or one per that many columns of
+    a row. Scales are stored in FP16, rounded up so that nothing is clipped.
+    ValueError for bits that are not 2 to 8, for ragged or empty w, and for NaN or infinity in it.
     """
+    def make(values: Sequence[float]) -> tuple[float, float]:
+        return make_grid(values, bits, symmetric)
+    return on_grids(w, bits, granularity, symmetric, make)
+
+
+def on_grids(
+    w: Matrix, bits: int, granularity: str | int, symmetric: bool, make: Callable
+) -> Quantized:
+    """Return w rounded to the grids (scale, zero_point) that make(values) lays for each group."""
     group = group_columns(w, bits, granularity)
-    grids = lay_grids(w, group, granularity, partial(make_grid, bits=bits, symmetric=symmetric))
-    return on_grids(w, grids, bits, group, granularity, symmetric)
+    whole = make(flatten(w)) if granularity == "tensor" else None
+    codes, scales, zero_points = [], [], []
+    for row in w:
+        groups = in_rows(row, group)
+        grids = [whole or make(values) for values in groups]
+        codes.append(flatten(to_codes(values, scale, zero, bits)
+                             for values, (scale, zero) in zip(groups, grids)))
+        scales.append([scale for scale, _ in grids])
+        zero_points.append([zero for _, zero in grids])
+    overhead = grid_bytes(scales, zero_points, bits, granularity, symmetric)
+    return Quantized(codes, scales, zero_points, bits, group, overhead)
 
 
-def group_columns(w: Matrix, bits: int, granularity: str | int) -> int:
-    """How many columns share a grid; ValueError where quantize() cannot work."""
-    if bits not in range(2, 9):
-        raise ValueError(f"bits must be a whole number from 2 to 8, not {bits!r}")
-    if granularity not in ("tensor", "channel") and not (type(granularity) is int and granularity > 0):
-        raise ValueError(f"granularity must be 'tensor', 'channel' or a positive group size, not {granularity!r}")
-    if not w or not w[0] or any(len(row) != len(w[0]) for row in w):
-        raise ValueError("w must have at least one row and one column, and rows of one length")
-    if not all(map(fp16.largest.__ge__, map(abs, flatten(w)))):  # false for NaN too
-        raise ValueError(f"w must hold finite numbers of at most {fp16.largest:.0f}, what FP16 scales allow for")
-    return granularity if type(granularity) is int else len(w[0])
-
-
-def lay_grids(w: Matrix, group: int, granularity: str | int, make: Callable[[Vector], tuple]) -> Grids:
-    """For each row of w, make() of each group of its columns; for "tensor" of all values at once, in every row."""
-    if granularity == "tensor":
-        return [[make(flatten(w))]] * len(w)
-    return [[make(row[c:c + group]) for c in range(0, len(row), group)] for row in w]
-
-
-def make_grid(values: Vector, *, bits: int, symmetric: bool) -> tuple[float, int]:
-    """(scale, zero_point) of the finest grid on which no value is clipped; for zeros alone the scale is 1."""
+def make_grid(values: Sequence[float], bits: int, symmetric: bool) -> tuple[float, int]:
+    """Return (scale, zero_point) of the finest grid that clips no value; zeros get the scale 1."""
     low, high = code_range(bits)
     if symmetric:
         return fp16_up(max(map(abs, values)) / high) or 1.0, 0
-    least, most = min(0.0, *values), max(0.0, *values)
+    least = min(0.0, *values)
+    most = max(0.0, *values)
     scale = fp16_up((most - least) / (high - low)) or 1.0
     return scale, low + round(-least / scale)
 
 
-def code_range(bits: int) -> tuple[int, int]:
-    """The least and the greatest code."""
-    return -2 ** (bits - 1), 2 ** (bits - 1) - 1
-
-
-def to_codes(values: Vector, scale: float, zero_point: float, bits: int) -> list[int]:
-    """Each value's nearest grid point; halfway goes to the even code, as everywhere in Python and IEEE 754."""
+def to_codes(values: Sequence[float], scale: float, zero_point: float, bits: int) -> list[int]:
+    """Return each value's nearest grid point; halfway between two, the even code."""
     low, high = code_range(bits)
     codes = [round(value / scale + zero_point) for value in values]
-    return codes if low <= min(codes) and max(codes) <= high else [min(max(code, low), high) for code in codes]
+    if low <= min(codes) and max(codes) <= high:
+        return codes
+    return [min(max(code, low), high) for code in codes]
 
 
-def on_grids(w: Matrix, grids: Grids, bits: int, group: int, granularity: str | int, symmetric: bool) -> Quantized:
-    """w [out][in], each group of a row rounded to its own grid."""
-    codes = [flatten(to_codes(row[g * group:(g + 1) * group], *grid, bits) for g, grid in enumerate(row_grids))
-             for row, row_grids in zip(w, grids)]
-    return with_grids(codes, grids, bits, group, granularity, symmetric)
-
-
-def with_grids(codes: list[list[int]], grids: Grids, bits: int, group: int, granularity: str | int,
-               symmetric: bool = True) -> Quantized:
-    """Scales are stored in FP16, zero points (unless symmetric) like codes, or in FP16 if not whole."""
-    scales, zeros = zip(*(grids[0] if granularity == "tensor" else flatten(grids)))
-    overhead = struct.pack(f"<{len(scales)}e", *scales)
-    if not symmetric:
-        overhead += pack_bits(zeros, bits) if isinstance(zeros[0], int) else struct.pack(f"<{len(zeros)}e", *zeros)
-    scales, zeros = ([[grid[part] for grid in row] for row in grids] for part in (0, 1))
-    return Quantized(codes, scales, zeros, bits, group, overhead)
+def code_range(bits: int) -> tuple[int, int]:
+    """Return the least and the greatest code."""
+    return -2 ** (bits - 1), 2 ** (bits - 1) - 1
 
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """Numbers of a sign, an exponent and a mantissa of so many bits; called with x, it gives the nearest one."""
+    """A floating-point format. Called with a number, it returns the nearest one that it has."""
+
     name: str
     exponent_bits: int
     mantissa_bits: int
@@ -205,10 +238,14 @@ class FloatFormat:
     overflow: float  # what anything larger becomes
 
     def __call__(self, x: float) -> float:
-        """The nearest number, halfway the even one; ±overflow beyond what rounds to largest; ±0 and NaN stay."""
-        if x == 0 or not math.isfinite(x):
-            return math.copysign(self.overflow, x) if math.isinf(x) else x
-        exponent = max(math.frexp(x)[1] - 1, 2 - 2 ** (self.exponent_bits - 1))  # below: subnormal, steps stay
+        """Return the nearest number; halfway, the one with the even mantissa. ±0 and NaN stay."""
+        if x == 0 or math.isnan(x):
+            return x
+        if math.isinf(x):
+            return math.copysign(self.overflow, x)
+        # Between 2^e and 2^(e+1) the steps are 2^(e - mantissa bits). Below the smallest normal
+        # number they shrink no further: such numbers are called subnormal.
+        exponent = max(math.frexp(x)[1] - 1, 2 - 2 ** (self.exponent_bits - 1))
         step = 2.0 ** (exponent - self.mantissa_bits)
         y = round(x / step) * step
         return math.copysign(self.overflow if abs(y) > self.largest else y, x)
@@ -216,696 +253,556 @@ class FloatFormat:
 
 fp16 = FloatFormat("FP16", 5, 10, 65504.0, math.inf)
 bf16 = FloatFormat("BF16", 8, 7, (2 - 2**-7) * 2.0**127, math.inf)  # FP32 cut short
-fp8_e4m3 = FloatFormat("FP8 E4M3", 4, 3, 448.0, 448.0)  # no infinity: it stays at 448, as saturating hardware does
+fp8_e4m3 = FloatFormat("FP8 E4M3", 4, 3, 448.0, 448.0)  # it has no infinity and stays at 448
 fp8_e5m2 = FloatFormat("FP8 E5M2", 5, 2, 57344.0, math.inf)  # FP16 cut short
+fp4_e2m1 = FloatFormat("FP4 E2M1", 2, 1, 6.0, 6.0)  # 0, 0.5, 1, 1.5, 2, 3, 4, 6
 
 
-def fp32(x: float) -> float:
-    """The nearest FP32."""
-    return struct.unpack("<f", struct.pack("<f", x))[0]
-
-
-def fp16_up(x: float) -> float:
-    """The smallest FP16 number that is not below x, which is from 0 to 65504."""
-    step = 2.0 ** (max(math.frexp(x)[1] - 1, -14) - 10)
-    return math.ceil(x / step) * step
-
-
-def fp16_row(values: Sequence[float]) -> Vector:
-    """fp16() of every one, by struct, which is quicker; none may round beyond 65504."""
-    return list(struct.unpack(f"<{len(values)}e", struct.pack(f"<{len(values)}e", *values)))
-
-
-def show_numbers(trace: Trace, knobs: Namespace) -> None:
-    """The model, weights there and back, a matrix's histogram over the grids, and the float formats."""
-    lab, bits, (channels, size) = laboratory(knobs), knobs.bits, knobs.outliers
-    config, name = lab.model.config, "layers.0.attention.wv"
-    trace.say(f"The patient: a Llama of {lab.fp32_bytes // 4:,} weights, {config.dim} channels and "
-              f"{config.n_layers} layer, trained for {STEPS} steps on The House That Jack Built. Its perplexity "
-              f"on the last verse, where everything here is measured, is {lab.perplexity:.3f}. (Calibration takes "
-              f"the tokens before it. Training read nearly all: the place is held apart, not the words.)")
-    n_keys = 2 * key_pairs(channels, config)
-    trace.say("Large models have a few channels with activations many times the others'; a tiny one has none. " + (
-        f"So they are planted: on {channels} channels every norm's gain is made {size:g} times larger and the "
-        f"columns that read them as much smaller; in each head, {n_keys} channels of the keys are made "
-        f"{key_size(size):g} times larger, of the queries smaller. In exact arithmetic nothing changes."
-        if lab is not without_outliers(knobs) else "Nor has this one, with these --outliers."))
-    matrix = lab.model.weights[name]
-    w, width = flatten(matrix), len(matrix[0])
-    forms = {form: (flatten(q.codes), flatten(q.dequantize()), q.scales[0][0]) for form, q in (
-        ("INT8", quantize(matrix, 8)), (f"INT{bits}", quantize(matrix, bits)),
-        (f"INT{bits} asymmetric", quantize(matrix, bits, symmetric=False)))}
-    furthest = max(range(len(w)), key=lambda i: abs(w[i]))
-    row = sorted(range(furthest // width * width, (furthest // width + 1) * width), key=w.__getitem__)
-    trace.ask(f"the weight of {name} that is furthest out is {w[furthest]:+.4f}. Which code is it in INT{bits}?",
-              forms[f"INT{bits}"][0][furthest])
-    trace.say(f"Some weights of {name}, rounded to INT8 and INT{bits} (one scale for the matrix) and back:")
-    trace.table(["weight", *flatten((form, "back") for form in forms)],
-                [[f"{w[i]:+.4f}", *flatten((str(q[i]), f"{back[i]:+.4f}") for q, back, _ in forms.values())]
-                 for i in (*row[::width // 6], row[-1])])
-    trace.say("Their histogram, and the grids under it: a mark where a code's value is. Most weights are small, "
-              "and the few largest decide how wide the grid is laid.")
-    trace.lines(histogram(w, {f"INT{b}": [code * forms[f"INT{b}"][2] for code in range(1 - 2**(b - 1), 2**(b - 1))]
-                              for b in (bits, 8)}))
-
-    trace.say("Floating point instead: what formats make of the same numbers. Range is paid for with precision.")
-    samples = (0.1, 300.0, 70000.0, 1e-6)
-    trace.table(["", "bits", "largest", "smallest", "step at 1", *(f"{x:g}" for x in samples)],
-                [[f.name, str(1 + f.exponent_bits + f.mantissa_bits), f"{f.largest:.3g}",
-                  f"2^{2 - 2 ** (f.exponent_bits - 1) - f.mantissa_bits}", f"2^-{f.mantissa_bits}",
-                  *(f"{f(x):.5g}" for x in samples)] for f in (fp16, bf16, fp8_e4m3, fp8_e5m2)], left=(0,))
-
-    trace.check_close("the planted outliers left the FP32 logits where they were", lab.logits,
-                      lab.calm.forward(lab.evaluation[:-1]), 1e-9)
-    for form, (_, back, scale) in forms.items():
-        gap = max(abs(a - b) for a, b in zip(back, w))
-        trace.check(f"{form}: |error| ≤ scale / 2", gap <= scale / 2 * (1 + 1e-12), f"all {len(w):,} weights")
-    some = w + [10.0 ** e for e in range(-9, 5)]
-    trace.check("fp16() = what struct packs", [fp16(x) for x in some] == fp16_row(some), f"{len(some):,} numbers")
-
-
-# ---------------------------------------------------------------------------------------------------
 # 2. Granularity
 #
-# A scale is set by the largest weight it serves. One outlier, and all who share its scale are rounded on a
-# grid laid for it. So let fewer share: a scale per tensor, per output channel (a row of W), per group of 32
-# weights. Each scale costs 16 bits, so groups of g cost 16/g bits a weight on top:
+# A scale is set by the largest weight that it serves. One outlier, and all weights with the same
+# scale are rounded on a grid laid for the outlier. So let fewer weights share a scale: a scale per
+# tensor, per output channel (a row of W), or per group of, say, 32 weights of a row. Each scale
+# costs 16 bits:
 #
 #     bits per weight = bits + 16 · (number of scales) / (number of weights)
 #
-# Production formats use groups of 16 (NVFP4) or 32 (GGUF, MXFP4) to 128 (the usual one for GPTQ and AWQ).
-
-def show_granularity(trace: Trace, knobs: Namespace) -> None:
-    """Bits, error and loss at each granularity, and what one outlier does to its neighbours."""
-    lab, g, bits = laboratory(knobs), knobs.group_size, knobs.bits
-    kinds: dict[str, str | int] = {"tensor": "tensor", "channel": "channel", f"group of {g}": g}
-    trace.say("The whole model rounded to nearest, at three granularities. Error: how far the weights moved, as a "
-              "share of their size. Perplexity on the last verse; KL: how far the predictions moved from FP32's, in "
-              "nats a token; changed: how often the likeliest next token is another one.")
-    trace.ask(f"INT{bits} with a scale for every group of {g}: how many bits a weight does that take?",
-              rounded_to_nearest(lab, bits, g).bits_per_weight)
-    rows, sizes_agree = [["FP32", "", "", "32.00", f"{lab.perplexity:.3f}", "", ""]], True
-    for b, (kind, granularity) in product(dict.fromkeys((8, bits)), kinds.items()):
-        c = rounded_to_nearest(lab, b, granularity)
-        error = fmean(relative_distance(c.weights[n], lab.model.weights[n]) for n in lab.linears)
-        rows.append([f"INT{b}", kind, f"{error:.1%}", *lab.scores(c)])
-        shapes = map(lab.model.config.shapes().get, lab.linears)
-        n_scales = sum({"tensor": 1, "channel": n_out}.get(kind, n_out * -(-n_in // g)) for n_out, n_in in shapes)
-        sizes_agree &= c.bits_per_weight == (b * lab.n_weights + 16 * n_scales) / lab.n_weights
-    trace.table(["", "a scale per", "error", "bits/weight", "perplexity", "KL", "changed"], rows, left=(0, 1))
-    trace.note("Perplexity may, by luck, fall below FP32's; KL is at least 0." + " A scale per tensor pays for the "
-               "planted keys as well." * (lab is not without_outliers(knobs)))
-
-    w = [list(row) for row in lab.calm.weights["layers.0.attention.wv"][:4]]
-    typical = math.sqrt(fmean(value * value for value in flatten(w)))
-    w[2][len(w[0]) // 3] = 20 * typical
-    trace.say(f"One outlier's damage: {len(w)} rows of {len(w[0])} weights, one of them (in row 3) made 20 times "
-              f"the typical size. How far INT{bits} moves each of the others, as a share of the typical size:")
-    for kind, granularity in kinds.items():
-        back = quantize(w, bits, granularity=granularity).dequantize()
-        errors = [[abs(a - b) / typical for a, b in zip(p, q)] for p, q in zip(back, w)]
-        moved = sum(e > 0.3 for e in flatten(errors))
-        trace.lines([f"a scale per {kind}: {moved} weights moved by more than 30%",
-                     *("  " + "".join(map(shade, row)) for row in errors)])
-    trace.note("blank: not moved   · under 2%   ░ under 10%   ▒ under 30%   ▓ under 60%   █ more")
-    trace.check("bits per weight counted from the bytes = the formula", sizes_agree, "equal")
-    if (bits, knobs.outliers) == (4, OUTLIERS):  # other widths and outliers may make less of a difference
-        tensor, group = (measure(lab, rounded_to_nearest(lab, 4, granularity)) for granularity in ("tensor", g))
-        trace.check("INT4: a scale per tensor is worse than one per group, in perplexity and by twice in KL",
-                    tensor.perplexity > group.perplexity and tensor.kl > 2 * group.kl,
-                    f"KL {tensor.kl:.3f} against {group.kl:.3f}")
-
-
-# ---------------------------------------------------------------------------------------------------
-# 3. Bytes for real
+# In groups of 32, INT4 takes 4.5 bits, in groups of 128 it takes 4.125.
 #
-# A byte holds two 4-bit codes: the first in its low half, the second in its high half. In general, b bits a
-# code, one after the other from the lowest bit up. A negative code is stored as two's complement: -1 is 1111.
+# quantize() with symmetric grids uses the codes -7 to 7 of INT4, 15 of the 16. Formats that are
+# deployed use all 16. llama.cpp's Q4_0 lets the largest weight have the code -8 (section 3).
+#
+# In production: groups of 128 for GPTQ and AWQ, of 32 for llama.cpp and MXFP4, of 16 for NVFP4.
+# Embedding and output matrix often stay in 16 bits, for they are not read like the others (the
+# embedding), or mind rounding more than the others (the output).
+# Measured by show_granularity().
 
-def pack_int4(codes: Sequence[int]) -> bytes:
-    """Codes from -8 to 7 (else ValueError), two to a byte, first one low; an odd one out leaves a high half 0."""
-    if wrong := [code for code in codes if not -8 <= code <= 7]:
-        raise ValueError(f"codes must be from -8 to 7, not {wrong[0]}")
-    return bytes(low & 15 | (high & 15) << 4 for low, high in zip(codes[::2], [*codes[1::2], 0]))
+
+def group_columns(w: Matrix, bits: int, granularity: str | int) -> int:
+    """Return how many columns share a grid. ValueError where quantize() cannot work."""
+    if bits not in range(2, 9):
+        raise ValueError(f"bits must be a whole number from 2 to 8, not {bits!r}")
+    is_size = type(granularity) is int and granularity > 0
+    if granularity not in ("tensor", "channel") and not is_size:
+        raise ValueError(f"granularity must be 'tensor', 'channel' or a positive group size, "
+                         f"not {granularity!r}")
+    if not w or not w[0] or any(len(row) != len(w[0]) for row in w):
+        raise ValueError("w must have at least one row and one column, and rows of one length")
+    if not all(abs(value) <= fp16.largest for value in flatten(w)):  # false for NaN, too
+        raise ValueError(f"w must hold finite numbers of at most {fp16.largest:.0f}, "
+                         f"as its scales are stored in FP16")
+    return granularity if is_size else len(w[0])
 
 
-def unpack_int4(data: bytes, n: int) -> list[int]:
-    """The n codes that pack_int4() packed. ValueError if data is not as long as n codes take."""
-    if len(data) != (n + 1) // 2:
-        raise ValueError(f"data must be {(n + 1) // 2} bytes for n = {n} codes, not {len(data)}")
-    halves = [half for byte in data for half in (byte & 15, byte >> 4)]
-    return [half - 16 * (half > 7) for half in halves[:n]]
+def grid_bytes(
+    scales: Matrix, zero_points: Matrix, bits: int, granularity: str | int, symmetric: bool
+) -> bytes:
+    """Return scales in FP16, then zero points: as codes, or in FP16 if they are not whole."""
+    if granularity == "tensor":
+        scales = [scales[0][:1]]
+        zero_points = [zero_points[0][:1]]
+    zeros = flatten(zero_points)
+    data = pack_halves(flatten(scales))
+    if symmetric:
+        return data
+    return data + (pack_bits(zeros, bits) if isinstance(zeros[0], int) else pack_halves(zeros))
 
 
 def pack_bits(codes: Sequence[int], bits: int) -> bytes:
-    """Codes of so many bits each, in one long number, the first code lowest; zeros fill up its last byte."""
-    digits = [f"{code:0{bits}b}" for code in range(2**bits)]  # a negative index counts from the end: -1 is 1…1
-    number = int("".join([digits[code] for code in reversed(codes)]) or "0", 2)
-    return number.to_bytes((len(codes) * bits + 7) // 8, "little")
+    """Return codes of `bits` bits, one after the other from the lowest bit of the first byte up.
+
+    A negative code is stored as two's complement: in 4 bits, -1 is 1111. Zeros fill the last byte.
+    """
+    # One long binary number, whose last digits are the first code.
+    digits = [f"{code % 2**bits:0{bits}b}" for code in reversed(codes)]
+    number = int("".join(digits) or "0", 2)
+    return number.to_bytes(ceil_div(len(codes) * bits, 8), "little")
 
 
-# {model: (the fields of Config, the published number of parameters)}, from its config.json and its checkpoint
-# (Touvron et al. 2023, arXiv:2307.09288; Llama team 2024, arXiv:2407.21783).
-REAL_LLAMAS = {"Llama 2 7B": ((32000, 4096, 32, 32, 32, 11008), 6_738_415_616),
-               "Llama 3.1 8B": ((128256, 4096, 32, 32, 8, 14336), 8_030_261_248),
-               "Llama 3.1 70B": ((128256, 8192, 80, 64, 8, 28672), 70_553_706_496)}
+# 3. llama.cpp's blocks and a file that it runs
+#
+# llama.cpp cuts each row of a matrix into blocks of 32 weights. A block starts with its scale d, in
+# FP16, and its codes follow:
+#
+#     Q8_0   34 bytes   d, then 32 codes of a signed byte     w ≈ d · code          d = max|w| / 127
+#     Q4_0   18 bytes   d, then 32 codes of 4 bits            w ≈ d · (code - 8)    d = extreme / -8
+#
+# The extreme is the weight furthest from 0, with its sign. In Q4_0 its code is 0, so its side of 0
+# has 8 steps and the other side 7: all 16 codes are used. A byte holds weight j in its low half and
+# weight j + 16 in its high half. For the weights 0 to 31 of a block:
+#
+#     byte      0  1   2    3         17
+#               d  d   16|0  17|1  …  31|15      (high half | low half)
+#
+# The encoders do what ggml does, bit for bit. It computes in FP32, multiplies by 1 / d instead of
+# dividing, and only then stores d in FP16. A file keeps the codes, so a difference in the last bit
+# of one product would show.
+#
+# A GGUF file is such blocks with a table of contents in front (docs/gguf.md in the ggml repository):
+#
+#     "GGUF", version, number of tensors, number of metadata entries
+#     metadata: key, type, value         the sizes of the model, the tokenizer's tokens and merges
+#     tensors:  name, shape, type, offset
+#     the data of the tensors, each at a multiple of 32 bytes
+#
+# In production: ggml/src/ggml-quants.c (quantize_row_q4_0_ref, dequantize_row_q4_0), and
+# gguf-py/gguf/gguf_writer.py. llama.cpp keeps norms in F32, as we do.
+# Measured by show_gguf().
 
 
-def show_bytes(trace: Trace, knobs: Namespace) -> None:
-    """Nibbles in bytes, the model's file in each format, and what real models would take."""
-    codes, g, bits = [3, -1, -8, 7, 0, 5, -2], knobs.group_size, knobs.bits
-    data = pack_int4(codes)
-    trace.say(f"{len(codes)} codes in {len(data)} bytes. Read each byte from the right: low half first.")
-    pairs = [codes[i:i + 2] for i in range(0, len(codes), 2)]
-    trace.table(["codes", "in four bits", "byte", "hex"],
-                [[", ".join(map(str, pair)), " ".join(f"{code & 15:04b}" for code in pair), f"{byte:08b}",
-                  f"{byte:02x}"] for pair, byte in zip(pairs, data)], left=(0, 1))
-
-    config, rng = model_config(len(word_tokenizer().vocab)), random.Random(knobs.seed)
-    shapes = [shape for name, shape in config.shapes().items() if is_linear(name, shape)]
-    rest = sum(map(math.prod, config.shapes().values())) - sum(map(math.prod, shapes))
-    trace.say(f"A file of the tiny model's shapes: {len(shapes)} matrices of normal numbers in each format, encoded, "
-              f"and the bytes counted. What only looks up or scales, the embedding and the norms, stays in FP16: "
-              f"{2 * rest:,} bytes.")
-    matrices = [[[rng.gauss(0, 0.1) for _ in range(n_in)] for _ in range(n_out)] for n_out, n_in in shapes]
-    weights = flatten(map(flatten, matrices))
-    sizes = {form: len(struct.pack(f"<{len(weights)}{code}", *weights)) + struct.calcsize(code) * rest
-             for form, code in (("FP32", "f"), ("FP16", "e"))}
-    for form, b, granularity in (("INT8, channels", 8, "channel"), (f"INT{bits}, tensor", bits, "tensor"),
-                                 (f"INT{bits}, groups of {g}", bits, g)):
-        sizes[form] = sum(quantize(w, b, granularity=granularity).nbytes for w in matrices) + 2 * rest
-    trace.table(["format", "bytes", "of FP32", ""],
-                [[form, f"{size:,}", f"{size / sizes['FP32']:.0%}", bar(size, sizes["FP32"], 40)]
-                 for form, size in sizes.items()], left=(0, 3))
-
-    counts = {name: sum(map(math.prod, Config(*fields).shapes().values()))
-              for name, (fields, _) in REAL_LLAMAS.items()}
-    gib = {name: {b: count * b / 8 / 2**30 for b in (32, 16, 8, 4.5, 4)} for name, count in counts.items()}
-    trace.ask("how many GiB do the 8,030,261,248 weights of Llama 3.1 8B take at 4.5 bits, an FP16 scale for "
-              "every 32 included?", gib["Llama 3.1 8B"][4.5])
-    trace.say("The weights of real models in GiB; 4.5 bits is 4 bits and an FP16 scale for every 32.")
-    trace.table(["model", "parameters", *(f"{b:g} bits" for b in (32, 16, 8, 4.5, 4))],
-                [[name, f"{counts[name]:,}", *(f"{n:.1f}" for n in row.values())]
-                 for name, row in gib.items()], left=(0,))
-    some = [codes * 3 for codes in ([], [1], [-8, 7], codes, list(range(-8, 8)))]
-    trace.check("pack_int4() = the general pack_bits() at 4 bits, and unpack_int4() undoes it, odd lengths too",
-                all(pack_int4(part) == pack_bits(part, 4) and unpack_int4(pack_int4(part), len(part)) == part
-                    for part in some), "equal")
-    trace.check("parameters computed from the configurations = the published counts",
-                counts == {name: count for name, (_, count) in REAL_LLAMAS.items()}, "equal")
+def q8_0_decode(data: bytes, n: int) -> Vector:
+    """Return the n weights of Q8_0 blocks. ValueError if data is not as long as n weights take."""
+    weights: Vector = []
+    for d, *codes in blocks_of_bytes(data, n, 32, "<e32b"):
+        weights += [d * code for code in codes]
+    return weights
 
 
-# ---------------------------------------------------------------------------------------------------
+def q4_0_decode(data: bytes, n: int) -> Vector:
+    """Return the n weights of Q4_0 blocks. ValueError if data is not as long as n weights take."""
+    weights: Vector = []
+    for d, *pairs in blocks_of_bytes(data, n, 32, "<e16B"):
+        weights += [d * ((pair & 15) - 8) for pair in pairs]
+        weights += [d * ((pair >> 4) - 8) for pair in pairs]
+    return weights
+
+
+def q8_0_encode(row: Sequence[float]) -> bytes:
+    """Return weights (a multiple of 32) as GGUF Q8_0 blocks of 34 bytes.
+
+    ValueError for another number of weights, and for weights beyond FP16.
+    """
+    data = b""
+    for block in blocks_of_weights(row, 32):
+        d = fp32(max(map(abs, block)) / 127)
+        inverse = inverse_scale(d)
+        # Halves are rounded away from 0, as C's roundf() does.
+        products = [fp32(value * inverse) for value in block]
+        codes = [int(math.copysign(abs(x) + 0.5, x)) for x in products]
+        data += struct.pack("<e32b", d, *codes)
+    return data
+
+
+def q4_0_encode(row: Sequence[float]) -> bytes:
+    """Return weights (a multiple of 32) as GGUF Q4_0 blocks of 18 bytes. ValueError as Q8_0."""
+    data = b""
+    for block in blocks_of_weights(row, 32):
+        d = max(block, key=abs) / -8
+        inverse = inverse_scale(d)
+        # w / d + 8.5 is rounded once, as by a fused multiply-add, and then cut off.
+        codes = [min(15, int(fp32(value * inverse + 8.5))) for value in block]
+        pairs = [low | high << 4 for low, high in zip(codes[:16], codes[16:])]
+        data += struct.pack("<e16B", d, *pairs)
+    return data
+
+
+def gguf_file(
+    config: Config, weights: dict[str, Matrix | Vector], tokenizer: Tokenizer, *, kind: str = "Q8_0"
+) -> bytes:
+    """Return a whole GGUF file of a Llama, which llama.cpp runs. kind: "Q8_0", "Q4_0" or "F32".
+
+    ValueError for another kind, or if the rows of a matrix are no multiple of 32.
+    """
+    if kind not in GGUF_TYPES:
+        raise ValueError(f"kind must be one of {', '.join(GGUF_TYPES)}, not {kind!r}")
+    if config.dim % 32 or config.hidden_dim % 32:
+        raise ValueError(f"dim and hidden_dim must be multiples of 32, not {config.dim} and "
+                         f"{config.hidden_dim}")
+    # The tensors, each encoded row by row, and where each will stand.
+    table = b""
+    data = b""
+    for name, shape in config.shapes().items():
+        form = kind if len(shape) == 2 else "F32"
+        type_number, encode = GGUF_TYPES[form]
+        encoded = b"".join(encode(row) for row in as_rows(weights[name]))
+        # ggml names the length of a row first.
+        lengths = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        table += gguf_string(ggml_name(name)) + lengths + struct.pack("<IQ", type_number, len(data))
+        data += encoded + bytes(-len(encoded) % 32)
+    metadata = gguf_metadata(config, tokenizer)
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(config.shapes()), len(metadata))
+    head += b"".join(gguf_string(key) + gguf_value(value) for key, value in metadata.items())
+    head += table
+    return head + bytes(-len(head) % 32) + data
+
+
+def gguf_metadata(config: Config, tokenizer: Tokenizer) -> dict[str, object]:
+    """Return {key: value} of what llama.cpp must know about the model and its tokenizer.
+
+    The tokenizer is of the "gpt2" kind: merges by rank within words. That kind writes a blank as Ġ
+    and a line end as Ċ. Our text has no special tokens; a line end serves as begin and end.
+    """
+    spelled = str.maketrans({" ": "Ġ", "\n": "Ċ"})
+    line_end = tokenizer.vocab.index("\n")
+    return {
+        "general.architecture": "llama",
+        "general.name": "microquant",
+        "llama.vocab_size": config.vocab_size,
+        "llama.context_length": 256,
+        "llama.embedding_length": config.dim,
+        "llama.block_count": config.n_layers,
+        "llama.feed_forward_length": config.hidden_dim,
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": float(config.rope_base),
+        "llama.attention.head_count": config.n_heads,
+        "llama.attention.head_count_kv": config.n_kv_heads,
+        "llama.attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": [token.translate(spelled) for token in tokenizer.vocab],
+        "tokenizer.ggml.merges": [f"{a.translate(spelled)} {b.translate(spelled)}"
+                                  for a, b in tokenizer.merges],
+        "tokenizer.ggml.bos_token_id": line_end,
+        "tokenizer.ggml.eos_token_id": line_end,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+
+
+def gguf_value(value: object) -> bytes:
+    """Return a metadata value: the number of its type, then its bytes."""
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    if isinstance(value, int):
+        return struct.pack("<II", 4, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + gguf_string(value)
+    # An array: its type, the type of its items, how many, and the items without their types.
+    items = [gguf_value(item) for item in value]
+    return struct.pack("<I", 9) + items[0][:4] + struct.pack("<Q", len(items)) + b"".join(
+        item[4:] for item in items)
+
+
+def gguf_string(text: str) -> bytes:
+    """Return the length in bytes, then the text in UTF-8."""
+    data = text.encode("utf-8")
+    return struct.pack("<Q", len(data)) + data
+
+
+def ggml_name(name: str) -> str:
+    """Return what ggml calls the weight that Meta calls name."""
+    for meta, ggml in (("tok_embeddings", "token_embd"), ("layers.", "blk."),
+                       ("attention_norm", "attn_norm"), ("attention.wq", "attn_q"),
+                       ("attention.wk", "attn_k"), ("attention.wv", "attn_v"),
+                       ("attention.wo", "attn_output"), ("feed_forward.w1", "ffn_gate"),
+                       ("feed_forward.w2", "ffn_down"), ("feed_forward.w3", "ffn_up")):
+        name = name.replace(meta, ggml)
+    return ("output_norm" if name == "norm" else name) + ".weight"
+
+
 # 4. NF4 and double quantization
 #
-# Weights are bell-shaped, so an even grid spends most of its codes where few weights are. NormalFloat puts its
-# 16 values at quantiles of the normal distribution instead: more nearly as many weights for each. A plain set of
-# quantiles would have no zero, so the two sides are cut separately, in 8 even steps of probability above zero and
-# 7 below, both from the quantile 1 - ½(1/32 + 1/30) inwards to ½, where zero is, and scaled to end at ±1.
+# Trained weights are bell-shaped: most are small. An even grid spends most of its codes where few
+# weights are. NormalFloat puts its 16 values at quantiles of the normal distribution instead, so
+# that about as many weights fall to each:
 #
-#     w ≈ codebook[code] · absmax                  absmax: of a block of 64, in FP32, so 4 + 32/64 = 4.5 bits
+#     w ≈ codebook[code] · absmax            absmax: the largest |w| of a block of 64, in FP32
 #
-# Double quantization: those absmaxes are numbers too. Take their mean off, and store each in 8-bit floating
-# point with one FP32 scale for every 256 of them: 4 + 8/64 + 32/(64·256) = 4.127 bits. (bitsandbytes uses an
-# 8-bit float of its own making there; E4M3 does the same job.)
+# Plain quantiles would have no exact 0, and the outermost ones, of probability 0 and 1, lie at
+# infinity. So the two sides are cut separately, into 8 even steps of probability above 0 and 7
+# below, and both start a little inside, at the probability 1 - (1/32 + 1/30) / 2 = 0.968. That is
+# halfway between the last quantiles of a cut into 16 and of one into 15. Then all are divided by
+# the outermost, so that they end at ±1.
+#
+# An absmax in FP32 costs 32 / 64 = 0.5 bits a weight, as much as INT4 pays in groups of 32. Double
+# quantization stores the absmaxes in 8 bits as well: take off their mean, and give each 256 of them
+# one scale in FP32.
+#
+#     4 + 8/64 + 32/(64 · 256) = 4.127 bits a weight
+#
+# In production: bitsandbytes (functional.py: quantize_4bit, get_4bit_type). It uses an 8-bit float
+# of its own for the absmaxes; E4M3 does the same job here. NF4 needs no data and is the usual format
+# under adapters (section 8). For speed without adapters, formats with even grids are preferred.
+# Measured by show_nf4().
+
 
 def nf4_codebook() -> Vector:
-    """The 16 values of NF4, ascending from -1 to 1, 0 among them: QLoRA, section 3, as bitsandbytes cuts it."""
-    far, quantile = 1 - (1 / 32 + 1 / 30) / 2, NormalDist().inv_cdf
-    above = [quantile(far + (0.5 - far) * i / 8) for i in range(8)]
-    below = [-quantile(far + (0.5 - far) * i / 7) for i in range(7)]
+    """Return the 16 values of NF4, ascending from -1 to 1, with 0 among them."""
+    quantile = NormalDist().inv_cdf
+    outermost = 1 - (1 / 32 + 1 / 30) / 2
+    above = [quantile(outermost + (0.5 - outermost) * i / 8) for i in range(8)]
+    below = [-quantile(outermost + (0.5 - outermost) * i / 7) for i in range(7)]
     return [value / above[0] for value in sorted([*below, 0.0, *above])]
 
 
 def quantize_nf4(w: Matrix, *, block_size: int = 64, double_quant: bool = False) -> Quantized:
-    """w [out][in] in NF4, one absmax per block_size columns of a row (the last block of a row may be shorter).
+    """Return w [out][in] in NF4, with one absmax per block_size columns of a row.
 
-    An absmax is the block's scale; a block of zeros gets the code of 0. overhead: the absmaxes in FP32, or with
-    double_quant as double_quantize() stores them. ValueError as for quantize().
+    The last block of a row may be shorter. A block of zeros gets the code of 0. With double_quant
+    the absmaxes are stored by double_quantize(), otherwise in FP32. ValueError as for quantize().
     """
-    group, codebook = group_columns(w, 4, block_size), tuple(nf4_codebook())
-    absmax = lay_grids(w, group, group, lambda values: fp32(max(map(abs, values))))
-    codes = [nearest([value / (scales[c // group] or 1.0) for c, value in enumerate(row)], codebook)
-             for row, scales in zip(w, absmax)]
-    overhead = struct.pack(f"<{len(flatten(absmax))}f", *flatten(absmax))
+    group_columns(w, 4, block_size)
+    codebook = tuple(nf4_codebook())
+    codes, absmaxes = [], []
+    for row in w:
+        blocks = in_rows(row, block_size)
+        absmaxes.append([fp32(max(map(abs, block))) for block in blocks])
+        codes.append(flatten(nearest([value / (absmax or 1.0) for value in block], codebook)
+                             for block, absmax in zip(blocks, absmaxes[-1])))
     if double_quant:
-        absmax, overhead = double_quantize(absmax)
-    return Quantized(codes, absmax, [[0] * len(row) for row in absmax], 4, group, overhead, codebook)
+        absmaxes, overhead = double_quantize(absmaxes)
+    else:
+        overhead = pack_floats(flatten(absmaxes))
+    no_zero_points = [[0] * len(row) for row in absmaxes]
+    return Quantized(codes, absmaxes, no_zero_points, 4, block_size, overhead, codebook)
 
 
 def nearest(values: Sequence[float], levels: Sequence[float]) -> list[int]:
-    """For each value which of the levels, in ascending order, is nearest; halfway goes to the upper one."""
-    between = [(a + b) / 2 for a, b in zip(levels, levels[1:])]
-    return [bisect(between, value) for value in values]
+    """Return which of the ascending levels is nearest to each value; halfway, the upper one."""
+    middles = [(a + b) / 2 for a, b in zip(levels, levels[1:])]
+    return [bisect(middles, value) for value in values]
 
 
-def double_quantize(absmax: Matrix, block_size: int = 256) -> tuple[Matrix, bytes]:
-    """(the absmaxes as they decode, none below 0; their bytes).
+def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, bytes]:
+    """Return (the absmaxes as they decode, none below 0; their bytes).
 
-    The bytes: the mean in FP32, then for every block_size absmaxes a scale in FP32, which takes the furthest from
-    the mean to 448, and each one's difference from the mean, over that scale, in E4M3.
+    The bytes: the mean in FP32, then for every block_size absmaxes a scale in FP32 and each one's
+    difference from the mean, divided by the scale, in E4M3. The furthest one is taken to 448.
     """
-    flat, decoded = flatten(absmax), []
+    flat = flatten(absmaxes)
     mean = fp32(fmean(flat))
-    overhead = struct.pack("<f", mean)
+    data = pack_floats([mean])
+    decoded: Vector = []
     for start in range(0, len(flat), block_size):
-        centred = [a - mean for a in flat[start:start + block_size]]
-        scale = fp32(max(map(abs, centred)) / 448) or 1.0
-        small = [fp8_e4m3(a / scale) for a in centred]
-        overhead += struct.pack("<f", scale) + bytes(map(e4m3_byte, small))
+        differences = [absmax - mean for absmax in flat[start:start + block_size]]
+        scale = fp32(max(map(abs, differences)) / fp8_e4m3.largest) or 1.0
+        small = [fp8_e4m3(difference / scale) for difference in differences]
+        data += pack_floats([scale]) + bytes(map(e4m3_byte, small))
         decoded += [max(mean + value * scale, 0.0) for value in small]
-    width = len(absmax[0])
-    return [decoded[i:i + width] for i in range(0, len(flat), width)], overhead
+    return in_rows(decoded, len(absmaxes[0])), data
 
 
-def e4m3_byte(x: float) -> int:
-    """The bit pattern of a number that fp8_e4m3() has rounded: sign, four of exponent, three of mantissa."""
-    exponent = max(math.frexp(x)[1] - 1, -6) if x else -6
-    return (math.copysign(1, x) < 0) << 7 | round(abs(x) / 2.0 ** (exponent - 3)) + (exponent + 6 << 3)
-
-
-# As bitsandbytes has them (functional.py, get_4bit_type, 'nf4'), to eight digits.
-PUBLISHED_NF4 = [-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
-                 0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0]
-
-
-def show_nf4(trace: Trace, knobs: Namespace) -> None:
-    """The codebook over a bell, NF4 against INT4 on two kinds of weights, and the bits of double quantization."""
-    rng, codebook = random.Random(knobs.seed), nf4_codebook()
-    bell = [[rng.gauss(0, 1) for _ in range(512)] for _ in range(32)]
-    even = [[rng.uniform(-1, 1) for _ in range(512)] for _ in range(32)]
-    trace.ask("of INT4's 15 values, laid over -1 to 1, three lie between -0.2 and 0.2. How many of NF4's 16?",
-              sum(abs(value) < 0.2 for value in codebook))
-    trace.say("Normal numbers divided by the absmax of their block of 64, and the grids under them. NF4's values "
-              "stand close where the numbers are; INT4's do not care.")
-    normal = [v / max(map(abs, part)) for row in bell for part in (row[:64], row[64:128]) for v in part]
-    trace.lines(histogram(normal, {"NF4": codebook, "INT4": [code / 7 for code in range(-7, 8)]}))
-    trace.note("NF4: " + " ".join(f"{value:+.3f}" for value in codebook))
-    trace.say("16,384 numbers of each kind, in blocks of 64: bytes and bits with the scales (INT4's are in FP16), "
-              "and the root mean square error as a share of the numbers' own.")
-    forms = {"INT4": partial(quantize, bits=4, granularity=64), "NF4": quantize_nf4,
-             "NF4, double quantization": partial(quantize_nf4, double_quant=True)}
-    coded = {form: method(bell) for form, method in forms.items()}
-    errors = {form: [relative_distance(q.dequantize(), w) for q, w in ((coded[form], bell), (method(even), even))]
-              for form, method in forms.items()}
-    trace.table(["", "bytes", "bits/weight", "error: bell-shaped", "uniform"],
-                [[form, f"{q.nbytes:,}", f"{q.bits_per_weight:.3f}", *(f"{e:.2%}" for e in errors[form])]
-                 for form, q in coded.items()], left=(0,))
-    trace.check_close("the derived codebook = the 16 published values", [codebook], [PUBLISHED_NF4], 1e-6)
-    trace.check("NF4 beats INT4 on bell-shaped numbers, and loses on uniform ones",
-                errors["NF4"][0] < errors["INT4"][0] and errors["NF4"][1] > errors["INT4"][1], "both")
-    trace.check("bits counted = 4 + 32/64, and 4 + 8/64 + 32/(64·256) + the mean's 32 over all",
-                [q.bits_per_weight for q in coded.values()][1:]
-                == [4.5, 4 + 8 / 64 + 32 / (64 * 256) + 32 / 16384], "equal")
-
-
-# ---------------------------------------------------------------------------------------------------
-# 5. llama.cpp's blocks
+# 5. Activations too
 #
-# A GGUF file holds a quantized matrix as blocks of consecutive weights, each with its scale in front:
+# With weights alone in INT8, every product is still made in floating point. If the activations are
+# in INT8 as well (W8A8), integer units do the work, which are twice as fast:
 #
-#     Q8_0   32 weights   d (FP16), 32 signed bytes                   w ≈ d · q         d = absmax / 127
-#            q = w / d, rounded, halves away from 0
-#     Q4_0   32 weights   d (FP16), 16 bytes                          w ≈ d · (q - 8)   d = (the extreme one) / -8
-#            q = w / d + 8.5, cut off, at most 15; byte j holds weight j in its low half, j + 16 in its high
-#     Q4_K   256 weights  d, dmin (FP16), 12 bytes, 128 bytes         w ≈ d · scale · q - dmin · min
-#            eight sub-blocks of 32, each with a scale and a min of 6 bits, quantized themselves: 4.5 bits a weight
-#            like Q4_0, but with a zero point. Bytes: see q4_k_decode().
+#     y = (codes of x) · (codes of w) · scale_x · scale_w          the sum in between is exact
 #
-# In Q8_0 and Q4_0, ggml computes in FP32 (hence all the fp32()), multiplies by 1 / d (0 for a d of 0), and only
-# then stores d in FP16; w / d + 8.5 is rounded once, as by a fused multiply-add. Q4_K's own encoder tries several
-# scales for each sub-block and keeps the best; ours takes the range from min to max. The layout is the same.
-
-def blocks_of(row: Sequence[float], size: int) -> list[Vector]:
-    """row cut into blocks, in FP32. ValueError if it is no multiple of size, or holds what FP16 scales cannot."""
-    if not row or len(row) % size:
-        raise ValueError(f"row must have a multiple of {size} weights, not {len(row)}")
-    if not all(abs(value) <= fp16.largest for value in row):
-        raise ValueError(f"row must hold finite numbers of at most {fp16.largest:.0f}")
-    return [list(map(fp32, row[i:i + size])) for i in range(0, len(row), size)]
-
-
-def block_fields(data: bytes, n: int, size: int, layout: str) -> Iterator[tuple]:
-    """The fields of each block of `size` weights, in a struct layout; ValueError if data is not n weights long."""
-    nbytes = struct.calcsize(layout)
-    if n % size or len(data) != n // size * nbytes:
-        raise ValueError(f"data must be {nbytes} bytes for every {size} weights, and n a multiple of {size}; "
-                         f"not {len(data)} bytes and n = {n}")
-    return struct.iter_unpack(layout, data)
-
-
-def q8_0_encode(row: Sequence[float]) -> bytes:
-    """Weights (a multiple of 32) -> GGUF Q8_0 blocks of 34 bytes. ValueError as blocks_of() has it."""
-    data = b""
-    for block in blocks_of(row, 32):
-        d = fp32(max(map(abs, block)) / 127)
-        inverse = fp32(1 / d) if d >= 2.0**-126 else 0.0  # for a smaller d, 1 / d may be too large for FP32
-        products = [fp32(value * inverse) for value in block]
-        data += struct.pack("<e32b", d, *(int(math.copysign(abs(x) + 0.5, x)) for x in products))
-    return data
-
-
-def q8_0_decode(data: bytes, n: int) -> Vector:
-    """The n weights of Q8_0 blocks. ValueError as block_fields() has it."""
-    return [d * q for d, *codes in block_fields(data, n, 32, "<e32b") for q in codes]
-
-
-def q4_0_encode(row: Sequence[float]) -> bytes:
-    """Weights (a multiple of 32) -> GGUF Q4_0 blocks of 18 bytes. ValueError as blocks_of() has it."""
-    data = b""
-    for block in blocks_of(row, 32):
-        d = max(block, key=abs) / -8  # the extreme one gets code 0: its side of zero has 8 steps, the other 7
-        inverse = fp32(1 / d) if abs(d) >= 2.0**-126 else 0.0
-        codes = [min(15, int(fp32(value * inverse + 8.5))) for value in block]
-        data += struct.pack("<e16B", d, *(low | high << 4 for low, high in zip(codes[:16], codes[16:])))
-    return data
-
-
-def q4_0_decode(data: bytes, n: int) -> Vector:
-    """The n weights of Q4_0 blocks. ValueError as block_fields() has it."""
-    return [d * (q - 8) for d, *pairs in block_fields(data, n, 32, "<e16B")
-            for q in [pair & 15 for pair in pairs] + [pair >> 4 for pair in pairs]]
-
-
-def q4_k_encode(row: Sequence[float]) -> bytes:
-    """Weights (a multiple of 256) -> GGUF Q4_K super-blocks of 144 bytes, laid out as q4_k_decode() says.
-
-    A sub-block's minimum is how far it reaches below 0, its step 1/15 of the way from there to its largest weight;
-    the largest step is 63 · d and the largest minimum 63 · dmin. q: nearest to what then decodes, from 0 to 15.
-    """
-    data = b""
-    for block in blocks_of(row, 256):
-        parts = [block[i:i + 32] for i in range(0, 256, 32)]
-        mins = [max(0.0, -min(part)) for part in parts]
-        steps = [(max(part) + low) / 15 for part, low in zip(parts, mins)]
-        d, dmin = fp16(max(steps) / 63), fp16(max(mins) / 63)
-        sc, mn = ([min(63, round(value / unit)) if unit else 0 for value in values]
-                  for values, unit in ((steps, d), (mins, dmin)))
-        codes = [[min(15, max(0, round((value + dmin * m) / (d * s)))) if d * s else 0 for value in part]
-                 for part, s, m in zip(parts, sc, mn)]
-        data += struct.pack("<2e", d, dmin) + bytes(
-            [value & 63 | above >> 4 << 6 for six in (sc, mn) for value, above in zip(six, six[4:])]
-            + [s & 15 | (m & 15) << 4 for s, m in zip(sc[4:], mn[4:])]
-            + [low | high << 4 for even, odd in zip(codes[::2], codes[1::2]) for low, high in zip(even, odd)])
-    return data
-
-
-def q4_k_decode(data: bytes, n: int) -> Vector:
-    """The n weights of Q4_K super-blocks: d and dmin, 12 bytes of scales and minimums, 4 × 32 bytes of codes.
-
-    Of those four, number j holds sub-block 2j in the low halves and sub-block 2j + 1 in the high halves.
-    """
-    out: Vector = []
-    for d, dmin, *rest in block_fields(data, n, 256, "<2e140B"):
-        for j, (scale, low) in enumerate(zip(*q4_k_scales(rest[:12]))):
-            pairs = rest[12 + j // 2 * 32:][:32]
-            out += [d * scale * (pair >> 4 if j % 2 else pair & 15) - dmin * low for pair in pairs]
-    return out
-
-
-def q4_k_scales(b: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The eight scales and the eight minimums in a super-block's 12 bytes.
-
-    The first four of each are whole, in the low 6 bits of bytes 0-3 and 4-7. Of the last four, bytes 8-11 hold
-    the low 4 bits (scale's in the low half, minimum's in the high), and the 2 bits left above those six the rest.
-    """
-    return ([b[j] & 63 for j in range(4)] + [b[8 + j] & 15 | b[j] >> 6 << 4 for j in range(4)],
-            [b[4 + j] & 63 for j in range(4)] + [b[8 + j] >> 4 | b[4 + j] >> 6 << 4 for j in range(4)])
-
-
-GGUF = {"Q8_0": (q8_0_encode, q8_0_decode, 32), "Q4_0": (q4_0_encode, q4_0_decode, 32),
-        "Q4_K": (q4_k_encode, q4_k_decode, 256)}
-
-
-def show_gguf(trace: Trace, knobs: Namespace) -> None:
-    """A Q4_0 block taken apart, the three formats' sizes and errors, and where Q4_K's 6-bit scales go."""
-    rng = random.Random(knobs.seed)
-    rows = [[fp32(rng.gauss(0, 0.1)) for _ in range(512)] for _ in range(8)]
-    row, block = rows[0][:32], q4_0_encode(rows[0][:32])
-    extreme, back = max(range(32), key=lambda i: abs(row[i])), q4_0_decode(block, 32)
-    trace.ask("a Q4_0 block is an FP16 scale and 32 codes of 4 bits. How many bytes?", len(block))
-    trace.say("One Q4_0 block of 32 weights, byte for byte as a GGUF file has it: the FP16 scale, lowest byte "
-              "first, then 16 bytes of two codes each.")
-    trace.lines(["  " + block[:2].hex(" ") + " │ " + block[2:].hex(" ")])
-    trace.table(["weight", "value", "in byte", "code", "(code - 8) · d"],
-                [[str(i), f"{row[i]:+.4f}", f"{2 + i % 16}, {('low', 'high')[i // 16]} half",
-                  str(block[2 + i % 16] >> i // 16 * 4 & 15), f"{back[i]:+.4f}"]
-                 for i in sorted({0, 1, 16, 17, extreme})])
-    trace.note(f"d = {struct.unpack('<e', block[:2])[0]:.6f}: weight {extreme}, the one furthest out, over -8. So "
-               f"its side of zero has 8 steps, down to code 0; the other has 7, up to code 15.")
-
-    lean, labs = [[value + 0.15 for value in row] for row in rows], (without_outliers(knobs), laboratory(knobs))
-    trace.say("The three formats: error on 4,096 weights around zero, and on the same weights moved to one side, where "
-              "Q4_K's minimums pay off; and the model's KL from FP32, without outliers and with them planted.")
-    table = []
-    for form, (encode, decode, size) in GGUF.items():
-        n = len(encode(rows[0][:size]))
-        errors = [relative_distance([decode(encode(row), 512) for row in w], w) for w in (rows, lean)]
-        table.append([form, f"{n} bytes", str(size), f"{8 * n / size:.2f}", *(f"{e:.2%}" for e in errors),
-                      *(f"{measure(lab, in_gguf(lab, form)).kl:.4f}" for lab in labs)])
-    trace.table(["", "block", "of weights", "bits/weight", "error", "moved aside", "KL", "planted"], table,
-                left=(0,))
-    trace.note("The columns that read a planted outlier hold small weights. A grid with an exact zero is off by no more "
-               "than they are; Q4_K's, whose minimum is free, by up to half a step, which the large input multiplies.")
-    data = q4_k_encode(rows[0][:256])
-    d, dmin = struct.unpack("<2e", data[:4])
-    trace.say(f"A Q4_K super-block's first 16 bytes: d = {d:.6f}, dmin = {dmin:.6f}, and eight scales and eight "
-              f"minimums in 12 bytes, the last four of each in two pieces:")
-    trace.lines([f"  {data[:2].hex(' ')} │ {data[2:4].hex(' ')} │ {data[4:16].hex(' ')}"])
-    scales, mins = q4_k_scales(data[4:16])
-    trace.table(["sub-block", *map(str, range(8))],
-                [["scale", *map(str, scales)], ["min", *map(str, mins)]], left=(0,))
-    # 1, 2, …, 32: d = 32/127, so weight i is code round(127·i/32).
-    fixture = struct.pack("<e", 32 / 127) + bytes(math.floor(127 * i / 32 + 0.5) for i in range(1, 33))
-    trace.check("Q8_0 of 1, 2, …, 32 = the block worked out by hand",
-                q8_0_encode(range(1, 33)) == fixture, "34 bytes equal")
-    # -8, …, 7, twice: d = 1, codes 0 to 15, weights j and j + 16 the same, so bytes 00, 11, …, ff.
-    trace.check("Q4_0 of -8, …, 7, twice = the block worked out by hand",
-                q4_0_encode([*range(-8, 8)] * 2) == b"\x00\x3c" + bytes(range(0, 256, 17)), "18 bytes equal")
-    grid = [float((63 - j) * q - (56 + j)) for j in range(8) for q in [*range(16)] * 2]  # 6-bit scales and minimums
-    trace.check("Q4_K gives back weights that lie on its grid", q4_k_decode(q4_k_encode(grid), 256) == grid, "256 equal")
-
-
-# ---------------------------------------------------------------------------------------------------
-# 6. Activations too
+# A scale may differ from token to token (a row of x) and from output to output (a row of W), for it
+# multiplies a finished sum. It must not differ from input channel to input channel: that scale would
+# stand inside the sum, where integer units cannot apply it.
 #
-# With weights alone in INT8, every product is still done in floating point. If the activations are INT8 as well
-# (W8A8), integer units do it: y = (codes of x)·(codes of w) · scale_x · scale_w, the sum exact. The scale of x is
-# static, chosen once from calibration data (its absmax; a percentile, which clips the rare extremes; or whatever
-# gives the least error), or dynamic: each token's own absmax.
+# But it is input channels that have outliers. In every token, the same few channels are many times
+# larger than the others, and on a grid that reaches to them the others are rounded to almost
+# nothing. A static scale, chosen once from calibration, must reach to the largest token; a dynamic
+# one is each token's own, and suffers less. There are two ways out.
 #
-# A channel that is always 30 times the others hurts all of these, the static ones most; at 128 times it ruins the
-# model: on a grid laid for it, the others round to almost nothing. Two ways out. LLM.int8() multiplies the columns
-# of x that reach 6.0 in floating point, the rest in INT8 with a scale for each row of x and of W (vector-wise).
-# SmoothQuant moves some of the difficulty into the weights, which are easier to round; with α = 1/2 both get the
-# same maxima:
+# LLM.int8() takes the outlier channels out and multiplies them in floating point, the rest in INT8.
 #
-#     s_j = max|x_j|^α / max|w_j|^(1-α)          y = (x / s) · (w · s)          x / s: folded into the norm's gain
+# SmoothQuant divides each channel of x by s and multiplies the column of W by s. The product is the
+# same. Some of the difficulty moves into the weights, which had less of it:
+#
+#     s_j = max|x_j|^α / max|w_j|^(1-α)
+#     y   = (W · s) (x / s)                       / s is folded into the gain of the norm before
+#
+# At α = 0 the weights are left with none of the difficulty, at α = 1 with all of it. An example: a
+# channel with max|x| = 16 and max|w| = 1. With α = 1/2, s is 4: x then reaches to 4, and w too.
+#
+# FP8 needs neither, as its steps grow with the numbers. It has hardware since the H100.
+#
+# In production: vLLM runs W8A8 and FP8 (compressed-tensors checkpoints, made by llm-compressor, whose
+# SmoothQuantModifier and FP8 schemes are these). bitsandbytes' Linear8bitLt is LLM.int8(), with the
+# threshold 6.0; there, threshold 0 switches the outliers off, while here it takes all channels out.
+# Measured by show_activations().
+
 
 def int8_matmul(x: Matrix, q: Quantized, x_scale: float | None = None) -> Matrix:
-    """W x in integers; x [n][in] is rounded by x_scale, or a row's absmax / 127 (or 1); q: W [out][in] by row."""
+    """Return W x [n][out] in integers. q: W [out][in] in INT8 with a scale per row.
+
+    x [n][in] is rounded with x_scale, or each row by its own absmax / 127 (1 if that is 0).
+    """
     y = []
     for row in x:
         scale = x_scale or max(map(abs, row)) / 127 or 1.0
         codes = to_codes(row, scale, 0, 8)
-        y.append([dot(codes, unit) * scale * unit_scale for unit, (unit_scale,) in zip(q.codes, q.scales)])
+        y.append([dot(codes, unit) * scale * unit_scale
+                  for unit, (unit_scale,) in zip(q.codes, q.scales)])
     return y
 
 
-def static_scale(x: Matrix, method: str) -> float:
-    """A scale for INT8 activations like x [n][in]; 1 where it would be 0. ValueError for any other method than:
-
-    "absmax": nothing is clipped, to ±127. "percentile": the least with which 99.9% of the magnitudes are not.
-    "error": of 80%, 82%, … 100% of the first, the one of least squared error, the smallest of equally good ones.
-    """
-    sizes = sorted(map(abs, flatten(x)))
-    largest = {"absmax": [sizes[-1]], "percentile": [sizes[math.ceil(0.999 * len(sizes)) - 1]],
-               "error": [sizes[-1] * percent / 100 for percent in range(80, 101, 2)]}
-    if method not in largest:
-        raise ValueError(f"method must be 'absmax', 'percentile' or 'error', not {method!r}")
-    return min((size / 127 or 1.0 for size in largest[method]),
-               key=lambda scale: sum((size - min(round(size / scale), 127) * scale) ** 2 for size in sizes))
+def static_scale(x: Matrix) -> float:
+    """Return the INT8 scale that clips no activation of x [n][in]: its absmax / 127, or 1."""
+    return max(map(abs, flatten(x))) / 127 or 1.0
 
 
 def llm_int8_matmul(x: Matrix, w: Matrix, *, threshold: float = 6.0) -> Matrix:
-    """y = W x, the columns of x with a magnitude >= threshold in floating point, the others in INT8.
+    """Return W x [n][out]: the columns of x that reach threshold in floating point, others in INT8.
 
-    x [n][in], w [out][in] -> [n][out]. Threshold 0 leaves no INT8, infinity no floating point. ValueError if it
-    is negative or NaN. Dettmers et al. 2022, section 3.2.
+    x [n][in], w [out][in]. A threshold of 0 leaves nothing in INT8, one of infinity everything.
+    ValueError if it is negative or NaN. Dettmers et al. 2022, section 3.2.
     """
     if not threshold >= 0:
         raise ValueError(f"threshold must be 0 or more, not {threshold}")
-    exact = [c for c, column in enumerate(zip(*x)) if max(map(abs, column)) >= threshold]
-    rest = [c for c in range(len(w[0])) if c not in exact]
-    x_exact, w_exact, x_rest, w_rest = ([[row[c] for c in columns] for row in m]
-                                        for columns in (exact, rest) for m in (x, w))
-    y = linear(x_exact, w_exact)  # zeros if there are none
-    return add(y, int8_matmul(x_rest, quantize(w_rest, 8, granularity="channel"))) if rest else y
+    sizes = [max(map(abs, column)) for column in zip(*x)]
+    outliers = [c for c, size in enumerate(sizes) if size >= threshold]
+    others = [c for c, size in enumerate(sizes) if size < threshold]
+    y = linear(pick_columns(x, outliers), pick_columns(w, outliers))  # zeros if there are none
+    if others:
+        q = quantize(pick_columns(w, others), 8, granularity="channel")
+        y = add(y, int8_matmul(pick_columns(x, others), q))
+    return y
 
 
 def smoothquant_scales(x_absmax: Vector, w_absmax: Vector, alpha: float = 0.5) -> Vector:
-    """s_j = max|x_j|^α / max|w_j|^(1-α) per input channel; 1 where either is 0. Xiao et al. 2023, equation 4."""
-    if not 0 <= alpha <= 1 or len(x_absmax) != len(w_absmax):
-        raise ValueError(f"alpha must be from 0 to 1, and x_absmax as long as w_absmax; got {alpha}, "
-                         f"{len(x_absmax)} and {len(w_absmax)}")
-    return [a ** alpha / b ** (1 - alpha) if a and b else 1.0 for a, b in zip(x_absmax, w_absmax)]
+    """Return s_j = max|x_j|^α / max|w_j|^(1-α) of each input channel; 1 where either is 0.
 
-
-def move_scales(weights: dict, source: str, readers: Sequence[str], scales: Vector) -> dict:
-    """The same function: source's channels (a gain, or rows) divided by scales, readers' columns multiplied."""
-    divided = [[value / s for value in made] if isinstance(made, list) else made / s
-               for made, s in zip(weights[source], scales)]
-    return weights | {source: divided} | {
-        name: [[value * s for value, s in zip(row, scales)] for row in weights[name]] for name in readers}
-
-
-def smoothquant(weights: dict, config: Config, inputs: dict[str, Matrix], alpha: float) -> dict:
-    """New weights, the same function, with the activations after every norm smoothed by calibration inputs."""
-    for source, readers in norms_and_readers(config).items():
-        seen = inputs[readers[0]], flatten(weights[name] for name in readers)
-        absmax = ([max(map(abs, column)) for column in zip(*m)] for m in seen)
-        weights = move_scales(weights, source, readers, smoothquant_scales(*absmax, alpha))
-    return weights
-
-
-def with_columns(w: Matrix, q: Quantized, columns: Sequence[int]) -> tuple[Matrix, bytes]:
-    """(q decoded, but those columns of w in FP16; q's bytes, the columns', and their numbers in 2 bytes each)."""
-    exact = {c: fp16_row([row[c] for row in w]) for c in columns}
-    decoded = [[exact[c][r] if c in exact else value for c, value in enumerate(row)]
-               for r, row in enumerate(q.dequantize())]
-    return decoded, q.to_bytes() + struct.pack(f"<{len(w) * len(exact)}e{len(exact)}H", *flatten(exact.values()), *exact)
-
-
-@lru_cache(maxsize=None)
-def in_int8(lab: Lab, method: str, alpha: float = ALPHA) -> Compressed:
-    """The whole model in W8A8, by a method of static_scale(), "dynamic", "SmoothQuant" or "LLM.int8()".
-
-    The last one's file has, beside the codes, the columns that reach 6.0 in calibration, in FP16. (bitsandbytes takes
-    them from the codes: fewer bytes, and exact only in x.)
+    ValueError if alpha is not from 0 to 1, or the lengths differ. Xiao et al. 2023, equation 4.
     """
-    weights, codes = lab.model.weights, {}
-    if method == "SmoothQuant":
-        weights = smoothquant(weights, lab.model.config, lab.inputs, alpha)
-
-    def to_int8(name: str, w: Matrix) -> Quantized | tuple[Matrix, bytes]:
-        codes[name] = q = quantize(w, 8, granularity="channel")
-        large = [c for c, column in enumerate(zip(*lab.inputs[name])) if max(map(abs, column)) >= 6]
-        return with_columns(w, q, large) if method == "LLM.int8()" else q
-
-    c = compress(lab, "W8A8 static" if method == "absmax" else method, to_int8, weights)
-    scales = {name: static_scale(lab.inputs[name], method) for name in lab.linears
-              if method in ("absmax", "percentile", "error")}
-    names = {id(c.weights[name]): name for name in lab.linears}
-
-    def run(operation: Callable, *inputs):
-        if operation is not linear or method == "LLM.int8()":
-            return (llm_int8_matmul if operation is linear else operation)(*inputs)
-        x, name = inputs[0], names[id(inputs[1])]
-        return int8_matmul(x, codes[name], scales.get(name))
-
-    return replace(c, run=run)
+    if not 0 <= alpha <= 1 or len(x_absmax) != len(w_absmax):
+        raise ValueError(f"alpha must be from 0 to 1, and x_absmax as long as w_absmax; got "
+                         f"{alpha}, {len(x_absmax)} and {len(w_absmax)}")
+    scales = []
+    for x_max, w_max in zip(x_absmax, w_absmax):
+        scales.append(x_max ** alpha / w_max ** (1 - alpha) if x_max and w_max else 1.0)
+    return scales
 
 
-def show_activations(trace: Trace, knobs: Namespace) -> None:
-    """The activations' sizes, W8A8's ways to set a scale, and the two rescues."""
-    lab, calm, name = laboratory(knobs), without_outliers(knobs), "layers.0.attention.wq"
-    smooth = Llama(lab.model.config, smoothquant(lab.model.weights, lab.model.config, lab.inputs, knobs.alpha))
-    before, after = ([max(map(abs, column)) for column in zip(*inputs[name])]
-                     for inputs in (lab.inputs, capture(smooth, lab.calibration)[0]))
-    trace.say(f"The largest magnitude on the calibration tokens of each channel that goes into {name}, "
-              f"{len(before)} from left to right: as the model has it, and after SmoothQuant with exponent "
-              f"{knobs.alpha:g}.")
-    trace.lines([f"{mark:>7} {line}" for sizes in (before, after)
-                 for mark, line in zip([f"{max(sizes):.1f}"] + [""] * 6, columns_picture(sizes, 6) + [""])][:-1])
-    kept = sum(size >= 6 for size in before)
-    trace.ask(f"how many of these {len(before)} columns will LLM.int8() keep in floating point?", kept)
-    channels, size = knobs.outliers
-    trace.say(f"LLM.int8() keeps {kept} of these {len(before)} columns in floating point. The model with weights "
-              f"and activations in INT8: perplexity (FP32's is {lab.perplexity:.3f}) and KL as the outliers grow. "
-              f"One scale for a matrix or a token serves its largest channels at the cost of all others.")
-    sizes = {f"{grown:g} times": (channels, grown) for grown in (size, 4 * size) if lab is not calm}
-    labs = [calm, *(build_lab(knobs.seed, knobs.calibration_tokens, planted) for planted in sizes.values())]
-    methods = {"absmax": "static, absmax", "percentile": "static, 99.9th percentile",
-               "error": "static, least error", "dynamic": "dynamic, per token", "LLM.int8()": "LLM.int8()",
-               "SmoothQuant": "SmoothQuant, dynamic"}
-    found = {method: [measure(other, in_int8(other, method, knobs.alpha)) for other in labs] for method in methods}
-    rows = [[methods[method], *(f"{m.perplexity:.3f}  {m.kl:.4f}" for m in ms)] for method, ms in found.items()]
-    trace.table(["scales of x", "no outliers", *sizes], rows, left=(0,))
-    if (knobs.outliers, knobs.alpha, knobs.calibration_tokens) == (OUTLIERS, ALPHA, CALIBRATION_TOKENS):
-        plain, *rescued = ([m.kl for m in found[method][1:]] for method in ("absmax", "LLM.int8()", "SmoothQuant"))
-        trace.check("plain W8A8 fails where both rescues hold",
-                    all(kl > 50 * max(others) for kl, *others in zip(plain, *rescued)),
-                    f"KL over 50 times as large, for outliers of {size:g} and of {4 * size:g}")
-    x, w = lab.inputs[name][:8], lab.model.weights[name]
-    steps = [max(map(abs, row)) / 127 for row in x]
-    rounded = [[round(value / step) * step for value in row] for row, step in zip(x, steps)]
-    trace.check_close("LLM.int8() with threshold infinity = the product of the rounded x and W",
-                      llm_int8_matmul(x, w, threshold=math.inf),
-                      linear(rounded, quantize(w, 8, granularity="channel").dequantize()), 1e-9)
-    trace.check_close("SmoothQuant left the FP32 logits where they were", smooth.forward(lab.evaluation[:-1]),
-                      lab.logits, 1e-9)
+def move_scales(
+    weights: dict[str, Matrix | Vector], source: str, readers: Sequence[str], scales: Vector
+) -> dict[str, Matrix | Vector]:
+    """Return new weights of the same function: source's channels / scales, readers' columns · scales.
+
+    source is a gain, or a matrix whose rows make the channels that the readers read.
+    """
+    moved = dict(weights)
+    if isinstance(weights[source][0], list):
+        moved[source] = [[value / s for value in row] for row, s in zip(weights[source], scales)]
+    else:
+        moved[source] = [value / s for value, s in zip(weights[source], scales)]
+    for name in readers:
+        moved[name] = scale_columns(weights[name], scales)
+    return moved
 
 
-# ---------------------------------------------------------------------------------------------------
-# 7. GPTQ
+def fp8_matmul(x: Matrix, w: Matrix) -> Matrix:
+    """Return W x [n][out] with both in FP8 E4M3, a scale for each row of x and of w."""
+    x_codes, x_scales = fp8_rows(x)
+    w_codes, w_scales = fp8_rows(w)
+    return [[value * x_scale * w_scale for value, w_scale in zip(row, w_scales)]
+            for row, x_scale in zip(linear(x_codes, w_codes), x_scales)]
+
+
+def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
+    """Return (m in E4M3, the scale of each row): a row's absmax is taken to 448."""
+    scales = [max(map(abs, row)) / fp8_e4m3.largest or 1.0 for row in m]
+    codes = [[fp8_e4m3(value / scale) for value in row] for row, scale in zip(m, scales)]
+    return codes, scales
+
+
+# 6. GPTQ
 #
-# Rounding each weight to the nearest is best for the weights, not for what the layer puts out. GPTQ minimises
-# |W x - Q x|² over calibration inputs: a quadratic with the Hessian H = 2 X Xᵀ, the same for every row of W.
-# Column by column from the left, the rounding error is pushed into the columns that are not quantized yet, as far
-# as their inputs are correlated, where it does the least harm (Optimal Brain Surgeon):
+# Rounding every weight to the nearest is best for the weights, but not for what comes out. Suppose
+# two inputs are always equal. If rounding lowers the first one's weight by 0.1, raise the second
+# one's by 0.1 before it is rounded, and the output stays what it was. GPTQ goes through the columns
+# from left to right and lets the columns that are still to come repair what rounding broke.
 #
-#     error_j = (w_j - quant(w_j)) / U[j][j]          w_k -= error_j · U[j][k]  for every k > j
+# An example. The scale is 1, and w = (0.4, 0.4, 7). The first two inputs are nearly equal.
 #
-# U is the upper Cholesky factor of H⁻¹, Uᵀ U = H⁻¹. Its row j is, up to a factor, the first row of the inverse of H
-# restricted to columns j, j + 1, …: all that OBS needs at step j, for every step from one factorization. Damping
-# (1% of H's mean diagonal) keeps H invertible.
-# act-order takes the columns with the largest diagonal first, while there is still somewhere to put their errors.
-# Production takes a block's inputs from the quantized blocks before it; ours takes all from the FP32 model.
+#                    codes        output for x = (2, 2.1, -0.3)
+#     exact          -            0.8 + 0.84 - 2.1 = -0.46
+#     to nearest     0, 0, 7                  -2.1 = -2.10
+#     GPTQ           0, 1, 7            2.1 - 2.1  =  0.00
+#
+# GPTQ rounded the first 0.4 to 0, so it raised the second to about 0.8, which is nearest to 1.
+#
+# Which inputs move together is measured on calibration text, with an input in each column of X:
+#
+#     H = 2 X Xᵀ                     [in][in]; H[j][k] is large where inputs j and k move together
+#
+# If they are uncorrelated, H is diagonal and nothing can be repaired: GPTQ is rounding to nearest.
+# The best repair of column k for an error of 1 in column j is read from the inverse of H, restricted
+# to the columns from j on. Inverting that anew for every j would take too long. One factorization
+# holds the answers for every j in its rows:
+#
+#     Uᵀ U = H⁻¹                     U upper triangular
+#     error_j = w_j - quant(w_j)
+#     w_k -= error_j · U[j][k] / U[j][j]          for every k > j
+#
+# So U[j][k] / U[j][j] says how far column k moves for each unit of error in column j. Before that, a
+# little is added to H's diagonal (damping: 1% of its mean). It keeps H invertible, and repairs small
+# where there is little text. One token of calibration is far too little: then all inputs move
+# together, and the repairs are nonsense on any other token.
+#
+# act-order takes the columns with the largest inputs first, while many others can still repair.
+#
+# In production: GPTQModel and llm-compressor's GPTQModifier. They update 128 columns at a time and
+# the rest of the matrix after each such block ("lazy batches"), which gives the same numbers with
+# less memory traffic. They take a layer's inputs from the layers already quantized; we take all from
+# the original model. Use GPTQ where a few hundred texts like those to come are at hand.
+# Measured by show_gptq().
+
 
 def hessian_of(x: Matrix) -> Matrix:
-    """H = 2 X Xᵀ of inputs x [n][in] -> [in][in]; the factor cancels out of GPTQ."""
-    columns = list(zip(*x))
-    return [[2 * dot(a, b) for b in columns] for a in columns]
+    """Return H = 2 X Xᵀ [in][in] of inputs x [n][in]. (The factor 2 cancels out of GPTQ.)"""
+    channels = list(zip(*x))
+    return [[2 * dot(a, b) for b in channels] for a in channels]
 
 
-def gptq(w: Matrix, hessian: Matrix, bits: int, *, granularity: str | int, act_order: bool = False,
-         damp: float = 0.01) -> Quantized:
-    """w [out][in] on symmetric grids as quantize() has them, but the codes by Frantar et al. 2023, algorithm 1.
+def gptq(
+    w: Matrix,
+    hessian: Matrix,
+    bits: int,
+    *,
+    granularity: str | int,
+    act_order: bool = False,
+    damp: float = 0.01,
+) -> Quantized:
+    """Return w [out][in] on symmetric grids like quantize()'s, with codes by Frantar et al. 2023.
 
-    A group's grid is laid when its first column comes up, on the weights as they then are; under act_order, whose
-    groups come in pieces, on the weights given (static groups, in the authors' code, where act-order is from). To
-    hessian's [in][in] diagonal, damp times its mean is added, or 1 if that is 0. ValueError if damp is not above 0
-    and finite, if hessian is not [in][in], finite, and then positive definite, or as for quantize().
+    A group's grid is laid when its first column comes up, on the weights as they then are. With
+    act_order the columns of a group come at different times, so grids are laid on w as given.
+    damp times the mean of hessian's diagonal is added to it, or 1 if that mean is 0.
+    ValueError if hessian is not [in][in], finite and then positive definite, or damp not positive.
     """
-    group, n = group_columns(w, bits, granularity), len(w[0])
-    if len(hessian) != n or any(len(row) != n or not all(map(math.isfinite, row)) for row in hessian):
-        raise ValueError(f"hessian must hold {n} × {n} finite numbers, a row and a column for each column of w")
-    if not 0 < damp < math.inf:
-        raise ValueError(f"damp must be positive, not {damp}")
-    order = sorted(range(n), key=lambda j: -hessian[j][j]) if act_order else range(n)
+    group = group_columns(w, bits, granularity)
+    check_hessian(hessian, len(w[0]), damp)
+    n = len(w[0])
+    order = list(range(n))
+    if act_order:
+        order.sort(key=lambda j: -hessian[j][j])
     ridge = damp * fmean(hessian[j][j] for j in range(n)) or 1.0
-    u = upper_factor([[hessian[i][j] + ridge * (i == j) for j in order] for i in order])
-    make, (low, high) = partial(make_grid, bits=bits, symmetric=True), code_range(bits)
-    grids = lay_grids(w, group, granularity, make) if act_order else [[] for _ in w]
-    columns = [[row[j] for row in w] for j in order]  # those to the right change as we go
-    codes: list = [None] * n
+    damped = [[hessian[i][j] + (ridge if i == j else 0.0) for j in order] for i in order]
+    u = upper_factor(damped)
+
+    columns = [[row[j] for row in w] for j in range(n)]  # those still to come change as we go
+    codes: list[list[int]] = [[] for _ in range(n)]
+    scales: list[Vector] = [[] for _ in range(ceil_div(n, group))]  # [group][row]
+    if act_order:
+        scales = [grid_scales(columns[start:start + group], bits, granularity)
+                  for start in range(0, n, group)]
     for i, j in enumerate(order):
-        if j % group == 0 and not act_order:
-            now = list(zip(*columns[i:i + group]))
-            grids = [row + laid for row, laid in zip(grids, lay_grids(now, group, granularity, make))]
-        scales = [row[j // group][0] for row in grids]
-        codes[j] = [min(max(round(value / scale), low), high) for value, scale in zip(columns[i], scales)]
-        errors = [(value - code * scale) / u[i][i] for value, code, scale in zip(columns[i], codes[j], scales)]
-        for k in range(i + 1, n):
-            columns[k] = [value - error * u[i][k] for value, error in zip(columns[k], errors)]
-    return with_grids(list(map(list, zip(*codes))), grids, bits, group, granularity)
+        g = j // group
+        if not scales[g]:
+            scales[g] = grid_scales(columns[j:j + group], bits, granularity)
+        codes[j] = [to_codes([value], scale, 0, bits)[0]
+                    for value, scale in zip(columns[j], scales[g])]
+        errors = [(value - code * scale) / u[i][i]
+                  for value, code, scale in zip(columns[j], codes[j], scales[g])]
+        for later in range(i + 1, n):
+            k = order[later]
+            columns[k] = [value - error * u[i][later] for value, error in zip(columns[k], errors)]
+    rows_of_scales = [list(row) for row in zip(*scales)]
+    zeros = [[0] * len(row) for row in rows_of_scales]
+    overhead = grid_bytes(rows_of_scales, zeros, bits, granularity, symmetric=True)
+    return Quantized([list(row) for row in zip(*codes)], rows_of_scales, zeros, bits, group, overhead)
+
+
+def grid_scales(columns: list[Vector], bits: int, granularity: str | int) -> Vector:
+    """Return the scale of each row of a group of columns; one for all rows if it is "tensor"."""
+    rows = list(zip(*columns))
+    if granularity == "tensor":
+        return [make_grid(flatten(rows), bits, symmetric=True)[0]] * len(rows)
+    return [make_grid(row, bits, symmetric=True)[0] for row in rows]
 
 
 def upper_factor(h: Matrix) -> Matrix:
-    """U, upper triangular, with Uᵀ U = h⁻¹, for a symmetric h [n][n]; ValueError if that is not positive definite.
+    """Return U, upper triangular, with Uᵀ U = h⁻¹. ValueError if h is not positive definite.
 
-    From the last row up: with b = h[j][j+1:], V the part of U below and right of U[j][j], and t = V b, row j is
-    (1, -Vᵀ t) / √(h[j][j] - t·t) from the diagonal on.
+    Row by row from the last: with b the part of h's row j to the right of the diagonal, V the part
+    of U below and right of U[j][j], and t = V b, row j from the diagonal on is
+    (1, -Vᵀ t) / √(h[j][j] - t·t).
     """
     u: Matrix = []
     for j in reversed(range(len(h))):
@@ -913,1200 +810,3423 @@ def upper_factor(h: Matrix) -> Matrix:
         rest = h[j][j] - dot(t, t)
         if rest <= 0:
             raise ValueError("h must be positive definite; more damping would make it so")
-        top = [1.0, *(-dot(column, t) for column in zip(*u))]
-        u = [[value / math.sqrt(rest) for value in top], *([0.0] + row for row in u)]
+        top = [1.0] + [-dot(column, t) for column in zip(*u)]
+        u = [[value / math.sqrt(rest) for value in top]] + [[0.0] + row for row in u]
     return u
 
 
-@lru_cache(maxsize=None)
-def by_gptq(lab: Lab, bits: int, granularity: str | int, act_order: bool = False) -> Compressed:
-    """The whole model by GPTQ."""
-    return compress(lab, "GPTQ" + ", act-order" * act_order, lambda name, w: gptq(
-        w, hessian_of(lab.inputs[name]), bits, granularity=granularity, act_order=act_order))
+def check_hessian(hessian: Matrix, n: int, damp: float) -> None:
+    """Raise ValueError where gptq() cannot work."""
+    finite = all(len(row) == n and all(map(math.isfinite, row)) for row in hessian)
+    if len(hessian) != n or not finite:
+        raise ValueError(f"hessian must hold {n} × {n} finite numbers, a row and a column for each "
+                         f"column of w")
+    if not 0 < damp < math.inf:
+        raise ValueError(f"damp must be positive, not {damp}")
 
 
-def show_gptq(trace: Trace, knobs: Namespace) -> None:
-    """Every matrix's output error, and the model's loss."""
-    lab, bits, g = laboratory(knobs), knobs.bits, knobs.group_size
-    methods = {"to nearest": rounded_to_nearest(lab, bits, g), "GPTQ": by_gptq(lab, bits, g),
-               "act-order": by_gptq(lab, bits, g, act_order=True)}
-    trace.ask(f"the KL of the model rounded to nearest at INT{bits} in groups of {g} is "
-              f"{measure(lab, methods['to nearest']).kl:.4f}. And by GPTQ?", measure(lab, methods["GPTQ"]).kl)
-    trace.say(f"Layer by layer: how far each matrix's output moves on text that the calibration never saw, "
-              f"|Wx - Qx| / |Wx|, at INT{bits} in groups of {g}.")
-    rows = []
-    for name in lab.linears:
-        exact = linear(lab.unseen[name], lab.model.weights[name])
-        errors = [relative_distance(linear(lab.unseen[name], c.weights[name]), exact) for c in methods.values()]
-        rows.append([name, *(f"{e:.1%}" for e in errors)])
-    trace.table(["matrix", *methods], rows, left=(0,))
-    trace.say("And the model, by the loss that no layer saw:")
-    score_table(trace, lab, methods, "method")
-
-    name, n = "layers.0.feed_forward.w2", HIDDEN_DIM
-    w, identity = lab.model.weights[name], [[float(i == j) for j in range(n)] for i in range(n)]
-    h = add(hessian_of(lab.inputs[name]), identity)
-    u = upper_factor(h)
-    trace.check_close("U H Uᵀ = 1, so Uᵀ U is the inverse of H", linear(linear(u, h), u), identity, 1e-9)
-    trace.check("with uncorrelated inputs GPTQ = round to nearest",
-                gptq(w, identity, bits, granularity=g) == quantize(w, bits, granularity=g), "equal, scales too")
-
-
-# ---------------------------------------------------------------------------------------------------
-# 8. AWQ
+# 7. AWQ
 #
-# Not all weights matter alike: those that multiply large activations do most. Kept in FP16, 1% of the channels,
-# chosen by their activations, would save most of the loss; but a matrix of mixed formats is slow. AWQ protects
-# them within the format: multiply a salient channel of W by s > 1 before rounding and divide its input by s. The
-# grid hardly changes, and the channel's error shrinks by s. How strongly, is searched, for least output error:
+# A weight matters as much as the activations that it multiplies. If 1% of the input channels, those
+# with the largest activations, stayed in FP16, most of the damage of INT4 would be gone. But a
+# matrix in two formats is slow. AWQ protects these channels within one format: multiply a column of
+# W by s > 1 before rounding, and divide its input by s. The grid of the group hardly changes, so the
+# rounding error of that column remains about the same; but it is then multiplied by x / s instead
+# of x. The output error of this channel shrinks by s.
 #
-#     s = mean|x|^α, scaled to √(max s · min s) = 1       α from 0 (nothing) in 20 steps       |Wx - Q(W·s)(x/s)|²
+# How strongly is found by trying, for all channels of a matrix at once:
 #
-# x / s costs nothing: it is folded into the operation before, a norm's gain or the rows of another matrix (w3
-# makes the channels that w2 reads). Matrices that read the same input share s. For wo there is no such place when
-# query heads share KV heads: it stays as it is, as in the authors' code. (They compare what the whole attention or
-# MLP puts out, and clip weights as well.)
+#     s = mean|x|^α / √(max · min)                  over the channels; max, min: of mean|x|^α
+#     take the α of 0, 0.05, …, 0.95 with the least |W x - Q(W · s) (x / s)|²
+#
+# The division by √(max · min) puts the largest and the smallest s equally far above and below 1, so
+# that the matrix as a whole neither grows nor shrinks. With α = 0, s is 1: rounding to nearest.
+#
+# An example in INT4: a group's largest weight is 1.05, so its scale is 0.15. A salient weight of 0.22
+# becomes 0.15 and is off by 0.07. With s = 2 it is 0.44 on the same grid, as 1.05 is still the
+# largest. It becomes 0.45 and is off by 0.01, and x / 2 halves that. The 0.07 and the 0.01 are luck;
+# on average both are the same, and what remains is the half.
+#
+# As in SmoothQuant, x / s is folded into what makes x: a norm's gain, or the rows of w3, which make
+# the channels that w2 reads. Matrices that read the same x share s. wo has no such place where
+# query heads share a KV head; it is rounded to nearest, as in the authors' code.
+#
+# In production: llm-compressor's AWQModifier (the successor of AutoAWQ), run by vLLM's AWQ-Marlin
+# kernels. It compares the output of the whole attention or feed-forward block, where we compare that
+# of the matrices. AWQ needs little calibration and does not fit to it as closely as GPTQ does.
+# Measured by show_awq().
 
-def awq_search(w: Matrix, x: Matrix, bits: int, *, granularity: str | int,
-               grid: int = 20) -> tuple[Vector, float, Quantized]:
-    """(scales [in], α, Q(w · scales)) of the least output error on inputs x [n][in].
 
-    w [out][in]; α = 0, 1/grid, … (grid - 1)/grid, the first of equally good ones. ValueError if grid < 1, if x is
-    empty or has rows of another length than w's, or as for quantize(). Lin et al. 2024, equation 5.
+def awq_search(
+    w: Matrix, x: Matrix, bits: int, *, granularity: str | int, grid: int = 20
+) -> tuple[Vector, float, Quantized]:
+    """Return (scales [in], α, Q(w · scales)) of the least output error on inputs x [n][in].
+
+    w [out][in]. α is tried at 0, 1/grid, …, (grid - 1)/grid; of equal ones the first is taken.
+    ValueError if grid is below 1, or the rows of x are not as long as w's. Lin et al. 2024, eq. 5.
     """
     if grid < 1 or not x or len(x[0]) != len(w[0]):
-        raise ValueError(f"grid must be at least 1, and x have rows of {len(w[0])}; got {grid} and {len(x)} rows")
-    tried = try_exponents(w, x, [step / grid for step in range(grid)], bits, granularity)
-    _, alpha, scales, q = min(tried, key=lambda one: one[0])
-    return scales, alpha, q
+        raise ValueError(f"grid must be at least 1, and x have rows of {len(w[0])}; got {grid} and "
+                         f"{len(x)} rows")
+    exact = linear(x, w)
+    best = None
+    least = math.inf
+    for step in range(grid):
+        alpha = step / grid
+        scales = awq_scales(x, alpha)
+        q = quantize(scale_columns(w, scales), bits, granularity=granularity)
+        error = output_error(q, scales, x, exact)
+        if best is None or error < least:
+            least = error
+            best = scales, alpha, q
+    return best
 
 
-def try_exponents(w: Matrix, x: Matrix, alphas: Sequence[float], bits: int, granularity: str | int) -> list[tuple]:
-    """For each α (relative output error, α, scales, Q(w · scales)); a mean |x| below 1e-4 counts as 1e-4."""
-    exact, sizes, tried = linear(x, w), [max(fmean(map(abs, column)), 1e-4) for column in zip(*x)], []
-    for alpha in alphas:
-        middle = math.sqrt(max(sizes) ** alpha * min(sizes) ** alpha)
-        scales = [size ** alpha / middle for size in sizes]
-        q = quantize([[value * s for value, s in zip(row, scales)] for row in w], bits, granularity=granularity)
-        y = linear([[value / s for value, s in zip(row, scales)] for row in x], q.dequantize())
-        tried.append((relative_distance(y, exact), alpha, scales, q))
-    return tried
+def output_error(q: Quantized, scales: Vector, x: Matrix, exact: Matrix) -> float:
+    """Return |W x - Q(W · s) (x / s)| / |W x|, given q = Q(W · s) and exact = W x."""
+    y = linear(scale_columns(x, [1 / s for s in scales]), q.dequantize())
+    return relative_distance(y, exact)
 
 
-def readers_of(lab: Lab, readers: Sequence[str]) -> tuple[Matrix, Matrix]:
-    """(the matrices that read one input, stacked; that input on the calibration tokens)."""
-    return flatten(lab.model.weights[name] for name in readers), lab.inputs[readers[0]]
+def awq_scales(x: Matrix, alpha: float) -> Vector:
+    """Return s of each input channel of x [n][in]; a mean |x| below 1e-4 counts as 1e-4."""
+    sizes = [max(fmean(map(abs, channel)), 1e-4) ** alpha for channel in zip(*x)]
+    middle = math.sqrt(max(sizes) * min(sizes))
+    return [size / middle for size in sizes]
 
 
-@lru_cache(maxsize=None)
-def awq_scales(lab: Lab, bits: int, granularity: str | int) -> dict[str, tuple[Vector, float]]:
-    """{source: (scales, α)} for every norm, and for every w3, whose channels w2 reads."""
-    return {source: awq_search(*readers_of(lab, readers), bits, granularity=granularity)[:2]
-            for source, readers in sources_and_readers(lab.model.config).items()}
+# 8. QLoRA: training on top of a compressed model
+#
+# Training all weights with Adam keeps two more numbers for each, in FP32. LoRA leaves the matrix W
+# as it is and trains a correction of low rank r beside it:
+#
+#     y = W x + (α/r) · B (A x)                A [r][in], B [out][r]; α here is LoRA's own constant
+#
+# A starts random and B starts at zero, so that training starts from the model as it is: B A = 0. If
+# both were zero, both gradients would be zero, too, and nothing would ever move:
+#
+#     dA = (α/r) · Bᵀ dW                       dB = (α/r) · dW Aᵀ
+#
+# For a matrix of 4096 × 4096, rank 16 trains 131,072 numbers instead of 16.8 million: 0.8%.
+#
+# QLoRA stores W in NF4, frozen. It is decoded for each use; gradients flow through it to A and B.
+# The adapters also learn to undo some of what NF4 broke.
+#
+# In production: peft (tuners/lora/bnb.py) with bitsandbytes' Linear4bit. Adapters are served in 16
+# bits beside the frozen weights; merging them into NF4 would round them away.
+# Measured by show_qlora().
 
 
-def awq_fold(lab: Lab, found: dict[str, tuple[Vector, float]]) -> dict:
-    """lab's weights with those scales moved into them: the same function."""
-    weights = lab.model.weights
-    for source, readers in sources_and_readers(lab.model.config).items():
-        weights = move_scales(weights, source, readers, found[source][0])
+class Adapter(NamedTuple):
+    """A correction B A of low rank to a matrix W [out][in]."""
+
+    a: Matrix  # [r][in]
+    b: Matrix  # [out][r]
+
+
+def new_adapter(w: Matrix, rank: int, rng: random.Random) -> Adapter:
+    """Return an adapter for w that changes nothing yet: A random of size 1/√in, B zero."""
+    n_in = len(w[0])
+    a = [[rng.gauss(0, n_in ** -0.5) for _ in range(n_in)] for _ in range(rank)]
+    b = [[0.0] * rank for _ in w]
+    return Adapter(a, b)
+
+
+def with_adapter(w: Matrix, adapter: Adapter) -> Matrix:
+    """Return W + B A, with α = r."""
+    return add(w, linear(adapter.b, list(zip(*adapter.a))))
+
+
+def adapter_gradient(d_w: Matrix, adapter: Adapter) -> Adapter:
+    """Return the gradients of A and B, given that of W + B A: dA = Bᵀ dW, dB = dW Aᵀ."""
+    d_a = linear(list(zip(*adapter.b)), list(zip(*d_w)))
+    d_b = linear(d_w, adapter.a)
+    return Adapter(d_a, d_b)
+
+
+# 9. The table
+#
+# All methods on one page. What to take follows from what there is:
+#
+#     no data, no time            8 bits, Q4_K, NF4, HQQ, MXFP4 or NVFP4
+#     some text, some minutes     GPTQ or AWQ in 4 bits; SmoothQuant or FP8 for activations as well
+#     training                    QLoRA on a frozen model; one bit only from the start (section 13)
+#
+# The measure is the KL divergence from the uncompressed model's predictions p:
+#
+#     KL(p, q) = Σ p · log(p / q)              over all tokens that might come next
+#
+# It is 0 only if the predictions q are the same. Perplexity alone would not do: a damaged model can
+# by luck have the better one on a short text.
+#
+# In production: llama.cpp's llama-perplexity --kl-divergence prints the same measure.
+# Measured by show_table().
+
+
+def log_softmax(logits: Vector) -> Vector:
+    """Return log softmax(logits) = logits - log Σ exp(logits), without overflow."""
+    largest = max(logits)
+    total = largest + math.log(math.fsum(math.exp(value - largest) for value in logits))
+    return [value - total for value in logits]
+
+
+def kl_divergence(log_p: Vector, log_q: Vector) -> float:
+    """Return Σ p · log(p / q) in nats, of log-probabilities."""
+    return sum(math.exp(a) * (a - b) for a, b in zip(log_p, log_q))
+
+
+# 10. MXFP4 and NVFP4
+#
+# (The further sections start here. The chapter itself ends with section 9.)
+#
+# The newest hardware multiplies 4-bit floating point: E2M1, whose values are 0, 0.5, 1, 1.5, 2, 3, 4
+# and 6 with either sign. Close to 0 the steps are fine, as in NF4. The two formats differ in the scale
+# of a block:
+#
+#     MXFP4   32 weights   scale = 2^k, one byte for k              4.25 bits a weight
+#             k = floor(log2(max|w|)) - 2                           so that the largest is 4 to 8
+#     NVFP4   16 weights   scale in FP8 E4M3, one FP32 for all      4.5 bits a weight
+#             scale = max|w| / 6                                    so that the largest is 6
+#
+# MXFP4's scale has only powers of two. If a block's largest weight is 7.9 steps, it becomes 6: an
+# error of a quarter of the largest weight. NVFP4's scale has steps of an eighth at most.
+#
+# In production: gpt-oss is published in MXFP4, and llama.cpp has it as a block (ggml-common.h,
+# block_mxfp4), laid out as here: the byte of k + 127, then 16 bytes like Q4_0's. NVFP4 is what
+# NVIDIA's ModelOpt and llm-compressor make for Blackwell; vLLM runs both.
+# Measured by show_fp4().
+
+FP4_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def mxfp4_encode(row: Sequence[float]) -> bytes:
+    """Return weights (a multiple of 32) as blocks of 17 bytes. ValueError for another number."""
+    data = b""
+    for block in blocks_of_weights(row, 32):
+        largest = max(map(abs, block))
+        k = max(math.frexp(largest)[1] - 1 - 2, -127) if largest else -127
+        codes = [fp4_code(value / 2.0**k) for value in block]
+        pairs = [low | high << 4 for low, high in zip(codes[:16], codes[16:])]
+        data += bytes([k + 127, *pairs])
+    return data
+
+
+def mxfp4_decode(data: bytes, n: int) -> Vector:
+    """Return the n weights of MXFP4 blocks. ValueError if data is not as long as they take."""
+    weights: Vector = []
+    for exponent, *pairs in blocks_of_bytes(data, n, 32, "<17B"):
+        codes = [pair & 15 for pair in pairs] + [pair >> 4 for pair in pairs]
+        weights += [fp4_value(code) * 2.0 ** (exponent - 127) for code in codes]
     return weights
 
 
-@lru_cache(maxsize=None)
-def by_awq(lab: Lab, bits: int, granularity: str | int) -> Compressed:
-    """The whole model by AWQ."""
-    folded = awq_fold(lab, awq_scales(lab, bits, granularity))
-    return compress(lab, "AWQ", lambda _, w: quantize(w, bits, granularity=granularity), folded)
+def fp4_code(x: float) -> int:
+    """Return the 4 bits of the nearest E2M1 number: the sign, then its place among FP4_VALUES."""
+    y = fp4_e2m1(x)
+    return FP4_VALUES.index(abs(y)) + (8 if math.copysign(1, y) < 0 else 0)
 
 
-def keeping_channels(lab: Lab, bits: int, granularity: str | int, count: int, by: str) -> Compressed:
-    """Rounded to nearest, but `count` channels of every matrix in FP16, by "activations" or by "chance"."""
-    rng = random.Random(0)
-
-    def method(name: str, w: Matrix) -> tuple[Matrix, bytes]:
-        columns = zip(*lab.inputs[name])
-        sizes = [fmean(map(abs, column)) if by == "activations" else rng.random() for column in columns]
-        largest = sorted(range(len(sizes)), key=lambda c: -sizes[c])[:count]
-        return with_columns(w, quantize(w, bits, granularity=granularity), largest)
-
-    return compress(lab, f"{count} channels in FP16", method)
+def fp4_value(code: int) -> float:
+    """Return the E2M1 number of 4 bits."""
+    return -FP4_VALUES[code - 8] if code >= 8 else FP4_VALUES[code]
 
 
-def show_awq(trace: Trace, knobs: Namespace) -> None:
-    """Which channels to protect, the search over α, and the model."""
-    lab, bits, g = laboratory(knobs), knobs.bits, knobs.group_size
-    found, (source, readers) = awq_scales(lab, bits, g), next(iter(sources_and_readers(lab.model.config).items()))
-    trace.ask(f"which of the exponents 0, 0.05, …, 0.95 does the search find for {source}?", found[source][1])
-    count = max(1, knobs.outliers[0])
-    trace.say(f"INT{bits} in groups of {g}, with {count} of each matrix's channels kept in FP16: whether that helps "
-              f"depends on how they are chosen. And AWQ, which keeps none.")
-    kept = {f"{count}, by {how}": keeping_channels(lab, bits, g, count, how) for how in ("chance", "activations")}
-    plain, awq = {"none": rounded_to_nearest(lab, bits, g)}, {"none, but AWQ's scales": by_awq(lab, bits, g)}
-    score_table(trace, lab, plain | kept | awq, "channels in FP16")
-    trace.say(f"The search behind {source}: output error of {', '.join(name.split('.')[-1] for name in readers)} "
-              f"on calibration tokens for some of the exponents; 0 is round to nearest. AWQ takes the least.")
-    w, x = readers_of(lab, readers)
-    tried = try_exponents(w, x, (0, 0.2, 0.4, 0.6, 0.8, 0.95), bits, g)
-    worst = max(error for error, *_ in tried)
-    trace.table(["exponent", "error", ""], [[f"{alpha:.2f}", f"{error:.2%}", bar(error, worst, 44)]
-                                            for error, alpha, *_ in tried], left=(2,))
-    trace.note("found: " + ", ".join(f"{name} {alpha:.2f}" for name, (_, alpha) in sorted(found.items())))
-    trace.check_close("AWQ's scales, folded in, left the FP32 logits where they were", Llama(
-        lab.model.config, awq_fold(lab, found)).forward(lab.evaluation[:-1]), lab.logits, 1e-9)
-    trace.check("exponent 0 = round to nearest", tried[0][3] == quantize(w, bits, granularity=g), "equal")
+def quantize_nvfp4(w: Matrix) -> Quantized:
+    """Return w [out][in] in NVFP4: blocks of 16 columns with E4M3 scales, and one FP32 for all.
 
-
-# ---------------------------------------------------------------------------------------------------
-# 9. HQQ and SqueezeLLM
-#
-# HQQ needs no data. It keeps the scales of round-to-nearest and looks for the zero point z that minimises
-# |W - Q(W)| to the power p < 1, which forgives the few outliers and cares for the many. Half-quadratic splitting
-# gives each weight an error e of its own, W - Q(W) shrunk towards 0, and fits z to W - e by a mean, turn by turn:
-#
-#     e = shrink(W - Q(W), β)                      shrink(r, β) = sign(r) · max(|r| - |r|^(p-1) / β, 0)
-#     z = mean(code - (W - e) / scale)             β grows a little every turn
-#
-# (With the authors' β = 10, errors below 0.17 have e = 0: in 4 bits nearly all of ours, and z is a plain mean. They
-# stop for the whole matrix at once, and take the last z.)
-#
-# SqueezeLLM lets the grid be any 2^bits values, found by k-means in which each weight counts by how much the loss
-# minds it (the squared gradient, the diagonal of the Fisher information); and takes 0.45% of the weights out into
-# a sparse matrix in FP16: 0.05% that matter most, 0.4% that are largest. (The authors: a codebook for every row,
-# of thousands of weights; ours have 64, so it is one for the matrix.)
-
-def hqq(w: Matrix, bits: int, *, granularity: str | int, p: float = 0.7, beta: float = 10.0) -> Quantized:
-    """w [out][in] on the asymmetric grids of quantize(), with zero points in FP16. ValueError as for quantize().
-
-    Of up to 20 z's, the one with the least mean |error| stays. Each is rounded to FP16 and codes the values; the
-    search ends where the error is not less than before. Else come e, the next z, and β times 1.01.
+    The last block of a row may be shorter. The FP32 takes the largest block's scale to 448.
+    ValueError as for quantize().
     """
-    def best_zero(values: Vector) -> tuple[float, float]:
-        (scale, zero), least = make_grid(values, bits=bits, symmetric=False), math.inf
-        for turn in range(20):
-            zero = fp16(float(zero))
-            codes = to_codes(values, scale, zero, bits)
-            rest = [value - (code - zero) * scale for value, code in zip(values, codes)]
-            error, b = fmean(map(abs, rest)), beta * 1.01 ** turn
-            if error >= least:
-                break
-            least, best = error, zero
-            shrunk = [math.copysign(max(abs(r) - abs(r) ** (p - 1) / b, 0.0), r) if r else 0.0 for r in rest]
-            zero = fmean(code - (value - e) / scale for code, value, e in zip(codes, values, shrunk))
-        return scale, best
-
-    group = group_columns(w, bits, granularity)
-    return on_grids(w, lay_grids(w, group, granularity, best_zero), bits, group, granularity, symmetric=False)
+    group_columns(w, 4, 16)
+    overall = fp32(max(map(abs, flatten(w))) / (6 * fp8_e4m3.largest)) or 1.0
+    codes, scales = [], []
+    scale_bytes = b""
+    for row in w:
+        blocks = in_rows(row, 16)
+        small = [fp8_e4m3(max(map(abs, block)) / 6 / overall) for block in blocks]
+        scales.append([scale * overall for scale in small])
+        codes.append(flatten([fp4_code(value / scale) if scale else 0 for value in block]
+                             for block, scale in zip(blocks, scales[-1])))
+        scale_bytes += bytes(map(e4m3_byte, small))
+    codebook = tuple(map(fp4_value, range(16)))
+    zeros = [[0] * len(row) for row in scales]
+    return Quantized(codes, scales, zeros, 4, 16, scale_bytes + pack_floats([overall]), codebook)
 
 
-def weighted_kmeans(values: Vector, weights: Vector, k: int, turns: int = 12) -> Vector:
-    """k values, ascending, for the least Σ weight · (value - its nearest)²: Lloyd's algorithm in one dimension.
+# 11. Q4_K
+#
+# Q4_0 has no zero point: weights that lean to one side waste codes. Q4_K gives each 32 weights a
+# scale and a minimum, and quantizes those as well, to 6 bits, for 256 weights together:
+#
+#     w ≈ d · scale · code - dmin · min           d, dmin: FP16, one of each for 256 weights
+#
+#     bytes   0-1   2-3    4-15                         16-143
+#             d     dmin   8 scales, 8 mins of 6 bits   256 codes of 4 bits
+#
+#     byte    4 … 7      low 6 bits: scales 0-3      high 2 bits: the top of scales 4-7
+#             8 … 11     low 6 bits: mins 0-3        high 2 bits: the top of mins 4-7
+#             12 … 15    low half: the rest of scales 4-7        high half: the rest of mins 4-7
+#
+# In all 144 bytes for 256 weights, 4.5 bits a weight like Q4_0.
+#
+# In production: ggml-quants.c (quantize_row_q4_K_ref, get_scale_min_k4). The layout is the same.
+# ggml's encoder tries 21 scales for each 32 weights and keeps the best; ours is the simple encoder,
+# which takes the range from the smallest to the largest weight. "Q4_K_M" is Q4_K for most matrices
+# and more bits for a few (section 16).
+# Measured by show_q4_k().
 
-    It starts from the middles of k equal shares of the sorted values. A value that none is nearest to
-    stays; of no values at all, they are 0.
+
+def q4_k_decode(data: bytes, n: int) -> Vector:
+    """Return the n weights of Q4_K super-blocks. ValueError if data is not as long as they take.
+
+    Of the four runs of 32 code bytes, run j holds sub-block 2j in the low halves and sub-block
+    2j + 1 in the high halves.
     """
-    order = sorted(values) or [0.0]
-    centroids = [order[(2 * i + 1) * len(order) // (2 * k)] for i in range(k)]
-    for _ in range(turns):
-        mass, total = [0.0] * k, [0.0] * k
-        for i, value, weight in zip(nearest(values, centroids), values, weights):
-            mass[i], total[i] = mass[i] + weight, total[i] + weight * value
-        centroids = [t / m if m else c for t, m, c in zip(total, mass, centroids)]
-    return centroids
+    weights: Vector = []
+    for d, dmin, *rest in blocks_of_bytes(data, n, 256, "<2e140B"):
+        scales, mins = q4_k_scales(rest[:12])
+        for j in range(8):
+            pairs = rest[12 + j // 2 * 32:][:32]
+            codes = [pair >> 4 if j % 2 else pair & 15 for pair in pairs]
+            weights += [d * scales[j] * code - dmin * mins[j] for code in codes]
+    return weights
 
 
-def squeezellm(w: Matrix, sensitivity: Matrix, bits: int) -> tuple[Matrix, bytes]:
-    """(what w [out][in] decodes to, its bytes): codes, their 2^bits values in FP16, and a few weights apart.
+def q4_k_scales(b: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return the eight scales and the eight minimums in a super-block's 12 bytes."""
+    scales = [b[j] & 63 for j in range(4)]
+    mins = [b[4 + j] & 63 for j in range(4)]
+    scales += [b[8 + j] & 15 | b[j] >> 6 << 4 for j in range(4)]
+    mins += [b[8 + j] >> 4 | b[4 + j] >> 6 << 4 for j in range(4)]
+    return scales, mins
 
-    Apart are the 0.05% of the highest sensitivity [out][in] and the 0.4% largest, each rounded up. k-means does
-    not see them, but they have a code all the same. They are stored by rows (CSR), in 2 bytes each: the values in
-    FP16, the columns, and for every row and the end how many come before.
+
+def q4_k_encode(row: Sequence[float]) -> bytes:
+    """Return weights (a multiple of 256) as Q4_K super-blocks of 144 bytes, by the simple encoder.
+
+    A sub-block's minimum is how far it reaches below 0, its step 1/15 of its range. The largest
+    step is 63 · d, the largest minimum 63 · dmin. Each code is the nearest to what then decodes.
     """
-    values, weights, columns = flatten(w), flatten(sensitivity), len(w[0])
-    places, n = range(len(values)), len(values)
-    apart = sorted({*sorted(places, key=lambda i: -weights[i])[:math.ceil(0.0005 * n)],
-                    *sorted(places, key=lambda i: -abs(values[i]))[:math.ceil(0.004 * n)]})
-    exact, dense = {i: fp16(values[i]) for i in apart}, sorted({*places} - {*apart})
-    codebook = fp16_row(weighted_kmeans([values[i] for i in dense], [weights[i] for i in dense], 2 ** bits))
-    codes, before = nearest(values, codebook), [bisect_left(apart, r * columns) for r in range(len(w) + 1)]
-    data = pack_bits(codes, bits) + struct.pack(
-        f"<{len(codebook) + len(apart)}e{len(apart) + len(before)}H", *codebook, *exact.values(),
-        *(i % columns for i in apart), *before)
+    data = b""
+    for block in blocks_of_weights(row, 256):
+        parts = [block[i:i + 32] for i in range(0, 256, 32)]
+        lows = [max(0.0, -min(part)) for part in parts]
+        steps = [(max(part) + low) / 15 for part, low in zip(parts, lows)]
+        d, scales = six_bits(steps)
+        dmin, mins = six_bits(lows)
+        codes = []
+        for part, scale, low in zip(parts, scales, mins):
+            step = d * scale
+            codes.append([min(15, max(0, round((value + dmin * low) / step))) if step else 0
+                          for value in part])
+        data += struct.pack("<2e", d, dmin)
+        data += bytes(scale & 63 | above >> 4 << 6 for scale, above in zip(scales, scales[4:]))
+        data += bytes(low & 63 | above >> 4 << 6 for low, above in zip(mins, mins[4:]))
+        data += bytes(scale & 15 | (low & 15) << 4 for scale, low in zip(scales[4:], mins[4:]))
+        for even, odd in zip(codes[::2], codes[1::2]):
+            data += bytes(low | high << 4 for low, high in zip(even, odd))
+    return data
+
+
+def six_bits(values: Vector) -> tuple[float, list[int]]:
+    """Return (unit in FP16, codes 0 to 63) with value ≈ unit · code, for values of at least 0."""
+    unit = fp16(max(values) / 63)
+    if not unit:
+        return 0.0, [0] * len(values)
+    return unit, [min(63, round(value / unit)) for value in values]
+
+
+# 12. HQQ and SqueezeLLM
+#
+# HQQ needs no data. It keeps the scales of round to nearest and moves the zero point z of each group
+# to where the errors are smallest. In practice: take the codes, set z so that the mean error is 0,
+# round again, and stop when the mean |error| no longer falls:
+#
+#     z = mean(code - (w - e) / scale)
+#     e = shrink(w - Q(w), β)                  shrink(r, β) = sign(r) · max(|r| - |r|^(p-1) / β, 0)
+#
+# e lets large errors stand, so that outliers do not pull z; it comes from minimising |error|^p with
+# p = 0.7 < 1 ("half-quadratic splitting"). With the authors' β = 10, e is 0 for all errors below
+# 0.17, which in 4 bits is nearly all of them: then z is a plain mean.
+#
+# SqueezeLLM lets the grid be any 2^bits values. Weighted k-means puts them where the weights are,
+# and each weight counts by how much the loss minds a change of it: its squared gradient, summed over
+# calibration text (the diagonal of the Fisher information). And 0.45% of the weights are stored
+# apart in FP16: 0.05% that matter most and 0.4% that are largest.
+#
+# In production: hqq (core/optimize.py), also in transformers as HqqConfig; the repository
+# SqueezeAILab/SqueezeLLM. SqueezeLLM has a codebook for every row, of thousands of weights; ours has
+# one for a matrix, as its rows have 64 weights. A codebook costs a table look-up for every weight.
+# Measured by show_hqq_squeezellm().
+
+
+def hqq(
+    w: Matrix, bits: int, *, granularity: str | int, p: float = 0.7, beta: float = 10.0
+) -> Quantized:
+    """Return w [out][in] on the asymmetric grids of quantize(), with zero points moved, in FP16.
+
+    ValueError as for quantize().
+    """
+    def make(values: Sequence[float]) -> tuple[float, float]:
+        scale, zero = make_grid(values, bits, symmetric=False)
+        return scale, best_zero_point(values, scale, zero, bits, p, beta)
+    return on_grids(w, bits, granularity, False, make)
+
+
+def best_zero_point(
+    values: Sequence[float], scale: float, zero: float, bits: int, p: float, beta: float
+) -> float:
+    """Return the zero point, in FP16, of the least mean |error| among up to 20 turns of HQQ.
+
+    The search ends where the error no longer falls. beta grows by 1% a turn.
+    """
+    least = math.inf
+    best = zero
+    for _ in range(20):
+        zero = fp16(float(zero))
+        codes = to_codes(values, scale, zero, bits)
+        errors = [value - (code - zero) * scale for value, code in zip(values, codes)]
+        mean_error = fmean(map(abs, errors))
+        if mean_error >= least:
+            break
+        least = mean_error
+        best = zero
+        kept = [shrink(error, p, beta) for error in errors]
+        zero = fmean(code - (value - e) / scale for code, value, e in zip(codes, values, kept))
+        beta *= 1.01
+    return best
+
+
+def shrink(r: float, p: float, beta: float) -> float:
+    """Return r moved towards 0 by |r|^(p-1) / beta, and 0 if that is further than 0."""
+    return math.copysign(max(abs(r) - abs(r) ** (p - 1) / beta, 0.0), r) if r else 0.0
+
+
+def weighted_kmeans(values: Vector, weights: Vector, k: int) -> Vector:
+    """Return k values, ascending, with a small Σ weight · (value - its nearest)²: Lloyd's algorithm.
+
+    It starts from the middles of k equal shares of the sorted values and ends when nothing moves.
+    A value that none is nearest to stays. Of no values at all, they are 0.
+    """
+    if not values:
+        return [0.0] * k
+    # In one dimension each centroid's values are a run of the sorted ones. With running sums, the
+    # weighted mean of a run takes two subtractions.
+    order = sorted(range(len(values)), key=values.__getitem__)
+    ordered = [values[i] for i in order]
+    mass = [0.0, *itertools.accumulate(weights[i] for i in order)]
+    moment = [0.0, *itertools.accumulate(weights[i] * values[i] for i in order)]
+    n = len(values)
+    centroids = [ordered[(2 * i + 1) * n // (2 * k)] for i in range(k)]
+    ends: list[int] = []
+    while True:
+        middles = [(a + b) / 2 for a, b in zip(centroids, centroids[1:])]
+        new_ends = [0, *(bisect_left(ordered, middle) for middle in middles), n]
+        if new_ends == ends:
+            return centroids
+        ends = new_ends
+        for i, (start, end) in enumerate(zip(ends, ends[1:])):
+            if mass[end] > mass[start]:
+                centroids[i] = (moment[end] - moment[start]) / (mass[end] - mass[start])
+
+
+def squeezellm(
+    w: Matrix, sensitivity: Matrix, bits: int, *, important: float = 0.0005, large: float = 0.004
+) -> tuple[Matrix, bytes]:
+    """Return (what w [out][in] decodes to, its bytes): codes, 2^bits values, and weights apart.
+
+    Apart are the shares `important` of highest sensitivity [out][in] and `large` of largest size,
+    each rounded up. They are stored by rows (CSR), in 2 bytes each: values in FP16, columns, and
+    for every row and the end how many come before. k-means does not see them.
+    """
+    values = flatten(w)
+    weights = flatten(sensitivity)
+    n = len(values)
+    by_weight = sorted(range(n), key=lambda i: -weights[i])[:math.ceil(important * n)]
+    by_size = sorted(range(n), key=lambda i: -abs(values[i]))[:math.ceil(large * n)]
+    apart = sorted({*by_weight, *by_size})
+    exact = {i: fp16(values[i]) for i in apart}
+    dense = [i for i in range(n) if i not in exact]
+    centroids = weighted_kmeans([values[i] for i in dense], [weights[i] for i in dense], 2 ** bits)
+    codebook = sorted(map(fp16, centroids))
+    codes = nearest(values, codebook)
+
+    columns = len(w[0])
+    places = [i % columns for i in apart]
+    before = [bisect_left(apart, r * columns) for r in range(len(w) + 1)]
+    data = pack_bits(codes, bits) + pack_halves(codebook) + pack_halves(list(exact.values()))
+    data += struct.pack(f"<{len(places) + len(before)}H", *places, *before)
     decoded = [exact.get(i, codebook[code]) for i, code in enumerate(codes)]
-    return [decoded[i:i + columns] for i in range(0, n, columns)], data
+    return in_rows(decoded, columns), data
 
 
-@lru_cache(maxsize=None)
-def sensitivities(lab: Lab) -> dict[str, Matrix]:
-    """{matrix: Σ of its weights' squared gradients} over the calibration text, 16 tokens to predict at a time."""
-    total: dict[str, Matrix] = {}
-    for start in range(0, max(1, len(lab.calibration) - 1), 16):
-        tape, piece = Tape(), lab.calibration[start:start + 17]
-        logits = lab.model.forward(piece[:-1] or piece, run=tape)
-        gradients = tape.backward(logits, cross_entropy(logits, piece[1:] or piece)[1])
-        for name in lab.linears:
-            squares = [[slope * slope for slope in row] for row in gradients[id(lab.model.weights[name])]]
-            total[name] = add(total[name], squares) if name in total else squares
-    return total
-
-
-@lru_cache(maxsize=None)
-def by_hqq(lab: Lab, bits: int, granularity: str | int) -> Compressed:
-    """The whole model by HQQ."""
-    return compress(lab, "HQQ", lambda _, w: hqq(w, bits, granularity=granularity))
-
-
-@lru_cache(maxsize=None)
-def by_squeezellm(lab: Lab, bits: int) -> Compressed:
-    """The whole model by SqueezeLLM."""
-    return compress(lab, "SqueezeLLM", lambda name, w: squeezellm(w, sensitivities(lab)[name], bits))
-
-
-def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
-    """Both beside round to nearest, and where k-means puts its values."""
-    lab, calm, bits, g = laboratory(knobs), without_outliers(knobs), knobs.bits, knobs.group_size
-    models, plain = ([rounded_to_nearest(one, bits, g, False), by_hqq(one, bits, g), by_squeezellm(one, bits)]
-                     for one in (lab, calm))
-    trace.ask(f"at {bits} bits, which has the least KL: {', '.join(c.name for c in models)}?",
-              min(models, key=lambda c: measure(lab, c).kl).name)
-    trace.say(f"At {bits} bits. HQQ moves zero points; SqueezeLLM moves all values, and keeps a few weights out.")
-    trace.table(["method", "bits/weight", "perplexity", "KL", "changed", "KL without outliers"],
-                [[c.name, *lab.scores(c), f"{measure(calm, p).kl:.4f}"] for c, p in zip(models, plain)], left=(0,))
-    trace.note("HQQ's zero points need not be whole, so that 0 is not exact: where outliers are planted, that has the "
-               "price that Q4_K's minimums have in section 5. (SqueezeLLM has one codebook for a matrix, the others a "
-               "scale for every group.)")
-    few, name = 2 ** min(bits, 4), "layers.0.attention.wo"
-    values, weights = flatten(calm.model.weights[name]), flatten(sensitivities(calm)[name])
-    even = [max(map(abs, values)) * (2 * i / (few - 1) - 1) for i in range(few)]
-    trace.say(f"Where {few} values go in {name}: evenly; and by k-means, every weight counted by its sensitivity.")
-    trace.lines(histogram(values, {"even": even, "k-means": weighted_kmeans(values, weights, few)}))
-    errors = [fmean(map(abs, map(operator.sub, flatten(c.weights[name]), values))) for c in plain]
-    trace.check("HQQ: mean |error| no larger than where it started", errors[1] <= errors[0] * (1 + 1e-12),
-                f"{errors[1] / errors[0]:.1%} of it")
-
-
-# ---------------------------------------------------------------------------------------------------
-# 10. One bit and a bit
+# 13. One bit and a bit
 #
-# BitNet's weights are signs, with one scale for the matrix; those of b1.58 are -1, 0 or 1, log2(3) = 1.58 bits:
+# BitNet's weights are signs, with one scale for the matrix. Those of b1.58 are -1, 0 or 1, which is
+# log2(3) = 1.58 bits:
 #
-#     BitNet   w ≈ mean|W| · sign(w - mean W)          b1.58   w ≈ γ · clip(round(w / γ), -1, 1)      γ = mean|W|
+#     BitNet   w ≈ mean|W| · sign(w - mean W)
+#     b1.58    w ≈ γ · clip(round(w / γ), -1, 1)                γ = mean|W|
 #
-# A product with such a matrix adds what meets a 1, takes off what meets a -1, and multiplies each sum once, by the
-# scale. Done to a trained model this is ruin. So train with it: forwards with the ternary weights, backwards as if
-# rounding were not there (straight through), and the full-precision weights behind them take the steps. In the
-# papers that goes for the whole training, with activations in 8 bits; here for a short run from trained weights.
+# A product with such a matrix has no multiplications but one a row: it adds the inputs that meet a 1
+# and subtracts those that meet a -1.
+#
+# Done to a trained model this is ruin, so the model is trained that way. But rounding is a staircase:
+# its slope is 0 almost everywhere, and every gradient through it would be 0. The straight-through
+# rule pretends in the backward pass that the slope is 1:
+#
+#     forward    ŵ = round to ternary(w)       the model runs on ŵ
+#     backward   dw = dŵ                       the gradient lands on w, which is kept in full
+#
+# Small steps add up in w until ŵ flips. The same rule trains any format ("quantization-aware").
+#
+# Without training, the scale that fits best is not the mean of |W|, but the mean of |w| over the
+# weights that are not rounded to 0 (least squares).
+#
+# In production: microsoft/BitNet (bitnet.cpp), llama.cpp's TQ1_0 and TQ2_0. The papers train so from
+# the first step and keep embedding and head in 16 bits.
+# Measured by show_one_bit().
+
 
 def bitnet_signs(w: Matrix) -> Matrix:
-    """w as BitNet has it: mean|W| where it is above the mean, -mean|W| elsewhere (Wang et al. 2023)."""
-    mean, scale = fmean(flatten(w)), fmean(map(abs, flatten(w)))
-    return [[scale if v > mean else -scale for v in row] for row in w]
+    """Return mean|W| where w is above the mean of W, and -mean|W| elsewhere (Wang et al. 2023)."""
+    mean = fmean(flatten(w))
+    scale = fmean(map(abs, flatten(w)))
+    return [[scale if value > mean else -scale for value in row] for row in w]
 
 
 def ternary_codes(w: Matrix) -> tuple[list[list[int]], float]:
-    """(codes -1, 0, 1, γ) of b1.58 (Ma et al. 2024, equations 1 to 3); γ is 1 where all of w is 0."""
+    """Return (codes -1, 0 and 1, γ) of b1.58; γ is 1 where all of w is 0 (Ma et al. 2024)."""
     gamma = fmean(map(abs, flatten(w))) or 1.0
-    return [[(v > gamma / 2) - (v < -gamma / 2) for v in row] for row in w], gamma  # halves are rounded to 0
+    codes = [[min(1, max(-1, round(value / gamma))) for value in row] for row in w]
+    return codes, gamma
 
 
 def ternary_weights(w: Matrix) -> Matrix:
-    """w as b1.58 has it: γ · codes."""
+    """Return what b1.58 decodes to: γ · codes."""
     codes, gamma = ternary_codes(w)
     return [[code * gamma for code in row] for row in codes]
 
 
+def least_squares_scale(w: Matrix, codes: list[list[int]]) -> float:
+    """Return the scale with the least |W - scale · codes|²; 1 where all codes are 0."""
+    flat = flatten(codes)
+    return dot(flatten(w), flat) / (dot(flat, flat) or 1) or 1.0
+
+
 def pack_ternary(codes: Sequence[int]) -> bytes:
-    """Codes -1, 0, 1, five to a byte, as five digits to base 3, the lowest first: 1.6 bits each."""
-    return bytes(sum((code + 1) * 3**i for i, code in enumerate(codes[j:j + 5])) for j in range(0, len(codes), 5))
+    """Return codes -1, 0, 1, five to a byte, as five digits to base 3, the lowest first."""
+    data = []
+    for start in range(0, len(codes), 5):
+        digits = [code + 1 for code in codes[start:start + 5]]
+        data.append(sum(digit * 3**i for i, digit in enumerate(digits)))
+    return bytes(data)
 
 
 def ternary_product(x: Vector, codes: list[list[int]], gamma: float) -> tuple[Vector, int, int]:
-    """(y = γ · codes x; how many additions and subtractions of values it took; how many multiplications)."""
-    y, additions = [], 0
+    """Return (y = γ · codes x; the additions and subtractions it took; the multiplications)."""
+    y = []
+    additions = 0
     for row in codes:
-        plus, minus = ([value for value, code in zip(x, row) if code == sign] for sign in (1, -1))
+        plus = [value for value, code in zip(x, row) if code == 1]
+        minus = [value for value, code in zip(x, row) if code == -1]
         y.append(gamma * (sum(plus) - sum(minus)))
         additions += len(plus) + len(minus)
     return y, additions, len(y)
 
 
-def straight_through(tape: Tape) -> Callable:
-    """Runs linear with ternary weights; their gradient goes to those behind them as it is (see BACKWARD below)."""
-    return lambda operation, x, *rest: (tape(linear, x, tape(ternary_weights, *rest)) if operation is linear else
-                                        tape(operation, x, *rest))
+def straight_through(
+    config: Config, weights: dict[str, Matrix | Vector], names: Sequence[str], tokens: Sequence[int]
+) -> tuple[float, dict[str, Matrix | Vector]]:
+    """Return the loss with the named matrices in ternary, and gradients for those behind them."""
+    rounded = weights | {name: ternary_weights(weights[name]) for name in names}
+    return loss_and_gradients(config, rounded, tokens)
 
 
-ONE_BIT = {"BitNet": "1 bit, BitNet", "b1.58": "b1.58, untrained", "b1.58 trained": "b1.58 trained"}
-
-
-@lru_cache(maxsize=None)
-def in_one_bit(lab: Lab, method: str) -> Compressed:
-    """The whole model by a method of ONE_BIT, from the one without outliers; a matrix's scale is kept in FP16."""
-    weights = map_rows(list, lab.calm.weights)
-    if method == "b1.58 trained":
-        short_run(Llama(lab.model.config, weights), weights, lab.text, TERNARY_STEPS, 0.02, straight_through)
-
-    def rounded(_: str, w: Matrix) -> tuple[Matrix, bytes]:
-        decoded = bitnet_signs(w) if method == "BitNet" else ternary_weights(w)
-        data = (pack_bits([v > 0 for v in flatten(decoded)], 1) if method == "BitNet" else
-                pack_ternary(flatten(ternary_codes(w)[0])))
-        return list(map(fp16_row, decoded)), data + struct.pack("<e", max(map(abs, flatten(decoded))))
-
-    return compress(lab, ONE_BIT[method], rounded, weights)
-
-
-def show_one_bit(trace: Trace, knobs: Namespace) -> None:
-    """What is left of the model, before and after training that way; and products without multiplications."""
-    lab, name = laboratory(knobs), "layers.0.attention.wq"
-    trace.say(f"All matrices in one bit, or one of three values, after training; and trained that way for "
-              f"{TERNARY_STEPS} steps more (from the model without planted outliers; a scale for each matrix).")
-    score_table(trace, lab, {c.name: c for c in (in_one_bit(lab, method) for method in ONE_BIT)})
-    w, x = lab.calm.weights[name], lab.inputs[name][0]
-    codes, gamma = ternary_codes(w)
-    y, additions, multiplications = ternary_product(x, codes, gamma)
-    n, zeros = len(flatten(codes)), flatten(codes).count(0)
-    trace.ask(f"{name} has {n:,} weights, bell-shaped. With γ = mean|W|, how many become 0?", zeros)
-    trace.say(f"{name} times one token, counted while it is done: {additions:,} additions and {multiplications} "
-              f"multiplications, where the matrix in full has {n:,} of each. A corner of it:")
-    trace.lines(["  " + "".join("-·+"[code + 1] for code in row) for row in codes[:6]])
-    trace.check_close("the product without multiplications = the one with the decoded weights", [y],
-                      linear([x], ternary_weights(w)), 1e-9)
-    trace.check("additions counted = codes that are not 0", additions == n - zeros, f"{additions:,}")
-
-
-# ---------------------------------------------------------------------------------------------------
-# 11. Training in few bits
+# 14. Q-GaLore: training all weights, in INT8
 #
-# Full training with Adam keeps two more numbers for every weight. QLoRA freezes the weights, in NF4, and trains a
-# low-rank correction beside each matrix: y = W x + (α/r) B A x, A [r][in] random and B [out][r] zero at first.
-# Only A and B have gradients and optimizer state.
+# GaLore trains every weight, not an adapter, but spares most of Adam's memory. A gradient G [m][n]
+# (a tall one is transposed first) is nearly of low rank. So project it on its top r left singular vectors, let
+# Adam work there, and project its step back:
 #
-# Q-GaLore trains the weights themselves, kept in INT8. The gradient G [m][n], turned so that m ≤ n, is projected
-# by its top r left singular vectors P [m][r], kept in INT4; Adam works there, and its step goes back through P:
+#     P  [r][m]   the top left singular vectors of G, as rows
+#     R  [r][n] = P G                          Adam keeps two numbers for each of these r · n
+#     W -= Pᵀ · (Adam's step on R)
 #
-#     W = round_stochastically(W - rate · P · Adam(Pᵀ G))
+# Q-GaLore keeps W in INT8 and P in INT4. A step smaller than half of INT8's grid step would be
+# rounded away every time. Stochastic rounding goes up or down by chance, in proportion: a step of a
+# tenth moves one weight in ten, and the mean is right.
 #
-# Rounding up or down by chance, in proportion, lets steps smaller than INT8's act on average. P is made again at
-# intervals; where its first vector agrees with the old one's (|cosine| ≥ 0.4), the interval doubles. (The authors
-# ask that of the mean of the last five cosines, signed, and keep Adam's state in 8 bits; ours has FP32.)
-
-def frozen_linear(x: Matrix, w: Matrix) -> Matrix:
-    """linear(), but the weights get no gradient (see BACKWARD below)."""
-    return linear(x, w)
-
-
-def with_adapters(adapters: dict[int, tuple[Matrix, Matrix]]) -> Callable[[Callable], Callable]:
-    """tape -> what runs every operation on it, linear as W x + B (A x), with the (A, B) of W's id; α/r is 1."""
-    def run(tape: Callable, operation: Callable, *inputs):
-        if operation is not linear:
-            return tape(operation, *inputs)
-        a, b = adapters[id(inputs[1])]
-        return tape(add, tape(frozen_linear, *inputs), tape(linear, tape(linear, inputs[0], a), b))
-    return lambda tape: partial(run, tape)
+# P is made anew from time to time. If the first vector of the new one agrees with the old one's
+# (|cosine| ≥ 0.4), the interval doubles: then the subspace has settled.
+#
+# In production: the authors' q-galore-torch. They ask for the cosine in the mean of five, and keep
+# Adam's two numbers in 8 bits; ours are in full precision.
+# Measured by show_q_galore().
 
 
-@lru_cache(maxsize=None)
-def by_qlora(lab: Lab, rank: int = 4) -> tuple[Compressed, int]:
-    """(the NF4 model with adapters trained on top, which its file keeps in FP16; how many numbers they have)."""
-    base, rng, adapters = in_nf4(lab, True), random.Random(1), {}
-    for w in (base.weights[name] for name in lab.linears):
-        a = [[rng.gauss(0, len(w[0]) ** -0.5) for _ in w[0]] for _ in range(rank)]
-        adapters[id(w)] = a, [[0.0] * rank for _ in w]
-    parameters = {str(i): part for i, part in enumerate(flatten(adapters.values()))}
-    model = Llama(lab.model.config, base.weights)
-    short_run(model, parameters, lab.recent, FEW_STEPS, 0.005, with_adapters(adapters))
-    n = sum(len(flatten(part)) for part in parameters.values())
-    return replace(base, name="NF4 + QLoRA", nbytes=base.nbytes + 2 * n, run=with_adapters(adapters)(call),
-                   bits_per_weight=base.bits_per_weight + 16 * n / lab.n_weights), n
+def subspace(g: Matrix, rank: int, rng: random.Random, turns: int = 30) -> Matrix:
+    """Return about the top `rank` left singular vectors of g [m][n], as rows [rank][m].
 
-
-def subspace(g: Matrix, rank: int, rng: random.Random, turns: int = 2) -> Matrix:
-    """About the top `rank` left singular vectors of g [m][n], as rows [rank][m]: orthogonal iteration on g gᵀ."""
-    vectors, columns = [[rng.gauss(0, 1) for _ in g] for _ in range(rank)], list(zip(*g))
+    Orthogonal iteration: multiply by g gᵀ, make the vectors orthogonal and of length 1, repeat.
+    """
+    squared = linear(g, g)  # g gᵀ, [m][m]
+    vectors = [[rng.gauss(0, 1) for _ in g] for _ in range(rank)]
     for _ in range(turns):
-        vectors = linear(linear(vectors, columns), g)
+        vectors = linear(vectors, squared)
         for i, v in enumerate(vectors):
             for u in vectors[:i]:
                 share = dot(u, v)
                 v = [a - share * b for a, b in zip(v, u)]
-            size = math.sqrt(dot(v, v)) or 1.0
-            vectors[i] = [a / size for a in v]
+            length = math.sqrt(dot(v, v)) or 1.0
+            vectors[i] = [a / length for a in v]
     return vectors
 
 
 class QGaLore:
-    """One matrix in INT8 (a scale per row), its projection in INT4, and Adam on the projected gradient."""
+    """One matrix [m][n], m ≤ n, in INT8, its projection in INT4, and Adam on the projected gradient."""
 
-    def __init__(self, w: Matrix, rank: int, rng: random.Random):
-        self.q, self.rank, self.rng = quantize(w, 8, granularity="channel"), rank, rng
-        self.w = self.q.dequantize()                # what a forward pass uses; changed in place
-        self.tall = len(w) > len(w[0])
-        self.projection: Quantized | None = None    # Pᵀ [r][m]
-        self.interval, self.wait, self.refreshed = 2, 0, 0
-        self.adam = Adam({"R": [[0.0] * max(len(w), len(w[0])) for _ in range(rank)]})
+    def __init__(self, w: Matrix, rank: int, rng: random.Random, stochastic: bool = True):
+        self.q = quantize(w, 8, granularity="channel")
+        self.rank = rank
+        self.rng = rng
+        self.stochastic = stochastic
+        self.projection: Quantized | None = None  # P [r][m]
+        self.interval = 2                         # steps between two projections
+        self.wait = 0                             # steps until the next one
+        self.refreshed = 0
+        self.adam = Adam({"R": [[0.0] * len(w[0]) for _ in range(rank)]})
 
-    def step(self, gradient: Matrix, rate: float) -> None:
-        """Project the gradient [out][in] (transposed if tall), let Adam step there, project back, add, and round to
-        stochastic_codes() on new INT8 grids.
-
-        With no steps left to wait, P is made of this gradient first; the interval doubles if the alignment() of its
-        first vector and the old one's is 0.4 or more, and that many steps, this one included, are to wait.
-        """
-        g = list(zip(*gradient)) if self.tall else gradient
+    def step(self, gradient: Matrix, learning_rate: float) -> None:
+        """Take one step against the gradient [m][n], and round to INT8."""
         if not self.wait:
-            new = quantize(subspace(g, self.rank, self.rng), 4, granularity="channel")
-            if self.projection and alignment(self.projection.dequantize()[0], new.dequantize()[0]) >= 0.4:
-                self.interval *= 2
-            self.projection, self.wait, self.refreshed = new, self.interval, self.refreshed + 1
+            self.refresh(gradient)
         self.wait -= 1
         p = self.projection.dequantize()
-        self.adam.rows["R"] = r = [[0.0] * len(g[0]) for _ in p]   # Adam writes its step into these zeros, [r][n]
-        self.adam.step({"R": linear(p, list(zip(*g)))}, rate)
-        update = linear(list(zip(*p)), list(zip(*r)))              # P · Adam(Pᵀ G), [m][n]
-        w = add(self.w, list(zip(*update)) if self.tall else update)
-        q = quantize(w, 8, granularity="channel")
-        self.q = replace(q, codes=[stochastic_codes(row, scale, self.rng) for row, [scale] in zip(w, q.scales)])
-        self.w[:] = self.q.dequantize()
+        r = linear(p, list(zip(*gradient)))
+        # Adam adds its step to zeros: then they are the step.
+        step = [[0.0] * len(row) for row in r]
+        self.adam.rows["R"] = step
+        self.adam.step({"R": r}, learning_rate)
+        w = add(self.q.dequantize(), linear(list(zip(*p)), list(zip(*step))))
+        self.q = quantize(w, 8, granularity="channel")
+        if self.stochastic:
+            codes = [stochastic_codes(row, scale, self.rng)
+                     for row, [scale] in zip(w, self.q.scales)]
+            self.q = replace(self.q, codes=codes)
+
+    def refresh(self, gradient: Matrix) -> None:
+        """Make the projection from the gradient, and double the interval if it has settled."""
+        old = self.projection
+        self.projection = quantize(subspace(gradient, self.rank, self.rng), 4, granularity="channel")
+        first = self.projection.dequantize()[0]
+        if old is not None and alignment(old.dequantize()[0], first) >= 0.4:
+            self.interval *= 2
+        self.wait = self.interval
+        self.refreshed += 1
 
 
 def stochastic_codes(values: Vector, scale: float, rng: random.Random) -> list[int]:
-    """INT8 codes, rounded up with the probability of the fraction, so that the mean is the value."""
+    """Return INT8 codes, rounded up with the probability of the fraction: the mean is the value."""
     return [min(127, math.floor(value / scale + rng.random())) for value in values]
 
 
 def alignment(u: Vector, v: Vector) -> float:
-    """|cosine| of the angle between them; 0 if one is all zeros."""
+    """Return |cosine| of the angle between u and v; 0 if one is all zeros."""
     return abs(dot(u, v)) / math.sqrt(dot(u, u) * dot(v, v) or 1.0)
 
 
-def show_training(trace: Trace, knobs: Namespace) -> None:
-    """QLoRA and Q-GaLore beside full training: what is kept, and what it does to the loss."""
-    lab, rng = laboratory(knobs), random.Random(knobs.seed)
-    calm, base, (qlora, n_adapters) = lab.calm, in_nf4(lab, True), by_qlora(lab)
-
-    def perplexity(matrices: dict[str, Matrix]) -> float:
-        return measure(lab, Compressed("", calm.weights | matrices, 0, 0, call)).perplexity
-
-    def galore_step(gradients: dict[str, Matrix], rate: float) -> None:
-        for name, matrix in galore.items():
-            matrix.step(gradients[name], rate)
-
-    full = map_rows(list, {name: calm.weights[name] for name in lab.linears})
-    adam, galore = Adam(full), {name: QGaLore(w, 8, rng) for name, w in full.items()}
-    int8 = {name: matrix.w for name, matrix in galore.items()}
-    before = lab.perplexity, measure(lab, base).perplexity, perplexity(int8)
-    for matrices, step in ((full, adam.step), (int8, galore_step)):
-        short_run(Llama(calm.config, calm.weights | matrices), matrices, lab.recent, FEW_STEPS, 0.005, step=step)
-    after = perplexity(full), measure(lab, qlora).perplexity, perplexity(int8)
-
-    n, shapes, ours = lab.n_weights, [calm.config.shapes()[name] for name in full], galore.values()
-    trace.ask("QLoRA at rank 4: how many numbers does it train beside all the matrices, whose rows and columns "
-              f"sum to {sum(map(sum, shapes)):,}?", n_adapters)
-    trace.say(f"{FEW_STEPS} steps of {PIECE} tokens more, on the text just before the last verse, three ways, "
-              f"from the same learning rate. Bytes of the matrices as they are kept while training, and of what the "
-              f"optimizer keeps: two FP32 numbers for each one that Adam sees, and Q-GaLore's projections in INT4. "
-              f"Perplexity on the last verse.")
-    moments = [sum(map(len, flatten(one.m.values()))) for one in (adam, *(m.adam for m in ours))]
-    kept = 4 * n, base.nbytes - lab.rest_bytes + 4 * n_adapters, sum(m.q.nbytes for m in ours)
-    state = 8 * moments[0], 8 * n_adapters, 8 * sum(moments[1:]) + sum(m.projection.nbytes for m in ours)
-    ways = zip(("full", "QLoRA, rank 4", "Q-GaLore, rank 8"), (n, n_adapters, n), kept, state, before, after)
-    trace.table(["", "trained", "weights", "optimizer", "before", "after"],
-                [[way, *(f"{count:,}" for count in counts), f"{old:.3f}", f"{new:.3f}"]
-                 for way, *counts, old, new in ways], left=(0,))
-    trace.note(f"Q-GaLore made its {len(ours)} projections {sum(m.refreshed for m in ours)} times in all; every "
-               f"second step, it would be {len(ours) * FEW_STEPS // 2}.")
-    trace.check("QLoRA trains r·(in + out) numbers a matrix", n_adapters == 4 * sum(map(sum, shapes)),
-                f"{n_adapters:,}")
-    trace.check("Q-GaLore's Adam keeps 2·r·max(in, out) numbers a matrix",
-                sum(moments[1:]) == 8 * sum(map(max, shapes)), f"{2 * sum(moments[1:]):,}")
-
-
-# ---------------------------------------------------------------------------------------------------
-# 12. Mixed precision
+# 15. Training in 16 bits
 #
-# Not every matrix minds rounding as much. Measure each alone: the KL that it causes when only it is quantized, on
-# calibration data, at several bit widths. If the damages roughly add up, the best assignment under a budget of
-# bytes is a small knapsack; with 8 matrices and 3 widths all 6,561 assignments can be tried. (llama.cpp's Q4_K_M
-# mixes in the same spirit, by rule: more bits for some of the attention and feed-forward matrices.)
-
-def widths(bits: int) -> list[int]:
-    """The bit widths that mixed precision chooses from, at a budget of so many bits for all."""
-    return sorted({min(8, max(2, bits + change)) for change in (-1, 0, 1)})
-
-
-@lru_cache(maxsize=None)
-def measure_sensitivity(lab: Lab, bits: int, group: int) -> dict[str, dict[int, tuple[float, int]]]:
-    """{matrix: {bits: (KL when it alone is quantized, on 16 calibration tokens; bytes)}}."""
-    tokens, found = lab.calibration[-16:], {name: {} for name in lab.linears}
-    reference = [log_softmax(row) for row in lab.model.forward(tokens)]
-    for name, width in product(found, widths(bits)):
-        q = quantize(lab.model.weights[name], width, granularity=group)
-        ours = Llama(lab.model.config, lab.model.weights | {name: q.dequantize()}).forward(tokens)
-        found[name][width] = fmean(map(kl_divergence, reference, map(log_softmax, ours))), q.nbytes
-    return found
-
-
-def assign_bits(damage: dict[str, dict[int, tuple[float, int]]], budget: int) -> dict[str, int]:
-    """{matrix: bits} with the least sum of damages among all assignments of at most `budget` bytes."""
-    def total(choice: Sequence[int], part: int) -> float:
-        return sum(found[bits][part] for found, bits in zip(damage.values(), choice))
-    affordable = (choice for choice in product(*map(sorted, damage.values())) if total(choice, 1) <= budget)
-    return dict(zip(damage, min(affordable, key=lambda choice: total(choice, 0))))
-
-
-@lru_cache(maxsize=None)
-def in_mixed_precision(lab: Lab, bits: int, group: int) -> tuple[Compressed, dict[str, int]]:
-    """(the whole model, no larger than at `bits` throughout, its bits where they help most; the bits)."""
-    damage = measure_sensitivity(lab, bits, group)
-    chosen = assign_bits(damage, sum(found[bits][1] for found in damage.values()))
-    return compress(lab, "mixed bits", lambda name, w: quantize(w, chosen[name], granularity=group)), chosen
-
-
-def show_mixed(trace: Trace, knobs: Namespace) -> None:
-    """Each matrix's sensitivity, the assignment, and the model against uniform bits."""
-    lab, bits, g = laboratory(knobs), knobs.bits, knobs.group_size
-    damage, (mixed, chosen) = measure_sensitivity(lab, bits, g), in_mixed_precision(lab, bits, g)
-    uniform, shapes = rounded_to_nearest(lab, bits, g), lab.model.config.shapes()
-    trace.ask(f"rounded alone to {bits} bits, which matrix harms most: wq, wk, wv, wo, w1, w2, w3 or output?",
-              max(damage, key=lambda name: damage[name][bits][0]).split(".")[-1])
-    trace.say(f"The KL that each matrix causes when it alone is quantized (in thousandths of a nat a token, on "
-              f"16 calibration tokens, in groups of {g}), and the bits that the search gives it, all together within the "
-              f"bytes of {bits} bits throughout.")
-    trace.table(["matrix", "weights", *(f"{width} bits" for width in widths(bits)), "gets"],
-                [[name, f"{math.prod(shapes[name]):,}", *(f"{1000 * kl:.2f}" for kl, _ in found.values()),
-                  str(chosen[name])] for name, found in damage.items()], left=(0,))
-    both = (map(log_softmax, Llama(lab.model.config, weights).forward(lab.calibration[-16:]))
-            for weights in (lab.model.weights, uniform.weights))
-    trace.note(f"At {bits} bits they add up to {1000 * sum(found[bits][0] for found in damage.values()):.1f}; all "
-               f"matrices rounded at once cause {1000 * fmean(map(kl_divergence, *both)):.1f}.")
-    trace.say("On the last verse:")
-    score_table(trace, lab, {f"{bits} bits throughout": uniform, "mixed": mixed})
-    trace.check("mixed is no larger, in encoded bytes", mixed.nbytes <= uniform.nbytes,
-                f"{mixed.nbytes:,} of {uniform.nbytes:,}")
-
-
-# ---------------------------------------------------------------------------------------------------
-# 13. The table
+# Hardware multiplies FP16 and BF16 many times faster than FP32. Three things make training in 16 bits
+# work. Master weights in FP32 take the steps, for a step is often too small to change a 16-bit
+# weight. Sums are kept in FP32. And gradients must not vanish: FP16 ends at 6e-8, and what is below
+# half of that becomes 0. The loss is a mean over a batch of perhaps a million tokens, so one token's
+# share of a gradient is tiny.
 #
-# Everything above on one page (but for granularity: section 2). What to expect of a method in production follows
-# from what it needs: rounding to nearest, NF4 and HQQ need nothing; GPTQ, AWQ and SqueezeLLM need calibration data and
-# minutes to hours; one bit and adapters need training. (A model of 64 channels has little to spare: bits cost it
-# more than they cost a large one.)
+# Loss scaling multiplies the loss by S before the backward pass, and the gradients by 1/S after it:
+#
+#     g ≈ FP16(S · g) / S
+#
+# S should be large, but not so large that a gradient becomes infinite. So halve S whenever one does
+# (and leave that step out), and double it after many good steps.
+#
+# BF16 has the range of FP32, and needs no scaling; it has 3 bits of mantissa less.
+#
+# In production: torch.amp.GradScaler, with S from 65,536 and doubled after 2,000 good steps. Large
+# models are trained in BF16, and lately in FP8 with a scale for every tensor or block.
+# Measured by show_half_precision().
 
 
-def everything(lab: Lab, knobs: Namespace) -> list[Compressed]:
-    """Every compressed model of this script, in the table's order."""
-    b, g = knobs.bits, knobs.group_size
-    return [rounded_to_nearest(lab, 8, "channel"), rounded_to_nearest(lab, b, "tensor"),
-            rounded_to_nearest(lab, b, g), rounded_to_nearest(lab, b, g, False),
-            in_nf4(lab, False), in_nf4(lab, True), *(in_gguf(lab, form) for form in GGUF),
-            in_int8(lab, "absmax", knobs.alpha), in_int8(lab, "LLM.int8()", knobs.alpha),
-            in_int8(lab, "SmoothQuant", knobs.alpha),
-            by_gptq(lab, b, g), by_gptq(lab, b, g, True), by_awq(lab, b, g),
-            by_hqq(lab, b, g), by_squeezellm(lab, b),
-            *(in_one_bit(lab, method) for method in ONE_BIT),
-            by_qlora(lab)[0], in_mixed_precision(lab, b, g)[0]]
+class LossScale:
+    """The factor S of the loss, halved after an overflow and doubled after `patience` good steps."""
+
+    def __init__(self, scale: float = 65536.0, patience: int = 2000):
+        self.scale = scale
+        self.patience = patience
+        self.good_steps = 0
+
+    def update(self, overflow: bool) -> None:
+        """Change the scale after a step."""
+        if overflow:
+            self.scale /= 2
+            self.good_steps = 0
+            return
+        self.good_steps += 1
+        if self.good_steps % self.patience == 0:
+            self.scale *= 2
+
+
+def through_format(gradient: Vector, scale: float, form: Callable[[float], float]) -> Vector:
+    """Return gradients as a narrow format hands them on: form(scale · g) / scale."""
+    return [form(g * scale) / scale for g in gradient]
+
+
+# 16. Mixed bits
+#
+# Not every matrix minds rounding as much. Estimate what rounding costs each one, at several widths,
+# and give the bits to those that mind. To second order, the loss grows by
+#
+#     ½ Σ F_i · (w_i - Q(w_i))²
+#
+# with F the curvature. HAWQ takes the Hessian's trace for it; we take the squared gradients of
+# section 12 (the Fisher diagonal), which are already there. With 8 matrices and 3 widths, all 6,561
+# assignments can be tried, and the best that is no larger than uniform bits is taken.
+#
+# In production: llama.cpp's Q4_K_M gives more bits to half of attn_v and ffn_down, by rule
+# (src/llama-quant.cpp). ModelOpt's auto_quantize searches with a gradient-based score as here.
+# Measured by show_mixed().
+
+
+def expected_damage(w: Matrix, back: Matrix, sensitivity: Matrix) -> float:
+    """Return ½ Σ sensitivity · (w - back)²."""
+    total = 0.0
+    for row, decoded, weights in zip(w, back, sensitivity):
+        total += sum(s * (a - b) ** 2 for a, b, s in zip(row, decoded, weights))
+    return total / 2
+
+
+class Choice(NamedTuple):
+    """One width for one matrix."""
+
+    bits: int
+    damage: float
+    nbytes: int
+
+
+def assign_bits(choices: dict[str, list[Choice]], budget: int) -> dict[str, int]:
+    """Return {matrix: bits} with the least sum of damages among assignments of at most budget bytes.
+
+    ValueError if even the smallest choices take more.
+    """
+    best = None
+    least = math.inf
+    for assignment in itertools.product(*choices.values()):
+        nbytes = sum(choice.nbytes for choice in assignment)
+        damage = sum(choice.damage for choice in assignment)
+        if nbytes <= budget and damage < least:
+            least = damage
+            best = assignment
+    if best is None:
+        raise ValueError(f"budget must allow for the smallest choices, not {budget} bytes")
+    return {name: choice.bits for name, choice in zip(choices, best)}
+
+
+# =============================================================================================
+# THE EXPERIMENTS: what the trace shows, and how it was measured
+# =============================================================================================
+
+# 1. Numbers in few bits
+
+
+class Loss(NamedTuple):
+    """One row: a mean loss on the evaluation text, and the perplexity that it means."""
+
+    who: str
+    loss: float
+    perplexity: float
+
+
+def compare_losses(lab: Lab) -> list[Loss]:
+    """Return the least loss, the model's with and without its outliers, and that of guessing."""
+    silent = copy_weights(lab.model.weights)
+    for norm in norms_and_readers(lab.config):
+        for channel in lab.outliers:
+            silent[norm][channel] = 0.0
+    losses = {
+        "someone who knows the language": least_loss(lab),
+        "the model": loss_of(lab, lab.model, lab.evaluation),
+        "its outlier channels set to 0": loss_of(lab, Llama(lab.config, silent), lab.evaluation),
+        "guessing": math.log(lab.config.vocab_size),
+    }
+    return [Loss(who, loss, math.exp(loss)) for who, loss in losses.items()]
+
+
+def shared_verses(lab: Lab) -> int:
+    """Return how many verses that are measured on stand in a text that something learns from."""
+    def lines(*texts: list[int]) -> set[str]:
+        return {line for ids in texts for line in lab.tokenizer.decode(ids).splitlines()}
+    measured = lines(lab.evaluation, lab.dialect_evaluation)
+    return len(measured & lines(lab.training, lab.calibration, lab.dialect_training))
+
+
+def show_numbers(trace: Trace, knobs: Namespace) -> None:
+    """The model under test, weights to codes and back, and the float formats."""
+    lab = lab_of(knobs)
+    least, model, silent, guessing = compare_losses(lab)
+    name = "layers.0.attention.wv"
+    q = quantize(lab.model.weights[name], knobs.bits)
+    weights, codes, back = flatten(lab.model.weights[name]), flatten(q.codes), flatten(q.dequantize())
+    furthest = max(range(len(weights)), key=lambda i: abs(weights[i]))
+    formats = [fp16, bf16, fp8_e4m3, fp8_e5m2]
+
+    verse = lab.tokenizer.decode(split_verses(lab, lab.training)[0]).strip()
+    trace.say(f"The model under test is a Llama of {n_numbers(lab.config):,} weights. It learned "
+              f"verses made of the rhyme's clauses in another order: \"{verse}\" Everything is "
+              f"measured on {len(lab.evaluation_verses)} verses that nothing was trained or "
+              f"calibrated on. The loss on them, in nats a token:")
+    trace.table([least, model, silent, guessing],
+                {"who as of": "", "loss": ".3f", "perplexity": ".2f"})
+    if lab.outliers:
+        uses = "It uses them." if silent.loss > model.loss else "It hardly uses them."
+        trace.say(f"As in large models, a few channels (numbers "
+                  f"{' and '.join(map(str, lab.outliers))} of {lab.config.dim}) are many times "
+                  f"larger than the others. The model was trained with them. {uses}")
+    trace.ask(f"the weight of {name} furthest from 0 is {weights[furthest]:+.4f}. Which code is it "
+              f"in INT{knobs.bits}?", codes[furthest])
+    trace.say(f"Five weights of {name} and the one furthest from 0, rounded to INT{knobs.bits} and "
+              f"back. One scale, {q.scales[0][0]:.4f}, serves the whole matrix.")
+    trace.table([{"weight": weights[i], "code": codes[i], "back": back[i]}
+                 for i in (*range(5), furthest)], {"weight": "+.4f", "code": "d", "back": "+.4f"})
+    trace.say("Floating point has coarse steps for large numbers and fine ones for small numbers. "
+              "Beyond its largest number it has infinity, or stays there.")
+    numbers = (math.pi, 0.001, 300.0, 70000.0)
+    trace.table([{"number": x, **{form.name: form(x) for form in formats}} for x in numbers],
+                {"number": ".6g", **{form.name: ".6g" for form in formats}})
+
+    trace.check("no verse that is measured on stands in any other text", shared_verses(lab) == 0,
+                "compared line by line")
+    trace.check("the model's loss lies between the least one and that of guessing",
+                least.loss < model.loss < guessing.loss, "the first table")
+    trace.check("INT4 of 0.7, -0.32, 0.04 = the example in the source",
+                quantize([[0.7, -0.32, 0.04]], 4).codes == [[7, -3, 0]], "7, -3, 0")
+    gap = max(abs(a - b) for a, b in zip(weights, back))
+    half = max(map(abs, weights)) / (2 ** (knobs.bits - 1) - 1) / 2
+    trace.check("no weight moved by more than half a step", gap <= half * 1.002,
+                f"{len(weights):,} weights")
+    some = weights + [10.0**e for e in range(-9, 5)]
+    trace.check("fp16() = what struct packs", list(map(fp16, some)) == halves(some),
+                f"{len(some):,} numbers")
+    trace.check("FP8 of pi, pi, 500 and 0.0009 = 3.25, 3, 448 and 0, as their bits allow",
+                [fp8_e4m3(math.pi), fp8_e5m2(math.pi), fp8_e4m3(500.0), fp8_e4m3(0.0009)]
+                == [3.25, 3.0, 448.0, 0.0], "by hand")
+
+
+# 2. Granularity
+
+
+class OneOutlier(NamedTuple):
+    """One row: what one outlier does to the weights beside it."""
+
+    granularity: str | int
+    bits: float    # a weight
+    moved: int     # weights that moved by more than 30% of the typical size
+    error: float   # of all weights but the outlier, as a share of their size
+
+
+def plant_one_outlier(bits: int, group_size: int, seed: int) -> list[OneOutlier]:
+    """Return the damage in 8 rows of 64 normal weights, one of which is made 20."""
+    w = normal_matrix(random.Random(seed), 8, 64)
+    w[2][20] = 20.0
+    rows = []
+    for granularity in ("tensor", "channel", group_size):
+        q = quantize(w, bits, granularity=granularity)
+        others = [(a, b) for a, b in zip(flatten(q.dequantize()), flatten(w)) if b != 20.0]
+        gaps = [abs(a - b) for a, b in others]
+        error = math.hypot(*gaps) / math.hypot(*(b for _, b in others))
+        rows.append(OneOutlier(granularity, q.bits_per_weight, sum(g > 0.3 for g in gaps), error))
+    return rows
+
+
+class RealSize(NamedTuple):
+    """One row: the weights of a real model in GiB."""
+
+    model: str
+    parameters: int
+    fp16: float
+    int4: float     # all weights at 4.125 bits
+    usual: float    # the same, but embedding and output matrix in 16 bits
+
+
+def real_sizes() -> list[RealSize]:
+    """Return the sizes of published models, from their configurations."""
+    rows = []
+    for model, (fields, _) in REAL_LLAMAS.items():
+        config = Config(*fields)
+        count = n_numbers(config)
+        ends = 2 * config.vocab_size * config.dim
+        bits = (16 * count, 4.125 * count, 16 * ends + 4.125 * (count - ends))
+        rows.append(RealSize(model, count, *(n / 8 / 2**30 for n in bits)))
+    return rows
+
+
+def show_granularity(trace: Trace, knobs: Namespace) -> None:
+    """One outlier's reach, the model at each granularity, and the sizes of real models."""
+    lab = lab_of(knobs)
+    bits, g = knobs.bits, knobs.group_size
+    tensor, channel, group = (score(lab, rounded, bits, shared)
+                              for shared in ("tensor", "channel", g))
+    planted = plant_one_outlier(bits, g, knobs.seed)
+
+    trace.say("One of 512 weights is made 20 times the typical size. Which others suffer if they "
+              "share its scale? Moved: by more than 30% of the typical size. Error: of all others, "
+              "as a share of their size.")
+    trace.table(planted, {"granularity as a scale per": "", "bits as bits/weight": ".3f",
+                          "moved": "d", "error": ".1%"})
+    trace.ask(f"INT{bits} with a scale in FP16 for every {g} weights: how many bits a weight?",
+              planted[2].bits)
+    trace.say("The model, rounded to nearest. KL: how far its predictions moved, with the standard "
+              "error (±) over the verses. Changed: how often another token became the likeliest.")
+    trace.table([score(lab, rounded, 8, "channel"), tensor, channel, group,
+                 score(lab, in_blocks, "Q4_0")], SCORES)
+    trace.say(f"A scale per channel: {compare(channel, tensor)} one per tensor. A scale per group of "
+              f"{g}: {compare(group, channel)} one per channel, {compare(group, tensor)} one per "
+              f"tensor. Q4_0 (section 3) has groups of 32, too, but uses 16 of INT4's codes instead "
+              f"of 15.")
+    trace.say("Real models in GiB: at 4.125 bits (INT4 in groups of 128) throughout, and with "
+              "embedding and output matrix in 16 bits, as they usually are.")
+    trace.table(real_sizes(), {"model": "", "parameters": ",d", "fp16 as 16 bits": ".1f",
+                               "int4 as 4.125 bits": ".1f", "usual as ends in 16 bits": ".1f"})
+
+    scales = [1, 8, 8 * ceil_div(64, g)]
+    trace.check("bits counted from the bytes = bits + 16 · scales / weights",
+                all(row.bits == bits + 16 * n / 512 for row, n in zip(planted, scales)),
+                "the first table")
+    trace.check("the fewer weights share the outlier's scale, the less the others move",
+                planted[0].error > planted[1].error >= planted[2].error, "the first table")
+    trace.check("parameters from the configurations = the published counts",
+                [row.parameters for row in real_sizes()] == [n for _, n in REAL_LLAMAS.values()],
+                "equal")
+
+
+# 3. llama.cpp's blocks and a file that it runs
+
+
+class BlockRow(NamedTuple):
+    """One row: a format of blocks on 4,096 weights."""
+
+    form: str
+    block: int      # bytes
+    bits: float     # a weight
+    error: float    # on weights around 0, as a share of their size
+    aside: float    # on the same weights, all moved to one side
+
+
+def compare_blocks(forms: Sequence[str], seed: int) -> list[BlockRow]:
+    """Return sizes, and errors on normal weights and on the same plus 1.5 times their size."""
+    rng = random.Random(seed)
+    w = [rng.gauss(0, 0.1) for _ in range(4096)]
+    rows = []
+    for form in forms:
+        encode, decode, size = BLOCK_FORMATS[form]
+        block = len(encode(w[:size]))
+        errors = [relative_distance([decode(encode(v), 4096)], [v])
+                  for v in (w, [value + 0.15 for value in w])]
+        rows.append(BlockRow(form, block, 8 * block / size, *errors))
+    return rows
+
+
+def show_gguf(trace: Trace, knobs: Namespace) -> None:
+    """A Q4_0 block taken apart, the formats' errors, and the first bytes of a GGUF file."""
+    row = normal_matrix(random.Random(knobs.seed), 1, 32, 0.1)[0]
+    block = q4_0_encode(row)
+    back = q4_0_decode(block, 32)
+    extreme = max(range(32), key=lambda i: abs(row[i]))
+    # A file's layout does not depend on the weights: an untrained model will do.
+    tokenizer = word_tokenizer()
+    config = lab_config(len(tokenizer.vocab))
+    weights = init_weights(config, random.Random(0))
+    file = gguf_file(config, weights, tokenizer)
+
+    trace.ask("a Q4_0 block is an FP16 scale and 32 codes of 4 bits. How many bytes?", len(block))
+    trace.say("One Q4_0 block of 32 weights, byte for byte: d in FP16 with its low byte first, then "
+              "16 bytes of two codes each.")
+    trace.lines(["  " + block[:2].hex(" ") + " │ " + block[2:].hex(" ")])
+    rows = []
+    for i in sorted({0, 1, 16, 17, extreme}):
+        byte = block[2 + i % 16]
+        rows.append({"weight": i, "value": row[i], "byte": f"{byte:02x}",
+                     "half": "low" if i < 16 else "high",
+                     "code": byte & 15 if i < 16 else byte >> 4, "back": back[i]})
+    trace.table(rows, {"weight": "d", "value": "+.4f", "byte": "", "half": "", "code": "d",
+                       "back as (code - 8) · d": "+.4f"})
+    trace.note(f"d = {struct.unpack('<e', block[:2])[0]:.5f}: weight {extreme}, the extreme one, "
+               f"divided by -8")
+    trace.say("Both formats, and their error on 4,096 normal weights:")
+    trace.table(compare_blocks(["Q8_0", "Q4_0"], knobs.seed),
+                {"form as format": "", "block as bytes": "d", "bits as bits/weight": ".2f",
+                 "error": ".2%"})
+    trace.say(f"A GGUF file of a model of this size, of {len(file):,} bytes, begins with the magic, "
+              f"the version, the number of tensors and the number of metadata entries. The first key "
+              f"follows, its length before it:")
+    for start in range(0, 64, 16):
+        line = file[start:start + 16]
+        text = "".join(chr(b) if 32 <= b < 127 else "·" for b in line)
+        trace.lines([f"  {line.hex(' ')}  {text}"])
+    trace.say("`python microquant.py --gguf tiny.gguf` writes the trained model with its tokenizer. "
+              "`llama-cli -m tiny.gguf -no-cnv --temp 0 -p \"This is\"` goes on from there.")
+
+    # 1, 2, …, 32: d = 32/127, so weight i has the code round(127 · i / 32).
+    codes = bytes(math.floor(127 * i / 32 + 0.5) for i in range(1, 33))
+    trace.check("Q8_0 of 1, 2, …, 32 = the block worked out by hand",
+                q8_0_encode(range(1, 33)) == struct.pack("<e", 32 / 127) + codes, "34 bytes")
+    # -8, …, 7, twice: d = 1, and weights j and j + 16 have the same code: bytes 00, 11, …, ff.
+    trace.check("Q4_0 of -8, …, 7, twice = the block worked out by hand",
+                q4_0_encode([*range(-8, 8)] * 2) == b"\x00\x3c" + bytes(range(0, 256, 17)),
+                "18 bytes")
+    counts = struct.unpack("<IQQ", file[4:24])
+    trace.check("the file's first numbers = version 3, its tensors, its metadata entries",
+                counts == (3, len(config.shapes()), len(gguf_metadata(config, tokenizer))),
+                ", ".join(map(str, counts)))
+    n = math.prod(config.shapes()["output"])
+    stored = q8_0_decode(file[-n // 32 * 34:], n)
+    trace.check_close("the file's last bytes = the output matrix, but for rounding",
+                      [stored], [flatten(weights["output"])], 0.003)
+    trace.check("Q4_0 gives back the extreme weight of the block",
+                abs(back[extreme] / row[extreme] - 1) < 0.001, f"weight {extreme}")
+
+
+# 4. NF4 and double quantization
+
+
+class CodebookRow(NamedTuple):
+    """One row: a 4-bit format on two kinds of numbers."""
+
+    form: str
+    bits: float
+    normal: float    # root mean square error, as a share of the numbers'
+    uniform: float
+
+
+def compare_codebooks(seed: int) -> list[CodebookRow]:
+    """Return bits and errors on 16,384 normal numbers, and on as many uniform ones."""
+    rng = random.Random(seed)
+    normal = normal_matrix(rng, 32, 512)
+    uniform = [[rng.uniform(-1, 1) for _ in range(512)] for _ in range(32)]
+    rows = []
+    for form, options in (("INT4, groups of 64", (64, True)),
+                          ("INT4 asymmetric, groups of 64", (64, False)),
+                          ("INT4, groups of 32", (32, True)),
+                          ("NF4", False), ("NF4, double quantization", True)):
+        coded = []
+        for w in (normal, uniform):
+            if isinstance(options, tuple):
+                group_size, symmetric = options
+                coded.append(quantize(w, 4, granularity=group_size, symmetric=symmetric))
+            else:
+                coded.append(quantize_nf4(w, double_quant=options))
+        rows.append(CodebookRow(form, coded[0].bits_per_weight,
+                                relative_distance(coded[0].dequantize(), normal),
+                                relative_distance(coded[1].dequantize(), uniform)))
+    return rows
+
+
+def show_nf4(trace: Trace, knobs: Namespace) -> None:
+    """The codebook over a bell, and NF4 against INT4 at equal bits."""
+    codebook = nf4_codebook()
+    symmetric, asymmetric, int4, nf4, double = rows = compare_codebooks(knobs.seed)
+    blocks = normal_matrix(random.Random(knobs.seed), 64, 64)
+    divided = [value / max(map(abs, block)) for block in blocks for value in block]
+
+    trace.ask("of INT4's 15 values, laid over -1 to 1, three lie between -0.2 and 0.2. How many of "
+              "NF4's 16?", sum(abs(value) < 0.2 for value in codebook))
+    trace.say("Normal numbers, divided by the largest of their block of 64, and the values of both "
+              "formats below. NF4's values stand close where the numbers are.")
+    trace.lines(histogram(divided, {"NF4": codebook, "INT4": [code / 7 for code in range(-7, 8)]}))
+    trace.say("Bits a weight with all scales, and the error (root mean square, as a share of the "
+              "numbers' own) on 16,384 normal and as many uniform numbers:")
+    trace.table(rows, {"form as format": "", "bits": ".3f", "normal": ".2%", "uniform": ".2%"})
+    trace.say(f"At 4.5 bits NF4 has an error of {nf4.normal:.2%}, INT4 of {int4.normal:.2%}; "
+              f"asymmetric INT4 has {asymmetric.normal:.2%} at {asymmetric.bits:.2f}. So plain NF4 is "
+              f"no bargain. Its case is double quantization: {double.normal:.2%} at "
+              f"{double.bits:.2f} bits.")
+    trace.check_close("the codebook derived = the 16 published values", [codebook], [PUBLISHED_NF4],
+                      1e-6)
+    trace.check("NF4 beats INT4 in the same blocks on normal numbers, and loses on uniform ones",
+                nf4.normal < symmetric.normal and nf4.uniform > symmetric.uniform, "groups of 64")
+    trace.check("double quantization adds hardly any error", double.normal < nf4.normal * 1.01,
+                f"{double.normal / nf4.normal - 1:+.2%} of it")
+    trace.check("bits counted = 4 + 32/64, and 4 + 8/64 + 32/(64 · 256) + the mean's 32 over all",
+                (nf4.bits, double.bits) == (4.5, 4 + 8 / 64 + 32 / (64 * 256) + 32 / 16384),
+                "equal")
+
+
+# 5. Activations too
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class Channels(NamedTuple):
+    """One row: how large the input channels of a matrix are on the calibration text."""
+
+    matrix: str
+    channels: int
+    kept: int        # by LLM.int8() in floating point
+    largest: float
+    typical: float   # the median channel's largest activation
+
+
+def compare_channels(lab: Lab) -> list[Channels]:
+    """Return how large the channels of each matrix's input are."""
+    rows = []
+    for name in lab.linears:
+        sizes = column_absmax(lab.inputs[name])
+        kept = sum(size >= 6.0 for size in sizes)
+        rows.append(Channels(name, len(sizes), kept, max(sizes), median(sizes)))
+    return rows
+
+
+def show_activations(trace: Trace, knobs: Namespace) -> None:
+    """The sizes of activations, and the ways to have them in 8 bits."""
+    lab = lab_of(knobs)
+    channels = compare_channels(lab)
+    static, dynamic, fp8, mixed = (score(lab, in_8_bits, method)
+                                   for method in ("static", "dynamic", "FP8", "LLM.int8()"))
+    smooth = [score(lab, by_smoothquant, alpha) for alpha in ALPHAS]
+    name = "layers.0.attention.wq"
+    x = lab.inputs[name][:8]
+    w = lab.model.weights[name]
+    smooth_model = Llama(lab.config, smoothed(lab, knobs.alpha))
+    smooth_x = inputs_on(lab, smooth_model, lab.calibration)[name]
+
+    trace.say(f"The largest activation of each channel that {name} reads, from left to right: as it "
+              f"is, and after SmoothQuant with α = {knobs.alpha:g}.")
+    for sizes in (column_absmax(lab.inputs[name]), column_absmax(smooth_x)):
+        first, *others = columns_picture(sizes, 4)
+        trace.lines([f"{max(sizes):7.1f} {first}", *(" " * 8 + line for line in others)])
+    trace.ask(f"how many of these {channels[0].channels} channels will LLM.int8() keep in floating "
+              f"point?", channels[0].kept)
+    trace.say("LLM.int8() keeps channels that reach 6.0. That threshold is made for large models, "
+              "whose other activations are small; w2's inputs here are not.")
+    trace.table(channels, {"matrix": "", "channels": "d", "kept": "d", "largest": ".1f",
+                           "typical as median": ".1f"})
+    trace.say("The model with weights and activations in 8 bits, a scale per row of W. SmoothQuant's "
+              "scales for x are dynamic.")
+    trace.table([static, dynamic, fp8, mixed, *smooth], SCORES)
+    best = min(smooth, key=lambda row: row.kl)
+    inside = "inside" if best not in (smooth[0], smooth[-1]) else "at an end of"
+    trace.say(f"Static scales: {compare(static, dynamic)} dynamic ones. LLM.int8(): "
+              f"{compare(mixed, dynamic)} dynamic INT8. SmoothQuant at its best: "
+              f"{compare(best, dynamic)} dynamic INT8; the best α lies {inside} the range. FP8, "
+              f"without calibration: {compare(fp8, static)} static INT8, {compare(fp8, dynamic)} "
+              f"dynamic.")
+
+    steps = [max(map(abs, row)) / 127 for row in x]
+    rounded_x = [[round(value / step) * step for value in row] for row, step in zip(x, steps)]
+    int8_w = quantize(w, 8, granularity="channel").dequantize()
+    trace.check_close("LLM.int8() with threshold infinity = the product of x and W, both rounded",
+                      llm_int8_matmul(x, w, threshold=math.inf), linear(rounded_x, int8_w), 1e-9)
+    trace.check_close("LLM.int8() with threshold 0 = the exact product",
+                      llm_int8_matmul(x, w, threshold=0.0), linear(x, w), 1e-9)
+    errors = [relative_distance(y, linear(x, w)) for y in (llm_int8_matmul(x, w), fp8_matmul(x, w))]
+    trace.check("LLM.int8()'s product is off by less than 2%, FP8's by less than 5%",
+                errors[0] < 0.02 and errors[1] < 0.05, f"{errors[0]:.2%} and {errors[1]:.2%}")
+    verse = split_verses(lab, lab.evaluation)[0]
+    trace.check_close("SmoothQuant left the FP32 logits where they were",
+                      smooth_model.forward(verse), lab.model.forward(verse), 1e-9)
+    trace.check("s of max|x| = 16 and max|w| = 1 is 4 at α = 1/2, and 8 at α = 3/4",
+                smoothquant_scales([16.0], [1.0]) + smoothquant_scales([16.0], [1.0], 0.75)
+                == [4.0, 8.0], "by hand")
+    trace.check("a static scale of 1, 0, -254 is 2", static_scale([[1.0, 0.0, -254.0]]) == 2.0,
+                "by hand")
+
+
+# 6. GPTQ
+
+
+class LayerError(NamedTuple):
+    """One row: how far a matrix's output moves on unseen text, |Wx - Qx| / |Wx|."""
+
+    matrix: str
+    nearest: float
+    gptq: float
+    act_order: float
+
+
+def compare_outputs(lab: Lab, bits: int, group_size: int) -> list[LayerError]:
+    """Return the output errors of each matrix on the evaluation text."""
+    unseen = inputs_on(lab, lab.model, lab.evaluation)
+    models = [made(lab, rounded, bits, group_size).model, made(lab, by_gptq, bits, group_size).model,
+              made(lab, by_gptq, bits, group_size, True).model]
+    rows = []
+    for name in lab.linears:
+        exact = linear(unseen[name], lab.model.weights[name])
+        errors = [relative_distance(linear(unseen[name], model.weights[name]), exact)
+                  for model in models]
+        rows.append(LayerError(name, *errors))
+    return rows
+
+
+def calibrate_on_one_token(lab: Lab, name: str, bits: int, group_size: int) -> float:
+    """Return the output error of one matrix on unseen text if GPTQ saw a single token."""
+    w = lab.model.weights[name]
+    x = inputs_on(lab, lab.model, lab.evaluation)[name]
+    q = gptq(w, hessian_of(lab.inputs[name][:1]), bits, granularity=group_size)
+    return relative_distance(linear(x, q.dequantize()), linear(x, w))
+
+
+def show_gptq(trace: Trace, knobs: Namespace) -> None:
+    """The example, every matrix's output error, and the model."""
+    lab = lab_of(knobs)
+    bits, g = knobs.bits, knobs.group_size
+    nearest_score = score(lab, rounded, bits, g)
+    gptq_score = score(lab, by_gptq, bits, g)
+    ordered = score(lab, by_gptq, bits, g, True)
+    layers = compare_outputs(lab, bits, g)
+    one_token = calibrate_on_one_token(lab, "output", bits, g)
+
+    trace.say("GPTQ rounds column after column, and lets the columns still to come repair what "
+              "rounding broke, as far as their inputs move together. An example: the weights 0.4, "
+              "0.4 and 7, of which the first two have nearly equal inputs.")
+    w = [[0.4, 0.4, 7.0]]
+    together = [[4.0, 3.99, 0.0], [3.99, 4.0, 0.0], [0.0, 0.0, 0.1]]
+    token = [2.0, 2.1, -0.3]
+    examples = {"to nearest": quantize(w, 4), "GPTQ": gptq(w, together, 4, granularity="tensor")}
+    rows = [{"way": "exact", "output": dot(w[0], token)}]
+    for way, q in examples.items():
+        rows.append({"way": way, "codes": str(q.codes[0]), "output": dot(q.dequantize()[0], token)})
+    trace.table([{"codes": "", **row} for row in rows],
+                {"way": "", "codes": "", "output as output for (2, 2.1, -0.3)": "+.2f"})
+    trace.ask(f"INT{bits} in groups of {g} has a KL of {nearest_score.kl:.4f} when rounded to "
+              f"nearest. And with GPTQ?", gptq_score.kl)
+    trace.say(f"How far each matrix's output moves on text that calibration never saw, at INT{bits} "
+              f"in groups of {g}, as a share of its size:")
+    trace.table(layers, {"matrix": "", "nearest": ".1%", "gptq as GPTQ": ".1%",
+                         "act_order as act-order": ".1%"})
+    trace.note(f"calibrated on a single token, GPTQ moves that of output by {one_token:.1%}")
+    trace.say("The model:")
+    trace.table([nearest_score, gptq_score, ordered], SCORES)
+    trace.say(f"GPTQ: {compare(gptq_score, nearest_score)} rounding to nearest, with the same bytes. "
+              f"act-order: {compare(ordered, gptq_score)} GPTQ in the order of the columns.")
+
+    identity = [[1.0 if i == j else 0.0 for j in range(32)] for i in range(32)]
+    w2 = lab.model.weights["layers.0.feed_forward.w2"]
+    h = add(hessian_of(lab.inputs["layers.0.feed_forward.w2"]), identity)
+    u = upper_factor(h)
+    trace.check_close("U H Uᵀ = 1, so Uᵀ U is the inverse of H", linear(linear(u, h), u), identity,
+                      1e-9)
+    trace.check("H of the inputs (1, 2) and (3, 4) = (20, 28), (28, 40)",
+                hessian_of([[1.0, 2.0], [3.0, 4.0]]) == [[20.0, 28.0], [28.0, 40.0]], "by hand")
+    trace.check("with uncorrelated inputs GPTQ = rounding to nearest, act-order or not",
+                gptq(w2, identity, bits, granularity=g) == quantize(w2, bits, granularity=g)
+                == gptq(w2, identity, bits, granularity=g, act_order=True), "equal")
+    trace.check("the example: 0, 0, 7 to nearest, and 0, 1, 7 by GPTQ",
+                [q.codes for q in examples.values()] == [[[0, 0, 7]], [[0, 1, 7]]], "by hand")
+    x = lab.inputs["layers.0.feed_forward.w2"]
+    q = gptq(w2, hessian_of(x), bits, granularity=g)
+    by_gptq_error, nearest_error = (
+        relative_distance(linear(x, way.dequantize()), linear(x, w2))
+        for way in (q, quantize(w2, bits, granularity=g)))
+    trace.check("on the calibration text GPTQ moves w2's output less than rounding to nearest",
+                by_gptq_error < nearest_error, f"{by_gptq_error:.2%} against {nearest_error:.2%}")
+
+
+# 7. AWQ
+
+
+class Exponent(NamedTuple):
+    """One row: an exponent and the output error that it leaves."""
+
+    exponent: float
+    error: float
+
+
+def try_exponents(lab: Lab, source: str, bits: int, group_size: int) -> list[Exponent]:
+    """Return the output errors of the matrices that read source, for some exponents."""
+    w, x = readers_of(lab, source)
+    exact = linear(x, w)
+    rows = []
+    for exponent in (0.0, 0.2, 0.4, 0.6, 0.8):
+        scales = awq_scales(x, exponent)
+        q = quantize(scale_columns(w, scales), bits, granularity=group_size)
+        rows.append(Exponent(exponent, output_error(q, scales, x, exact)))
+    return rows
+
+
+def show_awq(trace: Trace, knobs: Namespace) -> None:
+    """Which channels to protect, the search for the exponent, and the model."""
+    lab = lab_of(knobs)
+    bits, g = knobs.bits, knobs.group_size
+    nearest_score = score(lab, rounded, bits, g)
+    chance, by_weights, by_inputs = (score(lab, keeping_channel, bits, g, by)
+                                     for by in ("chance", "weights", "activations"))
+    awq = score(lab, by_awq, bits, g)
+    source = "layers.0.attention_norm"
+    tried = try_exponents(lab, source, bits, g)
+    found = awq_exponents(lab, bits, g)
+
+    trace.ask("one channel is kept in FP16. Which is best: one by chance, the one of the largest "
+              "weights, or of the largest activations?",
+              min((chance, by_weights, by_inputs), key=lambda row: row.kl).method.split("by ")[1])
+    trace.say(f"INT{bits} in groups of {g}, with one of each matrix's input channels in FP16 (1.6% "
+              f"of 64). AWQ keeps none, but multiplies the columns of large inputs before rounding, "
+              f"and divides the inputs.")
+    trace.table([nearest_score, chance, by_weights, by_inputs, awq], SCORES)
+    trace.say(f"A channel chosen by activations: {compare(by_inputs, by_weights)} one by weights, "
+              f"{compare(by_inputs, chance)} one by chance. AWQ: {compare(awq, nearest_score)} "
+              f"rounding to nearest, with the same bytes.")
+    trace.say(f"The search for {source}: the output error of the matrices that read it, on the "
+              f"calibration text. The exponent 0 is rounding to nearest.")
+    trace.table(tried, {"exponent": ".1f", "error": ".2%bar 40"})
+    trace.note("found, of 0 to 0.9: " + ", ".join(f"{name} {alpha:.1f}"
+                                                  for name, (_, alpha) in found.items()))
+    w, x = readers_of(lab, source)
+    folded = Llama(lab.config, awq_folded(lab, bits, g))
+    verse = split_verses(lab, lab.evaluation)[0]
+    trace.check_close("AWQ's scales, folded in, left the FP32 logits where they were",
+                      folded.forward(verse), lab.model.forward(verse), 1e-9)
+    y = linear(x, quantize(w, bits, granularity=g).dequantize())
+    trace.check("exponent 0 = rounding to nearest",
+                abs(tried[0].error - relative_distance(y, linear(x, w))) < 1e-12, "the same error")
+    trace.check_close("s of mean|x| = 1, 4, 16 at exponent 1/2 = 1/2, 1, 2",
+                      [awq_scales([[1.0, -4.0, 16.0]], 0.5)], [[0.5, 1.0, 2.0]], 1e-12)
+    scales, alpha = found[source]
+    trace.check("the exponent found is no worse than any in the table",
+                any(row.exponent == alpha for row in tried) or alpha in (0.1, 0.3, 0.5, 0.7, 0.9),
+                f"{alpha:.1f}")
+
+
+# 8. QLoRA: training on top of a compressed model
+
+RANK = 4
+FINE_TUNING = (6, 32)  # steps, tokens a step: the whole text
+# Each is the best of 0.005, 0.01, 0.02, 0.04 and 0.08, in the mean of seeds 0 to 4.
+RATES = {"full": 0.01, "LoRA": 0.04, "QLoRA": 0.04}
+
+
+class FineTuned(NamedTuple):
+    """One row: a model on the dialect's evaluation text."""
+
+    way: str
+    trained: int    # numbers
+    weights: int    # bytes, while training
+    optimizer: int  # bytes
+    perplexity: float
+
+
+def train_adapters(
+    lab: Lab, base: dict[str, Matrix | Vector], learning_rate: float
+) -> dict[str, Matrix | Vector]:
+    """Return base with adapters trained on the dialect beside every matrix, stored in FP16."""
+    rng = random.Random(1)
+    adapters = {name: new_adapter(base[name], RANK, rng) for name in lab.linears}
+    # Adam trains what is in `parameters`; the adapters hold the same lists.
+    parameters = {}
+    for name, adapter in adapters.items():
+        parameters[name + ".a"] = adapter.a
+        parameters[name + ".b"] = adapter.b
+
+    def adapted() -> dict[str, Matrix | Vector]:
+        return base | {name: with_adapter(base[name], a) for name, a in adapters.items()}
+
+    def gradients_of(config: Config, _: dict, tokens: Sequence[int]) -> tuple[float, dict]:
+        loss, gradients = loss_and_gradients(config, adapted(), tokens)
+        found = {}
+        for name, adapter in adapters.items():
+            found[name + ".a"], found[name + ".b"] = adapter_gradient(gradients[name], adapter)
+        return loss, found
+
+    steps, length = FINE_TUNING
+    descend(lab.config, parameters, lab.dialect_training, steps, length, learning_rate, gradients_of)
+    for matrix in parameters.values():
+        for row in matrix:
+            row[:] = halves(row)
+    return adapted()
+
+
+def compare_fine_tuning(lab: Lab, rates: dict[str, float]) -> list[FineTuned]:
+    """Return both bases and the three ways to train, at equal steps on the same text."""
+    base = lab.model.weights
+    nf4 = made(lab, in_nf4, True)
+    full = copy_weights(base)
+    descend(lab.config, full, lab.dialect_training, *FINE_TUNING, rates["full"])
+    n_all = n_numbers(lab.config)
+    n_adapters = RANK * sum(sum(lab.config.shapes()[name]) for name in lab.linears)
+    # While training: what is trained in FP32, what is frozen in FP16 or NF4, and two FP32 numbers
+    # of Adam for each number that is trained.
+    ways = {
+        "before": (base, 0, 2 * n_all),
+        "before, in NF4": (nf4.model.weights, 0, nf4.nbytes),
+        "full": (full, n_all, 4 * n_all),
+        "LoRA": (train_adapters(lab, base, rates["LoRA"]), n_adapters, 2 * n_all + 4 * n_adapters),
+        "QLoRA": (train_adapters(lab, nf4.model.weights, rates["QLoRA"]), n_adapters,
+                  nf4.nbytes + 4 * n_adapters),
+    }
+    rows = []
+    for way, (weights, trained, nbytes) in ways.items():
+        loss = loss_of(lab, Llama(lab.config, weights), lab.dialect_evaluation)
+        rows.append(FineTuned(way, trained, nbytes, 8 * trained, math.exp(loss)))
+    return rows
+
+
+def show_qlora(trace: Trace, knobs: Namespace) -> None:
+    """Fine-tuning on a dialect: everything, adapters, and adapters on NF4."""
+    lab = lab_of(knobs)
+    rows = compare_fine_tuning(lab, RATES)
+    before, nf4, full, lora, qlora = rows
+    steps, length = FINE_TUNING
+    wq = lab.model.weights["layers.0.attention.wq"]
+
+    trace.ask(f"wq has {len(wq)} rows and {len(wq[0])} columns. How many numbers does an adapter of "
+              f"rank {RANK} beside it have?", RANK * (len(wq) + len(wq[0])))
+    verse = lab.tokenizer.decode(split_verses(lab, lab.dialect_training)[0]).strip()
+    trace.say(f"The task is a dialect: \"{verse}\" Each way trains for {steps} steps of {length} tokens on the same verses, "
+              f"at its own best learning rate, and is measured on others. Weights and optimizer: "
+              f"bytes while training.")
+    trace.table(rows, {"way": "", "trained": ",d", "weights": ",d", "optimizer": ",d",
+                       "perplexity": ".2f"})
+    share = (qlora.weights + qlora.optimizer) / (full.weights + full.optimizer)
+    gained = (nf4.perplexity - qlora.perplexity) / (before.perplexity - full.perplexity)
+    trace.say(f"QLoRA takes {share:.0%} of the bytes of full training, and lowers the perplexity by "
+              f"{gained:.0%} of what full training gains.")
+    trace.note("Adapters are measured as they are stored, in FP16. Rates: "
+               + ", ".join(f"{way} {rate:g}" for way, rate in RATES.items()))
+    trace.check("a new adapter changes nothing",
+                with_adapter(wq, new_adapter(wq, RANK, random.Random(0))) == wq, "equal")
+    a, b = [[5.0, 6.0]], [[7.0], [8.0]]
+    trace.check("W + B A, dA and dB of a 2 × 2 matrix at rank 1 = worked out by hand",
+                with_adapter([[1.0, 2.0], [3.0, 4.0]], Adapter(a, b)) == [[36.0, 44.0], [43.0, 52.0]]
+                and adapter_gradient([[1.0, 2.0], [3.0, 4.0]], Adapter(a, b))
+                == ([[31.0, 46.0]], [[17.0], [39.0]]), "equal")
+    trace.check("every way lowered the perplexity of what it started from",
+                max(full.perplexity, lora.perplexity) < before.perplexity
+                and qlora.perplexity < nf4.perplexity, "on verses that it was not trained on")
+
+
+# 9. The table
+
+
+class TableRow(NamedTuple):
+    """One row: a method, its score, and what it needs."""
+
+    method: str
+    bits: float
+    nbytes: int
+    kl: float
+    error: float
+    needs: str
+
+
+def compare_everything(lab: Lab, bits: int, group_size: int, alpha: float) -> list[TableRow]:
+    """Return every method that needs no training, on the same model and text."""
+    text = "calibration text"
+    methods: list[tuple] = [
+        ("", rounded, 8, "channel"), ("", in_blocks, "Q8_0"), ("", rounded, bits, "tensor"),
+        ("", rounded, bits, "channel"), ("", rounded, bits, group_size),
+        ("", rounded, bits, group_size, False), ("", in_blocks, "Q4_0"), ("", in_blocks, "Q4_K"),
+        ("", in_nf4, True), ("", in_blocks, "MXFP4"), ("", in_nvfp4), ("", by_hqq, bits, group_size),
+        (text, by_gptq, bits, group_size), (text, by_gptq, bits, group_size, True),
+        (text, by_awq, bits, group_size), ("text, gradients", by_squeezellm, bits),
+        ("text, gradients", in_mixed_bits, bits, group_size), (text, in_8_bits, "static"),
+        ("", in_8_bits, "dynamic"), ("", in_8_bits, "FP8"), ("", in_8_bits, "LLM.int8()"),
+        (text, by_smoothquant, alpha),
+    ]
+    rows = []
+    for needs, make, *arguments in methods:
+        s = score(lab, make, *arguments)
+        rows.append(TableRow(s.method, s.bits, s.nbytes, s.kl, s.error, needs))
+    return rows
 
 
 def show_table(trace: Trace, knobs: Namespace) -> None:
-    """The table and the picture."""
-    lab, letters = laboratory(knobs), "abcdefghijklmnopqrstuvwxyz"
-    compressed = everything(lab, knobs)
-    measured = [measure(lab, c) for c in compressed]
-    small = [i for i, c in enumerate(compressed) if c.bits_per_weight < 5.5]
-    trace.ask("which method under 5.5 bits a weight has the least KL? (One of "
-              + "; ".join(compressed[i].name for i in small) + ")",
-              compressed[min(small, key=lambda i: measured[i].kl)].name)
-    trace.say(f"Every method on the same {len(lab.logits)} tokens. Bits: per weight of the matrices, counted; "
-              f"bytes: the whole file; chg: likeliest tokens changed. The sample continues {knobs.prompt!r}. A letter "
-              f"marks the method in the picture below, with a star if nothing else is both as small and as good: the "
-              f"Pareto front.")
-    points = [(c.nbytes, m.kl) for c, m in zip(compressed, measured)]
-    front = pareto_front(points)
-    rows = [["", "FP32", "32.00", f"{lab.fp32_bytes:,}", f"{lab.perplexity:.3f}", "", "",
-             continue_text(lab, knobs, lab.model.weights, call)]]
-    for i, (c, m) in enumerate(zip(compressed, measured)):
-        rows.append([letters[i] + "*" * (i in front), c.name, f"{c.bits_per_weight:.2f}", f"{c.nbytes:,}",
-                     f"{m.perplexity:.3f}", f"{m.kl:.4f}", str(m.changed), continue_text(lab, knobs, c.weights, c.run)])
-    trace.table(["", "method", "bits", "bytes", "ppl", "KL", "chg", "sample"], rows, left=(0, 1, 7))
-    trace.note("The KL of models that were trained further counts what they learned as well. For Q4_K and HQQ without "
-               "planted outliers see sections 5 and 9.")
-    trace.say("Bytes of the file from left to right, KL from FP32 upwards (ten times for every four lines; the "
-              "lowest line is for whatever is less). Down and left is better. Where several meet, they stand in a row.")
-    trace.lines(scatter([(*point, letters[i], i in front) for i, point in enumerate(points)]))
-    trace.check("KL is nowhere negative", all(m.kl > -1e-12 for m in measured), f"{len(measured)} methods")
+    """Every method on one page."""
+    lab = lab_of(knobs)
+    rows = compare_everything(lab, knobs.bits, knobs.group_size, knobs.alpha)
+    small = [row for row in rows if row.bits < 5]
+    best = min(small, key=lambda row: row.kl)
+    ties = [row.method for row in small if row is not best and tied(row, best)]
+
+    trace.ask("which method under 5 bits a weight has the least KL? ("
+              + "; ".join(row.method for row in small) + ")", best.method)
+    trace.say(f"Every method that needs no training, on one model and one text. Bits: a weight of "
+              f"the matrices, scales included. Bytes: of the whole file, which has "
+              f"{4 * n_numbers(lab.config):,} in FP32. From W8A8 on, activations are in 8 bits, too.")
+    trace.table(rows, {"method": "", "bits": ".2f", "nbytes as bytes": ",d", "kl as KL": ".5f",
+                       "error as ±": ".5f", "needs": ""})
+    also = f", in a tie with {', '.join(ties)}" if ties else ""
+    trace.say(f"Under 5 bits, {best.method} stays closest to the model{also}. Methods that train are "
+              f"in sections 8 and 13, for after training a KL counts what was learned as well.")
+    trace.check("KL is nowhere negative", min(row.kl for row in rows) > -1e-12,
+                f"{len(rows)} methods")
+    p, q = log_softmax([0.0, 0.0]), log_softmax([math.log(3), 0.0])
+    trace.check("KL of (1/2, 1/2) from (3/4, 1/4) = log(4/3) / 2",
+                abs(kl_divergence(p, q) - math.log(4 / 3) / 2) < 1e-12, "by hand")
+    expected = 2 * n_numbers(lab.config) - lab.n_weights * 2 + lab.n_weights // 32 * 34
+    trace.check("Q8_0's bytes = 34 for every 32 weights, and 2 for each number beside the matrices",
+                rows[1].nbytes == expected, f"{expected:,}")
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
-    """Which of the points (x, y) no other beats by being as low in both; of equal ones the first."""
-    return {i for i, (x, y) in enumerate(points)
-            if not any(a <= x and b <= y and (a, b, j) < (x, y, i) for j, (a, b) in enumerate(points))}
+# 10. MXFP4 and NVFP4
 
 
-def scatter(points: Sequence[tuple[float, float, str, bool]], width: int = 70, height: int = 17) -> list[str]:
-    """Points (x, y, letter, on the front) as text, y on a logarithmic axis; where a place is taken, the next free one."""
-    logs = [math.log10(max(y, 1e-5)) for _, y, _, _ in points]
-    top, least, most = max(logs), min(x for x, *_ in points), max(x for x, *_ in points)
-    picture = [[" "] * width for _ in range(height)]
-    for (x, _, letter, best), log in sorted(zip(points, logs), key=lambda pair: not pair[0][3]):  # the front first
-        line = picture[min(height - 1, round((top - log) * 4))]
-        column = round((x - least) / (most - least or 1) * (width - 10))
-        while column < width - 2 and (line[column] != " " or best and line[column + 1] != " "):
-            column += 1
-        line[column:column + 1 + best] = letter + "*" * best
-    marks = [f"{10 ** (top - i / 4):7.4f}" if i % 4 == 0 else " " * 7 for i in range(height)]
-    return [f"{mark} │" + "".join(line) for mark, line in zip(marks, picture)] + [
-        " " * 8 + "└" + "─" * width, " " * 9 + f"{least:,} bytes".ljust(width - 22) + f"{most:,} bytes"]
+def show_fp4(trace: Trace, knobs: Namespace) -> None:
+    """A block of each, and the model beside Q4_0 and NF4."""
+    lab = lab_of(knobs)
+    mx, nv = score(lab, in_blocks, "MXFP4"), score(lab, in_nvfp4)
+    q4_0, nf4 = score(lab, in_blocks, "Q4_0"), score(lab, in_nf4, True)
+    row = [0.79, -0.3, 0.11, 0.05] * 8
+    data = mxfp4_encode(row)
+    back = mxfp4_decode(data, 32)
+    nvfp4_back = quantize_nvfp4([row]).dequantize()[0]
+
+    trace.ask("MXFP4 has a scale of one byte for 32 weights of 4 bits. How many bits a weight?",
+              8 * len(data) / 32)
+    trace.say(f"Four weights, repeated, in both formats. MXFP4's scale is a power of two, here "
+              f"{2.0 ** (data[0] - 127):g}; NVFP4's takes the largest weight to 6.")
+    trace.table([{"weight": row[i], "MXFP4": back[i], "NVFP4": nvfp4_back[i]} for i in range(4)],
+                {"weight": "+.2f", "MXFP4": "+.4f", "NVFP4": "+.4f"})
+    trace.say("The model:")
+    trace.table([mx, nv, q4_0, nf4], SCORES)
+    trace.say(f"NVFP4, with a quarter of a bit more: {compare(nv, mx)} MXFP4. MXFP4, with a quarter "
+              f"of a bit less: {compare(mx, q4_0)} Q4_0.")
+    # All 16 values, twice: the scale is 1, and the codes are 0 to 15.
+    values = [fp4_value(code) for code in range(16)]
+    trace.check("MXFP4 of all its values, twice = the block worked out by hand",
+                mxfp4_encode(values * 2) == bytes([127, *range(0, 256, 17)]), "17 bytes")
+    blocks = [[value * scale for value in values] for scale in (448.0, 3.5)]
+    trace.check("both give back weights that lie on their grids",
+                quantize_nvfp4(blocks).dequantize() == blocks
+                and mxfp4_decode(mxfp4_encode(values * 2), 32) == values * 2, "equal")
+    trace.check("bits counted = 4 + 8/32, and 4 + 8/16 + 32 over each matrix",
+                (mx.bits, nv.bits) == (4.25, 4.5 + 32 * len(lab.linears) / lab.n_weights), "equal")
 
 
-# ---------------------------------------------------------------------------------------------------
-# The model under test, what it is measured by, and the pictures.
+# 11. Q4_K
 
-@dataclass(frozen=True, eq=False)
-class Compressed:
-    """A compressed model: its weights as they decode, the bytes of its file, and how its operations run."""
-    name: str
-    weights: dict[str, Matrix | Vector]
-    nbytes: int
-    bits_per_weight: float      # of the matrices
-    run: Callable
+
+def show_q4_k(trace: Trace, knobs: Namespace) -> None:
+    """A super-block's first 16 bytes, and Q4_K beside Q4_0."""
+    lab = lab_of(knobs)
+    data = q4_k_encode(normal_matrix(random.Random(knobs.seed), 1, 256, 0.1)[0])
+    scales, mins = q4_k_scales(data[4:16])
+    q4_0, q4_k = score(lab, in_blocks, "Q4_0"), score(lab, in_blocks, "Q4_K")
+    rows = compare_blocks(["Q4_0", "Q4_K"], knobs.seed)
+
+    trace.ask("a Q4_K super-block has 144 bytes for 256 weights. How many bits a weight?",
+              8 * len(data) / 256)
+    trace.say("A super-block's first 16 bytes: d and dmin in FP16, and eight scales and eight "
+              "minimums in 12 bytes.")
+    parts = (data[:2], data[2:4], data[4:8], data[8:12], data[12:16])
+    trace.lines(["  " + " │ ".join(part.hex(" ") for part in parts)])
+    trace.note(f"scales {scales}, minimums {mins}")
+    trace.say("The error on 4,096 normal weights, and on the same weights all moved to one side, "
+              "where a minimum pays off. Then the model, with the simple encoder.")
+    trace.table(rows, {"form as format": "", "bits": ".2f", "error as around 0": ".2%",
+                       "aside as moved aside": ".2%"})
+    trace.table([q4_0, q4_k], SCORES)
+    trace.say(f"Q4_K: {compare(q4_k, q4_0)} Q4_0, with the same bits.")
+    # Weights that lie on a grid of 6-bit scales and minimums, d and dmin both 1.
+    grid = [float((63 - j) * q - (56 + j)) for j in range(8) for q in [*range(16)] * 2]
+    trace.check("Q4_K gives back weights that lie on its grid",
+                q4_k_decode(q4_k_encode(grid), 256) == grid, "256 equal")
+    pattern = bytes([65, 66, 67, 68, 129, 130, 131, 132, 0x21, 0x43, 0x65, 0x87])
+    by_hand = [1, 2, 3, 4, 17, 19, 21, 23], [1, 2, 3, 4, 34, 36, 38, 40]
+    trace.check("scales and minimums of 12 bytes = taken apart by hand",
+                q4_k_scales(pattern) == by_hand, "16 numbers")
+    trace.check("a minimum pays off where weights lean to one side", rows[1].aside < rows[0].aside,
+                f"{rows[1].aside:.2%} against {rows[0].aside:.2%}")
+
+
+# 12. HQQ and SqueezeLLM
+
+
+def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
+    """Each beside what it improves on, at the same or nearly the same bits."""
+    lab = lab_of(knobs)
+    bits, g = knobs.bits, knobs.group_size
+    start = score(lab, rounded, bits, g, False)
+    moved = score(lab, by_hqq, bits, g)
+    even = score(lab, rounded, bits, "tensor")
+    plain = score(lab, by_squeezellm, bits, False, False)
+    weighted = score(lab, by_squeezellm, bits, True, False)
+    whole = score(lab, by_squeezellm, bits)
+    name = "layers.0.attention.wo"
+    w = lab.model.weights[name]
+    weights = flatten(w)
+
+    trace.ask(f"at {bits} bits, does k-means lose more or less with each weight counted by its "
+              f"sensitivity? (more; less)", "less" if weighted.kl < plain.kl else "more")
+    trace.say("HQQ moves the zero points of asymmetric grids. SqueezeLLM puts the values of one "
+              "codebook by k-means, counts each weight by its sensitivity, and takes 0.45% of the "
+              "weights apart; here one step at a time, beside an even grid.")
+    trace.table([start, moved, even, plain, weighted, whole], SCORES)
+    trace.say(f"HQQ: {compare(moved, start)} the grids that it started from (zero points in FP16 take "
+              f"more bits than whole ones). k-means: {compare(plain, even)} an even grid; weighted: "
+              f"{compare(weighted, plain)} not weighted; with weights apart: "
+              f"{compare(whole, weighted)} without.")
+    few = 2 ** min(bits, 4)
+    centroids = weighted_kmeans(weights, flatten(lab.sensitivities[name]), few)
+    trace.say(f"Where weighted k-means puts {few} values in {name}:")
+    trace.lines(histogram(weights, {"": centroids}))
+    trace.check("k-means of 0, 2, 10 with weights 1, 3, 1 into two = 1.5 and 10",
+                weighted_kmeans([0.0, 2.0, 10.0], [1.0, 3.0, 1.0], 2) == [1.5, 10.0], "by hand")
+    errors = [relative_error_mean(q.dequantize(), w)
+              for q in (quantize(w, bits, granularity=g, symmetric=False),
+                        hqq(w, bits, granularity=g))]
+    trace.check("HQQ: the mean |error| is no larger than where it started",
+                errors[1] <= errors[0] * (1 + 1e-9), f"{errors[1] / errors[0]:.1%} of it")
+    decoded, _ = squeezellm(w, lab.sensitivities[name], bits)
+    largest = max(range(len(weights)), key=lambda i: abs(weights[i]))
+    trace.check("SqueezeLLM keeps the largest weight in FP16",
+                flatten(decoded)[largest] == fp16(weights[largest]), name)
+    trace.check("shrink() of 0.5 with p = 0.7 and β = 10 is 0.5 - 0.5^(-0.3) / 10; of 0.1 it is 0",
+                abs(shrink(0.5, 0.7, 10.0) - (0.5 - 0.5**-0.3 / 10)) < 1e-12
+                and shrink(0.1, 0.7, 10.0) == 0, "by hand")
+
+
+def relative_error_mean(a: Matrix, b: Matrix) -> float:
+    """Return the mean of |a - b|."""
+    return fmean(map(abs, map(operator.sub, flatten(a), flatten(b))))
+
+
+# 13. One bit and a bit
+
+TERNARY_STEPS = 12
+
+
+def show_one_bit(trace: Trace, knobs: Namespace) -> None:
+    """What is left of the model, before and after training that way."""
+    lab = lab_of(knobs)
+    name = "layers.0.attention.wq"
+    w = lab.model.weights[name]
+    x = lab.inputs[name][0]
+    mean = score(lab, in_ternary, "mean |W|")
+    fitted = score(lab, in_ternary, "least squares")
+    trained = score(lab, in_ternary, "trained", TERNARY_STEPS)
+    codes, gamma = ternary_codes(w)
+    y, additions, multiplications = ternary_product(x, codes, gamma)
+    zeros = flatten(codes).count(0)
+    n = len(flatten(codes))
+
+    trace.ask(f"{name} has {n:,} weights, bell-shaped. With γ = mean|W|, how many become 0?", zeros)
+    trace.say(f"All matrices but the head in one bit, or in one of three values, from the same model. "
+              f"The last row was trained for {TERNARY_STEPS} steps of 32 tokens of the training text, "
+              f"with ternary weights in the forward pass.")
+    trace.table([score(lab, by_bitnet), mean, fitted, trained], SCORES)
+    trace.say(f"The scale with the least squared error: {compare(fitted, mean)} the mean of |W|. "
+              f"Trained: {compare(trained, min(fitted, mean, key=lambda row: row.kl))} the better of "
+              f"the two.")
+    trace.say(f"{name} times one token, counted while it is done: {additions:,} additions and "
+              f"{multiplications} multiplications, where the matrix in full has {n:,} of each. A "
+              f"corner of its codes:")
+    trace.lines(["  " + "".join("-·+"[code + 1] for code in row) for row in codes[:4]])
+    trace.check_close("the product without multiplications = the one with decoded weights", [y],
+                      linear([x], ternary_weights(w)), 1e-9)
+    trace.check("additions counted = codes that are not 0", additions == n - zeros, f"{additions:,}")
+    kept = [abs(value) for value in flatten(w) if abs(value) > gamma / 2]
+    trace.check("the least-squares scale = the mean |w| of the weights that are not 0",
+                abs(least_squares_scale(w, codes) - fmean(kept)) < 1e-12,
+                f"{fmean(kept):.4f}; γ is {gamma:.4f}")
+    # The slope of the loss at the ternary weight, by a small change of it.
+    verse = split_verses(lab, lab.training)[0]
+    _, gradients = straight_through(lab.config, lab.model.weights, [name], verse)
+    losses = []
+    for change in (1e-5, -1e-5):
+        moved = ternary_weights(w)
+        moved[1][2] += change
+        model = Llama(lab.config, lab.model.weights | {name: moved})
+        losses.append(cross_entropy(model.forward(verse[:-1]), verse[1:])[0])
+    trace.check("straight through: the gradient that lands on w = the slope at the ternary weight",
+                abs(gradients[name][1][2] - (losses[0] - losses[1]) / 2e-5) < 1e-6, "by differences")
+
+
+# 14. Q-GaLore: training all weights, in INT8
+
+
+class OneLayer(NamedTuple):
+    """One row: a way to train one layer."""
+
+    way: str
+    loss: float        # after the training, as a share of that before; mean over the layers
+    refreshed: float   # how often the projection was made; mean
+
+
+def train_one_layer(way: str, seed: int, steps: int = 50, layers: int = 2) -> OneLayer:
+    """Train a layer of 16 × 24 to be like another one, from which it differs by a matrix of rank 4.
+
+    way: "Adam in full", "to nearest", "stochastic", or "on noise", whose gradients are noise. The
+    learning rate is a fifth of INT8's grid step.
+    """
+    shares, refreshed = [], []
+    for layer in range(layers):
+        rng = random.Random(1000 * seed + layer)
+        w = normal_matrix(rng, 16, 24)
+        goal = add(w, linear(normal_matrix(rng, 16, 4, 0.15), normal_matrix(rng, 24, 4, 0.5)))
+        x = normal_matrix(rng, 40, 24)
+        galore = QGaLore(w, 4, rng, stochastic=way != "to nearest")
+        rate = galore.q.scales[0][0] / 5
+        full = copy_weights({"w": w})
+        adam = Adam(full)
+        for _ in range(steps):
+            now = full["w"] if way == "Adam in full" else galore.q.dequantize()
+            gradient = layer_loss(now, goal, x)[1]
+            if way == "Adam in full":
+                adam.step({"w": gradient}, rate)
+            else:
+                galore.step(normal_matrix(rng, 16, 24) if way == "on noise" else gradient, rate)
+        shares.append(layer_loss(now, goal, x)[0] / layer_loss(w, goal, x)[0])
+        refreshed.append(galore.refreshed)
+    return OneLayer(way, fmean(shares), fmean(refreshed))
+
+
+def layer_loss(w: Matrix, goal: Matrix, x: Matrix) -> tuple[float, Matrix]:
+    """Return (the mean of |W x - goal x|², its gradient in W)."""
+    gaps = [list(map(operator.sub, got, wanted))
+            for got, wanted in zip(linear(x, w), linear(x, goal))]
+    loss = sum(dot(gap, gap) for gap in gaps) / len(x)
+    doubled = [[2 * value / len(x) for value in gap] for gap in gaps]
+    return loss, linear(list(zip(*doubled)), list(zip(*x)))
+
+
+def show_q_galore(trace: Trace, knobs: Namespace) -> None:
+    """One layer trained by Adam in full, and by Q-GaLore."""
+    full, to_nearest, galore, noise = (
+        train_one_layer(way, knobs.seed)
+        for way in ("Adam in full", "to nearest", "stochastic", "on noise"))
+    trace.ask("Adam keeps two numbers for each of 16 × 24 weights. At rank 4, how many for the "
+              "projected gradient?", 2 * 4 * 24)
+    trace.say("A layer of 16 × 24 weights learns to be like another one, by Adam in full precision "
+              "and by Q-GaLore with rounding to nearest and by chance. The learning rate is a fifth "
+              "of INT8's grid step. What is left of the loss after 50 steps, in the mean of 2 layers:")
+    trace.table([full, to_nearest, galore], {"way": "", "loss as loss left": ".1%bar 30"})
+    trace.note(f"Q-GaLore keeps {2 * 4 * 24} numbers for Adam instead of {2 * 16 * 24}. It made its "
+               f"projection {galore.refreshed:.1f} times; of gradients that are noise, "
+               f"{noise.refreshed:.1f} times.")
+    stands = "stands still" if to_nearest.loss > 0.9 else "lags behind"
+    trace.say(f"With rounding to nearest the layer {stands}, since most steps are rounded away. "
+              f"Rounding by chance, it learns.")
+    g = [[3.0, 0.0, 0.0], [0.0, 0.0, 2.5], [0.0, 1.0, 0.0]]
+    vectors = subspace(g, 2, random.Random(knobs.seed))
+    trace.check_close("the top singular vectors of a matrix = the known ones, but for their signs",
+                      [list(map(abs, v)) for v in vectors], [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], 0.01)
+    codes = [stochastic_codes([0.5, -1.5], 2.0, random.Random(i)) for i in range(2000)]
+    means = [fmean(column) for column in zip(*codes)]
+    trace.check("stochastic rounding is right on average",
+                abs(means[0] - 0.25) < 0.05 and abs(means[1] + 0.75) < 0.05, "2,000 draws")
+    trace.check("|cosine| of (3, 4) and (-4, -3) = 0.96",
+                abs(alignment([3.0, 4.0], [-4.0, -3.0]) - 0.96) < 1e-12, "by hand")
+    trace.check("it learns where rounding to nearest stands still",
+                full.loss < galore.loss < 0.8 * to_nearest.loss, "the table")
+    trace.check("a subspace that has settled is made anew less often than one of noise",
+                1 < galore.refreshed < noise.refreshed, "50 steps")
+
+
+# 15. Training in 16 bits
+
+BATCH_SHARE = 2.0**-20  # of a piece of 16 tokens in a batch of 16 million, as Llama 3 405B had
+
+
+class HalfRun(NamedTuple):
+    """One row: a small model trained with weights and gradients in some format."""
+
+    way: str
+    lost: float     # share of the gradients that were not 0 but became 0
+    loss: float     # on other verses, after the training
+
+
+def train_in_format(way: str, form: Callable, scale: LossScale, seed: int, steps: int = 16) -> HalfRun:
+    """Train a small Llama, with its weights and gradients in a format, and measure it.
+
+    A gradient is a piece's share of a mean over a batch. The batch is taken to be made of equal
+    pieces, so that their sum, in full precision, is that share times their number.
+    """
+    rng = random.Random(seed)
+    tokenizer = word_tokenizer()
+    language = make_language(rng, CLAUSES[:N_CLAUSES])
+    used: set[str] = set()
+    _, test = draw_text(language, rng, 60, tokenizer, used)
+    _, ids = draw_text(language, rng, 16 * steps + 1, tokenizer, used)
+    config = Config(len(tokenizer.vocab), dim=16, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=16)
+    master = init_weights(config, rng)
+    counts = Counter()
+
+    def in_format(row: Vector) -> Vector:
+        return list(map(form, row))
+
+    def handed_on(row: Vector) -> Vector:
+        counts["all"] += sum(g != 0 for g in row)
+        out = through_format(row, BATCH_SHARE * scale.scale, form)
+        counts["kept"] += sum(g != 0 for g in out)
+        counts["overflown"] += sum(not math.isfinite(g) for g in out)
+        return out
+
+    def gradients_of(config: Config, weights: dict, tokens: Sequence[int]) -> tuple[float, dict]:
+        counts["overflown"] = 0
+        loss, gradients = loss_and_gradients(config, map_rows(in_format, weights), tokens)
+        gradients = map_rows(handed_on, gradients)
+        scale.update(counts["overflown"] > 0)
+        return loss, {} if counts["overflown"] else gradients
+
+    descend(config, master, ids, steps, 16, 0.04, gradients_of)
+    loss, _ = cross_entropy(Llama(config, master).forward(test[:-1]), test[1:])
+    return HalfRun(way, 1 - counts["kept"] / counts["all"], loss)
+
+
+def show_half_precision(trace: Trace, knobs: Namespace) -> None:
+    """A small model trained in FP16 with and without loss scaling, and in BF16."""
+    rows = [train_in_format(way, form, LossScale(scale), knobs.seed)
+            for way, form, scale in (("full precision", float, 1.0), ("FP16", fp16, 1.0),
+                                     ("FP16, loss scaled", fp16, 2.0**20), ("BF16", bf16, 1.0))]
+    full, half, scaled, brain = rows
+    trace.ask("the gradients of one piece in a batch of 16 million tokens: which share of them is "
+              "too small for FP16?", half.lost)
+    trace.say("A smaller model (16 channels) is trained from the start for 16 steps. Each step's "
+              "gradient is one of a million equal shares of a batch's. Weights are rounded to the "
+              "format for both passes; master weights, sums and Adam are not. Lost: gradients that "
+              "became 0. Loss: on other verses.")
+    trace.table(rows, {"way": "", "lost": ".1%", "loss": ".3f"})
+    trace.say(f"FP16 loses {half.lost:.0%} of the gradients, and ends at {half.loss:.2f} where full "
+              f"precision ends at {full.loss:.2f}. With the loss scaled by about a million it ends at "
+              f"{scaled.loss:.2f}; BF16, without scaling, at {brain.loss:.2f}.")
+    trace.check("loss scaling saves gradients from becoming 0", scaled.lost < half.lost / 4,
+                f"{scaled.lost:.2%} lost, and {half.lost:.0%}")
+    trace.check("BF16 needs no scaling", brain.lost < 1e-3, f"{brain.lost:.2%} lost")
+    trace.check("2^-26 is 0 in FP16, and itself with S = 4",
+                through_format([2.0**-26], 1.0, fp16) == [0.0]
+                and through_format([2.0**-26], 4.0, fp16) == [2.0**-26], "by hand")
+    scale = LossScale(8.0, patience=2)
+    history = []
+    for overflow in (True, False, False, False, True, False):
+        scale.update(overflow)
+        history.append(scale.scale)
+    trace.check("the scale halves after an overflow and doubles after two good steps",
+                history == [4, 4, 8, 8, 4, 4], "by hand")
+
+
+# 16. Mixed bits
+
+
+def show_mixed(trace: Trace, knobs: Namespace) -> None:
+    """Each matrix's expected damage, the assignment, and the model against uniform bits."""
+    lab = lab_of(knobs)
+    bits, g = knobs.bits, knobs.group_size
+    choices, widths = mixed_widths(lab, bits, g)
+    uniform = score(lab, rounded, bits, g)
+    mixed = score(lab, in_mixed_bits, bits, g)
+    damage = {name: {f"{choice.bits} bits": 1000 * choice.damage for choice in row}
+              for name, row in choices.items()}
+    same = f"{bits} bits"
+
+    trace.ask(f"rounded to {bits} bits, which matrix is expected to harm most: wq, wk, wv, wo, w1, "
+              f"w2, w3 or output?", max(damage, key=lambda name: damage[name][same]).split(".")[-1])
+    trace.say(f"The damage that each matrix is expected to do at each width, by the squared gradients "
+              f"on the calibration text (in thousandths), and the bits that it gets, all together "
+              f"within the bytes of {bits} bits throughout. Then the model.")
+    rows = [{"matrix": name, **damage[name], "gets": widths[name]} for name in choices]
+    trace.table(rows, {"matrix": "", **{width: ".3f" for width in damage["output"]}, "gets": "d"})
+    trace.table([uniform, mixed], SCORES)
+    trace.say(f"Mixed bits: {compare(mixed, uniform)} uniform ones. The estimate adds up the weights "
+              f"one by one, as if their errors did not work together, and it saw little text.")
+    trace.check("mixed is no larger, in encoded bytes", mixed.nbytes <= uniform.nbytes,
+                f"{mixed.nbytes:,} of {uniform.nbytes:,}")
+    by_hand = {"a": [Choice(2, 5.0, 10), Choice(3, 1.0, 20)],
+               "b": [Choice(2, 3.0, 10), Choice(3, 2.0, 20)]}
+    trace.check("two matrices of two widths in 30 bytes get 3 and 2 bits",
+                assign_bits(by_hand, 30) == {"a": 3, "b": 2}, "by hand")
+    trace.check("the damage of weights off by 0.1 and 0.2 with sensitivities 1 and 2 = 0.045",
+                abs(expected_damage([[1.0, 2.0]], [[1.1, 1.8]], [[1.0, 2.0]]) - 0.045) < 1e-12,
+                "by hand")
+
+
+# =============================================================================================
+# THE MODEL AND THE BENCH
+# =============================================================================================
+
+# The tiny Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases, and Meta's
+# names for the weights, so that they fit any implementation of Llama.
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What compression did to the loss (perplexity) and the predictions (KL from FP32's in nats, top tokens changed)."""
-    perplexity: float
-    kl: float
-    changed: int
+class Config:
+    """Sizes of a Llama. ValueError where one does not divide another, or is below 1."""
+
+    vocab_size: int
+    dim: int         # channels of the residual stream
+    n_layers: int
+    n_heads: int     # query heads; they divide dim
+    n_kv_heads: int  # key and value heads; they divide n_heads
+    hidden_dim: int  # channels inside the feed-forward block
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        sizes = [self.vocab_size, self.dim, self.n_layers, self.n_heads, self.n_kv_heads,
+                 self.hidden_dim]
+        if min(sizes) < 1:
+            raise ValueError(f"every size must be at least 1, not {self}")
+        if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads:
+            raise ValueError(f"dim must be a multiple of 2 · n_heads, and n_heads of n_kv_heads, "
+                             f"not {self}")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.dim // self.n_heads
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return {name of a weight: its shape}."""
+        kv_dim = self.n_kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (self.vocab_size, self.dim)}
+        for layer in range(self.n_layers):
+            prefix = f"layers.{layer}."
+            shapes[prefix + "attention_norm"] = (self.dim,)
+            shapes[prefix + "attention.wq"] = (self.dim, self.dim)
+            shapes[prefix + "attention.wk"] = (kv_dim, self.dim)
+            shapes[prefix + "attention.wv"] = (kv_dim, self.dim)
+            shapes[prefix + "attention.wo"] = (self.dim, self.dim)
+            shapes[prefix + "ffn_norm"] = (self.dim,)
+            shapes[prefix + "feed_forward.w1"] = (self.hidden_dim, self.dim)
+            shapes[prefix + "feed_forward.w2"] = (self.dim, self.hidden_dim)
+            shapes[prefix + "feed_forward.w3"] = (self.hidden_dim, self.dim)
+        shapes["norm"] = (self.dim,)
+        shapes["output"] = (self.vocab_size, self.dim)
+        return shapes
+
+
+class Llama:
+    """weights: {name: matrix [out][in] or gain [dim]}, named and shaped as Config.shapes() says.
+
+    Every weight is applied by one of the small methods, so that a subclass can do it differently.
+    """
+
+    def __init__(self, config: Config, weights: dict[str, Matrix | Vector]):
+        for name in config.shapes():
+            if name not in weights:
+                raise ValueError(f"weights must have {name!r}")
+        self.config = config
+        self.weights = weights
+
+    def forward(
+        self,
+        tokens: Sequence[int],
+        cache=None,
+        *,
+        positions: Sequence[int] | None = None,
+        mask: Sequence[Sequence[bool]] | None = None,
+    ) -> Matrix:
+        """Return logits [len(tokens)][vocab_size]: row i predicts what follows tokens[i].
+
+        With a cache, the tokens come after those already in it, and their keys and values are added
+        to it. positions: of each token in the text; the next ones unless given. mask[i][j]: may
+        token i see key j? Unless given, it sees all keys up to its own.
+        """
+        c = self.config
+        if positions is None:
+            start = cache.length if cache is not None else 0
+            positions = range(start, start + len(tokens))
+        x = [self.weights["tok_embeddings"][token] for token in tokens]
+        for layer in range(c.n_layers):
+            prefix = f"layers.{layer}."
+            # Attention: every token gathers from the tokens before it.
+            h = self.norm(prefix + "attention_norm", x)
+            q = self.linear(prefix + "attention.wq", h)
+            k = self.linear(prefix + "attention.wk", h)
+            v = self.linear(prefix + "attention.wv", h)
+            q = rope_heads(q, positions, c.n_heads, c.rope_base)
+            k = rope_heads(k, positions, c.n_kv_heads, c.rope_base)
+            if cache is not None:
+                k, v = cache.update(layer, k, v)  # now those of all tokens so far
+            attended = self.attend(prefix + "attention", q, k, v, mask)
+            x = add(x, self.linear(prefix + "attention.wo", attended))
+            # Feed-forward: every token is worked on by itself.
+            h = self.norm(prefix + "ffn_norm", x)
+            gate = self.linear(prefix + "feed_forward.w1", h)
+            up = self.linear(prefix + "feed_forward.w3", h)
+            hidden = self.gate(prefix + "feed_forward", gate, up)
+            x = add(x, self.linear(prefix + "feed_forward.w2", hidden))
+        return self.linear("output", self.norm("norm", x))
+
+    def linear(self, name: str, x: Matrix) -> Matrix:
+        """Apply the matrix of that name."""
+        return linear(x, self.weights[name])
+
+    def norm(self, name: str, x: Matrix) -> Matrix:
+        """Apply the RMSNorm whose gain has that name."""
+        return rms_norm(x, self.weights[name], self.config.norm_eps)
+
+    def attend(self, name: str, q: Matrix, k: Matrix, v: Matrix, mask=None) -> Matrix:
+        """Apply the attention of the layer of that name, which has no weights of its own."""
+        return attend(q, k, v, self.config.n_heads, self.config.n_kv_heads, mask)
+
+    def gate(self, name: str, a: Matrix, b: Matrix) -> Matrix:
+        """Apply the SwiGLU of the layer of that name, which has no weights of its own."""
+        return swiglu(a, b)
+
+
+# The operations of the model
+
+
+def rms_norm(x: Matrix, gain: Vector, eps: float) -> Matrix:
+    """Return gain · x / √(mean(x²) + eps), row by row (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    out = []
+    for row in x:
+        scale = 1 / math.sqrt(dot(row, row) / len(row) + eps)
+        out.append([value * scale * g for value, g in zip(row, gain)])
+    return out
+
+
+def rope(x: Matrix, positions: Sequence[int], base: float = 10000.0) -> Matrix:
+    """Return x [n][d] with row r rotated to positions[r] (Su et al. 2021, arXiv:2104.09864).
+
+    Channels 2m and 2m + 1, read as one complex number, turn by position · base^(-2m/d).
+    ValueError if d is odd, or if there is not one position per row.
+    """
+    d = len(x[0]) if x else 0
+    if d % 2 or len(positions) != len(x):
+        raise ValueError(f"x must have an even number of channels and one position a row, not {d} "
+                         f"channels, {len(x)} rows and {len(positions)} positions")
+    thetas = [base ** (-2 * m / d) for m in range(d // 2)]
+    out = []
+    for row, position in zip(x, positions):
+        rotated = []
+        for a, b, theta in zip(row[::2], row[1::2], thetas):
+            z = complex(a, b) * cmath.rect(1.0, position * theta)
+            rotated += [z.real, z.imag]
+        out.append(rotated)
+    return out
+
+
+def rope_heads(x: Matrix, positions: Sequence[int], n_heads: int, base: float) -> Matrix:
+    """Return x [n][n_heads·head_dim] with every head rotated by rope()."""
+    return concat(*(rope(head, positions, base) for head in split_heads(x, n_heads)))
+
+
+def attend(q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int, mask=None) -> Matrix:
+    """Return causal grouped-query attention [n_q][n_heads·head_dim].
+
+    q [n_q][n_heads·head_dim], k and v [n_k][n_kv_heads·head_dim]; the queries are the last n_q of
+    the n_k positions. mask: as in head_weights().
+    """
+    group = n_heads // n_kv_heads
+    keys = split_heads(k, n_kv_heads)
+    values = split_heads(v, n_kv_heads)
+    heads = []
+    for h, queries in enumerate(split_heads(q, n_heads)):
+        channels = list(zip(*values[h // group]))
+        out = []
+        for weights in head_weights(queries, keys[h // group], mask):
+            out.append([dot(weights, channel[:len(weights)]) for channel in channels])
+        heads.append(out)
+    return concat(*heads)
+
+
+def head_weights(q: Matrix, k: Matrix, mask: Sequence[Sequence[bool]] | None = None) -> Matrix:
+    """Return softmax(q·k / √d) of one head; a query's row ends with its own key.
+
+    mask[i][j] is False where query i must not see key j, although j comes before it.
+    """
+    scale = 1 / math.sqrt(len(k[0]))
+    n_earlier = len(k) - len(q)
+    rows = []
+    for i, query in enumerate(q):
+        scores = [dot(query, key) * scale for key in k[:n_earlier + i + 1]]
+        if mask is not None:
+            scores = [s if seen else -math.inf for s, seen in zip(scores, mask[i])]
+        rows.append(softmax(scores))
+    return rows
+
+
+def swiglu(a: Matrix, b: Matrix) -> Matrix:
+    """Return silu(a) · b, element by element, with silu(x) = x · sigmoid(x) (Shazeer 2020)."""
+    return [[x * sigmoid(x) * y for x, y in zip(p, q)] for p, q in zip(a, b)]
+
+
+def sigmoid(x: float) -> float:
+    """Return 1 / (1 + exp(-x)), for any x."""
+    return 0.5 + 0.5 * math.tanh(0.5 * x)
+
+
+def add(a: Matrix, b: Matrix) -> Matrix:
+    """Return the sum, element by element."""
+    return [list(map(operator.add, p, q)) for p, q in zip(a, b)]
+
+
+def split_heads(x: Matrix, n_heads: int) -> list[Matrix]:
+    """Return the heads of x: [n][n_heads·head_dim] -> n_heads matrices [n][head_dim].
+
+    ValueError if n_heads does not divide the channels.
+    """
+    width = len(x[0]) if x else 0
+    if n_heads < 1 or width % n_heads:
+        raise ValueError(f"n_heads must divide the {width} channels, and {n_heads} does not")
+    head_dim = width // n_heads
+    return [[row[h * head_dim:(h + 1) * head_dim] for row in x] for h in range(n_heads)]
+
+
+def concat(*blocks: Matrix) -> Matrix:
+    """Return the blocks side by side: [n][a], [n][b], … -> [n][a + b + …]."""
+    return [list(itertools.chain(*rows)) for rows in zip(*blocks)]
+
+
+# Training: skip this on a first reading
+#
+# The forward pass runs on a model that keeps what every operation read. The backward pass goes
+# through the operations in the opposite order. Each takes the gradient of its output and returns
+# those of its inputs, for whole matrices at a time, so that all the work is in dot() here as well.
+
+
+class RecordingLlama(Llama):
+    """A Llama that keeps in .inputs what each of its operations read, under the operation's name.
+
+    Of a matrix or a norm that is x, of an attention (q, k, v), of a SwiGLU (a, b).
+    """
+
+    def __init__(self, config: Config, weights: dict[str, Matrix | Vector]):
+        super().__init__(config, weights)
+        self.inputs: dict[str, Matrix | tuple] = {}
+
+    def linear(self, name: str, x: Matrix) -> Matrix:
+        self.inputs[name] = x
+        return super().linear(name, x)
+
+    def norm(self, name: str, x: Matrix) -> Matrix:
+        self.inputs[name] = x
+        return super().norm(name, x)
+
+    def attend(self, name: str, q: Matrix, k: Matrix, v: Matrix, mask=None) -> Matrix:
+        self.inputs[name] = (q, k, v)
+        return super().attend(name, q, k, v, mask)
+
+    def gate(self, name: str, a: Matrix, b: Matrix) -> Matrix:
+        self.inputs[name] = (a, b)
+        return super().gate(name, a, b)
+
+    def backward(self, tokens: Sequence[int], d_logits: Matrix) -> dict[str, Matrix | Vector]:
+        """Return {weight: its gradient} after forward(tokens), from the gradient of the logits."""
+        c = self.config
+        gradients: dict[str, Matrix | Vector] = {}
+        unrotate = [-position for position in range(len(tokens))]
+
+        def linear_back(name: str, d: Matrix) -> Matrix:
+            d_x, gradients[name] = linear_backward(d, self.inputs[name], self.weights[name])
+            return d_x
+
+        def norm_back(name: str, d: Matrix) -> Matrix:
+            d_x, gradients[name] = rms_norm_backward(d, self.inputs[name], self.weights[name],
+                                                     c.norm_eps)
+            return d_x
+
+        d = norm_back("norm", linear_back("output", d_logits))
+        for layer in reversed(range(c.n_layers)):
+            prefix = f"layers.{layer}."
+            # Feed-forward: d goes past the block as it is, and through it.
+            d_hidden = linear_back(prefix + "feed_forward.w2", d)
+            d_gate, d_up = swiglu_backward(d_hidden, *self.inputs[prefix + "feed_forward"])
+            d_h = add(linear_back(prefix + "feed_forward.w1", d_gate),
+                      linear_back(prefix + "feed_forward.w3", d_up))
+            d = add(d, norm_back(prefix + "ffn_norm", d_h))
+            # Attention
+            d_attended = linear_back(prefix + "attention.wo", d)
+            d_q, d_k, d_v = attend_backward(d_attended, *self.inputs[prefix + "attention"],
+                                            c.n_heads, c.n_kv_heads)
+            d_q = rope_heads(d_q, unrotate, c.n_heads, c.rope_base)
+            d_k = rope_heads(d_k, unrotate, c.n_kv_heads, c.rope_base)
+            d_h = add(linear_back(prefix + "attention.wq", d_q),
+                      linear_back(prefix + "attention.wk", d_k))
+            d_h = add(d_h, linear_back(prefix + "attention.wv", d_v))
+            d = add(d, norm_back(prefix + "attention_norm", d_h))
+        # A token's gradient goes to its row of the embedding table.
+        d_table = [[0.0] * c.dim for _ in self.weights["tok_embeddings"]]
+        for token, row in zip(tokens, d):
+            d_table[token] = list(map(operator.add, d_table[token], row))
+        gradients["tok_embeddings"] = d_table
+        return gradients
+
+
+def linear_backward(d: Matrix, x: Matrix, w: Matrix) -> tuple[Matrix, Matrix]:
+    """y = x wᵀ: return dx = d w and dw = dᵀ x."""
+    d_x = linear(d, list(zip(*w)))
+    d_w = linear(list(zip(*d)), list(zip(*x)))
+    return d_x, d_w
+
+
+def rms_norm_backward(d: Matrix, x: Matrix, gain: Vector, eps: float) -> tuple[Matrix, Vector]:
+    """y = gain · u, u = x / rms: return dx = (gain·d - u · mean(gain·d · u)) / rms and dgain."""
+    d_x = []
+    d_gain = [0.0] * len(gain)
+    for d_row, row in zip(d, x):
+        scale = 1 / math.sqrt(dot(row, row) / len(row) + eps)
+        unit = [value * scale for value in row]
+        pull = list(map(operator.mul, d_row, gain))
+        mean = dot(pull, unit) / len(row)
+        d_x.append([(p - u * mean) * scale for p, u in zip(pull, unit)])
+        d_gain = [total + slope * u for total, slope, u in zip(d_gain, d_row, unit)]
+    return d_x, d_gain
+
+
+def attend_backward(
+    d: Matrix, q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int
+) -> tuple[Matrix, Matrix, Matrix]:
+    """Return dq, dk and dv of attend(). With S = q kᵀ / √d, P = softmax(S), out = P v:
+
+    dv = Pᵀ d,  dP = d vᵀ,  dS = P · (dP - rowsum(P · dP)),  dq = dS k / √d,  dk = dSᵀ q / √d.
+    """
+    group = n_heads // n_kv_heads
+    keys = split_heads(k, n_kv_heads)
+    values = split_heads(v, n_kv_heads)
+    d_queries = []
+    d_keys = [[[0.0] * len(row) for row in head] for head in keys]
+    d_values = [[[0.0] * len(row) for row in head] for head in values]
+    for h, (queries, d_head) in enumerate(zip(split_heads(q, n_heads), split_heads(d, n_heads))):
+        g = h // group
+        scale = 1 / math.sqrt(len(queries[0]))
+        p = []
+        d_s = []
+        for weights, d_row in zip(head_weights(queries, keys[g]), d_head):
+            d_p = [dot(d_row, value) for value in values[g][:len(weights)]]
+            mean = dot(weights, d_p)
+            unseen = [0.0] * (len(k) - len(weights))
+            p.append(weights + unseen)
+            d_s.append([w * (slope - mean) * scale for w, slope in zip(weights, d_p)] + unseen)
+        d_queries.append(linear(d_s, list(zip(*keys[g]))))
+        d_keys[g] = add(d_keys[g], linear(list(zip(*d_s)), list(zip(*queries))))
+        d_values[g] = add(d_values[g], linear(list(zip(*p)), list(zip(*d_head))))
+    return concat(*d_queries), concat(*d_keys), concat(*d_values)
+
+
+def swiglu_backward(d: Matrix, a: Matrix, b: Matrix) -> tuple[Matrix, Matrix]:
+    """y = a σ(a) · b: return da = d · b · σ(a) · (1 + a·(1 - σ(a))) and db = d · a σ(a)."""
+    d_a = []
+    d_b = []
+    for d_row, a_row, b_row in zip(d, a, b):
+        gates = list(map(sigmoid, a_row))
+        d_a.append([slope * y * s * (1 + x * (1 - s))
+                    for slope, x, y, s in zip(d_row, a_row, b_row, gates)])
+        d_b.append([slope * x * s for slope, x, s in zip(d_row, a_row, gates)])
+    return d_a, d_b
+
+
+def cross_entropy(logits: Matrix, targets: Sequence[int]) -> tuple[float, Matrix]:
+    """Return the mean of -log softmax(logits)[target] in nats, and its gradient in the logits."""
+    loss = 0.0
+    d_logits = []
+    for row, target in zip(logits, targets):
+        p = softmax(row)
+        loss -= math.log(p[target]) / len(targets)
+        p[target] -= 1
+        d_logits.append([value / len(targets) for value in p])
+    return loss, d_logits
+
+
+def loss_and_gradients(
+    config: Config, weights: dict[str, Matrix | Vector], tokens: Sequence[int]
+) -> tuple[float, dict[str, Matrix | Vector]]:
+    """Return the mean loss of predicting each token from those before it, and its gradients."""
+    model = RecordingLlama(config, weights)
+    loss, d_logits = cross_entropy(model.forward(tokens[:-1]), tokens[1:])
+    return loss, model.backward(tokens[:-1], d_logits)
+
+
+class Adam:
+    """Steps scaled by running means of the gradient and of its square (Kingma & Ba 2015)."""
+
+    def __init__(
+        self, weights: dict[str, Matrix | Vector], beta1: float = 0.7, beta2: float = 0.95
+    ):
+        self.rows = {name: as_rows(w) for name, w in weights.items()}
+        self.mean = {name: [[0.0] * len(row) for row in rows] for name, rows in self.rows.items()}
+        self.square = {name: [[0.0] * len(row) for row in rows] for name, rows in self.rows.items()}
+        self.beta1 = beta1
+        self.beta2 = beta2
+        self.steps = 0
+
+    def step(self, gradients: dict[str, Matrix | Vector], learning_rate: float) -> None:
+        """Change the weights, in place."""
+        self.steps += 1
+        b1, c1 = self.beta1, 1 - self.beta1
+        b2, c2 = self.beta2, 1 - self.beta2
+        # The means start at zero; these undo that.
+        rate = learning_rate / (1 - b1 ** self.steps)
+        unbias = 1 / (1 - b2 ** self.steps)
+        for name, gradient in gradients.items():
+            rows = zip(self.rows[name], as_rows(gradient), self.mean[name], self.square[name])
+            for w, d, m, v in rows:
+                m[:] = [b1 * mean + c1 * slope for mean, slope in zip(m, d)]
+                v[:] = [b2 * mean + c2 * slope * slope for mean, slope in zip(v, d)]
+                w[:] = [weight - rate * mean / (math.sqrt(square * unbias) + 1e-8)
+                        for weight, mean, square in zip(w, m, v)]
+
+
+def as_rows(w: Matrix | Vector) -> Matrix:
+    """Return a matrix as it is, and a vector as a matrix of one row; the numbers are not copied."""
+    return w if isinstance(w[0], list) else [w]
+
+
+def init_weights(config: Config, rng: random.Random) -> dict[str, Matrix | Vector]:
+    """Return first weights: gains 1, embeddings of size 1, matrices of size 1/√in.
+
+    Matrices that write to the residual stream get half of that.
+    """
+    weights: dict[str, Matrix | Vector] = {}
+    for name, shape in config.shapes().items():
+        if len(shape) == 1:
+            weights[name] = [1.0] * shape[0]
+            continue
+        size = 1.0 if name == "tok_embeddings" else 1 / math.sqrt(shape[1])
+        if name.endswith(("wo", "w2")):
+            size /= 2
+        weights[name] = [[rng.gauss(0, size) for _ in range(shape[1])] for _ in range(shape[0])]
+    return weights
+
+
+# The language: endless verses
+#
+# The clauses of the rhyme follow each other in a new order. Each of seven clauses has four likely
+# successors among the others. A verse tells three clauses and ends in the house that Jack built.
+# So there are verses enough that training, calibration and evaluation share none, and the least
+# loss that anyone can reach is known: that of someone who knows the probabilities.
+#
+# The dialect says "and" for "that", each clause has the verb of the next one ("the cat and worried"),
+# and clauses have other successors.
+
+N_CLAUSES = 8                             # of the rhyme, the house among them
+SUCCESSORS = (0.5, 0.25, 0.15, 0.1)       # probabilities of what follows a clause
+CLAUSES_PER_VERSE = 3                     # before the house
+
+Verse = tuple[int, ...]                   # numbers of clauses
+
+
+@dataclass(frozen=True)
+class Language:
+    """clauses, and successors[c]: the four that may follow clause c, the likeliest first."""
+
+    clauses: list[str]
+    successors: dict[int, list[int]]
+
+    def draw(self, rng: random.Random) -> Verse:
+        """Return a verse."""
+        verse = [rng.randrange(1, N_CLAUSES)]
+        while len(verse) < CLAUSES_PER_VERSE:
+            verse += rng.choices(self.successors[verse[-1]], SUCCESSORS)
+        return tuple(verse)
+
+    def text(self, verse: Verse) -> str:
+        """Return the verse as a line of text."""
+        return "This is " + " ".join(self.clauses[c] for c in (*verse, 0)) + "\n"
+
+    def log_probability(self, verse: Verse) -> float:
+        """Return the log of the probability that draw() returns this verse."""
+        total = -math.log(N_CLAUSES - 1)
+        for clause, following in zip(verse, verse[1:]):
+            total += math.log(SUCCESSORS[self.successors[clause].index(following)])
+        return total
+
+
+def make_language(rng: random.Random, clauses: list[str]) -> Language:
+    """Return a language with successors chosen by chance."""
+    numbers = range(1, N_CLAUSES)
+    return Language(clauses, {c: rng.sample([other for other in numbers if other != c],
+                                            len(SUCCESSORS)) for c in numbers})
+
+
+def dialect_clauses() -> list[str]:
+    """Return the clauses with "and" for "that", each with the verb of the next one."""
+    house, *others = CLAUSES[:N_CLAUSES]
+    subjects, verbs = zip(*(clause.split(" that ") for clause in others))
+    rotated = verbs[1:] + verbs[:1]
+    return [house] + [f"{who} and {verb}" for who, verb in zip(subjects, rotated)]
+
+
+def draw_text(
+    language: Language, rng: random.Random, n_tokens: int, tokenizer: Tokenizer, used: set[str]
+) -> tuple[list[Verse], list[int]]:
+    """Return (verses of at least n_tokens tokens, their ids). No text in `used` is drawn.
+
+    Verses may repeat within the text. All of them are added to `used`.
+    """
+    verses: list[Verse] = []
+    ids: list[int] = []
+    while len(ids) < n_tokens:
+        verse = language.draw(rng)
+        if language.text(verse) not in used:
+            verses.append(verse)
+            ids += tokenizer.encode(language.text(verse))
+    used.update(map(language.text, verses))
+    return verses, ids
+
+
+def word_tokenizer() -> Tokenizer:
+    """Return a tokenizer that has the characters and the words of the clauses, and nothing between."""
+    rhyme = "".join(TEXT.splitlines(keepends=True)[:N_CLAUSES])
+    full = Tokenizer.train(rhyme, 160)
+    characters = range(len(set(rhyme)))
+    kept = sorted({*characters, *full.encode(rhyme)})
+    return Tokenizer([full.vocab[i] for i in kept], full.merges)
+
+
+# The lab: the model under test and its texts
+
+TRAINING = (24, 40, 0.02)  # steps, tokens a step, learning rate at its highest
+EVALUATION_TOKENS = 120    # at least so many
 
 
 @dataclass(frozen=True, eq=False)
 class Lab:
-    """The model under test, in FP32, and the data: tokens to calibrate on, and others to measure on."""
+    """The model under test, in FP32, and token ids: whole verses, none of which is in two texts."""
+
     tokenizer: Tokenizer
-    model: Llama                # with the planted outliers
-    calm: Llama                 # the same function without them
-    text: list[int]             # everything but the last verse, for short runs of training
+    model: Llama
+    outliers: list[int]              # the channels whose gains began large
+    language: Language
+    training: list[int]
     calibration: list[int]
-    evaluation: list[int]       # all of its tokens but the first are predicted
-    inputs: dict[str, Matrix]   # of each matrix, on the calibration tokens
-    unseen: dict[str, Matrix]   # of each matrix, on the evaluation tokens, which calibration does not see
-    logits: Matrix              # FP32's, on the evaluation tokens
+    evaluation: list[int]
+    evaluation_verses: list[Verse]
+    dialect_training: list[int]      # section 8's text, by other successors
+    dialect_evaluation: list[int]
+
+    @property
+    def config(self) -> Config:
+        """The model's sizes."""
+        return self.model.config
 
     @property
     def linears(self) -> list[str]:
-        """The names of the matrices that are quantized: all but the embedding."""
-        return [name for name, shape in self.model.config.shapes().items() if is_linear(name, shape)]
+        """Names of the matrices that are quantized: all but the embedding, which only looks up."""
+        return linear_names(self.config)
 
-    @property
-    def recent(self) -> list[int]:
-        """The end of the text before the last verse."""
-        return self.text[-2 * PIECE - 1:]
+    @cached_property
+    def inputs(self) -> dict[str, Matrix]:
+        """What each matrix reads on the calibration text."""
+        return inputs_on(self, self.model, self.calibration)
+
+    @cached_property
+    def reference(self) -> list[Matrix]:
+        """The log-probabilities of the uncompressed model on each verse of the evaluation text."""
+        return [list(map(log_softmax, self.model.forward(verse[:-1])))
+                for verse in split_verses(self, self.evaluation)]
+
+    @cached_property
+    def sensitivities(self) -> dict[str, Matrix]:
+        """Each weight's squared gradient, summed over the verses of the calibration text."""
+        total: dict[str, Matrix] = {}
+        for verse in split_verses(self, self.calibration):
+            _, gradients = loss_and_gradients(self.config, self.model.weights, verse)
+            for name in self.linears:
+                squares = [[slope * slope for slope in row] for row in gradients[name]]
+                total[name] = add(total[name], squares) if name in total else squares
+        return total
 
     @property
     def n_weights(self) -> int:
         """How many weights the quantized matrices have."""
-        return sum(math.prod(self.model.config.shapes()[name]) for name in self.linears)
-
-    @property
-    def fp32_bytes(self) -> int:
-        """Bytes of the whole model in FP32."""
-        return 4 * sum(map(math.prod, self.model.config.shapes().values()))
-
-    @property
-    def rest_bytes(self) -> int:
-        """Bytes of all weights that are not quantized, in FP16."""
-        return self.fp32_bytes // 2 - 2 * self.n_weights
-
-    @property
-    def perplexity(self) -> float:
-        """FP32's, on the evaluation tokens."""
-        return math.exp(cross_entropy(self.logits, self.evaluation[1:])[0])
-
-    def scores(self, c: Compressed) -> list[str]:
-        """Bits, perplexity, KL and changes as cells of a table."""
-        m = measure(self, c)
-        return [f"{c.bits_per_weight:.2f}", f"{m.perplexity:.3f}", f"{m.kl:.4f}", f"{m.changed} of {len(self.logits)}"]
+        return sum(math.prod(self.config.shapes()[name]) for name in self.linears)
 
 
-def word_tokenizer() -> Tokenizer:
-    """A tokenizer for TEXT without the parts of words that TEXT never needs: half of the vocabulary would be those."""
-    full = Tokenizer.train(TEXT, VOCAB_SIZE)
-    used = sorted(set(range(len(set(TEXT)))) | set(full.encode(TEXT)))
-    return Tokenizer([full.vocab[i] for i in used], full.merges)
+def lab_of(knobs: Namespace) -> Lab:
+    """Return the lab that the knobs describe."""
+    count, gain = knobs.outliers
+    if count == 0 or gain == 1:
+        count, gain = 0, 1.0
+    return build_lab(knobs.seed, knobs.calibration_tokens, (count, gain))
 
 
-def model_config(vocab_size: int) -> Config:
-    """The tiny Llama of this script."""
-    return Config(vocab_size, DIM, n_layers=1, n_heads=4, n_kv_heads=1, hidden_dim=HIDDEN_DIM)
+@lru_cache(maxsize=None)
+def build_lab(
+    seed: int = 0,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    outliers: tuple[int, float] = OUTLIERS,
+) -> Lab:
+    """Return the lab of this seed: the texts drawn, the model trained (once)."""
+    tokenizer = word_tokenizer()
+    rng = random.Random(seed)
+    language = make_language(rng, CLAUSES[:N_CLAUSES])
+    dialect = make_language(rng, dialect_clauses())
+    used: set[str] = set()
+    steps, length, _ = TRAINING
+    verses, evaluation = draw_text(language, rng, EVALUATION_TOKENS, tokenizer, used)
+    _, dialect_evaluation = draw_text(dialect, rng, EVALUATION_TOKENS, tokenizer, used)
+    _, training = draw_text(language, rng, steps * length + 1, tokenizer, used)
+    _, dialect_training = draw_text(dialect, rng, math.prod(FINE_TUNING) + 1, tokenizer, used)
+    _, calibration = draw_text(language, rng, calibration_tokens, tokenizer, used)
+    model, channels = train_with_outliers(seed, outliers, tuple(training), len(tokenizer.vocab))
+    return Lab(tokenizer, model, channels, language, training, calibration, evaluation, verses,
+               dialect_training, dialect_evaluation)
 
 
-def is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """Is this weight a matrix that multiplies activations?"""
-    return len(shape) == 2 and name != "tok_embeddings"
+def lab_config(vocab_size: int) -> Config:
+    """Return the sizes of the model under test."""
+    return Config(vocab_size, dim=64, n_layers=1, n_heads=4, n_kv_heads=1, hidden_dim=32)
+
+
+@lru_cache(maxsize=None)
+def train_with_outliers(
+    seed: int, outliers: tuple[int, float], ids: tuple[int, ...], vocab_size: int
+) -> tuple[Llama, list[int]]:
+    """Return (a tiny Llama trained on ids, rounded to FP32; its outlier channels).
+
+    In a few channels every norm's gain begins many times larger than 1, and the columns that read
+    them at a quarter of their usual size. Training does the rest: it uses the large channels.
+    """
+    config = lab_config(vocab_size)
+    rng = random.Random(seed)
+    weights = init_weights(config, rng)
+    count, gain = outliers
+    channels = sorted(rng.sample(range(config.dim), count))
+    for norm, readers in norms_and_readers(config).items():
+        for c in channels:
+            weights[norm][c] = gain
+        for row in flatten(weights[name] for name in readers):
+            for c in channels:
+                row[c] /= 4
+    steps, length, learning_rate = TRAINING
+    descend(config, weights, ids, steps, length, learning_rate)
+    return Llama(config, map_rows(lambda row: list(map(fp32, row)), weights)), channels
+
+
+def descend(
+    config: Config,
+    weights: dict[str, Matrix | Vector],
+    ids: Sequence[int],
+    steps: int,
+    length: int,
+    learning_rate: float,
+    gradients_of: Callable = loss_and_gradients,
+) -> None:
+    """Train weights in place on `length` tokens of ids a step, by Adam; the rate falls to 0.
+
+    gradients_of(config, weights, tokens) -> (loss, gradients). At the end of ids it starts again.
+    """
+    adam = Adam(weights)
+    watched = sys.stderr is not None and sys.stderr.isatty()
+    for step in range(steps):
+        start = step * length % (len(ids) - length)
+        _, gradients = gradients_of(config, weights, ids[start:start + length + 1])
+        adam.step(gradients, learning_rate * min(1, (step + 1) / 2) * (1 - step / steps))
+        if watched:
+            print(f"\rtraining: step {step + 1} of {steps} ", end="", file=sys.stderr)
+    if watched:
+        print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
+
+
+def map_rows(
+    function: Callable[[Vector], Vector], weights: dict[str, Matrix | Vector]
+) -> dict[str, Matrix | Vector]:
+    """Return the function of every row of a matrix, and of every gain."""
+    return {name: list(map(function, w)) if isinstance(w[0], list) else function(w)
+            for name, w in weights.items()}
+
+
+def copy_weights(weights: dict[str, Matrix | Vector]) -> dict[str, Matrix | Vector]:
+    """Return the same weights in lists of their own."""
+    return map_rows(list, weights)
+
+
+def n_numbers(config: Config) -> int:
+    """Return how many weights a model has in all."""
+    return sum(map(math.prod, config.shapes().values()))
+
+
+def linear_names(config: Config) -> list[str]:
+    """Return the names of the matrices that multiply activations."""
+    return [name for name, shape in config.shapes().items()
+            if len(shape) == 2 and name != "tok_embeddings"]
 
 
 def norms_and_readers(config: Config) -> dict[str, list[str]]:
-    """{norm: the matrices that read what it puts out}."""
+    """Return {norm: the matrices that read what it puts out}."""
     pairs = {}
-    for layer in (f"layers.{i}." for i in range(config.n_layers)):
-        pairs[layer + "attention_norm"] = [layer + "attention." + name for name in ("wq", "wk", "wv")]
-        pairs[layer + "ffn_norm"] = [layer + "feed_forward." + name for name in ("w1", "w3")]
-    return pairs | {"norm": ["output"]}
+    for layer in range(config.n_layers):
+        prefix = f"layers.{layer}."
+        pairs[prefix + "attention_norm"] = [prefix + f"attention.{name}" for name in ("wq", "wk", "wv")]
+        pairs[prefix + "ffn_norm"] = [prefix + f"feed_forward.{name}" for name in ("w1", "w3")]
+    pairs["norm"] = ["output"]
+    return pairs
 
 
 def sources_and_readers(config: Config) -> dict[str, list[str]]:
-    """The same, and {w3: [w2]} of every layer: the rows of w3 scale the channels that w2 reads."""
-    return norms_and_readers(config) | {f"layers.{i}.feed_forward.w3": [f"layers.{i}.feed_forward.w2"]
-                                        for i in range(config.n_layers)}
-
-
-@lru_cache(maxsize=None)
-def trained(seed: int) -> Llama:
-    """The tiny Llama after its training on TEXT, its weights in FP32."""
-    tokenizer = word_tokenizer()
-    model, _ = train(model_config(len(tokenizer.vocab)), tokenizer.encode(TEXT), random.Random(seed), STEPS, LENGTH,
-                     LEARNING_RATE)
-    return Llama(model.config, map_rows(lambda row: list(map(fp32, row)), model.weights))
-
-
-def plant_outliers(model: Llama, channels: int, size: float, rng: random.Random) -> Llama:
-    """The same function, but every norm puts out some channels `size` times larger, and the keys some of theirs.
-
-    A key's channels come in pairs, since rope() turns two together; the queries' are made as much smaller.
-    """
-    config, weights, chosen = model.config, model.weights, rng.sample(range(model.config.dim), channels)
-    scales = [1 / size if c in chosen else 1.0 for c in range(config.dim)]
-    for norm, readers in norms_and_readers(config).items():
-        weights = move_scales(weights, norm, readers, scales)
-    pairs = set(rng.sample(range(config.head_dim // 2), key_pairs(channels, config)))
-    rows = [key_size(size) if r % config.head_dim // 2 in pairs else 1.0 for r in range(config.dim)]
+    """Return the same, and {w3: [w2]} of every layer: the rows of w3 make the channels w2 reads."""
+    pairs = norms_and_readers(config)
     for layer in range(config.n_layers):
-        wq, wk = (f"layers.{layer}.attention.{name}" for name in ("wq", "wk"))
-        weights = weights | {wk: [[value * s for value in row] for row, s in zip(weights[wk], rows)],
-                             wq: [[value / s for value in row] for row, s in zip(weights[wq], rows)]}
-    return Llama(config, weights)
+        prefix = f"layers.{layer}.feed_forward."
+        pairs[prefix + "w3"] = [prefix + "w2"]
+    return pairs
 
 
-def key_pairs(channels: int, config: Config) -> int:
-    """How many pairs of a key's channels are made large, where so many of the norms' channels are."""
-    return min((channels + 1) // 2, config.head_dim // 2)
+def readers_of(lab: Lab, source: str) -> tuple[Matrix, Matrix]:
+    """Return (the matrices that read what source makes, stacked; what they read in calibration)."""
+    readers = sources_and_readers(lab.config)[source]
+    return flatten(lab.model.weights[name] for name in readers), lab.inputs[readers[0]]
 
 
-def key_size(size: float) -> float:
-    """How much larger the large channels of keys are, where those of the norms are `size` times larger."""
-    return max(1.0, size / 4)
+def split_verses(lab: Lab, ids: Sequence[int]) -> list[list[int]]:
+    """Return ids cut after each line end."""
+    line_end = lab.tokenizer.vocab.index("\n")
+    verses: list[list[int]] = [[]]
+    for token in ids:
+        verses[-1].append(token)
+        if token == line_end:
+            verses.append([])
+    return [verse for verse in verses if verse]
+
+
+def inputs_on(lab: Lab, model: Llama, ids: Sequence[int]) -> dict[str, Matrix]:
+    """Return what each matrix of a model reads on the verses of ids, [tokens][in]."""
+    recorder = RecordingLlama(lab.config, model.weights)
+    inputs: dict[str, Matrix] = {}
+    for verse in split_verses(lab, ids):
+        recorder.forward(verse)
+        for name in lab.linears:
+            inputs[name] = inputs.get(name, []) + recorder.inputs[name]
+    return inputs
+
+
+def loss_of(lab: Lab, model: Llama, ids: Sequence[int]) -> float:
+    """Return the mean loss a token of the model on the verses of ids, each read from its start."""
+    total = 0.0
+    count = 0
+    for verse in split_verses(lab, ids):
+        loss, _ = cross_entropy(model.forward(verse[:-1]), verse[1:])
+        total += loss * (len(verse) - 1)
+        count += len(verse) - 1
+    return total / count
+
+
+def least_loss(lab: Lab) -> float:
+    """Return the loss on the evaluation text of someone who knows the language."""
+    tokens = sum(len(verse) - 1 for verse in split_verses(lab, lab.evaluation))
+    return -sum(map(lab.language.log_probability, lab.evaluation_verses)) / tokens
+
+
+# Compressed models and their scores
+
+
+class Compressed(NamedTuple):
+    """A compressed model and the size of its file."""
+
+    name: str
+    model: Llama
+    nbytes: int             # of the whole file
+    bits_per_weight: float  # of the quantized matrices
+
+
+class Score(NamedTuple):
+    """One row: a compressed model on the evaluation text."""
+
+    method: str
+    bits: float        # a weight of the quantized matrices
+    nbytes: int        # of the whole file
+    perplexity: float
+    kl: float          # from the uncompressed model, nats a token
+    error: float       # standard error of kl, over the verses
+    changed: float     # share of tokens whose likeliest successor is another one
+
+
+SCORES = {"method": "", "bits": ".2f", "perplexity": ".3f", "kl as KL": ".5f", "error as ±": ".5f",
+          "changed": ".1%"}
 
 
 @lru_cache(maxsize=None)
-def build_lab(seed: int, calibration_tokens: int, outliers: tuple[int, float]) -> Lab:
-    """Train (or take the model trained before), plant, and run FP32 once on both parts of the text.
+def made(lab: Lab, make: Callable, *arguments) -> Compressed:
+    """Return make(lab, *arguments), made once."""
+    return make(lab, *arguments)
 
-    The last verse is for measuring; calibration takes the tokens just before it.
+
+@lru_cache(maxsize=None)
+def score(lab: Lab, make: Callable, *arguments) -> Score:
+    """Return the score of make(lab, *arguments), measured once."""
+    return score_of(lab, made(lab, make, *arguments))
+
+
+def score_of(lab: Lab, compressed: Compressed) -> Score:
+    """Return the score of a compressed model on the verses of the evaluation text."""
+    sums = []
+    counts = []
+    loss = 0.0
+    changed = 0
+    for verse, expected in zip(split_verses(lab, lab.evaluation), lab.reference):
+        got = [log_softmax(row) for row in compressed.model.forward(verse[:-1])]
+        sums.append(sum(map(kl_divergence, expected, got)))
+        counts.append(len(got))
+        loss -= sum(row[target] for row, target in zip(got, verse[1:]))
+        changed += sum(a.index(max(a)) != b.index(max(b)) for a, b in zip(got, expected))
+    tokens = sum(counts)
+    kl = sum(sums) / tokens
+    # The verses differ: how far would the mean move with others? (The error of a ratio.)
+    spread = sum((total - kl * count) ** 2 for total, count in zip(sums, counts))
+    n = len(sums)
+    error = math.sqrt(spread * n / (n - 1)) / tokens
+    return Score(compressed.name, compressed.bits_per_weight, compressed.nbytes,
+                 math.exp(loss / tokens), kl, error, changed / tokens)
+
+
+def tied(a, b) -> bool:
+    """Return whether the KLs of two rows differ by less than their standard errors together."""
+    return abs(a.kl - b.kl) < math.hypot(a.error, b.error)
+
+
+def compare(a: Score, b: Score) -> str:
+    """Return in words how a's KL compares with b's."""
+    if tied(a, b):
+        return "in a tie with"
+    return "better than" if a.kl < b.kl else "worse than"
+
+
+def compress(
+    lab: Lab, name: str, method: Callable, weights: dict[str, Matrix | Vector] | None = None
+) -> Compressed:
+    """Return the model with every matrix through method(name, w), everything else in FP16.
+
+    method returns Quantized, or (the decoded matrix, its bytes).
     """
-    tokenizer, calm = word_tokenizer(), trained(seed)
-    model = plant_outliers(calm, *outliers, random.Random(seed))
-    text, last = (tokenizer.encode(part) for part in re.fullmatch(r"(.*\n)(.*\n)", TEXT, re.DOTALL).groups())
-    calibration, evaluation = text[-calibration_tokens:], last[-EVALUATION_TOKENS - 1:]
-    unseen, logits = capture(model, evaluation[:-1])
-    return Lab(tokenizer, model, calm, text, calibration, evaluation, capture(model, calibration)[0], unseen, logits)
-
-
-def laboratory(knobs: Namespace) -> Lab:
-    """The lab that the knobs describe."""
-    channels, size = knobs.outliers
-    return build_lab(knobs.seed, knobs.calibration_tokens, (channels, size) if channels and size > 1 else (0, 1.0))
-
-
-def without_outliers(knobs: Namespace) -> Lab:
-    """The same, but with no outliers planted."""
-    return build_lab(knobs.seed, knobs.calibration_tokens, (0, 1.0))
-
-
-def capture(model: Llama, tokens: Sequence[int]) -> tuple[dict[str, Matrix], Matrix]:
-    """({matrix: the inputs it gets} while the model reads tokens, the logits)."""
-    names, seen = {id(w): name for name, w in model.weights.items()}, {}
-
-    def run(operation: Callable, *inputs):
-        if operation is linear:
-            seen[names[id(inputs[1])]] = inputs[0]
-        return operation(*inputs)
-
-    return seen, model.forward(tokens, run=run)
-
-
-@lru_cache(maxsize=None)
-def measure(lab: Lab, c: Compressed) -> Measured:
-    """A compressed model on the evaluation tokens, beside FP32."""
-    logits = Llama(lab.model.config, c.weights).forward(lab.evaluation[:-1], run=c.run)
-    ours, theirs = list(map(log_softmax, logits)), list(map(log_softmax, lab.logits))
-    loss = -fmean(row[target] for row, target in zip(ours, lab.evaluation[1:]))
-    changed = sum(a.index(max(a)) != b.index(max(b)) for a, b in zip(ours, theirs))
-    return Measured(math.exp(loss), fmean(map(kl_divergence, theirs, ours)), changed)
-
-
-def log_softmax(logits: Vector) -> Vector:
-    """log softmax(logits) = logits - log Σ exp(logits), without overflow."""
-    top = max(logits)
-    norm = top + math.log(math.fsum(math.exp(value - top) for value in logits))
-    return [value - norm for value in logits]
-
-
-def kl_divergence(p: Vector, q: Vector) -> float:
-    """Σ p · log(p / q) in nats, of log-probabilities."""
-    return sum(math.exp(a) * (a - b) for a, b in zip(p, q))
-
-
-def map_rows(function: Callable[[Vector], Vector], weights: dict[str, Matrix | Vector]) -> dict[str, Matrix | Vector]:
-    """The function of every row of a matrix, and of every gain, in arrays of their own; list just copies."""
-    return {name: list(map(function, w)) if isinstance(w[0], list) else function(w) for name, w in weights.items()}
-
-
-def short_run(model: Llama, parameters: dict[str, Matrix | Vector], ids: Sequence[int], steps: int, rate: float,
-              run_on: Callable[[Tape], Callable] = lambda tape: tape, step: Callable | None = None) -> None:
-    """PIECE tokens of ids at a time: step(the parameters' gradients, a learning rate that falls to 0), or Adam's."""
-    step = step or Adam(parameters).step
-    for i in range(steps):
-        tape, piece = Tape(), ids[i * PIECE % (len(ids) - PIECE):][:PIECE + 1]
-        logits = model.forward(piece[:-1], run=run_on(tape))
-        gradients = tape.backward(logits, cross_entropy(logits, piece[1:])[1])
-        step({name: gradients[id(p)] for name, p in parameters.items()}, rate * (1 - i / steps))
-
-
-def compress(lab: Lab, name: str, method: Callable, weights: dict | None = None) -> Compressed:
-    """lab's model with every matrix through method(name, w) -> Quantized, or (decoded, its bytes); the rest in FP16."""
-    weights = lab.model.weights if weights is None else weights
-    out = map_rows(fp16_row, {n: w for n, w in weights.items() if n not in lab.linears})
+    weights = weights or lab.model.weights
+    decoded = map_rows(halves, weights)
     nbytes = 0
-    for n in lab.linears:
-        q = method(n, weights[n])
-        out[n], data = (q.dequantize(), q.to_bytes()) if isinstance(q, Quantized) else q
+    for key in lab.linears:
+        found = method(key, weights[key])
+        if isinstance(found, Quantized):
+            found = found.dequantize(), found.to_bytes()
+        decoded[key], data = found
         nbytes += len(data)
-    return Compressed(name, out, lab.rest_bytes + nbytes, 8 * nbytes / lab.n_weights, call)
+    return sized(lab, name, Llama(lab.config, decoded), nbytes)
 
 
-@lru_cache(maxsize=None)
-def rounded_to_nearest(lab: Lab, bits: int, granularity: str | int, symmetric: bool = True) -> Compressed:
-    """The whole model by quantize()."""
-    kind = f"g{granularity}" if isinstance(granularity, int) else granularity
-    return compress(lab, f"INT{bits} {kind}" + ", asym." * (not symmetric),
-                    lambda _, w: quantize(w, bits, symmetric=symmetric, granularity=granularity))
+def sized(lab: Lab, name: str, model: Llama, nbytes: int) -> Compressed:
+    """Return a model whose matrices take nbytes, and all other weights two bytes each."""
+    rest = 2 * (n_numbers(lab.config) - lab.n_weights)
+    return Compressed(name, model, rest + nbytes, 8 * nbytes / lab.n_weights)
 
 
-@lru_cache(maxsize=None)
+def rounded(lab: Lab, bits: int, granularity: str | int, symmetric: bool = True) -> Compressed:
+    """Return the model rounded to nearest."""
+    def method(name: str, w: Matrix) -> Quantized:
+        return quantize(w, bits, granularity=granularity, symmetric=symmetric)
+    shared = f"g{granularity}" if isinstance(granularity, int) else granularity
+    return compress(lab, f"INT{bits} {shared}" + ("" if symmetric else " asymmetric"), method)
+
+
 def in_nf4(lab: Lab, double_quant: bool) -> Compressed:
-    """The whole model by quantize_nf4()."""
-    return compress(lab, "NF4" + ", double quant." * double_quant,
-                    lambda _, w: quantize_nf4(w, double_quant=double_quant))
+    """Return the model in NF4."""
+    name = "NF4, double quant." if double_quant else "NF4"
+    return compress(lab, name, lambda _, w: quantize_nf4(w, double_quant=double_quant))
 
 
-@lru_cache(maxsize=None)
-def in_gguf(lab: Lab, form: str) -> Compressed:
-    """The whole model in one of llama.cpp's formats; rows follow each other, and zeros fill the last block up.
+def in_nvfp4(lab: Lab) -> Compressed:
+    """Return the model in NVFP4."""
+    return compress(lab, "NVFP4", lambda _, w: quantize_nvfp4(w))
 
-    (llama.cpp cuts no block across rows: where 256 does not divide their length, it takes a format of smaller blocks.)
+
+def in_blocks(lab: Lab, form: str) -> Compressed:
+    """Return the model in a format of blocks: Q8_0, Q4_0, Q4_K or MXFP4.
+
+    Q4_K's blocks of 256 run over the ends of our rows of 64; zeros fill the last one up. (llama.cpp
+    cuts no block across rows. It takes a format of smaller blocks then.)
     """
-    encode, decode, size = GGUF[form]
+    encode, decode, size = BLOCK_FORMATS[form]
 
     def method(_: str, w: Matrix) -> tuple[Matrix, bytes]:
-        flat, width = flatten(w), len(w[0])
+        flat = flatten(w)
         filled = flat + [0.0] * (-len(flat) % size)
         data = encode(filled)
-        decoded = decode(data, len(filled))
-        return [decoded[i:i + width] for i in range(0, len(flat), width)], data
+        return in_rows(decode(data, len(filled))[:len(flat)], len(w[0])), data
 
-    return compress(lab, "GGUF " + form, method)
-
-
-def score_table(trace: Trace, lab: Lab, compressed: dict[str, Compressed], title: str = "") -> None:
-    """Bits, perplexity, KL and changes of some models."""
-    trace.table([title, "bits/weight", "perplexity", "KL", "changed"],
-                [[label, *lab.scores(c)] for label, c in compressed.items()], left=(0,))
+    return compress(lab, form + (", simple" if form == "Q4_K" else ""), method)
 
 
-def continue_text(lab: Lab, knobs: Namespace, weights: dict, run: Callable, n_tokens: int = 3) -> str:
-    """What the model writes after the prompt, the likeliest token each time, on one line of 17 characters."""
-    model, tokens = Llama(lab.model.config, weights), lab.tokenizer.encode(knobs.prompt)
-    n = len(tokens)
-    for _ in range(n_tokens):
-        logits = model.forward(tokens, run=run)[-1]
-        tokens = tokens + [logits.index(max(logits))]
-    text = lab.tokenizer.decode(tokens[n:]).replace("\n", " ").strip()
-    return text if len(text) <= 17 else text[:16] + "…"
+class EightBitLlama(Llama):
+    """A Llama whose matrices are applied by multiply(name, x)."""
+
+    def __init__(self, config: Config, weights: dict, multiply: Callable):
+        super().__init__(config, weights)
+        self.multiply = multiply
+
+    def linear(self, name: str, x: Matrix) -> Matrix:
+        return self.multiply(name, x)
+
+
+def in_8_bits(lab: Lab, method: str, alpha: float = 0.0) -> Compressed:
+    """Return the model with weights and activations in 8 bits.
+
+    method: "static", "dynamic", "LLM.int8()", "FP8", or "SmoothQuant" with its alpha.
+    """
+    weights = smoothed(lab, alpha) if method == "SmoothQuant" else lab.model.weights
+    codes = {name: quantize(weights[name], 8, granularity="channel") for name in lab.linears}
+    scales = {name: static_scale(x) for name, x in lab.inputs.items()}
+
+    def multiply(name: str, x: Matrix) -> Matrix:
+        if method == "LLM.int8()":
+            return llm_int8_matmul(x, weights[name])
+        if method == "FP8":
+            return fp8_matmul(x, weights[name])
+        return int8_matmul(x, codes[name], scales[name] if method == "static" else None)
+
+    # A byte a weight, and two for the scale of each row.
+    nbytes = lab.n_weights + 2 * sum(len(q.codes) for q in codes.values())
+    label = {"static": "W8A8, static", "dynamic": "W8A8, dynamic"}.get(method, method)
+    return sized(lab, label, EightBitLlama(lab.config, weights, multiply), nbytes)
+
+
+def by_smoothquant(lab: Lab, alpha: float) -> Compressed:
+    """Return the model in W8A8 by SmoothQuant."""
+    return in_8_bits(lab, "SmoothQuant", alpha)._replace(name=f"SmoothQuant, α {alpha:g}")
+
+
+def smoothed(lab: Lab, alpha: float) -> dict[str, Matrix | Vector]:
+    """Return weights of the same function, smoothed after every norm by the calibration inputs."""
+    weights = lab.model.weights
+    for norm, readers in norms_and_readers(lab.config).items():
+        x_absmax = column_absmax(lab.inputs[readers[0]])
+        w_absmax = column_absmax(flatten(weights[name] for name in readers))
+        scales = smoothquant_scales(x_absmax, w_absmax, alpha)
+        weights = move_scales(weights, norm, readers, scales)
+    return weights
+
+
+def by_gptq(lab: Lab, bits: int, granularity: str | int, act_order: bool = False) -> Compressed:
+    """Return the model by GPTQ."""
+    def method(name: str, w: Matrix) -> Quantized:
+        hessian = hessian_of(lab.inputs[name])
+        return gptq(w, hessian, bits, granularity=granularity, act_order=act_order)
+    return compress(lab, "GPTQ, act-order" if act_order else "GPTQ", method)
+
+
+@lru_cache(maxsize=None)
+def awq_exponents(lab: Lab, bits: int, granularity: str | int) -> dict[str, tuple[Vector, float]]:
+    """Return {source: (scales, α)} of every norm, and of every w3, whose channels w2 reads."""
+    found = {}
+    for source in sources_and_readers(lab.config):
+        w, x = readers_of(lab, source)
+        scales, alpha, _ = awq_search(w, x, bits, granularity=granularity, grid=10)
+        found[source] = scales, alpha
+    return found
+
+
+def awq_folded(lab: Lab, bits: int, granularity: str | int) -> dict[str, Matrix | Vector]:
+    """Return weights of the same function with AWQ's scales folded into them."""
+    weights = lab.model.weights
+    for source, readers in sources_and_readers(lab.config).items():
+        scales, _ = awq_exponents(lab, bits, granularity)[source]
+        weights = move_scales(weights, source, readers, scales)
+    return weights
+
+
+def by_awq(lab: Lab, bits: int, granularity: str | int) -> Compressed:
+    """Return the model by AWQ."""
+    folded = awq_folded(lab, bits, granularity)
+    return compress(lab, "AWQ", lambda _, w: quantize(w, bits, granularity=granularity), folded)
+
+
+def keeping_channel(lab: Lab, bits: int, granularity: str | int, by: str) -> Compressed:
+    """Return the model rounded to nearest, but one input channel of every matrix in FP16.
+
+    by: the channel of the largest "activations", of the largest "weights", or one by "chance".
+    """
+    rng = random.Random(0)
+
+    def method(name: str, w: Matrix) -> tuple[Matrix, bytes]:
+        measured = {"activations": lab.inputs[name], "weights": w,
+                    "chance": [[rng.random() for _ in w[0]]]}[by]
+        sizes = [fmean(map(abs, channel)) for channel in zip(*measured)]
+        kept = sizes.index(max(sizes))
+        q = quantize(w, bits, granularity=granularity)
+        column = halves([row[kept] for row in w])
+        decoded = q.dequantize()
+        for row, value in zip(decoded, column):
+            row[kept] = value
+        return decoded, q.to_bytes() + pack_halves(column)
+
+    return compress(lab, f"one in FP16, by {by}", method)
+
+
+def by_hqq(lab: Lab, bits: int, granularity: str | int) -> Compressed:
+    """Return the model by HQQ."""
+    return compress(lab, "HQQ", lambda _, w: hqq(w, bits, granularity=granularity))
+
+
+def by_squeezellm(lab: Lab, bits: int, weighted: bool = True, sparse: bool = True) -> Compressed:
+    """Return the model by SqueezeLLM, or without its weighting or its sparse part."""
+    shares = {} if sparse else {"important": 0.0, "large": 0.0}
+
+    def method(name: str, w: Matrix) -> tuple[Matrix, bytes]:
+        sensitivity = lab.sensitivities[name] if weighted else [[1.0] * len(row) for row in w]
+        return squeezellm(w, sensitivity, bits, **shares)
+
+    if sparse:
+        return compress(lab, "SqueezeLLM", method)
+    return compress(lab, "k-means, weighted" if weighted else "k-means", method)
+
+
+def by_bitnet(lab: Lab) -> Compressed:
+    """Return the model in one bit, its head in FP16, without training."""
+    def method(key: str, w: Matrix) -> tuple[Matrix, bytes]:
+        if key == "output":
+            return list(map(halves, w)), pack_halves(flatten(w))
+        signs = [halves(row) for row in bitnet_signs(w)]
+        return signs, pack_bits([int(v > 0) for v in flatten(signs)], 1) + pack_halves(signs[0][:1])
+    return compress(lab, "BitNet, untrained", method)
+
+
+def in_ternary(lab: Lab, how: str, steps: int = 0) -> Compressed:
+    """Return the model in b1.58, its head in FP16; its scales the "mean |W|" or by "least squares".
+
+    "trained": after `steps` steps of straight-through training on the training text.
+    """
+    weights = copy_weights(lab.model.weights)
+    names = [name for name in lab.linears if name != "output"]
+
+    def gradients_of(config: Config, weights: dict, tokens: Sequence[int]) -> tuple[float, dict]:
+        return straight_through(config, weights, names, tokens)
+
+    descend(lab.config, weights, lab.training, steps, 32, 0.01, gradients_of)
+
+    def method(key: str, w: Matrix) -> tuple[Matrix, bytes]:
+        if key == "output":
+            return list(map(halves, w)), pack_halves(flatten(w))
+        codes, scale = ternary_codes(w)
+        if how == "least squares":
+            scale = least_squares_scale(w, codes)
+        decoded = [halves([code * scale for code in row]) for row in codes]
+        return decoded, pack_ternary(flatten(codes)) + pack_halves([scale])
+
+    return compress(lab, f"b1.58, {how}", method, weights)
+
+
+@lru_cache(maxsize=None)
+def mixed_widths(
+    lab: Lab, bits: int, granularity: int
+) -> tuple[dict[str, list[Choice]], dict[str, int]]:
+    """Return (each matrix's choices, of one bit less to one more; what is assigned to it).
+
+    All together take no more bytes than `bits` throughout.
+    """
+    choices: dict[str, list[Choice]] = {}
+    budget = 0
+    for name in lab.linears:
+        w = lab.model.weights[name]
+        choices[name] = []
+        for width in range(max(2, bits - 1), min(8, bits + 1) + 1):
+            q = quantize(w, width, granularity=granularity)
+            damage = expected_damage(w, q.dequantize(), lab.sensitivities[name])
+            choices[name].append(Choice(width, damage, q.nbytes))
+            if width == bits:
+                budget += q.nbytes
+    return choices, assign_bits(choices, budget)
+
+
+def in_mixed_bits(lab: Lab, bits: int, granularity: int) -> Compressed:
+    """Return the model with mixed bits."""
+    _, widths = mixed_widths(lab, bits, granularity)
+    return compress(lab, "mixed bits",
+                    lambda name, w: quantize(w, widths[name], granularity=granularity))
+
+
+# Small helpers
 
 
 def flatten(rows: Iterable[Sequence]) -> list:
-    """All of the rows in one."""
-    return [value for row in rows for value in row]
+    """Return all of the rows in one."""
+    return list(itertools.chain.from_iterable(rows))
+
+
+def in_rows(values: Sequence[float], width: int) -> Matrix:
+    """Return values cut into rows."""
+    return [list(values[i:i + width]) for i in range(0, len(values), width)]
+
+
+def scale_columns(m: Matrix, scales: Vector) -> Matrix:
+    """Return m with every column multiplied by its scale."""
+    return [list(map(operator.mul, row, scales)) for row in m]
+
+
+def pick_columns(m: Matrix, columns: Sequence[int]) -> Matrix:
+    """Return those columns of m."""
+    return [[row[c] for c in columns] for row in m]
+
+
+def column_absmax(m: Matrix) -> Vector:
+    """Return the largest magnitude of each column."""
+    return [max(map(abs, column)) for column in zip(*m)]
+
+
+def normal_matrix(rng: random.Random, n_rows: int, n_columns: int, size: float = 1.0) -> Matrix:
+    """Return a matrix of normal numbers."""
+    return [[rng.gauss(0, size) for _ in range(n_columns)] for _ in range(n_rows)]
 
 
 def relative_distance(a: Matrix, b: Matrix) -> float:
-    """|a - b| / |b| in the Frobenius norm; 0 where both are 0."""
+    """Return |a - b| / |b|, of all numbers in them; 0 where both are 0."""
     size = math.hypot(*flatten(b))
     return math.dist(flatten(a), flatten(b)) / size if size else 0.0
 
 
-def histogram(values: Sequence[float], grids: dict[str, Sequence[float]], width: int = 69,
-              height: int = 7) -> list[str]:
-    """How many values fall where, as columns, from -absmax to absmax; under them, marks where each grid has a point."""
+# Bytes. FP32 and FP16 are rounded by struct, as the hardware would.
+
+
+def fp32(x: float) -> float:
+    """Return the nearest FP32."""
+    return struct.unpack("<f", struct.pack("<f", x))[0]
+
+
+def fp16_up(x: float) -> float:
+    """Return the smallest FP16 number that is not below x, which is from 0 to 65504."""
+    step = 2.0 ** (max(math.frexp(x)[1] - 1, -14) - 10)
+    return math.ceil(x / step) * step
+
+
+def pack_floats(values: Sequence[float]) -> bytes:
+    """Return values in FP32."""
+    return struct.pack(f"<{len(values)}f", *values)
+
+
+def pack_halves(values: Sequence[float]) -> bytes:
+    """Return values in FP16; none may round beyond 65504."""
+    return struct.pack(f"<{len(values)}e", *values)
+
+
+def halves(values: Sequence[float]) -> Vector:
+    """Return values rounded to FP16."""
+    return list(struct.unpack(f"<{len(values)}e", pack_halves(values)))
+
+
+def e4m3_byte(x: float) -> int:
+    """Return the bits of a number that fp8_e4m3() has rounded: sign, 4 of exponent, 3 of mantissa."""
+    exponent = max(math.frexp(x)[1] - 1, -6) if x else -6
+    mantissa = round(abs(x) / 2.0 ** (exponent - 3))  # with its leading 1, if there is one
+    sign = 128 if math.copysign(1, x) < 0 else 0
+    return sign | mantissa + (exponent + 6 << 3)
+
+
+def inverse_scale(d: float) -> float:
+    """Return 1 / d in FP32 as ggml has it; 0 where 1 / d may be too large for FP32."""
+    return fp32(1 / d) if abs(d) >= 2.0**-126 else 0.0
+
+
+def blocks_of_weights(row: Sequence[float], size: int) -> list[Vector]:
+    """Return row cut into blocks, in FP32. ValueError if it has not whole blocks of FP16's range."""
+    if not row or len(row) % size:
+        raise ValueError(f"row must have a multiple of {size} weights, not {len(row)}")
+    if not all(abs(value) <= fp16.largest for value in row):
+        raise ValueError(f"row must hold finite numbers of at most {fp16.largest:.0f}")
+    return [list(map(fp32, row[i:i + size])) for i in range(0, len(row), size)]
+
+
+def blocks_of_bytes(data: bytes, n: int, size: int, layout: str) -> Iterator[tuple]:
+    """Return the fields of each block of `size` weights. ValueError if data is not n weights long."""
+    nbytes = struct.calcsize(layout)
+    if n % size or len(data) != n // size * nbytes:
+        raise ValueError(f"data must be {nbytes} bytes for every {size} weights, and n a multiple of "
+                         f"{size}; not {len(data)} bytes and n = {n}")
+    return struct.iter_unpack(layout, data)
+
+
+GGUF_TYPES = {"F32": (0, pack_floats), "Q4_0": (2, q4_0_encode), "Q8_0": (8, q8_0_encode)}
+BLOCK_FORMATS = {"Q8_0": (q8_0_encode, q8_0_decode, 32), "Q4_0": (q4_0_encode, q4_0_decode, 32),
+                 "MXFP4": (mxfp4_encode, mxfp4_decode, 32),
+                 "Q4_K": (q4_k_encode, q4_k_decode, 256)}
+
+# {model: (the fields of Config, the published number of parameters)}, from its config.json and its
+# checkpoint (Touvron et al. 2023, arXiv:2307.09288; Llama team 2024, arXiv:2407.21783).
+REAL_LLAMAS = {"Llama 2 7B": ((32000, 4096, 32, 32, 32, 11008), 6_738_415_616),
+               "Llama 3.1 8B": ((128256, 4096, 32, 32, 8, 14336), 8_030_261_248),
+               "Llama 3.1 70B": ((128256, 8192, 80, 64, 8, 28672), 70_553_706_496)}
+
+# As bitsandbytes has them (functional.py, get_4bit_type, "nf4"), to eight digits.
+PUBLISHED_NF4 = [-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004,
+                 0.0, 0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700,
+                 0.72295684, 1.0]
+
+
+# Pictures
+
+
+def histogram(values: Sequence[float], grids: dict[str, Sequence[float]]) -> list[str]:
+    """Return how many values fall where, as 65 columns, and a mark for each point of the grids."""
     absmax = max(map(abs, values))
-    places = Counter(round((value / absmax + 1) / 2 * (width - 1)) for value in values)
-    lines, margin = columns_picture([places[c] for c in range(width)], height), max(map(len, grids)) + 1
-    for points in grids.values():
-        marked = {round((point / absmax + 1) / 2 * (width - 1)) for point in points
-                  if abs(point) <= absmax * (1 + 1e-3)}
-        lines.append("".join("┴" if c in marked else " " for c in range(width)))
-    lines.append(f"{-absmax:+.2f}".ljust(width // 2) + "0" + f"{absmax:+.2f}".rjust(width - width // 2 - 1))
-    return [label.ljust(margin) + line for label, line in zip([""] * height + list(grids) + [""], lines)]
+
+    def place(value: float) -> int:
+        return round((value / absmax + 1) * 32)
+
+    counts = Counter(map(place, values))
+    lines = ["     " + line for line in columns_picture([counts[c] for c in range(65)], 6)]
+    for label, points in grids.items():
+        marked = set(map(place, points))
+        lines.append(f"{label:4} " + "".join("┴" if c in marked else " " for c in range(65)))
+    return [*lines, f"     {-absmax:<+32.2f}0{absmax:>+32.2f}"]
 
 
 def columns_picture(sizes: Sequence[float], height: int) -> list[str]:
-    """Sizes as columns side by side, the largest of them `height` lines high."""
-    most = max(sizes)
-    return ["".join("█" if size / most > level / height else " " for size in sizes)
-            for level in reversed(range(height))]
+    """Return sizes as columns side by side, the largest `height` lines high."""
+    largest = max(sizes)
+    lines = []
+    for level in reversed(range(height)):
+        lines.append("".join("█" if size > largest * level / height else " " for size in sizes))
+    return lines
 
 
-# ---------------------------------------------------------------------------------------------------
-# Shared by the five scripts, the same in each: arithmetic, the text, the tokenizer, the trace.
+# =============================================================================================
+# SHARED BY THE FIVE: the same in each script, read once
+# =============================================================================================
+
+# Arithmetic
+
 
 def dot_by_hand(a: Sequence[float], b: Sequence[float]) -> float:
-    """Σ a[i]·b[i]."""
+    """Return Σ a[i]·b[i]."""
     return sum(map(operator.mul, a, b))
 
 
 dot = getattr(math, "sumprod", dot_by_hand)  # Python 3.12 and newer have it built in
 
 
-def softmax(scores: Vector) -> Vector:
-    """exp(s) / Σ exp(s), with the largest score taken off first so that nothing overflows.
+def linear(x: Matrix, w: Matrix) -> Matrix:
+    """Return y = W x for every row of x: x [n][in], w [out][in] -> [n][out]. nn.Linear, no bias."""
+    return [[dot(row, unit) for unit in w] for row in x]
 
-    A score of -inf gets weight 0; where all are -inf, as in a row that sees nothing, all weights are 0.
+
+def softmax(scores: Vector) -> Vector:
+    """Return exp(s) / Σ exp(s): weights that are positive and sum to 1.
+
+    The largest score is subtracted first, so that nothing overflows. A score of -inf gets weight 0.
+    If all scores are -inf, as for a query that sees no key, all weights are 0.
     """
-    top = max(scores, default=-math.inf)
-    if top == -math.inf:
+    largest = max(scores, default=-math.inf)
+    if largest == -math.inf:
         return [0.0] * len(scores)
-    exps = [math.exp(s - top) for s in scores]
+    exps = [math.exp(s - largest) for s in scores]
     total = sum(exps)
     return [e / total for e in exps]
 
 
-def linear(x: Matrix, w: Matrix) -> Matrix:
-    """y = W x for every row: x [n][in], w [out][in] -> [n][out], as nn.Linear without a bias."""
-    return [[dot(row, unit) for unit in w] for row in x]
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)
 
 
-CLAUSES = ["the house that Jack built.", "the malt that lay in", "the rat that ate", "the cat that killed",
-           "the dog that worried", "the cow with the crumpled horn that tossed", "the maiden all forlorn that milked",
-           "the man all tattered and torn that kissed", "the priest all shaven and shorn that married",
-           "the cock that crowed in the morn that waked", "the farmer sowing his corn that kept",
-           "the horse and the hound and the horn that belonged to"]
+# The text and the tokenizer
+
+CLAUSES = [
+    "the house that Jack built.",
+    "the malt that lay in",
+    "the rat that ate",
+    "the cat that killed",
+    "the dog that worried",
+    "the cow with the crumpled horn that tossed",
+    "the maiden all forlorn that milked",
+    "the man all tattered and torn that kissed",
+    "the priest all shaven and shorn that married",
+    "the cock that crowed in the morn that waked",
+    "the farmer sowing his corn that kept",
+    "the horse and the hound and the horn that belonged to",
+]
 # The House That Jack Built: verse n tells clauses n, n - 1, …, 0.
 TEXT = "".join("This is " + " ".join(CLAUSES[n::-1]) + "\n" for n in range(len(CLAUSES)))
 
 
+def split_words(text: str) -> list[str]:
+    """Return the units that no merge crosses: words and punctuation with the blank before them."""
+    return re.findall(r" ?\w+| ?[^\w\s]+|\s", text)
+
+
+def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """Return parts with every occurrence of pair joined, from the left."""
+    merged: list[str] = []
+    for part in parts:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
+
+
 @dataclass(frozen=True)
 class Tokenizer:
-    """Byte-pair encoding in miniature, over characters: vocab[id] is a token, merges are in order of learning.
+    """Byte-pair encoding in miniature, over characters (Sennrich et al. 2016, arXiv:1508.07909).
 
-    Sennrich et al., Neural Machine Translation of Rare Words with Subword Units, 2016, arXiv:1508.07909.
+    vocab[id] is a token. merges are the pairs that were joined, in the order they were learned.
     """
+
     vocab: list[str]
     merges: list[tuple[str, str]]
 
-    @staticmethod
-    def words(text: str) -> list[str]:
-        """The units no merge crosses: words and punctuation with their leading space, other white space alone."""
-        return re.findall(r" ?\w+| ?[^\w\s]+|\s", text)
-
-    @staticmethod
-    def merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
-        """Join every occurrence of pair in parts, from the left."""
-        merged: list[str] = []
-        for part in parts:
-            if merged and (merged[-1], part) == pair:
-                merged[-1] += part
-            else:
-                merged.append(part)
-        return merged
-
     @classmethod
     def train(cls, text: str, vocab_size: int) -> Tokenizer:
-        """Start from the text's characters; merge the most frequent pair until there are vocab_size tokens.
+        """Return a tokenizer of vocab_size tokens, or fewer if every word has become one token.
 
-        Ties go to the pair that sorts first. The vocabulary stays smaller when every word is one token already.
-        ValueError if text is empty or has more characters than vocab_size.
+        ValueError if text is empty or has more different characters than vocab_size.
         """
-        vocab, merges = sorted(set(text)), []
+        vocab = sorted(set(text))
+        merges: list[tuple[str, str]] = []
         if not 0 < len(vocab) <= vocab_size:
-            raise ValueError(f"vocab_size must be at least the number of different characters, {len(vocab)}, "
-                             f"and the text not empty; got {vocab_size}")
-        counts = Counter(cls.words(text))
-        parts = {word: list(word) for word in counts}
+            raise ValueError(f"vocab_size must be at least the number of different characters, "
+                             f"{len(vocab)}, and the text not empty; got {vocab_size}")
+        word_counts = Counter(split_words(text))
+        parts = {word: list(word) for word in word_counts}
         while len(vocab) < vocab_size:
-            pairs: Counter[tuple[str, str]] = Counter()
-            for word, count in counts.items():
+            pair_counts: Counter[tuple[str, str]] = Counter()
+            for word, count in word_counts.items():
                 for pair in zip(parts[word], parts[word][1:]):
-                    pairs[pair] += count
-            if not pairs:
+                    pair_counts[pair] += count
+            if not pair_counts:
                 break
-            best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+            # The most frequent pair; of equally frequent ones, the one that sorts first.
+            best = min(pair_counts, key=lambda pair: (-pair_counts[pair], pair))
             merges.append(best)
             if "".join(best) not in vocab:
                 vocab.append("".join(best))
-            parts = {word: cls.merge(split, best) for word, split in parts.items()}
+            parts = {word: merge_pair(split, best) for word, split in parts.items()}
         return cls(vocab, merges)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text: the merges, in order, within each word. ValueError names an unknown character."""
+        """Return the token ids of text: within each word, the merges in the order of learning.
+
+        ValueError names a character that the vocabulary does not have.
+        """
         ids = {token: i for i, token in enumerate(self.vocab)}
-        if unknown := next((c for c in text if c not in ids), None):
-            known = "".join(token for token in self.vocab if len(token) == 1)
-            raise ValueError(f"the vocabulary has no character {unknown!r}; it knows {known!r}")
-        parts = {word: list(word) for word in set(self.words(text))}
+        for character in text:
+            if character not in ids:
+                known = "".join(token for token in self.vocab if len(token) == 1)
+                raise ValueError(f"the vocabulary has no character {character!r}; it knows "
+                                 f"{known!r}")
+        words = split_words(text)
+        parts = {word: list(word) for word in words}
         for pair in self.merges:
-            parts = {word: self.merge(split, pair) for word, split in parts.items()}
-        return [ids[part] for word in self.words(text) for part in parts[word]]
+            parts = {word: merge_pair(split, pair) for word, split in parts.items()}
+        return [ids[part] for word in words for part in parts[word]]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text that these token ids stand for."""
+        """Return the text that these token ids stand for."""
         return "".join(self.vocab[i] for i in ids)
 
 
+# Printing
+
 WIDTH = 80  # columns of the trace
-# What a terminal without the left character gets instead of it.
+# What a terminal that cannot show the character on the left gets instead of it.
 ASCII = str.maketrans({
-    "█": "#", "▓": "*", "▒": "+", "░": ":", "·": ".", "│": "|", "─": "-", "┌": "+", "┐": "+", "└": "+", "┘": "+",
-    "├": "+", "┤": "+", "┬": "+", "┴": "+", "┼": "+", "→": "->", "←": "<-", "␣": "_", "…": "...", "×": "x",
-    "√": "sqrt ", "Σ": "sum ", "Δ": "d", "ᵀ": "^T", "²": "^2", "±": "+-", "≤": "<=", "≥": ">=", "≈": "~"})
-SHADES = " ·░▒▓█"
+    "█": "#", "▓": "*", "▒": "+", "░": ":", "·": ".", "│": "|", "─": "-", "┌": "+", "┐": "+",
+    "└": "+", "┘": "+", "├": "+", "┤": "+", "┬": "+", "┴": "+", "┼": "+", "→": "->", "←": "<-",
+    "␣": "_", "…": "...", "×": "x", "√": "sqrt ", "Σ": "sum ", "Δ": "d", "ᵀ": "^T", "²": "^2",
+    "±": "+-", "≤": "<=", "≥": ">=", "≈": "~", "α": "alpha", "β": "beta", "γ": "gamma",
+    "θ": "theta", "λ": "lambda", "μ": "mu", "σ": "sigma", "τ": "tau", "∞": "inf", "≠": "!=",
+})
+
+
+def printable(text: str) -> str:
+    """Return text with everything escaped that a terminal would obey instead of showing."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def display_width(text: str) -> int:
+    """Return the columns that text takes: East Asian wide characters two, combining marks none."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    combining = sum(unicodedata.combining(c) > 0 for c in text)
+    return len(text) + wide - combining
+
+
+def bar(value: float, full: float, width: int) -> str:
+    """Return a bar of value / full times width characters; a dot for a value too small to draw."""
+    if full <= 0 or value <= 0:
+        return ""
+    return "█" * round(width * min(value / full, 1.0)) or "·"
+
+
+def format_cell(value: object, form: str) -> str:
+    """Return a value as text: form is a format specification, or a template with braces."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    return form.format(value) if "{" in form else format(value, form)
 
 
 class Trace:
-    """Prints the sections and their checks; knows what the output can show, and how many checks held.
+    """Prints the sections and their checks, as the output can show them, and counts the checks.
 
-    predict: ask the reader before each result; None: don't; False: ask, but wait for no answer.
+    predict: ask the reader for each result before it is shown.
     """
 
-    def __init__(self, ascii_only: bool = False, predict: bool | None = None):
+    def __init__(self, ascii_only: bool = False, predict: bool = False):
         encoding = getattr(sys.stdout, "encoding", None) or "ascii"
         probe = "".join(map(chr, ASCII))
         self.ascii = ascii_only or probe.encode(encoding, "ignore").decode(encoding) != probe
-        self.colour = (sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self.colour = (sys.stdout is not None and sys.stdout.isatty()
+                       and "NO_COLOR" not in os.environ
                        and os.environ.get("TERM", "dumb") != "dumb")
-        self.held = self.failed = self.unwritten = 0
-        self.predict, self.asked, self.right = predict, 0, 0
-        self.in_checks = False  # was the last line a check?
+        self.predict = predict
+        self.listening = sys.stdin is not None and sys.stdin.isatty()  # is there anybody to answer?
+        self.held = self.failed = 0    # checks
+        self.asked = self.right = 0    # predictions
+        self.unwritten = 0             # sections that wait for a function
+        self.in_checks = False         # was the last line a check?
 
     def plain(self, text: str) -> str:
-        """text as this output can show it."""
-        return text.translate(ASCII).encode("ascii", "backslashreplace").decode() if self.ascii else text
+        """Return text as this output can show it."""
+        if not self.ascii:
+            return text
+        return text.translate(ASCII).encode("ascii", "backslashreplace").decode()
 
     def lines(self, lines: Sequence[str], style: str = "") -> None:
-        """Print lines as they are (a picture, say); style: an ANSI code, for terminals."""
+        """Print lines as they are (a picture, say). style: an ANSI code, for terminals."""
         self.in_checks = False
         for line in lines:
             line = self.plain(line).rstrip()
             print(f"\x1b[{style}m{line}\x1b[0m" if style and self.colour else line)
 
-    def section(self, number: int, title: str, functions: Sequence[Callable]) -> None:
-        """A section's head: its number and title, and the functions in the source that do the work."""
+    def section(self, number: int, title: str, techniques: Sequence[Callable]) -> None:
+        """Print a section's head: its number, its title, and the functions that do the work."""
         self.lines(["", f"── {number} ── {title} ".ljust(WIDTH, "─")], "1")
-        names = "in the source: " + ", ".join(function.__name__ for function in functions)
+        names = "in the source: " + ", ".join(technique.__name__ for technique in techniques)
         self.lines(textwrap.wrap(names, WIDTH, subsequent_indent=" " * 15), "2")
 
     def say(self, text: str) -> None:
-        """A paragraph, wrapped."""
+        """Print a paragraph."""
         self.lines(["", *textwrap.wrap(self.plain(text), WIDTH)])
 
     def note(self, text: str) -> None:
-        """A line under a picture: its legend."""
+        """Print the legend of the table or picture above."""
         self.lines(textwrap.wrap(self.plain(text), WIDTH), "2")
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> None:
-        """A table, two blanks between the columns, right-aligned but for the columns named in left."""
-        cells = [[self.plain(cell) for cell in row] for row in (header, *rows)]
-        widths = [max(map(display_width, column)) for column in zip(*cells)]
-        for i, row in enumerate(cells):
-            pads = [" " * (width - display_width(cell)) for cell, width in zip(row, widths)]
-            self.lines(["  ".join(cell + pad if c in left else pad + cell
-                                  for c, (cell, pad) in enumerate(zip(row, pads)))], "2" if i == 0 else "")
+    def table(self, rows: Sequence, columns: dict[str, str]) -> None:
+        """Print rows (named tuples or dictionaries) as a table. columns: {field: format}, in order.
+
+        A format is ".1%" or "{:.1f}×". With "bar 20" after it, the number is drawn as well; with
+        nothing before that, it is drawn only. The longest bar stands for the largest number in the
+        column, or for F in "bar 20 of F". A heading is the field's name with blanks for _, or what
+        is said after " as ". Text goes to the left, numbers to the right; None is an empty cell.
+        """
+        printed = []
+        for column, form in columns.items():
+            field, _, heading = column.partition(" as ")
+            values = [row[field] if isinstance(row, dict) else getattr(row, field) for row in rows]
+            printed += self.table_column(heading or field.replace("_", " "), values, form)
+        for i, cells in enumerate(zip(*printed)):
+            self.lines(["  ".join(cells)], "2" if i == 0 else "")
+
+    def table_column(self, heading: str, values: list, form: str) -> list[list[str]]:
+        """Return the cells, heading first and padded, of the numbers and of the bars, if any."""
+        form, _, bars = form.partition("bar ")
+        numbers = [value for value in values if isinstance(value, (int, float))]
+        columns = []
+        if form or not bars:
+            cells = [heading] + [format_cell(value, form.strip()) for value in values]
+            columns.append(self.pad(cells, to_the_right=bool(numbers)))
+            heading = ""
+        if bars:
+            width, _, full = bars.partition(" of ")
+            largest = float(full) if full else max(numbers, default=0)
+            drawn = [bar(value or 0, largest, int(width)) for value in values]
+            columns.append(self.pad([heading] + drawn, to_the_right=False))
+        return columns
+
+    def pad(self, cells: list[str], to_the_right: bool) -> list[str]:
+        """Return cells filled up with blanks to the same width."""
+        cells = [self.plain(cell) for cell in cells]
+        width = max(map(display_width, cells))
+        blanks = [" " * (width - display_width(cell)) for cell in cells]
+        if to_the_right:
+            return [blank + cell for cell, blank in zip(cells, blanks)]
+        return [cell + blank for cell, blank in zip(cells, blanks)]
 
     def check(self, claim: str, holds: bool, evidence: str) -> None:
-        """Print one check: what is claimed, and what was compared or bounded. A failure makes the exit status 1."""
-        self.held, self.failed = self.held + bool(holds), self.failed + (not holds)
-        text = textwrap.wrap(self.plain(f"{claim} ({evidence})"), WIDTH - 6)
-        mark = "ok  " if holds else "FAIL"
+        """Print one check: what is claimed, and what was compared. A failure makes the status 1."""
+        if holds:
+            self.held += 1
+            mark, colour = "ok  ", "32"
+        else:
+            self.failed += 1
+            mark, colour = "FAIL", "1;31"
         if self.colour:
-            mark = f"\x1b[{'32' if holds else '1;31'}m{mark}\x1b[0m"
-        self.lines([""] * (not self.in_checks) + [f"{mark}  {text[0]}", *("      " + line for line in text[1:])])
+            mark = f"\x1b[{colour}m{mark}\x1b[0m"
+        if not self.in_checks:
+            self.lines([""])
+        first, *others = textwrap.wrap(self.plain(f"{claim} ({evidence})"), WIDTH - 6)
+        self.lines([f"{mark}  {first}"] + ["      " + line for line in others])
         self.in_checks = True
 
-    def ask(self, question: str, answer: float | str) -> None:
-        """With --predict: ask before the result is shown, wait for the reader's answer, show the computed one.
-
-        A number is right within a tenth, a text when it is the same but for case and blanks around it.
-        """
-        if self.predict is None:
-            return
-        shown = answer.strip() if isinstance(answer, str) else (
-            f"{answer:,.0f}" if isinstance(answer, int) or abs(answer) >= 1000 else f"{answer:.3g}")
-        self.say(f"Predict: {question}")
-        reply = ""
-        if self.predict:
-            try:
-                reply = input("  your answer (Enter: pass) > ").strip()
-            except EOFError:
-                print()
-                self.predict = False  # no more answers to come
-        right = bool(reply) and reply.casefold() == shown.casefold()
-        if not isinstance(answer, str) and (number := re.search(r"[+-]?[0-9][0-9,]*(\.[0-9]+)?|[+-]?\.[0-9]+", reply)):
-            right = abs(float(number[0].replace(",", "")) - answer) <= abs(answer) / 10
-        self.asked, self.right = self.asked + bool(reply), self.right + right
-        self.lines([f"  computed: {shown}" + (" - yes" if right else " - not quite") * bool(reply)], "1")
-
     def check_close(self, claim: str, got: Matrix, expected: Matrix, bound: float) -> None:
-        """A check that two matrices have the same shape and differ by less than bound in every place."""
-        same_shape = [len(row) for row in got] == [len(row) for row in expected]
-        gaps = [abs(a - b) for p, q in zip(got, expected) for a, b in zip(p, q)]
-        holds = same_shape and all(gap < bound for gap in gaps)
-        failure = f"max |Δ| = {max(gaps):.1e}" if same_shape else "the shapes differ"
-        self.check(claim, holds, f"max |Δ| < {bound:.0e}" if holds else f"{failure}; bound {bound:.0e}")
+        """Check that two matrices have one shape, and differ by less than bound in every place."""
+        if [len(row) for row in got] != [len(row) for row in expected]:
+            self.check(claim, False, "the shapes differ")
+            return
+        gaps = [abs(a - b) for rows in zip(got, expected) for a, b in zip(*rows)]
+        if all(gap < bound for gap in gaps):
+            self.check(claim, True, f"max |Δ| < {bound:.0e}")
+        else:
+            self.check(claim, False, f"max |Δ| = {max(gaps):.1e}; bound {bound:.0e}")
+
+    def ask(self, question: str, answer: float | str) -> None:
+        """With --predict: ask, wait for the reader's answer, show the computed one, and wait again.
+
+        A number is right within a tenth. Text is right if it is the same but for case.
+        """
+        if not self.predict:
+            return
+        if isinstance(answer, str):
+            shown = answer.strip()
+        elif isinstance(answer, int) or abs(answer) >= 1000:
+            shown = f"{answer:,.0f}"
+        else:
+            shown = f"{answer:.3g}"
+        self.say(f"Predict: {question}")
+        reply = self.hear("  your answer (Enter: pass) > ")
+        verdict = ""
+        if reply:
+            right = reply.casefold() == shown.casefold() or (
+                not isinstance(answer, str) and is_near(reply, answer))
+            self.asked += 1
+            self.right += right
+            verdict = " - yes" if right else " - not quite"
+        self.lines([f"  computed: {shown}{verdict}"], "1")
+        self.hear("  (Enter: go on) ")
+
+    def hear(self, prompt: str) -> str:
+        """Return what the reader types, or "" where there is nobody to ask."""
+        if not self.listening:
+            return ""
+        try:
+            return input(prompt).strip()
+        except EOFError:
+            print()
+            self.listening = False  # no more answers will come
+            return ""
 
 
-def display_width(text: str) -> int:
-    """Columns that text takes in a terminal: East Asian wide characters take two, combining marks none."""
-    if text.isascii():
-        return len(text)
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+def is_near(reply: str, answer: float) -> bool:
+    """Return whether reply is a number within a tenth of answer; 33% and 0,33 count as well."""
+    scale = 100 if reply.endswith("%") else 1
+    for comma in ("", "."):  # of thousands, or the decimal comma
+        try:
+            number = float(reply.rstrip("%×x ").replace(",", comma)) / scale
+        except ValueError:
+            continue
+        if abs(number - answer) <= abs(answer) / 10:
+            return True
+    return False
 
 
-def shade(weight: float) -> str:
-    """A weight between 0 and 1 as one character, darker for more."""
-    return SHADES[sum(weight > step for step in (0, 0.02, 0.1, 0.3, 0.6))]
+# The command line
 
 
-def bar(value: float, full: float, width: int) -> str:
-    """A bar of value / full times width characters; a trace of one for anything above zero."""
-    length = round(width * max(0.0, min(value / full, 1.0))) if full else 0
-    return "█" * length or "·" * (value > 0)
+class Section(NamedTuple):
+    """A section of the trace. core: it belongs to the chapter itself; the others can wait."""
+
+    title: str
+    show: Callable
+    techniques: Sequence[Callable]  # the functions and classes that its head names
+    core: bool = True
 
 
 class OneLineParser(ArgumentParser):
-    """argparse, except that a refusal is one line, on every Python."""
-
-    def parse_args(self, args=None, namespace=None):
-        for argument in sys.argv[1:] if args is None else args:
-            if argument.startswith("--") and argument.endswith("=--"):  # argparse takes these for no value at all
-                self.error(f"argument {argument[:-3]}: expected a value")
-        return super().parse_args(args, namespace)
+    """argparse, but a refusal is one line, and shows control characters instead of sending them."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: {printable(message)} (--help lists the options)\n")
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from low to high."""
+    """Return an argparse type: a whole number from low to high."""
     def parse(text: str) -> int:
         if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not low <= int(text) <= high:
             raise ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
@@ -2115,468 +4235,188 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def section_numbers(count: int) -> Callable[[str], list[int]]:
-    """An argparse type: numbers of sections with commas between them."""
+    """Return an argparse type: section numbers with commas between them."""
     def parse(text: str) -> list[int]:
-        numbers = [int(part) if re.fullmatch(r" *[0-9]{1,4} *", part) else 0 for part in text.split(",")]
-        if not all(1 <= number <= count for number in numbers):
-            raise ArgumentTypeError(f"must be numbers from 1 to {count} (--list names them), as in 1,{count}, "
-                                             f"not {text!r}")
-        return numbers
+        parts = [part.strip() for part in text.split(",")]
+        if not all(re.fullmatch("[0-9]{1,4}", part) and 1 <= int(part) <= count for part in parts):
+            raise ArgumentTypeError(f"must be numbers from 1 to {count} (--list names them), as in "
+                                    f"1,{count}, not {text!r}")
+        return [int(part) for part in parts]
     return parse
 
 
 def common_parser(prog: str, description: str, n_sections: int) -> OneLineParser:
-    """The options that all five scripts have; the script adds its own knobs."""
+    """Return a parser with the options that all five scripts have; a script adds its own knobs."""
     parser = OneLineParser(prog=prog, description=description, allow_abbrev=False,
                            formatter_class=lambda prog: HelpFormatter(prog, width=WIDTH))
     parser.add_argument("--list", action="store_true", help="list the sections and stop")
-    parser.add_argument("--section", metavar="N[,N...]", action="extend", type=section_numbers(n_sections),
+    parser.add_argument("--section", metavar="N[,N...]", action="extend",
+                        type=section_numbers(n_sections),
                         help="run only these sections (may be repeated)")
     parser.add_argument("--seed", metavar="N", type=whole_number(0, 10**9), default=0,
                         help="seed of all randomness (default 0)")
     parser.add_argument("--ascii", action="store_true", help="print no character outside ASCII")
-    parser.add_argument("--time", action="store_true", help="print the seconds each section took, on stderr")
-    parser.add_argument("--predict", action="store_true", help="be asked for each section's result before it is shown")
+    parser.add_argument("--time", action="store_true",
+                        help="print the seconds each section took, on stderr")
+    parser.add_argument("--predict", action="store_true",
+                        help="be asked for each section's result before it is shown")
     return parser
 
 
-def announce(multiply_adds: float) -> None:
-    """On stderr, before a run that will take more than half a minute here: how long, from the work it will count."""
-    ones, start = [1.0] * 10_000, time.process_time()
-    for _ in range(20):
-        dot(ones, ones)
-    seconds = multiply_adds * (time.process_time() - start) / (20 * len(ones))
-    if seconds > 30:
-        print(f"these settings take about {multiply_adds:.0e} multiply-adds, {seconds:.0f} s on this machine; "
-              f"Ctrl-C ends it", file=sys.stderr)
+def list_sections(trace: Trace, sections: Sequence[Section]) -> None:
+    """Print the sections' numbers and titles, the core ones with a star."""
+    for number, section in enumerate(sections, 1):
+        star = "*" if section.core else " "
+        trace.lines([f"{number:>2}{star} {section.title}"])
+    trace.lines(["", "* the core of the chapter; the others can wait"])
 
 
-def run_sections(sections: Sequence[tuple], knobs: Namespace, next_experiment: str) -> int:
-    """Print the chosen sections (title, show function, functions named in the head); the exit status.
+def run_section(trace: Trace, number: int, section: Section, knobs: Namespace) -> None:
+    """Print one section. Where a function is not written yet (an exercise), say so and go on."""
+    start = time.perf_counter()
+    trace.section(number, section.title, section.techniques)
+    try:
+        section.show(trace, knobs)
+    except NotImplementedError as error:
+        trace.unwritten += 1
+        trace.say(f"Not written yet: {error}. This section goes on once it is.")
+    if knobs.time:
+        sys.stdout.flush()
+        print(f"section {number}: {time.perf_counter() - start:.2f} s", file=sys.stderr)
 
-    0 when every check held, 1 when one failed or a function is not written yet (an exercise: its section says so,
-    and the others go on), 130 after Ctrl-C. A reader who closes the pipe ends it quietly.
+
+def print_summary(trace: Trace, next_experiment: str) -> None:
+    """Print how many checks held, and what to run next."""
+    summary = [""]
+    if trace.failed:
+        summary.append(f"{trace.failed} of {trace.failed + trace.held} checks FAILED.")
+    elif trace.held:
+        summary.append(f"All {trace.held} checks held.")
+    else:
+        summary.append("No check was reached.")
+    if trace.unwritten:
+        summary.append(f"Sections that wait for a function: {trace.unwritten}.")
+    if trace.asked:
+        summary.append(f"Predictions: {trace.right} of {trace.asked} right.")
+    trace.lines([*summary, f"Try next: {next_experiment}"], "1")
+
+
+def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment: str) -> int:
+    """Print the chosen sections and return the exit status.
+
+    0: every check held. 1: one failed, or a function is not written yet. 130: Ctrl-C. A reader who
+    closes the pipe ends the trace quietly.
     """
     try:
-        trace = Trace(knobs.ascii, sys.stdin is not None and sys.stdin.isatty() if knobs.predict else None)
+        trace = Trace(knobs.ascii, knobs.predict)
         if knobs.list:
-            trace.lines([f"{number:>2}  {title}" for number, (title, *_) in enumerate(sections, 1)])
+            list_sections(trace, sections)
         else:
             for number in sorted(set(knobs.section or range(1, len(sections) + 1))):
-                title, show, functions = sections[number - 1]
-                start = time.perf_counter()
-                trace.section(number, title, functions)
-                try:
-                    show(trace, knobs)
-                except NotImplementedError as error:
-                    trace.unwritten += 1
-                    trace.say(f"Not written yet: {error}. This section goes on once it is.")
-                if knobs.time:
-                    sys.stdout.flush()
-                    print(f"section {number}: {time.perf_counter() - start:.2f} s", file=sys.stderr)
-            trace.lines(["", f"{trace.failed} of {trace.failed + trace.held} checks FAILED." if trace.failed else
-                         f"All {trace.held} checks held." if trace.held else
-                         "No check was reached.",
-                         *[f"Sections that wait for a function: {trace.unwritten}."] * bool(trace.unwritten),
-                         *[f"Predictions: {trace.right} of {trace.asked} right."] * bool(trace.asked),
-                         f"Try next: {next_experiment}"], "1")
+                run_section(trace, number, sections[number - 1], knobs)
+            print_summary(trace, next_experiment)
         if sys.stdout is not None:
             sys.stdout.flush()
         return 1 if trace.failed or trace.unwritten else 0
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing stdout cannot fail again
+        # Nothing can be written any more. Closing stdout must not fail a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 0
         print(f"cannot write the trace: {error.strerror}", file=sys.stderr)
         return 1
 
 
-# ---------------------------------------------------------------------------------------------------
-# The tiny Llama, the same in microkv, microquant and microbeam: RMSNorm, rotary positions, grouped-query
-# attention, SwiGLU, no biases, and Meta's names for the weights, so that they fit any Llama implementation.
-#
-# The forward pass is written once. It does everything through run(operation, *inputs), which just calls the
-# operation, unless it is told otherwise: training hands over a Tape, which also remembers, to run backwards.
-
-@dataclass(frozen=True)
-class Config:
-    """The sizes of a Llama; head_dim is dim / n_heads."""
-    vocab_size: int
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    hidden_dim: int
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        if min(self.vocab_size, self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.hidden_dim) < 1:
-            raise ValueError(f"every size must be at least 1, not {self}")
-        if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads:
-            raise ValueError(f"dim must be a multiple of 2 · n_heads, and n_heads of n_kv_heads, not {self}")
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of a head."""
-        return self.dim // self.n_heads
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """{name: shape} of every weight; a matrix is [out][in], a norm's gain [dim]."""
-        kv_dim, shapes = self.n_kv_heads * self.head_dim, {"tok_embeddings": (self.vocab_size, self.dim)}
-        for layer in range(self.n_layers):
-            for name, shape in {"attention_norm": (self.dim,), "attention.wq": (self.dim, self.dim),
-                                "attention.wk": (kv_dim, self.dim), "attention.wv": (kv_dim, self.dim),
-                                "attention.wo": (self.dim, self.dim), "ffn_norm": (self.dim,),
-                                "feed_forward.w1": (self.hidden_dim, self.dim),
-                                "feed_forward.w2": (self.dim, self.hidden_dim),
-                                "feed_forward.w3": (self.hidden_dim, self.dim)}.items():
-                shapes[f"layers.{layer}.{name}"] = shape
-        return shapes | {"norm": (self.dim,), "output": (self.vocab_size, self.dim)}
-
-
-def call(operation: Callable, *inputs):
-    """operation(*inputs): the plain way to run an operation of the forward pass."""
-    return operation(*inputs)
-
-
-class Llama:
-    """weights: {name: matrix [out][in] or gain [dim]}, named and shaped as Config.shapes() says."""
-
-    def __init__(self, config: Config, weights: dict[str, Matrix | Vector]):
-        if missing := [name for name in config.shapes() if name not in weights]:
-            raise ValueError(f"weights must have {missing[0]!r}")
-        self.config, self.weights = config, weights
-
-    def forward(self, tokens: Sequence[int], cache=None, run: Callable = call) -> Matrix:
-        """Logits [len(tokens)][vocab_size]: row i predicts what follows tokens[i].
-
-        With a cache, tokens come after those already in it, and their keys and values are added to it.
-        """
-        c, w = self.config, self.weights
-        start = cache.length if cache is not None else 0
-        positions = range(start, start + len(tokens))
-        x = run(look_up, w["tok_embeddings"], tokens)
-        for layer in range(c.n_layers):
-            wq, wk, wv, wo = (w[f"layers.{layer}.attention.{name}"] for name in ("wq", "wk", "wv", "wo"))
-            w1, w2, w3 = (w[f"layers.{layer}.feed_forward.{name}"] for name in ("w1", "w2", "w3"))
-            h = run(rms_norm, x, w[f"layers.{layer}.attention_norm"], c.norm_eps)
-            q = run(rope_heads, run(linear, h, wq), positions, c.n_heads, c.rope_base)
-            k = run(rope_heads, run(linear, h, wk), positions, c.n_kv_heads, c.rope_base)
-            v = run(linear, h, wv)
-            if cache is not None:
-                k, v = cache.update(layer, k, v)  # of all tokens so far
-            x = run(add, x, run(linear, run(attend, q, k, v, c.n_heads, c.n_kv_heads), wo))
-            h = run(rms_norm, x, w[f"layers.{layer}.ffn_norm"], c.norm_eps)
-            x = run(add, x, run(linear, run(swiglu, run(linear, h, w1), run(linear, h, w3)), w2))
-        return run(linear, run(rms_norm, x, w["norm"], c.norm_eps), w["output"])
-
-
-def look_up(table: Matrix, tokens: Sequence[int]) -> Matrix:
-    """The embedding of each token: table [vocab_size][dim] -> [n][dim]."""
-    return [table[token] for token in tokens]
-
-
-def rms_norm(x: Matrix, gain: Vector, eps: float) -> Matrix:
-    """gain · x / √(mean(x²) + eps), row by row (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-    scales = [1 / math.sqrt(dot(row, row) / len(row) + eps) for row in x]
-    return [[value * scale * g for value, g in zip(row, gain)] for row, scale in zip(x, scales)]
-
-
-def rope_heads(x: Matrix, positions: Sequence[int], n_heads: int, base: float) -> Matrix:
-    """rope() in each head of x [n][n_heads·head_dim]."""
-    return concat(*(rope(head, positions, base) for head in split_heads(x, n_heads)))
-
-
-def attend(q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
-    """Causal grouped-query attention: q [n_q][n_heads·head_dim], k and v [n_k][n_kv_heads·head_dim].
-
-    The queries are the last n_q of the n_k positions. -> [n_q][n_heads·head_dim].
-    """
-    group, heads = n_heads // n_kv_heads, []
-    keys, values = split_heads(k, n_kv_heads), split_heads(v, n_kv_heads)
-    for h, queries in enumerate(split_heads(q, n_heads)):
-        columns = list(zip(*values[h // group]))
-        heads.append([[dot(weights, column[:len(weights)]) for column in columns]
-                      for weights in causal_weights(queries, keys[h // group])])
-    return concat(*heads)
-
-
-def causal_weights(q: Matrix, k: Matrix) -> list[Vector]:
-    """softmax(q·k / √d) of one head; row i has weights for the keys it sees only, the first n_k - n_q + i + 1."""
-    scale, hidden = 1 / math.sqrt(len(k[0])), len(k) - len(q)
-    return [softmax([dot(query, key) * scale for key in k[:hidden + i + 1]]) for i, query in enumerate(q)]
-
-
-def swiglu(a: Matrix, b: Matrix) -> Matrix:
-    """silu(a) · b, element by element (Shazeer 2020, arXiv:2002.05202); silu(x) = x · sigmoid(x)."""
-    return [[x * sigmoid(x) * y for x, y in zip(p, q)] for p, q in zip(a, b)]
-
-
-def sigmoid(x: float) -> float:
-    """1 / (1 + exp(-x)), for any x."""
-    return 0.5 + 0.5 * math.tanh(0.5 * x)
-
-
-def add(a: Matrix, b: Matrix) -> Matrix:
-    """The sum, element by element."""
-    return [list(map(operator.add, p, q)) for p, q in zip(a, b)]
-
-
-# Training: each operation's backward pass takes the gradient of its output, and its inputs, and returns the
-# gradients of those inputs that have one. Whole matrices at a time, so that here too all the work is in dot.
-
-def look_up_backward(d: Matrix, table: Matrix, tokens: Sequence[int]) -> list[Matrix]:
-    """Each token's gradient goes to its row of the table."""
-    d_table = [[0.0] * len(table[0]) for _ in table]
-    for row, token in zip(d, tokens):
-        d_table[token] = list(map(operator.add, d_table[token], row))
-    return [d_table]
-
-
-def linear_backward(d: Matrix, x: Matrix, w: Matrix) -> list[Matrix]:
-    """y = x wᵀ: dx = d w, dw = dᵀ x."""
-    return [linear(d, list(zip(*w))), linear(list(zip(*d)), list(zip(*x)))]
-
-
-def rms_norm_backward(d: Matrix, x: Matrix, gain: Vector, eps: float) -> list[Matrix | Vector]:
-    """y = gain · x̂ with x̂ = x / rms: dx = (g·d - x̂ · mean(g·d · x̂)) / rms."""
-    d_x, d_gain = [], [0.0] * len(gain)
-    for d_row, row in zip(d, x):
-        scale = 1 / math.sqrt(dot(row, row) / len(row) + eps)
-        unit, pull = [value * scale for value in row], list(map(operator.mul, d_row, gain))
-        share = dot(pull, unit) / len(row)
-        d_x.append([(p - u * share) * scale for p, u in zip(pull, unit)])
-        d_gain = [total + slope * u for total, slope, u in zip(d_gain, d_row, unit)]
-    return [d_x, d_gain]
-
-
-def rope_heads_backward(d: Matrix, x: Matrix, positions: Sequence[int], n_heads: int, base: float) -> list[Matrix]:
-    """The gradient is turned back."""
-    return [rope_heads(d, [-p for p in positions], n_heads, base)]
-
-
-def attend_backward(d: Matrix, q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int) -> list[Matrix]:
-    """With P = softmax(S), S = q kᵀ / √d: dv = Pᵀ d, dP = d vᵀ, dS = P·(dP - rowsum(P·dP)), dq = dS k, dk = dSᵀ q."""
-    group, d_q = n_heads // n_kv_heads, []
-    keys, values = split_heads(k, n_kv_heads), split_heads(v, n_kv_heads)
-    d_k, d_v = ([[[0.0] * len(head[0]) for _ in head] for head in heads] for heads in (keys, values))
-    for h, (queries, d_head) in enumerate(zip(split_heads(q, n_heads), split_heads(d, n_heads))):
-        g, scale = h // group, 1 / math.sqrt(len(queries[0]))
-        p, d_s = [], []
-        for weights, d_row in zip(causal_weights(queries, keys[g]), d_head):
-            d_p = [dot(d_row, value) for value in values[g][:len(weights)]]
-            mean = dot(weights, d_p)
-            unseen = [0.0] * (len(k) - len(weights))
-            p.append(weights + unseen)
-            d_s.append([w * (slope - mean) * scale for w, slope in zip(weights, d_p)] + unseen)
-        d_q.append(linear(d_s, list(zip(*keys[g]))))
-        d_k[g] = add(d_k[g], linear(list(zip(*d_s)), list(zip(*queries))))
-        d_v[g] = add(d_v[g], linear(list(zip(*p)), list(zip(*d_head))))
-    return [concat(*d_q), concat(*d_k), concat(*d_v)]
-
-
-def swiglu_backward(d: Matrix, a: Matrix, b: Matrix) -> list[Matrix]:
-    """y = x σ(x) · b: dx = b · σ(x) · (1 + x·(1 - σ(x))), db = x σ(x)."""
-    d_a, d_b = [], []
-    for d_row, a_row, b_row in zip(d, a, b):
-        gates = list(map(sigmoid, a_row))
-        d_a.append([slope * y * s * (1 + x * (1 - s)) for slope, x, y, s in zip(d_row, a_row, b_row, gates)])
-        d_b.append([slope * x * s for slope, x, s in zip(d_row, a_row, gates)])
-    return [d_a, d_b]
-
-
-def add_backward(d: Matrix, a: Matrix, b: Matrix) -> list[Matrix]:
-    """Both get it."""
-    return [d, d]
-
-
-BACKWARD = {look_up: look_up_backward, linear: linear_backward, rms_norm: rms_norm_backward,
-            rope_heads: rope_heads_backward, attend: attend_backward, swiglu: swiglu_backward, add: add_backward}
-
-
-class Tape:
-    """Runs operations and remembers them: forward(tokens, run=tape), then tape.backward(logits, d_logits)."""
-
-    def __init__(self):
-        self.steps: list[tuple] = []
-
-    def __call__(self, operation: Callable, *inputs):
-        output = operation(*inputs)
-        self.steps.append((operation, inputs, output))
-        return output
-
-    def backward(self, output: Matrix, d_output: Matrix) -> dict[int, Matrix | Vector]:
-        """{id(array): its gradient} for every array the output was made from that no operation made."""
-        gradients = {id(output): d_output}
-        for operation, inputs, result in reversed(self.steps):
-            for array, d in zip(inputs, BACKWARD[operation](gradients.pop(id(result)), *inputs)):
-                gradients[id(array)] = add(gradients[id(array)], d) if id(array) in gradients else d
-        return gradients
-
-
-def cross_entropy(logits: Matrix, targets: Sequence[int]) -> tuple[float, Matrix]:
-    """Mean of -log softmax(logits)[target] in nats, and its gradient in the logits."""
-    p = [softmax(row) for row in logits]
-    loss = -sum(math.log(row[target]) for row, target in zip(p, targets)) / len(targets)
-    return loss, [[(value - (i == target)) / len(targets) for i, value in enumerate(row)]
-                  for row, target in zip(p, targets)]
-
-
-class Adam:
-    """Kingma & Ba 2015, arXiv:1412.6980: steps scaled by running means of the gradient and of its square."""
-
-    def __init__(self, weights: dict[str, Matrix | Vector], beta1: float = 0.7, beta2: float = 0.95):
-        self.rows = {name: w if isinstance(w[0], list) else [w] for name, w in weights.items()}
-        self.beta1, self.beta2, self.steps = beta1, beta2, 0
-        self.m, self.v = ({name: [[0.0] * len(row) for row in rows] for name, rows in self.rows.items()}
-                          for _ in range(2))
-
-    def step(self, gradients: dict[str, Matrix | Vector], rate: float) -> None:
-        """Change the weights, in place."""
-        self.steps += 1
-        b1, b2, c1, c2 = self.beta1, self.beta2, 1 - self.beta1, 1 - self.beta2
-        rate, unbias = rate / (1 - b1 ** self.steps), 1 / (1 - b2 ** self.steps)
-        for name, gradient in gradients.items():
-            d_rows = gradient if isinstance(gradient[0], list) else [gradient]
-            for w, d, m, v in zip(self.rows[name], d_rows, self.m[name], self.v[name]):
-                m[:] = [b1 * a + c1 * slope for a, slope in zip(m, d)]
-                v[:] = [b2 * a + c2 * slope * slope for a, slope in zip(v, d)]
-                w[:] = [x - rate * a / (math.sqrt(b * unbias) + 1e-8) for x, a, b in zip(w, m, v)]
-
-
-def init_weights(config: Config, rng: random.Random) -> dict[str, Matrix | Vector]:
-    """Embeddings of size 1, matrices 1/√in, half of that where they write to the residual stream, gains of 1."""
-    weights: dict[str, Matrix | Vector] = {}
-    for name, shape in config.shapes().items():
-        size = 1.0 if name == "tok_embeddings" else shape[-1] ** -0.5 * (0.5 if name.endswith(("wo", "w2")) else 1)
-        weights[name] = ([1.0] * shape[0] if len(shape) == 1 else
-                         [[rng.gauss(0, size) for _ in range(shape[1])] for _ in range(shape[0])])
-    return weights
-
-
-def train(config: Config, ids: Sequence[int], rng: random.Random, steps: int, length: int,
-          learning_rate: float = 0.02) -> tuple[Llama, list[float]]:
-    """A Llama that has read ids, length tokens a step, from the start again at the end; the loss of each step.
-
-    The learning rate rises over 10 steps and falls to 0. Progress goes to stderr where that is a terminal.
-    """
-    model, losses = Llama(config, init_weights(config, rng)), []
-    adam, show = Adam(model.weights), sys.stderr is not None and sys.stderr.isatty()
-    for step in range(steps):
-        start = step * length % (len(ids) - length)
-        tape = Tape()
-        logits = model.forward(ids[start:start + length], run=tape)
-        loss, d_logits = cross_entropy(logits, ids[start + 1:start + length + 1])
-        gradients = tape.backward(logits, d_logits)
-        adam.step({name: gradients[id(w)] for name, w in model.weights.items()},
-                  learning_rate * min(1, (step + 1) / 10) * (1 - step / steps))
-        losses.append(loss)
-        if show:
-            print(f"\rtraining the tiny Llama: step {step + 1} of {steps}, loss {loss:.2f} ", end="", file=sys.stderr)
-    if show:
-        print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
-    return model, losses
-
-
-def rope(x: Matrix, positions: Sequence[int], base: float = 10000.0) -> Matrix:
-    """Rotate row r of x [n][d] to positions[r] -> [n][d]. ValueError if d is odd or the lengths differ."""
-    d = len(x[0]) if x else 0
-    if d % 2 or len(positions) != len(x):
-        raise ValueError(f"x must have an even number of channels and one position a row, not {d} channels, "
-                         f"{len(x)} rows and {len(positions)} positions")
-    thetas = [base ** (-2 * m / d) for m in range(d // 2)]
-    out = []
-    for row, p in zip(x, positions):
-        turned = [complex(a, b) * cmath.rect(1.0, p * theta) for a, b, theta in zip(row[::2], row[1::2], thetas)]
-        out.append([part for z in turned for part in (z.real, z.imag)])
-    return out
-
-
-def split_heads(m: Matrix, n_heads: int) -> list[Matrix]:
-    """[n][n_heads·head_dim] -> n_heads matrices [n][head_dim]."""
-    width = len(m[0]) if m else 0
-    if n_heads < 1 or width % n_heads:
-        raise ValueError(f"n_heads must divide the {width} channels, and {n_heads} does not")
-    head_dim = width // n_heads
-    return [[row[h * head_dim:(h + 1) * head_dim] for row in m] for h in range(n_heads)]
-
-
-def concat(*blocks: Matrix) -> Matrix:
-    """Side by side: [n][a], [n][b], … -> [n][a + b + …]."""
-    return [[value for part in rows for value in part] for rows in zip(*blocks)]
-
-
-# What the short runs add: straight through, the gradient of what w was rounded to is taken for w's (section 10);
-# a frozen w has none, and y = x wᵀ leaves dx = d w (section 11).
-BACKWARD |= {ternary_weights: lambda d, w: [d], frozen_linear: lambda d, x, w: [linear(d, list(zip(*w)))]}
-
-# ---------------------------------------------------------------------------------------------------
-
 SECTIONS = [
-    ("Numbers in few bits", show_numbers, [quantize, Quantized, FloatFormat]),
-    ("Granularity", show_granularity, [quantize, lay_grids]),
-    ("Bytes for real", show_bytes, [pack_int4, unpack_int4, pack_bits]),
-    ("NF4 and double quantization", show_nf4, [nf4_codebook, quantize_nf4, double_quantize]),
-    ("llama.cpp's blocks", show_gguf, [q8_0_encode, q4_0_encode, q4_k_encode, q4_k_decode]),
-    ("Activations too", show_activations, [int8_matmul, static_scale, llm_int8_matmul, smoothquant_scales,
-                                           move_scales]),
-    ("GPTQ", show_gptq, [hessian_of, gptq, upper_factor]),
-    ("AWQ", show_awq, [awq_search, try_exponents, awq_fold]),
-    ("HQQ, SqueezeLLM", show_hqq_squeezellm, [hqq, weighted_kmeans, squeezellm, sensitivities]),
-    ("One bit and a bit", show_one_bit, [bitnet_signs, ternary_codes, straight_through, ternary_product]),
-    ("Training in few bits", show_training, [with_adapters, by_qlora, QGaLore, subspace]),
-    ("Mixed precision", show_mixed, [measure_sensitivity, assign_bits]),
-    ("The table", show_table, [everything, measure]),
+    Section("Numbers in few bits", show_numbers, [quantize, Quantized, FloatFormat]),
+    Section("Granularity", show_granularity, [quantize, group_columns, pack_bits]),
+    Section("llama.cpp's blocks and a file that it runs", show_gguf,
+            [q8_0_encode, q8_0_decode, q4_0_encode, q4_0_decode, gguf_file]),
+    Section("NF4 and double quantization", show_nf4, [nf4_codebook, quantize_nf4, double_quantize]),
+    Section("Activations too", show_activations,
+            [int8_matmul, static_scale, llm_int8_matmul, smoothquant_scales, move_scales,
+             fp8_matmul]),
+    Section("GPTQ", show_gptq, [hessian_of, gptq, upper_factor]),
+    Section("AWQ", show_awq, [awq_search, awq_scales]),
+    Section("QLoRA: training on top of a compressed model", show_qlora,
+            [new_adapter, with_adapter, adapter_gradient]),
+    Section("The table", show_table, [kl_divergence, log_softmax]),
+    Section("MXFP4 and NVFP4", show_fp4, [mxfp4_encode, mxfp4_decode, quantize_nvfp4], core=False),
+    Section("Q4_K", show_q4_k, [q4_k_encode, q4_k_decode, q4_k_scales], core=False),
+    Section("HQQ and SqueezeLLM", show_hqq_squeezellm,
+            [hqq, best_zero_point, weighted_kmeans, squeezellm], core=False),
+    Section("One bit and a bit", show_one_bit,
+            [bitnet_signs, ternary_codes, straight_through, ternary_product], core=False),
+    Section("Q-GaLore: training all weights, in INT8", show_q_galore,
+            [subspace, QGaLore, stochastic_codes], core=False),
+    Section("Training in 16 bits", show_half_precision, [LossScale, through_format], core=False),
+    Section("Mixed bits", show_mixed, [expected_damage, assign_bits], core=False),
 ]
 
 
 def outlier_knob(text: str) -> tuple[int, float]:
-    """An argparse type: channels,size."""
-    match = re.fullmatch(r"([0-9]{1,2}),([0-9]{1,4}(?:\.[0-9]{1,3})?)", text)
-    if not match or not 0 <= int(match[1]) <= 16 or not 1 <= float(match[2]) <= 1000:
-        raise ArgumentTypeError(f"must be a number of channels up to 16 and a size from 1 to 1000, as in 3,32, not "
-                                f"{text!r}")
+    """Return (channels, gain) of an option like 2,24: an argparse type."""
+    match = re.fullmatch(r"([0-9]{1,2}),([0-9]{1,3}(?:\.[0-9]{1,3})?)", text)
+    if not match or not int(match[1]) <= 8 or not 1 <= float(match[2]) <= 64:
+        raise ArgumentTypeError(f"must be a number of channels up to 8 and a gain from 1 to 64, as "
+                                f"in 3,16, not {text!r}")
     return int(match[1]), float(match[2])
 
 
 def fraction(text: str) -> float:
-    """An argparse type: a number from 0 to 1."""
+    """Return a number from 0 to 1: an argparse type."""
     if not re.fullmatch(r"[01](\.[0-9]{1,6})?|\.[0-9]{1,6}", text) or float(text) > 1:
         raise ArgumentTypeError(f"must be a number from 0 to 1, not {text!r}")
     return float(text)
 
 
+def write_gguf(path: str, kind: str, knobs: Namespace) -> None:
+    """Write the trained model to a new file. OSError if that cannot be done."""
+    with open(path, "xb") as file:  # x: never over another file
+        try:
+            lab = lab_of(knobs)
+            data = gguf_file(lab.config, lab.model.weights, lab.tokenizer, kind=kind)
+            file.write(data)
+        except BaseException:
+            os.unlink(path)
+            raise
+    print(printable(f"wrote {path}: {len(data):,} bytes, {kind}"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the trace; the exit status."""
-    parser = common_parser("microquant", "One tiny Llama, quantized by the methods that people deploy.", len(SECTIONS))
+    """Print the trace, or write the model as a file; return the exit status."""
+    parser = common_parser("microquant", "One tiny Llama, compressed by the methods that people "
+                           "deploy.", len(SECTIONS))
     parser.add_argument("--bits", metavar="N", type=whole_number(2, 8), default=BITS,
                         help=f"bits of the low-bit formats (default {BITS})")
-    parser.add_argument("--group-size", metavar="N", type=whole_number(1, 64), default=GROUP_SIZE,
-                        help=f"weights that share a scale, where there are groups (default {GROUP_SIZE})")
-    parser.add_argument("--calibration-tokens", metavar="N", type=whole_number(1, 256), default=CALIBRATION_TOKENS,
-                        help=f"tokens that the calibrated methods see (default {CALIBRATION_TOKENS})")
+    parser.add_argument("--group-size", metavar="N", type=whole_number(4, 64), default=GROUP_SIZE,
+                        help=f"weights that share a scale, where there are groups (default "
+                             f"{GROUP_SIZE})")
+    parser.add_argument("--calibration-tokens", metavar="N", type=whole_number(1, 256),
+                        default=CALIBRATION_TOKENS,
+                        help=f"tokens that calibrated methods see, in whole verses (default "
+                             f"{CALIBRATION_TOKENS})")
     parser.add_argument("--alpha", metavar="X", type=fraction, default=ALPHA,
-                        help=f"SmoothQuant's share of the difficulty for the weights, 0 to 1 (default {ALPHA})")
-    parser.add_argument("--outliers", metavar="N,SIZE", type=outlier_knob, default=OUTLIERS,
-                        help=f"channels planted as outliers, and how many times larger (default "
-                             f"{OUTLIERS[0]},{OUTLIERS[1]:g})")
-    parser.add_argument("--prompt", default=PROMPT, help=f"what the samples continue (default: {PROMPT!r})")
+                        help=f"SmoothQuant's share of the difficulty for the weights, 0 to 1 (default "
+                             f"{ALPHA})")
+    parser.add_argument("--outliers", metavar="N,GAIN", type=outlier_knob, default=OUTLIERS,
+                        help=f"channels that begin as outliers, and the gain that they begin with "
+                             f"(default {OUTLIERS[0]},{OUTLIERS[1]:g})")
+    parser.add_argument("--gguf", metavar="FILE", help="write the model to FILE for llama.cpp, and "
+                                                       "stop; an existing file is left alone")
+    parser.add_argument("--gguf-type", choices=list(GGUF_TYPES), default="Q8_0",
+                        help="how --gguf stores the matrices (default Q8_0)")
     knobs = parser.parse_args(argv)
-    try:
-        fits = 0 < len(word_tokenizer().encode(knobs.prompt)) <= 32
-    except (KeyError, ValueError):  # a part of a word, or a character, that the vocabulary lacks
-        fits = False
-    if not fits:
-        parser.error(f"argument --prompt: must be 1 to 32 words of The House That Jack Built, not {knobs.prompt[:40]!r}")
-    if knobs.group_size < 8 or knobs.calibration_tokens > 2 * CALIBRATION_TOKENS:  # the knobs that take time
-        weights = sum(map(math.prod, model_config(len(word_tokenizer().vocab)).shapes().values()))
-        learned = STEPS * LENGTH + (TERNARY_STEPS + 3 * FEW_STEPS) * PIECE + knobs.calibration_tokens
-        read = 60 * EVALUATION_TOKENS + 10 * knobs.calibration_tokens
-        announce(weights * (3 * learned + read + 2000 / knobs.group_size))  # a small group costs what 2,000 tokens do
-    return run_sections(SECTIONS, knobs, "python microquant.py --section 2,7,8 --bits 3")
+    if knobs.gguf is not None:
+        try:
+            write_gguf(knobs.gguf, knobs.gguf_type, knobs)
+            return 0
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            parser.error(f"argument --gguf: cannot write {knobs.gguf!r}: {reason}")
+    return run_sections(SECTIONS, knobs, "python microquant.py --section 2,6,7 --bits 3")
 
 
 if __name__ == "__main__":

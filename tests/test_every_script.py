@@ -553,11 +553,11 @@ REFUSED = {
         "--block-k -4", "--sram 0", "--sram 1311", "--sram 100 --block-q 1", "--n-splits 0",
         "--n-splits 1025", "--causal yes", "--text=", "--text=  ", "--text " + "ab cd " * 200],
     "microquant": [
-        "--bits 1", "--bits 9", "--bits x", "--bits 4.5", "--group-size 0", "--group-size 65",
+        "--bits 1", "--bits 9", "--bits x", "--bits 4.5", "--group-size 3", "--group-size 65",
         "--group-size -1", "--calibration-tokens 0", "--calibration-tokens 257", "--alpha 1.1",
-        "--alpha -0.1", "--alpha nan", "--alpha x", "--outliers 3", "--outliers 17,32",
-        "--outliers 3,0.5", "--outliers 3,1001", "--outliers a,b", "--outliers -1,2", "--prompt=",
-        "--prompt queen", "--prompt " + "the " * 40],
+        "--alpha -0.1", "--alpha nan", "--alpha x", "--outliers 3", "--outliers 9,32",
+        "--outliers 3,0.5", "--outliers 3,65", "--outliers a,b", "--outliers -1,2",
+        "--gguf-type Q5_0", "--gguf=/nonexistent/folder/tiny.gguf", "--gguf="],
     "microbeam": [
         "--prompt=", "--prompt This is the queen", "--prompt Ünï", "--prompt " + "the " * 65,
         "--max-new-tokens 0", "--max-new-tokens 65", "--temperature 0", "--temperature -1",
@@ -630,10 +630,11 @@ EDGES = {
         "--text=Ünïcödé—日本語🙂 --section 2,10",
         "--text=" + "the\nrat\n" * 60 + " --section 2,10", "--text=\udcffbroken --section 2,10"],
     "microquant": [
-        "--bits 2 --group-size 7 --section 7", "--bits 8 --outliers 16,1000 --section 3,12",
-        "--bits 3 --group-size 1 --section 2", "--bits 3 --calibration-tokens 1 --section 8,9",
-        "--group-size 64 --outliers 0,1 --section 1", "--alpha 0 --section 6",
-        "--prompt=\n --seed 7 --section 3,4,5"],
+        "--bits 2 --group-size 7 --section 1,6,16", "--bits 8 --group-size 64 --section 2,7,9,12",
+        "--bits 3 --group-size 4 --section 2,7,12", "--calibration-tokens 1 --section 6,7,12,16",
+        "--calibration-tokens 256 --alpha 1 --section 5", "--alpha 0 --section 5",
+        "--outliers 0,1 --section 1,2,5", "--outliers 8,64 --section 1,2,5",
+        "--seed 1000000000 --section 3,4,14,15"],
     "microbeam": [
         "--steps 2 --max-new-tokens 1 --section 1,2,4,5,7,8,9,10,12",
         "--steps 1 --gamma 16 --max-new-tokens 9 --width 16 --length-penalty 4 --section 4,5,7,10",
