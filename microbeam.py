@@ -1,34 +1,51 @@
 #!/usr/bin/env python3
-"""From logits to text: how the next token is chosen, and how several are had for one pass of the model.
+"""From logits to text: how the next token is chosen, and how one pass of a model gives several.
 
-A language model scores every possible next token. Everything after that is decoding: taking the best, drawing
-by chance, searching ahead, or letting something cheap guess several tokens that the model then checks all at
-once. This script does each on a tiny Llama that it trains first on a nursery rhyme, and proves what is usually
-just said: that speculative decoding changes nothing but the bill.
+A language model only scores the tokens that may come next. Decoding is everything after that: taking
+the best token, drawing one by chance, searching ahead, or letting something cheap guess several
+tokens that the model then checks in one pass. Each method runs here on a tiny Llama that first
+learns a nursery rhyme, and the trace proves what is usually only said: that speculative decoding
+changes the speed and not the text.
 
-Run it (`python microbeam.py`), read the trace, then read on from here: every section of the trace is a section
-of this file. A decoder knows a model only as logits_fn(tokens); the Llama, its training and its cache come last.
+How to read it. Run `python microbeam.py` and read the trace first (20 minutes). Then read THE
+TECHNIQUES below: sections 1 to 6, 8 and 11 are the chapter (60 minutes). Sections 7, 9 and 10 can
+wait (20 minutes). THE EXPERIMENTS measure what the trace shows; look there to check a number.
+THE MODEL AND THE BENCH has the tiny Llama, and SHARED BY THE FIVE what all five scripts have.
 
 The papers:
-  Holtzman et al., The Curious Case of Neural Text Degeneration (top-p), 2019,
-    arXiv:1904.09751                                                                        sections 1, 2
-  Keskar et al., CTRL (the repetition penalty), 2019, arXiv:1909.05858                      section 2
-  Meister et al., Locally Typical Sampling, 2022, arXiv:2202.00666                          section 2
-  Nguyen et al., Turning Up the Heat: Min-p Sampling, 2024, arXiv:2407.01082                section 2
-  Stahlberg & Byrne, On NMT Search Errors and Model Errors, 2019, arXiv:1908.10090          section 4
-  Vijayakumar et al., Diverse Beam Search, 2016, arXiv:1610.02424                           section 4
-  Leviathan et al., Fast Inference from Transformers via Speculative Decoding, 2022,
-    arXiv:2211.17192; Chen et al., Accelerating Large Language Model Decoding with
-    Speculative Sampling, 2023, arXiv:2302.01318                                            sections 5, 6
-  Cai et al., Medusa, 2024, arXiv:2401.10774                                                section 8
-  Li et al., EAGLE, 2024, arXiv:2401.15077                                                  section 9
-  Santilli et al., Accelerating Transformer Inference for Translation via Parallel
-    Decoding, 2023, arXiv:2305.10427                                                        section 10
-  Fu et al., Break the Sequential Dependency of LLM Inference Using Lookahead Decoding,
-    2024, arXiv:2402.02057                                                                  section 10
-  Willard & Louf, Efficient Guided Generation for Large Language Models, 2023,
-    arXiv:2307.09702                                                                        section 11
+  Holtzman et al. 2019, The Curious Case of Neural Text Degeneration (top-p), arXiv:1904.09751
+  Keskar et al. 2019, CTRL (the repetition penalty), arXiv:1909.05858
+  Meister et al. 2022, Locally Typical Sampling, arXiv:2202.00666
+  Nguyen et al. 2024, Turning Up the Heat: Min-p Sampling, arXiv:2407.01082, and against it
+    Schaeffer et al. 2025, arXiv:2506.13681
+  Stahlberg & Byrne 2019, On NMT Search Errors and Model Errors, arXiv:1908.10090
+  Vijayakumar et al. 2016, Diverse Beam Search, arXiv:1610.02424
+  Leviathan et al. 2022, Fast Inference from Transformers via Speculative Decoding,
+    arXiv:2211.17192, and Chen et al. 2023, Speculative Sampling, arXiv:2302.01318
+  Cai et al. 2024, Medusa, arXiv:2401.10774
+  Li et al. 2024, EAGLE, arXiv:2401.15077, and EAGLE-3, 2025, arXiv:2503.01840
+  Santilli et al. 2023, Parallel Decoding (Jacobi), arXiv:2305.10427
+  Fu et al. 2024, Lookahead Decoding, arXiv:2402.02057
+  Willard & Louf 2023, Efficient Guided Generation for Large Language Models, arXiv:2307.09702
 """
+
+# Words used before a section explains them:
+#
+#   token           a piece of text: here a word with its blank, or a letter; a number from 0
+#   logits          the model's scores, one per token of the vocabulary; softmax(logits) are
+#                   probabilities, and log_softmax(logits) their logarithms
+#   argmax          the token with the highest score
+#   eos             the token that ends a text (end of sequence); here the line end of a verse
+#   pass            one run of the model over all tokens that are new to it, however many
+#   target, draft   the model whose text is wanted, and a cheap one (or a trick) that guesses it
+#   greedy          to take the argmax each time
+#   hidden state    what the last layer hands to the output matrix: one vector per token
+#   head            in sections 8 and 9: a small extra network that guesses tokens from a hidden
+#                   state (no attention head)
+#   frozen          not changed while something else is trained
+#   logits_fn       how a decoder sees a model: logits_fn(tokens) are the logits of what comes next
+#   CachedModel     a Llama as logits_fn. It reads no text twice, and reads a whole tree of texts in
+#                   one pass. Llama.forward(tokens) gives the logits after every token, without it.
 
 from __future__ import annotations
 
@@ -48,8 +65,8 @@ from argparse import ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
-from statistics import fmean
+from functools import cache, cached_property, partial
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 if sys.version_info < (3, 11):
@@ -57,27 +74,31 @@ if sys.version_info < (3, 11):
 
 Vector = list[float]
 Matrix = list[Vector]  # row-major: m[row][column]
-LogitsFn = Callable[[Sequence[int]], Vector]  # tokens so far -> a score for each possible next token
-Candidate = tuple[list[int], float]           # tokens, and the log-probability of those after the prompt
+LogitsFn = Callable[[Sequence[int]], Vector]  # tokens so far -> a score for each possible next one
+Choose = Callable[[Vector], int]              # logits -> the next token: argmax, or sampler(…)
+Candidate = tuple[list[int], float]           # tokens, and the log-probability of the new ones
+
 PROMPT = "This is the"
-SECOND_PROMPT = "This is the priest"
-CONTEXT = "This is the cat that killed the rat that ate the malt that lay in the house that Jack built.\n"
 MAX_NEW_TOKENS = 24   # tokens generated
 TEMPERATURE = 1.0     # divides the logits
 TOP_K = 5             # tokens kept
-TOP_P = 0.8           # probability kept
-MIN_P = 0.2           # share of the best token's probability that a token must have
-TYPICAL_P = 0.8       # probability kept, most typical tokens first
+TOP_P = 0.9           # probability kept
+MIN_P = 0.1           # share of the best token's probability that a token must have
+TYPICAL_P = 0.5       # probability kept, most typical tokens first
 BEAM_WIDTH = 4        # candidates kept by beam search
 LENGTH_PENALTY = 1.0  # score = log-probability / length^this
 GAMMA = 4             # tokens drafted before each pass of the target
-VOCAB_SIZE = 160      # every word of the rhyme is one token then
-TARGET = {"dim": 20, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 24}
-DRAFT = {"dim": 12, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 16}
-STEPS = 44            # of training the target and the Medusa heads; two thirds for the draft, half as many again for EAGLE
-STEP_TOKENS = 32      # read in each step
-LEARNING_RATE = 0.04
+STEPS = 44            # of training the target; three quarters of it for everything that drafts
 MAX_PROMPT = 64       # tokens of the longest prompt accepted
+
+# How much the experiments look at. (The reader's knobs change the rest.)
+REPEAT_TOKENS = 32    # length of the texts in which repetition is counted
+FILTER_PLACES = 64    # of the rhyme, where the filters are compared
+SAMPLED_TEXTS = 12    # drawn by each sampler
+EXACT_PASSES = 150    # after which exact search gives up
+PAY_TEXTS = 16        # drawn to see what drafting brings
+COMPARED_TOKENS = 16  # length of the texts in sections 7 to 10
+CONTEXT = "This is the rat that ate the malt that lay in the house that Jack built.\n"
 
 # =============================================================================================
 # THE TECHNIQUES
@@ -85,23 +106,39 @@ MAX_PROMPT = 64       # tokens of the longest prompt accepted
 
 # 1. Greedy
 #
-# Take the token with the highest score, append it, ask again: x_t = argmax logits(x_1 … x_{t-1}). Right where one
-# answer is wanted (code, extraction). But it is short-sighted: the best first step may lead to where every next
-# step is poor. And it loops: once a text is back where it was, the same choice comes again, for ever; weak models
-# and long texts do it most (Holtzman et al. call it degeneration).
+# Take the token with the highest score, append it, and ask again:
+#
+#     x_t = argmax logits(x_1 … x_t-1)
+#
+# It is the right choice where one answer is wanted, as in code or extraction. It has two weaknesses.
+#
+# It sees one step ahead. The best first word may lead to where every second word is poor. Say "a"
+# begins with 0.5 and its best continuation has 0.4; "b" begins with 0.4, and "c" follows it with
+# 0.9. Greedy writes "a a" with probability 0.2, and the best text is "b c" with 0.36.
+#
+# It repeats itself (Holtzman et al. call it degeneration). A model that sees only the last few
+# tokens goes in circles for ever once they come back, since the same choice is made again. A model
+# that sees the whole text can find its way out, and often does not.
+#
+# In production: transformers' generate(do_sample=False), in generation/utils.py; vLLM and
+# llama.cpp at temperature 0. Measured by show_greedy().
 
 
-def greedy(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, eos: int | None = None) -> list[int]:
-    """The new tokens, each the likeliest (the lowest id of equals), up to and including eos if it comes.
+def greedy(
+    logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, eos: int | None = None
+) -> list[int]:
+    """Return the new tokens, each the likeliest, up to and including eos if it comes.
 
-    ValueError: an empty prompt, max_new_tokens below 0, eos outside the vocabulary.
+    Of equals, the lowest id. ValueError for an empty prompt, max_new_tokens below 0, or an eos
+    outside the vocabulary.
     """
     return extend_by(argmax, logits_fn, prompt, max_new_tokens, eos)
 
 
-def extend_by(choose: Callable[[Vector], int], logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int,
-              eos: int | None) -> list[int]:
-    """The loop of every decoder that goes token by token: ask for logits, choose(logits), append."""
+def extend_by(
+    choose: Choose, logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, eos: int | None
+) -> list[int]:
+    """Return the new tokens of a decoder that goes one by one: ask for logits, choose, append."""
     check_request(prompt, max_new_tokens)
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_new_tokens:
@@ -114,37 +151,55 @@ def extend_by(choose: Callable[[Vector], int], logits_fn: LogitsFn, prompt: Sequ
 
 
 def argmax(logits: Vector) -> int:
-    """The first index of the largest."""
+    """Return the first index of the largest."""
     return logits.index(max(logits))
 
 
 # 2. Shaping the distribution
 #
-# To sample is to draw the next token by its probability. The tail is the trouble: thousands of tokens, each
-# unlikely, together not, and one bad token spoils all that follow. So logits are reshaped first.
+# To sample is to draw the next token by its probability. The tail is the trouble: thousands of
+# tokens, each unlikely and together not, and one bad token spoils all that follow. So the logits
+# are reshaped first. A filter removes tokens by setting their logits to -inf.
 #
-#     temperature   p ∝ exp(logit / t)          t < 1 sharpens, t > 1 flattens, the order stays
-#     top-k         the k likeliest             the same number, sure or unsure
-#     top-p         the likeliest that together have probability p: few when sure, many when not (a "nucleus")
-#     min-p         those with at least min_p times the probability of the best: holds up when t is high
-#     typical       those whose surprise -log p is nearest to the entropy H, the surprise expected, up to mass p:
-#                   it may throw out the likeliest token, if that says less than a text usually does
+#     temperature   p ∝ exp(logit / t): t < 1 sharpens, t > 1 flattens, the order stays
+#     top-k         keeps the k likeliest, whether the model is sure or not
+#     top-p         keeps the likeliest that together have probability p: few tokens where the
+#                   model is sure, many where it is not (they are called the nucleus)
+#     min-p         keeps tokens with at least min_p times the probability of the best one
+#     typical       keeps the tokens whose surprise -log p is nearest to the mean surprise, which is
+#                   the entropy H = -Σ p·log p, until they have probability p together
 #
-# A removed token gets -inf. Ties, edges and this order are those of Hugging Face transformers (the …LogitsWarper
-# classes of generation/logits_process.py). Penalties come before, against tokens that were there already:
-# repetition divides (or, below 0, multiplies) a logit, once; presence and frequency (OpenAI's API) subtract,
-# once and per time.
+# On the distribution 0.4, 0.15, 0.15, 0.15, 0.15: top-k 2 keeps all five, as the others tie. Top-p
+# 0.5 keeps the first and one more. Min-p 0.5 keeps the first only, since 0.15 < 0.5 · 0.4. Typical
+# 0.5 has H = 1.50; the surprises are 0.92 and four times 1.90, so the four are nearer. It keeps
+# them and drops the likeliest token of all.
+#
+# The temperature may come before the filters or after them. Before, as in transformers and vLLM, a
+# high temperature also widens what top-p, min-p and typical keep. After, as in llama.cpp, they
+# choose from the model's own distribution and the temperature reshapes what they kept.
+#
+# Penalties come first of all and look at the tokens that were there already. The repetition penalty
+# divides their logits (or multiplies those below 0), once. Presence and frequency, from OpenAI's
+# API, subtract: once, and once per time.
+#
+# When to use which: top-p near 0.9 or min-p near 0.1, with a temperature up to 1, is common. Whether
+# min-p is the better of the two is disputed (both papers are above).
+#
+# In production: the …LogitsWarper classes of transformers' generation/logits_process.py, in this
+# order. Ties are kept and dropped as there, but for top-p's: its sort says nothing of equals. vLLM:
+# v1/sample/sampler.py. llama.cpp: common_params_sampling.samplers has the order.
+# Measured by show_filters().
 
 
 def apply_temperature(logits: Vector, t: float) -> Vector:
-    """logits / t. ValueError unless t is above 0 (for t -> 0, ask greedy()) and finite."""
+    """Return logits / t. ValueError unless t is finite and above 0; greedy() is the limit at 0."""
     if not 0 < t < math.inf:
         raise ValueError(f"temperature must be above 0 (greedy is the limit at 0), not {t}")
     return [logit / t for logit in logits]
 
 
 def top_k_filter(logits: Vector, k: int) -> Vector:
-    """The k highest stay, and whatever ties with the k-th. ValueError if k < 1."""
+    """Keep the k highest, and whatever ties with the k-th. ValueError if k < 1."""
     if k < 1:
         raise ValueError(f"top_k must be at least 1, not {k}")
     kth = sorted(logits, reverse=True)[min(k, len(logits)) - 1]
@@ -152,15 +207,19 @@ def top_k_filter(logits: Vector, k: int) -> Vector:
 
 
 def top_p_filter(logits: Vector, p: float) -> Vector:
-    """The likeliest stay, until p is reached; the token that crosses it too. ValueError unless 0 < p <= 1.
+    """Keep the likeliest until p is reached, the token that reaches it included.
 
-    Said from the other end, as transformers does: the least likely go while all that went, together, have
-    at most 1 - p; the last one always stays. Of tokens that tie, the lower id goes first.
+    ValueError unless 0 < p <= 1.
     """
     if not 0 < p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {p}")
-    kept, gone, probabilities = [True] * len(logits), 0.0, softmax(logits)
-    for i in sorted(range(len(logits)), key=lambda i: logits[i])[:-1]:
+    # From the other end, as transformers does it: the least likely go, as long as all that went
+    # have at most 1 - p together. The last one always stays. Of equals, the lower id goes first.
+    probabilities = softmax(logits)
+    rising = sorted(range(len(logits)), key=lambda i: logits[i])
+    kept = [True] * len(logits)
+    gone = 0.0
+    for i in rising[:-1]:
         gone += probabilities[i]
         if gone > 1 - p:
             break
@@ -169,7 +228,7 @@ def top_p_filter(logits: Vector, p: float) -> Vector:
 
 
 def min_p_filter(logits: Vector, p: float) -> Vector:
-    """Tokens with at least p times the probability of the likeliest stay. ValueError unless 0 <= p <= 1."""
+    """Keep tokens with at least p times the best one's probability. ValueError unless 0 <= p <= 1."""
     if not 0 <= p <= 1:
         raise ValueError(f"min_p must be from 0 to 1, not {p}")
     probabilities = softmax(logits)
@@ -178,659 +237,149 @@ def min_p_filter(logits: Vector, p: float) -> Vector:
 
 
 def typical_filter(logits: Vector, p: float) -> Vector:
-    """Those whose surprise is nearest to the entropy stay, until p is reached, and what ties. ValueError unless 0 < p < 1."""
+    """Keep those whose surprise is nearest to the entropy until p is reached, and what ties.
+
+    ValueError unless 0 < p < 1.
+    """
     if not 0 < p < 1:
         raise ValueError(f"typical_p must be above 0 and below 1, not {p}")
-    probabilities, surprises = softmax(logits), [-value for value in log_softmax(logits)]
-    expected = sum(value * surprise for value, surprise in zip(probabilities, surprises) if value)
-    oddness = [abs(surprise - expected) for surprise in surprises]
+    probabilities = softmax(logits)
+    surprises = [-value for value in log_softmax(logits)]
+    mean = sum(value * surprise for value, surprise in zip(probabilities, surprises) if value)
+    oddness = [abs(surprise - mean) for surprise in surprises]
     total = 0.0
+    last = 0.0
     for i in sorted(range(len(logits)), key=lambda i: oddness[i]):
-        total, last = total + probabilities[i], oddness[i]
+        total += probabilities[i]
+        last = oddness[i]
         if total >= p:
             break
     return keep_where([odd <= last for odd in oddness], logits)
 
 
 def keep_where(kept: Sequence[bool], logits: Vector) -> Vector:
-    """logits, with -inf where not kept."""
+    """Return logits, with -inf where not kept."""
     return [logit if stays else -math.inf for stays, logit in zip(kept, logits)]
 
 
 def repetition_penalty(logits: Vector, tokens: Sequence[int], penalty: float) -> Vector:
-    """Tokens seen before: positive logits / penalty, negative × penalty. ValueError unless it is above 0 and finite."""
+    """Return logits / penalty, or below 0 logits · penalty, for tokens seen before.
+
+    ValueError unless penalty is finite and above 0.
+    """
     if not 0 < penalty < math.inf:
         raise ValueError(f"penalty must be above 0 (1 changes nothing), not {penalty}")
-    seen = set(tokens)
-    return [logit if i not in seen else logit * penalty if logit < 0 else logit / penalty
-            for i, logit in enumerate(logits)]
+    penalised = list(logits)
+    for token in set(tokens):
+        if logits[token] < 0:
+            penalised[token] = logits[token] * penalty
+        else:
+            penalised[token] = logits[token] / penalty
+    return penalised
 
 
-def count_penalty(logits: Vector, tokens: Sequence[int], presence: float = 0.0, frequency: float = 0.0) -> Vector:
-    """logit - presence · (seen before?) - frequency · (how often)."""
-    counts = Counter(tokens)
-    return [logit - presence * (counts[i] > 0) - frequency * counts[i] for i, logit in enumerate(logits)]
+def count_penalty(
+    logits: Vector, tokens: Sequence[int], presence: float = 0.0, frequency: float = 0.0
+) -> Vector:
+    """Return logits less `presence` if the token was there, and less `frequency` per time."""
+    penalised = list(logits)
+    for token, count in Counter(tokens).items():
+        penalised[token] -= presence + frequency * count
+    return penalised
 
 
-def distribution(logits: Vector, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-                 min_p: float | None = None, typical_p: float | None = None) -> Vector:
-    """The probabilities to draw from: what is asked for, in transformers' order, then softmax."""
-    logits = apply_temperature(logits, temperature)
-    for reshape, setting in ((top_k_filter, top_k), (top_p_filter, top_p), (min_p_filter, min_p),
-                             (typical_filter, typical_p)):
-        logits = logits if setting is None else reshape(logits, setting)
+def distribution(
+    logits: Vector,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    typical_p: float | None = None,
+    temperature_last: bool = False,
+) -> Vector:
+    """Return the probabilities after the temperature and the filters that are not None, in order.
+
+    temperature_last: the filters come before it, as in llama.cpp. ValueErrors as the filters.
+    """
+    if not temperature_last:
+        logits = apply_temperature(logits, temperature)
+    if top_k is not None:
+        logits = top_k_filter(logits, top_k)
+    if top_p is not None:
+        logits = top_p_filter(logits, top_p)
+    if min_p is not None:
+        logits = min_p_filter(logits, min_p)
+    if typical_p is not None:
+        logits = typical_filter(logits, typical_p)
+    if temperature_last:
+        logits = apply_temperature(logits, temperature)
     return softmax(logits)
 
 
 # 3. Sampling done right
 #
-# A sampler is right if its texts come as often as the model says: P(x_1 … x_n) = Π_t p(x_t | what came before).
-# Two tests show it. Counting: over many draws, Pearson's χ² = Σ (seen - expected)² / expected should be about as
-# large as its degrees of freedom. And enumerating: a sampler's only randomness is draw(), so hand it a source that
-# tries every outcome in turn, and add up what each text's branches weigh. Nothing is estimated then.
+# A sampler is right if its texts come as often as the model says:
+#
+#     P(x_1 … x_n) = Π_t p(x_t | x_1 … x_t-1)
+#
+# Counting how often each text comes is a weak test: 2,000 draws tell a share of 10% to about ±0.7
+# points (√(0.1 · 0.9 / 2000)), and a small error hides in that.
+#
+# Enumerating is exact. A sampler's only randomness is draw(). Hand it a source that follows a
+# script of choices and remembers the ones it passed by, run the sampler once for every script, and
+# add up the probability of the scripts that end in the same text. Two tosses of a coin that shows
+# heads with 0.6 have four scripts:
+#
+#     HH 0.36   HT 0.24   TH 0.24   TT 0.16       "one head" has 0.24 + 0.24 = 0.48, exactly
+#
+# In production: torch.multinomial in transformers; vLLM draws as argmax(p / e) with e from the
+# exponential distribution (v1/sample/ops/topk_topp_sampler.py), which is the same distribution and
+# needs no sum. Measured by show_sampling().
 
 
-def sample(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, rng: random.Random,
-           temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-           min_p: float | None = None, typical_p: float | None = None, eos: int | None = None) -> list[int]:
-    """The new tokens, each drawn from distribution(logits, …), up to and including eos if it comes.
+def sample(
+    logits_fn: LogitsFn,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    rng: random.Random,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    typical_p: float | None = None,
+    eos: int | None = None,
+) -> list[int]:
+    """Return the new tokens, each drawn from distribution(logits, …), up to and including eos.
 
-    ValueError: an empty prompt, max_new_tokens below 0, eos outside the vocabulary, a setting out of its range.
+    ValueErrors as for greedy(), and for a setting out of its range.
     """
-    return extend_by(lambda logits: draw(distribution(logits, temperature, top_k, top_p, min_p, typical_p), rng),
-                     logits_fn, prompt, max_new_tokens, eos)
+    choose = sampler(rng, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                     typical_p=typical_p)
+    return extend_by(choose, logits_fn, prompt, max_new_tokens, eos)
+
+
+def sampler(rng: random.Random, **settings: float | None) -> Choose:
+    """Return a function that draws a token from distribution(logits, **settings)."""
+    return lambda logits: draw(distribution(logits, **settings), rng)
 
 
 def draw(p: Vector, rng: random.Random) -> int:
-    """An index, i with probability p[i]. All randomness of the decoders goes through here."""
+    """Return an index, i with probability p[i]. All randomness of the decoders goes through here."""
     return rng.choices(range(len(p)), weights=p)[0]
 
 
-# 4. Beam search
-#
-# Instead of one text, keep the `width` best so far. Each step tries every next token on each of them and keeps
-# the best `width` of all these; one that ends (eos) is set aside as finished. A text's probability is a product,
-# so its log is a sum, and every further token lowers it. To compare texts of different lengths:
-#
-#     score = Σ log p / length^length_penalty      0: plain log-probability, which favours the short;
-#                                                  1: the mean per token; more favours the long
-#
-# With width 1 this is greedy; wide enough, it is exhaustive search. In between it usually finds likelier texts
-# than greedy, at `width` times the work. (Nothing guarantees it: a beam may drop greedy's text half-way and then end
-# below it.) Nor is wider always better: Stahlberg & Byrne searched exactly, and for more than half of their sentences
-# the likeliest translation of all was the empty one. The model's errors had been hidden by the search's.
-# (transformers keeps 2·width candidates a step, so that `width` of them go on even when some have ended.)
-#
-# The texts in a beam tend to be twins. Diverse beam search makes several beams take turns and charges each
-# token `diversity` for every beam that has just chosen it.
-
-
-def beam_search(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, width: int,
-                length_penalty: float = 1.0, eos: int | None = None, early_stopping: bool = False) -> list[Candidate]:
-    """[(new tokens, score)], best first, at most `width`; those still running at the end count too.
-
-    It stops before max_new_tokens when `width` have ended and none that runs can still beat the worst of them, however
-    long it gets; with early_stopping as soon as `width` have ended, leaving out what still runs.
-    ValueError: width or max_new_tokens below 1, an empty prompt, eos outside the vocabulary.
-    """
-    check_request(prompt, max_new_tokens, width=width, at_least=1)
-    beams, finished = [(list(prompt), 0.0)], []
-
-    def score(candidate: Candidate) -> float:
-        return candidate[1] / (len(candidate[0]) - len(prompt)) ** length_penalty
-
-    for length in range(1, max_new_tokens + 1):
-        best = extensions(logits_fn, beams, eos, width)
-        finished = sorted(finished + [c for c in best if c[0][-1] == eos], key=score, reverse=True)[:width]
-        beams = [c for c in best if c[0][-1] != eos]
-        # The sum of a running text can only fall; its length may still help it, up to the longest or (< 0) not at all.
-        divisor = (max_new_tokens if length_penalty > 0 else length) ** length_penalty
-        hopeless = len(finished) == width and all(total / divisor <= score(finished[-1]) for _, total in beams)
-        if hopeless or early_stopping and len(finished) == width:
-            beams = []
-        if not beams:
-            break
-    ranked = sorted(finished + beams, key=score, reverse=True)[:width]
-    return [(tokens[len(prompt):], score((tokens, total))) for tokens, total in ranked]
-
-
-def extensions(logits_fn: LogitsFn, beams: Sequence[Candidate], eos: int | None = None,
-               keep: int | None = None) -> list[Candidate]:
-    """The likeliest `keep` (all, if None) of every beam with every next token that is not forbidden (-inf), best first."""
-    out = []
-    for tokens, total in beams:
-        log_p = log_softmax(logits_fn(tokens))
-        check_eos(eos, len(log_p))
-        out += [(total + gain, tokens, token) for token, gain in enumerate(log_p) if gain > -math.inf]
-    ranked = sorted(out, key=lambda candidate: -candidate[0])[:keep]
-    return [(tokens + [token], total) for total, tokens, token in ranked]
-
-
-def diverse_beam_search(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, groups: int,
-                        diversity: float) -> list[Candidate]:
-    """One beam of width 1 in each of `groups`: [(new tokens, log-probability)], in their order.
-
-    A token costs `diversity` for each earlier group that took it at this step (Hamming diversity).
-    """
-    check_request(prompt, max_new_tokens, groups=groups, at_least=1)
-    beams: list[Candidate] = [(list(prompt), 0.0)] * groups
-    for _ in range(max_new_tokens):
-        taken: Counter[int] = Counter()
-        for g, beam in enumerate(beams):
-            beams[g] = max(extensions(logits_fn, [beam]), key=lambda c: c[1] - diversity * taken[c[0][-1]])
-            taken[beams[g][0][-1]] += 1
-    return [(tokens[len(prompt):], total) for tokens, total in beams]
-
-
-def exact_search(logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, eos: int,
-                 max_passes: int) -> Candidate | None:
-    """The likeliest text of all that end with eos or at full length; None if max_passes cannot settle it.
-
-    Always extend the likeliest text so far. As tokens only lower it, the first complete one to come up is the best.
-    """
-    queue: list[tuple[float, list[int]]] = [(0.0, list(prompt))]
-    for _ in range(max_passes):
-        cost, tokens = heapq.heappop(queue)
-        if len(tokens) > len(prompt) and tokens[-1] == eos or len(tokens) == len(prompt) + max_new_tokens:
-            return tokens[len(prompt):], -cost
-        for longer, total in extensions(logits_fn, [(tokens, -cost)], eos):
-            heapq.heappush(queue, (-total, longer))
-    return None
-
-
-# 5. Speculative decoding
-#
-# One pass of a large model over five tokens takes about as long as over one: the time goes into reading the
-# weights. So let a small draft model guess γ tokens, and have the target score them all in one pass. Keep the
-# guesses up to the first wrong one; the row behind the last one kept gives one more token for free.
-#
-# Greedy: a guess is right if it is the target's argmax. The output *is* the target's, token for token.
-#
-# Sampling: right by chance, so that the target's distribution p stays exactly as it was. The guess x is drawn from
-# the draft's own distribution q:
-#
-#     keep x with probability min(1, p(x) / q(x))
-#     otherwise draw from max(0, p - q), normalised: where the target wants more than the draft gave
-#
-# Why it is exact: P(y) = q(y) min(1, p/q) + P(rejected) · max(0, p(y) - q(y)) / Σ max(0, p - q). The first term is
-# min(p, q), and P(rejected) = 1 - Σ min(p, q) = Σ max(0, p - q): the sum is min(p, q) + max(0, p - q) = p(y).
-# It holds for any q if the guess was drawn from that same q. Taking the draft's argmax, but judging it by softmax
-# q, is a common bug. Temperature and top-p go into p, as that is the distribution wanted, and into q, so that the
-# two agree more often. (Exact up to arithmetic: a GPU may round a pass over five tokens otherwise than over one.)
-
-
-@dataclass
-class Counts:
-    """What a speculative run did: for every pass of the target, the tokens drafted and how many were accepted."""
-    rounds: list[tuple[list[int], int]] = field(default_factory=list)
-
-    @property
-    def target_passes(self) -> int:
-        """Passes of the target."""
-        return len(self.rounds)
-
-    @property
-    def drafted(self) -> int:
-        """Tokens drafted."""
-        return sum(len(drafts) for drafts, _ in self.rounds)
-
-    @property
-    def accepted(self) -> int:
-        """Drafted tokens kept."""
-        return sum(kept for _, kept in self.rounds)
-
-
-def speculative_greedy(target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *,
-                       gamma: int) -> tuple[list[int], Counts]:
-    """(greedy(target_fn, …), Counts): `gamma` tokens at a time drafted by greedy(draft_fn, …).
-
-    ValueError: gamma below 1, an empty prompt, max_new_tokens below 0.
-    """
-    return speculate(target_fn, partial(greedy, draft_fn), prompt, max_new_tokens, gamma=gamma)
-
-
-def speculate(target_fn: LogitsFn, propose: Callable[[list[int], int], list[int]], prompt: Sequence[int],
-              max_new_tokens: int, *, gamma: int) -> tuple[list[int], Counts]:
-    """(greedy(target_fn, …), Counts), whoever guesses: propose(tokens, n) gives up to n tokens to follow tokens.
-
-    A pass is asked for at most gamma guesses, and never for more than it can use: it puts one token itself.
-    """
-    check_request(prompt, max_new_tokens, gamma=gamma)
-    tokens, counts, end = list(prompt), Counts(), len(prompt) + max_new_tokens
-    while len(tokens) < end:
-        drafts = propose(tokens, min(gamma, end - len(tokens) - 1))
-        best, kept = verify(target_fn, tokens, drafts)
-        tokens += best[:kept + 1]  # the drafts that agree, and the target's own token after them
-        counts.rounds.append((drafts, kept))
-    return tokens[len(prompt):], counts
-
-
-def speculative_sample(target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *,
-                       gamma: int, rng: random.Random, temperature: float = 1.0, top_k: int | None = None,
-                       top_p: float | None = None, min_p: float | None = None,
-                       choose_draft: Callable[[Vector, random.Random], int] = draw) -> tuple[list[int], Counts]:
-    """(tokens distributed as sample(target_fn, …), Counts). As Leviathan et al. and Chen et al.
-
-    choose_draft picks a guess from q; anything but draw() is a mistake, and section 5 makes it.
-    ValueError: as speculative_greedy and sample, and if the two vocabularies differ in size.
-    """
-    check_request(prompt, max_new_tokens, gamma=gamma)
-    shape = partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    tokens, counts, end = list(prompt), Counts(), len(prompt) + max_new_tokens
-    while len(tokens) < end:
-        drafts, q = [], []
-        for _ in range(min(gamma, end - len(tokens) - 1)):
-            q.append(shape(draft_fn(tokens + drafts)))
-            drafts.append(choose_draft(q[-1], rng))
-        p = [shape(row) for row in last_rows(target_fn, tokens + drafts, len(drafts) + 1)]
-        kept = 0
-        while kept < len(drafts):
-            keep = acceptance(p[kept], q[kept])[drafts[kept]]
-            rejected = draw([keep, 1 - keep], rng)  # 0 or 1
-            if rejected:
-                break
-            kept += 1
-        after = p[kept] if kept == len(drafts) else residual(p[kept], q[kept])
-        tokens += drafts[:kept] + [draw(after, rng)]
-        counts.rounds.append((drafts, kept))
-    return tokens[len(prompt):], counts
-
-
-def acceptance(p: Vector, q: Vector) -> Vector:
-    """For each token, the probability that it is kept when drafted: min(1, p / q)."""
-    if len(p) != len(q):
-        raise ValueError(f"target and draft must have the same vocabulary, not {len(p)} and {len(q)} tokens")
-    return [min(1.0, a / b) if b else 1.0 for a, b in zip(p, q)]
-
-
-def residual(p: Vector, q: Vector) -> Vector:
-    """What a rejected draft is replaced from: max(0, p - q), normalised (p itself where p = q: nothing is rejected)."""
-    rest = [max(0.0, a - b) for a, b in zip(p, q)]
-    total = sum(rest)
-    return [value / total for value in rest] if total else p
-
-
-def verify(target_fn: LogitsFn, tokens: list[int], drafts: list[int]) -> tuple[list[int], int]:
-    """One pass: (the target's own token after tokens and after each draft, how many drafts from the first agree)."""
-    best = [argmax(row) for row in last_rows(target_fn, tokens + drafts, len(drafts) + 1)]
-    return best, next((i for i, draft in enumerate(drafts) if draft != best[i]), len(drafts))
-
-
-def last_rows(logits_fn: LogitsFn, tokens: Sequence[int], n: int) -> Matrix:
-    """Logits after each of the last n prefixes of tokens, [n][vocab_size]; in one pass where the model offers that."""
-    if hasattr(logits_fn, "last_rows"):
-        return logits_fn.last_rows(tokens, n)
-    return [logits_fn(tokens[:end]) for end in range(len(tokens) - n + 1, len(tokens) + 1)]
-
-
-# 6. When it pays
-#
-# The probability that one draft is kept is β = Σ_x q(x) min(1, p(x)/q(x)) = Σ min(p, q), different at every place;
-# call its mean α. Were places alike and independent, a pass would yield (1 - α^(γ+1)) / (1 - α) tokens on average,
-# and if a pass of the draft costs c passes of the target, a round of γ drafts and one check costs γc + 1:
-#
-#     speed-up = (1 + α + α² + … + α^γ) / (γc + 1)
-#
-# That counts the target's pass over γ + 1 tokens as one over one token: true while reading the weights is what
-# takes the time, at small batches. A busy server has no idle arithmetic to spend, and gains little or loses.
-
-
-def expected_tokens(alpha: float, gamma: int) -> float:
-    """Mean tokens of a pass if each draft is kept with probability alpha: 1 + alpha + … + alpha^gamma."""
-    return sum(alpha ** i for i in range(gamma + 1))
-
-
-def speed_up(alpha: float, gamma: int, cost: float) -> float:
-    """How many times faster than without a draft, whose pass costs `cost` passes of the target."""
-    return expected_tokens(alpha, gamma) / (gamma * cost + 1)
-
-
-def best_gamma(alpha: float, cost: float, limit: int = 16) -> int:
-    """The γ up to limit with the best speed-up; 0: no drafts at all is best."""
-    return max(range(limit + 1), key=lambda gamma: speed_up(alpha, gamma, cost))
-
-
-# 7. Drafts for nothing
-#
-# A draft need not be a trained model. Text repeats itself: prompt lookup (Saxena 2023) finds the last few tokens
-# earlier in the text and proposes what came after them; summaries, edits and code copy a lot. An n-gram model counts
-# which token follows which, in any corpus. And the target itself, with its weights rounded to a few bits
-# (microquant.py does that well; here the simple way), agrees nearly always and reads less memory.
-
-
-def prompt_lookup(tokens: Sequence[int], n: int, max_ngram: int = 3) -> list[int]:
-    """Up to n tokens that followed the last max_ngram tokens when they last came, or as many as did come, or [].
-
-    (transformers takes the first place where they came, and looks for two tokens at most unless told otherwise.)
-    """
-    for size in range(min(max_ngram, len(tokens) - 1), 0, -1):
-        for start in range(len(tokens) - size - 1, -1, -1):
-            if tokens[start:start + size] == tokens[-size:]:
-                return list(tokens[start + size:start + size + n])
-    return []
-
-
-def ngram_model(corpus: Sequence[int], vocab_size: int, order: int = 3) -> LogitsFn:
-    """What followed in the corpus, counted: after the longest context, up to order - 1 tokens, that was seen there."""
-    counts: dict[tuple[int, ...], Counter[int]] = {}
-    for i, token in enumerate(corpus):
-        for size in range(min(order - 1, i) + 1):
-            counts.setdefault(tuple(corpus[i - size:i]), Counter())[token] += 1
-
-    def logits_fn(tokens: Sequence[int]) -> Vector:
-        contexts = (tuple(tokens[len(tokens) - size:]) for size in range(min(order - 1, len(tokens)), -1, -1))
-        seen = next(counts[context] for context in contexts if context in counts)
-        return [math.log(seen[token] + 0.01) for token in range(vocab_size)]
-
-    return logits_fn
-
-
-def rounded_weights(weights: dict[str, Matrix | Vector], bits: int) -> dict[str, Matrix | Vector]:
-    """Every row of every matrix rounded to 2^(bits-1) - 1 steps each way of its largest weight."""
-    steps = 2 ** (bits - 1) - 1
-
-    def rounded(row: Vector) -> Vector:
-        scale = max(map(abs, row)) / steps
-        return [round(x / scale) * scale for x in row] if scale else row
-
-    return {name: list(map(rounded, w)) if isinstance(w[0], list) else w for name, w in weights.items()}
-
-
-# 8. Medusa
-#
-# Drop the draft model: the target's last hidden state h already knows something about the tokens after next.
-# Put extra heads on it, trained while the target stays frozen; head k guesses the token k places after the next:
-#
-#     logits_k = w2_k (h + silu(w1_k h))          w1 starts at 0 and w2 at the target's own output matrix
-#
-# Take the best few of each head: the candidates form a tree, verified in one pass. A node of the tree is the text
-# that ends there, and it sees the nodes whose text begins its own, no other branch (CachedModel.run does that). The
-# longest path on which every token is the target's choice is kept. (The paper's best trees are sparse, with the
-# likeliest paths only; and its "typical acceptance", which is looser and changes the output, is left out.)
-
-
-Head = dict[str, Matrix]
-
-
-def medusa_head(h: Matrix, head: Head) -> Matrix:
-    """Hidden states [n][dim] -> logits [n][vocab_size] of the token that this head is for."""
-    return linear(add(h, silu(linear(h, head["w1"]))), head["w2"])
-
-
-def silu(x: Matrix) -> Matrix:
-    """x · sigmoid(x), element by element: swiglu with nothing to gate."""
-    return swiglu(x, [[1.0] * len(x[0])] * len(x))
-
-
-def medusa_candidates(target: CachedModel, heads: Sequence[Head], tops: Sequence[int],
-                      tokens: Sequence[int]) -> list[tuple[int, ...]]:
-    """Every way to follow tokens with one of the tops[0] best of head 1, then one of the tops[1] best of head 2, …
-
-    The heads read the state where the target last was, before the last token; before it has read anything: [].
-    """
-    h = target.feature(tokens[:-1])
-    rows = [medusa_head([h], head)[0] for head in heads] if h else []
-    best = [sorted(range(len(row)), key=lambda i: -row[i])[:top] for row, top in zip(rows, tops)]
-    return list(itertools.product(*best)) if best else []
-
-
-def tree_mask(nodes: Sequence[tuple[int, ...]], keys: Sequence[tuple[int, ...]]) -> list[list[bool]]:
-    """mask[i][j]: does the text of node i begin with the text of key j?"""
-    return [[node[:len(key)] == key for key in keys] for node in nodes]
-
-
-def verify_tree(target: CachedModel, tokens: Sequence[int], candidates: Sequence[Sequence[int]]) -> tuple[list[int], dict]:
-    """One pass: (what the target puts after tokens, as far as a candidate foresaw it, and one more; {text: logits})."""
-    text = tuple(tokens)
-    rows = target.read([text, *((*text, *path) for path in candidates)])
-    while text in rows:
-        text += (argmax(rows[text]),)
-    return list(text[len(tokens):]), rows
-
-
-def medusa_greedy(target: CachedModel, heads: Sequence[Head], prompt: Sequence[int], max_new_tokens: int, *,
-                  tops: Sequence[int] = (3, 2)) -> tuple[list[int], Counts]:
-    """(the same tokens as greedy, Counts: a round's drafts are all nodes of its tree); the first pass reads the prompt."""
-    check_request(prompt, max_new_tokens)
-    tokens, counts = list(prompt), Counts()
-    while len(tokens) < len(prompt) + max_new_tokens:
-        found, rows = verify_tree(target, tokens, medusa_candidates(target, heads, tops, tokens))
-        counts.rounds.append(([text[-1] for text in rows if len(text) > len(tokens)], len(found) - 1))
-        tokens += found
-    return tokens[len(prompt):][:max_new_tokens], counts
-
-
-# 9. EAGLE
-#
-# Medusa's heads guess tokens without knowing the token before. EAGLE guesses the next *hidden state*, from the last
-# one and the embedding of the token chosen there; the target's own output matrix turns it into a token, and so on.
-#
-#     f_t+1 ≈ f_t + w2 silu(w1 [f_t ; embedding(x_t+1)])       draft x_t+2 = argmax(output f_t+1), and again
-#
-# Trained to hit the state, by squared error. (The paper adds a cross-entropy on the token, uses a whole decoder layer
-# with attention over all states so far, and drafts a tree; two matrices and a chain show the idea.)
-
-
-def eagle_step(x: Matrix, f: Matrix, head: Head) -> Matrix:
-    """x = [f ; embedding of the next token] [n][2·dim], f [n][dim] -> the next hidden states [n][dim]."""
-    return add(f, linear(silu(linear(x, head["w1"])), head["w2"]))
-
-
-def eagle_draft(target: CachedModel, head: Head, tokens: list[int], n: int) -> list[int]:
-    """Up to n guesses for speculate(), from the state where the target last was; none before it has read anything."""
-    drafts, f = [], target.feature(tokens[:-1])
-    weights = target.llama.weights
-    for _ in range(n if f else 0):
-        f = eagle_step([f + weights["tok_embeddings"][(tokens + drafts)[-1]]], [f], head)[0]
-        drafts.append(argmax(linear([f], weights["output"])[0]))
-    return drafts
-
-
-# 10. Jacobi and lookahead decoding
-#
-# Greedy text solves equations: x_t = argmax logits(x_1 … x_t-1) for every t. Guess them all, and one pass renews
-# every x_t at once (Jacobi's way; Santilli et al.). At least the first is right after each pass; with luck several
-# settle together. Mostly, good tokens appear in the wrong place and are overwritten.
-#
-# Lookahead decoding keeps them. `window` guesses run side by side for ngram - 1 levels, each level renewed from the
-# one before it; every column read downwards is an n-gram that the target itself strung together, and goes into a
-# pool. In the same pass, the n-grams of the pool that start with the last token are verified, like Medusa's
-# candidates. (The paper's windows keep a few more tokens in the first level.) No draft, no training, more arithmetic.
-
-
-def jacobi_greedy(target_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *,
-                  gamma: int) -> tuple[list[int], Counts]:
-    """(the same tokens as greedy, Counts): gamma guesses at a time, renewed by each pass; a new one is the last token."""
-    check_request(prompt, max_new_tokens, gamma=gamma)
-    tokens, counts, end = list(prompt), Counts(), len(prompt) + max_new_tokens
-    guesses: list[int] = []
-    while len(tokens) < end:
-        guesses = (guesses + [tokens[-1]] * gamma)[:min(gamma, end - len(tokens) - 1)]
-        best, kept = verify(target_fn, tokens, guesses)
-        counts.rounds.append((guesses, kept))
-        tokens, guesses = tokens + best[:kept + 1], best[kept + 1:]
-    return tokens[len(prompt):], counts
-
-
-def lookahead_greedy(target: CachedModel, prompt: Sequence[int], max_new_tokens: int, *, window: int = 5,
-                     ngram: int = 3, guesses: int = 4) -> tuple[list[int], Counts]:
-    """(the same tokens as greedy, Counts: a round's drafts are all nodes of its tree).
-
-    Every level begins as the first `window` tokens of the prompt, over again if it is shorter. Verified in a pass: of
-    the pool's n-grams that begin with the last token, the `guesses` that came up last.
-    """
-    check_request(prompt, max_new_tokens, window=window, ngram=ngram, guesses=guesses)
-    tokens, counts, pool = list(prompt), Counts(), {}
-    levels = [[prompt[j % len(prompt)] for j in range(window)]] * (ngram - 1)
-    while len(tokens) < len(prompt) + max_new_tokens:
-        # The first level is a chain after the text; under each of its tokens hangs its column of the other levels.
-        columns = [(*levels[0][:j], *column) for j, column in enumerate(zip(*levels))]
-        found, rows = verify_tree(target, tokens, columns + list(pool.get(tokens[-1], {}))[-guesses:])
-        counts.rounds.append(([text[-1] for text in rows if len(text) > len(tokens)], len(found) - 1))
-        renewed = [argmax(rows[*tokens, *column]) for column in columns]  # what comes at the foot of each
-        for first, *rest in zip(*levels, renewed):
-            grams = pool.setdefault(first, {})
-            grams.pop(tuple(rest), None)
-            grams[tuple(rest)] = True  # a dict keeps its order: the latest last
-        levels, tokens = levels[1:] + [renewed], tokens + found
-    return tokens[len(prompt):][:max_new_tokens], counts
-
-
-# 11. Text with a shape
-#
-# Output that a program must read (JSON, a date, one of three answers) can be forced into shape: an automaton reads
-# what was written so far, and every token it could not go on from gets -inf. Here the shape is a grammar whose
-# rules are lists of (words, the rule that comes after them; None: the end), which can say all that a regular
-# expression can. The automaton may be in several states at once: (what is left of the words, the rule after them).
-#
-# The mask is local, though: P_local(text) = Π p(x_t) / Z_t, where Z_t is the mass that was allowed at step t. Asking
-# the model for a text *given* that it fits would be P(text) / P(fits). Local masking walks gladly into a place
-# where the model has nothing good to say, since it never sees the bill, Π Z_t.
-
-
-Grammar = dict[str, list[tuple[str, str | None]]]  # it starts with its first rule; words are never empty
-
-
-States = frozenset[tuple[str, str | None]]
-
-
-def follow(grammar: Grammar, states: States, text: str) -> States:
-    """The states after reading text in any of these; none if it does not fit."""
-    for c in text:
-        choices = [choice for left, rule in states
-                   for choice in ([(left, rule)] if left else grammar.get(rule, []))]
-        states = frozenset((words[1:], rule) for words, rule in choices if words[0] == c)
-    return states
-
-
-def constrain(logits_fn: LogitsFn, vocab: Sequence[str], grammar: Grammar, prompt_length: int, eos: int) -> LogitsFn:
-    """logits_fn with -inf wherever the text after the prompt could no longer fit; eos only where it may end."""
-    start = frozenset({("", next(iter(grammar)))})
-
-    @cache  # which tokens a state allows never changes; production works it out beforehand
-    def allowed(states: States) -> list[bool]:
-        return [("", None) in states if token == eos else bool(follow(grammar, states, text))
-                for token, text in enumerate(vocab)]
-
-    def masked(tokens: Sequence[int]) -> Vector:
-        written = "".join(vocab[token] for token in tokens[prompt_length:])
-        return keep_where(allowed(follow(grammar, start, written)), logits_fn(tokens))
-
-    return masked
-
-
-# 12. The table
-#
-# Everything above on the same prompts. log p: what the model says of the text, whoever chose it; distinct-2: the
-# share of its pairs of neighbours that differ; passes: of the target (a beam's go side by side, but each is paid for).
-
-# =============================================================================================
-# THE EXPERIMENTS
-# =============================================================================================
-
-# A language of three words. "a" is the likeliest first word, but whatever follows it is a toss-up.
-TOY = {(): [0.5, 0.4, 0.1], (0,): [0.4, 0.35, 0.25], (1,): [0.05, 0.05, 0.9], (2,): [0.2, 0.6, 0.2]}
-
-
-TOY_PROMPT = [0]  # any one token: the words come after it
-
-
-def toy_logits(tokens: Sequence[int]) -> Vector:
-    """Logits of the toy language: log-probabilities that depend on the last word generated."""
-    return list(map(math.log, TOY[tuple(tokens[1:][-1:])]))
-
-
-# 1. Greedy
-
-
-def show_greedy(trace: Trace, knobs: Namespace) -> None:
-    """The toy where greedy loses, and greedy on two models: one good, one that loops."""
-    trace.say("Greedy sees one step ahead. A toy language of three words, all its two-word texts with their "
-              "probabilities: the best first word is not the first word of the best text.")
-    every = {(a, b): TOY[()][a] * TOY[a,][b] for a in range(3) for b in range(3)}
-    path, best = tuple(greedy(toy_logits, TOY_PROMPT, 2)), max(every, key=every.get)
-    trace.ask("a begins with 0.5, b with 0.4, c with 0.1. After a come 0.4, 0.35, 0.25; after b 0.05, 0.05, 0.9; "
-              "after c 0.2, 0.6, 0.2. How probable is the best text of two words?", every[best])
-    rows = [[f"{'abc'[a]} {TOY[()][a]:.2f}" * (b == 0), f"{'abc'[b]} {TOY[a,][b]:.2f}", f"{p:.3f}", bar(p, 0.4, 20),
-             "← greedy" * ((a, b) == path) + "← best" * ((a, b) == best)] for (a, b), p in every.items()]
-    old_table(trace, ["first", "second", "both", "", ""], rows, left=(0, 1, 3, 4))
-
-    target, draft = models(knobs)
-    n = 2 * knobs.max_new_tokens
-    text = greedy(target, knobs.tokens, n)
-    trace.say(f"Greedy from {knobs.prompt!r}, {n} tokens, on the tiny Llama of this chapter ({knobs.sizes[0]:,} "
-              f"weights) and on a smaller one ({knobs.sizes[1]:,}). Repeated: the share of runs of four tokens that "
-              f"were there before. (The slashes are line ends.)")
-    for name, tokens in (("the target", text), ("a smaller model", greedy(draft, knobs.tokens, n))):
-        trace.say(f"{name}: {1 - distinct([tokens], 4):.0%} repeated")
-        trace.lines(quoted(knobs.tokenizer.decode(tokens)))
-    trace.check("the toy's best text by trying all: greedy misses it", best != path,
-                f"{every[best]:.2f} against {every[path]:.2f}")
-    rows = target.llama.forward(knobs.tokens + text)
-    trace.check("every token is the argmax of one pass over the whole text, without a cache",
-                [argmax(row) for row in rows[len(knobs.tokens) - 1:-1]] == text, "equal")
-
-
-def survivors(p: Vector) -> int:
-    """How many tokens have any probability left."""
-    return sum(value > 0 for value in p)
-
-
-# 2. Shaping the distribution
-
-
-def show_filters(trace: Trace, knobs: Namespace) -> None:
-    """Each filter on the distribution where the model is least sure and where it is most; the penalties."""
-    target, draft = models(knobs)
-    text = knobs.tokens + greedy(target, knobs.tokens, 16)
-    places = sorted(range(len(knobs.tokens), len(text)), key=lambda n: entropy(softmax(target(text[:n]))))
-    sure, unsure = places[0], places[-1]
-    ways = {"as is": {}, "t 0.5": {"temperature": 0.5}, "t 2": {"temperature": 2.0}, "top-k": {"top_k": knobs.top_k},
-            "top-p": {"top_p": knobs.top_p}, "min-p": {"min_p": knobs.min_p}, "typical": {"typical_p": TYPICAL_P}}
-    shaped = {place: {name: distribution(target(text[:place]), **way) for name, way in ways.items()}
-              for place in (unsure, sure)}
-    p, most = shaped[unsure]["as is"], max(max(p) for name, p in shaped[unsure].items() if name != "top-k")
-    trace.ask(f"Where the model is surest it gives its best token {max(shaped[sure]['as is']):.3f}. How many tokens "
-              f"does top-p {knobs.top_p:g} keep there?", survivors(shaped[sure]["top-p"]))
-    trace.say(f"What may follow {knobs.tail(text[:unsure])!r}, where the model is least sure, reshaped: temperatures "
-              f"0.5 and 2, top-k {knobs.top_k}, top-p {knobs.top_p:g}, min-p {knobs.min_p:g}, typical {TYPICAL_P:g}. "
-              f"The nine likeliest tokens; then how many survive and the entropy in bits, there and where the model "
-              f"is surest, after {knobs.tail(text[:sure])!r}. There top-k lets in as many as ever; the others close up.")
-    rows = [[knobs.name(i), f"{p[i]:.2f}"] + [bar(way[i], most, 6) for way in shaped[unsure].values()]
-            for i in sorted(range(len(p)), key=lambda i: -p[i])[:9]]
-    for place, name in ((unsure, "unsure"), (sure, "sure")):
-        rows += [[f"{name}: tokens", "", *(str(survivors(way)) for way in shaped[place].values())],
-                 ["  entropy", "", *(f"{entropy(way):.2f}" for way in shaped[place].values())]]
-    old_table(trace, ["token", "p", *ways], rows, left=(0, *range(2, 9)))
-
-    trace.say("Penalties, on greedy's loop in the smaller model of section 1:")
-    rows, new = [], slice(len(knobs.tokens), None)
-    penalties = {"none": lambda logits, tokens: logits,
-                 "repetition 1.3": lambda logits, tokens: repetition_penalty(logits, tokens, 1.3),
-                 "presence 1": lambda logits, tokens: count_penalty(logits, tokens[new], presence=1.0),
-                 "frequency 1": lambda logits, tokens: count_penalty(logits, tokens[new], frequency=1.0)}
-    for name, penalise in penalties.items():
-        tokens = greedy(lambda tokens: penalise(draft(tokens), tokens), knobs.tokens, 2 * knobs.max_new_tokens)
-        rows.append([name, f"{1 - distinct([tokens], 4):.0%}", str(len(set(tokens))), knobs.clip(tokens, 36)])
-    old_table(trace, ["penalty", "repeated", "different", "text"], rows, left=(0, 3))
-
-    tied = list(map(math.log, (0.4, 0.2, 0.2, 0.2)))
-    cut = [top_k_filter(tied, 2), top_p_filter(tied, 0.3), top_p_filter(tied, 0.5), min_p_filter(tied, 0.45),
-           min_p_filter(tied, 1.0)]
-    trace.check("edges on 0.4, 0.2, 0.2, 0.2: top-k 2 keeps the ties, top-p 0.3 the one that crosses, top-p 0.5 a "
-                "second, min-p 0.45 all, min-p 1 the best", [[i for i, x in enumerate(row) if x > -math.inf] for row in cut]
-                == [[0, 1, 2, 3], [0], [0, 3], [0, 1, 2, 3], [0]], "as in transformers")
-
-
 class EveryBranch:
-    """Stands in for random.Random in draw(): follows a script of choices, then takes the first possible one."""
+    """A source of randomness for draw() that follows a script, then takes the first possible choice."""
 
     def __init__(self, script: Sequence[int]):
-        self.script, self.chosen, self.probability = script, [], 1.0
+        self.script = script
+        self.chosen: list[int] = []
+        self.probability = 1.0
         self.others: list[list[int]] = []  # the scripts of the branches passed by
 
     def choices(self, population: Sequence[int], weights: Vector) -> list[int]:
-        """The choice that the script says, its probability kept."""
+        """Return the scripted choice, and multiply its probability in."""
         if len(self.chosen) < len(self.script):
             choice = self.script[len(self.chosen)]
         else:
@@ -841,507 +390,1828 @@ class EveryBranch:
         return [choice]
 
 
-def every_outcome(sampler: Callable[[EveryBranch], object]) -> dict[object, float]:
-    """{outcome: its exact probability}: sampler(rng) is run once for every way its draws can fall."""
+def every_outcome(run: Callable[[EveryBranch], object]) -> dict[object, float]:
+    """Return {outcome: its exact probability}: run(rng) is called for every way its draws can fall."""
     outcomes: Counter[object] = Counter()
     scripts: list[list[int]] = [[]]
     while scripts:
         rng = EveryBranch(scripts.pop())
-        outcomes[sampler(rng)] += rng.probability
+        outcomes[run(rng)] += rng.probability
         scripts += rng.others
     return dict(outcomes)
 
 
-def chi_square(counts: Sequence[int], p: Vector) -> tuple[float, int]:
-    """(χ², degrees of freedom) of counts against p; the rarest cells are put together until each expects 5."""
-    cells = sorted((sum(counts) * q, count) for count, q in zip(counts, p))
-    while len(cells) > 1 and cells[0][0] < 5:
-        (expected, seen), (more, others), *rest = cells
-        cells = sorted([(expected + more, seen + others), *rest])
-    return sum((seen - expected) ** 2 / expected for expected, seen in cells), len(cells) - 1
+# 4. Beam search
+#
+# Instead of one text, keep the `width` best so far. Each step tries every next token on each of
+# them, and keeps the best `width` of all these. A text that ends (eos) is set aside as finished. A
+# text's probability is a product, so its log is a sum, and every further token lowers it. To
+# compare texts of different lengths:
+#
+#     score = Σ log p / length^length_penalty
+#
+# Penalty 0 is plain log-probability, which favours short texts; 1 is the mean per token; more
+# favours long texts. (Scores under different penalties cannot be compared with each other.)
+#
+# Width 1 is greedy, and a beam that keeps everything is exhaustive search. In between it usually
+# finds likelier texts than greedy, for `width` times the work. It can also lose to greedy. Say "a"
+# begins with 0.4, "b" with 0.35, "c" with 0.25, and width is 2:
+#
+#     after one word      a 0.40     b 0.35                 c is dropped
+#     after two words     b a 0.17   b b 0.17   a a 0.14    a a is crowded out: a has three equals
+#     after three words   b a a 0.06 …                      a a is followed by a with 0.98
+#
+# Greedy writes "a a a", which has 0.13. The beam has lost it and cannot get it back.
+#
+# Likelier is not better, either. Stahlberg & Byrne searched exactly, and for more than half of
+# their sentences the likeliest translation of all was the empty one: the errors of the model had
+# been hidden by the errors of the search. (Exact search here extends the likeliest text first. It
+# is cheap, since the tiny Llama is sure of most tokens. A large model is less sure over longer
+# texts, and the number of texts that are likelier than the best complete one grows without bound.)
+#
+# The texts in a beam tend to be twins. Diverse beam search lets several beams take turns, and
+# charges each token `diversity` for every beam that has just chosen it.
+#
+# When to use it: where there is one right answer to find, as in translation or speech. For open
+# text, sampling is used instead. In production: _beam_search in transformers' generation/utils.py,
+# which keeps 2 · width candidates a step so that `width` go on even when some have ended.
+# Measured by show_beam().
+
+
+def beam_search(
+    logits_fn: LogitsFn,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    width: int,
+    length_penalty: float = 1.0,
+    eos: int | None = None,
+    early_stopping: bool = False,
+) -> list[Candidate]:
+    """Return [(new tokens, score)], best first, at most `width`; texts cut off at the end count too.
+
+    It stops early when `width` texts have ended and no running one can still beat the worst of
+    them, however long it gets (transformers calls that early_stopping="never"; its False only looks
+    at the present length). early_stopping=True stops as soon as `width` have ended. ValueError for
+    width or max_new_tokens below 1, an empty prompt, or an eos outside the vocabulary.
+    """
+    check_request(prompt, max_new_tokens, width=width, at_least=1)
+
+    def score(candidate: Candidate) -> float:
+        tokens, total = candidate
+        return total / (len(tokens) - len(prompt)) ** length_penalty
+
+    beams: list[Candidate] = [(list(prompt), 0.0)]
+    finished: list[Candidate] = []
+    for length in range(1, max_new_tokens + 1):
+        best = extensions(logits_fn, beams, eos, width)
+        finished += [candidate for candidate in best if candidate[0][-1] == eos]
+        finished = sorted(finished, key=score, reverse=True)[:width]
+        beams = [candidate for candidate in best if candidate[0][-1] != eos]
+        if len(finished) == width:
+            # A running sum can only fall. A longer text divides it by more, if the penalty is > 0.
+            longest = max_new_tokens if length_penalty > 0 else length
+            bounds = [total / longest ** length_penalty for _, total in beams]
+            if early_stopping or all(bound <= score(finished[-1]) for bound in bounds):
+                beams = []
+        if not beams:
+            break
+    ranked = sorted(finished + beams, key=score, reverse=True)[:width]
+    return [(candidate[0][len(prompt):], score(candidate)) for candidate in ranked]
+
+
+def extensions(
+    logits_fn: LogitsFn, beams: Sequence[Candidate], eos: int | None = None, keep: int | None = None
+) -> list[Candidate]:
+    """Return every beam with every next token, best first; only the best `keep`, if given."""
+    found = []
+    for tokens, total in beams:
+        log_p = log_softmax(logits_fn(tokens))
+        check_eos(eos, len(log_p))
+        for token, gain in enumerate(log_p):
+            if gain > -math.inf:
+                found.append((total + gain, tokens, token))
+    ranked = sorted(found, key=lambda candidate: -candidate[0])[:keep]
+    return [(tokens + [token], total) for total, tokens, token in ranked]
+
+
+def diverse_beam_search(
+    logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, groups: int, diversity: float
+) -> list[Candidate]:
+    """Return [(new tokens, log-probability)] of `groups` beams of width 1, in their order.
+
+    A token costs `diversity` for each earlier beam that took it at this step (Hamming diversity).
+    """
+    check_request(prompt, max_new_tokens, groups=groups, at_least=1)
+    beams: list[Candidate] = [(list(prompt), 0.0)] * groups
+    for _ in range(max_new_tokens):
+        taken: Counter[int] = Counter()
+        for g, beam in enumerate(beams):
+            longer = extensions(logits_fn, [beam])
+            beams[g] = max(longer, key=lambda c: c[1] - diversity * taken[c[0][-1]])
+            taken[beams[g][0][-1]] += 1
+    return [(tokens[len(prompt):], total) for tokens, total in beams]
+
+
+def exact_search(
+    logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, eos: int, max_passes: int
+) -> Candidate | None:
+    """Return the likeliest of all texts that end with eos or at full length.
+
+    Always extend the likeliest text so far. As every token lowers it, the first complete text that
+    comes up is the best. None if max_passes do not settle it.
+    """
+    queue: list[tuple[float, list[int]]] = [(0.0, list(prompt))]
+    passes = 0
+    while queue:
+        cost, tokens = heapq.heappop(queue)
+        length = len(tokens) - len(prompt)
+        if length == max_new_tokens or length and tokens[-1] == eos:
+            return tokens[len(prompt):], -cost
+        if passes == max_passes:
+            return None
+        passes += 1
+        for longer, total in extensions(logits_fn, [(tokens, -cost)]):
+            heapq.heappush(queue, (-total, longer))
+    return None
+
+
+# 5. Speculative decoding
+#
+# One pass of a large model over five tokens takes about as long as over one, because the time goes
+# into reading the weights. So let a small draft model guess γ tokens, and have the target score
+# them all in one pass. Keep the guesses up to the first wrong one. The target's own token comes
+# after them for free, from the row of logits behind the last one kept.
+#
+# Greedy: a guess is right if it is the target's argmax. The text is the target's, token for token.
+#
+# Sampling: a guess x, drawn from the draft's distribution q, is kept or not by chance, so that the
+# target's distribution p stays exactly as it was:
+#
+#     keep x with probability   min(1, p(x) / q(x))
+#     otherwise draw from       max(0, p - q), normalised: what the target wants and q gave too little
+#
+# With p = 0.6, 0.4 and q = 0.8, 0.2 for two tokens A and B: A is drafted with 0.8 and kept with
+# 0.6/0.8 = 0.75, so it comes with 0.6. B is drafted with 0.2 and always kept; a rejected A (0.2)
+# turns into B, since only B has p > q. B comes with 0.2 + 0.2 = 0.4.
+#
+# Why one token is right: token y comes either drafted and kept, or in place of a rejected one.
+#
+#     P(y) = q(y)·min(1, p(y)/q(y)) + P(rejected) · max(0, p(y) - q(y)) / Σ max(0, p - q)
+#
+# The first term is min(p, q). P(rejected) is 1 - Σ min(p, q) = Σ max(0, p - q), so the second term
+# is max(0, p(y) - q(y)). Together they are p(y).
+#
+# Why the whole text is right, by induction: say the text so far has the target's distribution.
+# Whatever was kept or rejected to get there, the next token uses fresh chance alone. If it is
+# judged as a draft, that draft was drawn from q after this very text, so the rule gives it p.
+# Otherwise it is drawn from p at once. Guesses behind a wrong one are thrown away unseen, since
+# they continue another text. So the longer text has the target's distribution too. (The trace
+# enumerates all of it for small models. That checks the code; the proof is this paragraph.)
+#
+# It holds for any q, if the guess was drawn from that same q. To draft the argmax and judge it by
+# softmax q is a common bug, and the output is biased. A guess that comes from no distribution is
+# right with q = 1 at the guess and 0 elsewhere (a point mass). The rule then says: keep x with p(x),
+# otherwise draw from p without x. That is the same as to draw the target's own token from p, and
+# keep the guess if it is that token. So verify() takes any way to choose, argmax or sampler(…), and
+# all decoders from here on work for both.
+#
+# If eos stands among the kept guesses, the text ends there and what was kept behind it is cut off.
+# Temperature and top-p go into p, which is the distribution wanted, and into q as well, so that the
+# two agree more often. (On a GPU a pass over five tokens may be rounded otherwise than one over one.)
+#
+# In production: vllm/v1/sample/rejection_sampler.py; its NO_DRAFT_PROBS is the point mass.
+# transformers: _speculative_sampling in generation/utils.py. Measured by show_speculative().
+
+
+@dataclass
+class Counts:
+    """What a speculative run did: for each pass of the target, the guesses and how many were kept."""
+
+    rounds: list[tuple[list[int], int]] = field(default_factory=list)
+
+    @property
+    def target_passes(self) -> int:
+        """Passes of the target."""
+        return len(self.rounds)
+
+    @property
+    def drafted(self) -> int:
+        """Tokens guessed."""
+        return sum(len(drafts) for drafts, _ in self.rounds)
+
+    @property
+    def accepted(self) -> int:
+        """Guesses kept."""
+        return sum(kept for _, kept in self.rounds)
+
+    @property
+    def judged(self) -> int:
+        """Guesses looked at, in a chain: those kept, and the first wrong one."""
+        return sum(min(kept + 1, len(drafts)) for drafts, kept in self.rounds)
+
+    def add_round(
+        self, tokens: list[int], drafts: list[int], found: list[int], end: int, eos: int | None
+    ) -> bool:
+        """Append found to tokens, up to eos or to `end` tokens; return whether the text is complete.
+
+        found: the guesses that were right, and then the target's own token.
+        """
+        before = len(tokens)
+        for token in found[:end - before]:
+            tokens.append(token)
+            if token == eos:
+                break
+        self.rounds.append((drafts, min(len(found) - 1, len(tokens) - before)))
+        return len(tokens) == end or tokens[-1] == eos
+
+
+def speculative_greedy(
+    target_fn: LogitsFn,
+    draft_fn: LogitsFn,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    gamma: int,
+    eos: int | None = None,
+) -> tuple[list[int], Counts]:
+    """Return (greedy(target_fn, …), Counts), drafting `gamma` tokens at a time by greedy(draft_fn, …).
+
+    ValueErrors as for speculate().
+    """
+    propose = partial(greedy, draft_fn)
+    return speculate(target_fn, propose, prompt, max_new_tokens, gamma=gamma, eos=eos)
+
+
+def speculate(
+    target_fn: LogitsFn,
+    propose: Callable[[list[int], int], list[int]],
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    gamma: int,
+    eos: int | None = None,
+    choose: Choose = argmax,
+) -> tuple[list[int], Counts]:
+    """Return the tokens that choose() alone would give, and Counts, whoever guesses.
+
+    propose(tokens, n) returns up to n tokens that may follow. A pass is asked for at most gamma, and
+    never for more than it can use: it adds one token itself. ValueError for gamma below 1, an empty
+    prompt, max_new_tokens below 0, or an eos outside the vocabulary.
+    """
+    check_request(prompt, max_new_tokens, gamma=gamma)
+    tokens = list(prompt)
+    end = len(prompt) + max_new_tokens
+    counts = Counts()
+    done = max_new_tokens == 0
+    while not done:
+        drafts = propose(tokens, min(gamma, end - len(tokens) - 1))
+        rows = last_rows(target_fn, tokens + drafts, len(drafts) + 1)
+        check_eos(eos, len(rows[0]))
+        done = counts.add_round(tokens, drafts, verify(rows, drafts, choose), end, eos)
+    return tokens[len(prompt):], counts
+
+
+def verify(rows: Matrix, drafts: Sequence[int], choose: Choose = argmax) -> list[int]:
+    """Return the target's own tokens, as far as the guesses foresaw them, and one more.
+
+    rows: logits before the first guess, and after each of them.
+    """
+    found = []
+    for i, row in enumerate(rows):
+        found.append(choose(row))
+        if i == len(drafts) or found[i] != drafts[i]:
+            break  # the rows behind a wrong guess belong to another text
+    return found
+
+
+def speculative_sample(
+    target_fn: LogitsFn,
+    draft_fn: LogitsFn,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    gamma: int,
+    rng: random.Random,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    eos: int | None = None,
+    choose_draft: Callable[[Vector, random.Random], int] = draw,
+) -> tuple[list[int], Counts]:
+    """Return (tokens distributed as sample(target_fn, …), Counts).
+
+    choose_draft picks a guess from q; anything but draw() is a mistake, and section 5 makes it.
+    ValueErrors as for speculate() and sample(), and if the two vocabularies differ in size.
+    """
+    check_request(prompt, max_new_tokens, gamma=gamma)
+    shape = partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    tokens = list(prompt)
+    end = len(prompt) + max_new_tokens
+    counts = Counts()
+    done = max_new_tokens == 0
+    while not done:
+        drafts: list[int] = []
+        q = []
+        for _ in range(min(gamma, end - len(tokens) - 1)):
+            q.append(shape(draft_fn(tokens + drafts)))
+            drafts.append(choose_draft(q[-1], rng))
+        rows = last_rows(target_fn, tokens + drafts, len(drafts) + 1)
+        check_eos(eos, len(rows[0]))
+        p = [shape(row) for row in rows]
+        done = counts.add_round(tokens, drafts, accept_or_replace(p, q, drafts, rng), end, eos)
+    return tokens[len(prompt):], counts
+
+
+def accept_or_replace(
+    p: Matrix, q: Matrix, drafts: Sequence[int], rng: random.Random
+) -> list[int]:
+    """Return the guesses kept by the rule, and one more token of the target's; p has one row more."""
+    for i, token in enumerate(drafts):
+        keep = acceptance(p[i], q[i])[token]
+        rejected = draw([keep, 1 - keep], rng)  # 0 or 1
+        if rejected:
+            return [*drafts[:i], draw(residual(p[i], q[i]), rng)]
+    return [*drafts, draw(p[len(drafts)], rng)]
+
+
+def acceptance(p: Vector, q: Vector) -> Vector:
+    """Return, for each token, the probability that it is kept when drafted: min(1, p / q)."""
+    if len(p) != len(q):
+        raise ValueError(f"target and draft must have the same vocabulary, not {len(p)} and "
+                         f"{len(q)} tokens")
+    return [min(1.0, a / b) if b else 1.0 for a, b in zip(p, q)]
+
+
+def residual(p: Vector, q: Vector) -> Vector:
+    """Return what replaces a rejected guess: max(0, p - q), normalised (p itself where p = q)."""
+    rest = [max(0.0, a - b) for a, b in zip(p, q)]
+    total = sum(rest)
+    return [value / total for value in rest] if total else p
+
+
+def last_rows(logits_fn: LogitsFn, tokens: Sequence[int], n: int) -> Matrix:
+    """Return logits after each of the last n prefixes of tokens, [n][vocab_size].
+
+    In one pass, if the model has a method for it.
+    """
+    if hasattr(logits_fn, "last_rows"):
+        return logits_fn.last_rows(tokens, n)
+    return [logits_fn(tokens[:end]) for end in range(len(tokens) - n + 1, len(tokens) + 1)]
+
+
+# 6. When it pays
+#
+# A draft is kept with probability β = Σ_x q(x)·min(1, p(x)/q(x)) = Σ min(p, q), which differs from
+# place to place. Call its mean α. If all places were alike and independent, then
+#
+#     tokens of a pass   1 + α + α² + … + α^γ = (1 - α^(γ+1)) / (1 - α)
+#
+# since the i-th guess counts only if all before it were kept. If a pass of the draft costs c passes
+# of the target, a round of γ guesses and one check costs γc + 1:
+#
+#     speed-up = (1 + α + α² + … + α^γ) / (γc + 1)
+#
+# With α = 0.6 and γ = 2 a pass gives 1 + 0.6 + 0.36 = 1.96 tokens. At c = 0.1 the round costs 1.2
+# and the speed-up is 1.63. At c = 0.5 it costs 2, and nothing is won.
+#
+# The model counts the target's pass over γ + 1 tokens as one pass over one token. That is true
+# while reading the weights takes the time, which is so at small batches. A busy server has no idle
+# arithmetic to spend on guesses, and gains little or loses.
+#
+# In production: vLLM reports these counts (v1/spec_decode/metrics.py), and transformers' assisted
+# generation raises and lowers γ as guesses are kept or not. Measured by show_when_it_pays().
+
+
+def expected_tokens(alpha: float, gamma: int) -> float:
+    """Return the mean tokens of a pass if each guess is kept with probability alpha."""
+    return sum(alpha ** i for i in range(gamma + 1))
+
+
+def speed_up(alpha: float, gamma: int, cost: float) -> float:
+    """Return how many times faster than without a draft, whose pass costs `cost` of the target's."""
+    return expected_tokens(alpha, gamma) / (gamma * cost + 1)
+
+
+def best_gamma(alpha: float, cost: float, limit: int = 16) -> int:
+    """Return the γ up to limit with the best speed-up; 0 means that no drafts at all are best."""
+    return max(range(limit + 1), key=lambda gamma: speed_up(alpha, gamma, cost))
+
+
+# 7. Drafts for nothing
+#
+# A draft need not be a trained model. Text repeats itself: prompt lookup (Saxena 2023) finds the
+# last few tokens earlier in the text, and proposes what came after them. It pays for summaries,
+# edits and code, which copy a lot. An n-gram model counts which token followed which in some corpus.
+# And the target itself, with its weights rounded to a few bits, agrees nearly always and reads less
+# memory. (microquant.py rounds well; here it is done the simplest way.)
+#
+# These guesses are single tokens without a distribution, so speculate() judges them by the point
+# mass of section 5. In production: vLLM's v1/spec_decode/ngram_proposer.py, transformers'
+# PromptLookupCandidateGenerator, llama.cpp's examples/lookup. Measured by show_free_drafts().
+
+
+def prompt_lookup(tokens: Sequence[int], n: int, max_ngram: int = 3) -> list[int]:
+    """Return up to n tokens that followed the last max_ngram tokens when they last came.
+
+    If those never came before, the last max_ngram - 1 are looked for, and so on; [] if none came.
+    """
+    for size in range(min(max_ngram, len(tokens) - 1), 0, -1):
+        for start in range(len(tokens) - size - 1, -1, -1):
+            if tokens[start:start + size] == tokens[-size:]:
+                return list(tokens[start + size:start + size + n])
+    return []
+
+
+def ngram_model(corpus: Sequence[int], vocab_size: int, order: int = 3) -> LogitsFn:
+    """Return a model that counts what followed in the corpus.
+
+    It looks at the longest context, up to order - 1 tokens, that the corpus has.
+    """
+    counts: dict[tuple[int, ...], Counter[int]] = {}
+    for i, token in enumerate(corpus):
+        for size in range(min(order - 1, i) + 1):
+            counts.setdefault(tuple(corpus[i - size:i]), Counter())[token] += 1
+
+    def logits_fn(tokens: Sequence[int]) -> Vector:
+        size = min(order - 1, len(tokens))
+        while tuple(tokens[len(tokens) - size:]) not in counts:
+            size -= 1
+        seen = counts[tuple(tokens[len(tokens) - size:])]
+        return [math.log(seen[token] + 0.01) for token in range(vocab_size)]
+
+    return logits_fn
+
+
+def rounded_weights(
+    weights: dict[str, Matrix | Vector], bits: int
+) -> dict[str, Matrix | Vector]:
+    """Return the weights with every row of every matrix rounded to multiples of one step.
+
+    The largest of a row is 2^(bits-1) - 1 steps. Gains stay as they are.
+    """
+    largest = 2 ** (bits - 1) - 1
+    rounded = {}
+    for name, w in weights.items():
+        if isinstance(w[0], list):
+            rounded[name] = [round_row(row, largest) for row in w]
+        else:
+            rounded[name] = w
+    return rounded
+
+
+def round_row(row: Vector, largest: int) -> Vector:
+    """Return the row rounded to multiples of max|row| / largest."""
+    scale = max(map(abs, row)) / largest
+    if scale == 0:
+        return row
+    return [round(x / scale) * scale for x in row]
+
+
+# 8. Medusa, and how a tree is verified
+#
+# Drop the draft model: the target's last hidden state h already knows something about the tokens
+# after the next one. Put extra heads on it, trained while the target stays frozen. Head k guesses
+# the token k places after the next:
+#
+#     h_t → x_t+1             the target itself: output · h
+#     h_t → x_t+2, x_t+3      head 1 and head 2: logits_k = w2_k (h + silu(w1_k h))
+#
+# w1 starts at 0 and w2 at the target's own output matrix. When a guess is made, the target has just
+# chosen x_t+1 from h_t, so the heads know what follows that one, but not which token it was.
+#
+# The best few of each head form a tree. All of it is verified in one pass: every node is a token,
+# its position is that of its place in its own text, and it sees the text before the tree and its own
+# ancestors, but no other branch. After "This is", which has positions 0 and 1, the four nodes of a
+# tree and what they see of each other (1: seen):
+#
+#     node     text that ends there     position     the  cow  that  cat
+#     the      This is the                 2          1    .    .     .
+#     cow      This is the cow             3          1    1    .     .
+#     that     This is the cow that        4          1    1    1     .
+#     cat      This is the cat             3          1    .    .     1
+#
+# So a node may see a key exactly if its text begins with that key's text; that is tree_mask(). From
+# the root, follow the target's own choice as long as the tree has it; the first choice that the
+# tree does not have is the free token. The keys and values of the other branches leave the cache.
+#
+# What a pass costs: a tree of ten nodes is ten tokens of arithmetic, and most of them are rolled back.
+# As long as reading weights takes the time, a text of n tokens has
+#
+#     speed-up = n / (passes + c · guesses)                with the c of section 6
+#
+# and where arithmetic takes it, on a busy server, the nodes read per token are the price instead.
+#
+# In production: vLLM's v1/spec_decode/medusa.py verifies a chain; Medusa's own code picks a sparse
+# tree of the likeliest paths, and has a looser "typical acceptance" that changes the output and is
+# left out here. Measured by show_medusa().
+
+Head = dict[str, Matrix]
+
+
+def medusa_head(h: Matrix, head: Head) -> Matrix:
+    """Return logits of the token that this head is for: [n][dim] -> [n][vocab_size]."""
+    return linear(add(h, silu(linear(h, head["w1"]))), head["w2"])
+
+
+def silu(x: Matrix) -> Matrix:
+    """Return x · sigmoid(x), element by element: swiglu with nothing to gate."""
+    return swiglu(x, [[1.0] * len(row) for row in x])
+
+
+def medusa_candidates(
+    target: CachedModel, heads: Sequence[Head], tops: Sequence[int], tokens: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """Return every way to follow tokens with one of head 1's tops[0] best, one of head 2's tops[1] …
+
+    The heads read the state before the last token, where the target last was. Before it has read
+    anything there is none, and no candidate.
+    """
+    h = target.feature(tokens[:-1])
+    if h is None:
+        return []
+    best = []
+    for head, top in zip(heads, tops):
+        row = medusa_head([h], head)[0]
+        best.append(sorted(range(len(row)), key=lambda i: -row[i])[:top])
+    return list(itertools.product(*best))
+
+
+def tree_mask(
+    nodes: Sequence[tuple[int, ...]], keys: Sequence[tuple[int, ...]]
+) -> list[list[bool]]:
+    """Return mask[i][j]: does the text of node i begin with the text of key j?"""
+    return [[node[:len(key)] == key for key in keys] for node in nodes]
+
+
+def verify_tree(
+    target: CachedModel,
+    tokens: Sequence[int],
+    candidates: Sequence[Sequence[int]],
+    choose: Choose = argmax,
+) -> tuple[list[int], dict[tuple[int, ...], Vector]]:
+    """Return, from one pass, the target's own tokens as far as a candidate foresaw, and one more.
+
+    Also {text: logits after it} of all nodes.
+    """
+    text = tuple(tokens)
+    rows = target.read([text, *((*text, *path) for path in candidates)])
+    while text in rows:
+        text = (*text, choose(rows[text]))
+    return list(text[len(tokens):]), rows
+
+
+def medusa_greedy(
+    target: CachedModel,
+    heads: Sequence[Head],
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    tops: Sequence[int] = (3, 2),
+    eos: int | None = None,
+    choose: Choose = argmax,
+) -> tuple[list[int], Counts]:
+    """Return the tokens that choose() alone would give, and Counts.
+
+    The guesses of a round are all nodes of its tree. The first pass reads the prompt.
+    """
+    check_request(prompt, max_new_tokens)
+    tokens = list(prompt)
+    end = len(prompt) + max_new_tokens
+    counts = Counts()
+    done = max_new_tokens == 0
+    while not done:
+        candidates = medusa_candidates(target, heads, tops, tokens)
+        found, rows = verify_tree(target, tokens, candidates, choose)
+        done = counts.add_round(tokens, nodes_after(tokens, rows), found, end, eos)
+    return tokens[len(prompt):], counts
+
+
+def nodes_after(tokens: Sequence[int], texts: Sequence[tuple[int, ...]]) -> list[int]:
+    """Return the last token of every text that is longer than tokens: the nodes of the tree."""
+    return [text[-1] for text in texts if len(text) > len(tokens)]
+
+
+# 9. EAGLE
+#
+# Medusa's heads do not know the token before the one that they guess. EAGLE guesses the next
+# *hidden state*, from the last one and the embedding e of the token that was chosen there. The
+# target's own output matrix turns it into a token, and so on along a chain:
+#
+#     f_t+1 ≈ f_t + w2 silu(w1 [f_t ; e(x_t+1)])        x_t+2 = argmax(output · f_t+1), and again
+#
+# Beside Medusa, on one timeline: from h_t, the target has chosen x_t+1. Medusa's head 1 guesses
+# x_t+2 from h_t alone; EAGLE guesses it from h_t and x_t+1.
+#
+# Here two matrices learn the state by squared error. The paper has a whole decoder layer with
+# attention over all states so far, Smooth L1 and a cross-entropy on the token as the loss, noise on
+# the states while training, and drafts a tree. EAGLE-3 drops the state as the goal: it learns the
+# tokens alone, from states of several layers, on its own guesses. Multi-token prediction
+# (DeepSeek-V3) trains such a layer together with the model.
+#
+# In production: vLLM's v1/spec_decode/eagle.py. Measured by show_eagle().
+
+
+def eagle_step(x: Matrix, f: Matrix, head: Head) -> Matrix:
+    """Return the next hidden states [n][dim].
+
+    x = [f ; embedding of the next token] [n][2·dim], f [n][dim].
+    """
+    return add(f, linear(silu(linear(x, head["w1"])), head["w2"]))
+
+
+def eagle_draft(target: CachedModel, head: Head, tokens: list[int], n: int) -> list[int]:
+    """Return up to n guesses for speculate(), none before the target has read anything."""
+    drafts: list[int] = []
+    f = target.feature(tokens[:-1])
+    weights = target.llama.weights
+    while f is not None and len(drafts) < n:
+        last = (tokens + drafts)[-1]
+        f = eagle_step([f + weights["tok_embeddings"][last]], [f], head)[0]
+        drafts.append(argmax(linear([f], weights["output"])[0]))
+    return drafts
+
+
+# 10. Jacobi and lookahead decoding
+#
+# Greedy text solves equations: x_t = argmax logits(x_1 … x_t-1) for every t. Guess them all, and one
+# pass renews every x_t at once; repeat that, as Jacobi did for linear equations (Santilli et al.).
+# The first is right after each pass, and with luck several are. But mostly a good token appears in
+# the wrong place, and is overwritten in the next pass.
+#
+# Lookahead decoding keeps what appears. Beside the text it carries a window: two rows of guesses,
+# each renewed by the pass before. With a window of 3, before a pass and after it:
+#
+#     row 1    a  b  c        the tokens guessed for the next places
+#     row 2    d  e  f        what the target put after a, after a b, after a b c, one pass ago
+#     new      g  h  i        what it puts now after a d, after a b e, after a b c f
+#
+# Read a column downwards: d was the target's choice after a, and g its choice after d. So "a d g" is
+# a piece of text that the target strung together itself, if for another place. It goes into a pool
+# under its first token, and so do "b e h" and "c f i". Then row 1 is dropped: row 2 becomes row 1,
+# and the new tokens row 2. When the text ends in an "a" one day, "d g" is verified as a guess, in the
+# same pass, as a branch of a tree; and so is the window itself, since it is in the pass anyway.
+#
+# There is no draft and no training, but more arithmetic. In production: Fu et al.'s own code and
+# llama.cpp's examples/lookahead. Measured by show_lookahead().
+
+
+def jacobi_greedy(
+    target_fn: LogitsFn,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    gamma: int,
+    eos: int | None = None,
+    choose: Choose = argmax,
+) -> tuple[list[int], Counts]:
+    """Return the tokens that choose() alone would give, and Counts.
+
+    gamma guesses at a time, renewed by each pass. A place without a guess starts as the last token.
+    """
+    check_request(prompt, max_new_tokens, gamma=gamma)
+    tokens = list(prompt)
+    end = len(prompt) + max_new_tokens
+    counts = Counts()
+    guesses: list[int] = []
+    done = max_new_tokens == 0
+    while not done:
+        wanted = min(gamma, end - len(tokens) - 1)
+        guesses = (guesses + [tokens[-1]] * wanted)[:wanted]
+        rows = last_rows(target_fn, tokens + guesses, wanted + 1)
+        found = verify(rows, guesses, choose)
+        done = counts.add_round(tokens, guesses, found, end, eos)
+        guesses = [argmax(row) for row in rows[len(found):]]
+    return tokens[len(prompt):], counts
+
+
+def lookahead_greedy(
+    target: CachedModel,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    window: int = 5,
+    ngram: int = 3,
+    guesses: int = 4,
+    eos: int | None = None,
+    choose: Choose = argmax,
+) -> tuple[list[int], Counts]:
+    """Return the tokens that choose() alone would give, and Counts; its guesses are all tree nodes.
+
+    Every row begins as the first `window` tokens of the prompt, over again if it is shorter. Of the
+    pool's n-grams that begin with the last token, the `guesses` that came last are verified.
+    """
+    check_request(prompt, max_new_tokens, window=window, ngram=ngram, guesses=guesses)
+    tokens = list(prompt)
+    end = len(prompt) + max_new_tokens
+    counts = Counts()
+    pool: dict[int, dict[tuple[int, ...], None]] = {}  # a dict keeps its order: the latest last
+    levels = [[prompt[j % len(prompt)] for j in range(window)]] * (ngram - 1)
+    done = max_new_tokens == 0
+    while not done:
+        # Row 1 is a chain after the text; under each of its tokens hangs the rest of its column.
+        columns = [(*levels[0][:j], *column) for j, column in enumerate(zip(*levels))]
+        grams = list(pool.get(tokens[-1], {}))[-guesses:]
+        found, rows = verify_tree(target, tokens, columns + grams, choose)
+        renewed = [argmax(rows[*tokens, *column]) for column in columns]
+        for first, *rest in zip(*levels, renewed):
+            grams_of_first = pool.setdefault(first, {})
+            grams_of_first.pop(tuple(rest), None)
+            grams_of_first[tuple(rest)] = None
+        levels = [*levels[1:], renewed]
+        done = counts.add_round(tokens, nodes_after(tokens, rows), found, end, eos)
+    return tokens[len(prompt):], counts
+
+
+# 11. Text with a shape
+#
+# Output that a program must read (JSON, a date, one of three answers) can be forced into shape. An
+# automaton reads what was written so far, and every token that it could not go on from gets -inf.
+# Here the shape is a grammar whose rules are lists of (words, the rule that comes after them). It
+# can say what a regular expression can, except that no rule matches the empty text. The automaton
+# may be in several states at once: (what is left of the words, the rule after them).
+#
+# The mask is local, and that distorts. Z_t is the probability that the model gave to the allowed
+# tokens at step t, and the mask divides by it:
+#
+#     P_local(text) = Π p(x_t) / Z_t                what masking gives
+#     P(text | it fits) = P(text) / P(fits)         what asking the model for fitting text would be
+#
+# Say two texts fit. "cat that" begins with 0.1 and goes on with 0.9. "cow that" begins with 0.1 too,
+# but the model then wants "with", and leaves 0.001 for "that". Of the texts that fit, 0.09 to 0.0001
+# are "cat that". Under the mask both have one half: it cannot see, at the first word, that the
+# second will be forced against the model's will.
+#
+# In production: XGrammar and llguidance, in vLLM as v1/structured_output/backend_xgrammar.py and
+# backend_guidance.py, and llama.cpp's GBNF grammars. They handle nested shapes as JSON has them
+# with a stack, and work out most masks beforehand. All of them mask locally.
+# Measured by show_constrained().
+
+Grammar = dict[str, list[tuple[str, str | None]]]  # starts with its first rule; None: the end
+States = frozenset[tuple[str, str | None]]
+
+
+def follow(grammar: Grammar, states: States, text: str) -> States:
+    """Return the states after reading text in any of these; none if it does not fit."""
+    for character in text:
+        after = set()
+        for left, rule in states:
+            choices = [(left, rule)] if left else grammar.get(rule, [])
+            for words, next_rule in choices:
+                if words[0] == character:
+                    after.add((words[1:], next_rule))
+        states = frozenset(after)
+    return states
+
+
+def constrain(
+    logits_fn: LogitsFn, vocab: Sequence[str], grammar: Grammar, prompt_length: int, eos: int
+) -> LogitsFn:
+    """Return logits_fn with -inf wherever the text after the prompt could no longer fit.
+
+    eos is allowed only where the text may end.
+    """
+    start = frozenset({("", next(iter(grammar)))})
+
+    @cache  # the tokens that a state allows never change
+    def allowed(states: States) -> list[bool]:
+        fits = [bool(follow(grammar, states, text)) for text in vocab]
+        fits[eos] = ("", None) in states
+        return fits
+
+    def masked(tokens: Sequence[int]) -> Vector:
+        written = "".join(vocab[token] for token in tokens[prompt_length:])
+        return keep_where(allowed(follow(grammar, start, written)), logits_fn(tokens))
+
+    return masked
+
+
+# =============================================================================================
+# THE EXPERIMENTS: what the trace shows, and how it is measured
+# =============================================================================================
+
+# 1. Greedy
+
+# A language of three words: the probabilities of the next one, after nothing and after a word.
+TOY = {
+    (): [0.5, 0.4, 0.1],
+    (0,): [0.4, 0.35, 0.25],
+    (1,): [0.05, 0.05, 0.9],
+    (2,): [0.2, 0.6, 0.2],
+}
+TOY_PROMPT = [0]  # any one token: the words come after it
+
+
+def toy_logits(tokens: Sequence[int]) -> Vector:
+    """Return logits of the toy language; they depend on the last word after the prompt."""
+    last = tuple(tokens[1:][-1:])
+    return [math.log(p) for p in TOY[last]]
+
+
+class ToyText(NamedTuple):
+    """One text of two words."""
+
+    text: str
+    p: float
+    mark: str
+
+
+def toy_texts() -> list[ToyText]:
+    """Return all texts of two words with their probabilities; greedy's and the best are marked."""
+    chances = text_probabilities(toy_logits, TOY_PROMPT, 2)
+    marks = {max(chances, key=chances.get): "← best"}
+    marks[tuple(greedy(toy_logits, TOY_PROMPT, 2))] = "← greedy"
+    return [ToyText(letters(text), p, marks.get(text, "")) for text, p in chances.items()]
+
+
+class Repeats(NamedTuple):
+    """How much of some texts is repetition."""
+
+    way: str
+    repeated: float  # share of runs of four tokens that were there before, mean over the texts
+    spread: float    # standard deviation of it
+
+
+def repeats(way: str, texts: Sequence[Sequence[int]]) -> Repeats:
+    """Return the repetition in each text, summed up."""
+    shares = [1 - distinct([text], 4) for text in texts]
+    return Repeats(way, fmean(shares), stdev(shares))
+
+
+def compare_repeats(lab: DecodingLab, n: int) -> list[Repeats]:
+    """Return the repetition in greedy and drawn texts of both models, and in pieces of the rhyme."""
+    rows = []
+    for name, model in (("target", lab.fresh_target()), ("small", lab.fresh_draft())):
+        rng = random.Random(lab.seed)
+        drawn = [sample(model, prompt, n, rng=rng) for prompt in lab.prompts]
+        rows.append(repeats(f"{name}, greedy", [greedy(model, prompt, n) for prompt in lab.prompts]))
+        rows.append(repeats(f"{name}, drawn", drawn))
+    pieces = [lab.ids[start:start + n] for start in range(0, len(lab.ids) - n, n)]
+    return [*rows, repeats("the rhyme itself", pieces)]
+
+
+REPEATS = {"way": "", "repeated": ".0% bar 20", "spread as ±": ".0%"}  # columns
+
+
+def show_greedy(trace: Trace, knobs: Namespace) -> None:
+    """The toy where greedy loses, and how much greedy repeats itself."""
+    lab = knobs.lab
+    toy = toy_texts()
+    best = max(toy, key=lambda row: row.p)
+    trace.say("Greedy takes the likeliest next token each time, and so sees one step ahead. Here is a "
+              "toy language of three words with all its texts of two words: the best first word does "
+              "not begin the best text.")
+    trace.ask("a begins with 0.5, b with 0.4, c with 0.1. After a come 0.4, 0.35, 0.25; after b 0.05, "
+              "0.05, 0.9; after c 0.2, 0.6, 0.2. How probable is the best text?", best.p)
+    trace.table(toy, {"text": "", "p": ".3f bar 20", "mark as  ": ""})
+
+    trace.say("Now a tiny Llama, the target of this chapter, and a smaller one. They have read "
+              f"{lab.steps * STEP_TOKENS:,} and {lab.draft_steps * STEP_TOKENS:,} tokens of The House That "
+              "Jack Built, and nothing else. Their greedy texts (a slash is a line end):")
+    texts = []
+    for name, model in (("target", lab.fresh_target()), ("small", lab.fresh_draft())):
+        texts.append(greedy(model, knobs.tokens, knobs.max_new_tokens))
+        trace.lines(quoted(f"{name}: " + lab.tokenizer.decode([*knobs.tokens, *texts[-1]])))
+    rows = compare_repeats(lab, REPEAT_TOKENS)
+    trace.say(f"Does greedy repeat itself? {len(lab.prompts)} texts of {REPEAT_TOKENS} tokens, greedy "
+              "and drawn by chance. Repeated: the share of runs of four tokens that were there before.")
+    trace.table(rows, REPEATS)
+    trace.note("±: standard deviation over the texts. The rhyme: all its pieces of that length")
+    trace.say(f"Of the target's greedy texts {rows[0].repeated:.0%} is repetition, of its drawn ones "
+              f"{rows[1].repeated:.0%}; of the smaller model's {rows[2].repeated:.0%} and "
+              f"{rows[3].repeated:.0%}. The rhyme has {rows[4].repeated:.0%}.")
+    trace.check("the toy: greedy writes a and its best second word, and misses the best text",
+                toy[0] == ("a a", 0.2, "← greedy") and best.text == "b c", f"0.20 and {best.p:.2f}")
+    trace.check("every token is the argmax of one pass over the whole text, without a cache",
+                is_greedy(lab.target, knobs.tokens, texts[0])
+                and is_greedy(lab.draft, knobs.tokens, texts[1]), "both models")
+
+
+# 2. Shaping the distribution
+
+
+class Kept(NamedTuple):
+    """How many tokens a filter keeps, over many places of a text."""
+
+    filter: str
+    fewest: int
+    middle: int
+    most: int
+    best_dropped: int  # places where the likeliest token went
+
+
+def count_kept(rows: Matrix, filters: dict[str, dict[str, float]]) -> list[Kept]:
+    """Return, for each filter (its name and its setting), what it keeps of each row of logits."""
+    found = []
+    for name, setting in filters.items():
+        shaped = [distribution(row, **setting) for row in rows]
+        counts = sorted(map(survivors, shaped))
+        best_dropped = sum(p[argmax(row)] == 0 for row, p in zip(rows, shaped))
+        found.append(Kept(name, counts[0], counts[len(counts) // 2], counts[-1], best_dropped))
+    return found
+
+
+class OrderRow(NamedTuple):
+    """Tokens kept, mean over many places, with the temperature before the filter or after it."""
+
+    temperature: float
+    top_p_first: float
+    top_p_last: float
+    min_p_first: float
+    min_p_last: float
+
+
+def compare_orders(rows: Matrix, temperatures: Sequence[float], knobs: Namespace) -> list[OrderRow]:
+    """Return how many tokens top-p and min-p keep when the temperature comes first, and last."""
+    found = []
+    for t in temperatures:
+        means = []
+        for setting in ({"top_p": knobs.top_p}, {"min_p": knobs.min_p}):
+            for last in (False, True):
+                shaped = [distribution(row, t, temperature_last=last, **setting) for row in rows]
+                means.append(fmean(map(survivors, shaped)))
+        found.append(OrderRow(t, *means))
+    return found
+
+
+def compare_penalties(lab: DecodingLab, n: int) -> list[Repeats]:
+    """Return the repetition in the smaller model's greedy texts, without a penalty and with each."""
+    draft = lab.fresh_draft()
+    penalties = {
+        "none": count_penalty,
+        "repetition 1.3": partial(repetition_penalty, penalty=1.3),
+        "presence 1": partial(count_penalty, presence=1.0),
+        "frequency 1": partial(count_penalty, frequency=1.0),
+    }
+
+    def penalised(penalise: Callable, tokens: list[int]) -> Vector:
+        return penalise(draft(tokens), tokens)
+
+    rows = []
+    for name, penalise in penalties.items():
+        model = partial(penalised, penalise)
+        rows.append(repeats(name, [greedy(model, prompt, n) for prompt in lab.prompts]))
+    return rows
+
+
+def nucleus_is_tight(logits: Vector, p: float) -> bool:
+    """Return whether top-p keeps the smallest set of likeliest tokens that reaches p."""
+    probabilities = softmax(logits)
+    kept = survivors(distribution(logits, top_p=p))
+    best_first = sorted(probabilities, reverse=True)
+    return sum(best_first[:kept]) > p - 1e-9 and sum(best_first[:kept - 1]) < p + 1e-9
+
+
+def filters_of(knobs: Namespace) -> dict[str, dict[str, float]]:
+    """Return {name: setting of distribution()} of the four filters."""
+    return {
+        f"top-k {knobs.top_k}": {"top_k": knobs.top_k},
+        f"top-p {knobs.top_p:g}": {"top_p": knobs.top_p},
+        f"min-p {knobs.min_p:g}": {"min_p": knobs.min_p},
+        f"typical {TYPICAL_P:g}": {"typical_p": TYPICAL_P},
+    }
+
+
+def show_filters(trace: Trace, knobs: Namespace) -> None:
+    """Each filter on one distribution and over many, the temperature's place, and the penalties."""
+    lab = knobs.lab
+    filters = filters_of(knobs)
+    settings = {"as is": {}, "t 0.5": {"temperature": 0.5}, "t 2": {"temperature": 2.0}, **filters}
+    logits = lab.target.forward(knobs.tokens)[-1]
+    shaped = {name: distribution(logits, **setting) for name, setting in settings.items()}
+    most = max(map(max, shaped.values()))
+    table = []
+    for i in likeliest(shaped["as is"], 9):
+        table.append({"token": lab.name(i)} | {name: p[i] for name, p in shaped.items()})
+    trace.say("A filter removes unlikely tokens before one is drawn. Top-k keeps the k likeliest; top-p "
+              "the likeliest that have probability p together; min-p those with at least min-p times "
+              "the best one's probability; typical those whose surprise is nearest to the mean "
+              "surprise. A temperature t below 1 sharpens, above 1 flattens.")
+    trace.say(f"What may follow {lab.tail(knobs.tokens)!r}:")
+    trace.table(table, {"token": "", "as is": f".2f bar 6 of {most}"}
+                | {name: f"bar 7 of {most}" for name in list(shaped)[1:]})
+
+    rows = lab.target.forward(lab.ids[-FILTER_PLACES:])
+    kept = count_kept(rows, filters)
+    trace.ask(f"Over {len(rows)} places of the rhyme, how many tokens does top-p {knobs.top_p:g} keep "
+              "where it keeps fewest?", kept[1].fewest)
+    trace.say(f"Tokens kept, over the last {len(rows)} places of the rhyme:")
+    trace.table(kept, {"filter": "", "fewest": "d", "middle": "d", "most": "d",
+                       "best_dropped as places where the best token goes": "d"})
+    trace.say(f"Top-k keeps {kept[0].fewest} even where the model is sure; top-p keeps from "
+              f"{kept[1].fewest} to {kept[1].most}. Typical drops the likeliest token of all at "
+              f"{kept[3].best_dropped} places, where it says less than a text usually does.")
+
+    orders = compare_orders(rows, (0.5, 1.0, 2.0, 5.0), knobs)
+    trace.say("Temperature first, as in transformers, or last, as in llama.cpp? Tokens kept, mean over "
+              "the same places:")
+    trace.table(orders, dict.fromkeys(OrderRow._fields, ".1f"))
+    trace.say(f"At t = 5 with the temperature first, top-p keeps {orders[-1].top_p_first:.0f} of "
+              f"{VOCAB_SIZE} tokens and min-p {orders[-1].min_p_first:.0f}. With it last, both keep "
+              "what they keep at t = 1.")
+    trace.say("Penalties push down tokens that were there already. The smaller model's greedy texts "
+              f"again, {len(lab.prompts)} of {REPEAT_TOKENS} tokens:")
+    trace.table(compare_penalties(lab, REPEAT_TOKENS), REPEATS)
+    example = [math.log(p) for p in (0.4, 0.15, 0.15, 0.15, 0.15)]
+    kept_of_example = [survivors(softmax(logits)) for logits in (
+        top_k_filter(example, 2), top_p_filter(example, 0.5), min_p_filter(example, 0.5),
+        typical_filter(example, 0.5))]
+    trace.check("the example worked out in the source: kept by top-k 2, top-p 0.5, min-p 0.5, typical 0.5",
+                kept_of_example == [5, 2, 1, 4], " ".join(map(str, kept_of_example)))
+    trace.check("top-p keeps just enough: p is reached, and not without the least likely token kept",
+                all(nucleus_is_tight(row, knobs.top_p) for row in rows), f"{len(rows)} places")
+    trace.check("with the temperature last, what is kept does not depend on it",
+                {row[2::2] for row in orders} == {orders[1][1::2]}, f"{len(orders)} temperatures")
 
 
 # 3. Sampling done right
 
 
+class Trade(NamedTuple):
+    """Texts of one sampler."""
+
+    sampler: str
+    log_p: float    # mean log-probability of a token under the model as it is
+    error: float    # standard error of that mean
+    distinct: float
+    texts: int      # different ones
+
+
+def compare_samplers(
+    lab: DecodingLab, prompt: list[int], ways: dict[str, dict[str, float]], n_texts: int, n: int
+) -> list[Trade]:
+    """Draw n_texts of n tokens in each way, all with the same seed."""
+    target = lab.fresh_target()
+    rows = []
+    for name, setting in ways.items():
+        rng = random.Random(lab.seed)
+        texts = [sample(target, prompt, n, rng=rng, **setting) for _ in range(n_texts)]
+        means = [log_probability(target, prompt, text) / n for text in texts]
+        rows.append(Trade(name, fmean(means), stdev(means) / math.sqrt(n_texts), distinct(texts, 2),
+                          len(set(map(tuple, texts)))))
+    return rows
+
+
 def show_sampling(trace: Trace, knobs: Namespace) -> None:
-    """Frequencies against probabilities, and what each sampler trades."""
-    target, _ = models(knobs)
-    rng, n = random.Random(knobs.seed), 4000
-    p = distribution(target(knobs.tokens), knobs.temperature)
-    tokens = [sample(target, knobs.tokens, 1, rng=rng, temperature=knobs.temperature)[0] for _ in range(n)]
-    counts = [tokens.count(i) for i in range(len(p))]
-    trace.say(f"{n} draws of the token after {knobs.tail(knobs.tokens)!r} at temperature {knobs.temperature:g}, "
-              f"against the probabilities (the eight likeliest).")
-    rows = [[knobs.name(i), f"{n * p[i]:.0f}", str(counts[i]), bar(p[i], max(p), 20), bar(counts[i] / n, max(p), 20)]
-            for i in sorted(range(len(p)), key=lambda i: -p[i])[:8]]
-    old_table(trace, ["token", "expected", "drawn", "probability", "frequency"], rows, left=(0, 3, 4))
-    total, freedom = chi_square(counts, p)
-    bound = freedom + 2 * math.sqrt(12 * freedom) + 24  # exceeded with P < exp(-12) (Laurent & Massart 2000, lemma 1)
-    trace.say(f"Chi-square is {total:.1f} with {freedom} degrees of freedom.")
-
-    ways = {"greedy": {"top_k": 1}, "t = 0.5": {"temperature": 0.5}, "as it is": {}, "t = 1.5": {"temperature": 1.5},
-            f"top-k {knobs.top_k}": {"top_k": knobs.top_k}, f"top-p {knobs.top_p:g}": {"top_p": knobs.top_p},
-            f"min-p {knobs.min_p:g}, t = 1.5": {"min_p": knobs.min_p, "temperature": 1.5},
-            f"typical {TYPICAL_P:g}": {"typical_p": TYPICAL_P}}
-    runs, length, rows = 8, 12, []
-    texts = {name: [sample(target, knobs.tokens, length, rng=rng, **way) for _ in range(runs)]
-             for name, way in ways.items()}
-    trace.ask(f"How many different texts does greedy write in {runs} tries?", len(set(map(tuple, texts["greedy"]))))
-    trace.say(f"What each sampler trades: {runs} texts of {length} tokens. Likelihood: mean log-probability of a "
-              f"token under the model as it is. Distinct-2: different pairs of neighbours, of all pairs.")
-    for name, found in texts.items():
-        likelihood = fmean(log_probability(target, knobs.tokens, text) / length for text in found)
-        rows.append([name, f"{likelihood:.2f}", f"{distinct(found, 2):.2f}", str(len(set(map(tuple, found)))),
-                     knobs.clip(found[-1], 22)])
-    old_table(trace, ["sampler", "likelihood", "distinct-2", "texts", "the last"], rows, left=(0, 4))
-
-    trace.check("frequencies agree with the probabilities", total < bound, f"chi-square below {bound:.0f}")
-    exact = every_outcome(lambda rng: tuple(sample(toy_logits, TOY_PROMPT, 2, rng=rng)))
-    trace.check_close("enumerated, sample() on the toy of section 1 gives each text its probability",
-                      [[exact[a, b] for a in range(3) for b in range(3)]],
-                      [[TOY[()][a] * TOY[a,][b] for a in range(3) for b in range(3)]], 1e-12)
-
-
-def beam_tree(logits_fn: LogitsFn, prompt: Sequence[int], width: int, steps: int,
-              name: Callable[[int], str]) -> list[str]:
-    """Beam search drawn: a column a step, kept candidates numbered by rank, and the best of the pruned ones."""
-    beams, children = [(list(prompt), 0.0)], {}
-    for _ in range(steps):
-        ranked = extensions(logits_fn, beams, keep=width + 2)
-        for rank, (tokens, total) in enumerate(ranked):
-            children.setdefault(tuple(tokens[:-1]), []).append((tokens, total, rank))
-        beams = ranked[:width]
-
-    def draw_under(tokens: Sequence[int], margin: str) -> Iterator[str]:
-        branches = children.get(tuple(tokens), [])
-        for i, (longer, total, rank) in enumerate(branches):
-            fork, trunk = ("├─", "│  ") if i < len(branches) - 1 else ("└─", "   ")
-            yield f"{margin}{fork} {name(longer[-1])} {total:.2f} " + (f"#{rank + 1}" if rank < width else "×")
-            yield from draw_under(longer, margin + trunk) if rank < width else ()
-
-    return list(draw_under(prompt, ""))
+    """What each sampler trades, and the enumeration."""
+    lab = knobs.lab
+    ways = {"as it is": {}, "t 0.5": {"temperature": 0.5}, **filters_of(knobs)}
+    ways["t 1.5"] = {"temperature": 1.5}
+    ways["t 1.5, top-p"] = {"temperature": 1.5, "top_p": knobs.top_p}
+    ways["t 1.5, min-p"] = {"temperature": 1.5, "min_p": knobs.min_p}
+    trades = compare_samplers(lab, knobs.tokens, ways, SAMPLED_TEXTS, 10)
+    trace.say("To sample is to draw the next token by its probability, reshaped or not. What each way "
+              f"trades: {SAMPLED_TEXTS} texts of 10 tokens after {lab.tail(knobs.tokens)!r}. Log p: mean "
+              "log-probability of a token under the model as it is. Distinct-2: different pairs of "
+              "neighbours, of all pairs.")
+    safest = max(trades, key=lambda row: row.log_p)
+    widest = max(trades, key=lambda row: row.distinct)
+    trace.ask("Which of these writes the likeliest texts: " + "; ".join(ways) + "?", safest.sampler)
+    trace.table(trades, {"sampler": "", "log_p": ".2f", "error as ±": ".2f",
+                         "distinct as distinct-2": ".2f", "texts as different texts": "d"})
+    trace.note("±: the standard error of log p")
+    trace.say(f"The likeliest texts come from {safest.sampler}, the most varied ones from "
+              f"{widest.sampler}. What a filter wins in the one it pays in the other. "
+              "Whether a sampler is right is shown by taking every branch of it, and adding up.")
+    drawn = every_outcome(lambda rng: tuple(sample(toy_logits, TOY_PROMPT, 3, rng=rng)))
+    exact = {(a, b, c): TOY[()][a] * TOY[a,][b] * TOY[b,][c]
+             for a, b, c in itertools.product(range(3), repeat=3)}
+    trace.check("enumerated, sample() gives each text of three words of section 1's toy its product of "
+                "probabilities", largest_gap(drawn, exact) < 1e-12, "27 texts, max |Δ| < 1e-12")
 
 
 # 4. Beam search
 
+# A language in which a beam of width 2 loses to greedy. After any other text come thirds.
+LOSING = {
+    (): [0.4, 0.35, 0.25],
+    (0,): [0.34, 0.33, 0.33],
+    (1,): [0.49, 0.49, 0.02],
+    (0, 0): [0.98, 0.01, 0.01],
+}
+
+
+def losing_logits(tokens: Sequence[int]) -> Vector:
+    """Return logits of the language LOSING, after a prompt of one token."""
+    return [math.log(p) for p in LOSING.get(tuple(tokens[1:]), [1 / 3, 1 / 3, 1 / 3])]
+
+
+class WidthRow(NamedTuple):
+    """Beam search of one width by log-probability alone, means over several prompts."""
+
+    width: str
+    log_p: float
+    tokens: float
+    passes: float
+    worst: float       # least log p less greedy's: below 0, the beam lost to greedy there
+    not_best: int      # prompts where exact search found a likelier text
+    above_exact: int   # prompts where the beam claims more than exact search: impossible
+
+
+def compare_widths(
+    lab: DecodingLab, prompts: Sequence[list[int]], widths: Sequence[int], n: int
+) -> list[WidthRow]:
+    """Return a row per width, and one for exact search over the prompts where it ends."""
+    target = lab.fresh_target()
+
+    def search(width: int, prompt: list[int]) -> Candidate | None:
+        if width == 0:
+            return exact_search(target, prompt, n, eos=lab.eos, max_passes=EXACT_PASSES)
+        return beam_search(target, prompt, n, width=width, length_penalty=0.0, eos=lab.eos)[0]
+
+    exact = [search(0, prompt) for prompt in prompts]
+    plain = [search(1, prompt)[1] for prompt in prompts]
+    rows = []
+    for width in (*widths, 0):
+        target.passes = 0
+        found = [search(width, prompt) for prompt in prompts]
+        gaps = [a[1] - b[1] for a, b in zip(found, exact) if b]
+        ended = [candidate for candidate in found if candidate]
+        if ended:
+            rows.append(WidthRow(
+                str(width) if width else "exact",
+                fmean(total for _, total in ended),
+                fmean(len(tokens) for tokens, _ in ended),
+                target.passes / len(prompts),
+                min(a[1] - b for a, b in zip(found, plain) if a),
+                sum(gap < -1e-9 for gap in gaps),
+                sum(gap > 1e-9 for gap in gaps)))
+    return rows
+
+
+def compare_diversity(
+    lab: DecodingLab, prompts: Sequence[list[int]], n: int, diversities: Sequence[float]
+) -> list[dict]:
+    """Return the variety of the four best of a beam (diversity 0) and of four diverse beams, means."""
+    target = lab.fresh_target()
+    rows = []
+    for diversity in diversities:
+        beams = []
+        for prompt in prompts:
+            if diversity:
+                beams.append(diverse_beam_search(target, prompt, n, groups=4, diversity=diversity))
+            else:
+                beams.append(beam_search(target, prompt, n, width=4, length_penalty=0.0))
+        variety = fmean(distinct([tokens for tokens, _ in beam], 2) for beam in beams)
+        rows.append({"diversity": diversity, "distinct-2": variety,
+                     "log p": fmean(total for beam in beams for _, total in beam)})
+    return rows
+
 
 def show_beam(trace: Trace, knobs: Namespace) -> None:
-    """The tree, widths 1 to 8 beside exact search, length penalties, n-best and diverse beams."""
-    target, _ = models(knobs)
-    eos, n = knobs.eos, knobs.max_new_tokens
-    trace.say(f"Four steps of width 3 from {knobs.tail(knobs.tokens)!r}. Each token with the log-probability of the "
-              f"text so far; #1 to #3 are kept at their step, × are the two best that were pruned.")
-    trace.lines(beam_tree(target, knobs.tokens, 3, 4, knobs.name))
+    """The tree, widths 1 to 8 beside exact search, length penalties and diverse beams."""
+    lab = knobs.lab
+    n = knobs.max_new_tokens
+    trace.say("Beam search keeps the few best texts so far instead of one. Four steps of width 3 from "
+              f"{lab.tail(knobs.tokens)!r}: each token with the log-probability of the text so far; #1 "
+              "to #3 are kept at their step, and × are the two best that are not.")
+    trace.lines(beam_tree(lab.fresh_target(), knobs.tokens, 3, 4, lab.name))
 
-    rows, found, prompts = [], {}, (knobs.tokens, knobs.tokenizer.encode(SECOND_PROMPT))
-    for first, prompt in zip((True, False), prompts):
-        for width in (1, 2, 4, 8, "exact"):
-            target.passes = 0
-            best = (exact_search(target, prompt, n, eos=eos, max_passes=150) if width == "exact" else
-                    beam_search(target, prompt, n, width=width, length_penalty=0.0, eos=eos)[0])
-            if best:
-                found[first, width] = tokens, total = best
-                rows.append([knobs.tail(prompt) * (width == 1), str(width), f"{total:.2f}", str(len(tokens)),
-                             str(target.passes), knobs.clip(tokens, 24)])
-    narrow, wide = (len(found[True, width][0]) for width in (1, 8))
-    trace.ask("Log-probability alone decides. Is the best text of width 8 longer, shorter or as long as that of "
-              "width 1?", "as long" if wide == narrow else "shorter" if wide < narrow else "longer")
-    trace.say("Wider beams, to the end of the verse: the likeliest text found (length penalty 0), and the passes it "
-              "took. \"exact\" is the likeliest text of all, by a search that ends within 150 passes.")
-    old_table(trace, ["after", "width", "log p", "tokens", "passes", "text"], rows, left=(0, 5))
-
-    trace.say(f"Likelier is not better: every token costs, so a wide beam digs up short texts. The length penalty "
-              f"decides what \"best\" means. After {knobs.tail(knobs.tokens)!r}, width {knobs.width}:")
-    rows = []
+    prompts = [knobs.tokens, *lab.prompts[:2]]
+    rows = compare_widths(lab, prompts, (1, 2, 4, 8), n)
+    trace.ask("Log-probability alone decides. With width 8, is the best text longer, shorter or as long "
+              "as with width 1, on average?", compare_words(rows[3].tokens, rows[0].tokens))
+    trace.say("Wider beams: the likeliest text to the end of the verse, or of "
+              f"{n} tokens (length penalty 0), means over {len(prompts)} prompts. \"Exact\" is the "
+              f"likeliest text of all, where a search of at most {EXACT_PASSES} passes finds it.")
+    trace.table(rows, {"width": "", "log_p": ".2f", "tokens": ".1f", "passes": ".1f",
+                       "worst as against greedy, at worst": "+.2f", "not_best as not the best": "d"})
+    trace.note("not the best: prompts where exact search found a likelier text")
+    trace.say(f"From width 1 to 8 the texts go from {rows[0].tokens:.1f} tokens to {rows[3].tokens:.1f}. "
+              "Likelier is not better: every token costs, so a short text that ends is a likely one. The "
+              f"length penalty decides what best means. After {lab.tail(knobs.tokens)!r}, width "
+              f"{knobs.width}:")
+    target = lab.fresh_target()
+    table = []
     for penalty in sorted({0.0, 0.5, 1.0, 2.0, knobs.length_penalty}):
-        tokens, score = beam_search(target, knobs.tokens, n, width=knobs.width, length_penalty=penalty, eos=eos)[0]
-        rows.append([f"{penalty:g}", f"{score:.3f}", str(len(tokens)), knobs.clip(tokens, 44)])
-    old_table(trace, ["length penalty", "score", "tokens", "text"], rows, left=(3,))
-
-    trace.say("The four best of a beam of width 4, six tokens, beside four diverse beams (diversity 2):")
-    twins = beam_search(target, knobs.tokens, 6, width=4, length_penalty=0.0)
-    others = diverse_beam_search(target, knobs.tokens, 6, groups=4, diversity=2.0)
-    old_table(trace, ["log p", "beam search", "log p", "diverse beam search"],
-                [[cell for tokens, total in pair for cell in (f"{total:.2f}", knobs.clip(tokens, 29))]
-                 for pair in zip(twins, others)], left=(1, 3))
-
-    trace.check("width 1 = greedy", found[True, 1][0] == greedy(target, knobs.tokens, n, eos=eos), "the same tokens")
-    [(tokens, total), *_] = beam_search(toy_logits, TOY_PROMPT, 4, width=27, length_penalty=0.0)
-    every = every_outcome(lambda rng: tuple(sample(toy_logits, TOY_PROMPT, 4, rng=rng)))
-    trace.check("on the toy, four words, a beam of 27 finds the best of all 81 texts",
-                tuple(tokens) == max(every, key=every.get) and abs(math.exp(total) - every[tuple(tokens)]) < 1e-12,
-                f"p = {math.exp(total):.3f}")
-    if knobs.as_shipped:  # other prompts and other models may be the exception
-        log_p = {key: total for key, (_, total) in found.items()}
-        gaps = [log_p[first, width] - log_p[first, to] for first in (True, False)
-                for width, to in ((2, 1), (4, 1), (8, 1), (8, "exact"))]
-        trace.check("no beam ends below greedy, and width 8 meets the exact optimum", min(gaps) > -1e-9,
-                    "both prompts; |Δ| < 1e-9")
+        [(tokens, _), *_] = beam_search(target, knobs.tokens, n, width=knobs.width,
+                                        length_penalty=penalty, eos=lab.eos)
+        table.append({"length penalty": penalty, "tokens": len(tokens), "log p":
+                      log_probability(target, knobs.tokens, tokens), "text": lab.clip(tokens, 46)})
+    trace.table(table, {"length penalty": "g", "tokens": "d", "log p": ".2f", "text": ""})
+    trace.say("The texts of a beam tend to be twins. Four texts of 8 tokens after each of the prompts, by "
+              "a beam of width 4 (diversity 0) and by four diverse beams: different pairs of neighbours "
+              "among the four, and their mean log-probability.")
+    trace.table(compare_diversity(lab, prompts, 8, (0.0, 1.0, 2.0)),
+                {"diversity": "g", "distinct-2": ".2f", "log p": ".2f"})
+    [(tokens, _)] = beam_search(target, knobs.tokens, n, width=1, eos=lab.eos)
+    trace.check("width 1 is greedy", is_greedy(lab.target, knobs.tokens, tokens),
+                f"{len(tokens)} tokens, one plain pass")
+    trace.check("no beam finds a likelier text than exact search",
+                all(row.above_exact == 0 for row in rows), f"4 widths, {len(prompts)} prompts")
+    [(_, total), *_] = beam_search(toy_logits, TOY_PROMPT, 3, width=9, length_penalty=0.0)
+    best = max(text_probabilities(toy_logits, TOY_PROMPT, 3).values())
+    trace.check("the toy, three words: a beam of 9 finds the best of all 27 texts",
+                abs(math.exp(total) - best) < 1e-12, f"{best:.3f}, |Δ| < 1e-12")
+    chances = [math.exp(beam_search(losing_logits, TOY_PROMPT, 3, width=width, length_penalty=0.0)[0][1])
+               for width in (1, 2, 3)]
+    trace.check("the example in the source: a beam of 2 loses to greedy, and one of 3 does not",
+                chances[1] < chances[0] == chances[2], " ".join(f"{p:.3f}" for p in chances))
 
 
 # 5. Speculative decoding
 
 
+class RuleRow(NamedTuple):
+    """One token under the rule of speculative sampling."""
+
+    token: str
+    p: float
+    q: float
+    kept: float  # probability of being kept, if drafted
+    both: float  # min(p, q)
+    rest: float  # what replaces a rejected guess
+
+
+def rule_rows(lab: DecodingLab, p: Vector, q: Vector, n: int) -> list[RuleRow]:
+    """Return the n tokens with most probability under p or q."""
+    rows = zip(map(lab.name, range(len(p))), p, q, acceptance(p, q), map(min, p, q), residual(p, q))
+    return [RuleRow(*row) for row in sorted(rows, key=lambda row: -max(row[1], row[2]))[:n]]
+
+
+class ProofRow(NamedTuple):
+    """One text, and its exact probability in each way of writing it."""
+
+    text: str
+    target: float
+    rule: float         # speculative sampling
+    argmax_by_q: float  # the common bug
+    point_mass: float   # argmax drafts, judged rightly
+
+
+class Proof(NamedTuple):
+    """Everything that was enumerated, summed up."""
+
+    rows: list[ProofRow]
+    gap: float      # largest difference from the target, by the rule and by the point mass
+    bias: float     # total variation of the bug
+    went_on: float  # probability that a round is kept whole and another one drafts after it
+    passes: float   # mean of the rule's
+
+
+def enumerate_speculation(
+    target_fn: LogitsFn, draft_fn: LogitsFn, n: int, gamma: int, eos: int | None = None, **settings: float
+) -> Proof:
+    """Take every branch of three decoders, for texts of n tokens after the prompt [0]."""
+    def by_q(choose_draft: Callable, rng: EveryBranch) -> tuple:
+        return outcome(*speculative_sample(target_fn, draft_fn, [0], n, gamma=gamma, rng=rng, eos=eos,
+                                           choose_draft=choose_draft, **settings))
+
+    def by_point_mass(rng: EveryBranch) -> tuple:
+        return outcome(*speculate(target_fn, partial(greedy, draft_fn), [0], n, gamma=gamma, eos=eos,
+                                  choose=sampler(rng, **settings)))
+
+    exact = text_probabilities(target_fn, [0], n, eos, **settings)
+    runs = every_outcome(partial(by_q, draw))
+    rule = by_text(runs)
+    bug = by_text(every_outcome(partial(by_q, lambda q, rng: argmax(q))))
+    point = by_text(every_outcome(by_point_mass))
+    rows = [ProofRow(letters(text), exact[text], rule[text], bug[text], point[text])
+            for text in sorted(exact, key=exact.get, reverse=True)]
+    went_on = 0.0
+    for (_, rounds), p in runs.items():
+        if any(kept == guesses and later for (guesses, kept), (later, _) in zip(rounds, rounds[1:])):
+            went_on += p
+    gap = max(largest_gap(rule, exact), largest_gap(point, exact))
+    passes = sum(p * len(rounds) for (_, rounds), p in runs.items())
+    return Proof(rows, gap, total_variation(bug, exact), went_on, passes)
+
+
+def by_text(outcomes: dict[tuple, float]) -> Counter:
+    """Return the probability of each text, whatever rounds it took."""
+    totals: Counter[tuple[int, ...]] = Counter()
+    for (text, _), p in outcomes.items():
+        totals[text] += p
+    return totals
+
+
+def outcome(tokens: list[int], counts: Counts) -> tuple:
+    """Return a run as every_outcome() needs it: the text, and (guesses, kept) of each round."""
+    return tuple(tokens), tuple((len(drafts), kept) for drafts, kept in counts.rounds)
+
+
+def round_lines(lab: DecodingLab, tokens: Sequence[int], counts: Counts, all_guesses: bool) -> list[str]:
+    """Return a line per pass: guesses kept (+), wrong ones (×), the token that the target puts (→)."""
+    lines = []
+    done = 0
+    for number, (drafts, kept) in enumerate(counts.rounds, 1):
+        judged = len(drafts) if all_guesses else kept + 1
+        marks = ["+" + lab.name(token) for token in drafts[:kept]]
+        marks += ["×" + lab.name(token) for token in drafts[kept:judged]]
+        marks.append("→" + lab.name(tokens[done + kept]))
+        lines += textwrap.wrap(f"{number:>3}  " + " ".join(marks), WIDTH - 10,
+                               subsequent_indent=" " * 5)
+        done += kept + 1
+    return lines
+
+
 def show_speculative(trace: Trace, knobs: Namespace) -> None:
-    """Greedy, drafts marked; the rule drawn on one distribution; the proof by enumeration."""
-    target, draft = models(knobs)
-    n, gamma = knobs.max_new_tokens, knobs.gamma
-    tokens, counts = speculative_greedy(target, draft, knobs.tokens, n, gamma=gamma)
-    passes, forwards = target.passes, target.forwards
-    trace.say(f"Greedy, gamma = {gamma}: each line is one pass of the target. + drafted and kept, × drafted and "
-              f"wrong, → what the target puts instead or behind.")
-    trace.ask(f"{n} tokens are wanted, and {counts.accepted} drafted ones were kept. How many passes did the target "
-              f"make?", counts.target_passes)
-    at = 0
-    for number, (drafts, kept) in enumerate(counts.rounds[:12], 1):
-        marks = [("+" if i < kept else "×") + knobs.name(token) for i, token in enumerate(drafts[:kept + 1])]
-        line = f"{number:>3}  " + " ".join(marks + [f"→{knobs.name(tokens[at + kept])}"])
-        trace.lines(textwrap.wrap(trace.plain(line), WIDTH, subsequent_indent=" " * 5, drop_whitespace=True))
-        at += kept + 1
-    trace.note(f"{n} tokens in {counts.target_passes} passes; {counts.drafted} drafted, {counts.accepted} kept.")
+    """Greedy, guesses marked; the rule drawn on one distribution; the proof by enumeration."""
+    lab = knobs.lab
+    n = knobs.max_new_tokens
+    target = lab.fresh_target()
+    tokens, counts = speculative_greedy(target, lab.fresh_draft(), knobs.tokens, n, gamma=knobs.gamma)
+    trace.say(f"A small draft model guesses {knobs.gamma} tokens, and the target checks them all in one "
+              "pass. Greedy first, a line per pass: + a guess that is right, × the first wrong one, → "
+              "the target's own token, which comes in its place or behind.")
+    trace.ask(f"{n} tokens are wanted, and {counts.accepted} guesses were right. How many passes did the "
+              "target make?", counts.target_passes)
+    trace.lines(round_lines(lab, tokens, counts, all_guesses=False)[:14])
+    trace.note(f"{n} tokens in {counts.target_passes} passes. Of {counts.drafted} guesses "
+               f"{counts.accepted} were kept, {counts.judged - counts.accepted} were wrong, and "
+               f"{counts.drafted - counts.judged} stood behind a wrong one and were thrown away unseen.")
 
-    p, q = (distribution(model(knobs.tokens), knobs.temperature, top_p=knobs.top_p) for model in (target, draft))
-    kept, rest, overlap = acceptance(p, q), residual(p, q), sum(map(min, p, q))
-    trace.say(f"Sampling: the rule on what may follow {knobs.tail(knobs.tokens)!r}, at temperature "
-              f"{knobs.temperature:g} and top-p {knobs.top_p:g} on both sides. A draft is kept with probability Σ min(p, "
-              f"q) = {overlap:.2f} in all; otherwise the rest is drawn from.")
-    most = max(p + q + rest)
-    old_table(trace, ["token", "p", "q", "kept", "target p", "draft q", "min(p, q)", "the rest"],
-                [[knobs.name(i), f"{p[i]:.2f}", f"{q[i]:.2f}", f"{kept[i]:.0%}" if q[i] else "-"]
-                 + [bar(value, most, 11) for value in (p[i], q[i], min(p[i], q[i]), rest[i])]
-                 for i in sorted(range(len(p)), key=lambda i: -max(p[i], q[i]))[:9]], left=(0, 4, 5, 6, 7))
+    p, q = (distribution(llama.forward(knobs.tokens)[-1], knobs.temperature, top_p=knobs.top_p)
+            for llama in (lab.target, lab.draft))
+    rows = rule_rows(lab, p, q, 8)
+    most = max(max(row[1:3] + row[5:]) for row in rows)
+    trace.say(f"Sampling: what may follow {lab.tail(knobs.tokens)!r}, temperature {knobs.temperature:g} "
+              f"and top-p {knobs.top_p:g} for both. A guess drawn from q is kept with min(1, p / q), in "
+              f"all {sum(map(min, p, q)):.0%}; otherwise the token is drawn from the rest, where the "
+              "target wants more than the draft gave.")
+    trace.table(rows, {"token": "", "p": ".2f", "q": ".2f", "kept": ".0%", "both as min(p, q)":
+                       f"bar 18 of {most}", "rest as the rest": f"bar 18 of {most}"})
 
-    rng = random.Random(knobs.seed)
-    t_fn, d_fn = random_logits_fn(rng, 3), random_logits_fn(rng, 3)
-
-    def spread(gamma: int, choose_draft: Callable = draw, **way: float) -> dict:
-        return every_outcome(lambda rng: tuple(speculative_sample(t_fn, d_fn, [0], 3, gamma=gamma, rng=rng,
-                                                                  choose_draft=choose_draft, **way)[0]))
-
-    exact = every_outcome(lambda rng: tuple(sample(t_fn, [0], 3, rng=rng)))
-    ways = {"target": exact, "speculative": spread(2), "argmax drafts": spread(2, lambda q, rng: argmax(q))}
-    trace.say("The proof: a random target and a random draft over 3 tokens, all 27 texts of 3 tokens, gamma = 2. "
-              "Every branch that speculative_sample can take is taken and weighed. The six likeliest:")
-    most = max(max(way.values()) for way in ways.values())
-    old_table(trace, ["text", *ways, *ways],
-                [[" ".join("abc"[token] for token in text), *(f"{way.get(text, 0):.4f}" for way in ways.values()),
-                  *(bar(way.get(text, 0), most, 9) for way in ways.values())]
-                 for text in sorted(exact, key=lambda text: -exact[text])[:6]], left=(0, 4, 5, 6))
-    bias = total_variation(ways["argmax drafts"], exact)
-    trace.say(f"Drafting the argmax but judging it by softmax q is biased: {bias:.1%} of all texts come out other "
-              f"than they should (total variation).")
-
-    trace.check("greedy: the output is the target's own", tokens == greedy(CachedModel(target.llama), knobs.tokens, n),
-                f"{n} tokens")
-    trace.check("one pass scores all the drafts: forward passes run = rounds = tokens - drafts kept",
-                passes == forwards == counts.target_passes == n - counts.accepted, f"{passes} passes, {n} tokens")
-    trace.check("enumerated, speculative sampling has the target's distribution exactly",
-                ways["speculative"].keys() == exact.keys()
-                and max(abs(ways["speculative"][text] - exact[text]) for text in exact) < 1e-12, "max |Δ| < 1e-12")
-    both = dict(temperature=0.7, top_p=0.8)
-    exact = every_outcome(lambda rng: tuple(sample(t_fn, [0], 3, rng=rng, **both)))
-    trace.check("the same with temperature 0.7 and top-p 0.8, gamma = 3",
-                total_variation(spread(3, **both), exact) < 1e-12, "Σ |Δ| / 2 < 1e-12")
-
-
-def overlaps(target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence[int], tokens: Sequence[int],
-             counts: Counts) -> Vector:
-    """β = Σ min(p, q) at every place where a draft was judged."""
-    betas, at, text = [], len(prompt), [*prompt, *tokens]
-    for drafts, kept in counts.rounds:
-        for place in range(at, at + min(kept + 1, len(drafts))):
-            betas.append(sum(map(min, softmax(target_fn(text[:place])), softmax(draft_fn(text[:place])))))
-        at += kept + 1
-    return betas
+    pair = random_pair(lab.seed)
+    proofs = [enumerate_speculation(*pair, 5, gamma) for gamma in (1, 2)]
+    trace.say("The proof, checked: a random target and draft over two tokens, all 32 texts of 5 tokens, "
+              "gamma 2. Every branch that a decoder can take is taken and weighed. The draft's argmax, "
+              "judged by q, is the common bug; judged as a point mass it is right. The likeliest texts:")
+    trace.table(proofs[1].rows[:6], {"text": "", "target": ".4f", "rule as by the rule": ".4f",
+                                     "argmax_by_q as argmax, by q": ".4f",
+                                     "point_mass as argmax, point mass": ".4f"})
+    trace.say(f"With the bug, {proofs[1].bias:.1%} of the probability is at another text than it should "
+              f"be; with the other two, none. (With probability {proofs[1].went_on:.2f} a round is kept "
+              "whole and another one drafts after it, so that case is in the proof.)")
+    trace.check("greedy: the text is the target's own", len(tokens) == n
+                and is_greedy(lab.target, knobs.tokens, tokens), f"{n} tokens, one plain pass")
+    trace.check("one pass scores all the guesses: passes run = rounds = tokens - guesses kept",
+                target.forwards == counts.target_passes == n - counts.accepted,
+                f"{target.forwards} passes, {n} tokens")
+    trace.check("enumerated, the rule and the point mass give every text the target's probability",
+                all(proof.gap < 1e-12 and proof.went_on > 0 for proof in proofs),
+                "gamma 1 and 2, 5 tokens, max |Δ| < 1e-12")
+    shaped = enumerate_speculation(*pair, 4, 2, temperature=0.7, top_p=0.8)
+    ended = enumerate_speculation(*pair, 5, 2, eos=1)
+    trace.check("the same with temperature 0.7 and top-p 0.8, and where b ends a text",
+                max(shaped.gap, ended.gap) < 1e-12, "max |Δ| < 1e-12")
 
 
 # 6. When it pays
 
 
+def keep_chances(
+    target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence[int], tokens: Sequence[int]
+) -> tuple[Vector, Vector]:
+    """Return two probabilities at each place of a text that the target drew.
+
+    First, that the token there is a kept guess, if one is judged: its share of min(p, q) in p, which
+    is min(1, q(x)/p(x)). Second, that whatever is guessed is kept: Σ min(p, q).
+    """
+    text = [*prompt, *tokens][:-1]
+    chances = []
+    betas = []
+    for token, p_row, q_row in zip(tokens, last_rows(target_fn, text, len(tokens)),
+                                   last_rows(draft_fn, text, len(tokens))):
+        p = softmax(p_row)
+        q = softmax(q_row)
+        chances.append(min(1.0, q[token] / p[token]))
+        betas.append(sum(map(min, p, q)))
+    return chances, betas
+
+
+def expected_passes(chances: Vector, gamma: int) -> float:
+    """Return the mean passes for a text whose places have these chances of a kept guess.
+
+    passes[i] is the mean from place i to the end. A round there keeps k guesses, and puts one token.
+    """
+    n = len(chances)
+    passes = [0.0] * (n + 1)
+    for i in reversed(range(n)):
+        guesses = min(gamma, n - i - 1)
+        all_kept = 1.0
+        passes[i] = 1.0
+        for k in range(i, i + guesses):
+            passes[i] += all_kept * (1 - chances[k]) * passes[k + 1]
+            all_kept *= chances[k]
+        passes[i] += all_kept * passes[i + guesses + 1]
+    return passes[0]
+
+
+class PayRow(NamedTuple):
+    """One gamma: tokens of a pass over some texts, and by the formula."""
+
+    gamma: int
+    measured: float
+    error: float    # standard error over the texts
+    formula: float
+
+
+def measure_payoff(
+    lab: DecodingLab, n_texts: int, n: int, gammas: Sequence[int]
+) -> tuple[list[PayRow], float]:
+    """Draw texts of n tokens from the target; return what each gamma brings, and the mean Σ min(p, q)."""
+    target = lab.fresh_target()
+    draft = lab.fresh_draft()
+    rng = random.Random(lab.seed)
+    texts = []
+    betas: Vector = []
+    for i in range(n_texts):
+        prompt = lab.prompts[i % len(lab.prompts)]
+        chances, more = keep_chances(target, draft, prompt, sample(target, prompt, n, rng=rng))
+        texts.append(chances)
+        betas += more
+    alpha = fmean(betas)
+    rows = []
+    for gamma in gammas:
+        rates = [n / expected_passes(chances, gamma) for chances in texts]
+        rows.append(PayRow(gamma, fmean(rates), stdev(rates) / math.sqrt(n_texts),
+                           expected_tokens(alpha, gamma)))
+    return rows, alpha
+
+
 def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
-    """Acceptance and tokens a pass, measured and by formula; the speed-up as γ and c change."""
-    target, draft = models(knobs)
-    rng, runs, n, rows, total, every = random.Random(knobs.seed), 2, 30, [], 0, []
-    trace.say(f"{runs} texts of {n} tokens for each gamma, temperature 1. Acceptance: kept, of those judged; beside it "
-              f"the mean of Σ min(p, q) at the same places, alpha. Tokens a pass: counted, and by the formula.")
-    for gamma in sorted({1, 2, 4, 8, knobs.gamma}):
-        kept, passes, betas = 0, 0, []
-        for _ in range(runs):
-            tokens, counts = speculative_sample(target, draft, knobs.tokens, n, gamma=gamma, rng=rng)
-            kept, passes = kept + counts.accepted, passes + counts.target_passes
-            betas += overlaps(target, draft, knobs.tokens, tokens, counts)
-        alpha, total, every = fmean(betas), total + kept, every + betas
-        rows.append([str(gamma), str(len(betas)), f"{kept / len(betas):.2f}", f"{alpha:.2f}", f"{runs * n / passes:.2f}",
-                     f"{expected_tokens(alpha, gamma):.2f}", bar(runs * n / passes, gamma + 1, 14)])
-    old_table(trace, ["gamma", "judged", "acceptance", "Σ min(p, q)", "tokens a pass", "formula", "of gamma + 1"],
-                rows, left=(6,))
-    alpha, cost = fmean(every), knobs.sizes[1] / knobs.sizes[0]
-    trace.say(f"(Places are not alike: sure ones come in runs.) The speed-up for alpha = {alpha:.2f} and drafts of "
-              f"different cost c; ours has {cost:.2f} of the target's weights. Last: the best gamma from 0 to 16.")
-    trace.ask(f"A draft costs {cost:.2f} of the target. Which gamma from 0 to 16 is best?", best_gamma(alpha, cost))
-    gammas = (1, 2, 3, 4, 6, 8)
-    old_table(trace, ["c | gamma", *map(str, gammas), "best"],
-                [[f"{c:.2f}", *(f"{speed_up(alpha, gamma, c):.2f}" for gamma in gammas), str(best_gamma(alpha, c))]
-                 for c in sorted({0.0, 0.05, 0.2, 0.5, cost})])
+    """Tokens of a pass, measured and by the formula, and the speed-up as gamma and c change."""
+    lab = knobs.lab
+    gammas = sorted({1, 2, 3, 4, 6, 8, knobs.gamma})
+    rows, alpha = measure_payoff(lab, PAY_TEXTS, 24, gammas)
+    own = lab.cost("a smaller Llama")
+    costs = [0.0, 0.05, 0.2, own]
+    table = [row._asdict() | {f"c = {c:.2f}": row.measured / (row.gamma * c + 1) for c in costs}
+             for row in rows]
+    best = [max(table, key=lambda row: row[f"c = {c:.2f}"]) for c in costs]
+    pays = [row["gamma"] if row[f"c = {c:.2f}"] > 1 else 0 for row, c in zip(best, costs)]
+    trace.say("More guesses give more tokens of a pass, and cost more passes of the draft. "
+              f"{PAY_TEXTS} texts of 24 tokens, drawn from the target at temperature 1. A guess is kept "
+              f"with alpha = Σ min(p, q) = {alpha:.2f} on average. Tokens of a pass: on these texts, and "
+              "by the formula, which takes all places for alike. Then the measured speed-up, if a pass "
+              "of the draft costs c passes of the target; the last c is this draft's.")
+    trace.ask(f"A pass of the draft costs {own:.2f} of the target's. Which gamma is fastest, of "
+              f"{', '.join(map(str, gammas))} (0: none pays)?", pays[-1])
+    trace.table(table, {"gamma": "d", "measured as tokens of a pass": ".2f", "error as ±": ".2f",
+                        "formula": ".2f"} | {f"c = {c:.2f}": "{:.2f}×" for c in costs})
+    trace.note("±: the standard error over the texts. c of this draft: its share of the weights read")
+    trend = compare_words(rows[-1].formula, rows[-1].measured, "more", "less", "the same")
+    trace.say(f"At gamma {gammas[-1]} the formula promises {trend}: places are not alike, and sure ones "
+              f"come in runs. The best gamma for each c is {', '.join(map(str, pays))} (0: drafting does "
+              "not pay). All this counts a pass over gamma + 1 tokens as one over one token, as on a "
+              "machine with idle arithmetic. A busy server has none.")
+    pair = random_pair(lab.seed)
+    worked_out = sum(p * expected_passes(keep_chances(*pair, [0], text)[0], 2)
+                     for text, p in text_probabilities(pair[0], [0], 5).items())
+    enumerated = enumerate_speculation(*pair, 5, 2).passes
+    trace.check("section 5's random pair: passes worked out from the texts = those of the decoder",
+                abs(worked_out - enumerated) < 1e-9, f"{enumerated:.4f} enumerated, |Δ| < 1e-9")
+    long_run = 1000 / expected_passes([0.6] * 1000, 3)
+    trace.check("where all places are alike, tokens of a pass are those of the formula",
+                abs(long_run - expected_tokens(0.6, 3)) < 0.01,
+                f"alpha 0.6, gamma 3, 1,000 tokens: {long_run:.2f}")
 
-    spread = math.sqrt(sum(beta * (1 - beta) for beta in every) + 1)
-    trace.check(f"drafts kept = the sum over the {len(every)} places judged of Σ min(p, q), but for chance",
-                abs(total - sum(every)) < 6 * spread, "within 6 standard deviations")
-    p, q, gamma = [0.5, 0.3, 0.2], [0.2, 0.2, 0.6], 3
-    t_fn, d_fn = (lambda tokens, v=v: list(map(math.log, v)) for v in (p, q))
-    first = every_outcome(lambda rng: speculative_sample(t_fn, d_fn, [0], gamma + 1, gamma=gamma,
-                                                         rng=rng)[1].rounds[0][1])
-    trace.check("where all places are alike, tokens a pass, enumerated = the formula",
-                abs(sum((kept + 1) * p for kept, p in first.items()) - (1 - 0.6 ** (gamma + 1)) / 0.4) < 1e-12,
-                f"{expected_tokens(0.6, gamma):.3f}; |Δ| < 1e-12")
+
+# 7. Drafts for nothing, and the measurement that sections 7 to 10 share
 
 
-# 7. Drafts for nothing
+class Way(NamedTuple):
+    """One way to decode, over several prompts, each from a cold start."""
+
+    way: str
+    c: float             # cost of one guess, in passes of the target
+    kept: float | None   # share of all guesses
+    passes: float
+    spread: float        # standard deviation of the passes over the prompts
+    nodes: float         # tokens read by the target after the prompt, for each new token
+    rolled_back: float   # share of them that is not in the text
+    speed_up: float
+    right: int           # texts that are the target's own, and whose books agree
+
+
+def guesser(lab: DecodingLab, way: str) -> Callable:
+    """Return the propose() of speculate() for the way of that name; none guesses nothing."""
+    if way == "prompt lookup":
+        return prompt_lookup
+    if way == "3-grams of the rhyme":
+        return partial(greedy, ngram_model(lab.ids, VOCAB_SIZE))
+    if way == "a smaller Llama":
+        return partial(greedy, lab.fresh_draft())
+    if way.endswith("bits"):
+        rounded = rounded_weights(lab.target.weights, int(way.split()[-2]))
+        return partial(greedy, CachedModel(Llama(lab.target.config, rounded)))
+    return lambda tokens, n: []
+
+
+def decode(
+    lab: DecodingLab, way: str, propose: Callable, target: CachedModel, prompt: list[int], n: int,
+    gamma: int,
+) -> tuple[list[int], Counts]:
+    """Return n greedy tokens and Counts, by the way of that name."""
+    if way == "Medusa, tree":
+        return medusa_greedy(target, lab.medusa, prompt, n)
+    if way == "Medusa, chain":
+        return medusa_greedy(target, lab.medusa, prompt, n, tops=(1, 1))
+    if way == "Jacobi":
+        return jacobi_greedy(target, prompt, n, gamma=gamma)
+    if way == "lookahead":
+        return lookahead_greedy(target, prompt, n)
+    if way == "EAGLE":
+        propose = partial(eagle_draft, target, lab.eagle)
+    return speculate(target, propose, prompt, n, gamma=gamma)
+
+
+def compare_ways(
+    lab: DecodingLab, ways: Sequence[str], prompts: Sequence[list[int]], n: int, gamma: int
+) -> list[Way]:
+    """Return a row per way. The first way's texts are checked by a plain pass, the others by them."""
+    own: list[list[int]] = []  # the target's texts
+    rows = []
+    for way in ways:
+        propose = guesser(lab, way)
+        passes = []
+        drafted = accepted = nodes = wrong_nodes = right = 0
+        for i, prompt in enumerate(prompts):
+            target = lab.fresh_target()
+            tokens, counts = decode(lab, way, propose, target, prompt, n, gamma)
+            if i == len(own):
+                own.append(tokens if is_greedy(lab.target, prompt, tokens) else [])
+            text = (*prompt, *tokens)
+            read = [node for node in target.known if len(node) > len(prompt)]
+            wrong = [node for node in read if node != text[:len(node)]]
+            # Read: the guesses, and the token that each pass put, but for the last.
+            books = (len(read) == counts.drafted + counts.target_passes - 1
+                     and len(wrong) == counts.drafted - counts.accepted)
+            right += books and len(tokens) == n and tokens == own[i]
+            passes.append(counts.target_passes)
+            drafted += counts.drafted
+            accepted += counts.accepted
+            nodes += len(read)
+            wrong_nodes += len(wrong)
+        total = n * len(prompts)
+        runs = drafted  # of the guesser
+        if way == "Medusa, tree":
+            runs = 2 * (sum(passes) - len(prompts))  # both heads once a pass, however many nodes
+        rows.append(Way(way, lab.cost(way), accepted / drafted if drafted else None, fmean(passes),
+                        stdev(passes), nodes / total, wrong_nodes / max(1, nodes),
+                        total / (sum(passes) + lab.cost(way) * runs), right))
+    return rows
+
+
+def show_ways(trace: Trace, rows: Sequence[Way], n_texts: int, finding: str) -> None:
+    """Print the rows and what was found, and check that all texts are the target's own."""
+    trace.table(rows, {"way": "", "c": ".2f", "kept": ".0%", "passes": ".1f", "spread as ±": ".1f",
+                       "nodes": ".1f", "rolled_back": ".0%", "speed_up": "{:.2f}× bar 8"})
+    trace.note("c: weights that a guess reads, as a share of the target's. kept: of all guesses. ±: "
+               "standard deviation over the texts. nodes: tokens that the target reads for one of the "
+               "text; rolled back: the share of them that leaves the cache again. speed up: as section "
+               "6 has it, with arithmetic for nothing.")
+    trace.say(finding)
+    trace.check("every text is the target's own by one plain pass over it; the cache read and rolled "
+                "back what the counts say", all(row.right == n_texts for row in rows),
+                f"{n_texts * len(rows)} texts")
 
 
 def show_free_drafts(trace: Trace, knobs: Namespace) -> None:
-    """Guesses from the text, from counts, from rounded weights and from a smaller model, on the same text."""
-    target, draft = models(knobs)
-    prompt = knobs.tokenizer.encode(CONTEXT) + knobs.tokens
-    n, gamma, llama = knobs.max_new_tokens, knobs.gamma, target.llama
-    drafters = {"prompt lookup": ("-", prompt_lookup),
-                "3-grams of the rhyme": ("-", partial(greedy, ngram_model(rhyme()[1], VOCAB_SIZE))),
-                "a smaller Llama": (f"{64 * knobs.sizes[1] / knobs.sizes[0]:.0f}", partial(greedy, draft))}
-    for bits in (8, 4, 2):
-        rounded = CachedModel(Llama(llama.config, rounded_weights(llama.weights, bits)))
-        drafters[f"the target in {bits} bits"] = (str(bits), partial(greedy, rounded))
-    trace.say(f"Greedy, {n} tokens, gamma = {gamma}, after a verse about the cat, so that there is something to look up. "
-              f"Read: bits that a drafted token reads for each weight of the target (64 bits as it is). Accepted: of all "
-              f"that were drafted.")
-    plain, rows, runs = greedy(target, prompt, n), [], {}
-    for name, (bits, propose) in drafters.items():
-        runs[name] = tokens, counts = speculate(target, propose, prompt, n, gamma=gamma)
-        share = f"{counts.accepted / counts.drafted:.0%}" if counts.drafted else "-"
-        rows.append([name, bits, share, str(counts.target_passes),
-                     f"{n / counts.target_passes:.2f}", bar(n / counts.target_passes, gamma + 1, 18)])
-    lookup, small = (runs[name][1].target_passes for name in ("prompt lookup", "a smaller Llama"))
-    trace.ask(f"With the smaller Llama the target needs {small} passes. Does it need more, fewer or as many with "
-              f"prompt lookup?", "as many" if lookup == small else "more" if lookup > small else "fewer")
-    old_table(trace, ["draft", "read", "accepted", "passes", "tokens a pass", ""], rows, left=(0, 5))
-    trace.check("whoever drafts, the output is the target's own", all(tokens == plain for tokens, _ in runs.values()),
-                f"{len(runs)} drafts")
+    """Guesses from the text, from counts, from rounded weights and from a smaller model."""
+    lab = knobs.lab
+    n = min(knobs.max_new_tokens, COMPARED_TOKENS)
+    prompts = [lab.tokenizer.encode(CONTEXT) + prompt for prompt in lab.prompts[:3]]
+    ways = ["prompt lookup", "3-grams of the rhyme", "a smaller Llama", "the target in 8 bits",
+            "the target in 4 bits", "the target in 2 bits"]
+    rows = compare_ways(lab, ways, prompts, n, knobs.gamma)
+    trace.say("A draft need not be a trained model: copy what followed the same words before, count "
+              "what follows what, or round the target's own weights (64 bits as they are). Greedy, gamma "
+              f"{knobs.gamma}, three texts of {n} tokens after a verse about the rat, so that there is "
+              "something to look up.")
+    best = max(rows, key=lambda row: row.speed_up)
+    trace.ask("Which draft is fastest: " + "; ".join(ways) + "?", best.way)
+    show_ways(trace, rows, len(prompts), f"Fastest here: {best.way}. A guess that reads nothing pays as "
+              "soon as it is right now and then.")
 
 
-def train_medusa(llama: Llama, ids: Sequence[int], n_heads: int, steps: int) -> list[Head]:
-    """Heads for 1, 2, … places after the next token, on the frozen llama's hidden states."""
-    dim, heads = llama.config.dim, []
-    for ahead in range(2, 2 + n_heads):
-        head = {"w1": [[0.0] * dim for _ in range(dim)], "w2": [list(row) for row in llama.weights["output"]]}
-        fit(head, [(h[:len(ids) - start - ahead], ids[start + ahead:start + ahead + len(h)])
-                   for start, h in hidden_batches(llama, tuple(ids))], medusa_gradients, steps)
-        heads.append(head)
-    return heads
+# 8. Medusa, and how a tree is verified
 
 
-# 8. Medusa
+class TreeNode(NamedTuple):
+    """A node of a tree, drawn."""
+
+    token: str
+    position: int
+    sees: str  # its row of the mask
+    kept: str
+
+
+def draw_tree(lab: DecodingLab, prompt: list[int]) -> list[TreeNode]:
+    """Return the tree of the pass after the one that reads the prompt."""
+    target = lab.fresh_target()
+    text = (*prompt, argmax(target(prompt)))
+    found, rows = verify_tree(target, text, medusa_candidates(target, lab.medusa, (3, 2), text))
+    nodes = [node for node in rows if len(node) >= len(text)]
+    drawn = []
+    for node, mask in zip(nodes, tree_mask(nodes, nodes)):
+        indent = "  " * (len(node) - len(text))
+        sees = "".join("█" if seen else "·" for seen in mask)
+        kept = "+" if (*text, *found)[:len(node)] == node else ""
+        drawn.append(TreeNode(indent + lab.name(node[-1]), len(node) - 1, sees, kept))
+    return drawn
+
+
+def tree_gap(lab: DecodingLab, nodes: Sequence[tuple[int, ...]]) -> float:
+    """Read these texts as a tree in one pass; return the largest gap to each text read alone."""
+    rows = lab.fresh_target().read(nodes)
+    gaps = []
+    for node in nodes:
+        gaps += [abs(a - b) for a, b in zip(rows[node], lab.target.forward(node)[-1])]
+    return max(gaps)
+
+
+def sampled_tree_gap(lab: DecodingLab, prompt: list[int], n: int) -> float:
+    """Enumerate Medusa's tree when it samples with top-k 2; return the largest gap to plain sampling."""
+
+    def by_tree(rng: EveryBranch) -> tuple[int, ...]:
+        target = lab.fresh_target()
+        target(prompt[:-1])  # so that the first round has a tree
+        return tuple(medusa_greedy(target, lab.medusa, prompt, n, choose=sampler(rng, top_k=2))[0])
+
+    def plain(tokens: Sequence[int]) -> Vector:
+        return lab.target.forward(tokens)[-1]
+
+    return largest_gap(every_outcome(by_tree), text_probabilities(plain, prompt, n, top_k=2))
 
 
 def show_medusa(trace: Trace, knobs: Namespace) -> None:
-    """A tree with its mask and what is kept of it; passes against a chain's and greedy's."""
-    target, _ = models(knobs)
-    n, tops, heads = knobs.max_new_tokens, (3, 2), medusa_heads(knobs.seed, knobs.steps)
-    (tokens, counts), (_, chained) = (medusa_greedy(target, heads, knobs.tokens, n, tops=way) for way in (tops, (1, 1)))
-
-    best = max(range(len(counts.rounds)), key=lambda i: counts.rounds[i][1])  # the pass that yields most
-    text = (*knobs.tokens, *tokens[:max(1, sum(kept + 1 for _, kept in counts.rounds[:best]))])
-    candidates = medusa_candidates(target, heads, tops, text)
-    nodes = list(dict.fromkeys(text + path[:end] for path in candidates for end in range(len(path) + 1)))
-    found = text + tuple(verify_tree(target, text, candidates)[0])
-    trace.ask(f"Under the target's own token the {tops[0]} best of head 1, under each of these the {tops[1]} best of "
-              f"head 2. How many nodes has the tree?", len(nodes))
-    trace.say(f"{len(heads)} heads, the {', '.join(map(str, tops))} best of each: a tree of {len(nodes)} nodes, "
-              f"verified in one pass after {knobs.tail(text[:-1])!r}. Its root is the target's own. Right: the tree "
-              f"attention mask, who (row) sees whom (column) besides the text. * is kept.")
-    trace.lines([("  " * (len(node) - len(text)) + knobs.name(node[-1]) + " *" * (node == found[:len(node)])).ljust(28)
-                 + "".join("█" if node[:len(other)] == other else "·" for other in nodes) for node in nodes])
-    trace.say(f"{n} tokens: one at a time {n} passes; the heads' best guesses as one chain {chained.target_passes}; "
-              f"as a tree {counts.target_passes}. (The first pass reads the prompt.)")
-    trace.check("greedy output unchanged", tokens == greedy(target, knobs.tokens, n), f"{n} tokens")
-    rows = CachedModel(target.llama).read(nodes)
-    trace.check_close("the tree in one pass = each path alone, through the model's own causal attention",
-                      [rows[node] for node in nodes], [target.llama.forward(node)[-1] for node in nodes], 1e-12)
-
-
-def train_eagle(llama: Llama, ids: Sequence[int], rng: random.Random, steps: int) -> Head:
-    """The head, fitted to the frozen llama's hidden states."""
-    dim, batches = llama.config.dim, []
-    head = {"w1": [[rng.gauss(0, (2 * dim) ** -0.5) for _ in range(2 * dim)] for _ in range(dim)],
-            "w2": [[0.0] * dim for _ in range(dim)]}
-    for start, f in hidden_batches(llama, tuple(ids)):
-        embeddings = [llama.weights["tok_embeddings"][token] for token in ids[start + 1:start + len(f)]]
-        batches.append((concat(f[:-1], embeddings), f[:-1], f[1:]))
-    fit(head, batches, eagle_gradients, steps)
-    return head
+    """A tree with its mask and what is kept of it; passes as a chain, as a tree and by greedy."""
+    lab = knobs.lab
+    n = min(knobs.max_new_tokens, COMPARED_TOKENS)
+    nodes = draw_tree(lab, knobs.tokens)
+    trace.say("Two extra heads on the frozen target guess the two tokens after its own next one. The 3 "
+              "best of the first, and under each the 2 best of the second, make a tree, and one pass "
+              "verifies it all.")
+    trace.ask("The root is the target's own token. Under it hang 3, and under each of them 2. How many "
+              "nodes has the tree?", len(nodes))
+    trace.say(f"The first tree after {lab.tail(knobs.tokens)!r}. Sees: its row of the mask, with a column "
+              "per node in the same order; a node sees itself, its ancestors, and the text before the "
+              "tree. Kept (+): the target's own choices.")
+    trace.table(nodes, {"token": "", "position": "d", "sees": "", "kept": ""})
+    trace.say(f"Four texts of {n} tokens, each from a cold start, so that the first pass only reads the "
+              "prompt. The chain has the best guess of each head and no other.")
+    rows = compare_ways(lab, ["greedy", "Medusa, chain", "Medusa, tree"], lab.prompts[:4], n, 2)
+    _, chain, tree = rows
+    show_ways(trace, rows, 4, f"The tree takes {tree.passes:.1f} passes where the chain takes "
+              f"{chain.passes:.1f}, and reads {tree.nodes:.1f} nodes a token where the chain reads "
+              f"{chain.nodes:.1f}. On a busy server that is its price.")
+    a = knobs.tokens[-1]
+    paths = [(a,), (a, lab.eos), (a, lab.eos, a), (a, a), (lab.eos,), (lab.eos, a)]
+    trace.check("a tree read in one pass with its text = each path alone, without a cache",
+                tree_gap(lab, [(*knobs.tokens, *path) for path in paths]) < 1e-12,
+                f"{len(paths)} nodes, max |Δ| < 1e-12")
+    trace.check("sampling: enumerated, the tree's texts have the probabilities of plain sampling",
+                sampled_tree_gap(lab, lab.prompts[0], 3) < 1e-12, "top-k 2, 3 tokens, max |Δ| < 1e-12")
 
 
 # 9. EAGLE
 
 
 def show_eagle(trace: Trace, knobs: Namespace) -> None:
-    """EAGLE's drafts against Medusa's and the smaller model's, place by place and per parameter."""
-    target, draft = models(knobs)
-    n, gamma = knobs.max_new_tokens, 2
-    head, heads = eagle_head(knobs.seed, knobs.steps), medusa_heads(knobs.seed, knobs.steps)
-
-    def chain(tokens: list[int], n: int) -> list[int]:
-        """The best of each head: one candidate, or none yet."""
-        return [token for path in medusa_candidates(target, heads[:n], (1, 1), tokens) for token in path]
-
-    drafters = {"a smaller Llama": (partial(greedy, draft), knobs.sizes[1]),
-                "Medusa, as a chain": (chain, sum(map(count_weights, heads))),
-                "EAGLE": (partial(eagle_draft, target, head), count_weights(head))}
-    prompts = [knobs.tokens, knobs.tokenizer.encode(SECOND_PROMPT)]
-    rows, same, gains = [], [], {}
-    for name, (propose, extra) in drafters.items():
-        rounds = []
-        for prompt in prompts:
-            tokens, counts = speculate(target, propose, prompt, n, gamma=gamma)
-            same.append(tokens == greedy(target, prompt, n))
-            rounds += counts.rounds
-        judged = [[kept > i for drafts, kept in rounds if kept >= i and len(drafts) > i] for i in range(gamma)]
-        shares = [f"{fmean(right):.0%}" if right else "-" for right in judged]
-        a_pass = len(prompts) * n / len(rounds)
-        gains[name] = 1000 * (a_pass - 1) / extra
-        rows.append([name, f"{extra:,}", *shares, f"{a_pass:.2f}", f"{gains[name]:.2f}", bar(a_pass, gamma + 1, 12)])
-    trace.say(f"{len(prompts)} prompts, {n} tokens each, chains of {gamma}. The share kept of the first and second "
-              f"guess, of those judged; and what a thousand extra weights bring in tokens a pass above 1.")
-    trace.ask("Which brings most for a thousand weights: " + "; ".join(drafters) + "?", max(gains, key=gains.get))
-    old_table(trace, ["draft", "weights", "1st", "2nd", "tokens a pass", "per 1000", ""], rows, left=(0, 6))
-    trace.check("output unchanged, whoever drafts", all(same), f"{len(same)} texts")
+    """EAGLE's guesses against Medusa's and the small Llama's."""
+    lab = knobs.lab
+    n = min(knobs.max_new_tokens, COMPARED_TOKENS)
+    rows = compare_ways(lab, ["a smaller Llama", "Medusa, chain", "EAGLE"], lab.prompts[:4], n, 2)
+    ranked = sorted(rows, key=lambda row: row.passes)
+    gap = ranked[-1].passes - ranked[0].passes
+    trace.say("EAGLE guesses the next hidden state from the last one and from the token just chosen, "
+              "which Medusa's heads do not know. Chains of two guesses, four texts of "
+              f"{n} tokens, each from a cold start; all three guessers learned for {lab.draft_steps} steps.")
+    trace.ask("Which takes the fewest passes: a smaller Llama; Medusa, chain; EAGLE?", ranked[0].way)
+    verdict = "less than the texts differ among themselves, so this ranks nobody"
+    if gap > max(row.spread for row in rows):
+        verdict = f"more than the texts differ, and {ranked[0].way} is ahead"
+    show_ways(trace, rows, 4, f"Between fewest and most lie {gap:.1f} passes: {verdict}. c counts the "
+              "target's output matrix, which EAGLE reads for every guess; here that is most of what it "
+              "reads, and in a large model a small part.")
 
 
 # 10. Jacobi and lookahead decoding
 
 
 def show_lookahead(trace: Trace, knobs: Namespace) -> None:
-    """Jacobi's guesses settling, pass by pass; passes of both against greedy's."""
-    target, _ = models(knobs)
-    n, gamma, prompt = knobs.max_new_tokens, 4, knobs.tokens
-    jacobi, counts = jacobi_greedy(target, prompt, n, gamma=gamma)
-    lookahead, ahead = lookahead_greedy(target, prompt, n)
-    trace.say(f"Jacobi: {gamma} guesses, renewed all at once in each pass. + was right and kept. ~ comes in the text "
-              f"near here, but in another place, or behind a wrong guess: overwritten. × does not.")
-    done = 0
-    for number, (guesses, kept) in enumerate(counts.rounds[:6], 1):
-        near, done = jacobi[max(0, done - gamma):done + 2 * gamma], done + kept + 1
-        marks = "  ".join(("+" if i < kept else "~" if token in near else "×") + knobs.name(token)
-                          for i, token in enumerate(guesses))
-        trace.lines([f"pass {number}  " + (marks or "no guess: one token is left")])
-    trace.say(f"Passes for {n} tokens, no draft model anywhere, nothing trained:")
-    trace.ask(f"Greedy takes {n}, Jacobi {counts.target_passes}. And lookahead?", ahead.target_passes)
-    old_table(trace, ["", "passes", "tokens a pass", ""], [
-        [name, str(passes), f"{n / passes:.2f}", bar(n / passes, 4, 32)] for name, passes in
-        (("greedy", n), ("Jacobi", counts.target_passes), ("lookahead", ahead.target_passes))], left=(0, 3))
-    trace.check("the output of both is greedy's, in no more passes", jacobi == lookahead == greedy(target, prompt, n)
-                and max(counts.target_passes, ahead.target_passes) <= n, f"{n} tokens")
-
-
-# Who killed or worried whom, as often as the model likes; and one of three animals.
-STORY = {"animal": [(" cat", "clause"), (" dog", "clause"), (" rat", "clause")],
-         "clause": [(" that killed the", "animal"), (" that worried the", "animal"), (" that lay in the house", None)]}
-
-
-STORY_RE = " (cat|dog|rat)( that (killed|worried) the (cat|dog|rat))* that lay in the house"
-
-
-ANIMALS = {"animal": [(" cow", "that"), (" cat", "that"), (" rat", "that")], "that": [(" that", None)]}
+    """Jacobi's guesses pass by pass, and the passes of both."""
+    lab = knobs.lab
+    n = min(knobs.max_new_tokens, COMPARED_TOKENS)
+    jacobi = partial(jacobi_greedy, lab.fresh_target(), max_new_tokens=n, gamma=4)
+    prompt = min(lab.prompts[:4], key=lambda prompt: jacobi(prompt)[1].target_passes)
+    trace.say("Without any draft: guess four tokens, and let each pass renew them all at once (Jacobi). "
+              "They start as the last token, four times. + a guess that was right, × one that was not, "
+              f"→ the token that the pass settles itself. After {lab.tail(prompt)!r}, where this saves "
+              "most of four texts:")
+    trace.lines(round_lines(lab, *jacobi(prompt), all_guesses=True)[:12])
+    rows = compare_ways(lab, ["greedy", "Jacobi", "lookahead"], lab.prompts[:4], n, 4)
+    trace.ask(f"For {n} tokens greedy takes {n} passes, Jacobi {rows[1].passes:.1f} on average. And "
+              "lookahead?", rows[2].passes)
+    trace.say("Lookahead keeps what appears in the wrong place, in its pool. "
+              f"Four texts of {n} tokens, no draft model anywhere, nothing trained:")
+    show_ways(trace, rows, 4, f"Lookahead reads {rows[2].nodes:.0f} nodes for a token and rolls back "
+              f"{rows[2].rolled_back:.0%} of them: it lives on idle arithmetic.")
+    trace.check("neither takes more passes than greedy", max(row.passes for row in rows) <= n,
+                "4 texts each")
 
 
 # 11. Text with a shape
 
+# Who killed or worried whom, as often as the model likes; and one of three animals.
+STORY: Grammar = {
+    "animal": [(" cat", "clause"), (" dog", "clause"), (" rat", "clause")],
+    "clause": [(" that killed the", "animal"), (" that worried the", "animal"),
+               (" that lay in the house", None)],
+}
+STORY_RE = " (cat|dog|rat)( that (killed|worried) the (cat|dog|rat))* that lay in the house"
+ANIMALS: Grammar = {
+    "animal": [(" cow", "that"), (" cat", "that"), (" rat", "that")],
+    "that": [(" that", None)],
+}
+
+
+def force_texts(lab: DecodingLab, prompt: list[int], n: int, n_drawn: int) -> list[str]:
+    """Return what greedy and n_drawn samples write in the shape of STORY, if they end in n tokens."""
+    forced = constrain(lab.fresh_target(), lab.tokenizer.vocab, STORY, len(prompt), lab.eos)
+    rng = random.Random(lab.seed)
+    texts = [greedy(forced, prompt, n, eos=lab.eos)]
+    texts += [sample(forced, prompt, n, rng=rng, eos=lab.eos) for _ in range(n_drawn)]
+    return [lab.tokenizer.decode(text[:-1]) for text in texts if text[-1] == lab.eos]
+
+
+class ShapeRow(NamedTuple):
+    """One text of a shape, however it is cut into tokens."""
+
+    text: str
+    local: float  # probability under the local mask
+    given: float  # P(text | it fits)
+
+
+class Distortion(NamedTuple):
+    """What local masking does to the texts of a shape."""
+
+    rows: list[ShapeRow]
+    ways: int      # to cut the texts into tokens
+    fits: float    # probability of the shape under the model as it is
+    moved: float   # total variation between local and given
+    gap: float     # largest |P_local · Π Z_t - P|
+
+
+def measure_distortion(lab: DecodingLab, prompt: list[int], grammar: Grammar) -> Distortion:
+    """Enumerate every way to write the grammar's texts, under the mask and under the model."""
+    target = lab.fresh_target()
+    forced = constrain(target, lab.tokenizer.vocab, grammar, len(prompt), lab.eos)
+    by_tokens = every_outcome(lambda rng: tuple(sample(forced, prompt, 64, rng=rng, eos=lab.eos)))
+    local: Counter[str] = Counter()
+    free: Counter[str] = Counter()
+    gap = 0.0
+    for tokens, p in by_tokens.items():
+        bill = 1.0    # Π Z_t
+        p_free = 1.0  # Π p(x_t)
+        for i, token in enumerate(tokens):
+            text = [*prompt, *tokens[:i]]
+            row = softmax(target(text))
+            bill *= sum(x for x, logit in zip(row, forced(text)) if logit > -math.inf)
+            p_free *= row[token]
+        gap = max(gap, abs(p * bill - p_free))
+        written = lab.tokenizer.decode(tokens[:-1]).strip()
+        local[written] += p
+        free[written] += p_free
+    fits = sum(free.values())
+    given = {text: p / fits for text, p in free.items()}
+    rows = [ShapeRow(text, local[text], given[text]) for text in sorted(local)]
+    return Distortion(rows, len(by_tokens), fits, total_variation(local, given), gap)
+
 
 def show_constrained(trace: Trace, knobs: Namespace) -> None:
-    """Forced texts; the distribution of local masking against the true conditional one."""
-    target, _ = models(knobs)
-    prompt, vocab, eos, longest = knobs.tokens, knobs.tokenizer.vocab, knobs.eos, 60
-    forced, rng = constrain(target, vocab, STORY, len(prompt), eos), random.Random(knobs.seed)
-    texts = [greedy(forced, prompt, longest, eos=eos)]
-    texts += [sample(forced, prompt, longest, rng=rng, eos=eos) for _ in range(3)]
-    texts = [knobs.tokenizer.decode(text[:-1]) for text in texts if text[-1] == eos]
-    trace.say(f"A grammar, as a regular expression: {STORY_RE!r}. Texts forced into it, by greedy and by sampling; any "
-              f"decoder takes the masked logits.")
+    """Forced texts, and the distribution of local masking against the true conditional one."""
+    lab = knobs.lab
+    texts = force_texts(lab, knobs.tokens, 60, 3)
+    trace.say("Text can be forced into a shape: every token that the shape does not allow gets -inf. "
+              f"Here the shape is the regular expression {STORY_RE!r}, written as a grammar. By greedy, "
+              "and three drawn:")
     for text in texts:
         trace.lines(quoted("…" + text))
+    found = measure_distortion(lab, knobs.tokens, ANIMALS)
+    trace.say("The mask is local: at each step it looks at the next token only, and does not see where "
+              "that leads. How far does this stray from asking the model for text that fits? A smaller "
+              f"shape, one animal and \"that\", has {len(found.rows)} texts and {found.ways} ways to cut "
+              "them into tokens. All are enumerated. (The model alone writes this shape with "
+              f"{found.fits:.1e}.)")
+    widest = max(found.rows, key=lambda row: abs(row.local - row.given))
+    trace.ask(f"{widest.text!r} has probability {widest.local:.3f} under the local mask. Given that the "
+              "text fits, is it higher or lower?",
+              compare_words(widest.given, widest.local, "higher", "lower", "the same"))
+    trace.table(found.rows, {"text": "", "local as local mask": ".3f bar 20 of 1",
+                             "given as given that it fits": ".3f bar 20 of 1"})
+    trace.say(f"{found.moved:.0%} of the probability is at another text than it should be.")
+    trace.check("what was forced matches, says Python's re",
+                all(re.fullmatch(STORY_RE, text) for text in texts)
+                and [row.text for row in found.rows] == ["cat that", "cow that", "rat that"],
+                f"{len(texts)} texts, and {found.ways} ways to write {len(found.rows)}")
+    trace.check("P_local times the product of all Z_t = P, for every way to write a text",
+                found.gap < 1e-12 and abs(sum(row.local for row in found.rows) - 1) < 1e-12,
+                "max |Δ| < 1e-12")
 
-    forced = constrain(target, vocab, ANIMALS, len(prompt), eos)
-    local = every_outcome(lambda rng: tuple(sample(forced, prompt, longest, rng=rng, eos=eos)))
-    true = {tokens: math.exp(log_probability(target, prompt, tokens)) for tokens in local}
-    fits = sum(true.values())
-    masked, given = Counter(), Counter()  # by text, however it is cut into tokens
-    for tokens, p in local.items():
-        text = knobs.tokenizer.decode(tokens[:-1]).strip()
-        masked[text] += p
-        given[text] += true[tokens] / fits
-    trace.say(f"How far local masking strays, on one animal and \"that\": all {len(local)} ways to write the "
-              f"{len(masked)} texts in tokens, enumerated. (The model itself fits with probability {fits:.1e}.)")
-    widest = max(masked, key=lambda text: abs(masked[text] - given[text]))
-    trace.ask(f"{widest!r} has probability {masked[widest]:.3f} under the local mask. Given that the text fits, is it "
-              f"higher or lower?", "higher" if given[widest] > masked[widest] else "lower")
-    old_table(trace, ["text", "local mask", "given it fits", "local mask", "given it fits"],
-                [[text, f"{masked[text]:.3f}", f"{given[text]:.3f}", bar(masked[text], 1, 18), bar(given[text], 1, 18)]
-                 for text in sorted(masked)], left=(0, 3, 4))
-    trace.say(f"{total_variation(masked, given):.0%} of the texts come out other than they should (total variation).")
-    trace.check("what was forced matches, says Python's re", all(re.fullmatch(STORY_RE, text) for text in texts)
-                and all(re.fullmatch("(cow|cat|rat) that", text) for text in masked), f"{len(texts)} + {len(local)} texts")
-    worst = 0.0
-    for tokens, p in local.items():
-        bill = p
-        for i in range(len(tokens)):
-            text = prompt + list(tokens[:i])
-            bill *= sum(value for value, logit in zip(softmax(target(text)), forced(text)) if logit > -math.inf)
-        worst = max(worst, abs(bill - true[tokens]))
-    trace.check("P_local times the product of all Z_t = P, text by text", worst < 1e-12, "max |Δ| < 1e-12")
-
-
-# 12. The table
-
-
-def show_all_decoders(trace: Trace, knobs: Namespace) -> None:
-    """Every decoder on two prompts."""
-    target, draft = models(knobs)
-    n, gamma = min(knobs.max_new_tokens, 16), knobs.gamma
-    heads, head = medusa_heads(knobs.seed, knobs.steps), eagle_head(knobs.seed, knobs.steps)
-    warm, nucleus = {"temperature": knobs.temperature}, {"temperature": knobs.temperature, "top_p": knobs.top_p}
-    beam = {"width": knobs.width, "length_penalty": knobs.length_penalty}
-    decoders = {
-        "greedy": lambda prompt, rng: greedy(target, prompt, n),
-        "sample": lambda prompt, rng: sample(target, prompt, n, rng=rng, **warm),
-        f"top-k {knobs.top_k}": lambda prompt, rng: sample(target, prompt, n, rng=rng, top_k=knobs.top_k, **warm),
-        f"top-p {knobs.top_p:g}": lambda prompt, rng: sample(target, prompt, n, rng=rng, **nucleus),
-        f"min-p {knobs.min_p:g}": lambda prompt, rng: sample(target, prompt, n, rng=rng, min_p=knobs.min_p, **warm),
-        f"beam, width {knobs.width}": lambda prompt, rng: beam_search(target, prompt, n, **beam)[0][0],
-        "speculative top-p": lambda prompt, rng: speculative_sample(target, draft, prompt, n, gamma=gamma, rng=rng,
-                                                                    **nucleus)}
-    lossless = {
-        "speculative": lambda prompt, _: speculative_greedy(target, draft, prompt, n, gamma=gamma),
-        "prompt lookup": lambda prompt, _: speculate(target, prompt_lookup, prompt, n, gamma=gamma),
-        "Medusa": lambda prompt, _: medusa_greedy(target, heads, prompt, n),
-        "EAGLE": lambda prompt, _: speculate(target, partial(eagle_draft, target, head), prompt, n, gamma=gamma),
-        "Jacobi": lambda prompt, _: jacobi_greedy(target, prompt, n, gamma=gamma),
-        "lookahead": lambda prompt, _: lookahead_greedy(target, prompt, n)}
-    same = []
-    for prompt in (knobs.tokens, knobs.tokenizer.encode(SECOND_PROMPT)):
-        rows, plain = [], greedy(target, prompt, n)
-        for name, decode in (decoders | lossless).items():
-            target.passes = 0
-            found = decode(prompt, random.Random(knobs.seed))
-            tokens, passes = (found, target.passes) if isinstance(found, list) else (found[0], found[1].target_passes)
-            if name in lossless:
-                same.append(tokens == plain)
-            log_p = log_probability(target, prompt, tokens)
-            rows.append([name, f"{log_p:.2f}", f"{distinct([tokens], 2):.2f}", f"{passes / n:.2f}", knobs.clip(tokens, 21)])
-            if name.startswith("beam"):
-                trace.ask(f"After {knobs.tail(prompt)!r}, {n} tokens: greedy takes one pass a token. How many does a "
-                          f"beam of width {knobs.width} take?", passes / n)
-        trace.say(f"After {knobs.tail(prompt)!r}, {n} tokens:")
-        old_table(trace, ["decoder", "log p", "distinct-2", "passes a token", "text"], rows, left=(0, 4))
-    trace.check("the last six say what greedy says", all(same), f"{len(same)} texts")
 
 # =============================================================================================
 # THE MODEL AND THE BENCH
@@ -1571,6 +2441,338 @@ def split_heads(x: Matrix, n_heads: int) -> list[Matrix]:
 def concat(*blocks: Matrix) -> Matrix:
     """Return the blocks side by side: [n][a], [n][b], … -> [n][a + b + …]."""
     return [list(itertools.chain(*rows)) for rows in zip(*blocks)]
+
+
+# The bench: what this script's experiments share
+
+
+class CachedModel:
+    """A Llama as logits_fn that reads nothing twice.
+
+    A text is known by its tokens. Of every text that was read it keeps the logits, the hidden state,
+    and in each layer the key and value of the text's last token. So a beam can go back to any text
+    for nothing, and a tree of texts takes one pass. (A real cache holds one text, or some; it has to
+    forget the branches that were not kept.)
+    passes: how often a decoder asked. forwards: how often the Llama ran.
+    """
+
+    def __init__(self, llama: Llama):
+        self.llama = RecordingLlama(llama.config, llama.weights)
+        self.passes = 0
+        self.forwards = 0
+        self.known: dict[tuple[int, ...], tuple[Vector, Vector]] = {}  # text: logits, hidden state
+        self.layers: list[dict] = [{} for _ in range(llama.config.n_layers)]  # text: key, value
+        self.nodes: list[tuple[int, ...]] = []  # the texts that this pass reads
+        self.keys: list[tuple[int, ...]] = []   # the texts whose keys and values it needs
+
+    def __call__(self, tokens: Sequence[int]) -> Vector:
+        return self.last_rows(tokens, 1)[0]
+
+    def last_rows(self, tokens: Sequence[int], n: int) -> Matrix:
+        """Return logits after each of the last n prefixes of tokens, [n][vocab_size], in one pass."""
+        text = tuple(tokens)
+        rows = self.read([text])
+        return [rows[text[:end]] for end in range(len(text) - n + 1, len(text) + 1)]
+
+    def read(self, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Vector]:
+        """Return {text: logits} for these texts and all that they begin with, from one pass."""
+        prefixes: dict[tuple[int, ...], None] = {}  # in order, each once
+        for text in texts:
+            for end in range(1, len(text) + 1):
+                prefixes[text[:end]] = None
+        self.passes += 1
+        self.nodes = [text for text in prefixes if text not in self.known]
+        if self.nodes:
+            self.forwards += 1
+            # Keys and values that are there already come first, then those of the new nodes.
+            self.keys = [text for text in prefixes if text in self.known] + self.nodes
+            rows = self.llama.forward([text[-1] for text in self.nodes], self,
+                                      positions=[len(text) - 1 for text in self.nodes],
+                                      mask=tree_mask(self.nodes, self.keys))
+            states = self.llama.inputs["output"]
+            self.known.update(zip(self.nodes, zip(rows, states)))
+        return {text: self.known[text][0] for text in prefixes}
+
+    def update(self, layer: int, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
+        """Keep the keys and values of the new nodes, and return those of self.keys."""
+        cached = self.layers[layer]
+        cached.update(zip(self.nodes, zip(k, v)))
+        keys = [cached[text][0] for text in self.keys]
+        values = [cached[text][1] for text in self.keys]
+        return keys, values
+
+    def feature(self, tokens: Sequence[int]) -> Vector | None:
+        """Return the last hidden state after these tokens, or None if they were not read yet."""
+        _, state = self.known.get(tuple(tokens), (None, None))
+        return state
+
+
+VOCAB_SIZE = 160      # every word of the rhyme is one token then
+TARGET = {"dim": 20, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 24}
+DRAFT = {"dim": 12, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 16}
+STEP_TOKENS = 32      # read in each step of training
+LEARNING_RATE = 0.04
+WHO = ("man", "priest", "cock", "farmer", "cow", "maiden")
+
+
+@cache
+def decoding_lab(seed: int, steps: int) -> DecodingLab:
+    """Return the lab of this seed and training; the models of one are trained once."""
+    return DecodingLab(seed, steps)
+
+
+class DecodingLab:
+    """What the sections share: the text, the prompts, and the models, trained when first needed."""
+
+    def __init__(self, seed: int, steps: int):
+        self.seed = seed
+        self.steps = steps
+        self.draft_steps = max(1, steps * 3 // 4)  # the same for everything that drafts
+        self.tokenizer = Tokenizer.train(TEXT, VOCAB_SIZE)
+        self.ids = self.tokenizer.encode(TEXT)
+        self.eos = self.tokenizer.vocab.index("\n")
+        self.prompts = [self.tokenizer.encode("This is the " + name) for name in WHO]
+
+    def trained(self, sizes: dict[str, int], steps: int) -> Llama:
+        """Return a Llama of these sizes that has read the rhyme for so many steps."""
+        model, _ = train(Config(VOCAB_SIZE, **sizes), self.ids, random.Random(self.seed), steps,
+                         STEP_TOKENS, LEARNING_RATE)
+        return model
+
+    @cached_property
+    def target(self) -> Llama:
+        """The model whose text is wanted."""
+        return self.trained(TARGET, self.steps)
+
+    @cached_property
+    def draft(self) -> Llama:
+        """The smaller model."""
+        return self.trained(DRAFT, self.draft_steps)
+
+    @cached_property
+    def medusa(self) -> list[Head]:
+        """Two heads on the target."""
+        return train_medusa(self.target, self.ids, 2, self.draft_steps)
+
+    @cached_property
+    def eagle(self) -> Head:
+        """EAGLE's head on the target."""
+        return train_eagle(self.target, self.ids, random.Random(self.seed), self.draft_steps)
+
+    def fresh_target(self) -> CachedModel:
+        """Return the target with nothing read yet."""
+        return CachedModel(self.target)
+
+    def fresh_draft(self) -> CachedModel:
+        """Return the smaller model with nothing read yet."""
+        return CachedModel(self.draft)
+
+    def cost(self, way: str) -> float:
+        """Return what a guess costs, in passes of the target: weights read, as a share of its own."""
+        total = weights_read(self.target.weights)
+        if way == "a smaller Llama":
+            return weights_read(self.draft.weights) / total
+        if way.startswith("Medusa"):
+            return weights_read(self.medusa[0]) / total
+        if way == "EAGLE":
+            output = {"output": self.target.weights["output"]}
+            return (weights_read(self.eagle) + weights_read(output)) / total
+        if way.endswith("bits"):
+            return int(way.split()[-2]) / 64
+        return 0.0
+
+    def name(self, token: int) -> str:
+        """Return a token as a short label."""
+        return show_token(self.tokenizer.vocab[token])
+
+    def clip(self, tokens: Sequence[int], width: int) -> str:
+        """Return a text on one line, cut to width characters."""
+        text = self.tokenizer.decode(tokens).replace("\n", "/").strip()
+        if len(text) > width:
+            text = text[:width - 2].rstrip() + " …"
+        return text
+
+    def tail(self, tokens: Sequence[int]) -> str:
+        """Return the last few tokens of a text."""
+        if len(tokens) > 5:
+            return "… " + self.clip(tokens[-4:], 22)
+        return self.clip(tokens, 24)
+
+
+def weights_read(weights: dict[str, Matrix | Vector]) -> int:
+    """Return how many weights a pass reads: all but the embeddings, of which it reads single rows."""
+    total = 0
+    for name, w in weights.items():
+        if name != "tok_embeddings":
+            total += sum(len(row) for row in as_rows(w))
+    return total
+
+
+def check_request(
+    prompt: Sequence[int], max_new_tokens: int, at_least: int = 0, **at_least_1: int
+) -> None:
+    """ValueError, saying what would do, where a decoder cannot work."""
+    if not prompt:
+        raise ValueError("prompt must have at least one token: a model predicts what comes after "
+                         "something")
+    if max_new_tokens < at_least:
+        raise ValueError(f"max_new_tokens must be at least {at_least}, not {max_new_tokens}")
+    for name, value in at_least_1.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def check_eos(eos: int | None, vocab_size: int) -> None:
+    """ValueError if the end token is none of the vocabulary."""
+    if eos is not None and not 0 <= eos < vocab_size:
+        raise ValueError(f"eos must be a token id from 0 to {vocab_size - 1}, or None, not {eos}")
+
+
+# Measures
+
+
+def log_softmax(logits: Vector) -> Vector:
+    """Return log softmax(logits) = logits - log Σ exp(logits), without overflow."""
+    largest = max(logits)
+    norm = largest + math.log(math.fsum(math.exp(value - largest) for value in logits))
+    return [value - norm for value in logits]
+
+
+def log_probability(logits_fn: LogitsFn, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+    """Return Σ log p(token | all before it), in nats."""
+    rows = last_rows(logits_fn, [*prompt, *tokens][:-1], len(tokens))
+    return sum(log_softmax(row)[token] for row, token in zip(rows, tokens))
+
+
+def is_greedy(llama: Llama, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
+    """Return whether each token is the argmax of one plain pass over the whole text, without a cache."""
+    rows = llama.forward([*prompt, *tokens][:-1])[len(prompt) - 1:]
+    return [argmax(row) for row in rows] == list(tokens)
+
+
+def text_probabilities(
+    logits_fn: LogitsFn, prompt: Sequence[int], n: int, eos: int | None = None, **settings: float
+) -> dict[tuple[int, ...], float]:
+    """Return {text: probability} of all texts of n tokens, or that end with eos before, by products."""
+    finished: dict[tuple[int, ...], float] = {}
+    running = {(): 1.0}
+    for _ in range(n):
+        longer = {}
+        for text, chance in running.items():
+            for token, p in enumerate(distribution(logits_fn([*prompt, *text]), **settings)):
+                if p > 0:
+                    longer[*text, token] = chance * p
+        finished.update({text: p for text, p in longer.items() if text[-1] == eos})
+        running = {text: p for text, p in longer.items() if text[-1] != eos}
+    return finished | running
+
+
+def largest_gap(p: dict, q: dict) -> float:
+    """Return the largest difference between two distributions."""
+    return max(abs(p.get(x, 0.0) - q.get(x, 0.0)) for x in {**p, **q})
+
+
+def total_variation(p: dict, q: dict) -> float:
+    """Return Σ |p - q| / 2: the probability that has to move to make one distribution the other."""
+    return sum(abs(p.get(x, 0.0) - q.get(x, 0.0)) for x in {**p, **q}) / 2
+
+
+def random_logits_fn(rng: random.Random, vocab_size: int) -> LogitsFn:
+    """Return a model with no sense: for every text, normal logits of its own, the same each time."""
+    salt = rng.random()
+
+    @cache
+    def logits_of(text: tuple[int, ...]) -> Vector:
+        own = random.Random(f"{salt} {text}")
+        return [own.gauss(0, 1.5) for _ in range(vocab_size)]
+
+    return lambda tokens: list(logits_of(tuple(tokens)))
+
+
+def random_pair(seed: int) -> tuple[LogitsFn, LogitsFn]:
+    """Return a random target and a random draft over two tokens."""
+    rng = random.Random(seed)
+    return random_logits_fn(rng, 2), random_logits_fn(rng, 2)
+
+
+def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
+    """Return distinct-n: of all runs of n tokens in the texts, the share of different ones."""
+    runs = []
+    for text in texts:
+        runs += zip(*(text[i:] for i in range(n)))
+    return len(set(runs)) / len(runs) if runs else 1.0
+
+
+def likeliest(p: Vector, n: int) -> list[int]:
+    """Return the n tokens with the highest values, best first."""
+    return sorted(range(len(p)), key=lambda i: -p[i])[:n]
+
+
+def survivors(p: Vector) -> int:
+    """Return how many tokens have any probability."""
+    return sum(value > 0 for value in p)
+
+
+def compare_words(
+    a: float, b: float, more: str = "longer", less: str = "shorter", same: str = "as long"
+) -> str:
+    """Return which of the words says how a compares to b."""
+    if a == b:
+        return same
+    return more if a > b else less
+
+
+# Pictures
+
+
+def letters(text: Sequence[int]) -> str:
+    """Return a text of a toy language."""
+    return " ".join("abc"[token] for token in text)
+
+
+def beam_tree(
+    logits_fn: LogitsFn,
+    prompt: Sequence[int],
+    width: int,
+    steps: int,
+    name: Callable[[int], str],
+) -> list[str]:
+    """Return beam search as a tree: kept candidates by rank, and the two best of those pruned (×)."""
+    beams: list[Candidate] = [(list(prompt), 0.0)]
+    children: dict[tuple[int, ...], list] = {}
+    for _ in range(steps):
+        ranked = extensions(logits_fn, beams, keep=width + 2)
+        for rank, (tokens, total) in enumerate(ranked):
+            children.setdefault(tuple(tokens[:-1]), []).append((tokens, total, rank))
+        beams = ranked[:width]
+
+    def draw_under(tokens: Sequence[int], margin: str) -> Iterator[str]:
+        branches = children.get(tuple(tokens), [])
+        for i, (longer, total, rank) in enumerate(branches):
+            fork, trunk = "├─", "│  "
+            if i == len(branches) - 1:
+                fork, trunk = "└─", "   "
+            mark = f"#{rank + 1}" if rank < width else "×"
+            yield f"{margin}{fork} {name(longer[-1])} {total:.2f} {mark}"
+            if rank < width:
+                yield from draw_under(longer, margin + trunk)
+
+    return list(draw_under(prompt, ""))
+
+
+def quoted(text: str) -> list[str]:
+    """Return a text, set in, with a slash for the end of a line."""
+    text = printable(text.replace("\n", " / ").strip())
+    return textwrap.wrap(text, WIDTH - 2, initial_indent="    ", subsequent_indent="    ")
+
+
+def show_token(token: str) -> str:
+    """Return a token as a label of at most 12 columns, blanks and controls made visible."""
+    text = token[1:] if len(token) > 1 and token[0] == " " else token.replace(" ", "␣")
+    text = printable(text)
+    while display_width(text) > 12:
+        text = text[:-2] + "…"
+    return text
 
 
 # Training: skip this on a first reading
@@ -1814,106 +3016,76 @@ def train(
     return model, losses
 
 
-# The bench
+# Training the heads, on the frozen target; skip this too
 
 
-# The supporting cast: the models behind the sections, and small measures.
+def train_medusa(llama: Llama, ids: Sequence[int], n_heads: int, steps: int) -> list[Head]:
+    """Return heads for 1, 2, … places after the next token, trained on the llama's hidden states."""
+    dim = llama.config.dim
+    batches = hidden_batches(llama, ids)
+    heads = []
+    for ahead in range(2, 2 + n_heads):
+        head = {"w1": [[0.0] * dim for _ in range(dim)],
+                "w2": [list(row) for row in llama.weights["output"]]}
+        goals = []
+        for start, h in batches:
+            targets = ids[start + ahead:start + ahead + len(h)]
+            goals.append((h[:len(targets)], targets))
+        fit(head, goals, medusa_gradients, steps)
+        heads.append(head)
+    return heads
 
 
-def old_table(trace: Trace, columns: Sequence[str], rows: Sequence, left: Sequence[int] = ()) -> None:
-    """Print rows of text."""
-    named = [{str(i): cell for i, cell in enumerate(row)} for row in rows]
-    trace.table(named, {f"{i} as {name or ' '}": "" for i, name in enumerate(columns)})
+def medusa_gradients(head: Head, h: Matrix, targets: Sequence[int]) -> Head:
+    """Return the gradients of the cross-entropy in a Medusa head's weights."""
+    z = linear(h, head["w1"])
+    mixed = add(h, silu(z))
+    _, d_logits = cross_entropy(linear(mixed, head["w2"]), targets)
+    d_mixed, d_w2 = linear_backward(d_logits, mixed, head["w2"])
+    _, d_w1 = linear_backward(silu_backward(d_mixed, z), h, head["w1"])
+    return {"w1": d_w1, "w2": d_w2}
 
 
-class CachedModel:
-    """A Llama as logits_fn that reads nothing twice.
-
-    Of every text that it has read it keeps the logits, the hidden state, and in each layer its last token's key and
-    value. So going back to another text, as a beam does all the time, is free, and a tree of texts takes one pass.
-    passes: how often a decoder asked; forwards: how often the Llama ran.
-    """
-    def __init__(self, llama: Llama):
-        self.llama, self.passes, self.forwards, self.nodes = RecordingLlama(llama.config, llama.weights), 0, 0, []
-        self.known: dict[tuple[int, ...], tuple[Vector, Vector]] = {}  # text: (logits, hidden state)
-        self.layers = [{} for _ in range(llama.config.n_layers)]       # of each layer, text: (key, value)
-
-    def __call__(self, tokens: Sequence[int]) -> Vector:
-        return self.last_rows(tokens, 1)[0]
-
-    def last_rows(self, tokens: Sequence[int], n: int) -> Matrix:
-        """Logits after each of the last n prefixes of tokens, [n][vocab_size], in one pass."""
-        text = tuple(tokens)
-        rows = self.read([text])
-        return [rows[text[:end]] for end in range(len(text) - n + 1, len(text) + 1)]
-
-    def read(self, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Vector]:
-        """{text: logits after it} for these texts and everything that they begin with, in one pass."""
-        prefixes = dict.fromkeys(text[:end] for text in texts for end in range(1, len(text) + 1))
-        self.nodes, self.passes = [text for text in prefixes if text not in self.known], self.passes + 1
-        if self.nodes:
-            self.forwards += 1
-            needed = {text[:end] for text in self.nodes for end in range(1, len(text))}
-            # Keys and values that are there already come first, then those of the new nodes.
-            self.keys = sorted(needed - set(self.nodes), key=len) + self.nodes
-            rows = self.llama.forward([text[-1] for text in self.nodes], self,
-                                      positions=[len(text) - 1 for text in self.nodes],
-                                      mask=tree_mask(self.nodes, self.keys))
-            features = self.llama.inputs["output"]
-            self.known.update(zip(self.nodes, zip(rows, features)))
-        return {text: self.known[text][0] for text in prefixes}
-
-    def update(self, layer: int, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
-        """Keep the nodes' keys and values of a layer; return all that attention needs."""
-        cached = self.layers[layer]
-        cached.update(zip(self.nodes, zip(k, v)))
-        keys, values = zip(*(cached[text] for text in self.keys))
-        return list(keys), list(values)
-
-    def feature(self, tokens: Sequence[int]) -> Vector | None:
-        """The last hidden state, which the output matrix reads, after these tokens; None if they were not read yet."""
-        return self.known.get(tuple(tokens), (None, None))[1]
+def train_eagle(llama: Llama, ids: Sequence[int], rng: random.Random, steps: int) -> Head:
+    """Return EAGLE's head, fitted to the llama's hidden states."""
+    dim = llama.config.dim
+    size = 1 / math.sqrt(2 * dim)
+    head = {"w1": [[rng.gauss(0, size) for _ in range(2 * dim)] for _ in range(dim)],
+            "w2": [[0.0] * dim for _ in range(dim)]}
+    goals = []
+    for start, f in hidden_batches(llama, ids):
+        next_tokens = ids[start + 1:start + len(f)]
+        embeddings = [llama.weights["tok_embeddings"][token] for token in next_tokens]
+        goals.append((concat(f[:-1], embeddings), f[:-1], f[1:]))
+    fit(head, goals, eagle_gradients, steps)
+    return head
 
 
-@cache
-def rhyme() -> tuple[Tokenizer, list[int]]:
-    """The tokenizer, and TEXT in tokens."""
-    tokenizer = Tokenizer.train(TEXT, VOCAB_SIZE)
-    return tokenizer, tokenizer.encode(TEXT)
+def eagle_gradients(head: Head, x: Matrix, f: Matrix, states: Matrix) -> Head:
+    """Return the gradients of half the mean squared error in EAGLE's weights."""
+    z = linear(x, head["w1"])
+    s = silu(z)
+    size = len(f) * len(f[0])
+    d_guess = []
+    for guess, state in zip(add(f, linear(s, head["w2"])), states):
+        d_guess.append([(a - b) / size for a, b in zip(guess, state)])
+    d_s, d_w2 = linear_backward(d_guess, s, head["w2"])
+    _, d_w1 = linear_backward(silu_backward(d_s, z), x, head["w1"])
+    return {"w1": d_w1, "w2": d_w2}
 
 
-@cache
-def trained_llama(seed: int, steps: int, **sizes: int) -> Llama:
-    """A Llama of these sizes that has read the rhyme."""
-    return train(Config(VOCAB_SIZE, **sizes), rhyme()[1], random.Random(seed), steps, STEP_TOKENS, LEARNING_RATE)[0]
+def silu_backward(d: Matrix, z: Matrix) -> Matrix:
+    """Return dz of silu(z)."""
+    return swiglu_backward(d, z, [[1.0] * len(row) for row in z])[0]
 
 
-def models(knobs: Namespace) -> tuple[CachedModel, CachedModel]:
-    """(target, draft) with nothing read yet."""
-    return (CachedModel(trained_llama(knobs.seed, knobs.steps, **TARGET)),
-            CachedModel(trained_llama(knobs.seed, -(-knobs.steps * 2 // 3), **DRAFT)))
-
-
-@cache
-def medusa_heads(seed: int, steps: int) -> list[Head]:
-    """Two heads on the trained target."""
-    return train_medusa(trained_llama(seed, steps, **TARGET), rhyme()[1], 2, steps)
-
-
-@cache
-def eagle_head(seed: int, steps: int) -> Head:
-    """The EAGLE head on the trained target."""
-    return train_eagle(trained_llama(seed, steps, **TARGET), rhyme()[1], random.Random(seed), steps * 3 // 2)
-
-
-@cache
-def hidden_batches(llama: Llama, ids: tuple[int, ...]) -> list[tuple[int, Matrix]]:
-    """(start, hidden states) for every STEP_TOKENS tokens of ids: what a head on the frozen llama learns from."""
+def hidden_batches(llama: Llama, ids: Sequence[int]) -> list[tuple[int, Matrix]]:
+    """Return (start, hidden states) for every STEP_TOKENS tokens of ids."""
     batches = []
     for start in range(0, len(ids) - STEP_TOKENS // 2, STEP_TOKENS):
-        model, part = CachedModel(llama), ids[start:start + STEP_TOKENS]
-        model(part)
-        batches.append((start, [model.feature(part[:end]) for end in range(1, len(part) + 1)]))
+        model = RecordingLlama(llama.config, llama.weights)
+        model.forward(ids[start:start + STEP_TOKENS])
+        batches.append((start, model.inputs["output"]))
     return batches
 
 
@@ -1923,107 +3095,6 @@ def fit(head: Head, batches: Sequence[tuple], gradients: Callable, steps: int) -
     for step in range(steps):
         batch = batches[step % len(batches)]
         adam.step(gradients(head, *batch), LEARNING_RATE * (1 - step / steps))
-
-
-def medusa_gradients(head: Head, h: Matrix, targets: Sequence[int]) -> Head:
-    """The gradients of cross-entropy in a Medusa head's weights."""
-    z = linear(h, head["w1"])
-    mixed = add(h, silu(z))
-    _, d_logits = cross_entropy(linear(mixed, head["w2"]), targets)
-    d_mixed, d_w2 = linear_backward(d_logits, mixed, head["w2"])
-    d_z, _ = swiglu_backward(d_mixed, z, [[1.0] * len(z[0])] * len(z))
-    _, d_w1 = linear_backward(d_z, h, head["w1"])
-    return {"w1": d_w1, "w2": d_w2}
-
-
-def eagle_gradients(head: Head, x: Matrix, f: Matrix, states: Matrix) -> Head:
-    """The gradients of the squared error in EAGLE's weights."""
-    z = linear(x, head["w1"])
-    s = silu(z)
-    guess = add(f, linear(s, head["w2"]))
-    d_guess = [[(a - b) / (len(row) * len(states)) for a, b in zip(row, state)]
-               for row, state in zip(guess, states)]
-    d_s, d_w2 = linear_backward(d_guess, s, head["w2"])
-    d_z, _ = swiglu_backward(d_s, z, [[1.0] * len(z[0])] * len(z))
-    _, d_w1 = linear_backward(d_z, x, head["w1"])
-    return {"w1": d_w1, "w2": d_w2}
-
-
-def count_weights(weights: dict[str, Matrix]) -> int:
-    """How many numbers there are."""
-    return sum(len(row) for w in weights.values() for row in w)
-
-
-def check_request(prompt: Sequence[int], max_new_tokens: int, at_least: int = 0, **at_least_1: int) -> None:
-    """ValueError, saying what would do, where a decoder cannot work."""
-    if not prompt:
-        raise ValueError("prompt must have at least one token: a model predicts what comes after something")
-    if max_new_tokens < at_least:
-        raise ValueError(f"max_new_tokens must be at least {at_least}, not {max_new_tokens}")
-    for name, value in at_least_1.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-
-
-def check_eos(eos: int | None, vocab_size: int) -> None:
-    """ValueError if the end token is none of the vocabulary."""
-    if eos is not None and not 0 <= eos < vocab_size:
-        raise ValueError(f"eos must be a token id from 0 to {vocab_size - 1}, or None, not {eos}")
-
-
-def log_softmax(logits: Vector) -> Vector:
-    """log softmax(logits) = logits - log Σ exp(logits), without overflow."""
-    top = max(logits)
-    norm = top + math.log(math.fsum(math.exp(value - top) for value in logits))
-    return [value - norm for value in logits]
-
-
-def log_probability(logits_fn: LogitsFn, prompt: Sequence[int], tokens: Sequence[int]) -> float:
-    """Σ log p(token | all before it), in nats."""
-    rows = last_rows(logits_fn, [*prompt, *tokens][:-1], len(tokens))
-    return sum(log_softmax(row)[token] for row, token in zip(rows, tokens))
-
-
-def total_variation(p: dict, q: dict) -> float:
-    """Σ |p - q| / 2: the probability that has to move to make one distribution the other."""
-    return sum(abs(p.get(x, 0.0) - q.get(x, 0.0)) for x in {**p, **q}) / 2
-
-
-def random_logits_fn(rng: random.Random, vocab_size: int) -> LogitsFn:
-    """A model with no sense: for every prefix, normal logits of its own, the same whenever asked."""
-    salt = rng.random()
-    return lambda tokens: [random.Random(f"{salt} {list(tokens)} {i}").gauss(0, 1.5) for i in range(vocab_size)]
-
-
-def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
-    """Distinct-n: of all runs of n tokens in the texts, the share that remains when each is counted once."""
-    runs = [run for text in texts for run in zip(*(text[i:] for i in range(n)))]
-    return len(set(runs)) / len(runs) if runs else 1.0
-
-
-def entropy(weights: Vector) -> float:
-    """Entropy in bits: 0 for one-hot, log2(n) for an even look at n keys."""
-    return max(0.0, -sum(w * math.log2(w) for w in weights if w > 0))
-
-
-def quoted(text: str) -> list[str]:
-    """A text, set in; a slash for the end of a line. There is room for an ellipsis as three dots."""
-    return textwrap.wrap(text.replace("\n", " / ").strip(), WIDTH - 2, initial_indent="    ", subsequent_indent="    ")
-
-
-def clip(text: str, width: int) -> str:
-    """text on one line, cut to width characters."""
-    text = text.replace("\n", "/").strip()
-    return text if len(text) <= width else text[:width - 2].rstrip() + " …"
-
-
-def show_token(token: str) -> str:
-    """Return a token as a label of at most 12 columns, blanks and controls made visible."""
-    text = token[1:] if len(token) > 1 and token[0] == " " else token.replace(" ", "␣")
-    text = printable(text)
-    while display_width(text) > 12:
-        text = text[:-2] + "…"
-    return text
 
 
 # =============================================================================================
@@ -2058,11 +3129,6 @@ def softmax(scores: Vector) -> Vector:
     exps = [math.exp(s - largest) for s in scores]
     total = sum(exps)
     return [e / total for e in exps]
-
-
-def ceil_div(a: int, b: int) -> int:
-    """Return a / b, rounded up."""
-    return -(-a // b)
 
 
 # The text and the tokenizer
@@ -2493,80 +3559,71 @@ def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment:
 
 
 SECTIONS = [
-    Section("Greedy", show_greedy,
-            [greedy, extend_by, argmax]),
+    Section("Greedy", show_greedy, [greedy, extend_by, argmax]),
     Section("Shaping the distribution", show_filters,
-            [apply_temperature, top_k_filter, top_p_filter, min_p_filter, typical_filter, repetition_penalty, count_penalty]),
-    Section("Sampling done right", show_sampling,
-            [sample, draw, every_outcome, chi_square]),
-    Section("Beam search", show_beam,
-            [beam_search, extensions, diverse_beam_search, exact_search]),
+            [apply_temperature, top_k_filter, top_p_filter, min_p_filter, typical_filter,
+             repetition_penalty, count_penalty, distribution]),
+    Section("Sampling done right", show_sampling, [sample, sampler, draw, every_outcome]),
+    Section("Beam search", show_beam, [beam_search, extensions, diverse_beam_search, exact_search]),
     Section("Speculative decoding", show_speculative,
-            [speculative_greedy, speculate, speculative_sample, acceptance, residual]),
-    Section("When it pays", show_when_it_pays,
-            [expected_tokens, speed_up, best_gamma]),
-    Section("Drafts for nothing", show_free_drafts,
-            [prompt_lookup, ngram_model, rounded_weights], core=False),
-    Section("Medusa", show_medusa,
-            [medusa_head, medusa_candidates, verify_tree, CachedModel, medusa_greedy]),
-    Section("EAGLE", show_eagle,
-            [eagle_step, eagle_draft, train_eagle], core=False),
-    Section("Jacobi and lookahead decoding", show_lookahead,
-            [jacobi_greedy, lookahead_greedy], core=False),
-    Section("Text with a shape", show_constrained,
-            [follow, constrain]),
-    Section("The table", show_all_decoders,
-            [log_probability], core=False),
+            [speculative_greedy, speculate, verify, speculative_sample, acceptance, residual]),
+    Section("When it pays", show_when_it_pays, [expected_tokens, speed_up, best_gamma]),
+    Section("Drafts for nothing", show_free_drafts, [prompt_lookup, ngram_model, rounded_weights],
+            core=False),
+    Section("Medusa, and how a tree is verified", show_medusa,
+            [medusa_head, medusa_candidates, tree_mask, verify_tree, medusa_greedy]),
+    Section("EAGLE", show_eagle, [eagle_step, eagle_draft], core=False),
+    Section("Jacobi and lookahead decoding", show_lookahead, [jacobi_greedy, lookahead_greedy],
+            core=False),
+    Section("Text with a shape", show_constrained, [follow, constrain]),
 ]
 
 
-def number(low: float, high: float, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a number from low (or above it) to high."""
+def decimal(low: float, high: float, above: bool = False) -> Callable[[str], float]:
+    """Return an argparse type: a number from low (or above it) to high."""
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
         if not low <= value <= high or above and value == low:
-            bounds = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
+            bounds = f"from {low:g} to {high:g}"
+            if above:
+                bounds = f"above {low:g} and at most {high:g}"
             raise ArgumentTypeError(f"must be a number {bounds}, not {text!r}")
         return value
     return parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the trace; the exit status."""
-    parser = common_parser("microbeam", "From logits to text: decoding, and speculative decoding.", len(SECTIONS))
+    """Print the trace and return the exit status."""
+    parser = common_parser("microbeam", "From logits to text: decoding, and speculative decoding.",
+                           len(SECTIONS))
     parser.add_argument("--prompt", default=PROMPT, help=f"the text to go on from (default: {PROMPT!r})")
     for option, kind, default, text in (
-            ("--max-new-tokens", whole_number(1, 64), MAX_NEW_TOKENS, "tokens generated"),
-            ("--temperature", number(0.05, 10), TEMPERATURE, "divides the logits"),
-            ("--top-k", whole_number(1, 999), TOP_K, "tokens that top-k keeps"),
-            ("--top-p", number(0, 1, above=True), TOP_P, "probability that top-p keeps"),
-            ("--min-p", number(0, 1), MIN_P, "share of the best probability that min-p asks for"),
-            ("--width", whole_number(1, 16), BEAM_WIDTH, "candidates that beam search keeps"),
-            ("--length-penalty", number(-2, 4), LENGTH_PENALTY, "score = log-probability / length^this"),
-            ("--gamma", whole_number(1, 16), GAMMA, "tokens drafted before each pass of the target"),
-            ("--steps", whole_number(1, 200), STEPS, "of training the models first; fewer: less sure, sooner done")):
-        parser.add_argument(option, metavar="N" if isinstance(default, int) else "X", type=kind, default=default,
-                            help=f"{text} (default {default:g})")
+        ("--max-new-tokens", whole_number(1, 64), MAX_NEW_TOKENS, "tokens generated"),
+        ("--temperature", decimal(0.05, 10), TEMPERATURE, "divides the logits"),
+        ("--top-k", whole_number(1, 999), TOP_K, "tokens that top-k keeps"),
+        ("--top-p", decimal(0, 1, above=True), TOP_P, "probability that top-p keeps"),
+        ("--min-p", decimal(0, 1), MIN_P, "share of the best probability that min-p asks for"),
+        ("--width", whole_number(1, 16), BEAM_WIDTH, "candidates that beam search keeps"),
+        ("--length-penalty", decimal(-2, 4), LENGTH_PENALTY, "score = log-probability / length^this"),
+        ("--gamma", whole_number(1, 16), GAMMA, "tokens drafted before each pass of the target"),
+        ("--steps", whole_number(1, 100), STEPS, "of training; fewer make the models less sure"),
+    ):
+        parser.add_argument(option, metavar="N" if isinstance(default, int) else "X", type=kind,
+                            default=default, help=f"{text} (default {default:g})")
     knobs = parser.parse_args(argv)
 
-    tokenizer, _ = rhyme()
+    knobs.lab = decoding_lab(knobs.seed, knobs.steps)
     try:
-        knobs.tokens = tokenizer.encode(knobs.prompt)
+        knobs.tokens = knobs.lab.tokenizer.encode(knobs.prompt)
     except ValueError as error:
         parser.error(f"argument --prompt: {error}")
     if not 0 < len(knobs.tokens) <= MAX_PROMPT:
-        parser.error(f"argument --prompt: must have from 1 to {MAX_PROMPT} tokens, not {len(knobs.tokens)}")
-    knobs.tokenizer, knobs.eos = tokenizer, tokenizer.vocab.index("\n")
-    knobs.as_shipped = (knobs.prompt, knobs.seed, knobs.steps, knobs.max_new_tokens) == (PROMPT, 0, STEPS,
-                                                                                         MAX_NEW_TOKENS)
-    knobs.sizes = [sum(map(math.prod, Config(VOCAB_SIZE, **sizes).shapes().values())) for sizes in (TARGET, DRAFT)]
-    knobs.name = lambda token: show_token(tokenizer.vocab[token])
-    knobs.clip = lambda tokens, width: clip(tokenizer.decode(tokens), width)
-    knobs.tail = lambda tokens: ("… " + knobs.clip(tokens[-4:], 22)) if len(tokens) > 5 else knobs.clip(tokens, 24)
-    return run_sections(SECTIONS, knobs, "python microbeam.py --section 5 --temperature 0.5 --gamma 8")
+        parser.error(f"argument --prompt: must have from 1 to {MAX_PROMPT} tokens, "
+                     f"not {len(knobs.tokens)}")
+    return run_sections(SECTIONS, knobs, "python microbeam.py --section 5,6 --gamma 8")
 
 
 if __name__ == "__main__":
