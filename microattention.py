@@ -2106,18 +2106,18 @@ def distance(a: Matrix, b: Matrix) -> float:
 def counted_dots() -> Iterator[Namespace]:
     """While this is open, every dot product that anybody makes adds its length to .products."""
     global dot
-    plain = dot
+    plain_dot = dot
     count = Namespace(products=0)
 
-    def counting(a: Sequence[float], b: Sequence[float]) -> float:
+    def counting_dot(a: Sequence[float], b: Sequence[float]) -> float:
         count.products += len(a)
-        return plain(a, b)
+        return plain_dot(a, b)
 
-    dot = counting
+    dot = counting_dot
     try:
         yield count
     finally:
-        dot = plain
+        dot = plain_dot
 
 
 def plural(count: int, noun: str, nouns: str = "") -> str:
