@@ -1150,7 +1150,7 @@ class MovedRow(NamedTuple):
     with_sinks: float  # the window, and the first tokens kept visible
 
 
-def compare_outputs(x: Matrix, window: int, sinks: int, rng: random.Random) -> list[MovedRow]:
+def compare_windowed(x: Matrix, window: int, sinks: int, rng: random.Random) -> list[MovedRow]:
     """Return a row for each kind of head on x [n][dim], all with the same random values.
 
     Only the value of token 0 is 0: a head that rests there says nothing.
@@ -1247,7 +1247,7 @@ def show_masks(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
 def show_hidden(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
     """How far the outputs of heads move when a window hides keys."""
     x = embed(knobs.tokens, knobs.dim, knobs.seed)
-    rows = compare_outputs(x, knobs.window, knobs.sinks, rng)
+    rows = compare_windowed(x, knobs.window, knobs.sinks, rng)
     trace.say("What a window costs depends on what a head looks for. Five heads, built by hand, "
               "with random values, but 0 at token 0. How far does the output move when the window "
               "hides keys, as a share of the values' size?")

@@ -316,7 +316,7 @@ def test_the_work_is_that_of_the_visible_pairs(options):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_finding_a_kept_first_token_keeps_the_head_that_rests_on_it(seed):
-    rows = m.compare_outputs(m.embed(TOKENS, 32, seed), 4, 1, random.Random(seed))
+    rows = m.compare_windowed(m.embed(TOKENS, 32, seed), 4, 1, random.Random(seed))
     own_word, one_back, everything, resting, learned = rows
     assert resting.window > 0.3 and resting.with_sinks < 1e-6
     assert max(learned.full, learned.window) < 0.01 < 0.1 < everything.window
@@ -330,9 +330,9 @@ def test_how_far_an_output_moves_by_hand():
     A head that looks everywhere then returns v[1] instead of v[1] / 2, as v[0] is 0.
     """
     x = m.embed(["a", "b"], 32, 0)
-    for row in m.compare_outputs(x, 2, 0, random.Random(0)):
+    for row in m.compare_windowed(x, 2, 0, random.Random(0)):
         assert row[2:] == (0.0, 0.0)
-    everything = m.compare_outputs(x, 1, 0, random.Random(0))[2]
+    everything = m.compare_windowed(x, 1, 0, random.Random(0))[2]
     assert everything.window == pytest.approx(0.5, abs=1e-12)
 
 
