@@ -1,7 +1,9 @@
 """The exercise maker, the grades of `pytest --impl`, and the parts of the README that are made."""
 
 import ast
+import builtins
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -12,12 +14,16 @@ from tests.tools import readme
 from tests.tools.exercise import (
     NAMES,
     ROOT,
+    code_of,
     floors,
+    functions_of,
     sections,
     source_of,
     taken_out,
+    taken_out_before,
     techniques,
 )
+from tests.tools.importing import problem_of
 
 EXERCISE = ROOT / "tests" / "tools" / "exercise.py"
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
@@ -46,23 +52,7 @@ def make(*arguments, cwd=ROOT):
 
 def functions_and_methods(text):
     """Return {name or Class.name: node} of all functions and methods of a script."""
-    found = {}
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef):
-            found[node.name] = node
-        elif isinstance(node, ast.ClassDef):
-            for method in node.body:
-                if isinstance(method, ast.FunctionDef):
-                    found[f"{node.name}.{method.name}"] = method
-    return found
-
-
-def code(node):
-    """Return the body of a function as text, without its docstring and comments."""
-    statements = node.body
-    if ast.get_docstring(node) is not None:
-        statements = statements[1:]
-    return "\n".join(ast.unparse(statement) for statement in statements)
+    return functions_of(ast.parse(text))
 
 
 def docstrings(text):
@@ -197,9 +187,9 @@ def test_an_exercise_takes_out_the_techniques_and_nothing_else(name):
     assert before.keys() == after.keys()
     for function in before:
         if function in names:
-            assert code(after[function]) == f"raise NotImplementedError('{function}')"
+            assert code_of(after[function]) == f"raise NotImplementedError('{function}')"
         else:
-            assert code(after[function]) == code(before[function])
+            assert code_of(after[function]) == code_of(before[function])
     assert docstrings(exercise) == docstrings(original)
     assert comments(exercise) == comments(original)
 
@@ -227,36 +217,105 @@ def test_a_half_done_script_prints_its_trace_all_the_same(name, tmp_path, capsys
     assert "FAIL" not in out
 
 
-def test_hints_are_a_first_comment_or_the_calls():
-    text = source_of("microattention")
-    hinted = taken_out(text, techniques(text), hints=True)
-    for technique in techniques(text):
+@each_name
+def test_a_hint_is_the_first_comment_or_what_the_body_calls(name):
+    original = source_of(name)
+    hinted = taken_out(original, techniques(original), hints=True)
+    for technique in techniques(original):
         end = hinted.index(f'raise NotImplementedError("{technique.name}")')
         line_above = hinted[:end].rstrip().splitlines()[-1].strip()
-        assert line_above.startswith("# ") or line_above.endswith('"""')
+        if line_above.startswith("# calls"):
+            calls = line_above.removeprefix("# calls ").split(", ")
+            assert not any(hasattr(builtins, call) for call in calls)
+            assert all(call.rpartition(".")[2] in technique.body for call in calls)
+        elif line_above.startswith("#"):
+            assert line_above in technique.body
+
+
+def test_attention_s_hint_names_what_it_calls():
+    original = source_of("microattention")
+    hinted = taken_out(original, techniques(original), hints=True)
     calls = r"# calls .*visible_weights.*\n +raise NotImplementedError\(\"attention\"\)"
     assert re.search(calls, hinted)
+    # kv_bytes_per_token calls nothing and has no comment, so that there is no hint.
+    no_hint = r'"""\n +raise NotImplementedError\("kv_bytes_per_token"\)'
+    assert re.search(no_hint, hinted)
 
 
 def test_one_technique_is_taken_out(tmp_path):
     folder = tmp_path / "a" / "my"
     done = make("microflash.flash_attention", folder)
     assert done.returncode == 0
-    assert "1 to write: flash_attention." in done.stdout
+    assert "1 to write: flash_attention." in done.stdout.replace("\n", " ")
+    assert done.stdout.endswith(f"\nGrade it with: python -m pytest --impl={folder}\n")
     written = (folder / "microflash.py").read_text(encoding="utf-8")
     assert written.count("raise NotImplementedError(") == 1
 
 
-@pytest.mark.parametrize("what", ["microflash", "microflash.py", "microflash.flash_attention"])
-def test_a_learners_file_is_left_alone(what, tmp_path):
-    learners = tmp_path / "microflash.py"
-    learners.write_text("mine", encoding="utf-8")
-    done = make("--hint", what, tmp_path)
+def test_only_a_new_folder_gets_an_ignore_file(tmp_path):
+    new = tmp_path / "my"
+    assert make("microflash.absorb", new).returncode == 0
+    assert (new / ".gitignore").read_text(encoding="utf-8") == "*\n"
+    assert make("microflash.absorb", tmp_path).returncode == 0
+    assert not (tmp_path / ".gitignore").exists()
+
+
+def test_one_more_technique_is_taken_out_of_a_learner_s_file(tmp_path):
+    path = tmp_path / "microflash.py"
+    assert make("microflash.finish", tmp_path).returncode == 0
+    mine = path.read_text(encoding="utf-8")
+    mine = mine.replace('raise NotImplementedError("finish")', "return mine  # my own")
+    mine = mine.replace("import math\n", "import math  # a comment of mine\n\n\n")
+    path.write_text(mine, encoding="utf-8")
+
+    done = make("microflash.absorb", tmp_path)
+    assert done.returncode == 0
+    absorb = next(technique for technique in techniques(mine) if technique.name == "absorb")
+    expected = mine.replace(absorb.body, '    raise NotImplementedError("absorb")\n')
+    assert path.read_text(encoding="utf-8") == expected
+    assert taken_out_before(tmp_path) == ["microflash.finish", "microflash.absorb"]
+
+    # A second time nothing changes, but --hint leaves its hint.
+    assert make("microflash.absorb", tmp_path).returncode == 0
+    assert path.read_text(encoding="utf-8") == expected
+    assert make("--hint", "microflash.absorb", tmp_path).returncode == 0
+    assert len(path.read_text(encoding="utf-8")) > len(expected)
+
+
+def refused(done):
+    """Return the only line of a refusal."""
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert "left alone" in done.stderr
-    assert learners.read_text(encoding="utf-8") == "mine"
+    return done.stderr
+
+
+@pytest.mark.parametrize("what", ["microflash", "microflash.py", "microflash.absorb"])
+def test_a_learner_s_work_is_left_alone(what, tmp_path):
+    path = tmp_path / "microflash.py"
+    assert make("microflash.absorb", tmp_path).returncode == 0
+    text = path.read_text(encoding="utf-8")
+    text = text.replace('raise NotImplementedError("absorb")', "return mine")
+    path.write_text(text, encoding="utf-8")
+    assert "left alone" in refused(make("--hint", what, tmp_path))
+    assert path.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("text, problem", [
+    (b"x = (", "line 1: SyntaxError: '(' was never closed"),
+    ("é".encode("latin-1"), "cannot be read: 'utf-8'"),
+    (b"", "has no function absorb"),
+])
+def test_a_learner_s_file_with_an_error_is_refused(text, problem, tmp_path):
+    path = tmp_path / "microflash.py"
+    path.write_bytes(text)
+    assert problem in refused(make("microflash.absorb", tmp_path))
+    assert path.read_bytes() == text
+
+
+def test_nothing_is_taken_out_of_the_original(tmp_path):
+    assert "is the original" in refused(make("microflash.absorb", ROOT))
+    assert "is the original" in refused(make("microflash", "."))
 
 
 @pytest.mark.parametrize("arguments", [
@@ -268,17 +327,74 @@ def test_a_learners_file_is_left_alone(what, tmp_path):
     ["microflash", "/dev/null/my"],
 ])
 def test_the_exercise_maker_refuses_in_one_line(arguments, tmp_path):
-    done = make(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
+    refused(make(*arguments, cwd=tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+on_posix = pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+
+
+@on_posix
+def test_a_full_disk_leaves_no_half_of_a_file(tmp_path):
+    path = tmp_path / "microflash.py"
+    make_on_full_disk = f'ulimit -f 20; "{sys.executable}" "{EXERCISE}" microflash.absorb .'
+    assert "cannot write" in refused(run("bash", "-c", make_on_full_disk, cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+    assert make("microflash.finish", tmp_path).returncode == 0
+    before = path.read_bytes()
+    assert "cannot write" in refused(run("bash", "-c", make_on_full_disk, cwd=tmp_path))
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".exercises", "microflash.py"]
+
+
+@on_posix
+def test_the_list_ends_quietly_where_nobody_reads_it():
+    lines = run("bash", "-c", f'"{sys.executable}" "{EXERCISE}" --list | head -1')
+    assert lines.stdout.startswith("microattention.py")
+    assert lines.stderr == ""
+    full = run("bash", "-c", f'"{sys.executable}" "{EXERCISE}" --list > /dev/full')
+    assert full.returncode == 1
+    assert full.stderr == "exercise.py: cannot print: No space left on device\n"
+
+
+# ------------------------------------------------------------------------ importing what is broken
+
+@pytest.mark.parametrize("text, problem", [
+    ("\nx = (", "line 2: SyntaxError: '(' was never closed"),
+    ("x = 1\n  y = 2", "line 2: IndentationError: unexpected indent"),
+    ("def f():\n    return 1 / 0\nf()", "line 2: ZeroDivisionError: division by zero"),
+    ("import no_such_module", "line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+    ("\nexit()", "line 2: SystemExit: it ends Python when it is imported"),
+    ("import os\nos._exit(0)", "it ends Python, with status 0, when it is imported"),
+    ("x = 1\nwhile True:\n    x += 1",
+     "importing it takes more than 1 seconds; does this loop end?"),
+    ("print('hello')\nx = input()", "line 2: EOFError: EOF when reading a line"),
+    ("\ufeffx = 1", None),
+    ("def attention():\n    return 1", None),
+])
+def test_what_is_wrong_with_a_script_is_told_in_one_line(text, problem, tmp_path):
+    path = tmp_path / "microattention.py"
+    path.write_text(text, encoding="utf-8")
+    found = problem_of("microattention", path, longest=1)
+    if problem is None:
+        assert found is None
+    else:
+        assert found.endswith(problem)
+        assert found.startswith(("line ", "it ends"))
+
+
+def test_a_script_that_is_not_utf_8_is_told_its_line(tmp_path):
+    path = tmp_path / "microattention.py"
+    path.write_bytes("x = 1\n# é".encode("latin-1"))
+    found = problem_of("microattention", path)
+    assert found == "line 2: it is not UTF-8: byte 0xe9; save the file as UTF-8"
 
 
 # ------------------------------------------------------------------------------------ the grades
 
-def grade(folder, edits, *arguments, script="microattention"):
-    """Grade a script in which some bodies are replaced. Return the process and its report.
+def with_bodies(script, edits):
+    """Return a script in which some bodies are replaced.
 
     edits: {technique: its new body, or None if it is not written yet}.
     """
@@ -289,26 +405,36 @@ def grade(folder, edits, *arguments, script="microattention"):
     for technique, body in edits.items():
         if body is not None:
             text = text.replace(f'raise NotImplementedError("{technique}")', body)
-    (folder / f"{script}.py").write_text(text, encoding="utf-8")
-    done = run(*PYTEST, f"--impl={folder}", *arguments)
-    report = done.stdout[done.stdout.index("====="):]
-    return done, report
+    return text
+
+
+def graded(folder, *arguments, cwd=ROOT):
+    """Return the process that grades a folder, and its report."""
+    done = run(*PYTEST, f"--impl={folder}", *arguments, cwd=cwd)
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "INTERNALERROR" not in done.stdout + done.stderr
+    assert "FFF" not in done.stdout  # no letters for the tests
+    assert all(len(line) <= 100 or str(folder) in line for line in done.stdout.splitlines())
+    return done, done.stdout
+
+
+def grade(folder, edits, *arguments, script="microattention"):
+    """Grade a script in which some bodies are replaced. Return the process and its report."""
+    (folder / f"{script}.py").write_text(with_bodies(script, edits), encoding="utf-8")
+    return graded(folder, *arguments)
 
 
 def body(script, wanted):
     """Return the body of a technique as the original has it."""
-    text = source_of(script)
-    for technique in techniques(text):
+    for technique in techniques(source_of(script)):
         if technique.name == wanted:
-            first = technique.node.body[1].lineno  # after the docstring
-            lines = text.splitlines()[first - 1:technique.node.end_lineno]
-            return "\n".join(lines).strip()
+            return technique.body.strip()
     raise ValueError(f"{script} has no technique {wanted}")
 
 
 def own_body(script, wanted):
     """Return a body that does what the original does, with other code."""
-    return "pass\n    " + body(script, wanted)
+    return "pass\n" + " " * (8 if "." in wanted else 4) + body(script, wanted)
 
 
 def test_grades_tell_done_from_wrong_and_unwritten(tmp_path):
@@ -317,60 +443,122 @@ def test_grades_tell_done_from_wrong_and_unwritten(tmp_path):
         "alibi_slopes": "return [2.0 ** (-8 * (h + 1) / n_heads) for h in range(n_heads)]",
         "alibi_bias": body("microattention", "alibi_bias"),
         "mean_pool_kv_heads": own_body("microattention", "mean_pool_kv_heads"),
+        "rope": own_body("microattention", "rope"),
         "kv_bytes_per_token": None,
+        "cache_bytes": None,
     }
-    done, report = grade(tmp_path, edits, "-k", "alibi or bytes or mean_pool")
+    (tmp_path / ".exercises").write_text("microattention.alibi_bias\n", encoding="utf-8")
+    done, report = grade(tmp_path, edits, "-k", "alibi or bytes or mean_pool", "-n", "2")
     assert done.returncode == 1
-    assert "Traceback" not in done.stdout + done.stderr
-    assert "\nnot yet  kv_bytes_per_token: not yet written\n" in report
+    assert " microattention: 2 of 6 done " in report
+    assert "\nnot yet  kv_bytes_per_token, cache_bytes\n" in report
+    assert "\nno test  rope (written, but no test that ran calls them)\n" in report
     assert re.search(r"^done     mean_pool_kv_heads: (\d+) of \1 tests pass$", report, re.M)
-    slopes = re.search(r"^wrong    alibi_slopes: .*\n +alibi_slopes\(12\)\n"
-                       r" +yours     \[(.*)\]\n +expected  \[(.*)\]$", report, re.M)
-    assert slopes[1].startswith("0.62996, 0.39685, ")
-    assert slopes[2].startswith("0.5, 0.25, 0.125, ")
-    # alibi_bias has the original's code, so that it is not in the report.
-    assert "alibi_bias" not in report
-    assert "\n1 of 3 done.\n" in report
+    assert """
+wrong    alibi_slopes: 0 of 1 tests pass; the smallest call that shows it:
+         alibi_slopes(3)
+           yours     [0.15749, 0.024803, 0.0039062]
+           expected  [0.0625, 0.0039062, 0.25]
+""" in report
+    # The code of the original counts as written where it was taken out.
+    assert "\ndone     alibi_bias: the same code as the original's\n" in report
+    line = 1 + with_bodies("microattention", edits).split("def alibi_slopes")[0].count("\n")
+    assert f"\nNext: mend alibi_slopes, {tmp_path}/microattention.py line {line}.\n" in report
     # The README shows this grade.
     shown = re.search(r"```text\n(wrong .*?)```", README, re.S)[1]
-    assert shown in report
+    assert shown.splitlines()[0] in report
 
 
-def test_a_grade_blames_the_function_inside(tmp_path):
+def test_a_technique_is_graded_whatever_the_others_are(tmp_path):
+    """attention calls visible_weights and that calls visible_keys; all others call attention."""
     edits = {
-        "visible_keys": None,
+        "attention": own_body("microattention", "attention"),
+        "attention_weights": "return nonsense",
+        "visible_weights": None,
+        "visible_keys": "return [0]",
         "grouped_query_attention": own_body("microattention", "grouped_query_attention"),
-        "multi_head_attention":
-            "return grouped_query_attention(x, wq, wk, wv, wo, n_heads, n_heads, **mask)",
-        "attention": "return [row[:] for row in v[len(v) - len(q):]]",
     }
-    _, report = grade(tmp_path, edits, "-k", "dense_masked or grouped or multi_head")
-    assert "\nnot yet  visible_keys: not yet written\n" in report
-    assert re.search(r"^wrong    attention: \d+ of \d+ tests pass", report, re.M)
-    waits = r"^waits    grouped_query_attention: .* attention must be right first$"
-    assert re.search(waits, report, re.M)
+    _, report = grade(tmp_path, edits, "-k", "dense_masked or grouped or tiny_example")
+    assert " microattention: 2 of 5 done " in report
+    assert re.search(r"^done     attention: (\d+) of \1 tests pass$", report, re.M)
+    assert re.search(r"^done     grouped_query_attention: (\d+) of \1 tests pass$", report, re.M)
+    assert re.search(r"^wrong    visible_keys: ", report, re.M)
+    nonsense = r"^wrong    attention_weights: .*\n(?: .*\n)*? +yours     NameError: .* in line \d+$"
+    assert re.search(nonsense, report, re.M)
+    assert "\nnot yet  visible_weights\n" in report
+    assert "Next: mend attention_weights, " in report
 
 
-def test_an_error_is_blamed_on_the_function_that_it_left(tmp_path):
+def test_two_methods_that_keep_something_in_their_own_way_are_right_together(tmp_path):
+    """Each alone would be wrong, because the other's keeps it in the original's way."""
     edits = {
-        "grouped_query_attention": own_body("microattention", "grouped_query_attention"),
-        "attention": "return nonsense",
+        "Traffic.load": "self.mine = getattr(self, 'mine', 0)\n        "
+                        + body("microflash", "Traffic.load"),
     }
-    _, report = grade(tmp_path, edits, "-k", "dense_masked or grouped")
-    assert re.search(r"^wrong    attention: ", report, re.M)
-    assert "NameError" in report
-    waits = r"^waits    grouped_query_attention: .* attention must be right first$"
-    assert re.search(waits, report, re.M)
+    done, report = grade(tmp_path, edits, "-k", "standard_traffic", script="microflash")
+    assert re.search(r"^done     Traffic\.load: (\d+) of \1 tests pass$", report, re.M)
+    assert done.returncode == 0
 
 
-def test_a_method_is_graded_by_what_it_does_to_its_object(tmp_path):
-    edits = {"BlockPool.free": "self.ref_count[block_id] -= 1"}
-    done, report = grade(tmp_path, edits, "-k", "pool or fork", script="microkv")
+def test_order_counts_in_a_pool_and_nobody_else_is_blamed(tmp_path):
+    methods = ["allocate", "share", "num_free_blocks"]
+    edits = {f"BlockPool.{name}": own_body("microkv", f"BlockPool.{name}") for name in methods}
+    edits["BlockPool.free"] = """self.ref_count[block] -= 1
+        if self.ref_count[block] == 0:
+            self.free_blocks[block] = None
+            self.free_blocks.move_to_end(block, last=False)"""
+    done, report = grade(tmp_path, edits, "-k", "least_recently", script="microkv")
     assert done.returncode == 1
-    assert "microkv: 1 techniques of your own, " in report
-    assert re.search(r"^wrong    BlockPool\.free: .* the smallest call that shows it:\n"
-                     r" +BlockPool\.free\(.*\n +yours .*\n +expected .*", report, re.M)
-    assert report.rstrip().splitlines()[-2] == "0 of 1 done."
+    assert report.count("\ndone     BlockPool.") == 3
+    shown = re.search(r"^wrong    BlockPool\.free: .* the smallest call that shows it:\n"
+                      r" +self = BlockPool\(.*\n +self\.free\((\d+)\)\n"
+                      r" +yours     leaves free_blocks = \{(.*)\}\n"
+                      r" +expected  leaves free_blocks = \{(.*)\}\n", report, re.M)
+    freed, yours, expected = shown.groups()
+    assert yours.split(", ")[0] == freed == expected.split(", ")[-1]
+
+
+def test_what_never_ends_is_tried_once(tmp_path):
+    edits = {
+        "alibi_slopes": "import time\n    time.sleep(1000)",
+        "alibi_bias": own_body("microattention", "alibi_bias"),
+    }
+    _, report = grade(tmp_path, edits, "-k", "alibi")
+    assert re.search(r"^wrong    alibi_slopes: never ends, .*skipped\n +alibi_slopes\(\d+\)$",
+                     report, re.M)
+    assert re.search(r"^done     alibi_bias: (\d+) of \1 tests pass$", report, re.M)
+
+
+def test_one_broken_script_does_not_stop_the_others(tmp_path):
+    broken = with_bodies("microflash", {"absorb": None}).replace("import math\n", "import (\n")
+    line = 1 + broken.split("import (")[0].count("\n")
+    (tmp_path / "microflash.py").write_text(broken, encoding="utf-8")
+    without_a_constant = source_of("microkv").replace("CONFIGS", "NOTHING")
+    (tmp_path / "microkv.py").write_text(f"{without_a_constant}\nexit()\n", encoding="utf-8")
+
+    deleted = source_of("microattention")
+    start = deleted.index("def alibi_slopes(")
+    deleted = deleted[:start] + deleted[deleted.index("def alibi_bias("):]
+    deleted = deleted.replace("MAP_TOKENS = 14 ", "MAP_TOKENS = 15 ")
+    (tmp_path / "microattention.py").write_text(deleted, encoding="utf-8")
+
+    done, report = graded(tmp_path, "-k", "alibi")
+    assert done.returncode == 1
+    assert f"\n{tmp_path}/microflash.py line {line}: SyntaxError: invalid syntax\n" in report
+    assert re.search(r"/microkv\.py line \d+: SystemExit: it ends Python", report)
+    assert "\nnot yet  alibi_slopes: not there: your file has no function alibi_slopes; " in report
+
+
+def test_what_else_was_changed_is_named_if_tests_fail_for_it(tmp_path):
+    text = with_bodies("microattention", {"alibi_slopes": None})
+    text = text.replace('def linear(x: Matrix, w: Matrix) -> Matrix:', "def linear(x, w):")
+    start = text.index("def linear(")
+    text = text[:start] + text[start:].replace("return ", "return 1, ", 1)
+    (tmp_path / "microattention.py").write_text(text, encoding="utf-8")
+    done, report = graded(tmp_path, "-k", "test_grouped or alibi")
+    assert done.returncode == 1
+    assert "tests are not counted" in report
+    assert f"What else differs in {tmp_path}/microattention.py from the original: linear." in report
 
 
 def test_refusals_are_graded_but_not_their_words(tmp_path):
@@ -379,22 +567,20 @@ def test_refusals_are_graded_but_not_their_words(tmp_path):
     assert changed != original
     done, report = grade(tmp_path, {"alibi_slopes": changed}, "-k", "alibi_slopes")
     assert done.returncode == 0
-    assert "\ndone     alibi_slopes: 1 of 1 tests pass\n" in report
+    assert re.search(r"^done     alibi_slopes: (\d+) of \1 tests pass$", report, re.M)
 
 
-def test_impl_takes_a_relative_folder(tmp_path):
-    """The folder is relative to the one that pytest is started in."""
-    relative = tmp_path.relative_to(ROOT.anchor)
-    up = "/".join([".."] * (len(ROOT.parts) - 1))
+def test_impl_may_be_the_folder_that_pytest_is_started_in(tmp_path):
     assert make("microattention.alibi_slopes", tmp_path).returncode == 0
-    done = run(*PYTEST, f"--impl={up}/{relative}", "-k", "alibi_slopes")
-    assert "not yet  alibi_slopes: not yet written" in done.stdout
+    done, report = graded(".", "-c", ROOT / "pyproject.toml", "-k", "alibi_slopes", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "\nnot yet  alibi_slopes\n" in report
 
 
 def test_scripts_that_are_not_in_the_folder_are_the_originals(tmp_path):
     assert make("microattention.alibi_slopes", tmp_path).returncode == 0
-    done = run(*PYTEST, f"--impl={tmp_path}", "tests/test_microflash.py", "-k", "online_and_safe")
-    assert done.returncode == 0
+    done = run(*PYTEST, f"--impl={tmp_path}", "-v", "tests/test_microflash.py",
+               "-k", "online_and_safe")
     assert re.search(r"\b[1-9]\d* passed", done.stdout)
 
 
@@ -402,6 +588,9 @@ def test_a_folder_without_scripts_is_refused(tmp_path):
     done = run(*PYTEST, f"--impl={tmp_path / 'none'}")
     assert done.returncode == 4
     assert "there is none of the scripts in it" in done.stderr
+    done = run(*PYTEST, "--impl=.")
+    assert done.returncode == 4
+    assert "these are the originals" in done.stderr
 
 
 def test_two_workers_share_the_tests():
@@ -409,6 +598,15 @@ def test_two_workers_share_the_tests():
     done = run(*PYTEST, "-v", "tests/test_exercise.py", "-k", "papers")
     assert done.returncode == 0
     assert "2 workers [1 item]" in done.stdout
+
+
+def test_a_trace_fails_where_the_slopes_of_alibi_are_all_alike(tmp_path):
+    text = with_bodies("microattention", {"alibi_slopes": "return [1.0] * n_heads"})
+    path = tmp_path / "microattention.py"
+    path.write_text(text, encoding="utf-8")
+    done = run(sys.executable, path, "--section", "5")
+    assert done.returncode == 1
+    assert "FAIL" in done.stdout
 
 
 # ------------------------------------------------------------------------------------ the README

@@ -4,22 +4,30 @@
     python tests/tools/exercise.py microflash.flash_attention my/  without this function
     python tests/tools/exercise.py microkv.BlockPool.allocate my/  without this method
     python tests/tools/exercise.py --hint microflash my/           with a hint in each body
-    python tests/tools/exercise.py --list                          list all techniques
+    python tests/tools/exercise.py --list microflash               list its techniques
 
 The exercise is written to my/microflash.py. Docstrings and prose stay in it, and so does everything
-that is not a technique. A file that exists already is never overwritten.
+that is not a technique. If there is a my/microflash.py already, a technique that you name is taken
+out of it, unless you have written it yourself; nothing else in it changes.
 
 `python -m pytest --impl=my` grades the scripts in my/. `python my/microflash.py` prints its trace;
 a section whose technique is not written yet says so.
+
+--list prints, section by section, each technique with its test, and the section's papers. The test
+is one that fails if the technique is broken (tests/tools/find_tests.py tries it).
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import builtins
+import functools
 import io
+import os
 import re
 import sys
+import textwrap
 import tokenize
 from itertools import pairwise
 from pathlib import Path
@@ -39,20 +47,34 @@ class Technique(NamedTuple):
     name: str     # of a method: Class.method
     section: int
     node: ast.FunctionDef
+    body: str     # its text, without the docstring
 
 
 def source_of(script: str) -> str:
     """Return the source of one of the five scripts."""
-    return (ROOT / f"{script}.py").read_text(encoding="utf-8")
+    return read(ROOT / f"{script}.py")
+
+
+def read(path: Path) -> str:
+    """Return the text of a file, without the mark that some editors put at its beginning."""
+    return path.read_text(encoding="utf-8-sig")
+
+
+@functools.cache
+def parsed(source: str) -> ast.Module:
+    """Return the syntax tree of a script, which nobody changes."""
+    return ast.parse(source)
 
 
 # ------------------------------------------------------------- what stands where in a script
 
 def sections(source: str) -> list[tuple[str, list[str]]]:
     """Return (title, names of the techniques in its head) of each section of a script."""
-    for node in ast.parse(source).body:
-        if ast.unparse(node).startswith(("SECTIONS =", "SECTIONS:")):
-            return [title_and_names(row) for row in node.value.elts]
+    for node in parsed(source).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if ast.unparse(target) == "SECTIONS":
+                return [title_and_names(row) for row in node.value.elts]
     raise ValueError("the script has no table SECTIONS = […]")
 
 
@@ -110,6 +132,7 @@ def section_of_each_line(source: str) -> list[int]:
     return numbers
 
 
+@functools.cache
 def techniques(source: str) -> list[Technique]:
     """Return the techniques of a script, in the order of its source.
 
@@ -118,11 +141,12 @@ def techniques(source: str) -> list[Technique]:
     main calls before it prints: without it, there would be no trace. In a script without floors
     they are the functions and classes in numbered sections that SECTIONS names.
     """
-    tree = ast.parse(source)
+    tree = parsed(source)
     first_floor = floors(source).get("THE TECHNIQUES")
     named = {name for _, names in sections(source) for name in names}
     needed_by_main = names_that_main_needs(tree)
     section_of_line = section_of_each_line(source)
+    lines = source.splitlines(keepends=True)
     found = []
     for node in tree.body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -134,7 +158,10 @@ def techniques(source: str) -> list[Technique]:
             is_technique = (node.lineno in first_floor and node.name not in needed_by_main
                             and is_for_the_learner(node))
         if section and is_technique:
-            found += [Technique(name, section, function) for name, function in functions_in(node)]
+            for name, function in functions_in(node):
+                where = body_lines(function)
+                body = "".join(lines[where.start - 1:where.stop - 1])
+                found.append(Technique(name, section, function, body))
     return found
 
 
@@ -175,6 +202,33 @@ def functions_in(node: ast.FunctionDef | ast.ClassDef) -> list[tuple[str, ast.Fu
             if method.name not in SETUP]
 
 
+def functions_of(tree: ast.Module) -> dict[str, ast.FunctionDef]:
+    """Return {name or Class.name: node} of the functions and methods of a script."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef):
+                    found[f"{node.name}.{method.name}"] = method
+    return found
+
+
+def code_of(node: ast.FunctionDef) -> str:
+    """Return the body of a function as text, without its docstring and comments."""
+    statements = node.body
+    if ast.get_docstring(node) is not None:
+        statements = statements[1:]
+    return "\n".join(ast.unparse(statement) for statement in statements)
+
+
+def is_written(node: ast.FunctionDef) -> bool:
+    """Return whether a function has a body, and not only what an exercise leaves of it."""
+    code = code_of(node)
+    return code not in ("", "pass", "...") and not code.startswith("raise NotImplementedError(")
+
+
 # ------------------------------------------------------------------------ taking functions out
 
 def body_lines(node: ast.FunctionDef) -> range:
@@ -184,61 +238,206 @@ def body_lines(node: ast.FunctionDef) -> range:
     return range(first, node.end_lineno + 1)
 
 
-def hint(body: str, node: ast.FunctionDef) -> str:
-    """Return the first comment of a body. If it has none, return a comment with what it calls."""
+def hint(technique: Technique) -> str:
+    """Return the first comment of a technique's body, or else a comment with what it calls.
+
+    What Python has built in, such as len and ValueError, is no hint. There may be none: "".
+    """
     # The body is indented, so it needs a line above that opens a block.
-    for token in tokenize.generate_tokens(io.StringIO("if True:\n" + body).readline):
+    for token in tokenize.generate_tokens(io.StringIO("if True:\n" + technique.body).readline):
         if token.type == tokenize.COMMENT:
             return token.string
-    calls = [ast.unparse(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)]
-    names = [call for call in calls if re.fullmatch(r"[\w.]+", call)]
-    return "# calls " + ", ".join(dict.fromkeys(names)) if calls else ""
+    body = ast.Module(technique.node.body, [])
+    calls = [ast.unparse(part.func) for part in ast.walk(body) if isinstance(part, ast.Call)]
+    names = [call for call in calls if re.fullmatch(r"[\w.]+", call) and not is_built_in(call)]
+    return "# calls " + ", ".join(dict.fromkeys(names)) if names else ""
+
+
+def is_built_in(name: str) -> bool:
+    """Return whether a name is that of a function or an exception which Python has built in."""
+    return hasattr(builtins, name)
 
 
 def taken_out(source: str, chosen: list[Technique], hints: bool = False) -> str:
-    """Return the source with `raise NotImplementedError("name")` for each chosen technique's body.
+    """Return a source with `raise NotImplementedError("name")` for each chosen technique's body.
 
-    hints: leave a hint above it.
+    source: the original's or a learner's. hints: leave a hint above it.
     """
     lines = source.splitlines(keepends=True)
+    nodes = functions_of(parsed(source))
     # From the last to the first, so that the line numbers of those above stay valid.
-    for technique in reversed(chosen):
-        node = technique.node
+    for technique in sorted(chosen, key=lambda technique: -nodes[technique.name].lineno):
+        node = nodes[technique.name]
         where = body_lines(node)
-        old_lines = slice(where.start - 1, where.stop - 1)
         indent = " " * (node.col_offset + 4)
         new_lines = [f'{indent}raise NotImplementedError("{technique.name}")\n']
         if hints:
-            clue = hint("".join(lines[old_lines]), node)
+            clue = hint(technique)
             if clue:
                 new_lines.insert(0, f"{indent}{clue}\n")
-        lines[old_lines] = new_lines
+        lines[where.start - 1:where.stop - 1] = new_lines
     return "".join(lines)
+
+
+# -------------------------------------------------------------------- the files of an exercise
+
+TAKEN_OUT = ".exercises"  # the file in a learner's folder that says what was taken out
+
+
+def taken_out_before(folder: Path) -> list[str]:
+    """Return the techniques, as script.name, that were taken out of the scripts in a folder."""
+    path = folder / TAKEN_OUT
+    return read(path).split() if path.is_file() else []
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all, even if the disk is full."""
+    new = path.with_name(path.name + ".new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_exercise(target: Path, text: str, names: list[str]) -> None:
+    """Write an exercise, and note that these techniques (as script.name) are out of it.
+
+    A folder that this makes is ignored by git. OSError if something cannot be written.
+    """
+    folder = target.parent
+    is_new = not folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_new:
+        replace_file(folder / ".gitignore", "*\n")
+    replace_file(target, text)
+    known = dict.fromkeys([*taken_out_before(folder), *names])
+    replace_file(folder / TAKEN_OUT, "".join(f"{name}\n" for name in known))
+
+
+class Refusal(Exception):
+    """The sentence that says why an exercise cannot be made."""
+
+
+def exercise_in(target: Path, script: str, wanted: str, hints: bool) -> tuple[str, list[str]]:
+    """Return the text of an exercise and the names of the techniques that are out of it.
+
+    wanted: a technique or a class; "" for all. Refusal if it cannot be made.
+    """
+    source = source_of(script)
+    chosen = techniques(source)
+    if wanted:
+        chosen = [technique for technique in chosen
+                  if technique.name == wanted or technique.name.startswith(wanted + ".")]
+    if not chosen:
+        raise Refusal(f"{script} has no technique {wanted!r}; --list {script} names them")
+    if target.exists():
+        if target.samefile(ROOT / target.name):
+            raise Refusal(f"{target} is the original; choose another folder")
+        if not wanted:
+            raise Refusal(f"{target} exists and is left alone; choose another folder, move the "
+                          f"file, or name one technique, as in {script}.{chosen[0].name}")
+        source = learners_source(target)
+        check_unwritten(source, chosen, target)
+    return taken_out(source, chosen, hints), [technique.name for technique in chosen]
+
+
+def learners_source(target: Path) -> str:
+    """Return the source of a learner's script. Refusal if it has an error."""
+    try:
+        source = read(target)
+        ast.parse(source)
+    except SyntaxError as error:
+        raise Refusal(f"{target} line {error.lineno}: {type(error).__name__}: {error.msg}; mend it "
+                      "first") from None
+    except ValueError as error:
+        raise Refusal(f"{target} cannot be read: {error}") from None
+    return source
+
+
+def check_unwritten(source: str, chosen: list[Technique], target: Path) -> None:
+    """Refusal if the learner's source has a body of its own for a technique, or has it not."""
+    nodes = functions_of(parsed(source))
+    for technique in chosen:
+        node = nodes.get(technique.name)
+        if node is None:
+            raise Refusal(f"{target} has no function {technique.name}; put its def line back")
+        if is_written(node) and code_of(node) != code_of(technique.node):
+            raise Refusal(f"{target} line {node.lineno}: {technique.name} is your own and is left "
+                          "alone; delete its body to begin again")
+
+
+# ----------------------------------------------------------------------------------- the list
+
+class Paper(NamedTuple):
+    """An entry in the list of papers of a script."""
+
+    text: str  # such as "Dao et al. 2022, arXiv:2205.14135"
+    sections: list[int]
+
+
+def papers(source: str) -> list[Paper]:
+    """Return the papers in the list at the end of a script's docstring.
+
+    An entry is one or more papers with "; " between them, followed by its sections:
+
+        Dao et al., FlashAttention, 2022, arXiv:2205.14135      sections 1, 3
+    """
+    docstring = ast.get_docstring(parsed(source))
+    listed = re.split(r"^The papers.*\n", docstring, maxsplit=1, flags=re.M)[-1]
+    one_entry_a_line = re.sub(r"\n    +", " ", listed)
+    found = []
+    for entry, numbers in re.findall(r"(.+?) +sections? ([\d, ]+)(?:\n|\Z)", one_entry_a_line):
+        numbers = [int(number) for number in re.findall(r"\d+", numbers)]
+        found += [Paper(cited(paper), numbers) for paper in entry.strip().split("; ")]
+    return found
+
+
+def cited(paper: str) -> str:
+    """Return a paper as its authors, its year and its address."""
+    authors = paper.split(",")[0]
+    year = re.search(r"(?<![\d.])(?:19|20)\d\d(?![\d.])", paper)
+    if year and not authors.endswith(year[0]):
+        authors = f"{authors} {year[0]}"
+    address = re.search(r"(?:arXiv:)?\d{4}\.\d{5}|\b[\w-]+(?:\.[\w-]+)+/[^\s,]+", paper)
+    if not address:
+        return authors
+    if re.match(r"\d{4}\.", address[0]):
+        return f"{authors}, arXiv:{address[0]}"
+    return f"{authors}, {address[0]}"
+
+
+TESTS = ROOT / "tests" / "tools" / "tests_of_techniques.txt"
+
+
+def tests_of_techniques() -> dict[str, str]:
+    """Return {script.technique: a test that fails if it is broken}, as find_tests.py found it."""
+    pairs = [line.split() for line in read(TESTS).splitlines()]
+    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+
+
+def list_of(script: str) -> str:
+    """Return the techniques of a script, section by section, with tests and papers, as text."""
+    source = source_of(script)
+    tests = tests_of_techniques()
+    lines = [f"{script}.py, tested by tests/test_{script}.py"]
+    section = 0
+    titles = [title for title, _ in sections(source)]
+    cited_papers = papers(source)
+    for technique in techniques(source):
+        if technique.section != section:
+            section = technique.section
+            lines += ["", f"{section}. {titles[section - 1]}"]
+            lines += [f"   {paper.text}" for paper in cited_papers if section in paper.sections]
+        name = f"{script}.{technique.name}"
+        lines.append(f"   {name:<42}  {tests.get(name, '')}".rstrip())
+    return "\n".join(lines) + "\n"
 
 
 # ---------------------------------------------------------------------------- the command line
 
-def write_exercise(target: Path, text: str) -> str | None:
-    """Write a new file. Return None, or a sentence that says why it cannot be written."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target, "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        return f"{target} exists and is left alone; choose another folder, or move the file"
-    except OSError as error:
-        return f"cannot write {target}: {error.strerror}"
-    return None
-
-
-def print_techniques(scripts: list[str]) -> None:
-    """Print the name and the section of each technique of these scripts, one a line."""
-    for script in scripts:
-        for technique in techniques(source_of(script)):
-            print(f"{script}.{technique.name}  (section {technique.section})")
-
-
-def main() -> int:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="exercise.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="", help="a script, or script.technique")
@@ -247,37 +446,66 @@ def main() -> int:
                         help="leave the first comment of each body, or what the body calls")
     parser.add_argument("--list", action="store_true",
                         help="list the techniques (of one script, or of all) and stop")
-    arguments = parser.parse_args()
+    return parser
 
-    def refuse(message: str) -> None:
-        parser.exit(2, f"exercise.py: {message}\n")
 
+def answer(arguments: argparse.Namespace) -> str:
+    """Do what the command line asks for, and return what is to be printed.
+
+    Refusal if it cannot be done, OSError if a file cannot be written.
+    """
     if arguments.list and not arguments.what:
-        print_techniques(NAMES)
-        return 0
+        return "\n".join(map(list_of, NAMES))
     script, _, wanted = arguments.what.removesuffix(".py").partition(".")
     if script not in NAMES:
-        refuse(f"the scripts are {', '.join(NAMES)}; not {script!r}")
+        raise Refusal(f"the scripts are {', '.join(NAMES)}; not {script!r}")
     if arguments.list:
-        print_techniques([script])
-        return 0
-
-    source = source_of(script)
-    chosen = techniques(source)
-    if wanted:
-        chosen = [technique for technique in chosen
-                  if technique.name == wanted or technique.name.startswith(wanted + ".")]
-    if not chosen:
-        refuse(f"{script} has no technique {wanted!r}; --list {script} names them")
+        return list_of(script)
     if arguments.folder is None:
-        refuse(f"give a folder for the exercise, as in: exercise.py {arguments.what} my/")
+        raise Refusal(f"give a folder for the exercise, as in: exercise.py {arguments.what} my/")
     target = arguments.folder / f"{script}.py"
-    failure = write_exercise(target, taken_out(source, chosen, arguments.hint))
-    if failure:
-        refuse(failure)
-    print(f"{target}: {len(chosen)} to write: {', '.join(t.name for t in chosen)}.\n"
-          f"Grade it with: python -m pytest --impl={arguments.folder}")
-    return 0
+    text, names = exercise_in(target, script, wanted, arguments.hint)
+    write_exercise(target, text, [f"{script}.{name}" for name in names])
+    to_write = textwrap.fill(f"{target}: {len(names)} to write: {', '.join(names)}.", 96)
+    return f"{to_write}\n{how_to_grade(arguments.folder)}\n"
+
+
+def how_to_grade(folder: Path) -> str:
+    """Return a sentence with the command that grades the exercises in a folder."""
+    if Path.cwd() == ROOT:
+        return f"Grade it with: python -m pytest --impl={folder}"
+    absolute = folder.resolve()
+    if absolute.is_relative_to(ROOT):
+        absolute = absolute.relative_to(ROOT)
+    return f"Grade it, in the folder {ROOT}, with: python -m pytest --impl={absolute}"
+
+
+def main() -> int:
+    """Run the command line and return the exit status."""
+    arguments = make_parser().parse_args()
+    try:
+        text = answer(arguments)
+    except Refusal as refusal:
+        print(f"exercise.py: {refusal}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"exercise.py: cannot write in {arguments.folder}: {error.strerror}", file=sys.stderr)
+        return 2
+    return write_out(text)
+
+
+def write_out(text: str) -> int:
+    """Print a text and return the exit status. A reader who closes the pipe ends it quietly."""
+    try:
+        print(text, end="", flush=True)
+        return 0
+    except OSError as error:
+        # Nothing can be written any more. Closing stdout must not fail a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"exercise.py: cannot print: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -1,12 +1,20 @@
 """The pytest plugin of this project: `python -m pytest --impl=my` grades the scripts in my/.
 
 The parity tests run on the learner's scripts (tests/tools/exercise.py makes them) instead of the
-originals. The report has one line for each technique whose code differs from the original's:
+originals. What is printed is a grade of each technique that the learner has to write, one a line:
 
-    done     all tests that call it pass
+    done     its tests pass
     wrong    with the smallest call whose result differs from the original's
-    waits    its failing tests need another technique first
-    not yet  not yet written, or not tested by the tests that ran
+    not yet  not written yet
+    no test  written, but no test that ran calls it, such as with -k
+
+The last line says what to mend or to write next, in the order of the file.
+
+A mistake in one technique, or one that is not written yet, makes no other one wrong. For a test
+runs first with all that the learner has written, and with the original's techniques for the rest.
+If it fails, it runs with the original's techniques alone, and each call of one is repeated with the
+learner's on a copy of the arguments. Where both give the same, the learner's is not to blame. Each
+of the others is tried alone: the test runs with it and with the original's for the rest.
 
 Without --impl, two workers of pytest-xdist share the tests, where it is installed.
 
@@ -19,23 +27,44 @@ from __future__ import annotations
 import ast
 import copy
 import functools
-import importlib.util
 import inspect
+import itertools
 import math
 import reprlib
 import signal
 import sys
+import textwrap
+import time
+import traceback
 from collections import Counter
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from tests.tools.exercise import NAMES, ROOT, source_of, techniques
+from tests.tools.exercise import (
+    NAMES,
+    ROOT,
+    code_of,
+    functions_of,
+    is_written,
+    parsed,
+    read,
+    source_of,
+    taken_out_before,
+    techniques,
+)
+from tests.tools.importing import compiled, imported, is_property, missing, problem_of
 
-LARGEST_CALL = 4000  # characters of arguments; a call with more is not compared with the original's
-MOST_CALLS = 60      # of one technique in one test that are compared
-LONGEST_TEST = 60    # seconds
+MOST_CALLS = 60         # of one technique in one test that are repeated
+LONGEST_REPEATS = 0.2   # seconds that the repeated calls of one technique in one test may take
+MOST_ITEMS = 1000       # of a generator that are compared
+LONGEST_FIRST = 3       # seconds that a test may take with all that the learner has written
+LONGEST = 5             # seconds that a call, or a test with one technique, may take, or ...
+TIMES_AS_LONG = 20      # ... this many times what the original's takes, if that is more
+LONGEST_ORIGINAL = 120  # seconds that a test may take with the original's techniques
+WIDTH = 88              # columns of a line of a counterexample
 
 
 def pytest_addoption(parser):
@@ -46,14 +75,15 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_cmdline_main(config):
-    """Start two workers, unless the command line says how many.
+    """Start two workers, unless the command line says how many. A grade is made by one process.
 
     A wrapper runs before all plain hooks. That is needed because xdist's hook reads numprocesses.
     """
     option = config.option
     can_share = config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput")
-    must_not_share = option.usepdb or option.impl is not None
-    if can_share and not must_not_share and option.numprocesses is None:
+    if can_share and option.impl is not None:
+        option.numprocesses = 0
+    elif can_share and not option.usepdb and option.numprocesses is None:
         option.numprocesses = 2
     return (yield)
 
@@ -68,13 +98,23 @@ def pytest_configure(config):
     if not scripts:
         raise pytest.UsageError(f"--impl={impl}: there is none of the scripts in it; make one with "
                                 f"python tests/tools/exercise.py microattention {impl}")
-    given = config.invocation_params.args
-    if not any(str(argument).startswith("--tb") for argument in given):
+    if folder == ROOT:
+        raise pytest.UsageError(f"--impl={impl}: these are the originals; give the folder of your "
+                                "exercise, as in --impl=my")
+    tests_were_named = config.args_source.name == "ARGS"
+    if not tests_were_named:  # pytest may have been started in the learner's folder
+        config.args = [str(ROOT / "tests")]
+    given = [str(argument) for argument in config.invocation_params.args]
+    wants_details = any(argument.startswith(("--tb", "-v", "--verbose")) for argument in given)
+    if not wants_details:
         config.option.tbstyle = "no"
         config.option.reportchars = "N"
+        config.option.verbose = -2  # without the line that counts tests
+    config.option.continue_on_collection_errors = True
     ignore_the_words_of_refusals()
     sys.path.insert(0, str(folder))
-    config.pluginmanager.register(Grader(config, folder, scripts), "grader")
+    grader = Grader(folder, impl, scripts, tests_were_named, wants_details)
+    config.pluginmanager.register(grader, "grader")
 
 
 def ignore_the_words_of_refusals():
@@ -104,326 +144,474 @@ def pytest_xdist_make_scheduler(config, log):
     return ByScript(config, log)
 
 
-# ---------------------------------------------------------------------------- what is recorded
+# -------------------------------------------------------------------------- one technique's grade
 
-# A technique is identified by (script, name), called its key below.
-
-class Call(NamedTuple):
-    """A call of a technique, with copies of what went in and what came out."""
-
-    size: int       # characters of the arguments
-    key: tuple[str, str]
-    original: object  # the original's function
-    before: tuple     # (arguments, options)
-    after: tuple      # (result or exception, arguments, options)
+class NeverEnds(BaseException):
+    """A call or a test took too long. (No Exception, so that a learner's code does not catch it.)
+    """
 
 
 class Counterexample(NamedTuple):
     """A call whose result differs from the original's, as it is shown."""
 
-    size: int
-    arguments: str
-    result: str
-    expected: str
+    rank: tuple[bool, int]  # whether the original's refuses it, and the size of the call
+    lines: list[str]
 
 
-class Outcome(NamedTuple):
-    """How a test ended."""
+class Failure(NamedTuple):
+    """A test that fails because of one technique."""
 
     test: str
-    failed: bool
-    waits_for: str | None  # the technique whose error ended the test
-    called: frozenset      # techniques
-    agreed: frozenset      # of these, those whose every call gave what the original gives
-    differed: frozenset    # of these, those with a call that gave something else
-    message: list[str]     # lines of the error
+    message: list[str]
 
 
-class Record:
-    """What is noted while one test runs."""
+class Grade:
+    """What is known about one technique of the learner's."""
 
-    def __init__(self):
-        self.called = set()       # techniques
-        self.n_calls = Counter()  # of each
-        self.calls = []           # those that can be compared
-        self.unchecked = set()    # techniques with a call that cannot be compared
-        self.error = None         # the latest exception that left a technique
-        self.error_left = None    # the innermost technique that it left
+    def __init__(self, script, name, state, line):
+        self.script = script
+        self.name = name
+        self.line = line           # of its definition in the learner's file
+        self.state = state         # "written", "not written", "missing" or "the original's"
+        self.n_tests = 0           # that call it
+        self.failures = []
+        self.counterexample = None  # the smallest, if possible one that is not to be refused
+        self.never_ends = None     # the lines that show the call or the test
 
+    def word(self):
+        """Return "done", "wrong", "not yet" or "no test"."""
+        if self.state == "the original's":
+            return "done"
+        if self.state != "written":
+            return "not yet"
+        if self.n_tests == 0:
+            return "no test"
+        if self.never_ends or self.failures:
+            return "wrong"
+        return "done"
+
+    def lines(self):
+        """Return the lines of the report: the first is a sentence, the others are details."""
+        if self.state == "the original's":
+            return ["the same code as the original's"]
+        if self.state == "missing":
+            return [f"not there: your file has no function {self.name}; put its def line back"]
+        if self.never_ends:
+            return [f"never ends, or takes more than {LONGEST} seconds; its other tests are "
+                    "skipped", *self.never_ends]
+        passed = f"{self.n_tests - len(self.failures)} of {self.n_tests} tests pass"
+        if not self.failures:
+            return [passed]
+        if self.counterexample:
+            return [f"{passed}; the smallest call that shows it:", *self.counterexample.lines]
+        simplest = min(self.failures, key=lambda failure: (len(failure.test), failure.test))
+        return [f"{passed}; the smallest that fails: {simplest.test}", *simplest.message]
+
+
+# ------------------------------------------------------------------------------------ the grader
 
 class Grader:
-    """Follows the learner's techniques through the tests, and writes the report."""
+    """Runs the tests on the learner's techniques and on the original's, and writes the grades.
 
-    def __init__(self, config, folder, scripts):
+    A technique is identified by (script, name), called its key.
+    """
+
+    def __init__(self, folder, shown_folder, scripts, tests_were_named, wants_details):
         self.folder = folder
+        self.shown_folder = shown_folder
         self.scripts = scripts
-        self.tests_were_named = config.args_source.name == "ARGS"
-        self.techniques = {}       # key: "written" or "unwritten", of those that differ
-        self.outcomes = []
-        self.counterexamples = {}  # key: the smallest
-        self.calls_inside = {}     # key: techniques that were called while it ran
-        self.running = []          # the techniques being called now, the innermost last
-        self.record = Record()
+        self.tests_were_named = tests_were_named
+        self.wants_details = wants_details
+        self.problems = {}   # script: the line that says why it cannot be imported
+        self.grades = {}     # key: Grade, in the order of the files
+        self.originals = {}  # key: the original's function, in the learner's module
+        self.broken_tests = []  # that fail with the original's techniques
 
-    # -------------------------------------------------------------------- before the tests run
+        self.whose = lambda key: "original's"  # or "learner's": which function a call goes to
+        self.repeats = False        # whether calls are repeated with the learner's technique
+        self.called = set()         # keys, in this test
+        self.unchecked = set()      # keys with a call that was not repeated, in this test
+        self.differed = set()       # keys with a call that differed, in this test
+        self.n_repeated = Counter()       # calls of each key, in this test
+        self.time_repeated = Counter()    # seconds of each key, in this test
+        for script in scripts:
+            self.take_in(script)
+
+    # ----------------------------------------------------------------------- before the tests run
+
+    def take_in(self, script):
+        """Import the learner's script and make a Grade of each technique, or note the problem."""
+        path = self.path(script)
+        self.problems[script] = problem_of(script, path)
+        if self.problems[script]:
+            return
+        source = read(path)
+        original_source = source_of(script)
+        absent = {technique.name for technique in missing(script, source)}
+        learners_functions = functions_of(parsed(source))
+        was_taken_out = taken_out_before(self.folder)
+        for technique in techniques(original_source):
+            name = technique.name
+            if name in absent:
+                state = "missing"
+            elif not is_written(learners_functions[name]):
+                state = "not written"
+            elif code_of(learners_functions[name]) != code_of(technique.node):
+                state = "written"
+            elif f"{script}.{name}" in was_taken_out:
+                state = "the original's"
+            else:
+                continue
+            line = learners_functions[name].lineno if name in learners_functions else 1
+            self.grades[script, name] = Grade(script, name, state, line)
+
+        module = imported(script, path, functools.partial(self.followed, script))
+        for technique in techniques(original_source):
+            function = defined_in(module, technique)
+            self.originals[script, technique.name] = function
+
+    def followed(self, script, name):
+        """Return a decorator for a technique: its calls go through self.call."""
+        key = script, name
+
+        def decorate(value):
+            if isinstance(value, property):
+                return property(decorate(value.fget))
+            if not callable(value):  # such as a classmethod
+                return value
+
+            @functools.wraps(value)
+            def call(*arguments, **options):
+                return self.call(key, value, arguments, options)
+            return call
+        return decorate
 
     def pytest_ignore_collect(self, collection_path):
-        """Ignore all but the parity tests.
+        """Ignore all but the parity tests of scripts that can be imported.
 
         Unless tests were named, ignore those of scripts that are not in the folder, too.
         """
+        if collection_path.suffix != ".py":
+            return None
         scripts = NAMES if self.tests_were_named else self.scripts
-        wanted = [f"test_{name}" for name in scripts]
-        if collection_path.suffix == ".py" and collection_path.stem not in wanted:
-            return True
+        wanted = [f"test_{name}" for name in scripts if not self.problems.get(name)]
+        return None if collection_path.stem in wanted else True
+
+    # ----------------------------------------------------------------------- while the tests run
+
+    def call(self, key, learners, arguments, options):
+        """Call the learner's technique or the original's. Repeat the call, if it is time for it."""
+        if key not in self.originals:  # while the script is imported
+            return learners(*arguments, **options)
+        self.called.add(key)
+        if self.whose(key) == "learner's":
+            return learners(*arguments, **options)
+        original = self.originals[key]
+        if not self.repeats or not self.is_to_grade(key):
+            return original(*arguments, **options)
+        return self.call_and_repeat(key, original, learners, arguments, options)
+
+    def is_to_grade(self, key):
+        """Return whether the learner has written this technique, and it may still be right."""
+        grade = self.grades.get(key)
+        return grade is not None and grade.state == "written" and not grade.never_ends
+
+    def call_and_repeat(self, key, original, learners, arguments, options):
+        """Call the original's technique, and the learner's on a copy. Compare what they do."""
+        before = None
+        may_repeat = (self.n_repeated[key] < MOST_CALLS
+                      and self.time_repeated[key] < LONGEST_REPEATS)
+        start = time.perf_counter()
+        if may_repeat:
+            before = copied((arguments, options))
+        if before is None:
+            self.unchecked.add(key)
+            return original(*arguments, **options)
+        self.n_repeated[key] += 1
+        start_of_call = time.perf_counter()
+        result = attempt(original, arguments, options)
+        seconds = time.perf_counter() - start_of_call
+        with self.using({key}, repeats=False):
+            if inspect.isgenerator(result):  # it has not begun: the arguments are as they were
+                after = copied((arguments, options))
+                expected = attempt_all(original, *after), *after
+            else:
+                expected = result, arguments, options
+            self.compare(key, learners, before, expected, seconds)
+        self.time_repeated[key] += time.perf_counter() - start
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def compare(self, key, learners, before, expected, seconds):
+        """Call the learner's technique, and note whether it does what is expected.
+
+        before: (arguments, options). expected: what the original's call has come to, as
+        (result, arguments, options), in the given seconds.
+        """
+        grade = self.grades[key]
+        shown = copied(before)
+        try:
+            with time_limit(longest_for(seconds)):
+                result = attempt_all(learners, *before)
+        except NeverEnds:
+            grade.never_ends = call_as_lines(grade.name, *shown)
+            return
+        outcome = result, *before
+        if is_opaque(result) and is_opaque(expected[0]):
+            self.unchecked.add(key)
+        elif not same(outcome, expected):
+            self.differed.add(key)
+            rank = isinstance(expected[0], Exception), size_of(shown) + size_of(expected[0])
+            if grade.counterexample is None or rank < grade.counterexample.rank:
+                lines = [*call_as_lines(grade.name, *shown),
+                         *difference(outcome, expected, self.path(key[0]))]
+                grade.counterexample = Counterexample(rank, lines)
+
+    @contextmanager
+    def using(self, keys, repeats):
+        """Use the learner's techniques with these keys, and the original's for all others."""
+        old = self.whose, self.repeats
+        self.whose = lambda key: "learner's" if key in keys else "original's"
+        self.repeats = repeats
+        try:
+            yield
+        finally:
+            self.whose, self.repeats = old
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pyfunc_call(self, pyfuncitem):
+        """Run a test as often as grading the learner's techniques takes.
+
+        In the end it fails, is skipped, or passes as they let it.
+        """
+        names = pyfuncitem._fixtureinfo.argnames
+        fixtures = {name: pyfuncitem.funcargs[name] for name in names}
+
+        def run():
+            for name in {"capsys", "capfd"} & fixtures.keys():
+                fixtures[name].readouterr()  # forget what an earlier run has printed
+            pyfuncitem.obj(**fixtures)
+
+        self.called = set()
+        error = None
+        if not self.passes_with_all(run):
+            error = self.explain(pyfuncitem.name, run)
+        called = [grade for key, grade in self.grades.items() if key in self.called]
+        for grade in called:
+            grade.n_tests += 1
+        if error is not None:
+            raise error
+        unwritten = [grade.name for grade in called if grade.state != "written"]
+        if unwritten:
+            pytest.skip(f"not written yet: {', '.join(unwritten)}")
+        return True
+
+    def passes_with_all(self, run):
+        """Return whether a test passes with all that the learner has written.
+
+        What is not written, or never ends, is the original's.
+        """
+        keys = {key for key in self.grades if self.is_to_grade(key)}
+        try:
+            with self.using(keys, repeats=False), time_limit(LONGEST_FIRST):
+                run()
+        except (Exception, NeverEnds):
+            return False
+        return True
+
+    def explain(self, test, run):
+        """Find out which of the learner's techniques make a test fail. Return an error, or None.
+
+        Run it with the original's techniques, and repeat their calls; those that agree are not to
+        blame. Then run it with each of the others alone.
+        """
+        self.unchecked = set()
+        self.differed = set()
+        self.n_repeated.clear()
+        self.time_repeated.clear()
+        seconds = self.run_with_originals(test, run)
+        if seconds is None:
+            return None
+        error = None
+        suspects = self.differed | self.unchecked or self.called
+        for key in self.grades:
+            if self.is_to_grade(key) and key in suspects:
+                error = self.error_with(key, test, run, seconds) or error
+        return error
+
+    def run_with_originals(self, test, run):
+        """Run a test with the original's techniques, and repeat their calls.
+
+        If it fails, run it once more without repeating them: it may be one that counts them.
+        Return its seconds, or None if it fails again: then something else in the file is broken.
+        """
+        for repeats in (True, False):
+            start = time.perf_counter()
+            try:
+                with self.using(set(), repeats), time_limit(LONGEST_ORIGINAL):
+                    run()
+                if not repeats:
+                    self.unchecked |= self.called
+                return time.perf_counter() - start
+            except (Exception, NeverEnds) as error:
+                message = message_of(error, None)
+        self.broken_tests.append(Failure(test, message))
         return None
 
-    def pytest_collection_modifyitems(self):
-        for name in self.scripts:
-            if name in sys.modules:
-                self.watch(name, sys.modules[name])
-
-    def watch(self, script, module):
-        """Replace each technique that differs from the original by one that records its calls."""
-        original = imported_original(script)
-        learners_functions = functions((self.folder / f"{script}.py").read_text(encoding="utf-8"))
-        for technique in techniques(source_of(script)):
-            name = technique.name
-            body = code(learners_functions[name]) if name in learners_functions else ""
-            if body == code(technique.node):
-                continue
-            key = script, name
-            written = body and not body.startswith("raise NotImplementedError(")
-            self.techniques[key] = "written" if written else "unwritten"
-            if body:
-                self.watch_one(key, module, original)
-
-    def watch_one(self, key, module, original):
-        """Replace one function or method of a module by one that records its calls."""
-        class_name, _, name = key[1].rpartition(".")
-        owner = getattr(module, class_name) if class_name else module
-        original_owner = getattr(original, class_name) if class_name else original
-        value = vars(owner)[name]
-        expected = vars(original_owner)[name]
-        if isinstance(value, property):
-            setattr(owner, name, property(self.recorded(key, value.fget, expected.fget)))
-        elif inspect.isfunction(value):
-            setattr(owner, name, self.recorded(key, value, expected))
-
-    def recorded(self, key, function, original):
-        """Return function, but its calls are recorded."""
-        @functools.wraps(function)
-        def call(*arguments, **options):
-            record = self.record
-            record.called.add(key)
-            record.n_calls[key] += 1
-            for outer in self.running:
-                self.calls_inside.setdefault(outer, set()).add(key)
-            outermost = key not in self.running
-            before = None
-            if outermost and record.n_calls[key] <= MOST_CALLS:
-                before = copied((arguments, options))
-            result = NotImplementedError("ended by what is no Exception, such as SystemExit")
-            self.running.append(key)
-            try:
-                result = function(*arguments, **options)
-            except Exception as error:
-                result = error
-                if error is not record.error:
-                    record.error = error
-                    record.error_left = key
-                raise
-            finally:
-                self.running.pop()
-                size = len(repr(before))
-                if before is not None and size <= LARGEST_CALL:
-                    after = copied((result, arguments, options))
-                    if after is not None:
-                        record.calls.append(Call(size, key, original, before, after))
-                elif outermost:
-                    record.unchecked.add(key)
-            return result
-        return call
-
-    # --------------------------------------------------------------------- while the tests run
-
-    def pytest_runtest_setup(self):
-        self.record = Record()
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_call(self):
-        """Let a test that takes too long fail, such as one with a loop that never ends."""
-        def stop(*_):
-            raise TimeoutError(f"a test took more than {LONGEST_TEST} seconds")
-
-        if not hasattr(signal, "SIGALRM"):  # on Windows
-            return (yield)
-        signal.signal(signal.SIGALRM, stop)
-        signal.alarm(LONGEST_TEST)
+    def error_with(self, key, test, run, seconds):
+        """Return the error of a test with one of the learner's techniques, or None if it passes."""
+        grade = self.grades[key]
         try:
-            return (yield)
-        finally:
-            signal.alarm(0)
+            with self.using({key}, repeats=False), time_limit(longest_for(seconds)):
+                run()
+        except NeverEnds:
+            grade.never_ends = [f"in the test {test}"]
+            return TimeoutError(f"{grade.name} never ends")
+        except Exception as error:
+            grade.failures.append(Failure(test, message_of(error, self.path(key[0]))))
+            return error
+        return None
+
+    def pytest_collectreport(self, report):
+        """Note that the tests of a script cannot be read, as when a constant is gone from it."""
+        script = Path(report.nodeid).stem.removeprefix("test_")
+        if report.failed and script in self.problems:
+            errors = [line for line in str(report.longrepr).splitlines() if line.startswith("E ")]
+            self.problems[script] = f"its tests cannot start: {errors[-1][2:].strip()}"
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
-        """Add the Outcome of a test that passed or failed."""
+        """Note that a test cannot start."""
         report = yield
-        if report.failed or (report.passed and call.when == "call"):
-            self.outcomes.append(self.outcome(item.name, report.failed, call.excinfo))
+        if report.failed and call.when == "setup":
+            message = message_of(call.excinfo.value, None)
+            self.broken_tests.append(Failure(item.name, message))
         return report
 
-    def outcome(self, test, failed, excinfo):
-        """Return how a test ended. The calls of a failed test are compared with the original's."""
-        record = self.record
-        compared = set()
-        differed = set()
-        if failed:
-            compared, differed = self.compare(record.calls)
-        agreed = compared - differed - record.unchecked
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_report_teststatus(self, report):
+        """Print no letter for a test: the grade is the output."""
+        if self.wants_details:
+            return None
+        return report.outcome, "", ""
 
-        error = excinfo.value if excinfo else None
-        waits_for = None
-        if isinstance(error, NotImplementedError):
-            waits_for = str(error)
-        elif error is not None and error is record.error and record.error_left not in agreed:
-            waits_for = record.error_left[1]
+    # ----------------------------------------------------------------------- after the tests ran
 
-        message = []
-        if failed:
-            message = [line for line in excinfo.exconly().splitlines() if line.strip()][:8]
-        return Outcome(test, failed, waits_for, frozenset(record.called), frozenset(agreed),
-                       frozenset(differed), message)
+    def path(self, script):
+        """Return the path of the learner's script."""
+        return self.folder / f"{script}.py"
 
-    def compare(self, calls):
-        """Repeat calls on the original. Return (techniques compared, those that differed)."""
-        compared = set()
-        differed = set()
-        for call in sorted(calls, key=lambda call: call.size):
-            key = call.key
-            if key in differed or isinstance(call.after[0], NotImplementedError):
-                continue
-            arguments, options = call.before
-            shown = [short(value) for value in arguments]
-            shown += [f"{name}={short(value)}" for name, value in options.items()]
-            expected = attempt(call.original, arguments, options), arguments, options
-            compared.add(key)
-            if same(call.after, expected):
-                continue
-            differed.add(key)
-            known = self.counterexamples.get(key)
-            if known is None or call.size < known.size:
-                self.counterexamples[key] = Counterexample(
-                    call.size, ", ".join(shown), *difference(call.after, expected))
-        return compared, differed
-
-    # --------------------------------------------------------------------- after the tests ran
-
-    def suspects(self, outcome):
-        """Return the techniques that explain why a test failed.
-
-        These are the techniques that differed in it. If there is none, these are the techniques
-        that it called, that differed in another test, and that are not seen to be right here.
-        """
-        if outcome.differed:
-            return outcome.differed
-        return (outcome.called & self.counterexamples.keys()) - outcome.agreed
-
-    def verdict(self, key):
-        """Return (word, lines) of the report for one technique."""
-        name = key[1]
-        if self.techniques[key] == "unwritten":
-            return "not yet", ["not yet written"]
-        tests = [outcome for outcome in self.outcomes if key in outcome.called]
-        if not tests:
-            return "not yet", ["written, but no test that ran calls it"]
-
-        # A test in which it agreed with the original, and another differed, does not count.
-        failed = [outcome for outcome in tests
-                  if outcome.failed and not (outcome.differed and key in outcome.agreed)]
-        passed = f"{len(tests) - len(failed)} of {len(tests)} tests pass"
-        if not failed:
-            return "done", [passed]
-
-        wrong = set().union(*map(self.suspects, failed))
-        wrong_inside = (self.calls_inside.get(key, set()) & wrong) - {key}
-        if key in self.counterexamples and not wrong_inside:
-            example = self.counterexamples[key]
-            return "wrong", [f"{passed}; the smallest call that shows it:",
-                             f"{name}({example.arguments})",
-                             f"  yours     {example.result}",
-                             f"  expected  {example.expected}"]
-        unexplained = [
-            outcome for outcome in failed
-            if outcome.waits_for in (None, name)
-            and not outcome.differed and not self.suspects(outcome) - {key}
-        ]
-        if unexplained:
-            return "wrong", self.smallest_failure(key, passed, unexplained)
-        names = {other for _, other in wrong_inside or wrong - {key}}
-        if not names:
-            names = {outcome.waits_for for outcome in failed} - {None, name}
-        return "waits", [f"{passed}; for the others {', '.join(sorted(names))} must be right first"]
-
-    def smallest_failure(self, key, passed, failed):
-        """Return the lines that show the simplest of some failed tests."""
-        simplest = min(failed, key=lambda outcome: (len(outcome.test), outcome.test))
-        others = sorted(other for _, other in simplest.called - {key})
-        doubt = f" (or it is {', '.join(others)})" if others else ""
-        return [f"{passed}; the smallest that fails{doubt}: {simplest.test}", *simplest.message]
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session, exitstatus):
+        """Set the exit status: 0 if all is done."""
+        if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED,
+                              pytest.ExitCode.NO_TESTS_COLLECTED):
+            return
+        all_done = all(grade.word() == "done" for grade in self.grades.values())
+        if self.broken_tests or any(self.problems.values()) or not all_done:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter):
         for script in self.scripts:
             self.write_grades(script, terminalreporter)
+        if self.broken_tests:
+            self.write_broken_tests(terminalreporter)
 
     def write_grades(self, script, reporter):
         """Write the grades of one script."""
-        keys = [key for key in self.techniques if key[0] == script]
-        n_originals = len(techniques(source_of(script))) - len(keys)
-        reporter.section(f"{script}: {len(keys)} techniques of your own, {n_originals} as the "
-                         "original")
-        n_done = 0
-        for key in keys:
-            word, (first, *others) = self.verdict(key)
-            n_done += word == "done"
-            reporter.write_line(f"{word:8} {key[1]}: {first}",
-                                green=word == "done", red=word == "wrong")
-            for line in others:
-                reporter.write_line(f"         {line}")
-        if keys:
-            reporter.write_line(f"{n_done} of {len(keys)} done.", bold=True)
+        shown = f"{self.shown_folder / script}.py"
+        if self.problems[script]:
+            reporter.section(f"{script}: not graded")
+            problem = self.problems[script]
+            between = " " if problem.startswith("line ") else ": "
+            reporter.write_line(f"{shown}{between}{problem}", red=True)
+            return
+        grades = [grade for grade in self.grades.values() if grade.script == script]
+        n_done = sum(grade.word() == "done" for grade in grades)
+        reporter.section(f"{script}: {n_done} of {len(grades)} done")
+        for grade in grades:
+            if grade.word() in ("done", "wrong") or grade.state == "missing":
+                self.write_grade(grade, reporter)
+        write_names("no test", [grade.name for grade in grades if grade.word() == "no test"],
+                    " (written, but no test that ran calls them)", reporter)
+        write_names("not yet", [grade.name for grade in grades if grade.state == "not written"],
+                    "", reporter)
+        self.write_next(script, grades, reporter)
+
+    def write_grade(self, grade, reporter):
+        """Write the lines of one grade."""
+        word = grade.word()
+        first, *others = grade.lines()
+        reporter.write_line(f"{word:8} {grade.name}: {first}",
+                            green=word == "done", red=word == "wrong")
+        for line in others:
+            reporter.write_line(f"         {line}")
+
+    def write_next(self, script, grades, reporter):
+        """Write what to do next: what is wrong, or else the first that is not written."""
+        for word, verb in (("wrong", "mend"), ("not yet", "write")):
+            for grade in grades:
+                if grade.word() == word:
+                    where = f"{self.shown_folder / script}.py line {grade.line}"
+                    reporter.write_line(f"Next: {verb} {grade.name}, {where}.", bold=True)
+                    return
+        if not grades:
+            reporter.write_line("Every technique is the original's own. Take one out with: "
+                                f"python tests/tools/exercise.py {script}.NAME {self.shown_folder}")
+
+    def write_broken_tests(self, reporter):
+        """Write that tests fail whatever the techniques are, and what may be the reason."""
+        reporter.section("tests that fail with the original's techniques, too")
+        simplest = min(self.broken_tests, key=lambda failure: (len(failure.test), failure.test))
+        reporter.write_line(f"{len(self.broken_tests)} tests are not counted, such as "
+                            f"{simplest.test}:")
+        for line in simplest.message:
+            reporter.write_line(f"         {line}")
+        for script in self.scripts:
+            if self.problems[script]:
+                continue
+            names = other_changes(read(self.path(script)), source_of(script))
+            if names:
+                reporter.write_line(f"What else differs in {self.shown_folder / script}.py from "
+                                    f"the original: {', '.join(names)}.")
+
+
+def write_names(word, names, ending, reporter):
+    """Write the names of techniques that have the same grade, if there are any."""
+    if names:
+        text = f"{word:8} {', '.join(names)}{ending}"
+        reporter.write_line(textwrap.fill(text, WIDTH, subsequent_indent=" " * 9))
 
 
 # ---------------------------------------------------------------------- reading and repeating
 
-def imported_original(script):
-    """Return the original script as a module, imported under a name of its own."""
-    spec = importlib.util.spec_from_file_location(f"original_{script}", ROOT / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-def functions(source):
-    """Return {name or Class.name: node} of the functions and methods of a script."""
+def defined_in(module, technique):
+    """Return the original's function of a technique, as if it stood in the learner's module."""
+    tree = ast.Module([technique.node], [])
     found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef):
-            found[node.name] = node
-        elif isinstance(node, ast.ClassDef):
-            for method in node.body:
-                if isinstance(method, ast.FunctionDef):
-                    found[f"{node.name}.{method.name}"] = method
+    exec(compiled(tree, str(ROOT / f"{module.__name__}.py")), vars(module), found)
+    value = found[technique.node.name]
+    return value.fget if is_property(technique.node) else value
+
+
+def other_changes(source, original):
+    """Return the names of what differs in a learner's source and is no technique."""
+    names = {technique.name for technique in techniques(original)}
+    before = definitions(original)
+    after = definitions(source)
+    return [name for name in before if name not in names and before[name] != after.get(name)]
+
+
+def definitions(source):
+    """Return {name: its code} of the functions, methods and constants of a script."""
+    tree = parsed(source)
+    found = {name: code_of(node) for name, node in functions_of(tree).items()}
+    for node in tree.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            found[ast.unparse(target)] = ast.unparse(node)
     return found
-
-
-def code(node):
-    """Return the body of a function as text, without its docstring and comments."""
-    statements = node.body
-    if ast.get_docstring(node) is not None:
-        statements = statements[1:]
-    return "\n".join(ast.unparse(statement) for statement in statements)
 
 
 def copied(value):
@@ -442,20 +630,74 @@ def attempt(function, arguments, options):
         return error
 
 
+def attempt_all(function, arguments, options):
+    """Return what attempt() does, but the items of a generator in a list."""
+    try:
+        result = function(*arguments, **options)
+        if inspect.isgenerator(result):
+            return list(itertools.islice(result, MOST_ITEMS))
+        return result
+    except Exception as error:
+        return error
+
+
+def longest_for(seconds):
+    """Return how many seconds the learner's code may take where the original's takes seconds."""
+    return max(LONGEST, TIMES_AS_LONG * seconds)
+
+
+@contextmanager
+def time_limit(seconds):
+    """Raise NeverEnds in the block if it takes longer. (Not on Windows, which has no SIGALRM.)"""
+    def stop(*_):
+        raise NeverEnds(f"it takes more than {seconds:.0f} seconds")
+
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    signal.signal(signal.SIGALRM, stop)
+    # Again and again, should the learner's code catch it.
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, outer, 1)
+
+
 # ------------------------------------------------------------------------ comparing and showing
 
+def is_opaque(value):
+    """Return whether a value cannot be compared: a function, an iterator or a context manager."""
+    return (inspect.isroutine(value) or hasattr(value, "__next__")
+            or isinstance(value, AbstractContextManager))
+
+
+def size_of(value):
+    """Return how many numbers, texts and the like there are in a value."""
+    if isinstance(value, dict):
+        value = list(value.items())
+    elif hasattr(value, "__dict__"):
+        value = list(vars(value).values())
+    if isinstance(value, (list, tuple)):
+        return 1 + sum(map(size_of, value))
+    return 1
+
+
 def same(a, b):
-    """Return whether two results are the same: numbers up to rounding, exceptions by their type."""
+    """Return whether two results are the same: numbers up to rounding, exceptions by their type.
+
+    The order of a dictionary counts: a pool of blocks is one.
+    """
     if isinstance(a, float) or isinstance(b, float):
         return same_number(a, b)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return list(a) == list(b) and all(map(same, a.values(), b.values()))
     if isinstance(a, Exception) or isinstance(b, Exception):
         return type(a) is type(b)
     if hasattr(a, "__dict__") and hasattr(b, "__dict__"):
-        return same(vars(a), vars(b))
+        return same(sorted(vars(a).items()), sorted(vars(b).items()))
     return a == b or repr(a) == repr(b)
 
 
@@ -468,34 +710,68 @@ def same_number(a, b):
         return False
 
 
-def difference(learners_call, originals_call):
-    """Return (the learner's, the original's) as text, for two calls that differ.
+def difference(learners_call, originals_call, path):
+    """Return the lines that show how two calls differ.
 
     A call is (result, arguments, options). If the results are the same, the calls differ in what
-    they did to an argument; then the first such argument is shown.
+    they did to an argument; then the first such argument is shown. path: of the learner's script.
     """
     if not same(learners_call[0], originals_call[0]):
-        return short(learners_call[0]), short(originals_call[0])
+        return two_lines("", learners_call[0], originals_call[0], path)
     for a, b in zip(values_of(learners_call), values_of(originals_call)):
         if same(a, b):
             continue
-        if hasattr(a, "__dict__"):
-            return (f"leaves {short(changed_attributes(a, b))}",
-                    f"leaves {short(changed_attributes(b, a))}")
-        return f"leaves {short(a)}", f"leaves {short(b)}"
+        if hasattr(a, "__dict__") and hasattr(b, "__dict__"):
+            name = next((name for name in vars(b)
+                         if not same(vars(a).get(name), vars(b)[name])), None)
+            if name is not None:
+                return two_lines(f"leaves {name} = ", vars(a).get(name), vars(b)[name], path)
+        return two_lines("leaves ", a, b, path)
     raise ValueError("the calls do not differ")
+
+
+def two_lines(verb, a, b, path):
+    """Return the lines with the learner's value and the original's, and where they differ first.
+
+    Where they differ is said if the lines would not show it.
+    """
+    where = ""
+    yours = one_line(f"  yours     {verb}{as_text(a, path)}")
+    expected = one_line(f"  expected  {verb}{as_text(b)}")
+    if yours.removeprefix("  yours     ") == expected.removeprefix("  expected  "):
+        where, a, b = first_difference(a, b)
+        yours = one_line(f"  yours     at {where}: {exact(a)}")
+        expected = one_line(f"  expected  at {where}: {exact(b)}")
+    return [yours, expected]
+
+
+def first_difference(a, b):
+    """Return (where, the part of a, the part of b) of the first place where two values differ."""
+    if hasattr(a, "__dict__") and hasattr(b, "__dict__"):
+        a = vars(a)
+        b = vars(b)
+    if isinstance(a, dict) and isinstance(b, dict) and list(a) == list(b):
+        pairs = [(key, a[key], b[key]) for key in a]
+    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        pairs = zip(range(len(a)), a, b)
+    else:
+        return "", a, b
+    for key, part_a, part_b in pairs:
+        if not same(part_a, part_b):
+            where, part_a, part_b = first_difference(part_a, part_b)
+            return f"[{key!r}]{where}", part_a, part_b
+    return "", a, b
+
+
+def exact(value):
+    """Return a value as text, a number with all its digits."""
+    return repr(value) if isinstance(value, (int, float)) else as_text(value)
 
 
 def values_of(call):
     """Return the values of all arguments of a call (result, arguments, options)."""
     _, arguments, options = call
     return [*arguments, *options.values()]
-
-
-def changed_attributes(a, b):
-    """Return {name: value} of the attributes of a that differ from those of b."""
-    others = vars(b)
-    return {name: value for name, value in vars(a).items() if not same(value, others.get(name))}
 
 
 class Short(reprlib.Repr):
@@ -505,21 +781,81 @@ class Short(reprlib.Repr):
         super().__init__()
         self.maxlist = 8
         self.maxtuple = 8
-        self.maxstring = 200
-        self.maxother = 200
+        self.maxdict = 8
+        self.maxstring = 30
+        self.maxlong = 12  # digits: a hash has more
+        self.maxother = 60
         self.maxlevel = 4
 
     def repr_instance(self, x, level):
         if hasattr(x, "__dict__"):
-            return f"{type(x).__name__} with {self.repr1(vars(x), level - 1)}"
-        return repr(x)
+            attributes = [f"{name}={self.repr1(value, level - 1)}"
+                          for name, value in vars(x).items()]
+            return f"{type(x).__name__}({', '.join(attributes)})"
+        return self.repr_str(repr(x), level) if len(repr(x)) > self.maxother else repr(x)
+
+    def repr_dict(self, x, level):
+        """Return the items in their own order, which reprlib would sort."""
+        if level <= 0 and x:
+            return "{...}"
+        items = []
+        for key, value in itertools.islice(x.items(), self.maxdict):
+            item = self.repr1(key, level - 1)
+            if value is not None:  # without values, it is an ordered set
+                item += f": {self.repr1(value, level - 1)}"
+            items.append(item)
+        if len(x) > self.maxdict:
+            items.append("...")
+        return "{" + ", ".join(items) + "}"
+
+    def repr_OrderedDict(self, x, level):  # noqa: N802, reprlib wants this name
+        return self.repr_dict(x, level)
 
     def repr_float(self, x, level):
-        return f"{x:.5g}"
+        return f"{x + 0.0:.5g}"  # 0 for -0.0
 
 
-def short(value):
-    """Return a value as text for the report."""
+def as_text(value, path=None):
+    """Return a value as text for the report.
+
+    path: the learner's script, in which the line of an exception is looked up.
+    """
     if isinstance(value, Exception):
-        return f"{type(value).__name__}: {value}"
+        return f"{type(value).__name__}: {value}{line_in(path, value)}"
     return Short().repr(value)
+
+
+def one_line(text):
+    """Return a text without line breaks, and without its end if it is too long for a line."""
+    text = text.replace("\n", " ")
+    return text if len(text) <= WIDTH else text[:WIDTH - 4] + " ..."
+
+
+def line_in(path, error):
+    """Return where in the learner's script an error came up, as the end of a sentence."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == str(path)]
+    return f", in line {lines[-1]}" if lines else ""
+
+
+def message_of(error, path):
+    """Return an error as a few lines for the report."""
+    lines = [line for line in str(error).splitlines() if line.strip()][:5]
+    first = lines[0] if lines else ""
+    return [one_line(f"{type(error).__name__}: {first}{line_in(path, error)}"),
+            *map(one_line, lines[1:])]
+
+
+def call_as_lines(name, arguments, options):
+    """Return a call as one line, or as one for each argument; a method's object comes first."""
+    lines = []
+    if "." in name:
+        lines = [one_line(f"self = {as_text(arguments[0])}")]
+        arguments = arguments[1:]
+        name = f"self.{name.rpartition('.')[2]}"
+    texts = [as_text(value) for value in arguments]
+    texts += [f"{option}={as_text(value)}" for option, value in options.items()]
+    line = f"{name}({', '.join(texts)})"
+    if len(line) <= WIDTH:
+        return [*lines, line]
+    return [*lines, f"{name}(", *(one_line(f"    {text}") for text in texts), ")"]
