@@ -1610,6 +1610,9 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
                 least.loss < model.loss < guessing.loss, "the first table")
     trace.check("INT4 of 0.7, -0.32, 0.04 = the example in the source",
                 quantize([[0.7, -0.32, 0.04]], 4).codes == [[7, -3, 0]], "7, -3, 0")
+    lean = [quantize([row], 4, symmetric=False).codes[0] for row in ([-0.5, 0.0, 1.0], [0.5, 1.5])]
+    trace.check("asymmetric INT4 of -0.5, 0, 1, and of 0.5, 1.5 = -8, -3, 7, and -3, 7",
+                lean == [[-8, -3, 7], [-3, 7]], "by hand")
     gap = max(abs(a - b) for a, b in zip(weights, back))
     half = max(map(abs, weights)) / (2 ** (knobs.bits - 1) - 1) / 2
     trace.check("no weight moved by more than half a step", gap <= half * 1.002,
@@ -1788,6 +1791,13 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
     trace.check("the file's first numbers = version 3, its tensors, its metadata entries",
                 counts == (3, len(config.shapes()), len(gguf_metadata(config, tokenizer))),
                 ", ".join(map(str, counts)))
+    names = [b"token_embd.weight", b"blk.0.attn_q.weight", b"blk.0.ffn_down.weight",
+             b"output_norm.weight"]
+    trace.check("its tensors have ggml's names", all(name in file for name in names), "four of them")
+    values = b"".join(map(gguf_value, (7, 0.5, True, "ab", [7])))
+    trace.check("metadata 7, 0.5, true, ab and [7] = types and values by the specification",
+                values == struct.pack("<2IIfI?IQ2sIIQI", 4, 7, 6, 0.5, 7, True, 8, 2, b"ab", 9, 4, 1, 7),
+                f"{len(values)} bytes")
     n = math.prod(config.shapes()["output"])
     stored = q8_0_decode(file[-n // 32 * 34:], n)
     trace.check_close("the file's last bytes = the output matrix, but for rounding",
@@ -1897,11 +1907,14 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     x = lab.inputs[name][:8]
     w = lab.model.weights[name]
     smooth_model = Llama(lab.config, smoothed(lab, knobs.alpha))
-    smooth_x = inputs_on(lab, smooth_model, lab.calibration)[name]
+    before = column_absmax(lab.inputs[name])
+    gain = "layers.0.attention_norm"
+    after = [size * new / old for size, new, old in zip(before, smooth_model.weights[gain],
+                                                        lab.model.weights[gain])]
 
     trace.say(f"The largest activation of each channel that {name} reads, from left to right: as it "
               f"is, and after SmoothQuant with α = {knobs.alpha:g}.")
-    for sizes in (column_absmax(lab.inputs[name]), column_absmax(smooth_x)):
+    for sizes in (before, after):
         first, *others = columns_picture(sizes, 4)
         trace.lines([f"{max(sizes):7.1f} {first}", *(" " * 8 + line for line in others)])
     trace.ask(f"how many of these {channels[0].channels} channels will LLM.int8() keep in floating "
@@ -1934,9 +1947,9 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     verse = split_verses(lab, lab.evaluation)[0]
     trace.check_close("SmoothQuant left the FP32 logits where they were",
                       smooth_model.forward(verse), lab.model.forward(verse), 1e-9)
-    trace.check("s of max|x| = 16 and max|w| = 1 is 4 at α = 1/2, and 8 at α = 3/4",
-                smoothquant_scales([16.0], [1.0]) + smoothquant_scales([16.0], [1.0], 0.75)
-                == [4.0, 8.0], "by hand")
+    trace.check("s of max|x| = 256 and max|w| = 16 is 4 at α = 1/2, and 32 at α = 3/4",
+                smoothquant_scales([256.0], [16.0]) + smoothquant_scales([256.0], [16.0], 0.75)
+                == [4.0, 32.0], "by hand")
     trace.check("a static scale of 1, 0, -254 is 2", static_scale([[1.0, 0.0, -254.0]]) == 2.0,
                 "by hand")
 
@@ -1955,7 +1968,7 @@ class LayerError(NamedTuple):
 
 def compare_outputs(lab: Lab, bits: int, group_size: int) -> list[LayerError]:
     """Return the output errors of each matrix on the evaluation text."""
-    unseen = inputs_on(lab, lab.model, lab.evaluation)
+    unseen = lab.unseen_inputs
     models = [made(lab, rounded, bits, group_size).model, made(lab, by_gptq, bits, group_size).model,
               made(lab, by_gptq, bits, group_size, True).model]
     rows = []
@@ -1970,7 +1983,7 @@ def compare_outputs(lab: Lab, bits: int, group_size: int) -> list[LayerError]:
 def calibrate_on_one_token(lab: Lab, name: str, bits: int, group_size: int) -> float:
     """Return the output error of one matrix on unseen text if GPTQ saw a single token."""
     w = lab.model.weights[name]
-    x = inputs_on(lab, lab.model, lab.evaluation)[name]
+    x = lab.unseen_inputs[name]
     q = gptq(w, hessian_of(lab.inputs[name][:1]), bits, granularity=group_size)
     return relative_distance(linear(x, q.dequantize()), linear(x, w))
 
@@ -2003,7 +2016,8 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
               f"in groups of {g}, as a share of its size:")
     trace.table(layers, {"matrix": "", "nearest": ".1%", "gptq as GPTQ": ".1%",
                          "act_order as act-order": ".1%"})
-    trace.note(f"calibrated on a single token, GPTQ moves that of output by {one_token:.1%}")
+    trace.note(f"Calibrated on a single token, GPTQ moves the output of the last matrix by "
+               f"{one_token:.1%}: the repairs fit that token only.")
     trace.say("The model:")
     trace.table([nearest_score, gptq_score, ordered], SCORES)
     trace.say(f"GPTQ: {compare(gptq_score, nearest_score)} rounding to nearest, with the same bytes. "
@@ -2044,6 +2058,7 @@ class Exponent(NamedTuple):
 def try_exponents(lab: Lab, source: str, bits: int, group_size: int) -> list[Exponent]:
     """Return the output errors of the matrices that read source, for some exponents."""
     w, x = readers_of(lab, source)
+    x = x[:AWQ_TOKENS]
     exact = linear(x, w)
     rows = []
     for exponent in (0.0, 0.2, 0.4, 0.6, 0.8):
@@ -2081,6 +2096,7 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
     trace.note("found, of 0 to 0.9: " + ", ".join(f"{name} {alpha:.1f}"
                                                   for name, (_, alpha) in found.items()))
     w, x = readers_of(lab, source)
+    x = x[:AWQ_TOKENS]
     folded = Llama(lab.config, awq_folded(lab, bits, g))
     verse = split_verses(lab, lab.evaluation)[0]
     trace.check_close("AWQ's scales, folded in, left the FP32 logits where they were",
@@ -2099,7 +2115,7 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
 # 8. QLoRA: training on top of a compressed model
 
 RANK = 4
-FINE_TUNING = (6, 32)  # steps, tokens a step: the whole text
+FINE_TUNING = (4, 32)  # steps, tokens a step: the whole text
 # Each is the best of 0.005, 0.01, 0.02, 0.04 and 0.08, in the mean of seeds 0 to 4.
 RATES = {"full": 0.01, "LoRA": 0.04, "QLoRA": 0.04}
 
@@ -2391,7 +2407,7 @@ def relative_error_mean(a: Matrix, b: Matrix) -> float:
 
 # 13. One bit and a bit
 
-TERNARY_STEPS = 12
+TERNARY_STEPS = 16
 
 
 def show_one_bit(trace: Trace, knobs: Namespace) -> None:
@@ -2410,7 +2426,7 @@ def show_one_bit(trace: Trace, knobs: Namespace) -> None:
 
     trace.ask(f"{name} has {n:,} weights, bell-shaped. With γ = mean|W|, how many become 0?", zeros)
     trace.say(f"All matrices but the head in one bit, or in one of three values, from the same model. "
-              f"The last row was trained for {TERNARY_STEPS} steps of 32 tokens of the training text, "
+              f"The last row was trained for {TERNARY_STEPS} steps of 24 tokens of the training text, "
               f"with ternary weights in the forward pass.")
     trace.table([score(lab, by_bitnet), mean, fitted, trained], SCORES)
     trace.say(f"The scale with the least squared error: {compare(fitted, mean)} the mean of |W|. "
@@ -2423,6 +2439,8 @@ def show_one_bit(trace: Trace, knobs: Namespace) -> None:
     trace.check_close("the product without multiplications = the one with decoded weights", [y],
                       linear([x], ternary_weights(w)), 1e-9)
     trace.check("additions counted = codes that are not 0", additions == n - zeros, f"{additions:,}")
+    trace.check("BitNet of 1, 3, -2, 2 = -2, 2, -2, 2",
+                bitnet_signs([[1.0, 3.0], [-2.0, 2.0]]) == [[-2.0, 2.0], [-2.0, 2.0]], "by hand")
     kept = [abs(value) for value in flatten(w) if abs(value) > gamma / 2]
     trace.check("the least-squares scale = the mean |w| of the weights that are not 0",
                 abs(least_squares_scale(w, codes) - fmean(kept)) < 1e-12,
@@ -2451,7 +2469,7 @@ class OneLayer(NamedTuple):
     refreshed: float   # how often the projection was made; mean
 
 
-def train_one_layer(way: str, seed: int, steps: int = 50, layers: int = 2) -> OneLayer:
+def train_one_layer(way: str, seed: int, steps: int = 30, layers: int = 2) -> OneLayer:
     """Train a layer of 16 × 24 to be like another one, from which it differs by a matrix of rank 4.
 
     way: "Adam in full", "to nearest", "stochastic", or "on noise", whose gradients are noise. The
@@ -2497,7 +2515,7 @@ def show_q_galore(trace: Trace, knobs: Namespace) -> None:
               "projected gradient?", 2 * 4 * 24)
     trace.say("A layer of 16 × 24 weights learns to be like another one, by Adam in full precision "
               "and by Q-GaLore with rounding to nearest and by chance. The learning rate is a fifth "
-              "of INT8's grid step. What is left of the loss after 50 steps, in the mean of 2 layers:")
+              "of INT8's grid step. What is left of the loss after 30 steps, in the mean of 2 layers:")
     trace.table([full, to_nearest, galore], {"way": "", "loss as loss left": ".1%bar 30"})
     trace.note(f"Q-GaLore keeps {2 * 4 * 24} numbers for Adam instead of {2 * 16 * 24}. It made its "
                f"projection {galore.refreshed:.1f} times; of gradients that are noise, "
@@ -2518,7 +2536,7 @@ def show_q_galore(trace: Trace, knobs: Namespace) -> None:
     trace.check("it learns where rounding to nearest stands still",
                 full.loss < galore.loss < 0.8 * to_nearest.loss, "the table")
     trace.check("a subspace that has settled is made anew less often than one of noise",
-                1 < galore.refreshed < noise.refreshed, "50 steps")
+                1 < galore.refreshed < noise.refreshed, "30 steps")
 
 
 # 15. Training in 16 bits
@@ -2534,7 +2552,7 @@ class HalfRun(NamedTuple):
     loss: float     # on other verses, after the training
 
 
-def train_in_format(way: str, form: Callable, scale: LossScale, seed: int, steps: int = 16) -> HalfRun:
+def train_in_format(way: str, form: Callable, scale: LossScale, seed: int, steps: int = 8) -> HalfRun:
     """Train a small Llama, with its weights and gradients in a format, and measure it.
 
     A gradient is a piece's share of a mean over a batch. The batch is taken to be made of equal
@@ -2580,7 +2598,7 @@ def show_half_precision(trace: Trace, knobs: Namespace) -> None:
     full, half, scaled, brain = rows
     trace.ask("the gradients of one piece in a batch of 16 million tokens: which share of them is "
               "too small for FP16?", half.lost)
-    trace.say("A smaller model (16 channels) is trained from the start for 16 steps. Each step's "
+    trace.say("A smaller model (16 channels) is trained from the start for 8 steps. Each step's "
               "gradient is one of a million equal shares of a batch's. Weights are rounded to the "
               "format for both passes; master weights, sums and Adam are not. Lost: gradients that "
               "became 0. Loss: on other verses.")
@@ -2623,7 +2641,7 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
               f"on the calibration text (in thousandths), and the bits that it gets, all together "
               f"within the bytes of {bits} bits throughout. Then the model.")
     rows = [{"matrix": name, **damage[name], "gets": widths[name]} for name in choices]
-    trace.table(rows, {"matrix": "", **{width: ".3f" for width in damage["output"]}, "gets": "d"})
+    trace.table(rows, {"matrix": "", **dict.fromkeys(damage["output"], ".3f"), "gets": "d"})
     trace.table([uniform, mixed], SCORES)
     trace.say(f"Mixed bits: {compare(mixed, uniform)} uniform ones. The estimate adds up the weights "
               f"one by one, as if their errors did not work together, and it saw little text.")
@@ -3198,7 +3216,12 @@ class Lab:
     @cached_property
     def inputs(self) -> dict[str, Matrix]:
         """What each matrix reads on the calibration text."""
-        return inputs_on(self, self.model, self.calibration)
+        return inputs_on(self, self.calibration)
+
+    @cached_property
+    def unseen_inputs(self) -> dict[str, Matrix]:
+        """What each matrix reads on the evaluation text."""
+        return inputs_on(self, self.evaluation)
 
     @cached_property
     def reference(self) -> list[Matrix]:
@@ -3370,9 +3393,9 @@ def split_verses(lab: Lab, ids: Sequence[int]) -> list[list[int]]:
     return [verse for verse in verses if verse]
 
 
-def inputs_on(lab: Lab, model: Llama, ids: Sequence[int]) -> dict[str, Matrix]:
-    """Return what each matrix of a model reads on the verses of ids, [tokens][in]."""
-    recorder = RecordingLlama(lab.config, model.weights)
+def inputs_on(lab: Lab, ids: Sequence[int]) -> dict[str, Matrix]:
+    """Return what each matrix reads on the verses of ids, [tokens][in]."""
+    recorder = RecordingLlama(lab.config, lab.model.weights)
     inputs: dict[str, Matrix] = {}
     for verse in split_verses(lab, ids):
         recorder.forward(verse)
@@ -3560,8 +3583,13 @@ def in_8_bits(lab: Lab, method: str, alpha: float = 0.0) -> Compressed:
             return fp8_matmul(x, weights[name])
         return int8_matmul(x, codes[name], scales[name] if method == "static" else None)
 
-    # A byte a weight, and two for the scale of each row.
+    # A byte a weight, and two for the scale of each row. LLM.int8() keeps the columns of outliers
+    # in FP16 as well.
     nbytes = lab.n_weights + 2 * sum(len(q.codes) for q in codes.values())
+    if method == "LLM.int8()":
+        for name, x in lab.inputs.items():
+            kept = sum(size >= 6.0 for size in column_absmax(x))
+            nbytes += 2 * kept * len(codes[name].codes)
     label = {"static": "W8A8, static", "dynamic": "W8A8, dynamic"}.get(method, method)
     return sized(lab, label, EightBitLlama(lab.config, weights, multiply), nbytes)
 
@@ -3590,13 +3618,16 @@ def by_gptq(lab: Lab, bits: int, granularity: str | int, act_order: bool = False
     return compress(lab, "GPTQ, act-order" if act_order else "GPTQ", method)
 
 
+AWQ_TOKENS = 64  # of the calibration text: a little will do, and saves time
+
+
 @lru_cache(maxsize=None)
 def awq_exponents(lab: Lab, bits: int, granularity: str | int) -> dict[str, tuple[Vector, float]]:
     """Return {source: (scales, α)} of every norm, and of every w3, whose channels w2 reads."""
     found = {}
     for source in sources_and_readers(lab.config):
         w, x = readers_of(lab, source)
-        scales, alpha, _ = awq_search(w, x, bits, granularity=granularity, grid=10)
+        scales, alpha, _ = awq_search(w, x[:AWQ_TOKENS], bits, granularity=granularity, grid=10)
         found[source] = scales, alpha
     return found
 
@@ -3677,7 +3708,7 @@ def in_ternary(lab: Lab, how: str, steps: int = 0) -> Compressed:
     def gradients_of(config: Config, weights: dict, tokens: Sequence[int]) -> tuple[float, dict]:
         return straight_through(config, weights, names, tokens)
 
-    descend(lab.config, weights, lab.training, steps, 32, 0.01, gradients_of)
+    descend(lab.config, weights, lab.training, steps, 24, 0.01, gradients_of)
 
     def method(key: str, w: Matrix) -> tuple[Matrix, bytes]:
         if key == "output":
