@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """From logits to text: how the next token is chosen, and how one pass of a model gives several.
 
-A language model only scores the tokens that may come next. Decoding is everything after that: taking
-the best token, drawing one by chance, searching ahead, or letting something cheap guess several
-tokens that the model then checks in one pass. Each method runs here on a tiny Llama that first
-learns a nursery rhyme, and the trace proves what is usually only said: that speculative decoding
-changes the speed and not the text.
+A language model only scores the tokens that may come next. Decoding is everything after that:
+taking the best token, drawing one by chance, searching ahead, or letting something cheap guess
+several tokens that the model then checks in one pass. Each method runs here on a tiny Llama that
+first learns a nursery rhyme, and the trace proves what is usually only said: that speculative
+decoding changes the speed and not the text.
 
 How to read it. Run `python microbeam.py` and read the trace first (20 minutes). Then read THE
 TECHNIQUES below: sections 1 to 6, 8 and 11 are the chapter (60 minutes). Sections 7, 9 and 10 can
@@ -63,7 +63,7 @@ import time
 import unicodedata
 from argparse import ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from statistics import fmean, stdev
@@ -110,7 +110,8 @@ CONTEXT = "This is the rat that ate the malt that lay in the house that Jack bui
 #
 #     x_t = argmax logits(x_1 … x_t-1)
 #
-# It is the right choice where one answer is wanted, as in code or extraction. It has two weaknesses.
+# It is the right choice where one answer is wanted, as in code or extraction. It has two
+# weaknesses.
 #
 # It sees one step ahead. The best first word may lead to where every second word is poor. Say "a"
 # begins with 0.5 and its best continuation has 0.4; "b" begins with 0.4, and "c" follows it with
@@ -182,8 +183,8 @@ def argmax(logits: Vector) -> int:
 # divides their logits (or multiplies those below 0), once. Presence and frequency, from OpenAI's
 # API, subtract: once, and once per time.
 #
-# When to use which: top-p near 0.9 or min-p near 0.1, with a temperature up to 1, is common. Whether
-# min-p is the better of the two is disputed (both papers are above).
+# When to use which: top-p near 0.9 or min-p near 0.1, with a temperature up to 1, is common.
+# Whether min-p is the better of the two is disputed (both papers are above).
 #
 # In production: the …LogitsWarper classes of transformers' generation/logits_process.py, in this
 # order. Ties are kept and dropped as there, but for top-p's: its sort says nothing of equals. vLLM:
@@ -228,7 +229,10 @@ def top_p_filter(logits: Vector, p: float) -> Vector:
 
 
 def min_p_filter(logits: Vector, p: float) -> Vector:
-    """Keep tokens with at least p times the best one's probability. ValueError unless 0 <= p <= 1."""
+    """Keep tokens with at least p times the best one's probability.
+
+    ValueError unless 0 <= p <= 1.
+    """
     if not 0 <= p <= 1:
         raise ValueError(f"min_p must be from 0 to 1, not {p}")
     probabilities = softmax(logits)
@@ -365,12 +369,12 @@ def sampler(rng: random.Random, **settings: float | None) -> Choose:
 
 
 def draw(p: Vector, rng: random.Random) -> int:
-    """Return an index, i with probability p[i]. All randomness of the decoders goes through here."""
+    """Return an index, i with probability p[i]. All randomness of the decoders is in here."""
     return rng.choices(range(len(p)), weights=p)[0]
 
 
 class EveryBranch:
-    """A source of randomness for draw() that follows a script, then takes the first possible choice."""
+    """A source of chance for draw() that follows a script, then takes the first possible choice."""
 
     def __init__(self, script: Sequence[int]):
         self.script = script
@@ -391,7 +395,7 @@ class EveryBranch:
 
 
 def every_outcome(run: Callable[[EveryBranch], object]) -> dict[object, float]:
-    """Return {outcome: its exact probability}: run(rng) is called for every way its draws can fall."""
+    """Return {outcome: its exact probability}: run(rng) is called for each way its draws fall."""
     outcomes: Counter[object] = Counter()
     scripts: list[list[int]] = [[]]
     while scripts:
@@ -448,7 +452,7 @@ def beam_search(
     eos: int | None = None,
     early_stopping: bool = False,
 ) -> list[Candidate]:
-    """Return [(new tokens, score)], best first, at most `width`; texts cut off at the end count too.
+    """Return [(new tokens, score)], best first, at most `width`; unended texts count too.
 
     It stops early when `width` texts have ended and no running one can still beat the worst of
     them, however long it gets (transformers calls that early_stopping="never"; its False only looks
@@ -496,7 +500,12 @@ def extensions(
 
 
 def diverse_beam_search(
-    logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, groups: int, diversity: float
+    logits_fn: LogitsFn,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    groups: int,
+    diversity: float,
 ) -> list[Candidate]:
     """Return [(new tokens, log-probability)] of `groups` beams of width 1, in their order.
 
@@ -549,7 +558,7 @@ def exact_search(
 # target's distribution p stays exactly as it was:
 #
 #     keep x with probability   min(1, p(x) / q(x))
-#     otherwise draw from       max(0, p - q), normalised: what the target wants and q gave too little
+#     otherwise draw from       max(0, p - q), normalised: where q gives less than p wants
 #
 # With p = 0.6, 0.4 and q = 0.8, 0.2 for two tokens A and B: A is drafted with 0.8 and kept with
 # 0.6/0.8 = 0.75, so it comes with 0.6. B is drafted with 0.2 and always kept; a rejected A (0.2)
@@ -571,14 +580,15 @@ def exact_search(
 #
 # It holds for any q, if the guess was drawn from that same q. To draft the argmax and judge it by
 # softmax q is a common bug, and the output is biased. A guess that comes from no distribution is
-# right with q = 1 at the guess and 0 elsewhere (a point mass). The rule then says: keep x with p(x),
-# otherwise draw from p without x. That is the same as to draw the target's own token from p, and
-# keep the guess if it is that token. So verify() takes any way to choose, argmax or sampler(…), and
-# all decoders from here on work for both.
+# right with q = 1 at the guess and 0 elsewhere (a point mass). The rule then says: keep x with
+# p(x), otherwise draw from p without x. That is the same as to draw the target's own token from p,
+# and keep the guess if it is that token. So verify() takes any way to choose, argmax or sampler(…),
+# and all decoders from here on work for both.
 #
 # If eos stands among the kept guesses, the text ends there and what was kept behind it is cut off.
 # Temperature and top-p go into p, which is the distribution wanted, and into q as well, so that the
-# two agree more often. (On a GPU a pass over five tokens may be rounded otherwise than one over one.)
+# two agree more often. (On a GPU a pass over five tokens may be rounded otherwise than one over
+# one.)
 #
 # In production: vllm/v1/sample/rejection_sampler.py; its NO_DRAFT_PROBS is the point mass.
 # transformers: _speculative_sampling in generation/utils.py. Measured by show_speculative().
@@ -586,7 +596,7 @@ def exact_search(
 
 @dataclass
 class Counts:
-    """What a speculative run did: for each pass of the target, the guesses and how many were kept."""
+    """What a speculative run did: for each pass, the guesses and how many of them were kept."""
 
     rounds: list[tuple[list[int], int]] = field(default_factory=list)
 
@@ -613,7 +623,7 @@ class Counts:
     def add_round(
         self, tokens: list[int], drafts: list[int], found: list[int], end: int, eos: int | None
     ) -> bool:
-        """Append found to tokens, up to eos or to `end` tokens; return whether the text is complete.
+        """Append found to tokens, up to eos or `end` tokens; return whether the text is complete.
 
         found: the guesses that were right, and then the target's own token.
         """
@@ -635,7 +645,7 @@ def speculative_greedy(
     gamma: int,
     eos: int | None = None,
 ) -> tuple[list[int], Counts]:
-    """Return (greedy(target_fn, …), Counts), drafting `gamma` tokens at a time by greedy(draft_fn, …).
+    """Return (greedy(target_fn, …), Counts); greedy(draft_fn, …) guesses `gamma` tokens at a time.
 
     ValueErrors as for speculate().
     """
@@ -655,8 +665,8 @@ def speculate(
 ) -> tuple[list[int], Counts]:
     """Return the tokens that choose() alone would give, and Counts, whoever guesses.
 
-    propose(tokens, n) returns up to n tokens that may follow. A pass is asked for at most gamma, and
-    never for more than it can use: it adds one token itself. ValueError for gamma below 1, an empty
+    propose(tokens, n) returns up to n tokens that may follow. A pass gets at most gamma, and never
+    more than it can use: it adds one token itself. ValueError for gamma below 1, an empty
     prompt, max_new_tokens below 0, or an eos outside the vocabulary.
     """
     check_request(prompt, max_new_tokens, gamma=gamma)
@@ -727,7 +737,7 @@ def speculative_sample(
 def accept_or_replace(
     p: Matrix, q: Matrix, drafts: Sequence[int], rng: random.Random
 ) -> list[int]:
-    """Return the guesses kept by the rule, and one more token of the target's; p has one row more."""
+    """Return the guesses kept by the rule, and a token of the target's; p has one row more."""
     for i, token in enumerate(drafts):
         keep = acceptance(p[i], q[i])[token]
         rejected = draw([keep, 1 - keep], rng)  # 0 or 1
@@ -790,7 +800,7 @@ def expected_tokens(alpha: float, gamma: int) -> float:
 
 
 def speed_up(alpha: float, gamma: int, cost: float) -> float:
-    """Return how many times faster than without a draft, whose pass costs `cost` of the target's."""
+    """Return how many times faster it is with a draft whose pass costs `cost` of the target's."""
     return expected_tokens(alpha, gamma) / (gamma * cost + 1)
 
 
@@ -803,9 +813,9 @@ def best_gamma(alpha: float, cost: float, limit: int = 16) -> int:
 #
 # A draft need not be a trained model. Text repeats itself: prompt lookup (Saxena 2023) finds the
 # last few tokens earlier in the text, and proposes what came after them. It pays for summaries,
-# edits and code, which copy a lot. An n-gram model counts which token followed which in some corpus.
-# And the target itself, with its weights rounded to a few bits, agrees nearly always and reads less
-# memory. (microquant.py rounds well; here it is done the simplest way.)
+# edits and code, which copy a lot. An n-gram model counts which token followed which in some
+# corpus. And the target itself, with its weights rounded to a few bits, agrees nearly always and
+# reads less memory. (microquant.py rounds well; here it is done the simplest way.)
 #
 # These guesses are single tokens without a distribution, so speculate() judges them by the point
 # mass of section 5. In production: vLLM's v1/spec_decode/ngram_proposer.py, transformers'
@@ -882,9 +892,9 @@ def round_row(row: Vector, largest: int) -> Vector:
 # chosen x_t+1 from h_t, so the heads know what follows that one, but not which token it was.
 #
 # The best few of each head form a tree. All of it is verified in one pass: every node is a token,
-# its position is that of its place in its own text, and it sees the text before the tree and its own
-# ancestors, but no other branch. After "This is", which has positions 0 and 1, the four nodes of a
-# tree and what they see of each other (1: seen):
+# its position is that of its place in its own text, and it sees the text before the tree and its
+# own ancestors, but no other branch. After "This is", which has positions 0 and 1, the four nodes
+# of a tree and what they see of each other (1: seen):
 #
 #     node     text that ends there     position     the  cow  that  cat
 #     the      This is the                 2          1    .    .     .
@@ -896,8 +906,8 @@ def round_row(row: Vector, largest: int) -> Vector:
 # the root, follow the target's own choice as long as the tree has it; the first choice that the
 # tree does not have is the free token. The keys and values of the other branches leave the cache.
 #
-# What a pass costs: a tree of ten nodes is ten tokens of arithmetic, and most of them are rolled back.
-# As long as reading weights takes the time, a text of n tokens has
+# What a pass costs: a tree of ten nodes is ten tokens of arithmetic, and most of them are rolled
+# back. As long as reading weights takes the time, a text of n tokens has
 #
 #     speed-up = n / (passes + c · guesses)                with the c of section 6
 #
@@ -923,7 +933,7 @@ def silu(x: Matrix) -> Matrix:
 def medusa_candidates(
     target: CachedModel, heads: Sequence[Head], tops: Sequence[int], tokens: Sequence[int]
 ) -> list[tuple[int, ...]]:
-    """Return every way to follow tokens with one of head 1's tops[0] best, one of head 2's tops[1] …
+    """Return every way to go on with one of head 1's tops[0] best, one of head 2's tops[1] …
 
     The heads read the state before the last token, where the target last was. Before it has read
     anything there is none, and no candidate.
@@ -1035,10 +1045,10 @@ def eagle_draft(target: CachedModel, head: Head, tokens: list[int], n: int) -> l
 
 # 10. Jacobi and lookahead decoding
 #
-# Greedy text solves equations: x_t = argmax logits(x_1 … x_t-1) for every t. Guess them all, and one
-# pass renews every x_t at once; repeat that, as Jacobi did for linear equations (Santilli et al.).
-# The first is right after each pass, and with luck several are. But mostly a good token appears in
-# the wrong place, and is overwritten in the next pass.
+# Greedy text solves equations: x_t = argmax logits(x_1 … x_t-1) for every t. Guess them all, and
+# one pass renews every x_t at once; repeat that, as Jacobi did for linear equations (Santilli et
+# al.). The first is right after each pass, and with luck several are. But mostly a good token
+# appears in the wrong place, and is overwritten in the next pass.
 #
 # Lookahead decoding keeps what appears. Beside the text it carries a window: two rows of guesses,
 # each renewed by the pass before. With a window of 3, before a pass and after it:
@@ -1047,11 +1057,12 @@ def eagle_draft(target: CachedModel, head: Head, tokens: list[int], n: int) -> l
 #     row 2    d  e  f        what the target put after a, after a b, after a b c, one pass ago
 #     new      g  h  i        what it puts now after a d, after a b e, after a b c f
 #
-# Read a column downwards: d was the target's choice after a, and g its choice after d. So "a d g" is
-# a piece of text that the target strung together itself, if for another place. It goes into a pool
-# under its first token, and so do "b e h" and "c f i". Then row 1 is dropped: row 2 becomes row 1,
-# and the new tokens row 2. When the text ends in an "a" one day, "d g" is verified as a guess, in the
-# same pass, as a branch of a tree; and so is the window itself, since it is in the pass anyway.
+# Read a column downwards: d was the target's choice after a, and g its choice after d. So "a d g"
+# is a piece of text that the target strung together itself, if for another place. It goes into a
+# pool under its first token, and so do "b e h" and "c f i". Then row 1 is dropped: row 2 becomes
+# row 1, and the new tokens row 2. When the text ends in an "a" one day, "d g" is verified as a
+# guess, in the same pass, as a branch of a tree; and so is the window itself, since it is in the
+# pass anyway.
 #
 # There is no draft and no training, but more arithmetic. In production: Fu et al.'s own code and
 # llama.cpp's examples/lookahead. Measured by show_lookahead().
@@ -1138,10 +1149,10 @@ def lookahead_greedy(
 #     P_local(text) = Π p(x_t) / Z_t                what masking gives
 #     P(text | it fits) = P(text) / P(fits)         what asking the model for fitting text would be
 #
-# Say two texts fit. "cat that" begins with 0.1 and goes on with 0.9. "cow that" begins with 0.1 too,
-# but the model then wants "with", and leaves 0.001 for "that". Of the texts that fit, 0.09 to 0.0001
-# are "cat that". Under the mask both have one half: it cannot see, at the first word, that the
-# second will be forced against the model's will.
+# Say two texts fit. "cat that" begins with 0.1 and goes on with 0.9. "cow that" begins with 0.1
+# too, but the model then wants "with", and leaves 0.001 for "that". Of the texts that fit, 0.09 to
+# 0.0001 are "cat that". Under the mask both have one half: it cannot see, at the first word, that
+# the second will be forced against the model's will.
 #
 # In production: XGrammar and llguidance, in vLLM as v1/structured_output/backend_xgrammar.py and
 # backend_guidance.py, and llama.cpp's GBNF grammars. They handle nested shapes as JSON has them
@@ -1240,12 +1251,13 @@ def repeats(way: str, texts: Sequence[Sequence[int]]) -> Repeats:
 
 
 def compare_repeats(lab: DecodingLab, n: int) -> list[Repeats]:
-    """Return the repetition in greedy and drawn texts of both models, and in pieces of the rhyme."""
+    """Return the repetition in both models' greedy and drawn texts, and in pieces of the rhyme."""
     rows = []
     for name, model in (("target", lab.fresh_target()), ("small", lab.fresh_draft())):
         rng = random.Random(lab.seed)
+        best = [greedy(model, prompt, n) for prompt in lab.prompts]
         drawn = [sample(model, prompt, n, rng=rng) for prompt in lab.prompts]
-        rows.append(repeats(f"{name}, greedy", [greedy(model, prompt, n) for prompt in lab.prompts]))
+        rows.append(repeats(f"{name}, greedy", best))
         rows.append(repeats(f"{name}, drawn", drawn))
     pieces = [lab.ids[start:start + n] for start in range(0, len(lab.ids) - n, n)]
     return [*rows, repeats("the rhyme itself", pieces)]
@@ -1259,27 +1271,29 @@ def show_greedy(trace: Trace, knobs: Namespace) -> None:
     lab = knobs.lab
     toy = toy_texts()
     best = max(toy, key=lambda row: row.p)
-    trace.say("Greedy takes the likeliest next token each time, and so sees one step ahead. Here is a "
-              "toy language of three words with all its texts of two words: the best first word does "
-              "not begin the best text.")
-    trace.ask("a begins with 0.5, b with 0.4, c with 0.1. After a come 0.4, 0.35, 0.25; after b 0.05, "
-              "0.05, 0.9; after c 0.2, 0.6, 0.2. How probable is the best text?", best.p)
+    trace.say("Greedy takes the likeliest next token each time, and so sees one step ahead. Here "
+              "is a toy language of three words with all its texts of two words: the best first "
+              "word does not begin the best text.")
+    trace.ask("a begins with 0.5, b with 0.4, c with 0.1. After a come 0.4, 0.35, 0.25; after b "
+              "0.05, 0.05, 0.9; after c 0.2, 0.6, 0.2. How probable is the best text?", best.p)
     trace.table(toy, {"text": "", "p": ".3f bar 20", "mark as  ": ""})
 
     trace.say("Now a tiny Llama, the target of this chapter, and a smaller one. They have read "
-              f"{lab.steps * STEP_TOKENS:,} and {lab.draft_steps * STEP_TOKENS:,} tokens of The House That "
-              "Jack Built, and nothing else. Their greedy texts (a slash is a line end):")
+              f"{lab.steps * STEP_TOKENS:,} and {lab.draft_steps * STEP_TOKENS:,} tokens of The "
+              "House That Jack Built, and nothing else. Their greedy texts (a slash is a line "
+              "end):")
     texts = []
     for name, model in (("target", lab.fresh_target()), ("small", lab.fresh_draft())):
         texts.append(greedy(model, knobs.tokens, knobs.max_new_tokens))
         trace.lines(quoted(f"{name}: " + lab.tokenizer.decode([*knobs.tokens, *texts[-1]])))
     rows = compare_repeats(lab, REPEAT_TOKENS)
-    trace.say(f"Does greedy repeat itself? {len(lab.prompts)} texts of {REPEAT_TOKENS} tokens, greedy "
-              "and drawn by chance. Repeated: the share of runs of four tokens that were there before.")
+    trace.say(f"Does greedy repeat itself? {len(lab.prompts)} texts of {REPEAT_TOKENS} tokens, "
+              "greedy and drawn by chance. Repeated: the share of runs of four tokens that were "
+              "there before.")
     trace.table(rows, REPEATS)
     trace.note("±: standard deviation over the texts. The rhyme: all its pieces of that length")
-    trace.say(f"Of the target's greedy texts {rows[0].repeated:.0%} is repetition, of its drawn ones "
-              f"{rows[1].repeated:.0%}; of the smaller model's {rows[2].repeated:.0%} and "
+    trace.say(f"Of the target's greedy texts {rows[0].repeated:.0%} is repetition, of its drawn "
+              f"ones {rows[1].repeated:.0%}; of the smaller model's {rows[2].repeated:.0%} and "
               f"{rows[3].repeated:.0%}. The rhyme has {rows[4].repeated:.0%}.")
     trace.check("the toy: greedy writes a and its best second word, and misses the best text",
                 toy[0] == ("a a", 0.2, "← greedy") and best.text == "b c", f"0.20 and {best.p:.2f}")
@@ -1336,7 +1350,7 @@ def compare_orders(rows: Matrix, temperatures: Sequence[float], knobs: Namespace
 
 
 def compare_penalties(lab: DecodingLab, n: int) -> list[Repeats]:
-    """Return the repetition in the smaller model's greedy texts, without a penalty and with each."""
+    """Return the repetition in the smaller model's greedy texts, without and with a penalty."""
     draft = lab.fresh_draft()
     penalties = {
         "none": count_penalty,
@@ -1384,18 +1398,18 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
     table = []
     for i in likeliest(shaped["as is"], 9):
         table.append({"token": lab.name(i)} | {name: p[i] for name, p in shaped.items()})
-    trace.say("A filter removes unlikely tokens before one is drawn. Top-k keeps the k likeliest; top-p "
-              "the likeliest that have probability p together; min-p those with at least min-p times "
-              "the best one's probability; typical those whose surprise is nearest to the mean "
-              "surprise. A temperature t below 1 sharpens, above 1 flattens.")
+    trace.say("A filter removes unlikely tokens before one is drawn. Top-k keeps the k likeliest; "
+              "top-p the likeliest that have probability p together; min-p those with at least "
+              "min-p times the best one's probability; typical those whose surprise is nearest to "
+              "the mean surprise. A temperature t below 1 sharpens, above 1 flattens.")
     trace.say(f"What may follow {lab.tail(knobs.tokens)!r}:")
     trace.table(table, {"token": "", "as is": f".2f bar 6 of {most}"}
                 | {name: f"bar 7 of {most}" for name in list(shaped)[1:]})
 
     rows = lab.target.forward(lab.ids[-FILTER_PLACES:])
     kept = count_kept(rows, filters)
-    trace.ask(f"Over {len(rows)} places of the rhyme, how many tokens does top-p {knobs.top_p:g} keep "
-              "where it keeps fewest?", kept[1].fewest)
+    trace.ask(f"Over {len(rows)} places of the rhyme, how many tokens does top-p {knobs.top_p:g} "
+              "keep where it keeps fewest?", kept[1].fewest)
     trace.say(f"Tokens kept, over the last {len(rows)} places of the rhyme:")
     trace.table(kept, {"filter": "", "fewest": "d", "middle": "d", "most": "d",
                        "best_dropped as places where the best token goes": "d"})
@@ -1404,22 +1418,26 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
               f"{kept[3].best_dropped} places, where it says less than a text usually does.")
 
     orders = compare_orders(rows, (0.5, 1.0, 2.0, 5.0), knobs)
-    trace.say("Temperature first, as in transformers, or last, as in llama.cpp? Tokens kept, mean over "
-              "the same places:")
+    trace.say("Temperature first, as in transformers, or last, as in llama.cpp? Tokens kept, mean "
+              "over the same places:")
     trace.table(orders, dict.fromkeys(OrderRow._fields, ".1f"))
     trace.say(f"At t = 5 with the temperature first, top-p keeps {orders[-1].top_p_first:.0f} of "
-              f"{VOCAB_SIZE} tokens and min-p {orders[-1].min_p_first:.0f}. With it last, both keep "
-              "what they keep at t = 1.")
-    trace.say("Penalties push down tokens that were there already. The smaller model's greedy texts "
-              f"again, {len(lab.prompts)} of {REPEAT_TOKENS} tokens:")
+              f"{VOCAB_SIZE} tokens and min-p {orders[-1].min_p_first:.0f}. With it last, both "
+              "keep what they keep at t = 1.")
+    trace.say("Penalties push down tokens that were there already. The smaller model's greedy "
+              f"texts again, {len(lab.prompts)} of {REPEAT_TOKENS} tokens:")
     trace.table(compare_penalties(lab, REPEAT_TOKENS), REPEATS)
     example = [math.log(p) for p in (0.4, 0.15, 0.15, 0.15, 0.15)]
     kept_of_example = [survivors(softmax(logits)) for logits in (
         top_k_filter(example, 2), top_p_filter(example, 0.5), min_p_filter(example, 0.5),
         typical_filter(example, 0.5))]
-    trace.check("the example worked out in the source: kept by top-k 2, top-p 0.5, min-p 0.5, typical 0.5",
+    trace.check("the source's example: tokens kept by top-k 2, top-p 0.5, min-p 0.5, typical 0.5",
                 kept_of_example == [5, 2, 1, 4], " ".join(map(str, kept_of_example)))
-    trace.check("top-p keeps just enough: p is reached, and not without the least likely token kept",
+    penalised = [repetition_penalty([2.0, -2.0, 1.0], [0, 1, 1], 2.0),
+                 count_penalty([1.0, 1.0, 1.0], [0, 1, 1], presence=0.5, frequency=0.25)]
+    trace.check("penalties by hand, for tokens that came once, twice and never",
+                penalised == [[1.0, -4.0, 1.0], [0.25, 0.0, 1.0]], "2; 0.5 and 0.25")
+    trace.check("top-p keeps just enough: p is reached, and not without the last token kept",
                 all(nucleus_is_tight(row, knobs.top_p) for row in rows), f"{len(rows)} places")
     trace.check("with the temperature last, what is kept does not depend on it",
                 {row[2::2] for row in orders} == {orders[1][1::2]}, f"{len(orders)} temperatures")
@@ -1461,23 +1479,29 @@ def show_sampling(trace: Trace, knobs: Namespace) -> None:
     ways["t 1.5, top-p"] = {"temperature": 1.5, "top_p": knobs.top_p}
     ways["t 1.5, min-p"] = {"temperature": 1.5, "min_p": knobs.min_p}
     trades = compare_samplers(lab, knobs.tokens, ways, SAMPLED_TEXTS, 10)
-    trace.say("To sample is to draw the next token by its probability, reshaped or not. What each way "
-              f"trades: {SAMPLED_TEXTS} texts of 10 tokens after {lab.tail(knobs.tokens)!r}. Log p: mean "
-              "log-probability of a token under the model as it is. Distinct-2: different pairs of "
-              "neighbours, of all pairs.")
+    trace.say("To sample is to draw the next token by its probability, reshaped or not. What each "
+              f"way trades: {SAMPLED_TEXTS} texts of 10 tokens after {lab.tail(knobs.tokens)!r}. "
+              "Log p: mean log-probability of a token under the model as it is. Distinct-2: "
+              "different pairs of neighbours, of all pairs.")
     safest = max(trades, key=lambda row: row.log_p)
     widest = max(trades, key=lambda row: row.distinct)
     trace.ask("Which of these writes the likeliest texts: " + "; ".join(ways) + "?", safest.sampler)
     trace.table(trades, {"sampler": "", "log_p": ".2f", "error as ±": ".2f",
                          "distinct as distinct-2": ".2f", "texts as different texts": "d"})
     trace.note("±: the standard error of log p")
+    top_p, min_p = trades[-2:]
+    likelier = compare_words(min_p.log_p, top_p.log_p, "likelier than", "less likely than",
+                             "as likely as")
+    varied = compare_words(min_p.distinct, top_p.distinct, "more", "less", "as")
     trace.say(f"The likeliest texts come from {safest.sampler}, the most varied ones from "
-              f"{widest.sampler}. What a filter wins in the one it pays in the other. "
+              f"{widest.sampler}. At t 1.5, min-p's texts are {likelier} top-p's "
+              f"and {varied} varied. "
               "Whether a sampler is right is shown by taking every branch of it, and adding up.")
     drawn = every_outcome(lambda rng: tuple(sample(toy_logits, TOY_PROMPT, 3, rng=rng)))
     exact = {(a, b, c): TOY[()][a] * TOY[a,][b] * TOY[b,][c]
              for a, b, c in itertools.product(range(3), repeat=3)}
-    trace.check("enumerated, sample() gives each text of three words of section 1's toy its product of "
+    trace.check("enumerated, sample() gives each text of three words of section 1's toy its "
+                "product of "
                 "probabilities", largest_gap(drawn, exact) < 1e-12, "27 texts, max |Δ| < 1e-12")
 
 
@@ -1495,6 +1519,29 @@ LOSING = {
 def losing_logits(tokens: Sequence[int]) -> Vector:
     """Return logits of the language LOSING, after a prompt of one token."""
     return [math.log(p) for p in LOSING.get(tuple(tokens[1:]), [1 / 3, 1 / 3, 1 / 3])]
+
+
+class StepRow(NamedTuple):
+    """One candidate of one step of a beam."""
+
+    step: int
+    rank: str
+    log_p: float
+    text: str
+
+
+def beam_steps(lab: DecodingLab, prompt: list[int], width: int, n: int) -> list[StepRow]:
+    """Return the candidates kept at each step, and the best one that is dropped."""
+    target = lab.fresh_target()
+    beams: list[Candidate] = [(prompt, 0.0)]
+    rows = []
+    for step in range(1, n + 1):
+        ranked = extensions(target, beams, keep=width + 1)
+        beams = ranked[:width]
+        for rank, (tokens, total) in enumerate(ranked, 1):
+            mark = f"#{rank}" if rank <= width else "dropped"
+            rows.append(StepRow(step, mark, total, lab.clip(tokens[len(prompt):], 44)))
+    return rows
 
 
 class WidthRow(NamedTuple):
@@ -1543,7 +1590,7 @@ def compare_widths(
 def compare_diversity(
     lab: DecodingLab, prompts: Sequence[list[int]], n: int, diversities: Sequence[float]
 ) -> list[dict]:
-    """Return the variety of the four best of a beam (diversity 0) and of four diverse beams, means."""
+    """Return the variety of the four best of a beam (diversity 0), and of four diverse beams."""
     target = lab.fresh_target()
     rows = []
     for diversity in diversities:
@@ -1563,25 +1610,27 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
     """The tree, widths 1 to 8 beside exact search, length penalties and diverse beams."""
     lab = knobs.lab
     n = knobs.max_new_tokens
-    trace.say("Beam search keeps the few best texts so far instead of one. Four steps of width 3 from "
-              f"{lab.tail(knobs.tokens)!r}: each token with the log-probability of the text so far; #1 "
-              "to #3 are kept at their step, and × are the two best that are not.")
-    trace.lines(beam_tree(lab.fresh_target(), knobs.tokens, 3, 4, lab.name))
+    trace.say("Beam search keeps the few best texts so far instead of one. Four steps of width 3 "
+              f"from {lab.tail(knobs.tokens)!r}: what is kept at each step, by log-probability, "
+              "and the best text that is dropped.")
+    trace.table(beam_steps(lab, knobs.tokens, 3, 4),
+                {"step": "d", "rank": "", "log_p": ".2f", "text": ""})
 
-    prompts = [knobs.tokens, *lab.prompts[:2]]
+    prompts = [knobs.tokens, *lab.prompts[3:5]]
     rows = compare_widths(lab, prompts, (1, 2, 4, 8), n)
-    trace.ask("Log-probability alone decides. With width 8, is the best text longer, shorter or as long "
-              "as with width 1, on average?", compare_words(rows[3].tokens, rows[0].tokens))
+    trace.ask("Log-probability alone decides. With width 8, is the best text longer, shorter or as "
+              "long as with width 1, on average?", compare_words(rows[3].tokens, rows[0].tokens))
     trace.say("Wider beams: the likeliest text to the end of the verse, or of "
               f"{n} tokens (length penalty 0), means over {len(prompts)} prompts. \"Exact\" is the "
               f"likeliest text of all, where a search of at most {EXACT_PASSES} passes finds it.")
     trace.table(rows, {"width": "", "log_p": ".2f", "tokens": ".1f", "passes": ".1f",
-                       "worst as against greedy, at worst": "+.2f", "not_best as not the best": "d"})
+                       "worst as against greedy, at worst": "+.2f",
+                       "not_best as not the best": "d"})
     trace.note("not the best: prompts where exact search found a likelier text")
-    trace.say(f"From width 1 to 8 the texts go from {rows[0].tokens:.1f} tokens to {rows[3].tokens:.1f}. "
-              "Likelier is not better: every token costs, so a short text that ends is a likely one. The "
-              f"length penalty decides what best means. After {lab.tail(knobs.tokens)!r}, width "
-              f"{knobs.width}:")
+    trace.say(f"From width 1 to 8 the texts go from {rows[0].tokens:.1f} tokens to "
+              f"{rows[3].tokens:.1f}. Likelier is not better: every token costs, so a short text "
+              "that ends is a likely one. The length penalty decides what best means. After "
+              f"{lab.tail(knobs.tokens)!r}, width {knobs.width}:")
     target = lab.fresh_target()
     table = []
     for penalty in sorted({0.0, 0.5, 1.0, 2.0, knobs.length_penalty}):
@@ -1590,9 +1639,9 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
         table.append({"length penalty": penalty, "tokens": len(tokens), "log p":
                       log_probability(target, knobs.tokens, tokens), "text": lab.clip(tokens, 46)})
     trace.table(table, {"length penalty": "g", "tokens": "d", "log p": ".2f", "text": ""})
-    trace.say("The texts of a beam tend to be twins. Four texts of 8 tokens after each of the prompts, by "
-              "a beam of width 4 (diversity 0) and by four diverse beams: different pairs of neighbours "
-              "among the four, and their mean log-probability.")
+    trace.say("The texts of a beam tend to be twins. Four texts of 8 tokens after each of the "
+              "prompts, by a beam of width 4 (diversity 0) and by four diverse beams: different "
+              "pairs of neighbours among the four, and their mean log-probability.")
     trace.table(compare_diversity(lab, prompts, 8, (0.0, 1.0, 2.0)),
                 {"diversity": "g", "distinct-2": ".2f", "log p": ".2f"})
     [(tokens, _)] = beam_search(target, knobs.tokens, n, width=1, eos=lab.eos)
@@ -1604,8 +1653,15 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
     best = max(text_probabilities(toy_logits, TOY_PROMPT, 3).values())
     trace.check("the toy, three words: a beam of 9 finds the best of all 27 texts",
                 abs(math.exp(total) - best) < 1e-12, f"{best:.3f}, |Δ| < 1e-12")
-    chances = [math.exp(beam_search(losing_logits, TOY_PROMPT, 3, width=width, length_penalty=0.0)[0][1])
-               for width in (1, 2, 3)]
+    first_words = [letters(tokens) for tokens, _ in
+                   diverse_beam_search(toy_logits, TOY_PROMPT, 1, groups=3, diversity=0.2)]
+    trace.check("the toy, diversity 0.2: only the third beam is charged enough to leave a for b",
+                first_words == ["a", "a", "b"], "log 0.5 - 0.4 < log 0.4 < log 0.5 - 0.2")
+    chances = []
+    for width in (1, 2, 3):
+        [(_, total), *_] = beam_search(losing_logits, TOY_PROMPT, 3, width=width,
+                                       length_penalty=0.0)
+        chances.append(math.exp(total))
     trace.check("the example in the source: a beam of 2 loses to greedy, and one of 3 does not",
                 chances[1] < chances[0] == chances[2], " ".join(f"{p:.3f}" for p in chances))
 
@@ -1651,16 +1707,21 @@ class Proof(NamedTuple):
 
 
 def enumerate_speculation(
-    target_fn: LogitsFn, draft_fn: LogitsFn, n: int, gamma: int, eos: int | None = None, **settings: float
+    target_fn: LogitsFn,
+    draft_fn: LogitsFn,
+    n: int,
+    gamma: int,
+    eos: int | None = None,
+    **settings: float,
 ) -> Proof:
     """Take every branch of three decoders, for texts of n tokens after the prompt [0]."""
     def by_q(choose_draft: Callable, rng: EveryBranch) -> tuple:
-        return outcome(*speculative_sample(target_fn, draft_fn, [0], n, gamma=gamma, rng=rng, eos=eos,
-                                           choose_draft=choose_draft, **settings))
+        return outcome(*speculative_sample(target_fn, draft_fn, [0], n, gamma=gamma, rng=rng,
+                                           eos=eos, choose_draft=choose_draft, **settings))
 
     def by_point_mass(rng: EveryBranch) -> tuple:
-        return outcome(*speculate(target_fn, partial(greedy, draft_fn), [0], n, gamma=gamma, eos=eos,
-                                  choose=sampler(rng, **settings)))
+        return outcome(*speculate(target_fn, partial(greedy, draft_fn), [0], n, gamma=gamma,
+                                  eos=eos, choose=sampler(rng, **settings)))
 
     exact = text_probabilities(target_fn, [0], n, eos, **settings)
     runs = every_outcome(partial(by_q, draw))
@@ -1671,7 +1732,8 @@ def enumerate_speculation(
             for text in sorted(exact, key=exact.get, reverse=True)]
     went_on = 0.0
     for (_, rounds), p in runs.items():
-        if any(kept == guesses and later for (guesses, kept), (later, _) in zip(rounds, rounds[1:])):
+        pairs = zip(rounds, rounds[1:])
+        if any(kept == guesses and later for (guesses, kept), (later, _) in pairs):
             went_on += p
     gap = max(largest_gap(rule, exact), largest_gap(point, exact))
     passes = sum(p * len(rounds) for (_, rounds), p in runs.items())
@@ -1691,8 +1753,10 @@ def outcome(tokens: list[int], counts: Counts) -> tuple:
     return tuple(tokens), tuple((len(drafts), kept) for drafts, kept in counts.rounds)
 
 
-def round_lines(lab: DecodingLab, tokens: Sequence[int], counts: Counts, all_guesses: bool) -> list[str]:
-    """Return a line per pass: guesses kept (+), wrong ones (×), the token that the target puts (→)."""
+def round_lines(
+    lab: DecodingLab, tokens: Sequence[int], counts: Counts, all_guesses: bool
+) -> list[str]:
+    """Return a line per pass: guesses kept (+), wrong ones (×), the target's own token (→)."""
     lines = []
     done = 0
     for number, (drafts, kept) in enumerate(counts.rounds, 1):
@@ -1711,39 +1775,42 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
     lab = knobs.lab
     n = knobs.max_new_tokens
     target = lab.fresh_target()
-    tokens, counts = speculative_greedy(target, lab.fresh_draft(), knobs.tokens, n, gamma=knobs.gamma)
-    trace.say(f"A small draft model guesses {knobs.gamma} tokens, and the target checks them all in one "
-              "pass. Greedy first, a line per pass: + a guess that is right, × the first wrong one, → "
-              "the target's own token, which comes in its place or behind.")
-    trace.ask(f"{n} tokens are wanted, and {counts.accepted} guesses were right. How many passes did the "
-              "target make?", counts.target_passes)
+    tokens, counts = speculative_greedy(target, lab.fresh_draft(), knobs.tokens, n,
+                                        gamma=knobs.gamma)
+    trace.say(f"A small draft model guesses {knobs.gamma} tokens, and the target checks them all "
+              "in one pass. Greedy first, a line per pass: + a guess that is right, × the first "
+              "wrong one, → the target's own token, which comes in its place or behind.")
+    trace.ask(f"{n} tokens are wanted, and {counts.accepted} guesses were right. How many passes "
+              "did the target make?", counts.target_passes)
     trace.lines(round_lines(lab, tokens, counts, all_guesses=False)[:14])
     trace.note(f"{n} tokens in {counts.target_passes} passes. Of {counts.drafted} guesses "
                f"{counts.accepted} were kept, {counts.judged - counts.accepted} were wrong, and "
-               f"{counts.drafted - counts.judged} stood behind a wrong one and were thrown away unseen.")
+               f"{counts.drafted - counts.judged} stood behind a wrong one and were thrown away "
+               "unseen.")
 
     p, q = (distribution(llama.forward(knobs.tokens)[-1], knobs.temperature, top_p=knobs.top_p)
             for llama in (lab.target, lab.draft))
     rows = rule_rows(lab, p, q, 8)
     most = max(max(row[1:3] + row[5:]) for row in rows)
-    trace.say(f"Sampling: what may follow {lab.tail(knobs.tokens)!r}, temperature {knobs.temperature:g} "
-              f"and top-p {knobs.top_p:g} for both. A guess drawn from q is kept with min(1, p / q), in "
-              f"all {sum(map(min, p, q)):.0%}; otherwise the token is drawn from the rest, where the "
-              "target wants more than the draft gave.")
+    trace.say(f"Sampling: what may follow {lab.tail(knobs.tokens)!r}, temperature "
+              f"{knobs.temperature:g} and top-p {knobs.top_p:g} for both. A guess drawn from q is "
+              f"kept with min(1, p / q), in all {sum(map(min, p, q)):.0%}; otherwise the token is "
+              "drawn from the rest, where the target wants more than the draft gave.")
     trace.table(rows, {"token": "", "p": ".2f", "q": ".2f", "kept": ".0%", "both as min(p, q)":
                        f"bar 18 of {most}", "rest as the rest": f"bar 18 of {most}"})
 
     pair = random_pair(lab.seed)
     proofs = [enumerate_speculation(*pair, 5, gamma) for gamma in (1, 2)]
-    trace.say("The proof, checked: a random target and draft over two tokens, all 32 texts of 5 tokens, "
-              "gamma 2. Every branch that a decoder can take is taken and weighed. The draft's argmax, "
-              "judged by q, is the common bug; judged as a point mass it is right. The likeliest texts:")
+    trace.say("The proof, checked: a random target and draft over two tokens, all 32 texts of 5 "
+              "tokens, gamma 2. Every branch that a decoder can take is taken and weighed. The "
+              "draft's argmax, judged by q, is the common bug; judged as a point mass it is right. "
+              "The likeliest texts:")
     trace.table(proofs[1].rows[:6], {"text": "", "target": ".4f", "rule as by the rule": ".4f",
                                      "argmax_by_q as argmax, by q": ".4f",
                                      "point_mass as argmax, point mass": ".4f"})
-    trace.say(f"With the bug, {proofs[1].bias:.1%} of the probability is at another text than it should "
-              f"be; with the other two, none. (With probability {proofs[1].went_on:.2f} a round is kept "
-              "whole and another one drafts after it, so that case is in the proof.)")
+    trace.say(f"With the bug, {proofs[1].bias:.1%} of the probability is at another text than it "
+              f"should be; with the other two, none. (With probability {proofs[1].went_on:.2f} a "
+              "round is kept whole and another one drafts after it, so that case is in the proof.)")
     trace.check("greedy: the text is the target's own", len(tokens) == n
                 and is_greedy(lab.target, knobs.tokens, tokens), f"{n} tokens, one plain pass")
     trace.check("one pass scores all the guesses: passes run = rounds = tokens - guesses kept",
@@ -1766,8 +1833,8 @@ def keep_chances(
 ) -> tuple[Vector, Vector]:
     """Return two probabilities at each place of a text that the target drew.
 
-    First, that the token there is a kept guess, if one is judged: its share of min(p, q) in p, which
-    is min(1, q(x)/p(x)). Second, that whatever is guessed is kept: Σ min(p, q).
+    First, that the token x there is a kept guess, if one is judged: the share of min(p, q) in p,
+    which is min(1, q(x)/p(x)). Second, that whatever is guessed is kept: Σ min(p, q).
     """
     text = [*prompt, *tokens][:-1]
     chances = []
@@ -1784,7 +1851,7 @@ def keep_chances(
 def expected_passes(chances: Vector, gamma: int) -> float:
     """Return the mean passes for a text whose places have these chances of a kept guess.
 
-    passes[i] is the mean from place i to the end. A round there keeps k guesses, and puts one token.
+    passes[i] is the mean from place i to the end. A round keeps some guesses and puts one token.
     """
     n = len(chances)
     passes = [0.0] * (n + 1)
@@ -1811,7 +1878,7 @@ class PayRow(NamedTuple):
 def measure_payoff(
     lab: DecodingLab, n_texts: int, n: int, gammas: Sequence[int]
 ) -> tuple[list[PayRow], float]:
-    """Draw texts of n tokens from the target; return what each gamma brings, and the mean Σ min(p, q)."""
+    """Draw texts of n tokens; return what each gamma brings on them, and the mean Σ min(p, q)."""
     target = lab.fresh_target()
     draft = lab.fresh_draft()
     rng = random.Random(lab.seed)
@@ -1843,20 +1910,21 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
     best = [max(table, key=lambda row: row[f"c = {c:.2f}"]) for c in costs]
     pays = [row["gamma"] if row[f"c = {c:.2f}"] > 1 else 0 for row, c in zip(best, costs)]
     trace.say("More guesses give more tokens of a pass, and cost more passes of the draft. "
-              f"{PAY_TEXTS} texts of 24 tokens, drawn from the target at temperature 1. A guess is kept "
-              f"with alpha = Σ min(p, q) = {alpha:.2f} on average. Tokens of a pass: on these texts, and "
-              "by the formula, which takes all places for alike. Then the measured speed-up, if a pass "
-              "of the draft costs c passes of the target; the last c is this draft's.")
+              f"{PAY_TEXTS} texts of 24 tokens, drawn from the target at temperature 1. A guess is "
+              f"kept with alpha = Σ min(p, q) = {alpha:.2f} on average. Tokens of a pass: on these "
+              "texts, and by the formula, which takes all places for alike. Then the measured "
+              "speed-up, if a pass of the draft costs c passes of the target; the last c is this "
+              "draft's.")
     trace.ask(f"A pass of the draft costs {own:.2f} of the target's. Which gamma is fastest, of "
               f"{', '.join(map(str, gammas))} (0: none pays)?", pays[-1])
     trace.table(table, {"gamma": "d", "measured as tokens of a pass": ".2f", "error as ±": ".2f",
                         "formula": ".2f"} | {f"c = {c:.2f}": "{:.2f}×" for c in costs})
-    trace.note("±: the standard error over the texts. c of this draft: its share of the weights read")
+    trace.note("±: the standard error over the texts. c of this draft: its share of weights read")
     trend = compare_words(rows[-1].formula, rows[-1].measured, "more", "less", "the same")
-    trace.say(f"At gamma {gammas[-1]} the formula promises {trend}: places are not alike, and sure ones "
-              f"come in runs. The best gamma for each c is {', '.join(map(str, pays))} (0: drafting does "
-              "not pay). All this counts a pass over gamma + 1 tokens as one over one token, as on a "
-              "machine with idle arithmetic. A busy server has none.")
+    trace.say(f"At gamma {gammas[-1]} the formula promises {trend}: places are not alike, and sure "
+              f"ones come in runs. The best gamma for each c is {', '.join(map(str, pays))} (0: "
+              "drafting does not pay). All this counts a pass over gamma + 1 tokens as one over "
+              "one token, as on a machine with idle arithmetic. A busy server has none.")
     pair = random_pair(lab.seed)
     worked_out = sum(p * expected_passes(keep_chances(*pair, [0], text)[0], 2)
                      for text, p in text_probabilities(pair[0], [0], 5).items())
@@ -1921,7 +1989,7 @@ def decode(
 def compare_ways(
     lab: DecodingLab, ways: Sequence[str], prompts: Sequence[list[int]], n: int, gamma: int
 ) -> list[Way]:
-    """Return a row per way. The first way's texts are checked by a plain pass, the others by them."""
+    """Return a row per way. A plain pass checks the first way's texts, and these the others'."""
     own: list[list[int]] = []  # the target's texts
     rows = []
     for way in ways:
@@ -1958,14 +2026,14 @@ def compare_ways(
 def show_ways(trace: Trace, rows: Sequence[Way], n_texts: int, finding: str) -> None:
     """Print the rows and what was found, and check that all texts are the target's own."""
     trace.table(rows, {"way": "", "c": ".2f", "kept": ".0%", "passes": ".1f", "spread as ±": ".1f",
-                       "nodes": ".1f", "rolled_back": ".0%", "speed_up": "{:.2f}× bar 8"})
-    trace.note("c: weights that a guess reads, as a share of the target's. kept: of all guesses. ±: "
-               "standard deviation over the texts. nodes: tokens that the target reads for one of the "
-               "text; rolled back: the share of them that leaves the cache again. speed up: as section "
-               "6 has it, with arithmetic for nothing.")
+                       "nodes": ".1f", "rolled_back": ".0%", "speed_up": "{:.2f}×"})
+    trace.note("c: weights that a guess reads, as a share of the target's. kept: of all guesses. "
+               "±: standard deviation over the texts. nodes: tokens that the target reads for one "
+               "of the text; rolled back: the share of them that leaves the cache again. speed up: "
+               "as section 6 has it, with arithmetic for nothing.")
     trace.say(finding)
-    trace.check("every text is the target's own by one plain pass over it; the cache read and rolled "
-                "back what the counts say", all(row.right == n_texts for row in rows),
+    trace.check("every text is the target's own by one plain pass over it; the cache read and "
+                "rolled back what the counts say", all(row.right == n_texts for row in rows),
                 f"{n_texts * len(rows)} texts")
 
 
@@ -1977,14 +2045,18 @@ def show_free_drafts(trace: Trace, knobs: Namespace) -> None:
     ways = ["prompt lookup", "3-grams of the rhyme", "a smaller Llama", "the target in 8 bits",
             "the target in 4 bits", "the target in 2 bits"]
     rows = compare_ways(lab, ways, prompts, n, knobs.gamma)
-    trace.say("A draft need not be a trained model: copy what followed the same words before, count "
-              "what follows what, or round the target's own weights (64 bits as they are). Greedy, gamma "
-              f"{knobs.gamma}, three texts of {n} tokens after a verse about the rat, so that there is "
-              "something to look up.")
+    trace.say("A draft need not be a trained model: copy what followed the same words before, "
+              "count what follows what, or round the target's own weights (64 bits as they are). "
+              f"Greedy, gamma {knobs.gamma}, three texts of {n} tokens after a verse about the "
+              "rat, so that there is something to look up.")
+    found = [prompt_lookup([7, 1, 2, 3, 8, 2, 3], 2),
+             argmax(ngram_model([1, 2, 1, 3, 1, 2], 4)([1]))]
     best = max(rows, key=lambda row: row.speed_up)
     trace.ask("Which draft is fastest: " + "; ".join(ways) + "?", best.way)
-    show_ways(trace, rows, len(prompts), f"Fastest here: {best.way}. A guess that reads nothing pays as "
-              "soon as it is right now and then.")
+    show_ways(trace, rows, len(prompts), f"Fastest here: {best.way}. A guess that reads nothing "
+              "pays as soon as it is right now and then.")
+    trace.check("by hand: 2 3 was followed by 8 2, and 1 mostly by 2", found == [[8, 2], 2],
+                "prompt lookup, 2-grams")
 
 
 # 8. Medusa, and how a tree is verified
@@ -2024,7 +2096,7 @@ def tree_gap(lab: DecodingLab, nodes: Sequence[tuple[int, ...]]) -> float:
 
 
 def sampled_tree_gap(lab: DecodingLab, prompt: list[int], n: int) -> float:
-    """Enumerate Medusa's tree when it samples with top-k 2; return the largest gap to plain sampling."""
+    """Enumerate Medusa's tree sampling with top-k 2; return the largest gap to plain sampling."""
 
     def by_tree(rng: EveryBranch) -> tuple[int, ...]:
         target = lab.fresh_target()
@@ -2042,17 +2114,17 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
     nodes = draw_tree(lab, knobs.tokens)
-    trace.say("Two extra heads on the frozen target guess the two tokens after its own next one. The 3 "
-              "best of the first, and under each the 2 best of the second, make a tree, and one pass "
-              "verifies it all.")
-    trace.ask("The root is the target's own token. Under it hang 3, and under each of them 2. How many "
-              "nodes has the tree?", len(nodes))
-    trace.say(f"The first tree after {lab.tail(knobs.tokens)!r}. Sees: its row of the mask, with a column "
-              "per node in the same order; a node sees itself, its ancestors, and the text before the "
-              "tree. Kept (+): the target's own choices.")
+    trace.say("Two extra heads on the frozen target guess the two tokens after its own next one. "
+              "The 3 best of the first, and under each the 2 best of the second, make a tree, and "
+              "one pass verifies it all.")
+    trace.ask("The root is the target's own token. Under it hang 3, and under each of them 2. How "
+              "many nodes has the tree?", len(nodes))
+    trace.say(f"The first tree after {lab.tail(knobs.tokens)!r}. Sees: its row of the mask, with a "
+              "column per node in the same order; a node sees itself, its ancestors, and the text "
+              "before the tree. Kept (+): the target's own choices.")
     trace.table(nodes, {"token": "", "position": "d", "sees": "", "kept": ""})
-    trace.say(f"Four texts of {n} tokens, each from a cold start, so that the first pass only reads the "
-              "prompt. The chain has the best guess of each head and no other.")
+    trace.say(f"Four texts of {n} tokens, each from a cold start, so that the first pass only "
+              "reads the prompt. The chain has the best guess of each head and no other.")
     rows = compare_ways(lab, ["greedy", "Medusa, chain", "Medusa, tree"], lab.prompts[:4], n, 2)
     _, chain, tree = rows
     show_ways(trace, rows, 4, f"The tree takes {tree.passes:.1f} passes where the chain takes "
@@ -2064,7 +2136,8 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
                 tree_gap(lab, [(*knobs.tokens, *path) for path in paths]) < 1e-12,
                 f"{len(paths)} nodes, max |Δ| < 1e-12")
     trace.check("sampling: enumerated, the tree's texts have the probabilities of plain sampling",
-                sampled_tree_gap(lab, lab.prompts[0], 3) < 1e-12, "top-k 2, 3 tokens, max |Δ| < 1e-12")
+                sampled_tree_gap(lab, lab.prompts[0], 3) < 1e-12,
+                "top-k 2, 3 tokens, max |Δ| < 1e-12")
 
 
 # 9. EAGLE
@@ -2077,16 +2150,17 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
     rows = compare_ways(lab, ["a smaller Llama", "Medusa, chain", "EAGLE"], lab.prompts[:4], n, 2)
     ranked = sorted(rows, key=lambda row: row.passes)
     gap = ranked[-1].passes - ranked[0].passes
-    trace.say("EAGLE guesses the next hidden state from the last one and from the token just chosen, "
-              "which Medusa's heads do not know. Chains of two guesses, four texts of "
-              f"{n} tokens, each from a cold start; all three guessers learned for {lab.draft_steps} steps.")
-    trace.ask("Which takes the fewest passes: a smaller Llama; Medusa, chain; EAGLE?", ranked[0].way)
+    trace.say("EAGLE guesses the next hidden state from the last one and from the token just "
+              f"chosen, which Medusa's heads do not know. Chains of two guesses, four texts of {n} "
+              f"tokens, each from a cold start; all three guessers learned for {lab.draft_steps} "
+              "steps.")
+    trace.ask("Which takes fewest passes: a smaller Llama; Medusa, chain; EAGLE?", ranked[0].way)
     verdict = "less than the texts differ among themselves, so this ranks nobody"
     if gap > max(row.spread for row in rows):
         verdict = f"more than the texts differ, and {ranked[0].way} is ahead"
-    show_ways(trace, rows, 4, f"Between fewest and most lie {gap:.1f} passes: {verdict}. c counts the "
-              "target's output matrix, which EAGLE reads for every guess; here that is most of what it "
-              "reads, and in a large model a small part.")
+    show_ways(trace, rows, 4, f"Between fewest and most lie {gap:.1f} passes: {verdict}. c counts "
+              "the target's output matrix, which EAGLE reads for every guess; here that is most of "
+              "what it reads, and in a large model a small part.")
 
 
 # 10. Jacobi and lookahead decoding
@@ -2098,18 +2172,18 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
     jacobi = partial(jacobi_greedy, lab.fresh_target(), max_new_tokens=n, gamma=4)
     prompt = min(lab.prompts[:4], key=lambda prompt: jacobi(prompt)[1].target_passes)
-    trace.say("Without any draft: guess four tokens, and let each pass renew them all at once (Jacobi). "
-              "They start as the last token, four times. + a guess that was right, × one that was not, "
-              f"→ the token that the pass settles itself. After {lab.tail(prompt)!r}, where this saves "
-              "most of four texts:")
+    trace.say("Without any draft: guess four tokens, and let each pass renew them all at once "
+              "(Jacobi). They start as the last token, four times. + a guess that was right, × one "
+              "that was not, → the token that the pass settles itself. After "
+              f"{lab.tail(prompt)!r}, where this saves most of four texts:")
     trace.lines(round_lines(lab, *jacobi(prompt), all_guesses=True)[:12])
     rows = compare_ways(lab, ["greedy", "Jacobi", "lookahead"], lab.prompts[:4], n, 4)
-    trace.ask(f"For {n} tokens greedy takes {n} passes, Jacobi {rows[1].passes:.1f} on average. And "
-              "lookahead?", rows[2].passes)
+    trace.ask(f"For {n} tokens greedy takes {n} passes, Jacobi {rows[1].passes:.1f} on average. "
+              "And lookahead?", rows[2].passes)
     trace.say("Lookahead keeps what appears in the wrong place, in its pool. "
               f"Four texts of {n} tokens, no draft model anywhere, nothing trained:")
-    show_ways(trace, rows, 4, f"Lookahead reads {rows[2].nodes:.0f} nodes for a token and rolls back "
-              f"{rows[2].rolled_back:.0%} of them: it lives on idle arithmetic.")
+    show_ways(trace, rows, 4, f"Lookahead reads {rows[2].nodes:.0f} nodes for a token and rolls "
+              f"back {rows[2].rolled_back:.0%} of them: it lives on idle arithmetic.")
     trace.check("neither takes more passes than greedy", max(row.passes for row in rows) <= n,
                 "4 texts each")
 
@@ -2130,7 +2204,7 @@ ANIMALS: Grammar = {
 
 
 def force_texts(lab: DecodingLab, prompt: list[int], n: int, n_drawn: int) -> list[str]:
-    """Return what greedy and n_drawn samples write in the shape of STORY, if they end in n tokens."""
+    """Return what greedy and n_drawn samples write in the shape of STORY, if it ends in time."""
     forced = constrain(lab.fresh_target(), lab.tokenizer.vocab, STORY, len(prompt), lab.eos)
     rng = random.Random(lab.seed)
     texts = [greedy(forced, prompt, n, eos=lab.eos)]
@@ -2186,20 +2260,20 @@ def show_constrained(trace: Trace, knobs: Namespace) -> None:
     """Forced texts, and the distribution of local masking against the true conditional one."""
     lab = knobs.lab
     texts = force_texts(lab, knobs.tokens, 60, 3)
-    trace.say("Text can be forced into a shape: every token that the shape does not allow gets -inf. "
-              f"Here the shape is the regular expression {STORY_RE!r}, written as a grammar. By greedy, "
-              "and three drawn:")
+    trace.say("Text can be forced into a shape: every token that the shape does not allow gets "
+              f"-inf. Here the shape is the regular expression {STORY_RE!r}, written as a grammar. "
+              "By greedy, and three drawn:")
     for text in texts:
         trace.lines(quoted("…" + text))
     found = measure_distortion(lab, knobs.tokens, ANIMALS)
-    trace.say("The mask is local: at each step it looks at the next token only, and does not see where "
-              "that leads. How far does this stray from asking the model for text that fits? A smaller "
-              f"shape, one animal and \"that\", has {len(found.rows)} texts and {found.ways} ways to cut "
-              "them into tokens. All are enumerated. (The model alone writes this shape with "
-              f"{found.fits:.1e}.)")
+    trace.say("The mask is local: at each step it looks at the next token only, and does not see "
+              "where that leads. How far does this stray from asking the model for text that fits? "
+              f"A smaller shape, one animal and \"that\", has {len(found.rows)} texts and "
+              f"{found.ways} ways to cut them into tokens. All are enumerated. (The model alone "
+              f"writes this shape with {found.fits:.1e}.)")
     widest = max(found.rows, key=lambda row: abs(row.local - row.given))
-    trace.ask(f"{widest.text!r} has probability {widest.local:.3f} under the local mask. Given that the "
-              "text fits, is it higher or lower?",
+    trace.ask(f"{widest.text!r} has probability {widest.local:.3f} under the local mask. Given "
+              "that the text fits, is it higher or lower?",
               compare_words(widest.given, widest.local, "higher", "lower", "the same"))
     trace.table(found.rows, {"text": "", "local as local mask": ".3f bar 20 of 1",
                              "given as given that it fits": ".3f bar 20 of 1"})
@@ -2449,10 +2523,10 @@ def concat(*blocks: Matrix) -> Matrix:
 class CachedModel:
     """A Llama as logits_fn that reads nothing twice.
 
-    A text is known by its tokens. Of every text that was read it keeps the logits, the hidden state,
-    and in each layer the key and value of the text's last token. So a beam can go back to any text
-    for nothing, and a tree of texts takes one pass. (A real cache holds one text, or some; it has to
-    forget the branches that were not kept.)
+    A text is known by its tokens. Of every text that was read it keeps the logits, the hidden
+    state, and in each layer the key and value of the text's last token. So a beam can go back to
+    any text for nothing, and a tree of texts takes one pass. (A real cache holds one text, or
+    some, and has to forget the branches that were not kept.)
     passes: how often a decoder asked. forwards: how often the Llama ran.
     """
 
@@ -2469,7 +2543,7 @@ class CachedModel:
         return self.last_rows(tokens, 1)[0]
 
     def last_rows(self, tokens: Sequence[int], n: int) -> Matrix:
-        """Return logits after each of the last n prefixes of tokens, [n][vocab_size], in one pass."""
+        """Return logits after each of the last n prefixes, [n][vocab_size], in one pass."""
         text = tuple(tokens)
         rows = self.read([text])
         return [rows[text[:end]] for end in range(len(text) - n + 1, len(text) + 1)]
@@ -2568,7 +2642,7 @@ class DecodingLab:
         return CachedModel(self.draft)
 
     def cost(self, way: str) -> float:
-        """Return what a guess costs, in passes of the target: weights read, as a share of its own."""
+        """Return what a guess costs, in passes of the target: weights read, as a share of its."""
         total = weights_read(self.target.weights)
         if way == "a smaller Llama":
             return weights_read(self.draft.weights) / total
@@ -2600,7 +2674,7 @@ class DecodingLab:
 
 
 def weights_read(weights: dict[str, Matrix | Vector]) -> int:
-    """Return how many weights a pass reads: all but the embeddings, of which it reads single rows."""
+    """Return how many weights a pass reads: all but the embeddings, of which it reads rows."""
     total = 0
     for name, w in weights.items():
         if name != "tok_embeddings":
@@ -2645,7 +2719,7 @@ def log_probability(logits_fn: LogitsFn, prompt: Sequence[int], tokens: Sequence
 
 
 def is_greedy(llama: Llama, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
-    """Return whether each token is the argmax of one plain pass over the whole text, without a cache."""
+    """Return whether each token is the argmax of one plain pass over the text, without a cache."""
     rows = llama.forward([*prompt, *tokens][:-1])[len(prompt) - 1:]
     return [argmax(row) for row in rows] == list(tokens)
 
@@ -2653,7 +2727,7 @@ def is_greedy(llama: Llama, prompt: Sequence[int], tokens: Sequence[int]) -> boo
 def text_probabilities(
     logits_fn: LogitsFn, prompt: Sequence[int], n: int, eos: int | None = None, **settings: float
 ) -> dict[tuple[int, ...], float]:
-    """Return {text: probability} of all texts of n tokens, or that end with eos before, by products."""
+    """Return {text: probability} of all texts of n tokens, or that eos ends before, by products."""
     finished: dict[tuple[int, ...], float] = {}
     running = {(): 1.0}
     for _ in range(n):
@@ -2678,7 +2752,7 @@ def total_variation(p: dict, q: dict) -> float:
 
 
 def random_logits_fn(rng: random.Random, vocab_size: int) -> LogitsFn:
-    """Return a model with no sense: for every text, normal logits of its own, the same each time."""
+    """Return a model with no sense: for every text, normal logits of its own, always the same."""
     salt = rng.random()
 
     @cache
@@ -2728,36 +2802,6 @@ def compare_words(
 def letters(text: Sequence[int]) -> str:
     """Return a text of a toy language."""
     return " ".join("abc"[token] for token in text)
-
-
-def beam_tree(
-    logits_fn: LogitsFn,
-    prompt: Sequence[int],
-    width: int,
-    steps: int,
-    name: Callable[[int], str],
-) -> list[str]:
-    """Return beam search as a tree: kept candidates by rank, and the two best of those pruned (×)."""
-    beams: list[Candidate] = [(list(prompt), 0.0)]
-    children: dict[tuple[int, ...], list] = {}
-    for _ in range(steps):
-        ranked = extensions(logits_fn, beams, keep=width + 2)
-        for rank, (tokens, total) in enumerate(ranked):
-            children.setdefault(tuple(tokens[:-1]), []).append((tokens, total, rank))
-        beams = ranked[:width]
-
-    def draw_under(tokens: Sequence[int], margin: str) -> Iterator[str]:
-        branches = children.get(tuple(tokens), [])
-        for i, (longer, total, rank) in enumerate(branches):
-            fork, trunk = "├─", "│  "
-            if i == len(branches) - 1:
-                fork, trunk = "└─", "   "
-            mark = f"#{rank + 1}" if rank < width else "×"
-            yield f"{margin}{fork} {name(longer[-1])} {total:.2f} {mark}"
-            if rank < width:
-                yield from draw_under(longer, margin + trunk)
-
-    return list(draw_under(prompt, ""))
 
 
 def quoted(text: str) -> list[str]:
@@ -3020,7 +3064,7 @@ def train(
 
 
 def train_medusa(llama: Llama, ids: Sequence[int], n_heads: int, steps: int) -> list[Head]:
-    """Return heads for 1, 2, … places after the next token, trained on the llama's hidden states."""
+    """Return heads for 1, 2, … places after the next token, trained on llama's hidden states."""
     dim = llama.config.dim
     batches = hidden_batches(llama, ids)
     heads = []
@@ -3599,7 +3643,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the trace and return the exit status."""
     parser = common_parser("microbeam", "From logits to text: decoding, and speculative decoding.",
                            len(SECTIONS))
-    parser.add_argument("--prompt", default=PROMPT, help=f"the text to go on from (default: {PROMPT!r})")
+    parser.add_argument("--prompt", default=PROMPT,
+                        help=f"the text to go on from (default: {PROMPT!r})")
     for option, kind, default, text in (
         ("--max-new-tokens", whole_number(1, 64), MAX_NEW_TOKENS, "tokens generated"),
         ("--temperature", decimal(0.05, 10), TEMPERATURE, "divides the logits"),
@@ -3607,7 +3652,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("--top-p", decimal(0, 1, above=True), TOP_P, "probability that top-p keeps"),
         ("--min-p", decimal(0, 1), MIN_P, "share of the best probability that min-p asks for"),
         ("--width", whole_number(1, 16), BEAM_WIDTH, "candidates that beam search keeps"),
-        ("--length-penalty", decimal(-2, 4), LENGTH_PENALTY, "score = log-probability / length^this"),
+        ("--length-penalty", decimal(-2, 4), LENGTH_PENALTY, "score = log p / length^this"),
         ("--gamma", whole_number(1, 16), GAMMA, "tokens drafted before each pass of the target"),
         ("--steps", whole_number(1, 100), STEPS, "of training; fewer make the models less sure"),
     ):
