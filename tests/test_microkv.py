@@ -880,12 +880,23 @@ def test_recomputing_and_swapping_cross_once_above_the_ridge(decoding):
         row = m.price_come_back(tokens, decoding)
         cheaper.append(row.swap < row.recompute)
     assert cheaper == sorted(cheaper)
-    assert 38 - decoding <= cheaper.index(True) < 60
+    assert 38 - decoding - 1 <= cheaper.index(True) < 60
+
+
+def test_a_request_that_comes_back_runs_its_newest_token_too():
+    """The table's price is that of the engine's step: 8 tokens were cached, 9 are run."""
+    requests = [m.Request((1,) * 4, 9), m.Request((1,) * 4, 9)]
+    _, engine = m.run_preemption(m.StandIn(), requests, preemption="recompute", num_blocks=5,
+                                 block_size=4, max_num_seqs=2)
+    i, number = engine.report.preempted[0]
+    cached = engine.report.steps[i - 1].cached[number]
+    back = next(step for step in engine.report.steps[i:] if number in step.tokens)
+    assert back.tokens[number] == cached + 1
 
 
 def test_coming_back_by_the_cost_model():
     row = m.price_come_back(16, 3)
-    assert row.recompute == 0  # 19 tokens are below the ridge
+    assert row.recompute == 0  # 20 tokens are below the ridge
     assert row.swap == pytest.approx(2 * 16 * 131072 / 32e9 * 1e3, rel=1e-12)
     row = m.price_come_back(1024, 3)
     assert row.recompute > 5 * row.swap
@@ -1061,6 +1072,15 @@ def test_kivi_rounds_keys_by_channel_and_values_by_token(n):
     assert given == keys.tolist()  # unchanged
 
 
+def test_bits_of_a_small_cache():
+    # 64 of 80 tokens: 2 bits and 32 for each group of 32 keys or 16 values; the others in 16 bits.
+    rounded = 64 * 16 * 2 * 2 + 32 * (2 * 16 + 64)
+    recent = 16 * 16 * 2 * 16
+    assert m.kivi_bits(80, 16) == pytest.approx((rounded + recent) / (80 * 16 * 2), rel=1e-12)
+    assert m.kivi_bits(31, 16) == 16
+    assert m.fp8_bits(80, 16) == 8
+
+
 def test_a_shrunk_cache_is_measured_against_the_exact_one():
     model = make_model(CONFIGS[0])
     text = list(range(12))
@@ -1071,8 +1091,9 @@ def test_a_shrunk_cache_is_measured_against_the_exact_one():
     def nothing(keys, values):
         return [[0.0] * 4 for _ in keys], [[0.0] * 4 for _ in values]
 
-    assert m.measure_small_cache(model, [text], "exact", exact) == ("exact", 0, 0, 0)
-    row = m.measure_small_cache(model, [text, text], "none", nothing)
+    row = m.measure_small_cache(model, [text], "exact", exact, lambda n, c: 10 * n + c)
+    assert row == ("exact", 10 * 6 + 4, 0, 0, 0)  # 6 tokens are cached, of 4 channels
+    row = m.measure_small_cache(model, [text, text], "none", nothing, m.fp8_bits)
     assert row.error > 0.05
     assert row.spread == 0
 
@@ -1086,8 +1107,8 @@ def test_fp8_moves_the_logits_less_than_two_bits(seed):
     assert all(verse not in m.TEXT for verse in verses)
     texts = [TOKENIZER.encode(verse) for verse in verses]
     assert min(map(len, texts)) // 2 >= m.KIVI_TOKENS  # otherwise nothing is rounded
-    fp8 = m.measure_small_cache(model, texts, "FP8", m.fp8_cache)
-    two_bits = m.measure_small_cache(model, texts, "KIVI", m.kivi)
+    fp8 = m.measure_small_cache(model, texts, "FP8", m.fp8_cache, m.fp8_bits)
+    two_bits = m.measure_small_cache(model, texts, "KIVI", m.kivi, m.kivi_bits)
     assert fp8.error < two_bits.error / 2
 
 
