@@ -1930,9 +1930,9 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
         verdict = f"promises {more} than they give, since places are not alike"
     trace.say("The formula takes all places for alike, and texts for endless. At gamma "
               f"{gammas[-1]} it {verdict}. The best gamma for each c is "
-              f"{', '.join(map(str, pays))} (0: drafting does not pay). All this counts a pass over "
-              "gamma + 1 tokens as one over one token, as on a machine with idle arithmetic. A busy "
-              "server has none.")
+              f"{', '.join(map(str, pays))} (0: drafting does not pay). All this counts a pass "
+              "over gamma + 1 tokens as one over one token, as on a machine with idle arithmetic. "
+              "A busy server has none.")
     pair = random_pair(lab.seed)
     worked_out = sum(p * expected_passes(keep_chances(*pair, [0], text)[0], 2)
                      for text, p in text_probabilities(pair[0], [0], 5).items())
@@ -2159,9 +2159,8 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
     ranked = sorted(rows, key=lambda row: row.passes)
     gap = ranked[-1].passes - ranked[0].passes
     trace.say("EAGLE guesses the next hidden state from the last one and from the token just "
-              f"chosen, which Medusa's heads do not know. Chains of two guesses, three texts of {n} "
-              f"tokens, each from a cold start; all three guessers learned for {lab.draft_steps} "
-              "steps.")
+              "chosen, which Medusa's heads do not know. Chains of two guesses, three texts of "
+              f"{n} tokens, each from a cold start; all learned for {lab.draft_steps} steps.")
     trace.ask("Which takes fewest passes: a smaller Llama; Medusa, chain; EAGLE?", ranked[0].way)
     verdict = "less than the texts differ among themselves, so this ranks nobody"
     if gap > max(row.spread for row in rows):
@@ -2183,7 +2182,7 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
     trace.say("Without any draft: guess four tokens, and let each pass renew them all at once "
               "(Jacobi). They start as the last token, four times. + a guess that was right, × one "
               "that was not, → the token that the pass settles itself. After "
-              f"{lab.tail(prompt)!r}, where this saves most of four texts:")
+              f"{lab.tail(prompt)!r}, where this saves most of three texts:")
     trace.lines(round_lines(lab, *jacobi(prompt), all_guesses=True)[:12])
     rows = compare_ways(lab, ["greedy", "Jacobi", "lookahead"], lab.prompts[:3], n, 4)
     trace.ask(f"For {n} tokens greedy takes {n} passes, Jacobi {rows[1].passes:.1f} on average. "

@@ -80,7 +80,7 @@ from bisect import bisect, bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from statistics import NormalDist, fmean, median
 from typing import NamedTuple
 
@@ -3322,7 +3322,7 @@ def lab_of(knobs: Namespace) -> Lab:
     return build_lab(knobs.seed, knobs.calibration_tokens, (count, gain))
 
 
-@lru_cache(maxsize=None)
+@cache
 def build_lab(
     seed: int = 0,
     calibration_tokens: int = CALIBRATION_TOKENS,
@@ -3350,7 +3350,7 @@ def lab_config(vocab_size: int) -> Config:
     return Config(vocab_size, dim=64, n_layers=1, n_heads=4, n_kv_heads=1, hidden_dim=32)
 
 
-@lru_cache(maxsize=None)
+@cache
 def train_with_outliers(
     seed: int, outliers: tuple[int, float], ids: tuple[int, ...], vocab_size: int
 ) -> tuple[Llama, list[int]]:
@@ -3518,13 +3518,13 @@ SCORES = {"method": "", "bits": ".2f", "perplexity": ".3f", "kl as KL": ".5f", "
           "changed": ".1%"}
 
 
-@lru_cache(maxsize=None)
+@cache
 def made(lab: Lab, make: Callable, *arguments) -> Compressed:
     """Return make(lab, *arguments), made once."""
     return make(lab, *arguments)
 
 
-@lru_cache(maxsize=None)
+@cache
 def score(lab: Lab, make: Callable, *arguments) -> Score:
     """Return the score of make(lab, *arguments), measured once."""
     return score_of(lab, made(lab, make, *arguments))
@@ -3690,7 +3690,7 @@ def by_gptq(lab: Lab, bits: int, granularity: str | int, act_order: bool = False
 AWQ_TOKENS = 64  # of the calibration text: a little will do, and saves time
 
 
-@lru_cache(maxsize=None)
+@cache
 def awq_exponents(lab: Lab, bits: int, granularity: str | int) -> dict[str, tuple[Vector, float]]:
     """Return {source: (scales, α)} of every norm, and of every w3, whose channels w2 reads."""
     found = {}
@@ -3791,7 +3791,7 @@ def in_ternary(lab: Lab, how: str, steps: int = 0) -> Compressed:
     return compress(lab, f"b1.58, {how}", method, weights)
 
 
-@lru_cache(maxsize=None)
+@cache
 def mixed_widths(
     lab: Lab, bits: int, granularity: int
 ) -> tuple[dict[str, list[Choice]], dict[str, int]]:

@@ -42,7 +42,8 @@ def log_probabilities(model, prompt, text):
             for i, token in enumerate(text)]
 
 
-# The filters: what the warpers of transformers do (generation/logits_process.py), written anew in numpy.
+# The filters: what the warpers of transformers do (generation/logits_process.py), written anew in
+# numpy.
 
 
 def reference_top_k(x, k):
@@ -508,7 +509,8 @@ def test_a_draft_may_propose_nothing_and_a_plain_function_will_do():
     assert m.speculate(model, lambda tokens, n: [], [0], 0, gamma=3)[0] == []
 
 
-# Texts of n >= gamma + 3 tokens have branches in which a round is kept whole and another drafts after it.
+# Texts of n >= gamma + 3 tokens have branches in which a round is kept whole and another drafts
+# after it.
 SIZES = [(2, 1, 5), (2, 2, 5), (2, 3, 6), (3, 1, 4), (3, 2, 3), (3, 3, 4), (4, 1, 2), (4, 2, 3)]
 SPECULATIVE_SETTINGS = [{}, {"temperature": 0.5}, {"top_p": 0.6}, {"temperature": 1.8, "top_p": 0.85},
                         {"top_k": 2}, {"min_p": 0.4}]
@@ -862,7 +864,8 @@ def test_every_decoder_writes_the_text_of_a_plain_forward(llama, name, prompt):
         assert counts.target_passes == target.passes == target.forwards <= n
         assert n <= counts.accepted + counts.target_passes <= n + 1
         assert counts.rounds[0][1] == 0 or name in ("Jacobi", "prompt lookup") or "look" in name
-        # What the cache read: the prompt, the guesses, and the tokens that passes put, but the last.
+        # What the cache read: the prompt, the guesses, and the tokens that passes put, but the
+        # last.
         assert len(target.known) == len(prompt) + counts.drafted + counts.target_passes - 1
         text = (*prompt, *tokens)
         wrong = [node for node in target.known if text[:len(node)] != node]

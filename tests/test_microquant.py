@@ -270,11 +270,11 @@ def test_double_quantization_decodes_from_its_own_bytes():
     # Most blocks are so far below the mean that some decode to less than 0.
     small = w * np.where(np.arange(40) % 5, 1e-3, 1.0)[:, None]
     table = float_table(4, 3, 448.0)
-    for w, block in itertools.product((w, small), (64, 10)):
-        plain = m.quantize_nf4(w.tolist(), block_size=block)
-        q = m.quantize_nf4(w.tolist(), block_size=block, double_quant=True)
+    for matrix, block in itertools.product((w, small), (64, 10)):
+        plain = m.quantize_nf4(matrix.tolist(), block_size=block)
+        q = m.quantize_nf4(matrix.tolist(), block_size=block, double_quant=True)
         n = 40 * math.ceil(130 / block)
-        data = q.to_bytes()[w.size // 2:]
+        data = q.to_bytes()[matrix.size // 2:]
         assert len(data) == 4 + n + 4 * math.ceil(n / 256)
         mean, = struct.unpack("<f", data[:4])
         assert mean == np.float32(np.mean(plain.scales))
@@ -889,8 +889,8 @@ def test_bits_are_assigned_as_brute_force_does():
     rng = random.Random(0)
     choices = {name: [m.Choice(b, rng.random() / b, 10 * b) for b in (2, 3, 4)] for name in "abcde"}
     for budget in (100, 130, 151, 200):
-        best = min((sum(c.damage for c in pick) for pick in itertools.product(*choices.values())
-                    if sum(c.nbytes for c in pick) <= budget))
+        best = min(sum(c.damage for c in pick) for pick in itertools.product(*choices.values())
+                    if sum(c.nbytes for c in pick) <= budget)
         chosen = m.assign_bits(choices, budget)
         picked = [next(c for c in choices[name] if c.bits == b) for name, b in chosen.items()]
         assert sum(c.damage for c in picked) == best
@@ -1089,8 +1089,8 @@ def test_the_language():
     b = language.successors[second].index(third)
     p = [0.5, 0.25, 0.15, 0.1]
     assert language.log_probability(verses[0]) == pytest.approx(math.log(p[a] * p[b] / 7))
-    assert language.text((3, 2, 1)) == ("This is the cat that killed the rat that ate the malt that "
-                                        "lay in the house that Jack built.\n")
+    assert language.text((3, 2, 1)) == ("This is the cat that killed the rat that ate the malt "
+                                        "that lay in the house that Jack built.\n")
     assert m.dialect_clauses()[2:4] == ["the rat and killed", "the cat and worried"]
 
 
