@@ -118,8 +118,8 @@ CONTEXT = "This is the rat that ate the malt that lay in the house that Jack bui
 # 0.9. Greedy writes "a a" with probability 0.2, and the best text is "b c" with 0.36.
 #
 # It repeats itself (Holtzman et al. call it degeneration). A model that sees only the last few
-# tokens goes in circles for ever once they come back, since the same choice is made again. A model
-# that sees the whole text can find its way out, and often does not.
+# tokens goes in circles for ever once these few tokens come back, since it chooses the same
+# again. A model that sees the whole text can find its way out, and often does not.
 #
 # In production: transformers' generate(do_sample=False), in generation/utils.py; vLLM and
 # llama.cpp at temperature 0. Measured by show_greedy().
@@ -909,7 +909,7 @@ def round_row(row: Vector, largest: int) -> Vector:
 # What a pass costs: a tree of ten nodes is ten tokens of arithmetic, and most of them are rolled
 # back. As long as reading weights takes the time, a text of n tokens has
 #
-#     speed-up = n / (passes + c · guesses)                with the c of section 6
+#     speed-up = n / (passes + c · runs of the guesser)     with the c of section 6
 #
 # and where arithmetic takes it, on a busy server, the nodes read per token are the price instead.
 #
@@ -1061,8 +1061,8 @@ def eagle_draft(target: CachedModel, head: Head, tokens: list[int], n: int) -> l
 # is a piece of text that the target strung together itself, if for another place. It goes into a
 # pool under its first token, and so do "b e h" and "c f i". Then row 1 is dropped: row 2 becomes
 # row 1, and the new tokens row 2. When the text ends in an "a" one day, "d g" is verified as a
-# guess, in the same pass, as a branch of a tree; and so is the window itself, since it is in the
-# pass anyway.
+# guess, in the same pass, as a branch of a tree. (Here the window itself is verified as well, since
+# it is in the pass anyway; in the paper it only feeds the pool.)
 #
 # There is no draft and no training, but more arithmetic. In production: Fu et al.'s own code and
 # llama.cpp's examples/lookahead. Measured by show_lookahead().
@@ -1927,8 +1927,9 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
     verdict = "agrees with them within two standard errors"
     if abs(last.formula - last.measured) > 2 * last.error:
         more = compare_words(last.formula, last.measured, "more", "less")
-        verdict = f"promises {more} than they give, since places are not alike"
-    trace.say("The formula takes all places for alike, and texts for endless. At gamma "
+        verdict = f"promises {more} than they give"
+    trace.say("The formula takes all places for alike, and texts for endless; the last pass of a "
+              "text that ends here is cut short. At gamma "
               f"{gammas[-1]} it {verdict}. The best gamma for each c is "
               f"{', '.join(map(str, pays))} (0: drafting does not pay). All this counts a pass "
               "over gamma + 1 tokens as one over one token, as on a machine with idle arithmetic. "
@@ -2182,7 +2183,7 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
     trace.say("Without any draft: guess four tokens, and let each pass renew them all at once "
               "(Jacobi). They start as the last token, four times. + a guess that was right, × one "
               "that was not, → the token that the pass settles itself. After "
-              f"{lab.tail(prompt)!r}, where this saves most of three texts:")
+              f"{lab.tail(prompt)!r}, the first 12 passes of {jacobi(prompt)[1].target_passes}:")
     trace.lines(round_lines(lab, *jacobi(prompt), all_guesses=True)[:12])
     rows = compare_ways(lab, ["greedy", "Jacobi", "lookahead"], lab.prompts[:3], n, 4)
     trace.ask(f"For {n} tokens greedy takes {n} passes, Jacobi {rows[1].passes:.1f} on average. "

@@ -1484,7 +1484,7 @@ def alignment(u: Vector, v: Vector) -> float:
 # S should be large, but not so large that a gradient becomes infinite. So halve S whenever one does
 # (and leave that step out), and double it after many good steps.
 #
-# BF16 has the range of FP32, and needs no scaling; it has 3 bits of mantissa less.
+# BF16 has the range of FP32, and needs no scaling; it has 3 bits of mantissa less than FP16.
 #
 # In production: torch.amp.GradScaler, with S from 65,536 and doubled after 2,000 good steps. Large
 # models are trained in BF16, and lately in FP8 with a scale for every tensor or block.
@@ -2149,8 +2149,10 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
     trace.check_close("s of mean|x| = 1, 4, 16 at exponent 1/2 = 1/2, 1, 2",
                       [awq_scales([[1.0, -4.0, 16.0]], 0.5)], [[0.5, 1.0, 2.0]], 1e-12)
     scales, alpha = found[source]
+    y = linear(scale_columns(x, [1 / s for s in scales]),
+               quantize(scale_columns(w, scales), bits, granularity=g).dequantize())
     trace.check("the exponent found is no worse than any in the table",
-                any(row.exponent == alpha for row in tried) or alpha in (0.1, 0.3, 0.5, 0.7, 0.9),
+                relative_distance(y, linear(x, w)) <= min(row.error for row in tried) + 1e-12,
                 f"{alpha:.1f}")
 
 
@@ -2255,7 +2257,8 @@ def show_qlora(trace: Trace, knobs: Namespace) -> None:
     share = (qlora.weights + qlora.optimizer) / (full.weights + full.optimizer)
     gains = [before.perplexity - full.perplexity, nf4.perplexity - qlora.perplexity]
     if min(gains) > 0:
-        trace.say(f"QLoRA takes {share:.0%} of the bytes of full training, and lowers the "
+        trace.say(f"QLoRA takes {share:.0%} of full training's bytes for weights and optimizer "
+                  "(gradients and activations are not counted), and lowers the "
                   f"perplexity by {gains[1]:.1f} where full training lowers it by {gains[0]:.1f}.")
     else:
         trace.say("These learning rates do not suit this model: not every way lowered the "
@@ -2705,8 +2708,8 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
     trace.ask(f"rounded to {bits} bits, which matrix is expected to harm most: wq, wk, wv, wo, w1, "
               f"w2, w3 or output?", max(damage, key=lambda name: damage[name][same]).split(".")[-1])
     trace.say("The damage that each matrix is expected to do at each width, by the squared "
-              "gradients on the calibration text (in thousandths), and the bits that it gets, all "
-              f"together within the bytes of {bits} bits throughout. Then the model.")
+              "gradients on the calibration text (only the ratios count), and the bits that it "
+              f"gets, all together within the bytes of {bits} bits throughout. Then the model.")
     rows = [{"matrix": name, **damage[name], "gets": widths[name]} for name in choices]
     trace.table(rows, {"matrix": "", **dict.fromkeys(damage["output"], ".3f"), "gets": "d"})
     trace.table([uniform, mixed], SCORES)
