@@ -10,13 +10,16 @@ import sys
 
 import pytest
 
-from tests.tools import readme
+from tests.tools import find_tests, readme
 from tests.tools.exercise import (
     NAMES,
     ROOT,
     code_of,
     floors,
     functions_of,
+    listed_tests,
+    names_that_main_needs,
+    papers,
     sections,
     source_of,
     taken_out,
@@ -26,12 +29,14 @@ from tests.tools.exercise import (
 from tests.tools.importing import problem_of
 
 EXERCISE = ROOT / "tests" / "tools" / "exercise.py"
+FIND_TESTS = ROOT / "tests" / "tools" / "find_tests.py"
+BENCHMARK = ROOT / "tests" / "tools" / "benchmark.py"
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Sections that are quick to print in a script that trains a model first.
 QUICK_SECTIONS = {
-    "microkv": ["--section", "2,3"],
+    "microkv": ["--section", "2,11"],
     "microquant": ["--section", "3,4"],
     "microbeam": ["--section", "1,2", "--steps", "2"],
 }
@@ -69,20 +74,6 @@ def comments(text):
 
 
 # ------------------------------------------------------------------- what stands where in a script
-
-OLD_LAYOUT = '''
-# ------------------
-# 1. Adding
-def add(a, b):
-    return a + b
-def helper():
-    pass
-# ------------------
-# Helpers
-def multiply(a, b):
-    return a * b
-SECTIONS = [("Adding", show_add, [add, multiply])]
-'''
 
 FLOORS = '''
 # ==================
@@ -137,8 +128,7 @@ def main():
 '''
 
 
-def test_sections_are_read_from_tuples_and_from_calls():
-    assert sections(OLD_LAYOUT) == [("Adding", ["add", "multiply"])]
+def test_sections_are_read_from_calls():
     assert sections(FLOORS) == [("Adding", ["add"]), ("Counting", ["Counter"])]
 
 
@@ -149,15 +139,9 @@ def test_floors_reach_from_heading_to_heading():
     assert [lines[span.start - 1] for span in found.values()] == [
         "# THE TECHNIQUES: one or two", "# THE EXPERIMENTS", "# THE MODEL AND THE BENCH"]
     assert found["THE TECHNIQUES"].stop == found["THE EXPERIMENTS"].start
-    assert floors(OLD_LAYOUT) == {}
 
 
-def test_techniques_without_floors_are_what_sections_name_in_numbered_sections():
-    found = [(technique.name, technique.section) for technique in techniques(OLD_LAYOUT)]
-    assert found == [("add", 1)]
-
-
-def test_techniques_with_floors_are_what_the_first_floor_has_for_the_learner():
+def test_techniques_are_what_the_first_floor_has_for_the_learner():
     found = [(technique.name, technique.section) for technique in techniques(FLOORS)]
     assert found == [("add", 1), ("Counter.count", 2)]
 
@@ -165,9 +149,10 @@ def test_techniques_with_floors_are_what_the_first_floor_has_for_the_learner():
 @each_name
 def test_what_the_sections_name_on_the_first_floor_is_an_exercise(name):
     source = source_of(name)
-    first_floor = floors(source).get("THE TECHNIQUES", range(0))
+    first_floor = floors(source)["THE TECHNIQUES"]
     exercises = {technique.name for technique in techniques(source)}
     named = {function for _, functions in sections(source) for function in functions}
+    named -= names_that_main_needs(ast.parse(source))
     for function, node in functions_and_methods(source).items():
         if function in named and node.lineno in first_floor:
             assert function in exercises
@@ -358,6 +343,16 @@ def test_the_list_ends_quietly_where_nobody_reads_it():
     assert full.stderr == "exercise.py: cannot print: No space left on device\n"
 
 
+@on_posix
+def test_the_benchmark_has_help_and_ends_in_one_line():
+    help_text = run(sys.executable, BENCHMARK, "--help")
+    assert help_text.returncode == 0
+    assert help_text.stdout.startswith("usage: benchmark.py")
+    full = run("bash", "-c", f'"{sys.executable}" -u "{BENCHMARK}" > /dev/full')
+    assert full.returncode == 1
+    assert full.stderr == "benchmark.py: cannot print: No space left on device\n"
+
+
 # ------------------------------------------------------------------------ importing what is broken
 
 @pytest.mark.parametrize("text, problem", [
@@ -478,7 +473,7 @@ def test_a_technique_is_graded_whatever_the_others_are(tmp_path):
         "visible_keys": "return [0]",
         "grouped_query_attention": own_body("microattention", "grouped_query_attention"),
     }
-    _, report = grade(tmp_path, edits, "-k", "dense_masked or grouped or tiny_example")
+    _, report = grade(tmp_path, edits, "-k", "tiny_example or grouped")
     assert " microattention: 2 of 5 done " in report
     assert re.search(r"^done     attention: (\d+) of \1 tests pass$", report, re.M)
     assert re.search(r"^done     grouped_query_attention: (\d+) of \1 tests pass$", report, re.M)
@@ -595,7 +590,7 @@ def test_a_folder_without_scripts_is_refused(tmp_path):
 
 def test_two_workers_share_the_tests():
     pytest.importorskip("xdist")
-    done = run(*PYTEST, "-v", "tests/test_exercise.py", "-k", "papers")
+    done = run(*PYTEST, "-v", "tests/test_exercise.py", "-k", "slopes_of_alibi")
     assert done.returncode == 0
     assert "2 workers [1 item]" in done.stdout
 
@@ -609,39 +604,89 @@ def test_a_trace_fails_where_the_slopes_of_alibi_are_all_alike(tmp_path):
     assert "FAIL" in done.stdout
 
 
-# ------------------------------------------------------------------------------------ the README
-
-def test_the_map_is_up_to_date():
-    """`python tests/tools/readme.py` makes it."""
-    assert readme.MAP.search(README)
-    assert readme.with_map(README) == README
-
-
-@each_name
-def test_the_map_has_every_function_that_a_section_names_and_tests_that_exist(name):
-    rows = re.findall(r"^\|[^|]*\| `(\w+)` \| `(\w+)`", readme.table_of(name), re.M)
-    named = [function for _, functions in sections(source_of(name)) for function in functions]
-    assert [function for function, _ in rows] == named
-    files = [ROOT / "tests" / f"test_{name}.py", ROOT / "tests" / "test_every_script.py"]
-    tests = "".join(path.read_text(encoding="utf-8") for path in files)
-    for _, test in rows:
-        assert f"def {test}(" in tests
-
+# -------------------------------------------------------------------------------------- the list
 
 def test_papers_are_read_from_the_docstring():
     text = '''"""T.
 
-The papers:
+The papers
   A et al., Title, With Comma, 2020, arXiv:2001.00001; B, 2021, 2101.00002
     and more     sections 1, 12
   C & D, example.org/page, 2019      section 2
 """
 '''
-    a = "[A et al. 2020](https://arxiv.org/abs/2001.00001)"
-    b = "[B 2021](https://arxiv.org/abs/2101.00002)"
-    c = "[C & D 2019](https://example.org/page)"
-    assert readme.papers(text) == {1: [a, b], 12: [a, b], 2: [c]}
+    assert papers(text) == [
+        ("A et al. 2020, arXiv:2001.00001", [1, 12]),
+        ("B 2021, arXiv:2101.00002", [1, 12]),
+        ("C & D 2019, example.org/page", [2]),
+    ]
 
+
+def test_the_list_has_sections_papers_techniques_and_tests():
+    done = make("--list", "microattention")
+    assert done.returncode == 0
+    section = done.stdout.split("\n\n")[5]
+    title, *papers_and_techniques = section.splitlines()
+    assert title == "5. Positions: RoPE and ALiBi"
+    assert "   Press et al. 2021, arXiv:2108.12409" in papers_and_techniques
+    slopes = next(line for line in papers_and_techniques if "alibi_slopes" in line)
+    assert slopes.split()[0] == "microattention.alibi_slopes"
+    assert slopes.split()[1].startswith("test_alibi_slopes")
+    everything = make("--list").stdout
+    for name in NAMES:
+        for technique in techniques(source_of(name)):
+            assert f" {name}.{technique.name} " in everything.replace("\n", " ")
+
+
+@each_name
+def test_the_tests_in_the_list_exist_and_are_of_techniques(name):
+    """`python tests/tools/find_tests.py` makes the list."""
+    tests = (ROOT / "tests" / f"test_{name}.py").read_text(encoding="utf-8")
+    listed = listed_tests()
+    mine = {key: test for key, test in listed.items() if key.startswith(f"{name}.")}
+    assert mine
+    for key, test in mine.items():
+        assert f"def {test}(" in tests, f"{key}: run python tests/tools/find_tests.py {name}"
+    names = {f"{name}.{technique.name}" for technique in techniques(source_of(name))}
+    assert mine.keys() <= names, f"run python tests/tools/find_tests.py {name}"
+
+
+def test_a_test_in_the_list_fails_if_its_technique_is_broken():
+    """Of one script. `python tests/tools/find_tests.py --check` tries them all."""
+    done = run(sys.executable, FIND_TESTS, "--check", "microattention")
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_technique_is_broken_by_what_it_returns_or_by_doing_nothing():
+    numbers = []
+
+    def double(x) -> float:
+        return 2 * x
+
+    def keep(x) -> None:
+        numbers.append(x)
+
+    # Annotations are text in the scripts.
+    keep.__annotations__["return"] = "None"
+    finder = find_tests.Finder([])
+    finder.broken = "script", "name"
+    assert finder.call(("script", "name"), double, (1.0,), {}) == 2.03
+    assert finder.call(("script", "other"), double, (1.0,), {}) == 2.0
+    finder.call(("script", "name"), keep, (1,), {})
+    finder.call(("script", "other"), keep, (2,), {})
+    assert numbers == [2]
+
+
+@pytest.mark.parametrize("value", [
+    0, 1.5, True, "text", b"bytes", [], [1, [2]], (0.5, None), {"a": 1}, range(3), {1, 2},
+], ids=repr)
+def test_a_broken_technique_returns_something_else(value):
+    before = repr(value)
+    assert find_tests.spoiled(value) != value
+    assert repr(value) == before
+
+
+# ------------------------------------------------------------------------------------ the README
 
 def test_an_excerpt_goes_stale_and_is_refreshed():
     trace = "\n── 1 ── A ──\nalpha\nbeta 2\ngamma\n\n── 2 ── B ──\nbeta 3\n"

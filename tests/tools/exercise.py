@@ -79,22 +79,15 @@ def sections(source: str) -> list[tuple[str, list[str]]]:
 
 
 def title_and_names(row: ast.expr) -> tuple[str, list[str]]:
-    """Return the title and the names of the techniques of one row of SECTIONS.
-
-    A row is a tuple (title, show, techniques), or a call Section(title, show, techniques, core).
+    """Return the title and the names of the techniques of a row Section(title, show, techniques).
     """
-    if isinstance(row, ast.Call):
-        fields = dict(zip(["title", "show", "techniques"], row.args))
-        fields |= {keyword.arg: keyword.value for keyword in row.keywords}
-        title = fields["title"]
-        techniques = fields["techniques"]
-    else:
-        title, _, techniques = row.elts
-    return title.value, [ast.unparse(name) for name in techniques.elts]
+    fields = dict(zip(["title", "show", "techniques"], row.args))
+    fields |= {keyword.arg: keyword.value for keyword in row.keywords}
+    return fields["title"].value, [ast.unparse(name) for name in fields["techniques"].elts]
 
 
 def floors(source: str) -> dict[str, range]:
-    """Return {heading: its lines, counted from 1} of the floors, or {} if the script has none.
+    """Return {heading: its lines, counted from 1} of the floors of a script.
 
     The heading of a floor stands between ruled lines, as in
 
@@ -115,19 +108,14 @@ def floors(source: str) -> dict[str, range]:
 def section_of_each_line(source: str) -> list[int]:
     """Return for each line of a script the number of its section; 0 is outside of all sections.
 
-    A section opens with a comment "# 3. Title", under a ruled line or as the first line of a
-    comment. In a script without floors, a ruled line with another text below ends the section.
+    A section opens with a comment whose first line is "# 3. Title".
     """
-    has_floors = bool(floors(source))
     number = 0
     numbers = []
     for above, line in pairwise(["", *source.splitlines()]):
         heading = re.match(r"# (\d+)\. ", line)
-        under_rule = above.startswith(("# ---", "# ==="))
-        if heading and (under_rule or not above.startswith("#")):
+        if heading and not above.startswith("#"):
             number = int(heading[1])
-        elif under_rule and not has_floors:
-            number = 0
         numbers.append(number)
     return numbers
 
@@ -136,14 +124,12 @@ def section_of_each_line(source: str) -> list[int]:
 def techniques(source: str) -> list[Technique]:
     """Return the techniques of a script, in the order of its source.
 
-    In a script with floors they are the public functions, and the methods of public classes, of its
-    first floor. What prints stays with the script, and so do checks of arguments (check_…) and what
-    main calls before it prints: without it, there would be no trace. In a script without floors
-    they are the functions and classes in numbered sections that SECTIONS names.
+    They are the public functions, and the methods of public classes, of its first floor. What
+    prints stays with the script, and so do checks of arguments (check_…) and what main calls before
+    it prints: without it, there would be no trace.
     """
     tree = parsed(source)
-    first_floor = floors(source).get("THE TECHNIQUES")
-    named = {name for _, names in sections(source) for name in names}
+    first_floor = floors(source)["THE TECHNIQUES"]
     needed_by_main = names_that_main_needs(tree)
     section_of_line = section_of_each_line(source)
     lines = source.splitlines(keepends=True)
@@ -152,11 +138,8 @@ def techniques(source: str) -> list[Technique]:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             continue
         section = section_of_line[node.lineno - 1]
-        if first_floor is None:
-            is_technique = node.name in named
-        else:
-            is_technique = (node.lineno in first_floor and node.name not in needed_by_main
-                            and is_for_the_learner(node))
+        is_technique = (node.lineno in first_floor and node.name not in needed_by_main
+                        and is_for_the_learner(node))
         if section and is_technique:
             for name, function in functions_in(node):
                 where = body_lines(function)
@@ -410,16 +393,17 @@ def cited(paper: str) -> str:
 TESTS = ROOT / "tests" / "tools" / "tests_of_techniques.txt"
 
 
-def tests_of_techniques() -> dict[str, str]:
+def listed_tests() -> dict[str, str]:
     """Return {script.technique: a test that fails if it is broken}, as find_tests.py found it."""
-    pairs = [line.split() for line in read(TESTS).splitlines()]
+    text = read(TESTS) if TESTS.is_file() else ""
+    pairs = [line.split() for line in text.splitlines()]
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
 
 
 def list_of(script: str) -> str:
     """Return the techniques of a script, section by section, with tests and papers, as text."""
     source = source_of(script)
-    tests = tests_of_techniques()
+    tests = listed_tests()
     lines = [f"{script}.py, tested by tests/test_{script}.py"]
     section = 0
     titles = [title for title, _ in sections(source)]
@@ -495,17 +479,25 @@ def main() -> int:
 
 
 def write_out(text: str) -> int:
-    """Print a text and return the exit status. A reader who closes the pipe ends it quietly."""
+    """Print a text and return the exit status."""
     try:
         print(text, end="", flush=True)
         return 0
     except OSError as error:
-        # Nothing can be written any more. Closing stdout must not fail a second time.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 0
-        print(f"exercise.py: cannot print: {error.strerror}", file=sys.stderr)
-        return 1
+        return told_in_one_line(error, "exercise.py")
+
+
+def told_in_one_line(error: OSError, program: str) -> int:
+    """Say on stderr that stdout takes nothing more, and return the exit status.
+
+    A reader who closes the pipe wants nothing more: that is no error.
+    """
+    # Closing stdout must not fail a second time.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return 0
+    print(f"{program}: cannot print: {error.strerror}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
