@@ -547,10 +547,10 @@ def flash_attention(
 #
 #     accesses = 8n²d²/M + n(2d + 1)
 #
-# which is the bound of the papers, n²d²/M, with its constant. Twice the SRAM means half the
-# traffic. Standard attention's 4n² does not depend on M; the two meet where 8d² = 4M. So flash
-# crosses less once SRAM holds more than about 2d² numbers: 32K of them at d = 128, or 64 KB at 16
-# bits. An SM has more than that.
+# which is the bound of the papers, n²d²/M, with its constant. Twice the SRAM means nearly half
+# the traffic of k and v; q, O and L cross once in any case. Standard attention's 4n² does not
+# depend on M; the two meet where 8d² = 4M. So flash crosses less once SRAM holds more than about
+# 2d² numbers: 32K of them at d = 128, or 64 KB at 16 bits. An SM has more than that.
 #
 # Which blocks are best for a given M? What stands in the outer loop stays in SRAM, and what stands
 # in the inner loop crosses again and again. So version 1 wants long blocks of keys, and version 2
@@ -733,8 +733,9 @@ def sram_needed_backward(block_q: int, block_k: int, d: int, d_v: int) -> int:
 #
 # How many splits? Splits run in rounds, as many at a time as there are SMs, and a round takes as
 # long as its longest split. Each split also leaves a partial result to write and read again. So
-# take the fewest splits whose wait is within a tenth of the shortest. Where jobs fill their rounds,
-# or there are many rounds, splitting saves little. Just above a full round it saves the most.
+# take the fewest splits whose wait is within a tenth of the shortest. Splitting saves the most
+# where jobs are few beside the SMs. With more jobs than SMs it helps most just above a full
+# round, and little where jobs fill their rounds or there are many rounds.
 #
 # In production: flash-attention, csrc/flash_attn/src/flash_fwd_kernel.h,
 # compute_attn_1rowblock_splitkv and combine_attn_seqk_parallel. num_splits_heuristic in
@@ -1122,10 +1123,11 @@ def show_standard(trace: Trace, knobs: Namespace) -> None:
     trace.note("Flash: sections 3 and 4, in blocks of 128 queries, each of which reads K and V "
                "again. This chapter counts like that, without a cache. A card has one "
                f"before HBM, of {A100_SHEET.l2_mb} and {H100_SHEET.l2_mb} MB. One head's K and V "
-               "are 4 MB and stay there, and then all numbers come from HBM once, the last "
-               "column. The truth is nearer to that: FlashAttention-3 reports up to 740 TFLOP/s "
-               "on an H100, where 0.081 ms would allow 422. S and P, 134 MB each, do not fit. The "
-               "model leaves out the softmax, and all waiting but for HBM.")
+               "are 4 MB and stay there, and then every number crosses once, the last column. "
+               "Real kernels lie between the two: FlashAttention-3 reports up to 740 TFLOP/s on an "
+               "H100, where 0.081 ms would allow 422, or 844 if two SMs share what they load, as "
+               "they do in section 5. S and P, 134 MB each, do not fit. The model leaves out the "
+               "softmax, and all waiting but for HBM.")
     check_runs(trace, "standard attention", runs)
 
 
@@ -1202,8 +1204,9 @@ def show_flash_v1(trace: Trace, knobs: Namespace) -> None:
     parts = sram_parts(sizes.block_q, sizes.block_k, sizes.d, sizes.d)
     held = [{"part": part, "numbers": count} for part, count in parts.items()]
     trace.say("FlashAttention makes a tile of scores in SRAM, lets each query absorb its row of "
-              "it as in section 2, with o = Σ exp(s - m) · v beside m and l, and drops it. At the "
-              "end O = o / l, and L = m + log l is kept, one number a row. Here with tiles of "
+              "it as in section 2, with o = Σ exp(s - m) · v beside m and l, and drops it. "
+              "Version 1 divides o by l after each tile, and at the end O = o and L = m + log l, "
+              "one number a row. Here with tiles of "
               f"{sizes.block_q} × {sizes.block_k} (queries × keys), d = {sizes.d}. SRAM holds "
               f"{sizes.sram:,} numbers; the matrix S has {sizes.n**2:,}.")
     trace.ask("how many numbers does SRAM hold at the most, with q, o, m and l for each query, k "
@@ -1472,7 +1475,7 @@ def show_decode(trace: Trace, knobs: Namespace) -> None:
     rows = compare_splits(((1, 1024), (1, 8192), (1, 65536), (4, 8192), (16, 8192), (256, 8192)))
     trace.say(f"How long does everybody wait? One decoding step on an {A100_SHEET.name} with "
               f"{A100_SHEET.n_sms} SMs, its processors; 8 KV heads (sets of keys and values); "
-              "tiles of 128 keys. A job is one head of one request. Jobs run in rounds, one on "
+              "tiles of 128 keys. A job is one KV head of one request. Jobs run in rounds, one on "
               "each SM; the wait is counted in tiles.")
     trace.ask("16 requests of 8,192 tokens are 128 jobs of 64 tiles, for 108 SMs. How many tiles "
               "is the wait, unsplit?", rows[4].unsplit)
@@ -1630,11 +1633,12 @@ def show_fp8(trace: Trace, knobs: Namespace) -> None:
     trace.table([normal, wide], {"inputs as q and k": "", "one_scale": ".1%",
                                  "tile_scale as a scale a tile": ".1%",
                                  "rotated as and rotated": ".1%"})
-    trace.say(f"With wide channels the rotation leaves {1 / gain:.0%} of the error. Where all "
-              "channels are alike, there is nothing to spread. A scale a tile alone leaves "
-              f"{wide.tile_scale / wide.one_scale:.0%}: FP8 numbers have an exponent of their own, "
-              "so that depends on where they happen to fall. (The authors report 2.6 times less "
-              "error by the rotation, with one number in a thousand large.)")
+    trace.say(f"With wide channels the rotation leaves {1 / gain:.0%} of the error that a scale a "
+              "tile leaves. Where all channels are alike, there is nothing to spread. A scale a "
+              "tile alone leaves, of the error with one scale, "
+              f"{wide.tile_scale / wide.one_scale:.0%}: FP8 numbers have an exponent of their "
+              "own, so that depends on where they happen to fall. (The authors report 2.6 times "
+              "less error by the rotation, with one number in a thousand large.)")
     trace.note("Small draws, and v and P stay exact here. In the kernel they are FP8 too, which "
                "adds an error that no rotation of q and k lowers.")
     trace.check("rotating q and k alone changes no output", wide.rotation < 1e-12,
