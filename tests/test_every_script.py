@@ -70,13 +70,18 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def whole_trace(script):
     """Return the finished process of a complete run, made once.
 
-    It runs in an empty folder, without a network, with a hash seed of its own. (.ci/run compares
-    whole traces on every Python found, each time with another hash seed.)
+    It runs in an empty folder, without a network, with a hash seed of this Python's own. Where the
+    environment names a folder KEEP_TRACES, the trace is kept there: .ci/run compares those of all
+    Pythons.
     """
+    hash_seed = str(sys.version_info.minor)
     with tempfile.TemporaryDirectory() as folder:
-        return subprocess.run([sys.executable, "-c", WITHOUT_NETWORK, str(script)],
+        done = subprocess.run([sys.executable, "-c", WITHOUT_NETWORK, str(script)],
                               capture_output=True, cwd=folder, stdin=subprocess.DEVNULL,
-                              env=os.environ | {"PYTHONHASHSEED": "11"})
+                              env=os.environ | {"PYTHONHASHSEED": hash_seed})
+    if "KEEP_TRACES" in os.environ:
+        Path(os.environ["KEEP_TRACES"], script.stem).write_bytes(done.stdout)
+    return done
 
 
 @functools.cache
