@@ -41,7 +41,7 @@ The papers
 #   embedding        the vector that stands for a token; its numbers are called channels
 #   query, key,      three vectors that each token makes from its embedding: what it looks for,
 #     value          what it can be found by, and what it hands over when it is found
-#   score            how well a key answers a query: their dot product, scaled (also: logit)
+#   score            how well a key answers a query: their dot product, scaled
 #   softmax(scores)  weights that are positive and sum to 1; a higher score gets more weight
 #   head             a query head: one set of queries, which looks for one thing
 #   KV head          one set of keys and values; several query heads may share it
@@ -51,11 +51,14 @@ The papers
 #   prefill, decode  reading the prompt, all tokens at once; then writing, one token at a time
 #   KV cache         the keys and values of all tokens so far, kept for the tokens to come
 #   latent           a short vector from which longer ones are computed again
+#   card             a GPU with its own memory
 #   rank             one of several cards that work together
 #   all-reduce       the ranks add up their vectors, and every rank gets the sum
 #   perplexity       how unsure a model is about the next token; 1 would be certain
 #   dense            computed with the whole matrix of scores, [n_q][n_k], as a textbook does it
 #   FLOP             a multiplication or an addition
+#   engine           a program that serves many requests at once, as vLLM does; llama.cpp runs
+#                    models on any computer, and transformers is Hugging Face's library
 #
 # linear(x, w) multiplies every row of x by the matrix w [out][in]. dot(a, b) is Σ a[i]·b[i].
 # A shape in brackets says how many: q [n_q][d] is n_q queries of d channels each.
@@ -134,8 +137,8 @@ MAP_TOKENS = 14    # tokens drawn in a map, so that four maps fit side by side
 #
 # In production: FlashAttention computes the same without ever storing the scores (flash_attn_func
 # in flash_attn/flash_attn_interface.py; microflash.py takes it apart). vLLM calls it in
-# v1/attention/backends/flash_attn.py. On a GPU, tiles that are wholly hidden are skipped; inside
-# a tile, hidden scores are computed and set to -inf.
+# vllm/v1/attention/backends/flash_attn.py. There keys are taken in blocks. A block that is wholly
+# hidden is skipped, and in the others hidden scores are computed and set to -inf.
 # Measured by show_attention().
 
 
@@ -240,7 +243,7 @@ def visible_keys(
 # The heads that this script looks at are built by hand (build_heads), so that it is known what they
 # look for: the same word, the token one back, everything alike, or the first token. Trained models
 # have heads that look one back (Olsson et al. 2022, arXiv:2209.11895) and heads that rest on the
-# first token (Xiao et al. 2023).
+# first token (StreamingLLM, section 4).
 #
 # In production: transformers has it in plain PyTorch, eager_attention_forward() in
 # models/llama/modeling_llama.py.
@@ -401,7 +404,7 @@ def mean_pool_kv_heads(w: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
 # what the model was trained on.
 #
 # In production: vLLM frees the blocks that a window has left behind (SlidingWindowManager in
-# v1/core/single_type_kv_cache_manager.py); llama.cpp keeps two caches for a mixed model
+# vllm/v1/core/single_type_kv_cache_manager.py); llama.cpp keeps two caches for a mixed model
 # (llama-kv-cache-iswa.cpp). FlashAttention counts a window without the token itself: vLLM and
 # transformers call it with window - 1. StreamingLLM: streaming_llm/kv_cache.py. gpt-oss: sdpa() in
 # gpt_oss/torch/model.py, where S is the learned sink.
@@ -743,7 +746,7 @@ def decode_multiplications(model: RealModel, n_tokens: int) -> int:
 # In production: vLLM shards heads in QKVParallelLinear (model_executor/layers/linear.py), which
 # copies KV heads by the same rule; it fills a pipeline with different batches of requests instead
 # of pieces of one. Megatron-LM: core/tensor_parallel/layers.py,
-# core/pipeline_parallel/schedules.py; in training the backward passes stand in the same schedule.
+# core/pipeline_parallel/schedules.py.
 # Attention data-parallel: vLLM's --data-parallel-size.
 # Measured by show_parallel().
 
@@ -1302,7 +1305,7 @@ def show_rolling(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
     trace.check_close("attention() with window and sinks = the dense masked matrix",
                       attention(q, k, v, window=window, sinks=sinks), dense, 1e-12)
     trace.check_close("rolling cache = the same", rolled, dense, 1e-12)
-    trace.check_close("with a sink logit = the dense matrix with one more term in its sums",
+    trace.check_close("with a learned sink = the dense matrix with one more term in its sums",
                       attention(q, k, v, sink_logit=1.5),
                       dense_attention(q, k, v, lambda i, j: j <= i, 1.5), 1e-12)
 

@@ -1,18 +1,22 @@
 #!/usr/bin/env python3
 """From logits to text: how the next token is chosen, and how one pass of a model gives several.
 
-A language model only scores the tokens that may come next. Decoding is everything after that:
+A language model only scores the tokens that may come next. Choosing one is called decoding as well:
 taking the best token, drawing one by chance, searching ahead, or letting something cheap guess
 several tokens that the model then checks in one pass. Each method runs here on a tiny Llama that
 first learns a nursery rhyme, and the trace proves what is usually only said: that speculative
 decoding changes the speed and not the text.
 
-How to read it. Run `python microbeam.py` and read the trace first (20 minutes). Then read THE
-TECHNIQUES below: sections 1 to 6, 8 and 11 are the chapter (60 minutes). Sections 7, 9 and 10 can
-wait (20 minutes). THE EXPERIMENTS measure what the trace shows; look there to check a number.
-THE MODEL AND THE BENCH has the tiny Llama, and SHARED BY THE FIVE what all five scripts have.
+How to read it
+  1. Read the words below (2 minutes), run `python microbeam.py` and read what it prints
+     (20 minutes).
+  2. Read THE TECHNIQUES, in order: sections 1 to 6, 8 and 11 are the core of the chapter
+     (60 minutes). Sections 7, 9 and 10 can wait (20 minutes).
+  3. THE EXPERIMENTS say how each number of the trace was measured. THE MODEL AND THE BENCH has the
+     tiny Llama and its training. SHARED BY THE FIVE, which the five scripts of this collection have
+     in common, reads text, prints and parses the command line.
 
-The papers:
+The papers
   Holtzman et al. 2019, The Curious Case of Neural Text Degeneration (top-p), arXiv:1904.09751
   Keskar et al. 2019, CTRL (the repetition penalty), arXiv:1909.05858
   Meister et al. 2022, Locally Typical Sampling, arXiv:2202.00666
@@ -29,14 +33,15 @@ The papers:
   Willard & Louf 2023, Efficient Guided Generation for Large Language Models, arXiv:2307.09702
 """
 
-# Words used before a section explains them:
+# The words. What is not explained here is explained in the section that uses it.
 #
 #   token           a piece of text: here a word with its blank, or a letter; a number from 0
 #   logits          the model's scores, one per token of the vocabulary; softmax(logits) are
 #                   probabilities, and log_softmax(logits) their logarithms
 #   argmax          the token with the highest score
 #   eos             the token that ends a text (end of sequence); here the line end of a verse
-#   pass            one run of the model over all tokens that are new to it, however many
+#   pass            one run of the model over all tokens that are new to it, however many (microkv
+#                   calls it a step)
 #   target, draft   the model whose text is wanted, and a cheap one (or a trick) that guesses it
 #   greedy          to take the argmax each time
 #   hidden state    what the last layer hands to the output matrix: one vector per token
@@ -187,8 +192,8 @@ def argmax(logits: Vector) -> int:
 # Whether min-p is the better of the two is disputed (both papers are above).
 #
 # In production: the …LogitsWarper classes of transformers' generation/logits_process.py, in this
-# order. Ties are kept and dropped as there, but for top-p's: its sort says nothing of equals. vLLM:
-# v1/sample/sampler.py. llama.cpp: common_params_sampling.samplers has the order.
+# order. Ties are treated as there, except by top-p: its sort does not say which of two equals comes
+# first. vLLM: vllm/v1/sample/sampler.py. llama.cpp: common_params_sampling.samplers has the order.
 # Measured by show_filters().
 
 
@@ -558,7 +563,7 @@ def exact_search(
 # target's distribution p stays exactly as it was:
 #
 #     keep x with probability   min(1, p(x) / q(x))
-#     otherwise draw from       max(0, p - q), normalised: where q gives less than p wants
+#     otherwise draw from       max(0, p - q), normalized: where q gives less than p wants
 #
 # With p = 0.6, 0.4 and q = 0.8, 0.2 for two tokens A and B: A is drafted with 0.8 and kept with
 # 0.6/0.8 = 0.75, so it comes with 0.6. B is drafted with 0.2 and always kept; a rejected A (0.2)
@@ -755,7 +760,7 @@ def acceptance(p: Vector, q: Vector) -> Vector:
 
 
 def residual(p: Vector, q: Vector) -> Vector:
-    """Return what replaces a rejected guess: max(0, p - q), normalised (p itself where p = q)."""
+    """Return what replaces a rejected guess: max(0, p - q), normalized (p itself where p = q)."""
     rest = [max(0.0, a - b) for a, b in zip(p, q)]
     total = sum(rest)
     return [value / total for value in rest] if total else p

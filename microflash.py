@@ -11,16 +11,18 @@ The script moves the tiles for real and counts every number that crosses between
 forward and backward. It counts traffic and not time: pure Python has no SRAM that could make it
 faster.
 
-How to read it: run `python microflash.py` and read the trace (15 minutes). Then read this file from
-here. It has four floors:
-  THE TECHNIQUES          the chapter. Sections 1 to 4, 6 and 7 are its core (40 minutes); sections
-                          5, 8, 9 and 10 can wait (20 minutes).
-  THE EXPERIMENTS         how the trace's numbers are measured. Come here to check one.
-  THE MODEL AND THE BENCH cards and kernels by their sources, references, pictures.
-  SHARED BY THE FIVE      the text, the printing and the command line, the same in all five scripts.
+How to read it
+  1. Read the words below (2 minutes), run `python microflash.py` and read what it prints
+     (15 minutes).
+  2. Read THE TECHNIQUES, in order: sections 1 to 4, 6 and 7 are the core of the chapter
+     (40 minutes). Sections 5, 8, 9 and 10 can wait (20 minutes).
+  3. THE EXPERIMENTS say how each number of the trace was measured. THE MODEL AND THE BENCH has
+     cards and kernels by their sources, references and pictures. SHARED BY THE FIVE, which the five
+     scripts of this collection have in common, reads text, prints and parses the command line.
 
-The papers:
-  Milakov and Gimelshein, Online Normalizer Calculation for Softmax, 2018, 1805.02867    section 2
+The papers
+  Milakov and Gimelshein, Online Normalizer Calculation for Softmax, 2018,
+    arXiv:1805.02867                                                              section 2
   Dao et al., FlashAttention: Fast and Memory-Efficient Exact Attention with
     IO-Awareness, 2022, arXiv:2205.14135                                    sections 1, 3, 5, 6
   Dao, FlashAttention-2: Faster Attention with Better Parallelism and Work
@@ -33,13 +35,13 @@ The papers:
   Zadouri et al., FlashAttention-4, 2026, arXiv:2603.05451                        section 10
 """
 
-# The words, where a section uses them before it explains them
+# The words. What is not explained here is explained in the section that uses it.
 #
 # q, k, v       queries, keys and values, a row for each token: [n_q][d], [n_k][d], [n_k][d_v]
 # S, P, O       scores S = q kᵀ · scale and weights P = softmax(S), [n_q][n_k]; output O = P v
 # L, or lse     log-sum-exp of a row of scores, log Σ exp(s); the row's weights are exp(s - L)
-# head          attention runs many times side by side, each time with its own q, k and v
-# KV head       a head's k and v; in grouped-query attention several query heads share one
+# head          a query head: one set of queries; attention runs once for each
+# KV head       one set of keys and values; several query heads may share it (GQA)
 # HBM           the GPU's large memory: tens of gigabytes, slow
 # SRAM          the fast memory on the chip, beside the arithmetic: some 200 KB in each SM
 # registers     where an SM's arithmetic has its operands; here they count as part of SRAM
@@ -122,7 +124,7 @@ VOCAB_SIZE = 96    # tokens: each word of SENTENCE is then one token
 #
 # In production: transformers runs these three steps in eager_attention_forward (modeling_llama.py),
 # with more passes for the scale, the mask and rounding. PyTorch's scaled_dot_product_attention does
-# the same where no fused kernel fits its arguments.
+# the same where none of its fused kernels (one for all three steps) fits the arguments.
 #
 # Measured by show_standard().
 
@@ -486,8 +488,7 @@ def sram_parts(block_q: int, block_k: int, d: int, d_v: int) -> dict[str, int]:
 #
 # In production: flash-attention, csrc/flash_attn/src/flash_fwd_kernel.h, compute_attn_1rowblock. It
 # walks over the keys from the last block to the first: the masked tiles come first, and the rest of
-# its loop needs no mask.
-# PyTorch's scaled_dot_product_attention calls a copy of this kernel.
+# its loop needs no mask. PyTorch's scaled_dot_product_attention calls a copy of this kernel.
 #
 # Measured by show_flash_v2().
 
@@ -593,9 +594,9 @@ def flash_attention(
 #
 #     D_i = Σ_j P_ij (dO_i · v_j) = dO_i · Σ_j P_ij v_j = dO_i · O_i
 #
-# So the forward pass keeps O (for D) and L, n(d_v + 1) numbers in place of n². This is activation
-# checkpointing: what is not kept is computed again. The price is one more product of matrices,
-# q kᵀ, five in place of four.
+# So the forward pass keeps O (for D) and L, n(d_v + 1) numbers in place of n². What is not kept is
+# computed again, which is called activation checkpointing. The price is one more product of
+# matrices, q kᵀ, five in place of four.
 #
 # The outer loop goes over the keys, whose dk and dv stay in SRAM until they are complete. A block
 # of dq gets a share from every block of keys, so it crosses each time. (With queries in the outer
@@ -734,8 +735,8 @@ def sram_needed_backward(block_q: int, block_k: int, d: int, d_v: int) -> int:
 # How many splits? Splits run in rounds, as many at a time as there are SMs, and a round takes as
 # long as its longest split. Each split also leaves a partial result to write and read again. So
 # take the fewest splits whose wait is within a tenth of the shortest. Splitting saves the most
-# where jobs are few beside the SMs. With more jobs than SMs it helps most just above a full
-# round, and little where jobs fill their rounds or there are many rounds.
+# where jobs are few beside the SMs. If there are more jobs than SMs, it helps most when the last
+# round is nearly empty. It helps little when that round is nearly full, or when there are many.
 #
 # In production: flash-attention, csrc/flash_attn/src/flash_fwd_kernel.h,
 # compute_attn_1rowblock_splitkv and combine_attn_seqk_parallel. num_splits_heuristic in
@@ -816,8 +817,8 @@ def choose_splits(n_sms: int, n_jobs: int, n_tiles: int) -> int:
 #   head h // group. No copy of k and v is made. While decoding, each head has one query, and the
 #   queries of a group can form one block: then k and v cross once for the group, not once a head.
 # - A sliding window: tiles too far back are skipped like those above the diagonal.
-# - Pages: the cache lies scattered in blocks, and a block table says which block holds which
-#   positions. A tile is gathered through the table on its way into SRAM.
+# - Pages: the cache lies scattered in pages (microkv's blocks), and a block table says which one
+#   holds which positions. A tile is gathered through the table on its way into SRAM.
 # - A learned sink (gpt-oss): a number for each head that competes in the softmax like the score of
 #   one more key, but has no value, so that a head can attend to nothing. It is one more term in l:
 #   a query starts from m = sink, l = 1, o = 0 (empty_state), and the rest is as always. L includes
@@ -885,11 +886,11 @@ class PagedRows(Sequence):
 
 # 9. FlashAttention-3: FP8
 #
-# The tiles stayed. Version 3, for Hopper cards, lets an SM do three things at once: copy the next
-# tile, multiply this one, and take the softmax of another (asynchrony; nothing of it shows in
+# The tiles stayed. Version 3, for Hopper cards (H100), lets an SM do three things at once: copy the
+# next tile, multiply this one, and take the softmax of another (asynchrony; nothing of it shows in
 # counts). And it can multiply in FP8, which is twice as fast as 16 bits.
 #
-# An e4m3 number has a sign, 4 bits of exponent and 3 bits of fraction: 1.125, 1.25, …, up to 448.
+# An E4M3 number has a sign, 4 bits of exponent and 3 of mantissa: 1.125, 1.25, …, up to 448.
 # So it is off by up to 1 part in 16, large numbers by more than small ones in absolute terms.
 # That hurts where large meets large: if q and k have the same wide channels, as in real models,
 # the scores there are large and so are their errors. There are two remedies, and the second does
@@ -954,8 +955,8 @@ def hadamard_rotate(m: Matrix, signs: Vector) -> Matrix:
 
 # 10. FlashAttention-4: cheaper exponentials
 #
-# From Hopper to Blackwell cards the tensor cores became twice as fast, and the units for exp did
-# not. Count the clock cycles of one SM for a tile of 128 × 128 at d = 128:
+# From Hopper (H100) to Blackwell cards (B200) the tensor cores became twice as fast, and the units
+# for exp did not. Count the clock cycles of one SM for a tile of 128 × 128 at d = 128:
 #
 #     tensor cores, q kᵀ and P v    4 · 128³ / 4,096 = 2,048    (H100: 4,096 FLOPs a clock)
 #                                   4 · 128³ / 8,192 = 1,024    (B200: 8,192)
@@ -975,7 +976,7 @@ def hadamard_rotate(m: Matrix, signs: Vector) -> Matrix:
 # 2^n only sets the exponent bits of a float. 2^f is nearly a cubic polynomial in f, which takes
 # three multiply-adds; an SM makes 128 of those in a clock cycle, against 16 exponentials. The
 # polynomial is wrong by less than 1 part in 10,000. That does not matter, because P is rounded to
-# bf16 next, which has 8 significant bits, so that its steps are at least 1 part in 256.
+# BF16 next, which has 8 significant bits, so that its steps are at least 1 part in 256.
 #
 # In production: flash-attention, flash_attn/cute/. flash_fwd_sm100.py sets rescale_threshold to 8
 # for 16-bit inputs and to 0 for FP8; ex2_emulation in utils.py is the polynomial. Only a part of
@@ -1085,8 +1086,8 @@ def move_and_compute(n: int, d: int, block_q: int) -> list[dict]:
     sizes = Sizes(n, d, n, n)
     crossed = {
         "standard": crossings_by_formula("standard", sizes),
-        "flash, no cache": crossings_by_formula("version 2", sizes._replace(block_q=block_q)),
-        "flash, cache": crossings_by_formula("version 2", sizes),
+        "flash, no L2": crossings_by_formula("version 2", sizes._replace(block_q=block_q)),
+        "flash, L2": crossings_by_formula("version 2", sizes),
     }
     rows = []
     for card in CARDS:
@@ -1118,12 +1119,12 @@ def show_standard(trace: Trace, knobs: Namespace) -> None:
               "of matrices, and to move the numbers that cross, by the formulas that the counts "
               "confirm and the cards' data sheets. Where moving takes longer than computing, the "
               "arithmetic waits.")
-    times = dict.fromkeys(("computing", "standard", "flash, no cache", "flash, cache"), ".3f")
+    times = dict.fromkeys(("computing", "standard", "flash, no L2", "flash, L2"), ".3f")
     trace.table(move_and_compute(8192, 128, 128), {"card": "", **times})
     trace.note("Flash: sections 3 and 4, in blocks of 128 queries, each of which reads K and V "
-               "again. This chapter counts like that, without a cache. A card has one "
-               f"before HBM, of {A100_SHEET.l2_mb} and {H100_SHEET.l2_mb} MB. One head's K and V "
-               "are 4 MB and stay there, and then every number crosses once, the last column. "
+               "again. This chapter counts every reading. But these cards have a cache in front "
+               f"of HBM, the L2, of {A100_SHEET.l2_mb} and {H100_SHEET.l2_mb} MB. One head's K and "
+               "V are 4 MB and stay there, and then every number crosses once, the last column. "
                "Real kernels lie between the two: FlashAttention-3 reports up to 740 TFLOP/s on an "
                "H100, where 0.081 ms would allow 422, or 844 if two SMs share what they load, as "
                "they do in section 5. S and P, 134 MB each, do not fit. The model leaves out the "
@@ -1280,7 +1281,7 @@ def show_traffic(trace: Trace, knobs: Namespace) -> None:
                              "of_kb as of": "{:d} KB", "gain": "{:.1f}×"})
     trace.note("SRAM: q, k and v, and in FlashAttention-3 at d = 64 also P; the rest is in "
                "registers. Gain: standard attention's traffic over theirs, n = 8,192, by formula, "
-               "without caches. In FlashAttention-3 at d = 128 two SMs share each K and V that "
+               "without the L2. In FlashAttention-3 at d = 128 two SMs share each K and V that "
                "they load, so it counts as 256 queries. Sources: the files named at REAL_TILES.")
     check_runs(trace, "square tiles", squares)
     trace.check("M, counted = 4dB + B² + 2B",
@@ -1635,10 +1636,10 @@ def show_fp8(trace: Trace, knobs: Namespace) -> None:
                                  "rotated as and rotated": ".1%"})
     trace.say(f"With wide channels the rotation leaves {1 / gain:.0%} of the error that a scale a "
               "tile leaves. Where all channels are alike, there is nothing to spread. A scale a "
-              "tile alone leaves, of the error with one scale, "
-              f"{wide.tile_scale / wide.one_scale:.0%}: FP8 numbers have an exponent of their "
-              "own, so that depends on where they happen to fall. (The authors report 2.6 times "
-              "less error by the rotation, with one number in a thousand large.)")
+              f"tile alone leaves {wide.tile_scale / wide.one_scale:.0%} of the error that one "
+              "scale leaves: FP8 numbers have an exponent of their own, so that depends on where "
+              "they happen to fall. (The authors report 2.6 times less error by the rotation, with "
+              "one number in a thousand large.)")
     trace.note("Small draws, and v and P stay exact here. In the kernel they are FP8 too, which "
                "adds an error that no rotation of q and k lowers.")
     trace.check("rotating q and k alone changes no output", wide.rotation < 1e-12,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Why generation is memory-bound, and how serving engines live with it.
+"""The KV cache: why generation waits for memory, and how serving engines live with it.
 
 A language model writes one token at a time, and every token looks back at all tokens before it.
 Keeping their keys and values, the KV cache, saves nearly all of the work. Then the cache itself
@@ -16,7 +16,8 @@ the tables of sections 7, 8, 10 and 11, the scheduler runs for real and a stand-
 of the model.
 
 How to read it
-  1. Read the words below (2 minutes), run the script and read what it prints (15 minutes).
+  1. Read the words below (2 minutes), run `python microkv.py` and read what it prints
+     (15 minutes).
   2. Read THE TECHNIQUES, in order: sections 1 to 7 are the core of the chapter (45 minutes).
      Sections 8 to 12 can wait (15 minutes).
   3. THE EXPERIMENTS show how each number of the trace was made. THE MODEL AND THE BENCH has the
@@ -28,7 +29,7 @@ The papers
   Kwon et al., Efficient Memory Management for Large Language Model Serving with
     PagedAttention (vLLM), 2023, arXiv:2309.06180                                  section 3
   Zheng et al., SGLang: Efficient Execution of Structured Language Model
-    Programs, 2024, arXiv:2312.07104                                               section 5
+    Programs, 2023, arXiv:2312.07104                                               section 5
   Yu et al., Orca: A Distributed Serving System for Transformer-Based
     Generative Models, OSDI 2022                                                   section 6
   Agrawal et al., Taming Throughput-Latency Tradeoff in LLM Inference with
@@ -43,7 +44,7 @@ The papers
 
 # The words. What is not explained here is explained in the section that uses it.
 #
-#   token        a piece of text, here a word; a model reads and writes the numbers of tokens
+#   token        a word, or a piece of one (here a word); a model reads and writes their numbers
 #   logits       the model's score for every token that could come next
 #   greedy       always writing the token with the largest logit (argmax)
 #   key, value   two vectors that attention keeps of each token, in every layer: a later token
@@ -55,8 +56,8 @@ The papers
 #   FLOP         an addition or a multiplication
 #   card         a GPU; HBM is its memory, where weights and caches lie, and the host is the
 #                computer that it is plugged into
-#   first token  the time from a request's arrival to its first new token
-#   gap          the time from one new token of a request to the next
+#   first token  the time from a request's arrival to its first new token (TTFT)
+#   gap          the time from one new token of a request to the next (ITL, or TPOT)
 #
 # Llama.forward(tokens, cache) runs tokens that come after those in the cache, and returns a row of
 # logits for each. In every layer one line of it uses the cache:
@@ -192,7 +193,7 @@ def check_prompt(prompt: Sequence[int], max_new_tokens: int, cache=None) -> None
 #
 #     ridge = FLOPs per second / bytes per second                  A100: 312e12 / 2039e9 = 153
 #
-# A weight of 2 bytes makes 2 FLOPs for each token. So a step of 1 token makes 1 FLOP per byte, and
+# A weight of 2 bytes needs 2 FLOPs for each token. So a step of 1 token makes 1 FLOP per byte, and
 # a step of 153 tokens makes 153. Below the ridge the step waits for memory, and more tokens in it
 # cost no time. That is the difference: a prefill of a few hundred tokens is bound by arithmetic,
 # and a decode step, one token per request, is bound by memory. So requests should share decode
@@ -538,9 +539,10 @@ class PagedKVCache:
 # texts with the same hash are not known. With a shorter or weaker hash, compare the tokens.
 #
 # In production: vLLM keeps every block with the same content under one name (block_pool.py). Here
-# the first keeps the name, and when it is handed out, a second copy is not found; in nano-vllm the
-# last one has the name, and it compares the tokens. SGLang keeps a tree of prefixes instead of
-# hashes. LMCache and Mooncake move what is evicted to the host's memory or to other machines.
+# only the first such block has the name. When it is handed out, its copies are not found any more.
+# In nano-vllm the last one has the name, and tokens are compared. SGLang keeps a tree of prefixes
+# instead of hashes. LMCache and Mooncake move what is evicted to the host's memory or to other
+# machines.
 #
 # Measured by show_prefix_caching().
 
@@ -600,7 +602,8 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
 
 # 6. Continuous batching
 #
-# Reading the weights is most of a decode step (section 2), so requests should share steps. A static
+# Reading the weights is most of a decode step of a few requests (section 2), so requests should
+# share steps. A static
 # batch starts together and ends with its longest answer. Requests that are done leave their places
 # empty, and new ones wait outside. Orca (Yu et al. 2022) decides anew at every step: whoever is
 # done leaves, and whoever waits comes in if it fits. A step has room for

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The same model in a quarter of the bytes.
+"""Quantization: the same model in a quarter of the bytes.
 
 A language model that writes one token at a time spends most of its time fetching weights from
 memory. A weight in 4 bits instead of 16 is fetched in nearly a quarter of the time, and a card can
@@ -7,35 +7,35 @@ hold a model that it could not hold before. The price is rounding. This script t
 in which a few channels are much larger than the others, as in real models. It compresses the model
 by the methods that people deploy, and measures each on text that no method has seen.
 
-How to read it: run `python microquant.py` and read the trace first. Then read on from here.
-  The core, sections 1 to 9, is the chapter (about 60 minutes): how few bits hold numbers, which
-  weights should share a scale, why activations are harder than weights, the two methods that round
-  weights by data (GPTQ, AWQ), and training on top of a compressed model (QLoRA). In section 3, the
-  writer of the file may be skipped on a first reading.
-  Sections 10 to 16 can wait (about 50 minutes). Each stands by itself.
-  THE TECHNIQUES come first, without experiments. THE EXPERIMENTS show how each was measured, under
-  the same numbers. Then come the model and the bench, and what all five scripts share.
-`python microquant.py --gguf tiny.gguf` writes the model as a file that llama.cpp runs.
+How to read it
+  1. Read the words below (2 minutes), run `python microquant.py` and read what it prints
+     (20 minutes). `python microquant.py --gguf tiny.gguf` writes the model as a file that
+     llama.cpp runs.
+  2. Read THE TECHNIQUES, in order: sections 1 to 9 are the core of the chapter (60 minutes). In
+     section 3, the writer of the file may be skipped. Sections 10 to 16 can wait (50 minutes).
+  3. THE EXPERIMENTS say how each number of the trace was measured. THE MODEL AND THE BENCH has the
+     Llama, its training and its texts. SHARED BY THE FIVE, which the five scripts of this
+     collection have in common, reads text, prints and parses the command line.
 
-The papers:
+The papers
   Dettmers et al., QLoRA, 2023, arXiv:2305.14314                                   sections 4, 8
   Dettmers et al., LLM.int8(), 2022, arXiv:2208.07339                              section 5
-  Xiao et al., SmoothQuant, 2023, arXiv:2211.10438                                 section 5
+  Xiao et al., SmoothQuant, 2022, arXiv:2211.10438                                 section 5
   Micikevicius et al., FP8 Formats for Deep Learning, 2022, arXiv:2209.05433       section 5
-  Frantar et al., GPTQ, 2023, arXiv:2210.17323                                     section 6
-  Lin et al., AWQ, 2024, arXiv:2306.00978                                          section 7
-  Hu et al., LoRA, 2022, arXiv:2106.09685                                          section 8
+  Frantar et al., GPTQ, 2022, arXiv:2210.17323                                     section 6
+  Lin et al., AWQ, 2023, arXiv:2306.00978                                          section 7
+  Hu et al., LoRA, 2021, arXiv:2106.09685                                          section 8
   Rouhani et al., Microscaling Data Formats, 2023, arXiv:2310.10537                section 10
-  Badri & Shaji, Half-Quadratic Quantization, 2023, mobiusml.github.io/hqq_blog    section 12
-  Kim et al., SqueezeLLM, 2024, arXiv:2306.07629                                   section 12
+  Badri and Shaji, Half-Quadratic Quantization, 2023, mobiusml.github.io/hqq_blog  section 12
+  Kim et al., SqueezeLLM, 2023, arXiv:2306.07629                                   section 12
   Wang et al., BitNet, 2023, arXiv:2310.11453; Ma et al., 2024, arXiv:2402.17764   section 13
   Zhao et al., GaLore, 2024, arXiv:2403.03507                                      section 14
   Zhang et al., Q-GaLore, 2024, arXiv:2407.08296                                   section 14
-  Micikevicius et al., Mixed Precision Training, 2018, arXiv:1710.03740            section 15
-  Dong et al., HAWQ-V2, 2020, arXiv:1911.03852                                     section 16
+  Micikevicius et al., Mixed Precision Training, 2017, arXiv:1710.03740            section 15
+  Dong et al., HAWQ-V2, 2019, arXiv:1911.03852                                     section 16
 """
 
-# The words that this script uses before it explains them:
+# The words. What is not explained here is explained in the section that uses it.
 #
 # tensor          a matrix or a vector of numbers
 # weight          a trained number; a matrix W has a row per output and a column per input
@@ -53,8 +53,10 @@ The papers:
 # INT4            whole numbers of 4 bits; W8A8: weights in 8 bits and activations in 8 bits
 # outlier         a number, or a channel, that is many times larger than the others
 # wq, wk, wv, wo  the matrices of attention: query, key, value and output
-# w1, w3, w2      those of the feed-forward block: two side by side, then one that reads both
+# w1, w3, w2      those of the feed-forward network: two side by side, then one that reads both
 # rank            a matrix of rank r is a product of one with r columns and one with r rows
+#                 (not microattention's rank, which is a card)
+# block, group    numbers that share a scale
 #
 # linear(x, w) is y = W x for every row of x. Llama.forward(tokens) returns logits; it applies every
 # matrix by its method linear(name, x), which a subclass may replace. build_lab(seed) trains the
@@ -121,8 +123,8 @@ OUTLIERS = (2, 24.0)       # channels that begin as outliers, and the gain that 
 #     zero_point = -2^(b-1) + round(-min / scale)
 #
 # An example in INT4: w = (0.7, -0.32, 0.04). The scale is 0.7 / 7 = 0.1. The codes are 7, -3 and 0,
-# and they decode to 0.7, -0.3 and 0. Nothing moved by more than half a step, 0.05. But 0.04 became
-# 0: what is small beside the largest weight is lost.
+# and they stand for 0.7, -0.3 and 0. Nothing moved by more than half of the scale, 0.05. But 0.04
+# became 0: what is small beside the largest weight is lost.
 #
 # A floating-point number is a sign, an exponent and a mantissa. Its grid is not even: the steps
 # double with every power of two. So small numbers are kept as exactly, in proportion, as large
@@ -282,8 +284,8 @@ fp4_e2m1 = FloatFormat("FP4 E2M1", 2, 1, 6.0, 6.0)  # 0, 0.5, 1, 1.5, 2, 3, 4, 6
 # other (section 3).
 #
 # In production: groups of 128 for GPTQ and AWQ, of 32 for llama.cpp and MXFP4, of 16 for NVFP4.
-# Embedding and output matrix often stay in 16 bits, for they are not read like the others (the
-# embedding), or mind rounding more than the others (the output).
+# The embedding is only looked up, a row for each token, and the output matrix suffers more from
+# rounding than the others. So both often stay in 16 bits.
 # Measured by show_granularity().
 
 
@@ -511,8 +513,9 @@ def ggml_name(name: str) -> str:
 #
 # Plain quantiles would have no exact 0, and the outermost ones, of probability 0 and 1, lie at
 # infinity. So the two sides are cut separately, into 8 even steps of probability above 0 and 7
-# below, and both start a little inside, at the probability 1 - (1/32 + 1/30) / 2 = 0.968. (Of 16
-# equal shares the middle of the last is at 1 - 1/32, of 15 it is at 1 - 1/30; this is their mean.)
+# below, and both start a little inside, at the probability 1 - (1/32 + 1/30) / 2 = 0.968. (Cut the
+# probability into 16 equal shares, and the middle of the last is at 1 - 1/32. Cut it into 15, and
+# it is at 1 - 1/30. NF4 takes the mean of the two.)
 # Then all are divided by the outermost, so that they end at ±1.
 #
 # An absmax in FP32 costs 32 / 64 = 0.5 bits a weight, as much as INT4 pays in groups of 32. Double
@@ -595,12 +598,11 @@ def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, by
 # it multiplies a finished sum. It must not differ from input channel to input channel: that scale
 # would stand inside the sum, where integer units cannot apply it.
 #
-# But it is input channels that have outliers. In every token, the same few channels are many
-# times larger than the others, and on a grid that reaches to them the others get only a few
-# codes. (In large models they are up to 100 times larger, Xiao et al. 2023, which ruins the output.
-# Ours survives it with dynamic scales.) A static scale, chosen once from calibration, must reach
-# to the largest token; a dynamic one is each token's own, and suffers less. There are two ways
-# out.
+# But it is input channels that have outliers. In every token, the same few channels are many times
+# larger than the others, and on a grid that reaches to them the others get only a few codes. (In
+# large models they are up to 100 times larger, by the SmoothQuant paper, which ruins the output.
+# Ours survives it with dynamic scales.) A static scale, chosen once from calibration, must reach to
+# the largest token; a dynamic one is each token's own, and suffers less. There are two ways out.
 #
 # LLM.int8() takes the outlier channels out and multiplies them in floating point, the rest in INT8.
 #
@@ -742,12 +744,12 @@ def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
 #     error_j = w_j - quant(w_j)
 #     w_k -= error_j · U[j][k] / U[j][j]          for every k > j
 #
-# quant(w) is the nearest grid point. U[j][k] / U[j][j] says how far column k moves for each unit
-# of error in column j. In the example U[0][1] / U[0][0] is about -1: the error is 0.4 - 0 = 0.4,
-# so the second weight rises by 0.4. (How upper_factor() finds U may be skipped.) Before that, a
-# little is added to H's diagonal (damping: 1% of its mean). It keeps H invertible, and repairs
-# small where there is little text. One token of calibration is far too little: then all inputs
-# move together, and the repairs are nonsense on any other token.
+# quant(w) is the nearest grid point. U[j][k] / U[j][j] says how far column k moves for each unit of
+# error in column j. In the example U[0][1] / U[0][0] is about -1: the error is 0.4 - 0 = 0.4, so
+# the second weight rises by 0.4. (How upper_factor() finds U may be skipped.) Before that, a little
+# is added to H's diagonal (damping: 1% of its mean). Damping keeps H invertible, and where there is
+# little text it also keeps the repairs small. One token of calibration is far too little: then all
+# inputs move together, and the repairs are nonsense on any other token.
 #
 # act-order takes the columns with the largest inputs first, while many others can still repair.
 #
@@ -925,7 +927,8 @@ def awq_scales(x: Matrix, alpha: float) -> Vector:
 
 # 8. QLoRA: training on top of a compressed model
 #
-# Training all weights with Adam keeps two more numbers for each, in FP32. LoRA leaves the matrix W
+# Adam, the usual optimizer, keeps a running mean of each gradient and of its square: two more
+# numbers for each weight, in FP32. LoRA leaves the matrix W
 # as it is and trains a correction of low rank r beside it:
 #
 #     y = W x + (α/r) · B (A x)                A [r][in], B [out][r]; α here is LoRA's own constant
@@ -938,9 +941,9 @@ def awq_scales(x: Matrix, alpha: float) -> Vector:
 #
 # For a matrix of 4096 × 4096, rank 16 trains 131,072 numbers instead of 16.8 million: 0.8%.
 #
-# QLoRA stores W in NF4, frozen: with_adapter(quantize_nf4(w).dequantize(), adapter). It is
-# decoded for each use; gradients flow through it to A and B. (Real kernels never form W + B A or
-# dW; they multiply by A, then by B, and have gradients for those alone.)
+# QLoRA stores W in NF4, frozen: with_adapter(quantize_nf4(w).dequantize(), adapter). It is turned
+# back into numbers for each use; gradients flow through it to A and B. (Real kernels never form W +
+# B A or dW; they multiply by A, then by B, and have gradients for those alone.)
 #
 # In production: peft (tuners/lora/bnb.py) with bitsandbytes' Linear4bit. Adapters are served in 16
 # bits beside the frozen weights; merging them into NF4 would round them away.
@@ -1007,8 +1010,6 @@ def kl_divergence(log_p: Vector, log_q: Vector) -> float:
 
 
 # 10. MXFP4 and NVFP4
-#
-# (The further sections start here. The chapter itself ends with section 9.)
 #
 # The newest hardware multiplies 4-bit floating point: E2M1, whose values are 0, 0.5, 1, 1.5, 2,
 # 3, 4 and 6 with either sign. Close to 0 the steps are fine, as in NF4. The two formats differ in
@@ -1176,7 +1177,7 @@ def six_bits(values: Vector) -> tuple[float, list[int]]:
 #     z = mean(code - (w - e) / scale)
 #     e = shrink(w - Q(w), β)                  shrink(r, β) = sign(r) · max(|r| - |r|^(p-1) / β, 0)
 #
-# e lets large errors stand, so that outliers do not pull z; it comes from minimising |error|^p with
+# e lets large errors stand, so that outliers do not pull z; it comes from minimizing |error|^p with
 # p = 0.7 < 1 ("half-quadratic splitting"). With the authors' β = 10, e is 0 for all errors below
 # 0.17, which in 4 bits is nearly all of them: then z is a plain mean.
 #
@@ -1316,7 +1317,7 @@ def squeezellm(
 # weights that are not rounded to 0 (least squares).
 #
 # In production: microsoft/BitNet (bitnet.cpp), llama.cpp's TQ1_0 and TQ2_0. The papers train so
-# from the first step and keep embedding and head in 16 bits.
+# from the first step and keep embedding and output matrix in 16 bits.
 # Measured by show_one_bit().
 
 
@@ -2264,7 +2265,7 @@ def show_qlora(trace: Trace, knobs: Namespace) -> None:
         trace.say("These learning rates do not suit this model: not every way lowered the "
                   "perplexity.")
     trace.note("Over seeds 0 to 4 the mean perplexities are 3.2 (full), 3.1 (LoRA) and 3.3 "
-               "(QLoRA): alike. Gradients are not counted. Adapters are measured as they are "
+               "(QLoRA): alike. Adapters are measured as they are "
                "stored, in FP16. "
                "Rates: " + ", ".join(f"{way} {rate:g}" for way, rate in RATES.items()))
     trace.check("a new adapter changes nothing",
@@ -2488,7 +2489,7 @@ def show_one_bit(trace: Trace, knobs: Namespace) -> None:
     n = len(flatten(codes))
 
     trace.ask(f"{name} has {n:,} weights, bell-shaped. With γ = mean|W|, how many become 0?", zeros)
-    trace.say("All matrices but the head in one bit, or in one of three values, from the same "
+    trace.say("All matrices but the output in one bit, or in one of three values, from the same "
               f"model. The last row was trained for {TERNARY_STEPS} steps of 24 tokens of the "
               "training text, with ternary weights in the forward pass.")
     trace.table([score(lab, by_bitnet), mean, fitted, trained], SCORES)
