@@ -822,8 +822,8 @@ def test_moving_and_computing_by_hand():
     assert a100["computing"] == pytest.approx(4 * 8192**2 * 128 / 312e12 * 1e3)
     standard = 4 * 8192**2 + 4 * 8192 * 128 + 8192
     assert a100["standard"] == pytest.approx(2 * standard / 2039e9 * 1e3)
-    assert h100["flash, cache"] == pytest.approx(2 * (4 * 8192 * 128 + 8192) / 3350e9 * 1e3)
-    assert h100["flash, no cache"] == pytest.approx(
+    assert h100["flash, L2"] == pytest.approx(2 * (4 * 8192 * 128 + 8192) / 3350e9 * 1e3)
+    assert h100["flash, no L2"] == pytest.approx(
         2 * (64 * 8192 * 256 + 2 * 8192 * 128 + 8192) / 3350e9 * 1e3)
 
 
