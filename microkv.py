@@ -1417,7 +1417,7 @@ def show_sharing(trace, knobs) -> None:
     copies = sum(cache.block_table[:len(prompt_table)] != prompt_table for cache in caches)
     used = pool.num_blocks - pool.num_free_blocks
     trace.say(f"Four answers to one prompt share its blocks. The prompt has {len(prompt)} tokens, "
-              f"in the blocks {prompt_table[0]} to {prompt_table[-1]} of {size} each. The answers "
+              f"so its block table is {prompt_table}, with blocks of {size}. The answers "
               "A to D begin with its four likeliest next words. Every block counts its references: "
               "the block tables that list it. An answer that writes into a block with several "
               "references takes a copy first.")
@@ -1697,11 +1697,12 @@ def show_budgets(trace, requests: Sequence[Request], budget: int, whole: BudgetR
     for n in sorted({8, 16, ridge, 48, 96, budget}):
         rows.append(budget_row(serve_plenty(StandIn(), requests, "chunked", n), n))
     trace.say("How large should the budget be? The same with others, and with no chunks at all:")
-    trace.table([*rows, whole], {"budget": "", "steps as steps of 3's prompt": "d",
+    trace.table([*rows, whole], {"budget": "", "steps": "d",
                                  "worst_gap as gap, ms": ".1f bar 12",
                                  "first_token as first token, ms": ".1f",
                                  "end as end, ms": ".1f"})
-    trace.note("gap: the longest of requests 0 to 2. first token: of request 3. end: of all.")
+    trace.note("steps: in which the prompt of request 3 ran. gap: the longest of requests 0 to 2. "
+               "first token: of request 3. end: of all.")
     trace.say(f"Up to {ridge} tokens a step takes nearly the same time, as it waits for memory: "
               f"with weights of 4 bits, the ridge of {PRICED_GPU.ridge:.0f} FLOPs a byte is so "
               "many tokens. A smaller budget delays request 3 and hardly shortens a step. A "
@@ -1888,7 +1889,7 @@ def show_preemption(trace, knobs) -> None:
         trace.say(f"The last row has blocks for all: the small pool costs {slower} "
                   "steps. By recomputation; × marks where a request lost its blocks:")
     else:
-        trace.say("The small pool is large enough: nobody lost a block.")
+        trace.say("This pool is large enough: nobody lost a block.")
     trace.lines(timeline(engine.report))
     alone = knobs.lab.solo_tokens(requests)
     trace.check("no token changed, either way",
