@@ -1268,7 +1268,7 @@ def compare_repeats(lab: DecodingLab, n: int) -> list[Repeats]:
     return [*rows, repeats("the rhyme itself", pieces)]
 
 
-REPEATS = {"way": "", "repeated": ".0% bar 20", "spread as ±": ".0%"}  # columns
+REPEATS = {"way": "", "repeated": ".0% bar 20", "spread": ".0%"}  # columns
 
 
 def show_greedy(trace: Trace, knobs: Namespace) -> None:
@@ -1296,7 +1296,8 @@ def show_greedy(trace: Trace, knobs: Namespace) -> None:
               "greedy and drawn by chance. Repeated: the share of runs of four tokens that were "
               "there before.")
     trace.table(rows, REPEATS)
-    trace.note("±: standard deviation over the texts. The rhyme: all its pieces of that length")
+    trace.note("spread: standard deviation over the texts. The rhyme: all its pieces of that "
+               "length")
     trace.say(f"Of the target's greedy texts {rows[0].repeated:.0%} is repetition, of its drawn "
               f"ones {rows[1].repeated:.0%}; of the smaller model's {rows[2].repeated:.0%} and "
               f"{rows[3].repeated:.0%}. The rhyme has {rows[4].repeated:.0%}.")
@@ -1431,7 +1432,10 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
               "keep what they keep at t = 1.")
     trace.say("Penalties push down tokens that were there already. The smaller model's greedy "
               f"texts again, {len(lab.prompts)} of {REPEAT_TOKENS} tokens:")
-    trace.table(compare_penalties(lab, REPEAT_TOKENS), REPEATS)
+    penalties = compare_penalties(lab, REPEAT_TOKENS)
+    trace.table(penalties, REPEATS)
+    if all(row.repeated == 0 for row in penalties[1:]):
+        trace.say("Each of the three leaves no repetition in these texts.")
     example = [math.log(p) for p in (0.4, 0.15, 0.15, 0.15, 0.15)]
     kept_of_example = [survivors(softmax(logits)) for logits in (
         top_k_filter(example, 1), top_k_filter(example, 2), top_p_filter(example, 0.5),
@@ -1440,6 +1444,14 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
                 kept_of_example == [1, 5, 2, 1, 4], " ".join(map(str, kept_of_example)))
     penalised = [repetition_penalty([2.0, -2.0, 1.0], [0, 1, 1], 2.0),
                  count_penalty([1.0, 1.0, 1.0], [0, 1, 1], presence=0.5, frequency=0.25)]
+    squared = [p * p for p in softmax(example)]
+    sharpened = [p / sum(squared) for p in squared]
+    trace.check_close("temperature 0.5 squares the probabilities, and divides by their sum",
+                      [distribution(example, 0.5)], [sharpened], 1e-12)
+    alike = [0.0] * 4
+    trace.check("of four equal tokens top-p 0.5 keeps two, and min-p 1 all",
+                (survivors(distribution(alike, top_p=0.5)), survivors(distribution(alike, min_p=1)))
+                == (2, 4), "p is reached by two; none is below the best")
     trace.check("penalties by hand, for tokens that came once, twice and never",
                 penalised == [[1.0, -4.0, 1.0], [0.25, 0.0, 1.0]], "2; 0.5 and 0.25")
     trace.check("top-p keeps just enough: p is reached, and not without the last token kept",
@@ -1524,6 +1536,16 @@ LOSING = {
 def losing_logits(tokens: Sequence[int]) -> Vector:
     """Return logits of the language LOSING, after a prompt of one token."""
     return [math.log(p) for p in LOSING.get(tuple(tokens[1:]), [1 / 3, 1 / 3, 1 / 3])]
+
+
+def losing_beams() -> list[dict]:
+    """Return the best text of three words in LOSING by beams of width 1 (greedy), 2 and 3."""
+    rows = []
+    for width in (1, 2, 3):
+        [(tokens, total), *_] = beam_search(losing_logits, TOY_PROMPT, 3, width=width,
+                                            length_penalty=0.0)
+        rows.append({"width": width, "text": letters(tokens), "p": math.exp(total)})
+    return rows
 
 
 class StepRow(NamedTuple):
@@ -1625,16 +1647,19 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
     rows = compare_widths(lab, prompts, (1, 2, 4, 8), n)
     trace.ask("Log-probability alone decides. With width 8, is the best text longer, shorter or as "
               "long as with width 1, on average?", compare_words(rows[3].tokens, rows[0].tokens))
-    trace.say("Wider beams: the likeliest text to the end of the verse, or of "
-              f"{n} tokens (length penalty 0), means over {len(prompts)} prompts. \"Exact\" is the "
-              f"likeliest text of all, where a search of at most {EXACT_PASSES} passes finds it.")
-    trace.table(rows, {"width": "", "log_p": ".2f", "tokens": ".1f", "passes": ".1f",
-                       "worst as against greedy, at worst": "+.2f",
+    trace.say(f"Wider beams: the likeliest text to the end of the verse, or of {n} tokens (length "
+              f"penalty 0), means over {len(prompts)} prompts. \"Exact\" is the likeliest text of "
+              f"all, where a search that reads at most {EXACT_PASSES} texts finds it.")
+    trace.table(rows, {"width": "", "log_p": ".2f", "tokens": ".1f",
+                       "passes as texts read": ".1f", "worst as against greedy, at worst": "+.2f",
                        "not_best as not the best": "d"})
-    trace.note("not the best: prompts where exact search found a likelier text")
-    trace.say(f"From width 1 to 8 the texts go from {rows[0].tokens:.1f} tokens to "
-              f"{rows[3].tokens:.1f}. Likelier is not better: every token costs, so a short text "
-              "that ends is a likely one. The length penalty decides what best means. After "
+    trace.note("texts read: by the model, for their next token; those of a step are one pass. not "
+               "the best: prompts where exact search found a likelier text")
+    if rows[3].tokens < rows[0].tokens:
+        trace.say("Likelier is not better: every token costs, so a short text that ends is a "
+                  f"likely one. From width 1 to 8 the texts go from {rows[0].tokens:.1f} tokens to "
+                  f"{rows[3].tokens:.1f}.")
+    trace.say("The length penalty decides what best means. After "
               f"{lab.tail(knobs.tokens)!r}, width {knobs.width}:")
     target = lab.fresh_target()
     table = []
@@ -1644,6 +1669,10 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
         table.append({"length penalty": penalty, "tokens": len(tokens), "log p":
                       log_probability(target, knobs.tokens, tokens), "text": lab.clip(tokens, 46)})
     trace.table(table, {"length penalty": "g", "tokens": "d", "log p": ".2f", "text": ""})
+    losing = losing_beams()
+    trace.say("A wider beam can also lose to greedy: it fills its places with texts that look good "
+              "now, and drops the one that will be best. A toy made for this, three words:")
+    trace.table(losing, {"width": "d", "text": "", "p": ".3f bar 20"})
     trace.say("The texts of a beam tend to be twins. Four texts of 8 tokens after each of the "
               "prompts, by a beam of width 4 (diversity 0) and by four diverse beams: different "
               "pairs of neighbours among the four, and their mean log-probability.")
@@ -1662,12 +1691,8 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
                    diverse_beam_search(toy_logits, TOY_PROMPT, 1, groups=3, diversity=0.2)]
     trace.check("the toy, diversity 0.2: only the third beam is charged enough to leave a for b",
                 first_words == ["a", "a", "b"], "log 0.5 - 0.4 < log 0.4 < log 0.5 - 0.2")
-    chances = []
-    for width in (1, 2, 3):
-        [(_, total), *_] = beam_search(losing_logits, TOY_PROMPT, 3, width=width,
-                                       length_penalty=0.0)
-        chances.append(math.exp(total))
-    trace.check("the example in the source: a beam of 2 loses to greedy, and one of 3 does not",
+    chances = [row["p"] for row in losing]
+    trace.check("the toy of the source: a beam of 2 loses to greedy, and one of 3 does not",
                 chances[1] < chances[0] == chances[2], " ".join(f"{p:.3f}" for p in chances))
 
 
@@ -1936,7 +1961,8 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
     trace.say("The formula takes all places for alike, and texts for endless; the last pass of a "
               "text that ends here is cut short. At gamma "
               f"{gammas[-1]} it {verdict}. The best gamma for each c is "
-              f"{', '.join(map(str, pays))} (0: drafting does not pay). All this counts a pass "
+              f"{', '.join(map(str, pays))} (0: drafting does not pay); where guesses cost "
+              "nothing, more of them are always better. All this counts a pass "
               "over gamma + 1 tokens as one over one token, as on a machine with idle arithmetic. "
               "A busy server has none.")
     pair = random_pair(lab.seed)
@@ -1961,7 +1987,8 @@ class Way(NamedTuple):
     c: float             # cost of one guess, in passes of the target
     kept: float | None   # share of all guesses
     passes: float
-    spread: float        # standard deviation of the passes over the prompts
+    each: list[int]      # the passes of every prompt
+    spread: float        # their standard deviation
     nodes: float         # tokens read by the target after the prompt, for each new token
     rolled_back: float   # share of them that is not in the text
     speed_up: float
@@ -2032,19 +2059,19 @@ def compare_ways(
         if way == "Medusa, tree":
             runs = 2 * (sum(passes) - len(prompts))  # both heads once a pass, however many nodes
         rows.append(Way(way, lab.cost(way), accepted / drafted if drafted else None, fmean(passes),
-                        stdev(passes), nodes / total, wrong_nodes / max(1, nodes),
+                        passes, stdev(passes), nodes / total, wrong_nodes / max(1, nodes),
                         total / (sum(passes) + lab.cost(way) * runs), right))
     return rows
 
 
 def show_ways(trace: Trace, rows: Sequence[Way], n_texts: int, finding: str) -> None:
     """Print the rows and what was found, and check that all texts are the target's own."""
-    trace.table(rows, {"way": "", "c": ".2f", "kept": ".0%", "passes": ".1f", "spread as ±": ".1f",
+    trace.table(rows, {"way": "", "c": ".2f", "kept": ".0%", "passes": ".1f", "spread": ".1f",
                        "nodes": ".1f", "rolled_back": ".0%", "speed_up": "{:.2f}×"})
     trace.note("c: weights that a guess reads, as a share of the target's. kept: of all guesses. "
-               "±: standard deviation over the texts. nodes: tokens that the target reads for one "
-               "of the text; rolled back: the share of them that leaves the cache again. speed up: "
-               "as section 6 has it, with arithmetic for nothing.")
+               "spread: standard deviation over the texts. nodes: tokens that the target reads for "
+               "one of the text; rolled back: the share of them that leaves the cache again. speed "
+               "up: as section 6 has it, with arithmetic for nothing.")
     trace.say(finding)
     trace.check("every text is the target's own by one plain pass over it; the cache read and "
                 "rolled back what the counts say", all(row.right == n_texts for row in rows),
@@ -2067,8 +2094,10 @@ def show_free_drafts(trace: Trace, knobs: Namespace) -> None:
              argmax(ngram_model([1, 2, 1, 3, 1, 2], 4)([1]))]
     best = max(rows, key=lambda row: row.speed_up)
     trace.ask("Which draft is fastest: " + "; ".join(ways) + "?", best.way)
-    show_ways(trace, rows, len(prompts), f"Fastest here: {best.way}. A guess that reads nothing "
-              "pays as soon as it is right now and then.")
+    show_ways(trace, rows, len(prompts), f"Fastest by this count: {best.way}. But c compares it "
+              "with weights of 64 bits, which nobody serves. And the rhyme is the best case of "
+              "3-grams, which were counted on it. A guess that reads nothing pays as soon as it is "
+              "right now and then.")
     trace.check("by hand: what followed 2 3, what followed 5, and what mostly followed 1",
                 found == [[8, 2], [6], 2], "8 2, 6, and 2")
 
@@ -2157,23 +2186,31 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
 # 9. EAGLE
 
 
+def rank_ways(rows: Sequence[Way]) -> str:
+    """Return a sentence: which way takes fewer passes than which other on every text."""
+    ahead = []
+    for a, b in itertools.permutations(rows, 2):
+        if all(passes < others for passes, others in zip(a.each, b.each)):
+            ahead.append(f"{a.way} fewer than {b.way}")
+    if not ahead:
+        return "No way takes fewer passes than another on every text, so this ranks nobody."
+    return f"Passes on every text: {'; '.join(ahead)}. Three texts show no more than that."
+
+
 def show_eagle(trace: Trace, knobs: Namespace) -> None:
     """EAGLE's guesses against Medusa's and the small Llama's."""
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
     rows = compare_ways(lab, ["a smaller Llama", "Medusa, chain", "EAGLE"], lab.prompts[:3], n, 2)
-    ranked = sorted(rows, key=lambda row: row.passes)
-    gap = ranked[-1].passes - ranked[0].passes
+    best = min(rows, key=lambda row: row.passes)
     trace.say("EAGLE guesses the next hidden state from the last one and from the token just "
               "chosen, which Medusa's heads do not know. Chains of two guesses, three texts of "
               f"{n} tokens, each from a cold start; all learned for {lab.draft_steps} steps.")
-    trace.ask("Which takes fewest passes: a smaller Llama; Medusa, chain; EAGLE?", ranked[0].way)
-    verdict = "less than the texts differ among themselves, so this ranks nobody"
-    if gap > max(row.spread for row in rows):
-        verdict = f"more than the texts differ, and {ranked[0].way} is ahead"
-    show_ways(trace, rows, 3, f"Between fewest and most lie {gap:.1f} passes: {verdict}. c counts "
-              "the target's output matrix, which EAGLE reads for every guess; here that is most of "
-              "what it reads, and in a large model a small part.")
+    trace.ask("Which takes fewest passes: a smaller Llama; Medusa, chain; EAGLE?", best.way)
+    show_ways(trace, rows, 3, rank_ways(rows) + " Medusa and EAGLE cannot guess before the target "
+              "has read the prompt, which costs them one pass. For every guess, EAGLE reads the "
+              "target's output matrix, and Medusa one of its own. Here that is most of what they "
+              "read, and in a large model a small part.")
 
 
 # 10. Jacobi and lookahead decoding
@@ -2195,10 +2232,12 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
               "And lookahead?", rows[2].passes)
     trace.say("Lookahead keeps what appears in the wrong place, in its pool. "
               f"Three texts of {n} tokens, no draft model anywhere, nothing trained:")
-    show_ways(trace, rows, 3, f"Lookahead reads {rows[2].nodes:.0f} nodes for a token and rolls "
-              f"back {rows[2].rolled_back:.0%} of them: it lives on idle arithmetic.")
-    trace.check("neither takes more passes than greedy", max(row.passes for row in rows) <= n,
-                "3 texts each")
+    saved = n - rows[1].passes
+    jacobi_saves = f"Jacobi saves {saved:.1f} passes of {n}. " if saved > 0 else (
+        "Jacobi saves no pass: behind a wrong guess, right ones come in the wrong place. ")
+    show_ways(trace, rows, 3, f"{jacobi_saves}Lookahead reads {rows[2].nodes:.0f} nodes for a "
+              f"token and rolls back {rows[2].rolled_back:.0%} of them: it lives on idle "
+              "arithmetic.")
 
 
 # 11. Text with a shape

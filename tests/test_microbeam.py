@@ -512,8 +512,31 @@ def test_a_draft_may_propose_nothing_and_a_plain_function_will_do():
 # Texts of n >= gamma + 3 tokens have branches in which a round is kept whole and another drafts
 # after it.
 SIZES = [(2, 1, 5), (2, 2, 5), (2, 3, 6), (3, 1, 4), (3, 2, 3), (3, 3, 4), (4, 1, 2), (4, 2, 3)]
-SPECULATIVE_SETTINGS = [{}, {"temperature": 0.5}, {"top_p": 0.6}, {"temperature": 1.8, "top_p": 0.85},
-                        {"top_k": 2}, {"min_p": 0.4}]
+SPECULATIVE_SETTINGS = [
+    {},
+    {"temperature": 0.5},
+    {"top_p": 0.6},
+    {"temperature": 1.8, "top_p": 0.85},
+    {"top_k": 2},
+    {"min_p": 0.4},
+]
+
+
+def speculative_outcomes(target, draft, n, **options):
+    """Return {text: probability} of speculative_sample() after [0], every branch taken."""
+    def run(rng):
+        return tuple(m.speculative_sample(target, draft, [0], n, rng=rng, **options)[0])
+
+    return m.every_outcome(run)
+
+
+def proposed_outcomes(target, propose, n, gamma, **settings):
+    """Return {text: probability} of speculate() with guesses that have no distribution."""
+    def run(rng):
+        choose = m.sampler(rng, **settings)
+        return tuple(m.speculate(target, propose, [0], n, gamma=gamma, choose=choose)[0])
+
+    return m.every_outcome(run)
 
 
 @pytest.mark.parametrize("settings", SPECULATIVE_SETTINGS, ids=str)
@@ -521,8 +544,7 @@ SPECULATIVE_SETTINGS = [{}, {"temperature": 0.5}, {"top_p": 0.6}, {"temperature"
 def test_speculative_sampling_has_exactly_the_targets_distribution(size, gamma, n, settings):
     target = toy(0, size)
     draft = toy(10, size)
-    got = m.every_outcome(lambda rng: tuple(
-        m.speculative_sample(target, draft, [0], n, gamma=gamma, rng=rng, **settings)[0]))
+    got = speculative_outcomes(target, draft, n, gamma=gamma, **settings)
     expected = all_texts(target, [0], n, None, lambda row: reference_shape(row, settings))
     assert_same_distribution(got, expected)
 
@@ -533,8 +555,7 @@ def test_speculative_sampling_that_may_end(gamma, eos):
     for seed in range(3):
         target = toy(seed, 2)
         draft = toy(seed + 10, 2)
-        got = m.every_outcome(lambda rng: tuple(
-            m.speculative_sample(target, draft, [0], 5, gamma=gamma, rng=rng, eos=eos)[0]))
+        got = speculative_outcomes(target, draft, 5, gamma=gamma, eos=eos)
         assert_same_distribution(got, all_texts(target, [0], 5, eos))
 
 
@@ -544,9 +565,13 @@ def test_guesses_without_a_distribution_leave_the_targets_as_it_is(size, gamma, 
     target = toy(0, size)
     expected = all_texts(target, [0], n, None, lambda row: reference_shape(row, settings))
     for propose in (partial(m.greedy, toy(10, size)), m.prompt_lookup):
-        got = m.every_outcome(lambda rng: tuple(m.speculate(
-            target, propose, [0], n, gamma=gamma, choose=m.sampler(rng, **settings))[0]))
+        got = proposed_outcomes(target, propose, n, gamma, **settings)
         assert_same_distribution(got, expected)
+
+
+def first_verified(logits, guess, rng):
+    """Return the first token after a guess is verified by drawing the target's own."""
+    return m.verify([logits, logits], [guess], m.sampler(rng))[0]
 
 
 def test_to_draw_the_targets_token_is_the_point_mass_rule():
@@ -558,8 +583,7 @@ def test_to_draw_the_targets_token_is_the_point_mass_rule():
         np.testing.assert_allclose(m.acceptance(p.tolist(), one_hot)[x], p[x], **TIGHT)
         others = np.where(np.arange(3) == x, 0, p)
         np.testing.assert_allclose(m.residual(p.tolist(), one_hot), others / others.sum(), **TIGHT)
-        by_drawing = m.every_outcome(
-            lambda rng: m.verify([logits, logits], [x], m.sampler(rng))[0])
+        by_drawing = m.every_outcome(partial(first_verified, logits, x))
         np.testing.assert_allclose([by_drawing[i] for i in range(3)], p, **TIGHT)
 
 
@@ -630,13 +654,18 @@ def test_the_formulas(alpha):
     assert m.best_gamma(alpha, 0.1, limit=8) == rates.index(max(rates))
 
 
+def outcome_of(decode, rng):
+    """Return what one run of a decoder came to: its text and its rounds."""
+    return m.outcome(*decode(rng=rng))
+
+
 @pytest.mark.parametrize("gamma", [1, 2, 3])
 def test_expected_passes_are_those_that_speculative_sampling_takes(gamma):
     for seed in range(3):
         target = toy(seed, 2)
         draft = toy(seed + 10, 2)
-        runs = m.every_outcome(lambda rng: m.outcome(*m.speculative_sample(
-            target, draft, [0], 5, gamma=gamma, rng=rng)))
+        decode = partial(m.speculative_sample, target, draft, [0], 5, gamma=gamma)
+        runs = m.every_outcome(partial(outcome_of, decode))
         taken = sum(p * len(rounds) for (_, rounds), p in runs.items())
         worked_out = 0.0
         for text, p in all_texts(target, [0], 5).items():
@@ -841,13 +870,16 @@ def decoders(llama, seed):
     def with_lookup(target, prompt, n, **options):
         return m.speculate(target, m.prompt_lookup, prompt, n, gamma=2, **options)
 
+    def with_medusa(target, prompt, n, **options):
+        return m.medusa_greedy(target, heads, prompt, n, tops=(4, 3), **options)
+
     return {
         "prompt lookup": with_lookup,
-        "Medusa": lambda *a, **o: m.medusa_greedy(a[0], heads, *a[1:], tops=(4, 3), **o),
+        "Medusa": with_medusa,
         "EAGLE": with_eagle,
-        "Jacobi": lambda *a, **o: m.jacobi_greedy(*a, gamma=3, **o),
-        "lookahead, narrow": lambda *a, **o: m.lookahead_greedy(*a, window=1, ngram=2, guesses=1, **o),
-        "lookahead, wide": lambda *a, **o: m.lookahead_greedy(*a, window=4, ngram=4, guesses=3, **o),
+        "Jacobi": partial(m.jacobi_greedy, gamma=3),
+        "lookahead, narrow": partial(m.lookahead_greedy, window=1, ngram=2, guesses=1),
+        "lookahead, wide": partial(m.lookahead_greedy, window=4, ngram=4, guesses=3),
     }
 
 
@@ -887,12 +919,15 @@ def test_every_decoder_samples_exactly_as_the_target_does(name):
     config = m.Config(2, 4, 1, 1, 1, 4)
     llama = m.Llama(config, m.init_weights(config, random.Random(2)))
     decode = decoders(llama, 0)[name]
-    if name == "Medusa":  # two tokens only
-        heads = random_heads(llama, 2, 0)
-        decode = lambda *a, **o: m.medusa_greedy(a[0], heads, *a[1:], tops=(2, 1), **o)
 
     def run(rng):
-        tokens, _ = decode(m.CachedModel(llama), [0, 1, 0], 4, choose=m.sampler(rng))
+        target = m.CachedModel(llama)
+        choose = m.sampler(rng)
+        if name == "Medusa":  # two tokens only
+            heads = random_heads(llama, 2, 0)
+            tokens, _ = m.medusa_greedy(target, heads, [0, 1, 0], 4, tops=(2, 1), choose=choose)
+        else:
+            tokens, _ = decode(target, [0, 1, 0], 4, choose=choose)
         return tuple(tokens)
 
     assert_same_distribution(m.every_outcome(run), all_texts(plain(llama), [0, 1, 0], 4))
@@ -959,10 +994,10 @@ def test_eagle_drafts_from_the_last_state_and_the_last_token(llama):
 
 
 def test_lookahead_keeps_the_n_grams_of_its_window(llama):
-    """The pool, rebuilt from the words of the section: every cell from a plain pass over its path."""
+    """The pool, rebuilt from the section's words: every cell by a plain pass over its path."""
     prompt = [3, 1, 4]
-    tokens, counts = m.lookahead_greedy(m.CachedModel(llama), prompt, 16, window=3, ngram=3, guesses=2)
-    next_of = lambda text: int(np.argmax(llama.forward(text)[-1]))
+    tokens, counts = m.lookahead_greedy(m.CachedModel(llama), prompt, 16, window=3, ngram=3,
+                                        guesses=2)
     text = list(prompt)
     pool = []
     first = prompt[:]
@@ -970,9 +1005,12 @@ def test_lookahead_keeps_the_n_grams_of_its_window(llama):
     for guesses, right in counts.rounds:
         grams = [gram[1:] for gram in pool if gram[0] == text[-1]][-2:]
         paths = [first[:j + 1] + [second[j]] for j in range(3)] + grams
-        nodes = dict.fromkeys(tuple(path[:end]) for path in paths for end in range(1, len(path) + 1))
+        nodes = {}
+        for path in paths:
+            for end in range(1, len(path) + 1):
+                nodes[tuple(path[:end])] = None
         assert guesses == [node[-1] for node in nodes]
-        new = [next_of(text + path) for path in paths[:3]]
+        new = [int(np.argmax(llama.forward(text + path)[-1])) for path in paths[:3]]
         own = reference_greedy(plain(llama), text, 6)
         agreeing = [next((i for i, (a, b) in enumerate(zip(path, own)) if a != b), len(path))
                     for path in paths]
@@ -986,13 +1024,19 @@ def test_lookahead_keeps_the_n_grams_of_its_window(llama):
 
 
 def test_guesses_that_are_right_are_believed():
-    model = lambda tokens: [float(i == (tokens[-1] + 1) % 8) for i in range(8)]
-    right = lambda tokens, n: [(tokens[-1] + 1 + i) % 8 for i in range(n)]
+    def model(tokens):
+        return [float(i == (tokens[-1] + 1) % 8) for i in range(8)]
+
+    def right(tokens, n):
+        return [(tokens[-1] + 1 + i) % 8 for i in range(n)]
+
     tokens, counts = m.speculate(model, right, [0], 12, gamma=3)
     assert tokens == [(1 + i) % 8 for i in range(12)]
     assert (counts.target_passes, counts.accepted) == (3, 9)
     # Jacobi settles a text whose tokens do not depend on each other in a pass more than it fits.
-    fixed = lambda tokens: [float(i == len(tokens) % 5) for i in range(5)]
+    def fixed(tokens):
+        return [float(i == len(tokens) % 5) for i in range(5)]
+
     tokens, counts = m.jacobi_greedy(fixed, [0], 10, gamma=4)
     assert tokens == [(1 + i) % 5 for i in range(10)]
     assert counts.target_passes <= 4
@@ -1047,21 +1091,28 @@ def test_the_heads_gradients_are_those_of_their_losses(llama):
     [head] = random_heads(llama, 1, 0)
     h = rng.normal(size=(3, 8)).tolist()
     targets = [2, 0, 7]
-    loss = lambda: m.cross_entropy(m.medusa_head(h, head), targets)[0]
+
+    def loss():
+        return m.cross_entropy(m.medusa_head(h, head), targets)[0]
+
     found = m.medusa_gradients(head, h, targets)
     for name in ("w1", "w2"):
         np.testing.assert_allclose(found[name], numeric_gradient(loss, head[name]), atol=1e-8)
     eagle = random_eagle(llama, 0)
     x = rng.normal(size=(3, 16)).tolist()
     goal = rng.normal(size=(3, 8))
-    half_square = lambda: np.square(np.array(m.eagle_step(x, h, eagle)) - goal).mean() / 2
+
+    def half_square():
+        return np.square(np.array(m.eagle_step(x, h, eagle)) - goal).mean() / 2
+
     found = m.eagle_gradients(eagle, x, h, goal.tolist())
     for name in ("w1", "w2"):
-        np.testing.assert_allclose(found[name], numeric_gradient(half_square, eagle[name]), atol=1e-8)
+        expected = numeric_gradient(half_square, eagle[name])
+        np.testing.assert_allclose(found[name], expected, atol=1e-8)
 
 
 def test_training_a_head_makes_it_better(llama):
-    """On a text that goes round in circles, the heads get to know what comes two and three tokens on."""
+    """On a text that goes round in circles, the heads learn what comes two and three tokens on."""
     ids = [i % 7 for i in range(160)]
     states = states_of(llama, ids[:32])
     heads = m.train_medusa(llama, ids, 2, 60)
@@ -1096,7 +1147,7 @@ END = 8
 
 @pytest.mark.parametrize("pattern", GRAMMARS)
 def test_a_grammar_is_its_regular_expression(pattern):
-    """Every text of up to 4 characters: may it end, may it go on? By re, trying all that may come."""
+    """Every text of up to 4 characters: may it end, may it go on? By re, trying all that come."""
     texts = ["".join(text) for n in range(5) for text in itertools.product("abcd", repeat=n)]
     for text in texts:
         states = m.follow(GRAMMARS[pattern], frozenset({("", "s")}), text)
@@ -1104,12 +1155,19 @@ def test_a_grammar_is_its_regular_expression(pattern):
         assert bool(states) == any(re.fullmatch(pattern, text + more) for more in texts)
 
 
+def eager(free, tokens):
+    """Return the logits of a model that likes "d" and the end more than free() does."""
+    logits = list(free(tokens))
+    for token in (3, END):
+        logits[token] += 2
+    return logits
+
+
 @pytest.mark.parametrize("pattern", GRAMMARS)
 def test_constrained_output_always_matches(pattern):
     for seed in range(6):
         free = toy(seed, len(VOCAB))
-        eager = lambda tokens: [x + 2 * (i in (3, END)) for i, x in enumerate(free(tokens))]
-        forced = m.constrain(eager, VOCAB, GRAMMARS[pattern], 2, END)
+        forced = m.constrain(partial(eager, free), VOCAB, GRAMMARS[pattern], 2, END)
         rng = random.Random(seed)
         texts = [m.greedy(forced, [2, END], 40, eos=END),
                  m.sample(forced, [2, END], 40, rng=rng, eos=END)]
@@ -1161,7 +1219,8 @@ def test_the_small_measures():
     assert m.survivors([0.5, 0.0, 0.5, 0.0]) == 2
     assert m.total_variation({0: 0.5, 1: 0.5}, {1: 0.25, 2: 0.75}) == 0.75
     assert m.largest_gap({0: 0.5, 1: 0.5}, {1: 0.25, 2: 0.75}) == 0.75
-    assert m.weights_read({"w1": [[1.0] * 4] * 2, "norm": [1.0] * 3, "tok_embeddings": [[1.0]]}) == 11
+    weights = {"w1": [[1.0] * 4] * 2, "norm": [1.0] * 3, "tok_embeddings": [[1.0]]}
+    assert m.weights_read(weights) == 11
     rows = m.repeats("", [[1, 2, 3, 1, 2, 3, 1, 2], [1, 2, 3, 4, 5]])
     assert rows.repeated == pytest.approx((2 / 5 + 0) / 2)
     for a, b, word in ((2, 1, "longer"), (1, 2, "shorter"), (1, 1, "as long")):
@@ -1205,8 +1264,12 @@ def test_is_greedy_asks_the_plain_forward(llama):
 def test_text_probabilities():
     model = toy(2, 3)
     for eos in (None, 1):
-        assert_same_distribution(m.text_probabilities(model, [0], 3, eos), all_texts(model, [0], 3, eos))
-    shape = lambda row: reference_shape(row, {"top_p": 0.7})
+        assert_same_distribution(m.text_probabilities(model, [0], 3, eos),
+                                 all_texts(model, [0], 3, eos))
+
+    def shape(row):
+        return reference_shape(row, {"top_p": 0.7})
+
     assert_same_distribution(m.text_probabilities(model, [0], 3, top_p=0.7),
                              all_texts(model, [0], 3, None, shape))
 
@@ -1328,7 +1391,8 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("bad, words", REFUSED, ids=[f"{i} {words}" for i, (_, words) in enumerate(REFUSED)])
+@pytest.mark.parametrize("bad, words", REFUSED,
+                         ids=[f"{i} {words}" for i, (_, words) in enumerate(REFUSED)])
 def test_a_bad_argument_is_refused_by_name(bad, words):
     with pytest.raises(ValueError, match=words):
         bad()

@@ -1096,6 +1096,17 @@ def test_a_shrunk_cache_is_measured_against_the_exact_one():
     assert row.spread == 0
 
 
+def test_fp8_cache_rounds_every_number_by_itself():
+    rng = np.random.default_rng(0)
+    keys, values = rng.normal(size=(2, 5, 4)).tolist()
+    grid = np.array(e4m3_values())
+    for got, given in zip(m.fp8_cache(keys, values), (keys, values)):
+        for a, b in zip(np.ravel(got), np.ravel(given)):
+            assert abs(abs(a) - abs(b)) == np.abs(grid - abs(b)).min()
+            assert a * b >= 0
+    assert keys != m.fp8_cache(keys, values)[0]  # the given ones are unchanged
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_fp8_moves_the_logits_less_than_two_bits(seed):
     ids = TOKENIZER.encode(m.TEXT)
