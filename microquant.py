@@ -1728,11 +1728,11 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
     trace.say("The model, rounded to nearest. KL: how far its predictions moved, with the "
               "standard error (±) over the verses. Changed: how often another token became the "
               "likeliest. The embedding and the norms stay in FP16. Two KLs are called a tie if "
-              "they differ by less than their errors together, √(±² + ±²).")
+              "their difference, taken verse by verse, is less than twice its own standard error.")
     trace.table([score(lab, rounded, 8, "channel"), tensor, channel, group,
                  score(lab, in_blocks, "Q4_0")], SCORES)
-    trace.say(f"A scale per channel: {compare(channel, tensor)} one per tensor. A scale per group "
-              f"of {g}: {compare(group, channel)} one per channel, {compare(group, tensor)} one "
+    trace.say(f"A scale per channel {compare(channel, tensor)} one per tensor. A scale per group "
+              f"of {g} {compare(group, channel)} one per channel, and {compare(group, tensor)} one "
               "per tensor. Q4_0 (section 3) has groups of 32, too, but uses 16 of INT4's codes "
               "instead of 15; that makes its steps an eighth smaller.")
     trace.say("Real models in GiB: at 4.125 bits (INT4 in groups of 128) throughout, and with "
@@ -1969,11 +1969,11 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     trace.table([static, dynamic, fp8, mixed, *smooth], SCORES)
     best = min(smooth, key=lambda row: row.kl)
     inside = "inside" if best is smooth[1] else "at an end of"
-    trace.say(f"Static scales: {compare(static, dynamic)} dynamic ones. LLM.int8(): "
-              f"{compare(mixed, dynamic)} dynamic INT8. SmoothQuant at its best: "
-              f"{compare(best, dynamic)} dynamic INT8; the best α lies {inside} the range. FP8, "
-              f"without calibration: {compare(fp8, static)} static INT8, {compare(fp8, dynamic)} "
-              f"dynamic.")
+    trace.say(f"Static INT8 {compare(static, dynamic)} dynamic INT8. LLM.int8() "
+              f"{compare(mixed, dynamic)} dynamic INT8. SmoothQuant at its best "
+              f"{compare(best, dynamic)} dynamic INT8, and the best α lies {inside} the range. "
+              f"FP8, without calibration, {compare(fp8, static)} static INT8, and "
+              f"{compare(fp8, dynamic)} dynamic INT8.")
 
     steps = [max(map(abs, row)) / 127 for row in x]
     rounded_x = [[round(value / step) * step for value in row] for row, step in zip(x, steps)]
@@ -2062,9 +2062,8 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
                f"{one_token:.1%}: the repairs fit that token only.")
     trace.say("The model:")
     trace.table([nearest_score, gptq_score, ordered], SCORES)
-    trace.say(f"GPTQ: {compare(gptq_score, nearest_score)} rounding to nearest, with the same "
-              f"bytes. act-order: {compare(ordered, gptq_score)} GPTQ in the order of the "
-              "columns.")
+    trace.say(f"GPTQ {compare(gptq_score, nearest_score)} rounding to nearest, with the same "
+              f"bytes. act-order {compare(ordered, gptq_score)} GPTQ in the order of the columns.")
 
     identity = [[1.0 if i == j else 0.0 for j in range(32)] for i in range(32)]
     w2 = lab.model.weights["layers.0.feed_forward.w2"]
@@ -2130,9 +2129,9 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
               "(1.6% of 64). AWQ keeps none, but multiplies the columns of large inputs before "
               "rounding, and divides the inputs.")
     trace.table([nearest_score, chance, by_weights, by_inputs, awq], SCORES)
-    trace.say(f"A channel chosen by activations: {compare(by_inputs, by_weights)} one by weights, "
-              f"{compare(by_inputs, chance)} one by chance. AWQ: {compare(awq, nearest_score)} "
-              f"rounding to nearest, with the same bytes.")
+    trace.say(f"A channel chosen by activations {compare(by_inputs, by_weights)} one by weights, "
+              f"and {compare(by_inputs, chance)} one by chance (one draw). AWQ "
+              f"{compare(awq, nearest_score)} rounding to nearest, with the same bytes.")
     trace.say(f"The search for {source}: the output error of the matrices that read it, on the "
               f"calibration text. α = 0 is rounding to nearest.")
     trace.table(tried, {"exponent as α": ".1f", "error": ".2%bar 40"})
@@ -2292,11 +2291,15 @@ class TableRow(NamedTuple):
     nbytes: int
     kl: float
     error: float
+    verses: tuple[tuple[float, int], ...]  # as Score has them
     needs: str
 
 
 def compare_everything(lab: Lab, bits: int, group_size: int, alpha: float) -> list[TableRow]:
-    """Return every method that needs no training, on the same model and text."""
+    """Return every method that needs no training, on the same model and text.
+
+    First those that round weights alone, then those that round activations, too; the least KL last.
+    """
     text = "calibration text"
     methods: list[tuple] = [
         ("", rounded, 8, "channel"), ("", in_blocks, "Q8_0"), ("", rounded, bits, "tensor"),
@@ -2306,14 +2309,19 @@ def compare_everything(lab: Lab, bits: int, group_size: int, alpha: float) -> li
         ("", by_hqq, bits, group_size),
         (text, by_gptq, bits, group_size), (text, by_gptq, bits, group_size, True),
         (text, by_awq, bits, group_size), ("text, gradients", by_squeezellm, bits),
-        ("text, gradients", in_mixed_bits, bits, group_size), (text, in_8_bits, "static"),
-        ("", in_8_bits, "dynamic"), ("", in_8_bits, "FP8"), ("", in_8_bits, "LLM.int8()"),
-        (text, by_smoothquant, alpha),
+        ("text, gradients", in_mixed_bits, bits, group_size),
+    ]
+    with_activations: list[tuple] = [
+        (text, in_8_bits, "static"), ("", in_8_bits, "dynamic"), ("", in_8_bits, "FP8"),
+        ("", in_8_bits, "LLM.int8()"), (text, by_smoothquant, alpha),
     ]
     rows = []
-    for needs, make, *arguments in methods:
-        s = score(lab, make, *arguments)
-        rows.append(TableRow(s.method, s.bits, s.nbytes, s.kl, s.error, needs))
+    for group in (methods, with_activations):
+        found = []
+        for needs, make, *arguments in group:
+            s = score(lab, make, *arguments)
+            found.append(TableRow(s.method, s.bits, s.nbytes, s.kl, s.error, s.verses, needs))
+        rows += sorted(found, key=lambda row: -row.kl)
     return rows
 
 
@@ -2329,8 +2337,8 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
               + "; ".join(row.method for row in small) + ")", best.method)
     trace.say("Every method that needs no training, on one model and one text. Bits: a weight of "
               "the matrices, scales included. Bytes: of the whole file with its embedding in "
-              f"FP16; all in FP16 it has {2 * n_numbers(lab.config):,}. From W8A8 on, activations "
-              "are in 8 bits, too.")
+              f"FP16; all in FP16 it has {2 * n_numbers(lab.config):,}. The worst come first; in "
+              "the last five rows activations are in 8 bits, too.")
     trace.table(rows, {"method": "", "bits": ".2f", "nbytes as bytes": ",d", "kl as KL": ".5f",
                        "error as ±": ".5f", "needs": ""})
     also = f", in a tie with {', '.join(ties)}" if ties else ""
@@ -2343,7 +2351,8 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
                 abs(kl_divergence(p, q) - math.log(4 / 3) / 2) < 1e-12, "by hand")
     expected = 2 * n_numbers(lab.config) - lab.n_weights * 2 + lab.n_weights // 32 * 34
     trace.check("Q8_0's bytes = 34 for every 32 weights, and 2 for each number beside the matrices",
-                rows[1].nbytes == expected, f"{expected:,}")
+                next(row for row in rows if row.method == "Q8_0").nbytes == expected,
+                f"{expected:,}")
 
 
 # 10. MXFP4 and NVFP4
@@ -2367,8 +2376,8 @@ def show_fp4(trace: Trace, knobs: Namespace) -> None:
                 {"weight": "+.2f", "MXFP4": "+.4f", "NVFP4": "+.4f"})
     trace.say("The model:")
     trace.table([mx, nv, q4_0, nf4], SCORES)
-    trace.say(f"NVFP4, with a quarter of a bit more: {compare(nv, mx)} MXFP4. MXFP4, with a "
-              f"quarter of a bit less: {compare(mx, q4_0)} Q4_0.")
+    trace.say(f"NVFP4, with a quarter of a bit more, {compare(nv, mx)} MXFP4. MXFP4, with a "
+              f"quarter of a bit less, {compare(mx, q4_0)} Q4_0.")
     # All 16 values, twice: the scale is 1, and the codes are 0 to 15.
     values = [fp4_value(code) for code in range(16)]
     trace.check("MXFP4 of all its values, twice = the block worked out by hand",
@@ -2404,7 +2413,7 @@ def show_q4_k(trace: Trace, knobs: Namespace) -> None:
     trace.table(rows, {"form as format": "", "bits": ".2f", "error as around 0": ".2%",
                        "aside as moved aside": ".2%"})
     trace.table([q4_0, q4_k], SCORES)
-    trace.say(f"Q4_K: {compare(q4_k, q4_0)} Q4_0, with the same bits.")
+    trace.say(f"Q4_K {compare(q4_k, q4_0)} Q4_0, with the same bits.")
     # Weights that lie on a grid of 6-bit scales and minimums, d and dmin both 1.
     grid = [float((63 - j) * q - (56 + j)) for j in range(8) for q in [*range(16)] * 2]
     trace.check("Q4_K gives back weights that lie on its grid",
@@ -2440,10 +2449,10 @@ def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
               "codebook by k-means, counts each weight by its sensitivity, and takes 0.45% of the "
               "weights apart; here one step at a time, beside an even grid.")
     trace.table([start, moved, even, plain, weighted, whole], SCORES)
-    trace.say(f"HQQ: {compare(moved, start)} the grids that it started from (zero points in FP16 "
-              f"take more bits than whole ones). k-means: {compare(plain, even)} an even grid; "
-              f"weighted: {compare(weighted, plain)} not weighted; with weights apart: "
-              f"{compare(whole, weighted)} without.")
+    trace.say(f"HQQ {compare(moved, start)} the grids that it started from (zero points in FP16 "
+              f"take more bits than whole ones). k-means {compare(plain, even)} an even grid. With "
+              f"weighting it {compare(weighted, plain)} k-means without, and with weights apart it "
+              f"{compare(whole, weighted)} that.")
     few = 2 ** min(bits, 4)
     centroids = weighted_kmeans(weights, flatten(lab.sensitivities[name]), few)
     trace.say(f"Where weighted k-means puts {few} values in {name}:")
@@ -2493,9 +2502,9 @@ def show_one_bit(trace: Trace, knobs: Namespace) -> None:
               f"model. The last row was trained for {TERNARY_STEPS} steps of 24 tokens of the "
               "training text, with ternary weights in the forward pass.")
     trace.table([score(lab, by_bitnet), mean, fitted, trained], SCORES)
-    trace.say(f"The scale with the least squared error: {compare(fitted, mean)} the mean of |W|. "
-              f"Trained: {compare(trained, min(fitted, mean, key=lambda row: row.kl))} the better "
-              "of the two.")
+    untrained = min(fitted, mean, key=lambda row: row.kl)
+    trace.say(f"The scale with the least squared error {compare(fitted, mean)} the mean of |W|. "
+              f"The trained model {compare(trained, untrained)} the better of the two.")
     trace.say(f"{name} times one token, counted while it is done: {additions:,} additions and "
               f"{multiplications} multiplications, where the matrix in full has {n:,} of each. A "
               f"corner of its codes:")
@@ -2714,9 +2723,9 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
     rows = [{"matrix": name, **damage[name], "gets": widths[name]} for name in choices]
     trace.table(rows, {"matrix": "", **dict.fromkeys(damage["output"], ".3f"), "gets": "d"})
     trace.table([uniform, mixed], SCORES)
-    trace.say(f"Mixed bits: {compare(mixed, uniform)} uniform ones. The estimate adds up the "
-              "weights one by one, as if their errors did not work together, and it saw little "
-              "text.")
+    trace.say(f"The model in mixed bits {compare(mixed, uniform)} the one in uniform bits. The "
+              "estimate is rough: it adds up the weights one by one, as if their errors did not "
+              "work together, and it saw little text.")
     trace.check("mixed is no larger, in encoded bytes", mixed.nbytes <= uniform.nbytes,
                 f"{mixed.nbytes:,} of {uniform.nbytes:,}")
     by_hand = {"a": [Choice(2, 5.0, 10), Choice(3, 1.0, 20)],
@@ -3516,6 +3525,7 @@ class Score(NamedTuple):
     kl: float          # from the uncompressed model, nats a token
     error: float       # standard error of kl, over the verses
     changed: float     # share of tokens whose likeliest successor is another one
+    verses: tuple[tuple[float, int], ...]  # of each verse: its KLs summed, and its tokens
 
 
 SCORES = {"method": "", "bits": ".2f", "perplexity": ".3f", "kl as KL": ".5f", "error as ±": ".5f",
@@ -3536,36 +3546,47 @@ def score(lab: Lab, make: Callable, *arguments) -> Score:
 
 def score_of(lab: Lab, compressed: Compressed) -> Score:
     """Return the score of a compressed model on the verses of the evaluation text."""
-    sums = []
-    counts = []
+    verses = []
     loss = 0.0
     changed = 0
     for verse, expected in zip(split_verses(lab, lab.evaluation), lab.reference):
         got = [log_softmax(row) for row in compressed.model.forward(verse[:-1])]
-        sums.append(sum(map(kl_divergence, expected, got)))
-        counts.append(len(got))
+        verses.append((sum(map(kl_divergence, expected, got)), len(got)))
         loss -= sum(row[target] for row, target in zip(got, verse[1:]))
         changed += sum(a.index(max(a)) != b.index(max(b)) for a, b in zip(got, expected))
-    tokens = sum(counts)
-    kl = sum(sums) / tokens
-    # The verses differ: how far would the mean move with others? (The error of a ratio.)
-    spread = sum((total - kl * count) ** 2 for total, count in zip(sums, counts))
-    n = len(sums)
-    error = math.sqrt(spread * n / (n - 1)) / tokens
+    tokens = sum(count for _, count in verses)
+    kl, error = mean_and_error(verses)
     return Score(compressed.name, compressed.bits_per_weight, compressed.nbytes,
-                 math.exp(loss / tokens), kl, error, changed / tokens)
+                 math.exp(loss / tokens), kl, error, changed / tokens, tuple(verses))
+
+
+def mean_and_error(verses: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """Return the mean of a token and its standard error: how far would other verses move it?
+
+    verses: of each verse the sum over its tokens, and their number. (The error of a ratio.)
+    """
+    n = len(verses)
+    tokens = sum(count for _, count in verses)
+    mean = sum(total for total, _ in verses) / tokens
+    spread = sum((total - mean * count) ** 2 for total, count in verses)
+    return mean, math.sqrt(spread * n / (n - 1)) / tokens
 
 
 def tied(a, b) -> bool:
-    """Return whether the KLs of two rows differ by less than their standard errors together."""
-    return abs(a.kl - b.kl) < math.hypot(a.error, b.error)
+    """Return whether the KLs of two rows differ by at most two standard errors of the difference.
+
+    Both were measured on the same verses, so the difference is taken verse by verse.
+    """
+    differences = [(x - y, count) for (x, count), (y, _) in zip(a.verses, b.verses)]
+    mean, error = mean_and_error(differences)
+    return abs(mean) <= 2 * error
 
 
 def compare(a: Score, b: Score) -> str:
     """Return in words how a's KL compares with b's."""
     if tied(a, b):
-        return "in a tie with"
-    return "better than" if a.kl < b.kl else "worse than"
+        return "is in a tie with"
+    return "is better than" if a.kl < b.kl else "is worse than"
 
 
 def compress(

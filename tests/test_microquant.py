@@ -1122,8 +1122,22 @@ def test_a_score_is_perplexity_kl_its_error_and_changes(labs):
     residuals = np.array([kl.sum() - mean * len(kl) for kl in kls])
     v = len(kls)
     assert got.error == pytest.approx(math.sqrt((residuals**2).sum() * v / (v - 1)) / n, rel=1e-9)
-    assert m.tied(got, got._replace(kl=got.kl + got.error))
-    assert not m.tied(got, got._replace(kl=got.kl + 2 * got.error))
+    assert m.tied(got, got)
+
+
+def test_a_tie_is_a_difference_of_two_errors_verse_by_verse(labs):
+    score = m.score(labs(0), m.rounded, 4, "tensor")
+
+    def moved_by(*sums):
+        return score._replace(verses=[(a + b, n) for (a, n), b in zip(score.verses, sums)])
+
+    # Every verse worse by the same amount a token: no tie, however far apart the verses are.
+    assert not m.tied(score, moved_by(*(1e-6 * n for _, n in score.verses)))
+    # One verse alone worse, by any amount: a tie.
+    assert m.tied(score, moved_by(1.0, *[0.0] * (len(score.verses) - 1)))
+    mean, error = m.mean_and_error([(1.0, 2), (4.0, 2)])
+    assert mean == 5 / 4
+    assert error == pytest.approx(math.sqrt((1.5 ** 2 + 1.5 ** 2) * 2) / 4, rel=1e-12)
 
 
 def test_compressed_files_are_counted(labs):
