@@ -100,9 +100,12 @@ MAX_PROMPT = 64       # tokens of the longest prompt accepted
 REPEAT_TOKENS = 32    # length of the texts in which repetition is counted
 FILTER_PLACES = 64    # of the rhyme, where the filters are compared
 SAMPLED_TEXTS = 12    # drawn by each sampler
+BEAM_TEXTS = 4        # searched by each width ...
+BEAM_TOKENS = 20      # ... and their length
 EXACT_PASSES = 150    # after which exact search gives up
 PAY_TEXTS = 16        # drawn to see what drafting brings
-COMPARED_TOKENS = 16  # length of the texts in sections 7 to 10
+COMPARED_TEXTS = 4    # written in sections 7 to 10 ...
+COMPARED_TOKENS = 16  # ... and their length
 CONTEXT = "This is the rat that ate the malt that lay in the house that Jack built.\n"
 
 # =============================================================================================
@@ -625,20 +628,31 @@ class Counts:
         """Guesses looked at, in a chain: those kept, and the first wrong one."""
         return sum(min(kept + 1, len(drafts)) for drafts, kept in self.rounds)
 
-    def add_round(
-        self, tokens: list[int], drafts: list[int], found: list[int], end: int, eos: int | None
-    ) -> bool:
-        """Append found to tokens, up to eos or `end` tokens; return whether the text is complete.
 
-        found: the guesses that were right, and then the target's own token.
-        """
-        before = len(tokens)
-        for token in found[:end - before]:
-            tokens.append(token)
-            if token == eos:
-                break
-        self.rounds.append((drafts, min(len(found) - 1, len(tokens) - before)))
-        return len(tokens) == end or tokens[-1] == eos
+def in_rounds(
+    one_round: Callable[[list[int], int], tuple[list[int], list[int]]],
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    eos: int | None,
+    **at_least_1: int,
+) -> tuple[list[int], Counts]:
+    """Return the new tokens and Counts of a decoder that guesses and verifies, round by round.
+
+    one_round(tokens, n) runs one pass. It returns its guesses, of which n can be used, and the
+    tokens found: the guesses that were right, and then the target's own token. at_least_1: settings
+    that must be. ValueError if they are not, for an empty prompt or max_new_tokens below 0.
+    """
+    check_request(prompt, max_new_tokens, **at_least_1)
+    text: list[int] = []
+    counts = Counts()
+    while len(text) < max_new_tokens and text[-1:] != [eos]:
+        drafts, found = one_round([*prompt, *text], max_new_tokens - len(text) - 1)
+        new = found[:max_new_tokens - len(text)]
+        if eos in new:
+            new = new[:new.index(eos) + 1]  # what was kept behind the end is cut off
+        text += new
+        counts.rounds.append((drafts, min(len(found) - 1, len(new))))
+    return text, counts
 
 
 def speculative_greedy(
@@ -671,20 +685,16 @@ def speculate(
     """Return the tokens that choose() alone would give, and Counts, whoever guesses.
 
     propose(tokens, n) returns up to n tokens that may follow. A pass gets at most gamma, and never
-    more than it can use: it adds one token itself. ValueError for gamma below 1, an empty
-    prompt, max_new_tokens below 0, or an eos outside the vocabulary.
+    more than it can use: it adds one token itself. ValueErrors as for in_rounds(), and for an eos
+    outside the vocabulary.
     """
-    check_request(prompt, max_new_tokens, gamma=gamma)
-    tokens = list(prompt)
-    end = len(prompt) + max_new_tokens
-    counts = Counts()
-    done = max_new_tokens == 0
-    while not done:
-        drafts = propose(tokens, min(gamma, end - len(tokens) - 1))
+    def one_round(tokens: list[int], room: int) -> tuple[list[int], list[int]]:
+        drafts = propose(tokens, min(gamma, room))
         rows = last_rows(target_fn, tokens + drafts, len(drafts) + 1)
         check_eos(eos, len(rows[0]))
-        done = counts.add_round(tokens, drafts, verify(rows, drafts, choose), end, eos)
-    return tokens[len(prompt):], counts
+        return drafts, verify(rows, drafts, choose)
+
+    return in_rounds(one_round, prompt, max_new_tokens, eos, gamma=gamma)
 
 
 def verify(rows: Matrix, drafts: Sequence[int], choose: Choose = argmax) -> list[int]:
@@ -720,23 +730,20 @@ def speculative_sample(
     choose_draft picks a guess from q; anything but draw() is a mistake, and section 5 makes it.
     ValueErrors as for speculate() and sample(), and if the two vocabularies differ in size.
     """
-    check_request(prompt, max_new_tokens, gamma=gamma)
     shape = partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    tokens = list(prompt)
-    end = len(prompt) + max_new_tokens
-    counts = Counts()
-    done = max_new_tokens == 0
-    while not done:
+
+    def one_round(tokens: list[int], room: int) -> tuple[list[int], list[int]]:
         drafts: list[int] = []
         q = []
-        for _ in range(min(gamma, end - len(tokens) - 1)):
+        for _ in range(min(gamma, room)):
             q.append(shape(draft_fn(tokens + drafts)))
             drafts.append(choose_draft(q[-1], rng))
         rows = last_rows(target_fn, tokens + drafts, len(drafts) + 1)
         check_eos(eos, len(rows[0]))
         p = [shape(row) for row in rows]
-        done = counts.add_round(tokens, drafts, accept_or_replace(p, q, drafts, rng), end, eos)
-    return tokens[len(prompt):], counts
+        return drafts, accept_or_replace(p, q, drafts, rng)
+
+    return in_rounds(one_round, prompt, max_new_tokens, eos, gamma=gamma)
 
 
 def accept_or_replace(
@@ -814,17 +821,16 @@ def best_gamma(alpha: float, cost: float, limit: int = 16) -> int:
     return max(range(limit + 1), key=lambda gamma: speed_up(alpha, gamma, cost))
 
 
-# 7. Drafts for nothing
+# 7. Prompt lookup: drafts for nothing
 #
-# A draft need not be a trained model. Text repeats itself: prompt lookup (Saxena 2023) finds the
-# last few tokens earlier in the text, and proposes what came after them. It pays for summaries,
-# edits and code, which copy a lot. An n-gram model counts which token followed which in some
-# corpus. And the target itself, with its weights rounded to a few bits, agrees nearly always and
-# reads less memory. (microquant.py rounds well; here it is done the simplest way.)
+# A draft need not be a model. Text repeats itself: prompt lookup (Saxena 2023) finds the last few
+# tokens earlier in the text, and proposes what came after them. It reads no weights at all. It pays
+# for summaries, edits and code, which copy a lot, and does nothing for text that says new things.
+# Counts of which token followed which in a large corpus (n-grams) serve in the same way.
 #
 # These guesses are single tokens without a distribution, so speculate() judges them by the point
 # mass of section 5. In production: vLLM's v1/spec_decode/ngram_proposer.py, transformers'
-# PromptLookupCandidateGenerator, llama.cpp's examples/lookup. Measured by show_free_drafts().
+# PromptLookupCandidateGenerator, llama.cpp's examples/lookup. Measured by show_prompt_lookup().
 
 
 def prompt_lookup(tokens: Sequence[int], n: int, max_ngram: int = 3) -> list[int]:
@@ -837,51 +843,6 @@ def prompt_lookup(tokens: Sequence[int], n: int, max_ngram: int = 3) -> list[int
             if tokens[start:start + size] == tokens[-size:]:
                 return list(tokens[start + size:start + size + n])
     return []
-
-
-def ngram_model(corpus: Sequence[int], vocab_size: int, order: int = 3) -> LogitsFn:
-    """Return a model that counts what followed in the corpus.
-
-    It looks at the longest context, up to order - 1 tokens, that the corpus has.
-    """
-    counts: dict[tuple[int, ...], Counter[int]] = {}
-    for i, token in enumerate(corpus):
-        for size in range(min(order - 1, i) + 1):
-            counts.setdefault(tuple(corpus[i - size:i]), Counter())[token] += 1
-
-    def logits_fn(tokens: Sequence[int]) -> Vector:
-        size = min(order - 1, len(tokens))
-        while tuple(tokens[len(tokens) - size:]) not in counts:
-            size -= 1
-        seen = counts[tuple(tokens[len(tokens) - size:])]
-        return [math.log(seen[token] + 0.01) for token in range(vocab_size)]
-
-    return logits_fn
-
-
-def rounded_weights(
-    weights: dict[str, Matrix | Vector], bits: int
-) -> dict[str, Matrix | Vector]:
-    """Return the weights with every row of every matrix rounded to multiples of one step.
-
-    The largest of a row is 2^(bits-1) - 1 steps. Gains stay as they are.
-    """
-    largest = 2 ** (bits - 1) - 1
-    rounded = {}
-    for name, w in weights.items():
-        if isinstance(w[0], list):
-            rounded[name] = [round_row(row, largest) for row in w]
-        else:
-            rounded[name] = w
-    return rounded
-
-
-def round_row(row: Vector, largest: int) -> Vector:
-    """Return the row rounded to multiples of max|row| / largest."""
-    scale = max(map(abs, row)) / largest
-    if scale == 0:
-        return row
-    return [round(x / scale) * scale for x in row]
 
 
 # 8. Medusa, and how a tree is verified
@@ -925,9 +886,14 @@ def round_row(row: Vector, largest: int) -> Vector:
 Head = dict[str, Matrix]
 
 
+def better_state(h: Matrix, x: Matrix, head: Head) -> Matrix:
+    """Return h + silu(w1 x): h [n][dim], corrected by what x [n][…] tells."""
+    return add(h, silu(linear(x, head["w1"])))
+
+
 def medusa_head(h: Matrix, head: Head) -> Matrix:
     """Return logits of the token that this head is for: [n][dim] -> [n][vocab_size]."""
-    return linear(add(h, silu(linear(h, head["w1"]))), head["w2"])
+    return linear(better_state(h, h, head), head["w2"])
 
 
 def silu(x: Matrix) -> Matrix:
@@ -989,18 +955,14 @@ def medusa_greedy(
 ) -> tuple[list[int], Counts]:
     """Return the tokens that choose() alone would give, and Counts.
 
-    The guesses of a round are all nodes of its tree. The first pass reads the prompt.
+    The guesses of a round are all nodes of its tree.
     """
-    check_request(prompt, max_new_tokens)
-    tokens = list(prompt)
-    end = len(prompt) + max_new_tokens
-    counts = Counts()
-    done = max_new_tokens == 0
-    while not done:
+    def one_round(tokens: list[int], room: int) -> tuple[list[int], list[int]]:
         candidates = medusa_candidates(target, heads, tops, tokens)
         found, rows = verify_tree(target, tokens, candidates, choose)
-        done = counts.add_round(tokens, nodes_after(tokens, rows), found, end, eos)
-    return tokens[len(prompt):], counts
+        return nodes_after(tokens, rows), found
+
+    return in_rounds(one_round, prompt, max_new_tokens, eos)
 
 
 def nodes_after(tokens: Sequence[int], texts: Sequence[tuple[int, ...]]) -> list[int]:
@@ -1011,40 +973,37 @@ def nodes_after(tokens: Sequence[int], texts: Sequence[tuple[int, ...]]) -> list
 # 9. EAGLE
 #
 # Medusa's heads do not know the token before the one that they guess. EAGLE guesses the next
-# *hidden state*, from the last one and the embedding e of the token that was chosen there. The
-# target's own output matrix turns it into a token, and so on along a chain:
+# *hidden state*, from the last one and the embedding e of the token that was chosen there. An
+# output matrix turns it into a token, and so on along a chain:
 #
-#     f_t+1 ≈ f_t + w2 silu(w1 [f_t ; e(x_t+1)])        x_t+2 = argmax(output · f_t+1), and again
+#     f_t+1 = f_t + silu(w1 [f_t ; e(x_t+1)])        x_t+2 = argmax(w2 · f_t+1), and again
 #
 # Beside Medusa, on one timeline: from h_t, the target has chosen x_t+1. Medusa's head 1 guesses
 # x_t+2 from h_t alone; EAGLE guesses it from h_t and x_t+1.
 #
-# Here two matrices learn the state by squared error. The paper has a whole decoder layer with
-# attention over all states so far, Smooth L1 and a cross-entropy on the token as the loss, noise on
-# the states while training, and drafts a tree. EAGLE-3 drops the state as the goal: it learns the
-# tokens alone, from states of several layers, on its own guesses. Multi-token prediction
-# (DeepSeek-V3) trains such a layer together with the model.
+# Here w1 and w2 start and learn as Medusa's do, so that nothing but the embedding differs. The
+# first EAGLE has a whole decoder layer with attention over all states so far, keeps the target's
+# output matrix, learns the states as well as the tokens (Smooth L1, with noise on the states), and
+# drafts a tree. EAGLE-3 learns the tokens alone, from states of several layers and on its own
+# guesses. Multi-token prediction (DeepSeek-V3) trains such a layer together with the model.
 #
 # In production: vLLM's v1/spec_decode/eagle.py. Measured by show_eagle().
 
 
-def eagle_step(x: Matrix, f: Matrix, head: Head) -> Matrix:
-    """Return the next hidden states [n][dim].
-
-    x = [f ; embedding of the next token] [n][2·dim], f [n][dim].
-    """
-    return add(f, linear(silu(linear(x, head["w1"])), head["w2"]))
+def eagle_step(f: Matrix, embeddings: Matrix, head: Head) -> Matrix:
+    """Return the next hidden states [n][dim], from the last ones and the embeddings [n][dim]."""
+    return better_state(f, concat(f, embeddings), head)
 
 
 def eagle_draft(target: CachedModel, head: Head, tokens: list[int], n: int) -> list[int]:
     """Return up to n guesses for speculate(), none before the target has read anything."""
     drafts: list[int] = []
     f = target.feature(tokens[:-1])
-    weights = target.llama.weights
+    embeddings = target.llama.weights["tok_embeddings"]
     while f is not None and len(drafts) < n:
         last = (tokens + drafts)[-1]
-        f = eagle_step([f + weights["tok_embeddings"][last]], [f], head)[0]
-        drafts.append(argmax(linear([f], weights["output"])[0]))
+        [f] = eagle_step([f], [embeddings[last]], head)
+        drafts.append(argmax(linear([f], head["w2"])[0]))
     return drafts
 
 
@@ -1086,20 +1045,17 @@ def jacobi_greedy(
 
     gamma guesses at a time, renewed by each pass. A place without a guess starts as the last token.
     """
-    check_request(prompt, max_new_tokens, gamma=gamma)
-    tokens = list(prompt)
-    end = len(prompt) + max_new_tokens
-    counts = Counts()
-    guesses: list[int] = []
-    done = max_new_tokens == 0
-    while not done:
-        wanted = min(gamma, end - len(tokens) - 1)
-        guesses = (guesses + [tokens[-1]] * wanted)[:wanted]
-        rows = last_rows(target_fn, tokens + guesses, wanted + 1)
+    renewed: list[int] = []
+
+    def one_round(tokens: list[int], room: int) -> tuple[list[int], list[int]]:
+        n = min(gamma, room)
+        guesses = (renewed + [tokens[-1]] * n)[:n]
+        rows = last_rows(target_fn, tokens + guesses, n + 1)
         found = verify(rows, guesses, choose)
-        done = counts.add_round(tokens, guesses, found, end, eos)
-        guesses = [argmax(row) for row in rows[len(found):]]
-    return tokens[len(prompt):], counts
+        renewed[:] = [argmax(row) for row in rows[len(found):]]
+        return guesses, found
+
+    return in_rounds(one_round, prompt, max_new_tokens, eos, gamma=gamma)
 
 
 def lookahead_greedy(
@@ -1119,13 +1075,10 @@ def lookahead_greedy(
     pool's n-grams that begin with the last token, the `guesses` that came last are verified.
     """
     check_request(prompt, max_new_tokens, window=window, ngram=ngram, guesses=guesses)
-    tokens = list(prompt)
-    end = len(prompt) + max_new_tokens
-    counts = Counts()
     pool: dict[int, dict[tuple[int, ...], None]] = {}  # a dict keeps its order: the latest last
     levels = [[prompt[j % len(prompt)] for j in range(window)]] * (ngram - 1)
-    done = max_new_tokens == 0
-    while not done:
+
+    def one_round(tokens: list[int], room: int) -> tuple[list[int], list[int]]:
         # Row 1 is a chain after the text; under each of its tokens hangs the rest of its column.
         columns = [(*levels[0][:j], *column) for j, column in enumerate(zip(*levels))]
         grams = list(pool.get(tokens[-1], {}))[-guesses:]
@@ -1135,9 +1088,10 @@ def lookahead_greedy(
             grams_of_first = pool.setdefault(first, {})
             grams_of_first.pop(tuple(rest), None)
             grams_of_first[tuple(rest)] = None
-        levels = [*levels[1:], renewed]
-        done = counts.add_round(tokens, nodes_after(tokens, rows), found, end, eos)
-    return tokens[len(prompt):], counts
+        levels[:] = [*levels[1:], renewed]
+        return nodes_after(tokens, rows), found
+
+    return in_rounds(one_round, prompt, max_new_tokens, eos)
 
 
 # 11. Text with a shape
@@ -1355,26 +1309,6 @@ def compare_orders(rows: Matrix, temperatures: Sequence[float], knobs: Namespace
     return found
 
 
-def compare_penalties(lab: DecodingLab, n: int) -> list[Repeats]:
-    """Return the repetition in the smaller model's greedy texts, without and with a penalty."""
-    draft = lab.fresh_draft()
-    penalties = {
-        "none": count_penalty,
-        "repetition 1.3": partial(repetition_penalty, penalty=1.3),
-        "presence 1": partial(count_penalty, presence=1.0),
-        "frequency 1": partial(count_penalty, frequency=1.0),
-    }
-
-    def penalised(penalise: Callable, tokens: list[int]) -> Vector:
-        return penalise(draft(tokens), tokens)
-
-    rows = []
-    for name, penalise in penalties.items():
-        model = partial(penalised, penalise)
-        rows.append(repeats(name, [greedy(model, prompt, n) for prompt in lab.prompts]))
-    return rows
-
-
 def nucleus_is_tight(logits: Vector, p: float) -> bool:
     """Return whether top-p keeps the smallest set of likeliest tokens that reaches p."""
     probabilities = softmax(logits)
@@ -1394,7 +1328,7 @@ def filters_of(knobs: Namespace) -> dict[str, dict[str, float]]:
 
 
 def show_filters(trace: Trace, knobs: Namespace) -> None:
-    """Each filter on one distribution and over many, the temperature's place, and the penalties."""
+    """Each filter on one distribution and over many, and the temperature's place."""
     lab = knobs.lab
     filters = filters_of(knobs)
     settings = {"as is": {}, "t 0.5": {"temperature": 0.5}, "t 2": {"temperature": 2.0}, **filters}
@@ -1430,12 +1364,6 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"At t = 5 with the temperature first, top-p keeps {orders[-1].top_p_first:.0f} of "
               f"{VOCAB_SIZE} tokens and min-p {orders[-1].min_p_first:.0f}. With it last, both "
               "keep what they keep at t = 1.")
-    trace.say("Penalties push down tokens that were there already. The smaller model's greedy "
-              f"texts again, {len(lab.prompts)} of {REPEAT_TOKENS} tokens:")
-    penalties = compare_penalties(lab, REPEAT_TOKENS)
-    trace.table(penalties, REPEATS)
-    if all(row.repeated == 0 for row in penalties[1:]):
-        trace.say("Each of the three leaves no repetition in these texts.")
     example = [math.log(p) for p in (0.4, 0.15, 0.15, 0.15, 0.15)]
     kept_of_example = [survivors(softmax(logits)) for logits in (
         top_k_filter(example, 1), top_k_filter(example, 2), top_p_filter(example, 0.5),
@@ -1444,14 +1372,13 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
                 kept_of_example == [1, 5, 2, 1, 4], " ".join(map(str, kept_of_example)))
     penalised = [repetition_penalty([2.0, -2.0, 1.0], [0, 1, 1], 2.0),
                  count_penalty([1.0, 1.0, 1.0], [0, 1, 1], presence=0.5, frequency=0.25)]
-    squared = [p * p for p in softmax(example)]
-    sharpened = [p / sum(squared) for p in squared]
-    trace.check_close("temperature 0.5 squares the probabilities, and divides by their sum",
-                      [distribution(example, 0.5)], [sharpened], 1e-12)
-    alike = [0.0] * 4
-    trace.check("of four equal tokens top-p 0.5 keeps two, and min-p 1 all",
-                (survivors(distribution(alike, top_p=0.5)), survivors(distribution(alike, min_p=1)))
-                == (2, 4), "p is reached by two; none is below the best")
+    edges = [survivors(softmax(logits)) for logits in (
+        top_p_filter([0.0] * 4, 0.5), top_p_filter([0.0] * 4, 0.75), min_p_filter([0.0] * 4, 1.0))]
+    trace.check("exact edges, four equal tokens: kept by top-p 0.5 and 0.75, and by min-p 1",
+                edges == [2, 3, 4], " ".join(map(str, edges)))
+    sharp, flat = (distribution([math.log(0.8), math.log(0.2)], t)[0] for t in (0.5, 2.0))
+    trace.check("temperature by hand: 0.8 and 0.2 become p² and √p, normalized",
+                abs(sharp - 16 / 17) < 1e-12 and abs(flat - 2 / 3) < 1e-12, "16/17 and 2/3")
     trace.check("penalties by hand, for tokens that came once, twice and never",
                 penalised == [[1.0, -4.0, 1.0], [0.25, 0.0, 1.0]], "2; 0.5 and 0.25")
     trace.check("top-p keeps just enough: p is reached, and not without the last token kept",
@@ -1538,16 +1465,6 @@ def losing_logits(tokens: Sequence[int]) -> Vector:
     return [math.log(p) for p in LOSING.get(tuple(tokens[1:]), [1 / 3, 1 / 3, 1 / 3])]
 
 
-def losing_beams() -> list[dict]:
-    """Return the best text of three words in LOSING by beams of width 1 (greedy), 2 and 3."""
-    rows = []
-    for width in (1, 2, 3):
-        [(tokens, total), *_] = beam_search(losing_logits, TOY_PROMPT, 3, width=width,
-                                            length_penalty=0.0)
-        rows.append({"width": width, "text": letters(tokens), "p": math.exp(total)})
-    return rows
-
-
 class StepRow(NamedTuple):
     """One candidate of one step of a beam."""
 
@@ -1572,13 +1489,22 @@ def beam_steps(lab: DecodingLab, prompt: list[int], width: int, n: int) -> list[
 
 
 class WidthRow(NamedTuple):
-    """Beam search of one width by log-probability alone, means over several prompts."""
+    """Beam search of one width by log-probability alone, over several prompts."""
 
-    width: str
+    width: int
+    log_p: float    # mean
+    texts: float    # that the target read, mean
+    lost: int       # prompts where greedy's text is likelier
+    worst: float    # least log p less greedy's
+
+
+class EndedRow(NamedTuple):
+    """The likeliest texts to the end of the verse, by a beam or by exact search, as means."""
+
+    search: str
     log_p: float
     tokens: float
-    passes: float
-    worst: float       # least log p less greedy's: below 0, the beam lost to greedy there
+    texts: float       # that the target read
     not_best: int      # prompts where exact search found a likelier text
     above_exact: int   # prompts where the beam claims more than exact search: impossible
 
@@ -1586,31 +1512,47 @@ class WidthRow(NamedTuple):
 def compare_widths(
     lab: DecodingLab, prompts: Sequence[list[int]], widths: Sequence[int], n: int
 ) -> list[WidthRow]:
-    """Return a row per width, and one for exact search over the prompts where it ends."""
+    """Search texts of exactly n tokens; return a row per width. The first width is greedy's, 1."""
     target = lab.fresh_target()
-
-    def search(width: int, prompt: list[int]) -> Candidate | None:
-        if width == 0:
-            return exact_search(target, prompt, n, eos=lab.eos, max_passes=EXACT_PASSES)
-        return beam_search(target, prompt, n, width=width, length_penalty=0.0, eos=lab.eos)[0]
-
-    exact = [search(0, prompt) for prompt in prompts]
-    plain = [search(1, prompt)[1] for prompt in prompts]
+    plain: Vector = []
     rows = []
-    for width in (*widths, 0):
+    for width in widths:
         target.passes = 0
-        found = [search(width, prompt) for prompt in prompts]
-        gaps = [a[1] - b[1] for a, b in zip(found, exact) if b]
-        ended = [candidate for candidate in found if candidate]
-        if ended:
-            rows.append(WidthRow(
-                str(width) if width else "exact",
-                fmean(total for _, total in ended),
-                fmean(len(tokens) for tokens, _ in ended),
-                target.passes / len(prompts),
-                min(a[1] - b for a, b in zip(found, plain) if a),
-                sum(gap < -1e-9 for gap in gaps),
-                sum(gap > 1e-9 for gap in gaps)))
+        totals = []
+        for prompt in prompts:
+            [(_, total), *_] = beam_search(target, prompt, n, width=width, length_penalty=0.0)
+            totals.append(total)
+        plain = plain or totals
+        gaps = list(map(operator.sub, totals, plain))
+        rows.append(WidthRow(width, fmean(totals), target.passes / len(prompts),
+                             sum(gap < -1e-9 for gap in gaps), min(gaps)))
+    return rows
+
+
+def compare_with_exact(
+    lab: DecodingLab, prompts: Sequence[list[int]], widths: Sequence[int], n: int
+) -> list[EndedRow]:
+    """Search texts that may end; return a row per width, and one for exact search if it settles."""
+    target = lab.fresh_target()
+    exact = [exact_search(target, prompt, n, eos=lab.eos, max_passes=EXACT_PASSES)
+             for prompt in prompts]
+    reads = {"exact": target.passes}
+    found = {"exact": [candidate for candidate in exact if candidate]}
+    for width in widths:
+        target.passes = 0
+        name = f"width {width}"
+        found[name] = [beam_search(target, prompt, n, width=width, length_penalty=0.0,
+                                   eos=lab.eos)[0] for prompt in prompts]
+        reads[name] = target.passes
+    rows = []
+    for name in [*list(found)[1:], "exact"]:
+        candidates = found[name]
+        if candidates:
+            gaps = [a[1] - b[1] for a, b in zip(candidates, exact) if b and name != "exact"]
+            rows.append(EndedRow(name, fmean(total for _, total in candidates),
+                                 fmean(len(tokens) for tokens, _ in candidates),
+                                 reads[name] / len(prompts), sum(gap < -1e-9 for gap in gaps),
+                                 sum(gap > 1e-9 for gap in gaps)))
     return rows
 
 
@@ -1643,24 +1585,34 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
     trace.table(beam_steps(lab, knobs.tokens, 3, 4),
                 {"step": "d", "rank": "", "log_p": ".2f", "text": ""})
 
+    fixed = compare_widths(lab, lab.prompts[:BEAM_TEXTS], (1, 2, 4), min(n, BEAM_TOKENS))
+    losing = sum(row.lost for row in fixed)
+    trace.ask(f"Widths 1, 2 and 4, {BEAM_TEXTS} texts each: how many of the texts of width 2 and "
+              "4 are less likely than greedy's?", losing)
+    trace.say(f"Wider beams, {BEAM_TEXTS} texts of {min(n, BEAM_TOKENS)} tokens: their mean "
+              "log-probability, how many texts the target has to read for one, and whether the "
+              "beam loses to greedy.")
+    trace.table(fixed, {"width": "d", "log_p": ".2f", "texts as texts read": ".0f",
+                        "lost as lost to greedy": "d", "worst as against greedy, at worst": "+.2f"})
+    verdict = "No beam lost to greedy here; the example in the source is one that does."
+    if losing:
+        verdict = (f"Texts of beams that are less likely than greedy's: {losing}. The beam dropped "
+                   "greedy's text early for others that looked better, and those came to nothing.")
+    trace.say(verdict)
     prompts = [knobs.tokens, *lab.prompts[3:5]]
-    rows = compare_widths(lab, prompts, (1, 2, 4, 8), n)
-    trace.ask("Log-probability alone decides. With width 8, is the best text longer, shorter or as "
-              "long as with width 1, on average?", compare_words(rows[3].tokens, rows[0].tokens))
-    trace.say(f"Wider beams: the likeliest text to the end of the verse, or of {n} tokens (length "
-              f"penalty 0), means over {len(prompts)} prompts. \"Exact\" is the likeliest text of "
-              f"all, where a search that reads at most {EXACT_PASSES} texts finds it.")
-    trace.table(rows, {"width": "", "log_p": ".2f", "tokens": ".1f",
-                       "passes as texts read": ".1f", "worst as against greedy, at worst": "+.2f",
+    rows = compare_with_exact(lab, prompts, (1, 2, 4), n)
+    trace.say(f"Now a text may end with its verse, or has {n} tokens. The likeliest text (length "
+              f"penalty 0), means over {len(prompts)} prompts. \"Exact\" is the likeliest of all, "
+              f"where a search of at most {EXACT_PASSES} texts finds it.")
+    trace.table(rows, {"search": "", "log_p": ".2f", "tokens": ".1f", "texts as texts read": ".0f",
                        "not_best as not the best": "d"})
-    trace.note("texts read: by the model, for their next token; those of a step are one pass. not "
-               "the best: prompts where exact search found a likelier text")
-    if rows[3].tokens < rows[0].tokens:
-        trace.say("Likelier is not better: every token costs, so a short text that ends is a "
-                  f"likely one. From width 1 to 8 the texts go from {rows[0].tokens:.1f} tokens to "
-                  f"{rows[3].tokens:.1f}.")
-    trace.say("The length penalty decides what best means. After "
-              f"{lab.tail(knobs.tokens)!r}, width {knobs.width}:")
+    trace.note("not the best: prompts where exact search found a likelier text")
+    shorter = compare_words(rows[2].tokens, rows[0].tokens, "longer than", "shorter than",
+                            "as long as")
+    trace.say(f"The texts of width 4 are {shorter} those of width 1, on average. Every token "
+              "costs, so a short text that ends can be the likeliest, whether it is wanted or not. "
+              f"The length penalty decides what best means. After {lab.tail(knobs.tokens)!r}, "
+              f"width {knobs.width}:")
     target = lab.fresh_target()
     table = []
     for penalty in sorted({0.0, 0.5, 1.0, 2.0, knobs.length_penalty}):
@@ -1669,10 +1621,6 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
         table.append({"length penalty": penalty, "tokens": len(tokens), "log p":
                       log_probability(target, knobs.tokens, tokens), "text": lab.clip(tokens, 46)})
     trace.table(table, {"length penalty": "g", "tokens": "d", "log p": ".2f", "text": ""})
-    losing = losing_beams()
-    trace.say("A wider beam can also lose to greedy: it fills its places with texts that look good "
-              "now, and drops the one that will be best. A toy made for this, three words:")
-    trace.table(losing, {"width": "d", "text": "", "p": ".3f bar 20"})
     trace.say("The texts of a beam tend to be twins. Four texts of 8 tokens after each of the "
               "prompts, by a beam of width 4 (diversity 0) and by four diverse beams: different "
               "pairs of neighbours among the four, and their mean log-probability.")
@@ -1682,7 +1630,7 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
     trace.check("width 1 is greedy", is_greedy(lab.target, knobs.tokens, tokens),
                 f"{len(tokens)} tokens, one plain pass")
     trace.check("no beam finds a likelier text than exact search",
-                all(row.above_exact == 0 for row in rows), f"4 widths, {len(prompts)} prompts")
+                all(row.above_exact == 0 for row in rows), f"3 widths, {len(prompts)} prompts")
     [(_, total), *_] = beam_search(toy_logits, TOY_PROMPT, 3, width=9, length_penalty=0.0)
     best = max(text_probabilities(toy_logits, TOY_PROMPT, 3).values())
     trace.check("the toy, three words: a beam of 9 finds the best of all 27 texts",
@@ -1691,8 +1639,12 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
                    diverse_beam_search(toy_logits, TOY_PROMPT, 1, groups=3, diversity=0.2)]
     trace.check("the toy, diversity 0.2: only the third beam is charged enough to leave a for b",
                 first_words == ["a", "a", "b"], "log 0.5 - 0.4 < log 0.4 < log 0.5 - 0.2")
-    chances = [row["p"] for row in losing]
-    trace.check("the toy of the source: a beam of 2 loses to greedy, and one of 3 does not",
+    chances = []
+    for width in (1, 2, 3):
+        [(_, total), *_] = beam_search(losing_logits, TOY_PROMPT, 3, width=width,
+                                       length_penalty=0.0)
+        chances.append(math.exp(total))
+    trace.check("the example in the source: a beam of 2 loses to greedy, and one of 3 does not",
                 chances[1] < chances[0] == chances[2], " ".join(f"{p:.3f}" for p in chances))
 
 
@@ -1961,10 +1913,12 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
     trace.say("The formula takes all places for alike, and texts for endless; the last pass of a "
               "text that ends here is cut short. At gamma "
               f"{gammas[-1]} it {verdict}. The best gamma for each c is "
-              f"{', '.join(map(str, pays))} (0: drafting does not pay); where guesses cost "
-              "nothing, more of them are always better. All this counts a pass "
+              f"{', '.join(map(str, pays))} (0: drafting does not pay). All this counts a pass "
               "over gamma + 1 tokens as one over one token, as on a machine with idle arithmetic. "
               "A busy server has none.")
+    if pays[0] == gammas[-1]:
+        trace.say("For c = 0 the best gamma is the largest of the list: a guess that costs nothing "
+                  "cannot hurt here.")
     pair = random_pair(lab.seed)
     worked_out = sum(p * expected_passes(keep_chances(*pair, [0], text)[0], 2)
                      for text, p in text_probabilities(pair[0], [0], 5).items())
@@ -1977,43 +1931,28 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
                 f"alpha 0.6, gamma 3, 1,000 tokens: {long_run:.2f}")
 
 
-# 7. Drafts for nothing
+# 7. Prompt lookup: drafts for nothing
 
 
 class Way(NamedTuple):
-    """One way to decode, over several prompts, each from a cold start."""
+    """One way to decode, over several prompts, each of which the target has read beforehand."""
 
     way: str
     c: float             # cost of one guess, in passes of the target
-    kept: float | None   # share of all guesses
+    kept: float          # guesses kept a pass
     passes: float
-    each: list[int]      # the passes of every prompt
-    spread: float        # their standard deviation
+    saved: float | None  # passes fewer than the first way takes for the same text, mean
+    error: float | None  # standard error of that mean
     nodes: float         # tokens read by the target after the prompt, for each new token
     rolled_back: float   # share of them that is not in the text
     speed_up: float
     right: int           # texts that are the target's own, and whose books agree
 
 
-def guesser(lab: DecodingLab, way: str) -> Callable:
-    """Return the propose() of speculate() for the way of that name; none guesses nothing."""
-    if way == "prompt lookup":
-        return prompt_lookup
-    if way == "3-grams of the rhyme":
-        return partial(greedy, ngram_model(lab.ids, VOCAB_SIZE))
-    if way == "a smaller Llama":
-        return partial(greedy, lab.fresh_draft())
-    if way.endswith("bits"):
-        rounded = rounded_weights(lab.target.weights, int(way.split()[-2]))
-        return partial(greedy, CachedModel(Llama(lab.target.config, rounded)))
-    return lambda tokens, n: []
-
-
 def decode(
-    lab: DecodingLab, way: str, propose: Callable, target: CachedModel, prompt: list[int], n: int,
-    gamma: int,
+    lab: DecodingLab, way: str, target: CachedModel, prompt: list[int], n: int, gamma: int
 ) -> tuple[list[int], Counts]:
-    """Return n greedy tokens and Counts, by the way of that name."""
+    """Return n greedy tokens and Counts, by the way of that name; "greedy" guesses nothing."""
     if way == "Medusa, tree":
         return medusa_greedy(target, lab.medusa, prompt, n)
     if way == "Medusa, chain":
@@ -2022,9 +1961,13 @@ def decode(
         return jacobi_greedy(target, prompt, n, gamma=gamma)
     if way == "lookahead":
         return lookahead_greedy(target, prompt, n)
-    if way == "EAGLE":
-        propose = partial(eagle_draft, target, lab.eagle)
-    return speculate(target, propose, prompt, n, gamma=gamma)
+    proposers = {
+        "greedy": lambda tokens, n: [],
+        "prompt lookup": prompt_lookup,
+        "a smaller Llama": partial(greedy, lab.fresh_draft()),
+        "EAGLE": partial(eagle_draft, target, lab.eagle) if way == "EAGLE" else None,
+    }
+    return speculate(target, proposers[way], prompt, n, gamma=gamma)
 
 
 def compare_ways(
@@ -2032,14 +1975,15 @@ def compare_ways(
 ) -> list[Way]:
     """Return a row per way. A plain pass checks the first way's texts, and these the others'."""
     own: list[list[int]] = []  # the target's texts
+    first: list[int] = []      # the first way's passes
     rows = []
     for way in ways:
-        propose = guesser(lab, way)
         passes = []
         drafted = accepted = nodes = wrong_nodes = right = 0
         for i, prompt in enumerate(prompts):
             target = lab.fresh_target()
-            tokens, counts = decode(lab, way, propose, target, prompt, n, gamma)
+            target(prompt[:-1])  # prefill, for all alike: the first pass has a state to guess from
+            tokens, counts = decode(lab, way, target, prompt, n, gamma)
             if i == len(own):
                 own.append(tokens if is_greedy(lab.target, prompt, tokens) else [])
             text = (*prompt, *tokens)
@@ -2054,52 +1998,67 @@ def compare_ways(
             accepted += counts.accepted
             nodes += len(read)
             wrong_nodes += len(wrong)
+        first = first or passes
+        saved = list(map(operator.sub, first, passes))
+        error = stdev(saved) / math.sqrt(len(prompts))
         total = n * len(prompts)
         runs = drafted  # of the guesser
         if way == "Medusa, tree":
-            runs = 2 * (sum(passes) - len(prompts))  # both heads once a pass, however many nodes
-        rows.append(Way(way, lab.cost(way), accepted / drafted if drafted else None, fmean(passes),
-                        passes, stdev(passes), nodes / total, wrong_nodes / max(1, nodes),
+            runs = 2 * sum(passes)  # both heads once a pass, however many nodes
+        rows.append(Way(way, lab.cost(way), accepted / sum(passes), fmean(passes),
+                        fmean(saved) if rows else None, error if rows else None,
+                        nodes / total, wrong_nodes / max(1, nodes),
                         total / (sum(passes) + lab.cost(way) * runs), right))
     return rows
 
 
+def saving(row: Way, first: Way) -> str:
+    """Return in words whether a way takes fewer passes than the first one, by the paired errors."""
+    if row.saved == 0 == row.error:
+        return f"{row.way} takes as many passes as {first.way} for each text"
+    if abs(row.saved) <= 2 * row.error:
+        return (f"{row.way} and {first.way} differ by {abs(row.saved):.1f} passes, which is within "
+                "two standard errors and shows nothing")
+    more = compare_words(row.saved, 0, "fewer", "more")
+    return f"{row.way} takes {abs(row.saved):.1f} passes {more} than {first.way}"
+
+
 def show_ways(trace: Trace, rows: Sequence[Way], n_texts: int, finding: str) -> None:
     """Print the rows and what was found, and check that all texts are the target's own."""
-    trace.table(rows, {"way": "", "c": ".2f", "kept": ".0%", "passes": ".1f", "spread": ".1f",
-                       "nodes": ".1f", "rolled_back": ".0%", "speed_up": "{:.2f}×"})
-    trace.note("c: weights that a guess reads, as a share of the target's. kept: of all guesses. "
-               "spread: standard deviation over the texts. nodes: tokens that the target reads for "
-               "one of the text; rolled back: the share of them that leaves the cache again. speed "
-               "up: as section 6 has it, with arithmetic for nothing.")
-    trace.say(finding)
+    trace.table(rows, {"way": "", "c": ".2f", "kept": ".2f", "passes": ".1f",
+                       "saved": ".1f", "error as ±": ".1f", "nodes": ".1f", "rolled_back": ".0%",
+                       "speed_up": "{:.2f}×"})
+    trace.note("c: weights that a guess reads, as a share of the target's. kept: guesses a pass. "
+               "saved: passes fewer than the first way takes for the same text, mean; ±: its "
+               "standard error. nodes: tokens that the target reads for one of the text; rolled "
+               "back: the share of them that leaves the cache again. speed up: as section 6 has "
+               "it, over plain greedy, with arithmetic for nothing.")
+    trace.say(finding[0].upper() + finding[1:])
     trace.check("every text is the target's own by one plain pass over it; the cache read and "
                 "rolled back what the counts say", all(row.right == n_texts for row in rows),
                 f"{n_texts * len(rows)} texts")
 
 
-def show_free_drafts(trace: Trace, knobs: Namespace) -> None:
-    """Guesses from the text, from counts, from rounded weights and from a smaller model."""
+def show_prompt_lookup(trace: Trace, knobs: Namespace) -> None:
+    """Guesses looked up in the text, beside those of a smaller model."""
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
-    prompts = [lab.tokenizer.encode(CONTEXT) + prompt for prompt in lab.prompts[:3]]
-    ways = ["prompt lookup", "3-grams of the rhyme", "a smaller Llama", "the target in 8 bits",
-            "the target in 4 bits", "the target in 2 bits"]
-    rows = compare_ways(lab, ways, prompts, n, knobs.gamma)
-    trace.say("A draft need not be a trained model: copy what followed the same words before, "
-              "count what follows what, or round the target's own weights (64 bits as they are). "
-              f"Greedy, gamma {knobs.gamma}, three texts of {n} tokens after a verse about the "
-              "rat, so that there is something to look up.")
-    found = [prompt_lookup([7, 1, 2, 3, 8, 2, 3], 2), prompt_lookup([5, 6, 5], 1),
-             argmax(ngram_model([1, 2, 1, 3, 1, 2], 4)([1]))]
-    best = max(rows, key=lambda row: row.speed_up)
-    trace.ask("Which draft is fastest: " + "; ".join(ways) + "?", best.way)
-    show_ways(trace, rows, len(prompts), f"Fastest by this count: {best.way}. But c compares it "
-              "with weights of 64 bits, which nobody serves. And the rhyme is the best case of "
-              "3-grams, which were counted on it. A guess that reads nothing pays as soon as it is "
-              "right now and then.")
-    trace.check("by hand: what followed 2 3, what followed 5, and what mostly followed 1",
-                found == [[8, 2], [6], 2], "8 2, 6, and 2")
+    prompts = [lab.tokenizer.encode(CONTEXT) + prompt for prompt in lab.prompts[:COMPARED_TEXTS]]
+    rows = compare_ways(lab, ["greedy", "prompt lookup", "a smaller Llama"], prompts, n,
+                        knobs.gamma)
+    greedy_row, lookup, smaller = rows
+    trace.say("A draft need not be a model: prompt lookup copies what followed the same words "
+              f"when they last came. Gamma {knobs.gamma}, {len(prompts)} greedy texts of {n} "
+              "tokens. Each comes after a verse about the rat, so that there is something to look "
+              "up. The prompt has been read before the passes are counted.")
+    found = [prompt_lookup([7, 1, 2, 3, 8, 2, 3], 2), prompt_lookup([5, 6, 5], 1)]
+    trace.ask("Which is faster, prompt lookup or a smaller Llama?",
+              max(lookup, smaller, key=lambda row: row.speed_up).way)
+    show_ways(trace, rows, len(prompts), f"{saving(lookup, greedy_row)}; "
+              f"{saving(smaller, greedy_row)}. A rhyme that repeats its clauses is the best case "
+              "of prompt lookup; of text that says new things this shows nothing.")
+    trace.check("by hand: what followed 2 3, and what followed 5", found == [[8, 2], [6]],
+                "8 2, and 6")
 
 
 # 8. Medusa, and how a tree is verified
@@ -2166,13 +2125,17 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
               "column per node in the same order; a node sees itself, its ancestors, and the text "
               "before the tree. Kept (+): the target's own choices.")
     trace.table(nodes, {"token": "", "position": "d", "sees": "", "kept": ""})
-    trace.say(f"Three texts of {n} tokens, each from a cold start, so that the first pass only "
-              "reads the prompt. The chain has the best guess of each head and no other.")
-    rows = compare_ways(lab, ["greedy", "Medusa, chain", "Medusa, tree"], lab.prompts[:3], n, 2)
-    _, chain, tree = rows
-    show_ways(trace, rows, 3, f"The tree takes {tree.passes:.1f} passes where the chain takes "
-              f"{chain.passes:.1f}, and reads {tree.nodes:.1f} nodes a token where the chain reads "
-              f"{chain.nodes:.1f}. On a busy server that is its price.")
+    trace.say(f"Measured on {COMPARED_TEXTS} texts of {n} tokens. The prompt has been read before "
+              "the passes are counted, for all alike. The chain has the best guess of each head "
+              "and no other.")
+    rows = compare_ways(lab, ["greedy", "Medusa, chain", "Medusa, tree"],
+                        lab.prompts[:COMPARED_TEXTS], n, 2)
+    plain, chain, tree = rows
+    show_ways(trace, rows, COMPARED_TEXTS, f"{saving(chain, plain)}; {saving(tree, plain)}. Of a "
+              f"pass the chain keeps {chain.kept:.2f} guesses and the tree {tree.kept:.2f}, and "
+              f"for a token of the text they read {chain.nodes:.1f} and {tree.nodes:.1f} nodes. On "
+              "a busy server the nodes are the price. (A head reads its own output matrix for each "
+              "guess; that is in c.)")
     a = knobs.tokens[-1]
     paths = [(a,), (a, lab.eos), (a, lab.eos, a), (a, a), (lab.eos,), (lab.eos, a)]
     trace.check("a tree read in one pass with its text = each path alone, without a cache",
@@ -2186,31 +2149,23 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
 # 9. EAGLE
 
 
-def rank_ways(rows: Sequence[Way]) -> str:
-    """Return a sentence: which way takes fewer passes than which other on every text."""
-    ahead = []
-    for a, b in itertools.permutations(rows, 2):
-        if all(passes < others for passes, others in zip(a.each, b.each)):
-            ahead.append(f"{a.way} fewer than {b.way}")
-    if not ahead:
-        return "No way takes fewer passes than another on every text, so this ranks nobody."
-    return f"Passes on every text: {'; '.join(ahead)}. Three texts show no more than that."
-
-
 def show_eagle(trace: Trace, knobs: Namespace) -> None:
     """EAGLE's guesses against Medusa's and the small Llama's."""
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
-    rows = compare_ways(lab, ["a smaller Llama", "Medusa, chain", "EAGLE"], lab.prompts[:3], n, 2)
-    best = min(rows, key=lambda row: row.passes)
+    rows = compare_ways(lab, ["Medusa, chain", "EAGLE", "a smaller Llama"],
+                        lab.prompts[:COMPARED_TEXTS], n, 2)
+    medusa, eagle, smaller = rows
     trace.say("EAGLE guesses the next hidden state from the last one and from the token just "
-              "chosen, which Medusa's heads do not know. Chains of two guesses, three texts of "
-              f"{n} tokens, each from a cold start; all learned for {lab.draft_steps} steps.")
-    trace.ask("Which takes fewest passes: a smaller Llama; Medusa, chain; EAGLE?", best.way)
-    show_ways(trace, rows, 3, rank_ways(rows) + " Medusa and EAGLE cannot guess before the target "
-              "has read the prompt, which costs them one pass. For every guess, EAGLE reads the "
-              "target's output matrix, and Medusa one of its own. Here that is most of what they "
-              "read, and in a large model a small part.")
+              "chosen, which Medusa's heads do not know. Chains of two guesses, "
+              f"{COMPARED_TEXTS} texts of {n} tokens after a prompt that has been read; all "
+              f"learned for {lab.draft_steps} steps.")
+    trace.ask("Which takes fewest passes: Medusa, chain; EAGLE; a smaller Llama?",
+              min(rows, key=lambda row: row.passes).way)
+    show_ways(trace, rows, COMPARED_TEXTS, f"{saving(eagle, medusa)}; {saving(smaller, medusa)}. "
+              "c counts the output matrix that Medusa and EAGLE read for every guess. Here that "
+              "is most of what they read, and in a large model a small part, so the speed-ups here "
+              "do not carry over.")
 
 
 # 10. Jacobi and lookahead decoding
@@ -2227,16 +2182,15 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
               "that was not, → the token that the pass settles itself. After "
               f"{lab.tail(prompt)!r}, the first 12 passes of {jacobi(prompt)[1].target_passes}:")
     trace.lines(round_lines(lab, *jacobi(prompt), all_guesses=True)[:12])
-    rows = compare_ways(lab, ["greedy", "Jacobi", "lookahead"], lab.prompts[:3], n, 4)
-    trace.ask(f"For {n} tokens greedy takes {n} passes, Jacobi {rows[1].passes:.1f} on average. "
-              "And lookahead?", rows[2].passes)
+    rows = compare_ways(lab, ["greedy", "Jacobi", "lookahead"], lab.prompts[:COMPARED_TEXTS], n, 4)
+    plain, jacobi_row, lookahead = rows
+    trace.ask(f"For {n} tokens greedy takes {n} passes, Jacobi {jacobi_row.passes:.1f} on average. "
+              "And lookahead?", lookahead.passes)
     trace.say("Lookahead keeps what appears in the wrong place, in its pool. "
-              f"Three texts of {n} tokens, no draft model anywhere, nothing trained:")
-    saved = n - rows[1].passes
-    jacobi_saves = f"Jacobi saves {saved:.1f} passes of {n}. " if saved > 0 else (
-        "Jacobi saves no pass: behind a wrong guess, right ones come in the wrong place. ")
-    show_ways(trace, rows, 3, f"{jacobi_saves}Lookahead reads {rows[2].nodes:.0f} nodes for a "
-              f"token and rolls back {rows[2].rolled_back:.0%} of them: it lives on idle "
+              f"Measured on {COMPARED_TEXTS} texts of {n} tokens; nothing is trained:")
+    show_ways(trace, rows, COMPARED_TEXTS, f"{saving(jacobi_row, plain)}; "
+              f"{saving(lookahead, plain)}. Lookahead reads {lookahead.nodes:.0f} nodes for a "
+              f"token and rolls back {lookahead.rolled_back:.0%} of them: it lives on idle "
               "arithmetic.")
 
 
@@ -2255,13 +2209,19 @@ ANIMALS: Grammar = {
 }
 
 
-def force_texts(lab: DecodingLab, prompt: list[int], n: int, n_drawn: int) -> list[str]:
-    """Return what greedy and n_drawn samples write in the shape of STORY, if it ends in time."""
+def force_texts(
+    lab: DecodingLab, prompt: list[int], n: int, n_drawn: int
+) -> tuple[list[str], int]:
+    """Return what greedy and n_drawn samples write in the shape of STORY in n tokens.
+
+    Also how many texts had not ended by then, and are left out.
+    """
     forced = constrain(lab.fresh_target(), lab.tokenizer.vocab, STORY, len(prompt), lab.eos)
     rng = random.Random(lab.seed)
     texts = [greedy(forced, prompt, n, eos=lab.eos)]
     texts += [sample(forced, prompt, n, rng=rng, eos=lab.eos) for _ in range(n_drawn)]
-    return [lab.tokenizer.decode(text[:-1]) for text in texts if text[-1] == lab.eos]
+    ended = [lab.tokenizer.decode(text[:-1]) for text in texts if text[-1] == lab.eos]
+    return ended, len(texts) - len(ended)
 
 
 class ShapeRow(NamedTuple):
@@ -2311,12 +2271,14 @@ def measure_distortion(lab: DecodingLab, prompt: list[int], grammar: Grammar) ->
 def show_constrained(trace: Trace, knobs: Namespace) -> None:
     """Forced texts, and the distribution of local masking against the true conditional one."""
     lab = knobs.lab
-    texts = force_texts(lab, knobs.tokens, 60, 3)
+    texts, unended = force_texts(lab, knobs.tokens, 60, 3)
     trace.say("Text can be forced into a shape: every token that the shape does not allow gets "
               f"-inf. Here the shape is the regular expression {STORY_RE!r}, written as a grammar. "
               "By greedy, and three drawn:")
     for text in texts:
         trace.lines(quoted("…" + text))
+    if unended:
+        trace.note(f"{unended} more had not ended after 60 tokens")
     found = measure_distortion(lab, knobs.tokens, ANIMALS)
     trace.say("The mask is local: at each step it looks at the next token only, and does not see "
               "where that leads. How far does this stray from asking the model for text that fits? "
@@ -2678,12 +2640,12 @@ class DecodingLab:
     @cached_property
     def medusa(self) -> list[Head]:
         """Two heads on the target."""
-        return train_medusa(self.target, self.ids, 2, self.draft_steps)
+        return [train_head(self.target, self.ids, ahead, self.draft_steps) for ahead in (2, 3)]
 
     @cached_property
     def eagle(self) -> Head:
         """EAGLE's head on the target."""
-        return train_eagle(self.target, self.ids, random.Random(self.seed), self.draft_steps)
+        return train_head(self.target, self.ids, 2, self.draft_steps, sees_next=True)
 
     def fresh_target(self) -> CachedModel:
         """Return the target with nothing read yet."""
@@ -2701,10 +2663,7 @@ class DecodingLab:
         if way.startswith("Medusa"):
             return weights_read(self.medusa[0]) / total
         if way == "EAGLE":
-            output = {"output": self.target.weights["output"]}
-            return (weights_read(self.eagle) + weights_read(output)) / total
-        if way.endswith("bits"):
-            return int(way.split()[-2]) / 64
+            return weights_read(self.eagle) / total
         return 0.0
 
     def name(self, token: int) -> str:
@@ -3115,64 +3074,40 @@ def train(
 # Training the heads, on the frozen target; skip this too
 
 
-def train_medusa(llama: Llama, ids: Sequence[int], n_heads: int, steps: int) -> list[Head]:
-    """Return heads for 1, 2, … places after the next token, trained on llama's hidden states."""
+def train_head(
+    llama: Llama, ids: Sequence[int], ahead: int, steps: int, sees_next: bool = False
+) -> Head:
+    """Return a head for the token `ahead` places on, trained on llama's hidden states.
+
+    sees_next: an EAGLE head, which reads the embedding of the next token beside the state.
+    """
     dim = llama.config.dim
+    embeddings = llama.weights["tok_embeddings"]
+    head = {"w1": [[0.0] * (2 * dim if sees_next else dim) for _ in range(dim)],
+            "w2": [list(row) for row in llama.weights["output"]]}
+    adam = Adam(head)
     batches = hidden_batches(llama, tuple(ids))
-    heads = []
-    for ahead in range(2, 2 + n_heads):
-        head = {"w1": [[0.0] * dim for _ in range(dim)],
-                "w2": [list(row) for row in llama.weights["output"]]}
-        goals = []
-        for start, h in batches:
-            targets = ids[start + ahead:start + ahead + len(h)]
-            goals.append((h[:len(targets)], targets))
-        fit(head, goals, medusa_gradients, steps)
-        heads.append(head)
-    return heads
-
-
-def medusa_gradients(head: Head, h: Matrix, targets: Sequence[int]) -> Head:
-    """Return the gradients of the cross-entropy in a Medusa head's weights."""
-    z = linear(h, head["w1"])
-    mixed = add(h, silu(z))
-    _, d_logits = cross_entropy(linear(mixed, head["w2"]), targets)
-    d_mixed, d_w2 = linear_backward(d_logits, mixed, head["w2"])
-    _, d_w1 = linear_backward(silu_backward(d_mixed, z), h, head["w1"])
-    return {"w1": d_w1, "w2": d_w2}
-
-
-def train_eagle(llama: Llama, ids: Sequence[int], rng: random.Random, steps: int) -> Head:
-    """Return EAGLE's head, fitted to the llama's hidden states."""
-    dim = llama.config.dim
-    size = 1 / math.sqrt(2 * dim)
-    head = {"w1": [[rng.gauss(0, size) for _ in range(2 * dim)] for _ in range(dim)],
-            "w2": [[0.0] * dim for _ in range(dim)]}
-    goals = []
-    for start, f in hidden_batches(llama, tuple(ids)):
-        next_tokens = ids[start + 1:start + len(f)]
-        embeddings = [llama.weights["tok_embeddings"][token] for token in next_tokens]
-        goals.append((concat(f[:-1], embeddings), f[:-1], f[1:]))
-    fit(head, goals, eagle_gradients, steps)
+    for step in range(steps):
+        start, h = batches[step % len(batches)]
+        targets = ids[start + ahead:start + ahead + len(h)]
+        h = h[:len(targets)]
+        x = h
+        if sees_next:
+            x = concat(h, [embeddings[token] for token in ids[start + 1:start + 1 + len(h)]])
+        adam.step(head_gradients(head, h, x, targets), LEARNING_RATE * (1 - step / steps))
     return head
 
 
-def eagle_gradients(head: Head, x: Matrix, f: Matrix, states: Matrix) -> Head:
-    """Return the gradients of half the mean squared error in EAGLE's weights."""
+def head_gradients(head: Head, h: Matrix, x: Matrix, targets: Sequence[int]) -> Head:
+    """Return the gradients of the cross-entropy of w2 (h + silu(w1 x)) in the head's weights."""
     z = linear(x, head["w1"])
-    s = silu(z)
-    size = len(f) * len(f[0])
-    d_guess = []
-    for guess, state in zip(add(f, linear(s, head["w2"])), states):
-        d_guess.append([(a - b) / size for a, b in zip(guess, state)])
-    d_s, d_w2 = linear_backward(d_guess, s, head["w2"])
-    _, d_w1 = linear_backward(silu_backward(d_s, z), x, head["w1"])
+    mixed = add(h, silu(z))
+    _, d_logits = cross_entropy(linear(mixed, head["w2"]), targets)
+    d_mixed, d_w2 = linear_backward(d_logits, mixed, head["w2"])
+    ones = [[1.0] * len(row) for row in z]
+    d_z, _ = swiglu_backward(d_mixed, z, ones)
+    _, d_w1 = linear_backward(d_z, x, head["w1"])
     return {"w1": d_w1, "w2": d_w2}
-
-
-def silu_backward(d: Matrix, z: Matrix) -> Matrix:
-    """Return dz of silu(z)."""
-    return swiglu_backward(d, z, [[1.0] * len(row) for row in z])[0]
 
 
 @cache
@@ -3184,14 +3119,6 @@ def hidden_batches(llama: Llama, ids: tuple[int, ...]) -> list[tuple[int, Matrix
         model.forward(ids[start:start + STEP_TOKENS])
         batches.append((start, model.inputs["output"]))
     return batches
-
-
-def fit(head: Head, batches: Sequence[tuple], gradients: Callable, steps: int) -> None:
-    """Train head, in place, with gradients(head, *batch), batch by batch."""
-    adam = Adam(head)
-    for step in range(steps):
-        batch = batches[step % len(batches)]
-        adam.step(gradients(head, *batch), LEARNING_RATE * (1 - step / steps))
 
 
 # =============================================================================================
@@ -3663,10 +3590,10 @@ SECTIONS = [
     Section("Sampling done right", show_sampling, [sample, sampler, draw, every_outcome]),
     Section("Beam search", show_beam, [beam_search, extensions, diverse_beam_search, exact_search]),
     Section("Speculative decoding", show_speculative,
-            [speculative_greedy, speculate, verify, speculative_sample, acceptance, residual]),
+            [speculative_greedy, in_rounds, speculate, verify, speculative_sample, acceptance,
+             residual]),
     Section("When it pays", show_when_it_pays, [expected_tokens, speed_up, best_gamma]),
-    Section("Drafts for nothing", show_free_drafts, [prompt_lookup, ngram_model, rounded_weights],
-            core=False),
+    Section("Prompt lookup: drafts for nothing", show_prompt_lookup, [prompt_lookup], core=False),
     Section("Medusa, and how a tree is verified", show_medusa,
             [medusa_head, medusa_candidates, tree_mask, verify_tree, medusa_greedy]),
     Section("EAGLE", show_eagle, [eagle_step, eagle_draft], core=False),
