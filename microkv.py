@@ -543,7 +543,7 @@ class PagedKVCache:
 # In production: vLLM keeps every block with the same content under one name (block_pool.py). Here
 # only the first such block has the name. When it is handed out, its copies are not found any more.
 # In nano-vllm the last one has the name, and tokens are compared. SGLang keeps a tree of prefixes
-# instead of hashes. LMCache and Mooncake move what is evicted to the host's memory or to other
+# instead of hashes. LMCache and Mooncake keep copies in the host's memory or on other
 # machines.
 #
 # Measured by show_prefix_caching().
@@ -1019,7 +1019,8 @@ def slot_waste(report: Report, n_slots: int, block_size: int) -> Waste:
 #
 # Either way its text goes on as if nothing had happened. Which is cheaper? Swapping costs the same
 # for every token. Recomputing is free as long as the step stays below the ridge, and from there on
-# costs arithmetic. By this model short texts are cheaper to recompute, and long ones to swap.
+# costs arithmetic. By this model short texts are cheaper to recompute, and long ones to swap. (It
+# lets the card wait for the copies. Copies that run beside the step would cost less.)
 #
 # A request that could not even run alone in the pool must be refused at the door (check_settings).
 #
@@ -1124,11 +1125,11 @@ def serve_split(
 # kept beside the codes, in 16 bits each. Which numbers form a group? In real models a few channels
 # of the keys are far larger than the others, for every token. KIVI (Liu et al. 2024) therefore
 # groups keys per channel, over many tokens, so that such a channel is alone in its group, and
-# values per token. The newest tokens wait in full precision until there are enough of them for a
-# group.
+# values per token. The newest keys wait in full precision until there are enough of them for a
+# group. Here the newest values wait with them; KIVI's code always keeps the newest values in full.
 #
-# In production: FP8 is what is deployed (vLLM: kv_cache_dtype="fp8", with a scale per tensor or per
-# head). transformers has a cache after KIVI (QuantizedCache), with 4 or 2 bits.
+# In production: FP8 is the usual choice (vLLM: kv_cache_dtype="fp8"; it also has 4-bit caches, and
+# scales per token and head). QuantizedCache in transformers is in the manner of KIVI.
 #
 # Measured by show_small_cache().
 
@@ -1160,7 +1161,7 @@ def fp8_cache(keys: Matrix, values: Matrix) -> tuple[Matrix, Matrix]:
 
 
 def kivi(keys: Matrix, values: Matrix, bits: int = 2) -> tuple[Matrix, Matrix]:
-    """Return the keys and values of a layer as KIVI has them: the newest tokens stay as they are.
+    """Return the keys and values of a layer, rounded after KIVI; the newest tokens stay in full.
 
     A group of keys is KIVI_TOKENS tokens of one channel, a group of values is one token.
     """
@@ -1947,7 +1948,8 @@ def show_come_back(trace) -> None:
                 {"tokens": ",d", "recompute as recompute, ms": ".2f",
                  "swap as swap out and in, ms": ".2f"})
     trace.say(f"Recomputing is free while the step stays below the ridge of {ridge} tokens. "
-              f"Swapping never is, but from {crossing} tokens on it is cheaper.")
+              "Swapping never is here, as the card waits for the copies, but from "
+              f"{crossing} tokens on it is cheaper.")
     trace.check("the two cross once, and above the ridge",
                 crossing > ridge - 4 and all(row.swap < row.recompute for row in costs[crossing:]),
                 f"at {crossing} of 1 to {len(costs)} tokens")
