@@ -1488,6 +1488,15 @@ def beam_steps(lab: DecodingLab, prompt: list[int], width: int, n: int) -> list[
     return rows
 
 
+# A language of two words in which b ends a text, and the text with the best score ends last.
+LATE = {(): [0.45, 0.55], (0,): [0.5, 0.5], (0, 0): [0.1, 0.9]}
+
+
+def late_logits(tokens: Sequence[int]) -> Vector:
+    """Return logits of the language LATE, after a prompt of one token."""
+    return [math.log(p) for p in LATE[tuple(tokens[1:])]]
+
+
 class WidthRow(NamedTuple):
     """Beam search of one width by log-probability alone, over several prompts."""
 
@@ -1575,62 +1584,92 @@ def compare_diversity(
     return rows
 
 
+def compare_length_penalties(
+    lab: DecodingLab, prompt: list[int], n: int, width: int, penalties: Sequence[float]
+) -> list[dict]:
+    """Return the best text of a beam for each length penalty."""
+    target = lab.fresh_target()
+    rows = []
+    for penalty in penalties:
+        [(tokens, _), *_] = beam_search(target, prompt, n, width=width, length_penalty=penalty,
+                                        eos=lab.eos)
+        rows.append({"length penalty": penalty, "tokens": len(tokens),
+                     "log p": log_probability(target, prompt, tokens),
+                     "text": lab.clip(tokens, 46)})
+    return rows
+
+
+def losing_chances() -> list[float]:
+    """Return the probability of what beams of width 1 (greedy), 2 and 3 find in LOSING."""
+    chances = []
+    for width in (1, 2, 3):
+        [(_, total), *_] = beam_search(losing_logits, TOY_PROMPT, 3, width=width,
+                                       length_penalty=0.0)
+        chances.append(math.exp(total))
+    return chances
+
+
 def show_beam(trace: Trace, knobs: Namespace) -> None:
-    """The tree, widths 1 to 8 beside exact search, length penalties and diverse beams."""
+    """The tree, and beams that win and lose."""
     lab = knobs.lab
-    n = knobs.max_new_tokens
+    n = min(knobs.max_new_tokens, BEAM_TOKENS)
     trace.say("Beam search keeps the few best texts so far instead of one. Four steps of width 3 "
               f"from {lab.tail(knobs.tokens)!r}: what is kept at each step, by log-probability, "
               "and the best text that is dropped.")
     trace.table(beam_steps(lab, knobs.tokens, 3, 4),
-                {"step": "d", "rank": "", "log_p": ".2f", "text": ""})
-
-    fixed = compare_widths(lab, lab.prompts[:BEAM_TEXTS], (1, 2, 4), min(n, BEAM_TOKENS))
-    losing = sum(row.lost for row in fixed)
+                {"step": "d", "rank as place": "", "log_p": ".2f", "text": ""})
+    rows = compare_widths(lab, lab.prompts[:BEAM_TEXTS], (1, 2, 4), n)
+    losing = sum(row.lost for row in rows)
     trace.ask(f"Widths 1, 2 and 4, {BEAM_TEXTS} texts each: how many of the texts of width 2 and "
               "4 are less likely than greedy's?", losing)
-    trace.say(f"Wider beams, {BEAM_TEXTS} texts of {min(n, BEAM_TOKENS)} tokens: their mean "
-              "log-probability, how many texts the target has to read for one, and whether the "
-              "beam loses to greedy.")
-    trace.table(fixed, {"width": "d", "log_p": ".2f", "texts as texts read": ".0f",
-                        "lost as lost to greedy": "d", "worst as against greedy, at worst": "+.2f"})
-    verdict = "No beam lost to greedy here; the example in the source is one that does."
+    trace.say(f"Wider beams, {BEAM_TEXTS} texts of {n} tokens: their mean log-probability, how "
+              "many texts the target has to read for one, and whether the beam loses to greedy.")
+    trace.table(rows, {"width": "d", "log_p": ".2f", "texts as texts read": ".0f",
+                       "lost as lost to greedy": "d", "worst as against greedy, at worst": "+.2f"})
     if losing:
-        verdict = (f"Texts of beams that are less likely than greedy's: {losing}. The beam dropped "
-                   "greedy's text early for others that looked better, and those came to nothing.")
-    trace.say(verdict)
+        trace.say(f"A beam lost to greedy in {losing} of {2 * BEAM_TEXTS} searches: it dropped "
+                  "greedy's text for others that looked better then.")
+    else:
+        trace.say("No beam lost to greedy here; the example in the source is one that does.")
+    show_ended_beams(trace, knobs)
+    check_beams_by_hand(trace)
+
+
+def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
+    """Texts that may end: beams beside exact search, length penalties, and diverse beams."""
+    lab = knobs.lab
+    n = knobs.max_new_tokens
     prompts = [knobs.tokens, *lab.prompts[3:5]]
-    rows = compare_with_exact(lab, prompts, (1, 2, 4), n)
+    rows = compare_with_exact(lab, prompts, (1, 4, 8), n)
+    shorter = compare_words(rows[2].tokens, rows[0].tokens, "longer than", "shorter than",
+                            "as long as")
     trace.say(f"Now a text may end with its verse, or has {n} tokens. The likeliest text (length "
               f"penalty 0), means over {len(prompts)} prompts. \"Exact\" is the likeliest of all, "
-              f"where a search of at most {EXACT_PASSES} texts finds it.")
+              f"where a search that reads at most {EXACT_PASSES} texts finds it.")
     trace.table(rows, {"search": "", "log_p": ".2f", "tokens": ".1f", "texts as texts read": ".0f",
                        "not_best as not the best": "d"})
     trace.note("not the best: prompts where exact search found a likelier text")
-    shorter = compare_words(rows[2].tokens, rows[0].tokens, "longer than", "shorter than",
-                            "as long as")
-    trace.say(f"The texts of width 4 are {shorter} those of width 1, on average. Every token "
+    trace.say(f"The texts of width 8 are {shorter} those of width 1, on average. Every token "
               "costs, so a short text that ends can be the likeliest, whether it is wanted or not. "
               f"The length penalty decides what best means. After {lab.tail(knobs.tokens)!r}, "
               f"width {knobs.width}:")
-    target = lab.fresh_target()
-    table = []
-    for penalty in sorted({0.0, 0.5, 1.0, 2.0, knobs.length_penalty}):
-        [(tokens, _), *_] = beam_search(target, knobs.tokens, n, width=knobs.width,
-                                        length_penalty=penalty, eos=lab.eos)
-        table.append({"length penalty": penalty, "tokens": len(tokens), "log p":
-                      log_probability(target, knobs.tokens, tokens), "text": lab.clip(tokens, 46)})
-    trace.table(table, {"length penalty": "g", "tokens": "d", "log p": ".2f", "text": ""})
+    penalties = sorted({0.0, 0.5, 1.0, 2.0, knobs.length_penalty})
+    trace.table(compare_length_penalties(lab, knobs.tokens, n, knobs.width, penalties),
+                {"length penalty": "g", "tokens": "d", "log p": ".2f", "text": ""})
     trace.say("The texts of a beam tend to be twins. Four texts of 8 tokens after each of the "
               "prompts, by a beam of width 4 (diversity 0) and by four diverse beams: different "
               "pairs of neighbours among the four, and their mean log-probability.")
     trace.table(compare_diversity(lab, prompts, 8, (0.0, 1.0, 2.0)),
                 {"diversity": "g", "distinct-2": ".2f", "log p": ".2f"})
-    [(tokens, _)] = beam_search(target, knobs.tokens, n, width=1, eos=lab.eos)
+    [(tokens, _)] = beam_search(lab.fresh_target(), knobs.tokens, n, width=1, eos=lab.eos)
     trace.check("width 1 is greedy", is_greedy(lab.target, knobs.tokens, tokens),
                 f"{len(tokens)} tokens, one plain pass")
     trace.check("no beam finds a likelier text than exact search",
                 all(row.above_exact == 0 for row in rows), f"3 widths, {len(prompts)} prompts")
+
+
+def check_beams_by_hand(trace: Trace) -> None:
+    """Check beams on languages of two and three words."""
     [(_, total), *_] = beam_search(toy_logits, TOY_PROMPT, 3, width=9, length_penalty=0.0)
     best = max(text_probabilities(toy_logits, TOY_PROMPT, 3).values())
     trace.check("the toy, three words: a beam of 9 finds the best of all 27 texts",
@@ -1639,13 +1678,15 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
                    diverse_beam_search(toy_logits, TOY_PROMPT, 1, groups=3, diversity=0.2)]
     trace.check("the toy, diversity 0.2: only the third beam is charged enough to leave a for b",
                 first_words == ["a", "a", "b"], "log 0.5 - 0.4 < log 0.4 < log 0.5 - 0.2")
-    chances = []
-    for width in (1, 2, 3):
-        [(_, total), *_] = beam_search(losing_logits, TOY_PROMPT, 3, width=width,
-                                       length_penalty=0.0)
-        chances.append(math.exp(total))
+    chances = losing_chances()
     trace.check("the example in the source: a beam of 2 loses to greedy, and one of 3 does not",
                 chances[1] < chances[0] == chances[2], " ".join(f"{p:.3f}" for p in chances))
+    [(tokens, score), *_] = beam_search(late_logits, TOY_PROMPT, 3, width=2, eos=1)
+    trace.check("where the best text ends last, a beam waits for it: a a b, not b or a b",
+                tokens == [0, 0, 1] and abs(score - math.log(0.45 * 0.5 * 0.9) / 3) < 1e-12,
+                f"b ends a text; {score:.3f} a token, not {math.log(0.55):.3f}")
+    [(tokens, _), *_] = beam_search(late_logits, TOY_PROMPT, 3, width=2, eos=1, early_stopping=True)
+    trace.check("with early_stopping it does not wait", tokens == [1], "two texts have ended")
 
 
 # 5. Speculative decoding
@@ -2088,6 +2129,23 @@ def draw_tree(lab: DecodingLab, prompt: list[int]) -> list[TreeNode]:
     return drawn
 
 
+def last_state(llama: Llama, tokens: Sequence[int]) -> Vector:
+    """Return the hidden state after the last token, by a plain pass."""
+    model = RecordingLlama(llama.config, llama.weights)
+    model.forward(tokens)
+    return model.inputs["output"][-1]
+
+
+def places_of_guesses(lab: DecodingLab, prompt: list[int]) -> list[int]:
+    """Return the places that head 1's three guesses have by its logits; 1 is the best token."""
+    target = lab.fresh_target()
+    target(prompt)
+    text = [*prompt, 0]  # any token: the heads do not see it
+    guesses = {first for first, _ in medusa_candidates(target, lab.medusa, (3, 2), text)}
+    [logits] = medusa_head([last_state(lab.target, prompt)], lab.medusa[0])
+    return sorted(1 + sum(other > logits[guess] for other in logits) for guess in guesses)
+
+
 def tree_gap(lab: DecodingLab, nodes: Sequence[tuple[int, ...]]) -> float:
     """Read these texts as a tree in one pass; return the largest gap to each text read alone."""
     rows = lab.fresh_target().read(nodes)
@@ -2144,9 +2202,30 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
     trace.check("sampling: enumerated, the tree's texts have the probabilities of plain sampling",
                 sampled_tree_gap(lab, lab.prompts[0], 3) < 1e-12,
                 "top-k 2, 3 tokens, max |Δ| < 1e-12")
+    places = places_of_guesses(lab, knobs.tokens)
+    trace.check("head 1's guesses in the tree are its three likeliest, by a plain pass",
+                places == [1, 2, 3], f"of {VOCAB_SIZE} tokens")
 
 
 # 9. EAGLE
+
+
+def eagle_guesses(lab: DecodingLab, prompt: list[int]) -> list[int]:
+    """Return EAGLE's guess after the prompt and each token of the vocabulary."""
+    target = lab.fresh_target()
+    target(prompt)
+    return [eagle_draft(target, lab.eagle, [*prompt, token], 1)[0] for token in range(VOCAB_SIZE)]
+
+
+def eagle_guesses_by_formula(lab: DecodingLab, prompt: list[int]) -> list[int]:
+    """Return the same by the section's formula, number by number, from a plain pass."""
+    f = last_state(lab.target, prompt)
+    guesses = []
+    for embedding in lab.target.weights["tok_embeddings"]:
+        z = [dot(row, f + embedding) for row in lab.eagle["w1"]]
+        state = [a + b * sigmoid(b) for a, b in zip(f, z)]
+        guesses.append(argmax([dot(row, state) for row in lab.eagle["w2"]]))
+    return guesses
 
 
 def show_eagle(trace: Trace, knobs: Namespace) -> None:
@@ -2166,6 +2245,10 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
               "c counts the output matrix that Medusa and EAGLE read for every guess. Here that "
               "is most of what they read, and in a large model a small part, so the speed-ups here "
               "do not carry over.")
+    guesses = eagle_guesses(lab, knobs.tokens)
+    trace.check("EAGLE's guess after every token that may have been chosen = the formula's",
+                guesses == eagle_guesses_by_formula(lab, knobs.tokens),
+                f"{len(guesses)} tokens, {len(set(guesses))} different guesses")
 
 
 # 10. Jacobi and lookahead decoding
