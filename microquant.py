@@ -2272,10 +2272,10 @@ def show_qlora(trace: Trace, knobs: Namespace) -> None:
     else:
         trace.say("These learning rates do not suit this model: not every way lowered the "
                   "perplexity.")
-    trace.note("Over seeds 0 to 4 the mean perplexities are 3.2 (full), 3.1 (LoRA) and 3.3 "
-               "(QLoRA): alike. Adapters are measured as they are "
-               "stored, in FP16. "
-               "Rates: " + ", ".join(f"{way} {rate:g}" for way, rate in RATES.items()))
+    rates = ", ".join(f"{way} {rate:g}" for way, rate in RATES.items())
+    trace.note("At the default settings, over seeds 0 to 4, QLoRA's perplexity is at most 1.3 "
+               "times full training's. Adapters are measured as they are stored, in FP16. The "
+               f"rates were chosen by this very perplexity, for all three alike: {rates}.")
     trace.check("a new adapter changes nothing",
                 with_adapter(wq, new_adapter(wq, RANK, random.Random(0))) == wq, "equal")
     w = [[1.0, 2.0], [3.0, 4.0]]
