@@ -599,10 +599,12 @@ def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, by
 # would stand inside the sum, where integer units cannot apply it.
 #
 # But it is input channels that have outliers. In every token, the same few channels are many times
-# larger than the others, and on a grid that reaches to them the others get only a few codes. (In
-# large models they are up to 100 times larger, by the SmoothQuant paper, which ruins the output.
-# Ours survives it with dynamic scales.) A static scale, chosen once from calibration, must reach to
-# the largest token; a dynamic one is each token's own, and suffers less. There are two ways out.
+# larger than the others, and on a grid that reaches to them the others get only a few codes. An
+# example: x = (0.5, -0.3, 16). The scale is 16 / 127 = 0.126, the codes are 4, -2 and 127, and they
+# stand for 0.504, -0.252 and 16: the -0.3 is off by 16%. (In large models such channels are up to
+# 100 times larger than the others, by the SmoothQuant paper, which ruins the output. Ours survives
+# it with dynamic scales.) A static scale, chosen once from calibration, must reach to the largest
+# token; a dynamic one is each token's own, and suffers less. There are two ways out.
 #
 # LLM.int8() takes the outlier channels out and multiplies them in floating point, the rest in INT8.
 #
@@ -745,11 +747,18 @@ def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
 #     w_k -= error_j · U[j][k] / U[j][j]          for every k > j
 #
 # quant(w) is the nearest grid point. U[j][k] / U[j][j] says how far column k moves for each unit of
-# error in column j. In the example U[0][1] / U[0][0] is about -1: the error is 0.4 - 0 = 0.4, so
-# the second weight rises by 0.4. (How upper_factor() finds U may be skipped.) Before that, a little
-# is added to H's diagonal (damping: 1% of its mean). Damping keeps H invertible, and where there is
-# little text it also keeps the repairs small. One token of calibration is far too little: then all
-# inputs move together, and the repairs are nonsense on any other token.
+# error in column j. The example's H, for its first two inputs, and what comes of it:
+#
+#     H =  4     3.99        H⁻¹ =   50.1  -49.9        U =  7.08  -7.06
+#          3.99  4                  -49.9   50.1             0      0.5
+#
+# U[0][1] / U[0][0] is about -1. The error of the first weight is 0.4 - 0 = 0.4, so the second one
+# rises by 0.4. (How upper_factor() finds U may be skipped.)
+#
+# Before that, a little is added to H's diagonal (damping: 1% of its mean). Damping keeps H
+# invertible, and where there is little text it also keeps the repairs small. One token of
+# calibration is far too little: then all inputs move together, and the repairs are nonsense on any
+# other token.
 #
 # act-order takes the columns with the largest inputs first, while many others can still repair.
 #
@@ -928,8 +937,8 @@ def awq_scales(x: Matrix, alpha: float) -> Vector:
 # 8. QLoRA: training on top of a compressed model
 #
 # Adam, the usual optimizer, keeps a running mean of each gradient and of its square: two more
-# numbers for each weight, in FP32. LoRA leaves the matrix W
-# as it is and trains a correction of low rank r beside it:
+# numbers for each weight, in FP32. LoRA leaves the matrix W as it is and trains a correction of low
+# rank r beside it:
 #
 #     y = W x + (α/r) · B (A x)                A [r][in], B [out][r]; α here is LoRA's own constant
 #
