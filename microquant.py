@@ -1663,15 +1663,20 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
                 "compared verse by verse")
     trace.check("the model's loss lies between the least one and that of guessing",
                 least.loss < model.loss < guessing.loss, "the first table")
+    half = abs(furthest.weight) / (2 ** (knobs.bits - 1) - 1) / 2
+    trace.check("no weight moved by more than half a step",
+                all(abs(row.weight - row.back) <= half * 1.002 for row in rows),
+                f"{len(rows):,} weights")
+    check_rounding_by_hand(trace)
+
+
+def check_rounding_by_hand(trace: Trace) -> None:
+    """Check a few numbers whose codes can be worked out in one's head."""
     trace.check("INT4 of 0.7, -0.32, 0.04 = the example in the source",
                 quantize([[0.7, -0.32, 0.04]], 4).codes == [[7, -3, 0]], "7, -3, 0")
     lean = [quantize([row], 4, symmetric=False).codes[0] for row in ([-0.5, 0.0, 1.0], [0.5, 1.5])]
     trace.check("asymmetric INT4 of -0.5, 0, 1, and of 0.5, 1.5 = -8, -3, 7, and -3, 7",
                 lean == [[-8, -3, 7], [-3, 7]], "by hand")
-    half = abs(furthest.weight) / (2 ** (knobs.bits - 1) - 1) / 2
-    trace.check("no weight moved by more than half a step",
-                all(abs(row.weight - row.back) <= half * 1.002 for row in rows),
-                f"{len(rows):,} weights")
     trace.check("FP8 of pi, pi, 500 and 0.0009 = 3.25, 3, 448 and 0, as their bits allow",
                 [fp8_e4m3(math.pi), fp8_e5m2(math.pi), fp8_e4m3(500.0), fp8_e4m3(0.0009)]
                 == [3.25, 3.0, 448.0, 0.0], "by hand")
@@ -1818,7 +1823,18 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
     trace.say("`python microquant.py --gguf tiny.gguf` writes the trained model with its "
               "tokenizer. `llama-cli -m tiny.gguf -no-cnv --temp 0 -p \"This is\"` goes on from "
               "there.")
+    counts = struct.unpack("<IQQ", file[4:24])
+    trace.check("the file's first numbers = version 3, its tensors, its metadata entries",
+                counts == (3, len(config.shapes()), 19), ", ".join(map(str, counts)))
+    n = math.prod(config.shapes()["output"])
+    stored = q8_0_decode(file[-n // 32 * 34:], n)
+    trace.check_close("the file's last bytes = the output matrix, but for rounding",
+                      [stored], [flatten(weights["output"])], 0.003)
+    check_blocks_by_hand(trace)
 
+
+def check_blocks_by_hand(trace: Trace) -> None:
+    """Check two blocks, and metadata, whose bytes follow from the specification."""
     # 1, 2, …, 32: d = 32/127, so weight i has the code round(127 · i / 32).
     codes = bytes(math.floor(127 * i / 32 + 0.5) for i in range(1, 33))
     trace.check("Q8_0 of 1, 2, …, 32 = the block worked out by hand",
@@ -1827,17 +1843,10 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
     trace.check("Q4_0 of -8, …, 7, twice = the block worked out by hand",
                 q4_0_encode([*range(-8, 8)] * 2) == b"\x00\x3c" + bytes(range(0, 256, 17)),
                 "18 bytes")
-    counts = struct.unpack("<IQQ", file[4:24])
-    trace.check("the file's first numbers = version 3, its tensors, its metadata entries",
-                counts == (3, len(config.shapes()), 19), ", ".join(map(str, counts)))
     values = b"".join(map(gguf_value, (7, 0.5, True, "ab", [7])))
     expected = struct.pack("<2IIfI?IQ2sIIQI", 4, 7, 6, 0.5, 7, True, 8, 2, b"ab", 9, 4, 1, 7)
     trace.check("metadata 7, 0.5, true, ab and [7] = types and values by the specification",
                 values == expected, f"{len(values)} bytes")
-    n = math.prod(config.shapes()["output"])
-    stored = q8_0_decode(file[-n // 32 * 34:], n)
-    trace.check_close("the file's last bytes = the output matrix, but for rounding",
-                      [stored], [flatten(weights["output"])], 0.003)
 
 
 # 4. NF4 and double quantization
@@ -1962,8 +1971,16 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
               f"FP8, without calibration, {compare(fp8, static)} static INT8, and "
               f"{compare(fp8, dynamic)} dynamic INT8.")
 
-    x = lab.inputs[name][:8]
-    w = lab.model.weights[name]
+    verse = split_verses(lab.evaluation)[0]
+    trace.check_close("SmoothQuant left the FP32 logits where they were",
+                      Llama(lab.config, weights).forward(verse), lab.model.forward(verse), 1e-9)
+    trace.check("static and dynamic scales and three α give five different models",
+                len({row.kl for row in (static, dynamic, *smooth)}) == 5, "their KLs")
+    check_8_bit_products(trace, lab.inputs[name][:8], lab.model.weights[name])
+
+
+def check_8_bit_products(trace: Trace, x: Matrix, w: Matrix) -> None:
+    """Check the products of x and w in 8 bits, and scales that can be worked out by hand."""
     steps = [max(map(abs, row)) / 127 for row in x]
     rounded_x = [[round(value / step) * step for value in row] for row, step in zip(x, steps)]
     int8_w = quantize(w, 8, granularity="channel").dequantize()
@@ -1974,11 +1991,6 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     errors = [relative_distance(y, linear(x, w)) for y in (llm_int8_matmul(x, w), fp8_matmul(x, w))]
     trace.check("LLM.int8()'s product is off by less than 2%, FP8's by less than 5%",
                 errors[0] < 0.02 and errors[1] < 0.05, f"{errors[0]:.2%} and {errors[1]:.2%}")
-    verse = split_verses(lab.evaluation)[0]
-    trace.check_close("SmoothQuant left the FP32 logits where they were",
-                      Llama(lab.config, weights).forward(verse), lab.model.forward(verse), 1e-9)
-    trace.check("static and dynamic scales and three α give five different models",
-                len({row.kl for row in (static, dynamic, *smooth)}) == 5, "their KLs")
     trace.check("s of max|x| = 256 and max|w| = 16 is 4 at α = 1/2, and 32 at α = 3/4",
                 smoothquant_scales([256.0], [16.0]) + smoothquant_scales([256.0], [16.0], 0.75)
                 == [4.0, 32.0], "by hand")
@@ -2033,24 +2045,28 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
               f"on a single token, GPTQ {compare(starved, nearest_score)} rounding to nearest: its "
               "repairs fit that token only.")
 
+    trace.check("the example: 0, 0, 7 to nearest, and 0, 1, 7 by GPTQ",
+                [row.codes for row in example] == ["", "[0, 0, 7]", "[0, 1, 7]"], "by hand")
     name = "layers.0.feed_forward.w2"
-    w = lab.model.weights[name]
-    identity = [[float(i == j) for j in range(32)] for i in range(32)]
-    h = hessian_of(lab.inputs[name])
+    check_gptq(trace, lab.model.weights[name], lab.inputs[name], bits, g)
+
+
+def check_gptq(trace: Trace, w: Matrix, x: Matrix, bits: int, group_size: int) -> None:
+    """Check what must hold of GPTQ, on the matrix w2 and its inputs x."""
+    identity = [[float(i == j) for j in range(len(w[0]))] for i in range(len(w[0]))]
+    h = hessian_of(x)
     damped = add(h, identity)
     u = upper_factor(damped)
     trace.check_close("U H Uᵀ = 1, so Uᵀ U is the inverse of H", linear(linear(u, damped), u),
                       identity, 1e-9)
     trace.check("H of the inputs (1, 2) and (3, 4) = (20, 28), (28, 40)",
                 hessian_of([[1.0, 2.0], [3.0, 4.0]]) == [[20.0, 28.0], [28.0, 40.0]], "by hand")
+    plain = quantize(w, bits, granularity=group_size)
     trace.check("with uncorrelated inputs GPTQ = rounding to nearest, act-order or not",
-                gptq(w, identity, bits, granularity=g) == quantize(w, bits, granularity=g)
-                == gptq(w, identity, bits, granularity=g, act_order=True), "equal")
-    trace.check("the example: 0, 0, 7 to nearest, and 0, 1, 7 by GPTQ",
-                [row.codes for row in example] == ["", "[0, 0, 7]", "[0, 1, 7]"], "by hand")
-    x = lab.inputs[name]
-    errors = [relative_distance(linear(x, q.dequantize()), linear(x, w))
-              for q in (quantize(w, bits, granularity=g), gptq(w, h, bits, granularity=g))]
+                gptq(w, identity, bits, granularity=group_size) == plain
+                == gptq(w, identity, bits, granularity=group_size, act_order=True), "equal")
+    repaired = gptq(w, h, bits, granularity=group_size)
+    errors = [relative_distance(linear(x, q.dequantize()), linear(x, w)) for q in (plain, repaired)]
     trace.check("on the calibration text GPTQ moves w2's output less than rounding to nearest",
                 errors[1] < errors[0], f"{errors[1]:.2%} against {errors[0]:.2%}")
     heaviest = max(range(len(h)), key=lambda j: h[j][j])
@@ -2455,19 +2471,28 @@ def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
     centroids = weighted_kmeans(weights, flatten(lab.sensitivities[name]), few)
     trace.say(f"Where weighted k-means puts {few} values in {name}:")
     trace.lines(histogram(weights, {"": centroids}))
-    trace.check("k-means of 0, 2, 10 with weights 1, 3, 1 into two = 1.5 and 10",
-                weighted_kmeans([0.0, 2.0, 10.0], [1.0, 3.0, 1.0], 2) == [1.5, 10.0], "by hand")
     trace.check("each step makes another model",
                 len({row.kl for row in rows[2:]}) == 4, "the last four KLs")
+    check_hqq_squeezellm(trace, w, lab.sensitivities[name], bits, g)
+
+
+def check_hqq_squeezellm(
+    trace: Trace, w: Matrix, sensitivity: Matrix, bits: int, group_size: int
+) -> None:
+    """Check what must hold of both, on one matrix and by hand."""
+    weights = flatten(w)
     before, after = (
         fmean(map(abs, map(operator.sub, flatten(q.dequantize()), weights)))
-        for q in (quantize(w, bits, granularity=g, symmetric=False), hqq(w, bits, granularity=g)))
+        for q in (quantize(w, bits, granularity=group_size, symmetric=False),
+                  hqq(w, bits, granularity=group_size)))
     trace.check("HQQ: the mean |error| is smaller than where it started", after < before,
                 f"{after / before:.1%} of it")
-    decoded, _ = squeezellm(w, lab.sensitivities[name], bits)
+    decoded, _ = squeezellm(w, sensitivity, bits)
     largest = max(range(len(weights)), key=lambda i: abs(weights[i]))
     trace.check("SqueezeLLM keeps the largest weight in FP16",
-                flatten(decoded)[largest] == fp16(weights[largest]), name)
+                flatten(decoded)[largest] == fp16(weights[largest]), f"{weights[largest]:.4f}")
+    trace.check("k-means of 0, 2, 10 with weights 1, 3, 1 into two = 1.5 and 10",
+                weighted_kmeans([0.0, 2.0, 10.0], [1.0, 3.0, 1.0], 2) == [1.5, 10.0], "by hand")
     trace.check("shrink() of 0.5 with p = 0.7 and β = 10 is 0.5 - 0.5^(-0.3) / 10; of 0.1 it is 0",
                 abs(shrink(0.5, 0.7, 10.0) - (0.5 - 0.5**-0.3 / 10)) < 1e-12
                 and shrink(0.1, 0.7, 10.0) == 0, "by hand")
