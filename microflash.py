@@ -2415,22 +2415,20 @@ class OneLineParser(ArgumentParser):
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Return an argparse type: a whole number from low to high."""
+    """Return an argparse type: a whole number from low, which is at least 0, to high."""
     def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not low <= int(text) <= high:
+        if not text.isdecimal() or not low <= int(text) <= high:
             raise ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
         return int(text)
     return parse
 
 
 def section_numbers(count: int) -> Callable[[str], list[int]]:
-    """Return an argparse type: section numbers with commas between them."""
+    """Return an argparse type: numbers from 1 to count with commas between them."""
+    number = whole_number(1, count)
+
     def parse(text: str) -> list[int]:
-        parts = [part.strip() for part in text.split(",")]
-        if not all(re.fullmatch("[0-9]{1,4}", part) and 1 <= int(part) <= count for part in parts):
-            raise ArgumentTypeError(f"must be numbers from 1 to {count} (--list names them), as in "
-                                    f"1,{count}, not {text!r}")
-        return [int(part) for part in parts]
+        return [number(part.strip()) for part in text.split(",")]
     return parse
 
 
