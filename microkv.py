@@ -3123,16 +3123,15 @@ class Trace:
         """Print one check: what is claimed, and what was compared. A failure makes the status 1."""
         if holds:
             self.held += 1
-            mark, colour = "ok  ", "32"
+            mark, style = "ok    ", "32"
         else:
             self.failed += 1
-            mark, colour = "FAIL", "1;31"
-        if self.colour:
-            mark = f"\x1b[{colour}m{mark}\x1b[0m"
+            mark, style = "FAIL  ", "1;31"
         if not self.in_checks:
             self.lines([""])
-        first, *others = textwrap.wrap(self.plain(f"{claim} ({evidence})"), WIDTH - 6)
-        self.lines([f"{mark}  {first}"] + ["      " + line for line in others])
+        claim = self.plain(f"{claim} ({evidence})")
+        wrapped = textwrap.wrap(claim, WIDTH, initial_indent=mark, subsequent_indent=" " * 6)
+        self.lines(wrapped, style)
         self.in_checks = True
 
     def check_close(self, claim: str, got: Matrix, expected: Matrix, bound: float) -> None:
