@@ -3360,17 +3360,15 @@ def display_width(text: str) -> int:
 
 def bar(value: float, full: float, width: int) -> str:
     """Return a bar of value / full times width characters; a dot for a value too small to draw."""
-    if full <= 0 or value <= 0:
+    if value <= 0:
         return ""
-    return "█" * round(width * min(value / full, 1.0)) or "·"
+    return "█" * round(width * value / full) or "·"
 
 
 def format_cell(value: object, form: str) -> str:
     """Return a value as text: form is a format specification, or a template with braces."""
     if value is None:
         return ""
-    if isinstance(value, str):
-        return value
     return form.format(value) if "{" in form else format(value, form)
 
 
@@ -3427,40 +3425,35 @@ class Trace:
         A format is ".1%" or "{:.1f}×". With "bar 20" after it, the number is drawn as well; with
         nothing before that, it is drawn only. The longest bar stands for the largest number in the
         column, or for F in "bar 20 of F". A heading is the field's name with blanks for _, or what
-        is said after " as ". Text goes to the left, numbers to the right; None is an empty cell.
+        is said after " as ". What has a format goes to the right. None is an empty cell.
         """
         printed = []
         for column, form in columns.items():
             field, _, heading = column.partition(" as ")
+            heading = heading or field.replace("_", " ")
             values = [row[field] if isinstance(row, dict) else getattr(row, field) for row in rows]
-            printed += self.table_column(heading or field.replace("_", " "), values, form)
+            form, _, bars = form.partition("bar ")
+            if form or not bars:
+                cells = [format_cell(value, form.strip()) for value in values]
+                printed.append(self.pad([heading, *cells], to_the_right=form != ""))
+                heading = ""
+            if bars:
+                width, _, full = bars.partition(" of ")
+                largest = float(full) if full else max(values, default=0)
+                cells = [bar(value, largest, int(width)) for value in values]
+                printed.append(self.pad([heading, *cells], to_the_right=False))
         for i, cells in enumerate(zip(*printed)):
             self.lines(["  ".join(cells)], "2" if i == 0 else "")
-
-    def table_column(self, heading: str, values: list, form: str) -> list[list[str]]:
-        """Return the cells, heading first and padded, of the numbers and of the bars, if any."""
-        form, _, bars = form.partition("bar ")
-        numbers = [value for value in values if isinstance(value, (int, float))]
-        columns = []
-        if form or not bars:
-            cells = [heading] + [format_cell(value, form.strip()) for value in values]
-            columns.append(self.pad(cells, to_the_right=bool(numbers)))
-            heading = ""
-        if bars:
-            width, _, full = bars.partition(" of ")
-            largest = float(full) if full else max(numbers, default=0)
-            drawn = [bar(value or 0, largest, int(width)) for value in values]
-            columns.append(self.pad([heading] + drawn, to_the_right=False))
-        return columns
 
     def pad(self, cells: list[str], to_the_right: bool) -> list[str]:
         """Return cells filled up with blanks to the same width."""
         cells = [self.plain(cell) for cell in cells]
         width = max(map(display_width, cells))
-        blanks = [" " * (width - display_width(cell)) for cell in cells]
-        if to_the_right:
-            return [blank + cell for cell, blank in zip(cells, blanks)]
-        return [cell + blank for cell, blank in zip(cells, blanks)]
+        padded = []
+        for cell in cells:
+            blanks = " " * (width - display_width(cell))
+            padded.append(blanks + cell if to_the_right else cell + blanks)
+        return padded
 
     def check(self, claim: str, holds: bool, evidence: str) -> None:
         """Print one check: what is claimed, and what was compared. A failure makes the status 1."""
