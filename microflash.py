@@ -2116,7 +2116,7 @@ def split_words(text: str) -> list[str]:
     return re.findall(r" ?\w+| ?[^\w\s]+|\s", text)
 
 
-def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
+def merge_pair(parts: Sequence[str], pair: tuple[str, str]) -> tuple[str, ...]:
     """Return parts with every occurrence of pair joined, from the left."""
     merged: list[str] = []
     for part in parts:
@@ -2124,7 +2124,7 @@ def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
             merged[-1] += part
         else:
             merged.append(part)
-    return merged
+    return tuple(merged)
 
 
 @dataclass(frozen=True)
@@ -2148,21 +2148,20 @@ class Tokenizer:
         if not 0 < len(vocab) <= vocab_size:
             raise ValueError(f"vocab_size must be at least the number of different characters, "
                              f"{len(vocab)}, and the text not empty; got {vocab_size}")
-        word_counts = Counter(split_words(text))
-        parts = {word: list(word) for word in word_counts}
+        words = Counter(map(tuple, split_words(text)))  # {the parts of a word: how often it comes}
         while len(vocab) < vocab_size:
-            pair_counts: Counter[tuple[str, str]] = Counter()
-            for word, count in word_counts.items():
-                for pair in zip(parts[word], parts[word][1:]):
-                    pair_counts[pair] += count
-            if not pair_counts:
+            pairs: Counter[tuple[str, str]] = Counter()
+            for parts, count in words.items():
+                for pair in zip(parts, parts[1:]):
+                    pairs[pair] += count
+            if not pairs:
                 break
             # The most frequent pair; of equally frequent ones, the one that sorts first.
-            best = min(pair_counts, key=lambda pair: (-pair_counts[pair], pair))
+            best = min(pairs, key=lambda pair: (-pairs[pair], pair))
             merges.append(best)
             if "".join(best) not in vocab:
                 vocab.append("".join(best))
-            parts = {word: merge_pair(split, best) for word, split in parts.items()}
+            words = {merge_pair(parts, best): count for parts, count in words.items()}
         return cls(vocab, merges)
 
     def encode(self, text: str) -> list[int]:
@@ -2171,13 +2170,13 @@ class Tokenizer:
         ValueError names a character that the vocabulary does not have.
         """
         ids = {token: i for i, token in enumerate(self.vocab)}
-        for character in text:
-            if character not in ids:
-                known = "".join(token for token in self.vocab if len(token) == 1)
-                raise ValueError(f"the vocabulary has no character {character!r}; it knows "
-                                 f"{known!r}")
+        unknown = set(text) - set(ids)
+        if unknown:
+            known = "".join(token for token in self.vocab if len(token) == 1)
+            raise ValueError(f"the vocabulary has no character {min(unknown)!r}; it knows "
+                             f"{known!r}")
         words = split_words(text)
-        parts = {word: list(word) for word in words}
+        parts = {word: tuple(word) for word in words}
         for pair in self.merges:
             parts = {word: merge_pair(split, pair) for word, split in parts.items()}
         return [ids[part] for word in words for part in parts[word]]
