@@ -2203,8 +2203,6 @@ def printable(text: str) -> str:
 
 def display_width(text: str) -> int:
     """Return the columns that text takes: East Asian wide characters two, combining marks none."""
-    if text.isascii():
-        return len(text)
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     combining = sum(unicodedata.combining(c) > 0 for c in text)
     return len(text) + wide - combining
@@ -2231,11 +2229,9 @@ class Trace:
     """
 
     def __init__(self, ascii_only: bool = False, predict: bool = False):
-        encoding = getattr(sys.stdout, "encoding", None) or "ascii"
-        probe = "".join(map(chr, ASCII))
-        self.ascii = ascii_only or probe.encode(encoding, "ignore").decode(encoding) != probe
-        self.colour = (sys.stdout is not None and sys.stdout.isatty()
-                       and "NO_COLOR" not in os.environ
+        encoding = sys.stdout.encoding or "ascii"
+        self.ascii = ascii_only or b"?" in "".join(map(chr, ASCII)).encode(encoding, "replace")
+        self.colour = (sys.stdout.isatty() and "NO_COLOR" not in os.environ
                        and os.environ.get("TERM", "dumb") != "dumb")
         self.predict = predict
         self.listening = sys.stdin is not None and sys.stdin.isatty()  # is there anybody to answer?
@@ -2478,6 +2474,8 @@ def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment:
     0: every check held. 1: one failed, or a function is not written yet. 130: Ctrl-C. A reader who
     closes the pipe ends the trace quietly.
     """
+    if sys.stdout is None:
+        return 1  # there is nowhere to print
     try:
         trace = Trace(knobs.ascii, knobs.predict)
         if knobs.list:
@@ -2486,8 +2484,7 @@ def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment:
             for number in sorted(set(knobs.section or range(1, len(sections) + 1))):
                 run_section(trace, number, sections[number - 1], knobs)
             print_summary(trace, next_experiment)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return 1 if trace.failed or trace.unwritten else 0
     except KeyboardInterrupt:
         return 130
