@@ -2489,16 +2489,14 @@ class Trace:
 
 
 def is_near(reply: str, answer: float) -> bool:
-    """Return whether reply is a number within a tenth of answer; 33% and 0,33 count as well."""
-    scale = 100 if reply.endswith("%") else 1
-    for comma in ("", "."):  # of thousands, or the decimal comma
-        try:
-            number = float(reply.rstrip("%×x ").replace(",", comma)) / scale
-        except ValueError:
-            continue
-        if abs(number - answer) <= abs(answer) / 10:
-            return True
-    return False
+    """Return whether reply is a number within a tenth of answer; 1,234 and 33% are numbers."""
+    try:
+        number = float(reply.rstrip("%×x ").replace(",", ""))
+    except ValueError:
+        return False
+    if reply.endswith("%"):
+        number /= 100
+    return abs(number - answer) <= abs(answer) / 10
 
 
 # The command line
