@@ -2271,7 +2271,8 @@ class Config:
 class Llama:
     """weights: {name: matrix [out][in] or gain [dim]}, named and shaped as Config.shapes() says.
 
-    Every weight is applied by one of the small methods, so that a subclass can do it differently.
+    inputs: what each operation read in the last forward(), under the operation's name. Of a matrix
+    or a norm that is x, of an attention (q, k, v), of a SwiGLU its two sides. Training needs them.
     """
 
     def __init__(self, config: Config, weights: dict[str, Matrix | Vector]):
@@ -2280,6 +2281,7 @@ class Llama:
                 raise ValueError(f"weights must have {name!r}")
         self.config = config
         self.weights = weights
+        self.inputs: dict[str, Matrix | tuple] = {}
 
     def forward(
         self,
@@ -2311,31 +2313,26 @@ class Llama:
             k = rope_heads(k, positions, c.n_kv_heads, c.rope_base)
             if cache is not None:
                 k, v = cache.update(layer, k, v)  # now those of all tokens so far
-            attended = self.attend(prefix + "attention", q, k, v, mask)
+            self.inputs[prefix + "attention"] = (q, k, v)
+            attended = attend(q, k, v, c.n_heads, c.n_kv_heads, mask)
             x = add(x, self.linear(prefix + "attention.wo", attended))
             # Feed-forward: every token is worked on by itself.
             h = self.norm(prefix + "ffn_norm", x)
             gate = self.linear(prefix + "feed_forward.w1", h)
             up = self.linear(prefix + "feed_forward.w3", h)
-            hidden = self.gate(prefix + "feed_forward", gate, up)
-            x = add(x, self.linear(prefix + "feed_forward.w2", hidden))
+            self.inputs[prefix + "feed_forward"] = (gate, up)
+            x = add(x, self.linear(prefix + "feed_forward.w2", swiglu(gate, up)))
         return self.linear("output", self.norm("norm", x))
 
     def linear(self, name: str, x: Matrix) -> Matrix:
-        """Apply the matrix of that name."""
+        """Apply the matrix of that name. A subclass may do it differently."""
+        self.inputs[name] = x
         return linear(x, self.weights[name])
 
     def norm(self, name: str, x: Matrix) -> Matrix:
         """Apply the RMSNorm whose gain has that name."""
+        self.inputs[name] = x
         return rms_norm(x, self.weights[name], self.config.norm_eps)
-
-    def attend(self, name: str, q: Matrix, k: Matrix, v: Matrix, mask=None) -> Matrix:
-        """Apply the attention of the layer of that name, which has no weights of its own."""
-        return attend(q, k, v, self.config.n_heads, self.config.n_kv_heads, mask)
-
-    def gate(self, name: str, a: Matrix, b: Matrix) -> Matrix:
-        """Apply the SwiGLU of the layer of that name, which has no weights of its own."""
-        return swiglu(a, b)
 
 
 # The operations of the model
@@ -2445,77 +2442,51 @@ def concat(*blocks: Matrix) -> Matrix:
 
 # Training: skip this on a first reading
 #
-# The forward pass runs on a model that keeps what every operation read. The backward pass goes
+# The forward pass leaves in the model's .inputs what every operation read. The backward pass goes
 # through the operations in the opposite order. Each takes the gradient of its output and returns
 # those of its inputs, for whole matrices at a time, so that all the work is in dot() here as well.
 
 
-class RecordingLlama(Llama):
-    """A Llama that keeps in .inputs what each of its operations read, under the operation's name.
+def backward(model: Llama, tokens: Sequence[int], d_logits: Matrix) -> dict[str, Matrix | Vector]:
+    """Return {weight: its gradient} after forward(tokens), from the gradient of the logits."""
+    c = model.config
+    inputs = model.inputs
+    gradients: dict[str, Matrix | Vector] = {}
+    unrotate = [-position for position in range(len(tokens))]
 
-    Of a matrix or a norm that is x, of an attention (q, k, v), of a SwiGLU (a, b).
-    """
+    def linear_back(name: str, d: Matrix) -> Matrix:
+        d_x, gradients[name] = linear_backward(d, inputs[name], model.weights[name])
+        return d_x
 
-    def __init__(self, config: Config, weights: dict[str, Matrix | Vector]):
-        super().__init__(config, weights)
-        self.inputs: dict[str, Matrix | tuple] = {}
+    def norm_back(name: str, d: Matrix) -> Matrix:
+        d_x, gradients[name] = rms_norm_backward(d, inputs[name], model.weights[name], c.norm_eps)
+        return d_x
 
-    def linear(self, name: str, x: Matrix) -> Matrix:
-        self.inputs[name] = x
-        return super().linear(name, x)
-
-    def norm(self, name: str, x: Matrix) -> Matrix:
-        self.inputs[name] = x
-        return super().norm(name, x)
-
-    def attend(self, name: str, q: Matrix, k: Matrix, v: Matrix, mask=None) -> Matrix:
-        self.inputs[name] = (q, k, v)
-        return super().attend(name, q, k, v, mask)
-
-    def gate(self, name: str, a: Matrix, b: Matrix) -> Matrix:
-        self.inputs[name] = (a, b)
-        return super().gate(name, a, b)
-
-    def backward(self, tokens: Sequence[int], d_logits: Matrix) -> dict[str, Matrix | Vector]:
-        """Return {weight: its gradient} after forward(tokens), from the gradient of the logits."""
-        c = self.config
-        gradients: dict[str, Matrix | Vector] = {}
-        unrotate = [-position for position in range(len(tokens))]
-
-        def linear_back(name: str, d: Matrix) -> Matrix:
-            d_x, gradients[name] = linear_backward(d, self.inputs[name], self.weights[name])
-            return d_x
-
-        def norm_back(name: str, d: Matrix) -> Matrix:
-            d_x, gradients[name] = rms_norm_backward(d, self.inputs[name], self.weights[name],
-                                                     c.norm_eps)
-            return d_x
-
-        d = norm_back("norm", linear_back("output", d_logits))
-        for layer in reversed(range(c.n_layers)):
-            prefix = f"layers.{layer}."
-            # Feed-forward: d goes past the block as it is, and through it.
-            d_hidden = linear_back(prefix + "feed_forward.w2", d)
-            d_gate, d_up = swiglu_backward(d_hidden, *self.inputs[prefix + "feed_forward"])
-            d_h = add(linear_back(prefix + "feed_forward.w1", d_gate),
-                      linear_back(prefix + "feed_forward.w3", d_up))
-            d = add(d, norm_back(prefix + "ffn_norm", d_h))
-            # Attention
-            d_attended = linear_back(prefix + "attention.wo", d)
-            d_q, d_k, d_v = attend_backward(d_attended, *self.inputs[prefix + "attention"],
-                                            c.n_heads, c.n_kv_heads)
-            d_q = rope_heads(d_q, unrotate, c.n_heads, c.rope_base)
-            d_k = rope_heads(d_k, unrotate, c.n_kv_heads, c.rope_base)
-            d_h = add(linear_back(prefix + "attention.wq", d_q),
-                      linear_back(prefix + "attention.wk", d_k))
-            d_h = add(d_h, linear_back(prefix + "attention.wv", d_v))
-            d = add(d, norm_back(prefix + "attention_norm", d_h))
-        # A token's gradient goes to its row of the embedding table.
-        d_table = [[0.0] * c.dim for _ in self.weights["tok_embeddings"]]
-        for token, row in zip(tokens, d):
-            d_table[token] = list(map(operator.add, d_table[token], row))
-        gradients["tok_embeddings"] = d_table
-        return gradients
+    d = norm_back("norm", linear_back("output", d_logits))
+    for layer in reversed(range(c.n_layers)):
+        prefix = f"layers.{layer}."
+        # Feed-forward: d goes past the block as it is, and through it.
+        d_hidden = linear_back(prefix + "feed_forward.w2", d)
+        d_gate, d_up = swiglu_backward(d_hidden, *inputs[prefix + "feed_forward"])
+        d_h = add(linear_back(prefix + "feed_forward.w1", d_gate),
+                  linear_back(prefix + "feed_forward.w3", d_up))
+        d = add(d, norm_back(prefix + "ffn_norm", d_h))
+        # Attention
+        d_attended = linear_back(prefix + "attention.wo", d)
+        d_q, d_k, d_v = attend_backward(d_attended, *inputs[prefix + "attention"],
+                                        c.n_heads, c.n_kv_heads)
+        d_q = rope_heads(d_q, unrotate, c.n_heads, c.rope_base)
+        d_k = rope_heads(d_k, unrotate, c.n_kv_heads, c.rope_base)
+        d_h = add(linear_back(prefix + "attention.wq", d_q),
+                  linear_back(prefix + "attention.wk", d_k))
+        d_h = add(d_h, linear_back(prefix + "attention.wv", d_v))
+        d = add(d, norm_back(prefix + "attention_norm", d_h))
+    # A token's gradient goes to its row of the embedding table.
+    d_table = [[0.0] * c.dim for _ in model.weights["tok_embeddings"]]
+    for token, row in zip(tokens, d):
+        d_table[token] = list(map(operator.add, d_table[token], row))
+    gradients["tok_embeddings"] = d_table
+    return gradients
 
 
 def linear_backward(d: Matrix, x: Matrix, w: Matrix) -> tuple[Matrix, Matrix]:
@@ -2597,9 +2568,9 @@ def loss_and_gradients(
     config: Config, weights: dict[str, Matrix | Vector], tokens: Sequence[int]
 ) -> tuple[float, dict[str, Matrix | Vector]]:
     """Return the mean loss of predicting each token from those before it, and its gradients."""
-    model = RecordingLlama(config, weights)
+    model = Llama(config, weights)
     loss, d_logits = cross_entropy(model.forward(tokens[:-1]), tokens[1:])
-    return loss, model.backward(tokens[:-1], d_logits)
+    return loss, backward(model, tokens[:-1], d_logits)
 
 
 class Adam:
