@@ -2784,18 +2784,21 @@ class Config:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return {name of a weight: its shape}."""
         kv_dim = self.n_kv_heads * self.head_dim
+        layer_shapes = {
+            "attention_norm": (self.dim,),
+            "attention.wq": (self.dim, self.dim),
+            "attention.wk": (kv_dim, self.dim),
+            "attention.wv": (kv_dim, self.dim),
+            "attention.wo": (self.dim, self.dim),
+            "ffn_norm": (self.dim,),
+            "feed_forward.w1": (self.hidden_dim, self.dim),
+            "feed_forward.w2": (self.dim, self.hidden_dim),
+            "feed_forward.w3": (self.hidden_dim, self.dim),
+        }
         shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (self.vocab_size, self.dim)}
         for layer in range(self.n_layers):
-            prefix = f"layers.{layer}."
-            shapes[prefix + "attention_norm"] = (self.dim,)
-            shapes[prefix + "attention.wq"] = (self.dim, self.dim)
-            shapes[prefix + "attention.wk"] = (kv_dim, self.dim)
-            shapes[prefix + "attention.wv"] = (kv_dim, self.dim)
-            shapes[prefix + "attention.wo"] = (self.dim, self.dim)
-            shapes[prefix + "ffn_norm"] = (self.dim,)
-            shapes[prefix + "feed_forward.w1"] = (self.hidden_dim, self.dim)
-            shapes[prefix + "feed_forward.w2"] = (self.dim, self.hidden_dim)
-            shapes[prefix + "feed_forward.w3"] = (self.hidden_dim, self.dim)
+            for name, shape in layer_shapes.items():
+                shapes[f"layers.{layer}.{name}"] = shape
         shapes["norm"] = (self.dim,)
         shapes["output"] = (self.vocab_size, self.dim)
         return shapes
