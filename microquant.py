@@ -3018,7 +3018,7 @@ def backward(model: Llama, tokens: Sequence[int], d_logits: Matrix) -> dict[str,
         d_h = add(d_h, linear_back(prefix + "attention.wv", d_v))
         d = add(d, norm_back(prefix + "attention_norm", d_h))
     # A token's gradient goes to its row of the embedding table.
-    d_table = [[0.0] * c.dim for _ in model.weights["tok_embeddings"]]
+    d_table = zeros_like(model.weights["tok_embeddings"])
     for token, row in zip(tokens, d):
         d_table[token] = list(map(operator.add, d_table[token], row))
     gradients["tok_embeddings"] = d_table
@@ -3057,8 +3057,8 @@ def attend_backward(
     keys = split_heads(k, n_kv_heads)
     values = split_heads(v, n_kv_heads)
     d_queries = []
-    d_keys = [[[0.0] * len(row) for row in head] for head in keys]
-    d_values = [[[0.0] * len(row) for row in head] for head in values]
+    d_keys = [zeros_like(head) for head in keys]
+    d_values = [zeros_like(head) for head in values]
     for h, (queries, d_head) in enumerate(zip(split_heads(q, n_heads), split_heads(d, n_heads))):
         g = h // group
         scale = 1 / math.sqrt(len(queries[0]))
@@ -3070,8 +3070,9 @@ def attend_backward(
             unseen = [0.0] * (len(k) - len(weights))
             p.append(weights + unseen)
             d_s.append([w * (slope - mean) * scale for w, slope in zip(weights, d_p)] + unseen)
-        d_queries.append(linear(d_s, list(zip(*keys[g]))))
-        d_keys[g] = add(d_keys[g], linear(list(zip(*d_s)), list(zip(*queries))))
+        d_q, d_k = linear_backward(d_s, queries, keys[g])  # S is linear in q, with weights k
+        d_queries.append(d_q)
+        d_keys[g] = add(d_keys[g], d_k)
         d_values[g] = add(d_values[g], linear(list(zip(*p)), list(zip(*d_head))))
     return concat(*d_queries), concat(*d_keys), concat(*d_values)
 
@@ -3116,8 +3117,8 @@ class Adam:
         self, weights: dict[str, Matrix | Vector], beta1: float = 0.7, beta2: float = 0.95
     ):
         self.rows = {name: as_rows(w) for name, w in weights.items()}
-        self.mean = {name: [[0.0] * len(row) for row in rows] for name, rows in self.rows.items()}
-        self.square = {name: [[0.0] * len(row) for row in rows] for name, rows in self.rows.items()}
+        self.mean = {name: zeros_like(rows) for name, rows in self.rows.items()}
+        self.square = {name: zeros_like(rows) for name, rows in self.rows.items()}
         self.beta1 = beta1
         self.beta2 = beta2
         self.steps = 0
@@ -3125,23 +3126,28 @@ class Adam:
     def step(self, gradients: dict[str, Matrix | Vector], learning_rate: float) -> None:
         """Change the weights, in place."""
         self.steps += 1
-        b1, c1 = self.beta1, 1 - self.beta1
-        b2, c2 = self.beta2, 1 - self.beta2
+        b1 = self.beta1
+        b2 = self.beta2
         # The means start at zero; these undo that.
         rate = learning_rate / (1 - b1 ** self.steps)
         unbias = 1 / (1 - b2 ** self.steps)
         for name, gradient in gradients.items():
             rows = zip(self.rows[name], as_rows(gradient), self.mean[name], self.square[name])
             for w, d, m, v in rows:
-                m[:] = [b1 * mean + c1 * slope for mean, slope in zip(m, d)]
-                v[:] = [b2 * mean + c2 * slope * slope for mean, slope in zip(v, d)]
-                w[:] = [weight - rate * mean / (math.sqrt(square * unbias) + 1e-8)
-                        for weight, mean, square in zip(w, m, v)]
+                for i, slope in enumerate(d):
+                    m[i] = b1 * m[i] + (1 - b1) * slope
+                    v[i] = b2 * v[i] + (1 - b2) * slope * slope
+                    w[i] -= rate * m[i] / (math.sqrt(v[i] * unbias) + 1e-8)
 
 
 def as_rows(w: Matrix | Vector) -> Matrix:
     """Return a matrix as it is, and a vector as a matrix of one row; the numbers are not copied."""
     return w if isinstance(w[0], list) else [w]
+
+
+def zeros_like(m: Matrix) -> Matrix:
+    """Return zeros in the shape of m."""
+    return [[0.0] * len(row) for row in m]
 
 
 def init_weights(config: Config, rng: random.Random) -> dict[str, Matrix | Vector]:
