@@ -2387,7 +2387,7 @@ def attend(q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int, mask=
     values = split_heads(v, n_kv_heads)
     heads = []
     for h, queries in enumerate(split_heads(q, n_heads)):
-        channels = list(zip(*values[h // group]))
+        channels = transpose(values[h // group])
         out = []
         for weights in head_weights(queries, keys[h // group], mask):
             out.append([dot(weights, channel[:len(weights)]) for channel in channels])
@@ -2436,6 +2436,11 @@ def split_heads(x: Matrix, n_heads: int) -> list[Matrix]:
         raise ValueError(f"n_heads must divide the {width} channels, and {n_heads} does not")
     head_dim = width // n_heads
     return [[row[h * head_dim:(h + 1) * head_dim] for row in x] for h in range(n_heads)]
+
+
+def transpose(m: Matrix) -> list[tuple[float, ...]]:
+    """Return m with rows and columns exchanged."""
+    return list(zip(*m))
 
 
 def concat(*blocks: Matrix) -> Matrix:
@@ -2494,8 +2499,8 @@ def backward(model: Llama, tokens: Sequence[int], d_logits: Matrix) -> dict[str,
 
 def linear_backward(d: Matrix, x: Matrix, w: Matrix) -> tuple[Matrix, Matrix]:
     """y = x wᵀ: return dx = d w and dw = dᵀ x."""
-    d_x = linear(d, list(zip(*w)))
-    d_w = linear(list(zip(*d)), list(zip(*x)))
+    d_x = linear(d, transpose(w))
+    d_w = linear(transpose(d), transpose(x))
     return d_x, d_w
 
 
@@ -2540,7 +2545,7 @@ def attend_backward(
         d_q, d_k = linear_backward(d_s, queries, keys[g])  # S is linear in q, with weights k
         d_queries.append(d_q)
         d_keys[g] = add(d_keys[g], d_k)
-        d_values[g] = add(d_values[g], linear(list(zip(*p)), list(zip(*d_head))))
+        d_values[g] = add(d_values[g], linear(transpose(p), transpose(d_head)))
     return concat(*d_queries), concat(*d_keys), concat(*d_values)
 
 

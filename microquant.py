@@ -762,7 +762,7 @@ def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
 
 def hessian_of(x: Matrix) -> Matrix:
     """Return H = 2 X Xᵀ [in][in] of inputs x [n][in]. (The factor 2 cancels out of GPTQ.)"""
-    channels = list(zip(*x))
+    channels = transpose(x)
     return [[2 * dot(a, b) for b in channels] for a in channels]
 
 
@@ -818,7 +818,7 @@ def gptq(
 
 def grid_scales(columns: list[Vector], bits: int, granularity: str | int) -> Vector:
     """Return the scale of each row of a group of columns; one for all rows if it is "tensor"."""
-    rows = list(zip(*columns))
+    rows = transpose(columns)
     if granularity == "tensor":
         return [make_grid(flatten(rows), bits, symmetric=True)[0]] * len(rows)
     return [make_grid(row, bits, symmetric=True)[0] for row in rows]
@@ -967,12 +967,12 @@ def new_adapter(w: Matrix, rank: int, rng: random.Random) -> Adapter:
 
 def with_adapter(w: Matrix, adapter: Adapter) -> Matrix:
     """Return W + B A, with α = r."""
-    return add(w, linear(adapter.b, list(zip(*adapter.a))))
+    return add(w, linear(adapter.b, transpose(adapter.a)))
 
 
 def adapter_gradient(d_w: Matrix, adapter: Adapter) -> Adapter:
     """Return the gradients of A and B, given that of W + B A: dA = Bᵀ dW, dB = dW Aᵀ."""
-    d_a = linear(list(zip(*adapter.b)), list(zip(*d_w)))
+    d_a = linear(transpose(adapter.b), transpose(d_w))
     d_b = linear(d_w, adapter.a)
     return Adapter(d_a, d_b)
 
@@ -1436,12 +1436,12 @@ class QGaLore:
             self.refresh(gradient)
         self.wait -= 1
         p = self.projection.dequantize()
-        r = linear(p, list(zip(*gradient)))
+        r = linear(p, transpose(gradient))
         # Adam adds its step to zeros: then they are the step.
         step = [[0.0] * len(row) for row in r]
         self.adam.rows["R"] = step
         self.adam.step({"R": r}, learning_rate)
-        w = add(self.q.dequantize(), linear(list(zip(*p)), list(zip(*step))))
+        w = add(self.q.dequantize(), linear(transpose(p), transpose(step)))
         self.q = quantize(w, 8, granularity="channel")
         if self.stochastic:
             codes = [stochastic_codes(row, scale, self.rng)
@@ -2587,7 +2587,7 @@ def layer_loss(w: Matrix, goal: Matrix, x: Matrix) -> tuple[float, Matrix]:
             for got, wanted in zip(linear(x, w), linear(x, goal))]
     loss = sum(dot(gap, gap) for gap in gaps) / len(x)
     doubled = [[2 * value / len(x) for value in gap] for gap in gaps]
-    return loss, linear(list(zip(*doubled)), list(zip(*x)))
+    return loss, linear(transpose(doubled), transpose(x))
 
 
 def show_q_galore(trace: Trace, knobs: Namespace) -> None:
@@ -2920,7 +2920,7 @@ def attend(q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int, mask=
     values = split_heads(v, n_kv_heads)
     heads = []
     for h, queries in enumerate(split_heads(q, n_heads)):
-        channels = list(zip(*values[h // group]))
+        channels = transpose(values[h // group])
         out = []
         for weights in head_weights(queries, keys[h // group], mask):
             out.append([dot(weights, channel[:len(weights)]) for channel in channels])
@@ -2969,6 +2969,11 @@ def split_heads(x: Matrix, n_heads: int) -> list[Matrix]:
         raise ValueError(f"n_heads must divide the {width} channels, and {n_heads} does not")
     head_dim = width // n_heads
     return [[row[h * head_dim:(h + 1) * head_dim] for row in x] for h in range(n_heads)]
+
+
+def transpose(m: Matrix) -> list[tuple[float, ...]]:
+    """Return m with rows and columns exchanged."""
+    return list(zip(*m))
 
 
 def concat(*blocks: Matrix) -> Matrix:
@@ -3027,8 +3032,8 @@ def backward(model: Llama, tokens: Sequence[int], d_logits: Matrix) -> dict[str,
 
 def linear_backward(d: Matrix, x: Matrix, w: Matrix) -> tuple[Matrix, Matrix]:
     """y = x wᵀ: return dx = d w and dw = dᵀ x."""
-    d_x = linear(d, list(zip(*w)))
-    d_w = linear(list(zip(*d)), list(zip(*x)))
+    d_x = linear(d, transpose(w))
+    d_w = linear(transpose(d), transpose(x))
     return d_x, d_w
 
 
@@ -3073,7 +3078,7 @@ def attend_backward(
         d_q, d_k = linear_backward(d_s, queries, keys[g])  # S is linear in q, with weights k
         d_queries.append(d_q)
         d_keys[g] = add(d_keys[g], d_k)
-        d_values[g] = add(d_values[g], linear(list(zip(*p)), list(zip(*d_head))))
+        d_values[g] = add(d_values[g], linear(transpose(p), transpose(d_head)))
     return concat(*d_queries), concat(*d_keys), concat(*d_values)
 
 
