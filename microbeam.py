@@ -3003,14 +3003,12 @@ def attend_backward(
     for h, (queries, d_head) in enumerate(zip(split_heads(q, n_heads), split_heads(d, n_heads))):
         g = h // group
         scale = 1 / math.sqrt(len(queries[0]))
-        p = []
+        # The weights, with zeros for the keys that a query does not see.
+        p = [row + [0.0] * (len(k) - len(row)) for row in head_weights(queries, keys[g])]
         d_s = []
-        for weights, d_row in zip(head_weights(queries, keys[g]), d_head):
-            d_p = [dot(d_row, value) for value in values[g][:len(weights)]]
+        for weights, d_p in zip(p, linear(d_head, values[g])):
             mean = dot(weights, d_p)
-            unseen = [0.0] * (len(k) - len(weights))
-            p.append(weights + unseen)
-            d_s.append([w * (slope - mean) * scale for w, slope in zip(weights, d_p)] + unseen)
+            d_s.append([w * (slope - mean) * scale for w, slope in zip(weights, d_p)])
         d_q, d_k = linear_backward(d_s, queries, keys[g])  # S is linear in q, with weights k
         d_queries.append(d_q)
         d_keys[g] = add(d_keys[g], d_k)
