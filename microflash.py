@@ -2479,8 +2479,9 @@ def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment:
         if knobs.list:
             list_sections(trace, sections)
         else:
-            for number in sorted(set(knobs.section or range(1, len(sections) + 1))):
-                run_section(trace, number, sections[number - 1], knobs)
+            for number, section in enumerate(sections, 1):
+                if not knobs.section or number in knobs.section:
+                    run_section(trace, number, section, knobs)
             print_summary(trace, next_experiment)
         sys.stdout.flush()
         return 1 if trace.failed or trace.unwritten else 0
