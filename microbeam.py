@@ -79,6 +79,7 @@ if sys.version_info < (3, 11):
 
 Vector = list[float]
 Matrix = list[Vector]  # row-major: m[row][column]
+Weights = dict[str, Matrix | Vector]  # of a Llama, under Meta's names
 LogitsFn = Callable[[Sequence[int]], Vector]  # tokens so far -> a score for each possible next one
 Choose = Callable[[Vector], int]              # logits -> the next token: argmax, or sampler(…)
 Candidate = tuple[list[int], float]           # tokens, and the log-probability of the new ones
@@ -2448,7 +2449,7 @@ class Llama:
     or a norm that is x, of an attention (q, k, v), of a SwiGLU its two sides. Training needs them.
     """
 
-    def __init__(self, config: Config, weights: dict[str, Matrix | Vector]):
+    def __init__(self, config: Config, weights: Weights):
         for name in config.shapes():
             if name not in weights:
                 raise ValueError(f"weights must have {name!r}")
@@ -2771,7 +2772,7 @@ class DecodingLab:
         return self.clip(tokens, 24)
 
 
-def weights_read(weights: dict[str, Matrix | Vector]) -> int:
+def weights_read(weights: Weights) -> int:
     """Return how many weights a pass reads: all but the embeddings, of which it reads rows."""
     total = 0
     for name, w in weights.items():
@@ -2924,11 +2925,11 @@ def show_token(token: str) -> str:
 # those of its inputs, for whole matrices at a time, so that all the work is in dot() here as well.
 
 
-def backward(model: Llama, tokens: Sequence[int], d_logits: Matrix) -> dict[str, Matrix | Vector]:
+def backward(model: Llama, tokens: Sequence[int], d_logits: Matrix) -> Weights:
     """Return {weight: its gradient} after forward(tokens), from the gradient of the logits."""
     c = model.config
     inputs = model.inputs
-    gradients: dict[str, Matrix | Vector] = {}
+    gradients: Weights = {}
     unrotate = [-position for position in range(len(tokens))]
 
     def linear_back(name: str, d: Matrix) -> Matrix:
@@ -3041,8 +3042,8 @@ def cross_entropy(logits: Matrix, targets: Sequence[int]) -> tuple[float, Matrix
 
 
 def loss_and_gradients(
-    config: Config, weights: dict[str, Matrix | Vector], tokens: Sequence[int]
-) -> tuple[float, dict[str, Matrix | Vector]]:
+    config: Config, weights: Weights, tokens: Sequence[int]
+) -> tuple[float, Weights]:
     """Return the mean loss of predicting each token from those before it, and its gradients."""
     model = Llama(config, weights)
     loss, d_logits = cross_entropy(model.forward(tokens[:-1]), tokens[1:])
@@ -3052,9 +3053,7 @@ def loss_and_gradients(
 class Adam:
     """Steps scaled by running means of the gradient and of its square (Kingma & Ba 2015)."""
 
-    def __init__(
-        self, weights: dict[str, Matrix | Vector], beta1: float = 0.7, beta2: float = 0.95
-    ):
+    def __init__(self, weights: Weights, beta1: float = 0.7, beta2: float = 0.95):
         self.rows = {name: as_rows(w) for name, w in weights.items()}
         self.mean = {name: zeros_like(rows) for name, rows in self.rows.items()}
         self.square = {name: zeros_like(rows) for name, rows in self.rows.items()}
@@ -3062,7 +3061,7 @@ class Adam:
         self.beta2 = beta2
         self.steps = 0
 
-    def step(self, gradients: dict[str, Matrix | Vector], learning_rate: float) -> None:
+    def step(self, gradients: Weights, learning_rate: float) -> None:
         """Change the weights, in place."""
         self.steps += 1
         b1 = self.beta1
@@ -3089,12 +3088,12 @@ def zeros_like(m: Matrix) -> Matrix:
     return [[0.0] * len(row) for row in m]
 
 
-def init_weights(config: Config, rng: random.Random) -> dict[str, Matrix | Vector]:
+def init_weights(config: Config, rng: random.Random) -> Weights:
     """Return first weights: gains 1, embeddings of size 1, matrices of size 1/√in.
 
     Matrices that write to the residual stream get half of that.
     """
-    weights: dict[str, Matrix | Vector] = {}
+    weights: Weights = {}
     for name, shape in config.shapes().items():
         if len(shape) == 1:
             weights[name] = [1.0] * shape[0]

@@ -91,6 +91,7 @@ if sys.version_info < (3, 11):
 
 Vector = list[float]
 Matrix = list[Vector]  # row-major: m[row][column]
+Weights = dict[str, Matrix | Vector]  # of a Llama, under Meta's names
 
 BITS = 4                   # of the low-bit formats
 GROUP_SIZE = 32            # weights that share a scale, where there are groups
@@ -409,7 +410,7 @@ def q4_0_encode(row: Sequence[float]) -> bytes:
 
 
 def gguf_file(
-    config: Config, weights: dict[str, Matrix | Vector], tokenizer: Tokenizer, *, kind: str = "Q8_0"
+    config: Config, weights: Weights, tokenizer: Tokenizer, *, kind: str = "Q8_0"
 ) -> bytes:
     """Return a whole GGUF file of a Llama, which llama.cpp runs. kind: "Q8_0", "Q4_0" or "F32".
 
@@ -679,9 +680,7 @@ def smoothquant_scales(x_absmax: Vector, w_absmax: Vector, alpha: float = 0.5) -
     return scales
 
 
-def move_scales(
-    weights: dict[str, Matrix | Vector], source: str, readers: Sequence[str], scales: Vector
-) -> dict[str, Matrix | Vector]:
+def move_scales(weights: Weights, source: str, readers: Sequence[str], scales: Vector) -> Weights:
     """Return weights of the same function: source's channels / scales, readers' columns · scales.
 
     source is a gain, or a matrix whose rows make the channels that the readers read.
@@ -1369,8 +1368,8 @@ def ternary_product(x: Vector, codes: list[list[int]], gamma: float) -> tuple[Ve
 
 
 def straight_through(
-    config: Config, weights: dict[str, Matrix | Vector], names: Sequence[str], tokens: Sequence[int]
-) -> tuple[float, dict[str, Matrix | Vector]]:
+    config: Config, weights: Weights, names: Sequence[str], tokens: Sequence[int]
+) -> tuple[float, Weights]:
     """Return the loss with the named matrices in ternary, and gradients for those behind them."""
     rounded = weights | {name: ternary_weights(weights[name]) for name in names}
     return loss_and_gradients(config, rounded, tokens)
@@ -2184,9 +2183,7 @@ class FineTuned(NamedTuple):
     perplexity: float
 
 
-def train_adapters(
-    lab: Lab, base: dict[str, Matrix | Vector], learning_rate: float
-) -> dict[str, Matrix | Vector]:
+def train_adapters(lab: Lab, base: Weights, learning_rate: float) -> Weights:
     """Return base with adapters trained on the dialect beside every matrix, stored in FP16."""
     rng = random.Random(1)
     adapters = {name: new_adapter(base[name], RANK, rng) for name in lab.linears}
@@ -2196,7 +2193,7 @@ def train_adapters(
         parameters[name + ".a"] = adapter.a
         parameters[name + ".b"] = adapter.b
 
-    def adapted() -> dict[str, Matrix | Vector]:
+    def adapted() -> Weights:
         return base | {name: with_adapter(base[name], a) for name, a in adapters.items()}
 
     def gradients_of(config: Config, _: dict, tokens: Sequence[int]) -> tuple[float, dict]:
@@ -2811,7 +2808,7 @@ class Llama:
     or a norm that is x, of an attention (q, k, v), of a SwiGLU its two sides. Training needs them.
     """
 
-    def __init__(self, config: Config, weights: dict[str, Matrix | Vector]):
+    def __init__(self, config: Config, weights: Weights):
         for name in config.shapes():
             if name not in weights:
                 raise ValueError(f"weights must have {name!r}")
@@ -2988,11 +2985,11 @@ def concat(*blocks: Matrix) -> Matrix:
 # those of its inputs, for whole matrices at a time, so that all the work is in dot() here as well.
 
 
-def backward(model: Llama, tokens: Sequence[int], d_logits: Matrix) -> dict[str, Matrix | Vector]:
+def backward(model: Llama, tokens: Sequence[int], d_logits: Matrix) -> Weights:
     """Return {weight: its gradient} after forward(tokens), from the gradient of the logits."""
     c = model.config
     inputs = model.inputs
-    gradients: dict[str, Matrix | Vector] = {}
+    gradients: Weights = {}
     unrotate = [-position for position in range(len(tokens))]
 
     def linear_back(name: str, d: Matrix) -> Matrix:
@@ -3105,8 +3102,8 @@ def cross_entropy(logits: Matrix, targets: Sequence[int]) -> tuple[float, Matrix
 
 
 def loss_and_gradients(
-    config: Config, weights: dict[str, Matrix | Vector], tokens: Sequence[int]
-) -> tuple[float, dict[str, Matrix | Vector]]:
+    config: Config, weights: Weights, tokens: Sequence[int]
+) -> tuple[float, Weights]:
     """Return the mean loss of predicting each token from those before it, and its gradients."""
     model = Llama(config, weights)
     loss, d_logits = cross_entropy(model.forward(tokens[:-1]), tokens[1:])
@@ -3116,9 +3113,7 @@ def loss_and_gradients(
 class Adam:
     """Steps scaled by running means of the gradient and of its square (Kingma & Ba 2015)."""
 
-    def __init__(
-        self, weights: dict[str, Matrix | Vector], beta1: float = 0.7, beta2: float = 0.95
-    ):
+    def __init__(self, weights: Weights, beta1: float = 0.7, beta2: float = 0.95):
         self.rows = {name: as_rows(w) for name, w in weights.items()}
         self.mean = {name: zeros_like(rows) for name, rows in self.rows.items()}
         self.square = {name: zeros_like(rows) for name, rows in self.rows.items()}
@@ -3126,7 +3121,7 @@ class Adam:
         self.beta2 = beta2
         self.steps = 0
 
-    def step(self, gradients: dict[str, Matrix | Vector], learning_rate: float) -> None:
+    def step(self, gradients: Weights, learning_rate: float) -> None:
         """Change the weights, in place."""
         self.steps += 1
         b1 = self.beta1
@@ -3153,12 +3148,12 @@ def zeros_like(m: Matrix) -> Matrix:
     return [[0.0] * len(row) for row in m]
 
 
-def init_weights(config: Config, rng: random.Random) -> dict[str, Matrix | Vector]:
+def init_weights(config: Config, rng: random.Random) -> Weights:
     """Return first weights: gains 1, embeddings of size 1, matrices of size 1/√in.
 
     Matrices that write to the residual stream get half of that.
     """
-    weights: dict[str, Matrix | Vector] = {}
+    weights: Weights = {}
     for name, shape in config.shapes().items():
         if len(shape) == 1:
             weights[name] = [1.0] * shape[0]
@@ -3382,7 +3377,7 @@ def train_with_outliers(
 
 def descend(
     config: Config,
-    weights: dict[str, Matrix | Vector],
+    weights: Weights,
     ids: Sequence[int],
     steps: int,
     length: int,
@@ -3405,15 +3400,13 @@ def descend(
         print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
 
 
-def map_rows(
-    function: Callable[[Vector], Vector], weights: dict[str, Matrix | Vector]
-) -> dict[str, Matrix | Vector]:
+def map_rows(function: Callable[[Vector], Vector], weights: Weights) -> Weights:
     """Return the function of every row of a matrix, and of every gain."""
     return {name: list(map(function, w)) if isinstance(w[0], list) else function(w)
             for name, w in weights.items()}
 
 
-def copy_weights(weights: dict[str, Matrix | Vector]) -> dict[str, Matrix | Vector]:
+def copy_weights(weights: Weights) -> Weights:
     """Return the same weights in lists of their own."""
     return map_rows(list, weights)
 
@@ -3580,9 +3573,7 @@ def compare(a: Score, b: Score) -> str:
     return "is better than" if a.kl < b.kl else "is worse than"
 
 
-def compress(
-    lab: Lab, name: str, method: Callable, weights: dict[str, Matrix | Vector] | None = None
-) -> Compressed:
+def compress(lab: Lab, name: str, method: Callable, weights: Weights | None = None) -> Compressed:
     """Return the model with every matrix through method(name, w), everything else in FP16.
 
     method returns Quantized, or (the decoded matrix, its bytes).
@@ -3684,7 +3675,7 @@ def by_smoothquant(lab: Lab, alpha: float) -> Compressed:
     return in_8_bits(lab, "SmoothQuant", alpha)._replace(name=f"SmoothQuant, α {alpha:g}")
 
 
-def smoothed(lab: Lab, alpha: float) -> dict[str, Matrix | Vector]:
+def smoothed(lab: Lab, alpha: float) -> Weights:
     """Return weights of the same function, smoothed after every norm by the calibration inputs."""
     weights = lab.model.weights
     for norm, readers in norms_and_readers(lab.config).items():
@@ -3717,7 +3708,7 @@ def awq_exponents(lab: Lab, bits: int, granularity: str | int) -> dict[str, tupl
     return found
 
 
-def awq_folded(lab: Lab, bits: int, granularity: str | int) -> dict[str, Matrix | Vector]:
+def awq_folded(lab: Lab, bits: int, granularity: str | int) -> Weights:
     """Return weights of the same function with AWQ's scales folded into them."""
     weights = lab.model.weights
     for source, readers in sources_and_readers(lab.config).items():

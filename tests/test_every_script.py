@@ -178,7 +178,7 @@ def definitions(script):
             names = [node.target.id]
         else:
             continue
-        if not defined_something and names[0] not in ("Vector", "Matrix"):
+        if not defined_something and names[0] not in ("Vector", "Matrix", "Weights"):
             continue
         decorators = [decorator.lineno for decorator in getattr(node, "decorator_list", [])]
         start = min([node.lineno, *decorators])
