@@ -2527,22 +2527,14 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def section_numbers(count: int) -> Callable[[str], list[int]]:
-    """Return an argparse type: numbers from 1 to count with commas between them."""
-    number = whole_number(1, count)
-
-    def parse(text: str) -> list[int]:
-        return [number(part.strip()) for part in text.split(",")]
-    return parse
-
-
 def common_parser(prog: str, description: str, n_sections: int) -> OneLineParser:
     """Return a parser with the options that all five scripts have; a script adds its own knobs."""
     parser = OneLineParser(prog=prog, description=description, allow_abbrev=False,
                            formatter_class=lambda prog: HelpFormatter(prog, width=WIDTH))
     parser.add_argument("--list", action="store_true", help="list the sections and stop")
+    number = whole_number(1, n_sections)
     parser.add_argument("--section", metavar="N[,N...]", action="extend",
-                        type=section_numbers(n_sections),
+                        type=lambda text: [number(part) for part in text.split(",")],
                         help="run only these sections (may be repeated)")
     parser.add_argument("--seed", metavar="N", type=whole_number(0, 10**9), default=0,
                         help="seed of all randomness (default 0)")
