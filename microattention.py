@@ -2242,7 +2242,7 @@ def split_words(text: str) -> list[str]:
     return re.findall(r" ?\w+| ?[^\w\s]+|\s", text)
 
 
-def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
+def merge_pair(parts: Sequence[str], pair: tuple[str, str]) -> tuple[str, ...]:
     """Return parts with every occurrence of pair joined, from the left."""
     merged: list[str] = []
     for part in parts:
@@ -2250,7 +2250,7 @@ def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
             merged[-1] += part
         else:
             merged.append(part)
-    return merged
+    return tuple(merged)
 
 
 @dataclass(frozen=True)
@@ -2274,21 +2274,20 @@ class Tokenizer:
         if not 0 < len(vocab) <= vocab_size:
             raise ValueError(f"vocab_size must be at least the number of different characters, "
                              f"{len(vocab)}, and the text not empty; got {vocab_size}")
-        word_counts = Counter(split_words(text))
-        parts = {word: list(word) for word in word_counts}
+        words = Counter(map(tuple, split_words(text)))  # {the parts of a word: how often it comes}
         while len(vocab) < vocab_size:
-            pair_counts: Counter[tuple[str, str]] = Counter()
-            for word, count in word_counts.items():
-                for pair in zip(parts[word], parts[word][1:]):
-                    pair_counts[pair] += count
-            if not pair_counts:
+            pairs: Counter[tuple[str, str]] = Counter()
+            for parts, count in words.items():
+                for pair in zip(parts, parts[1:]):
+                    pairs[pair] += count
+            if not pairs:
                 break
             # The most frequent pair; of equally frequent ones, the one that sorts first.
-            best = min(pair_counts, key=lambda pair: (-pair_counts[pair], pair))
+            best = min(pairs, key=lambda pair: (-pairs[pair], pair))
             merges.append(best)
             if "".join(best) not in vocab:
                 vocab.append("".join(best))
-            parts = {word: merge_pair(split, best) for word, split in parts.items()}
+            words = {merge_pair(parts, best): count for parts, count in words.items()}
         return cls(vocab, merges)
 
     def encode(self, text: str) -> list[int]:
@@ -2297,13 +2296,13 @@ class Tokenizer:
         ValueError names a character that the vocabulary does not have.
         """
         ids = {token: i for i, token in enumerate(self.vocab)}
-        for character in text:
-            if character not in ids:
-                known = "".join(token for token in self.vocab if len(token) == 1)
-                raise ValueError(f"the vocabulary has no character {character!r}; it knows "
-                                 f"{known!r}")
+        unknown = set(text) - set(ids)
+        if unknown:
+            known = "".join(token for token in self.vocab if len(token) == 1)
+            raise ValueError(f"the vocabulary has no character {min(unknown)!r}; it knows "
+                             f"{known!r}")
         words = split_words(text)
-        parts = {word: list(word) for word in words}
+        parts = {word: tuple(word) for word in words}
         for pair in self.merges:
             parts = {word: merge_pair(split, pair) for word, split in parts.items()}
         return [ids[part] for word in words for part in parts[word]]
@@ -2316,13 +2315,10 @@ class Tokenizer:
 # Printing
 
 WIDTH = 80  # columns of the trace
-# What a terminal that cannot show the character on the left gets instead of it.
-ASCII = str.maketrans({
-    "█": "#", "▓": "*", "▒": "+", "░": ":", "·": ".", "│": "|", "─": "-", "┌": "+", "┐": "+",
-    "└": "+", "┘": "+", "├": "+", "┤": "+", "┬": "+", "┴": "+", "┼": "+", "→": "->", "←": "<-",
-    "␣": "_", "…": "...", "×": "x", "√": "sqrt ", "Σ": "sum ", "Δ": "d", "ᵀ": "^T", "²": "^2",
-    "±": "+-", "≤": "<=", "≥": ">=", "≈": "~", "α": "alpha", "β": "beta", "γ": "gamma",
-    "θ": "theta", "λ": "lambda", "μ": "mu", "σ": "sigma", "τ": "tau", "∞": "inf", "≠": "!=",
+# What an output that cannot show these characters gets: one for one, then several for one.
+ASCII = str.maketrans("█▓▒░·│─┴␣×Δ", "#*+:.|-+_xd") | str.maketrans({
+    "→": "->", "←": "<-", "…": "...", "√": "sqrt ", "Σ": "sum ", "ᵀ": "^T", "²": "^2", "±": "+-",
+    "α": "alpha", "β": "beta", "γ": "gamma",
 })
 
 
@@ -2333,8 +2329,6 @@ def printable(text: str) -> str:
 
 def display_width(text: str) -> int:
     """Return the columns that text takes: East Asian wide characters two, combining marks none."""
-    if text.isascii():
-        return len(text)
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     combining = sum(unicodedata.combining(c) > 0 for c in text)
     return len(text) + wide - combining
@@ -2342,17 +2336,15 @@ def display_width(text: str) -> int:
 
 def bar(value: float, full: float, width: int) -> str:
     """Return a bar of value / full times width characters; a dot for a value too small to draw."""
-    if full <= 0 or value <= 0:
+    if value <= 0:
         return ""
-    return "█" * round(width * min(value / full, 1.0)) or "·"
+    return "█" * round(width * value / full) or "·"
 
 
 def format_cell(value: object, form: str) -> str:
     """Return a value as text: form is a format specification, or a template with braces."""
     if value is None:
         return ""
-    if isinstance(value, str):
-        return value
     return form.format(value) if "{" in form else format(value, form)
 
 
@@ -2363,11 +2355,9 @@ class Trace:
     """
 
     def __init__(self, ascii_only: bool = False, predict: bool = False):
-        encoding = getattr(sys.stdout, "encoding", None) or "ascii"
-        probe = "".join(map(chr, ASCII))
-        self.ascii = ascii_only or probe.encode(encoding, "ignore").decode(encoding) != probe
-        self.colour = (sys.stdout is not None and sys.stdout.isatty()
-                       and "NO_COLOR" not in os.environ
+        encoding = sys.stdout.encoding or "ascii"
+        self.ascii = ascii_only or b"?" in "".join(map(chr, ASCII)).encode(encoding, "replace")
+        self.colour = (sys.stdout.isatty() and "NO_COLOR" not in os.environ
                        and os.environ.get("TERM", "dumb") != "dumb")
         self.predict = predict
         self.listening = sys.stdin is not None and sys.stdin.isatty()  # is there anybody to answer?
@@ -2409,67 +2399,57 @@ class Trace:
         A format is ".1%" or "{:.1f}×". With "bar 20" after it, the number is drawn as well; with
         nothing before that, it is drawn only. The longest bar stands for the largest number in the
         column, or for F in "bar 20 of F". A heading is the field's name with blanks for _, or what
-        is said after " as ". Text goes to the left, numbers to the right; None is an empty cell.
+        is said after " as ". What has a format goes to the right. None is an empty cell.
         """
         printed = []
         for column, form in columns.items():
             field, _, heading = column.partition(" as ")
+            heading = heading or field.replace("_", " ")
             values = [row[field] if isinstance(row, dict) else getattr(row, field) for row in rows]
-            printed += self.table_column(heading or field.replace("_", " "), values, form)
+            form, _, bars = form.partition("bar ")
+            if form or not bars:
+                cells = [format_cell(value, form.strip()) for value in values]
+                printed.append(self.pad([heading, *cells], to_the_right=form != ""))
+                heading = ""
+            if bars:
+                width, _, full = bars.partition(" of ")
+                largest = float(full) if full else max(values, default=0)
+                cells = [bar(value, largest, int(width)) for value in values]
+                printed.append(self.pad([heading, *cells], to_the_right=False))
         for i, cells in enumerate(zip(*printed)):
             self.lines(["  ".join(cells)], "2" if i == 0 else "")
-
-    def table_column(self, heading: str, values: list, form: str) -> list[list[str]]:
-        """Return the cells, heading first and padded, of the numbers and of the bars, if any."""
-        form, _, bars = form.partition("bar ")
-        numbers = [value for value in values if isinstance(value, (int, float))]
-        columns = []
-        if form or not bars:
-            cells = [heading] + [format_cell(value, form.strip()) for value in values]
-            columns.append(self.pad(cells, to_the_right=bool(numbers)))
-            heading = ""
-        if bars:
-            width, _, full = bars.partition(" of ")
-            largest = float(full) if full else max(numbers, default=0)
-            drawn = [bar(value or 0, largest, int(width)) for value in values]
-            columns.append(self.pad([heading] + drawn, to_the_right=False))
-        return columns
 
     def pad(self, cells: list[str], to_the_right: bool) -> list[str]:
         """Return cells filled up with blanks to the same width."""
         cells = [self.plain(cell) for cell in cells]
         width = max(map(display_width, cells))
-        blanks = [" " * (width - display_width(cell)) for cell in cells]
-        if to_the_right:
-            return [blank + cell for cell, blank in zip(cells, blanks)]
-        return [cell + blank for cell, blank in zip(cells, blanks)]
+        padded = []
+        for cell in cells:
+            blanks = " " * (width - display_width(cell))
+            padded.append(blanks + cell if to_the_right else cell + blanks)
+        return padded
 
     def check(self, claim: str, holds: bool, evidence: str) -> None:
         """Print one check: what is claimed, and what was compared. A failure makes the status 1."""
         if holds:
             self.held += 1
-            mark, colour = "ok  ", "32"
+            mark, style = "ok    ", "32"
         else:
             self.failed += 1
-            mark, colour = "FAIL", "1;31"
-        if self.colour:
-            mark = f"\x1b[{colour}m{mark}\x1b[0m"
+            mark, style = "FAIL  ", "1;31"
         if not self.in_checks:
             self.lines([""])
-        first, *others = textwrap.wrap(self.plain(f"{claim} ({evidence})"), WIDTH - 6)
-        self.lines([f"{mark}  {first}"] + ["      " + line for line in others])
+        claim = self.plain(f"{claim} ({evidence})")
+        wrapped = textwrap.wrap(claim, WIDTH, initial_indent=mark, subsequent_indent=" " * 6)
+        self.lines(wrapped, style)
         self.in_checks = True
 
     def check_close(self, claim: str, got: Matrix, expected: Matrix, bound: float) -> None:
         """Check that two matrices have one shape, and differ by less than bound in every place."""
-        if [len(row) for row in got] != [len(row) for row in expected]:
-            self.check(claim, False, "the shapes differ")
-            return
-        gaps = [abs(a - b) for rows in zip(got, expected) for a, b in zip(*rows)]
-        if all(gap < bound for gap in gaps):
-            self.check(claim, True, f"max |Δ| < {bound:.0e}")
-        else:
-            self.check(claim, False, f"max |Δ| = {max(gaps):.1e}; bound {bound:.0e}")
+        close = list(map(len, got)) == list(map(len, expected))
+        for a, b in zip(got, expected):
+            close = close and all(abs(x - y) < bound for x, y in zip(a, b))
+        self.check(claim, close, f"max |Δ| < {bound:.0e}")
 
     def ask(self, question: str, answer: float | str) -> None:
         """With --predict: ask, wait for the reader's answer, show the computed one, and wait again.
@@ -2509,16 +2489,14 @@ class Trace:
 
 
 def is_near(reply: str, answer: float) -> bool:
-    """Return whether reply is a number within a tenth of answer; 33% and 0,33 count as well."""
-    scale = 100 if reply.endswith("%") else 1
-    for comma in ("", "."):  # of thousands, or the decimal comma
-        try:
-            number = float(reply.rstrip("%×x ").replace(",", comma)) / scale
-        except ValueError:
-            continue
-        if abs(number - answer) <= abs(answer) / 10:
-            return True
-    return False
+    """Return whether reply is a number within a tenth of answer; 1,234 and 33% are numbers."""
+    try:
+        number = float(reply.rstrip("%×x ").replace(",", ""))
+    except ValueError:
+        return False
+    if reply.endswith("%"):
+        number /= 100
+    return abs(number - answer) <= abs(answer) / 10
 
 
 # The command line
@@ -2541,22 +2519,11 @@ class OneLineParser(ArgumentParser):
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Return an argparse type: a whole number from low to high."""
+    """Return an argparse type: a whole number from low, which is at least 0, to high."""
     def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not low <= int(text) <= high:
+        if not text.isdecimal() or not low <= int(text) <= high:
             raise ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
         return int(text)
-    return parse
-
-
-def section_numbers(count: int) -> Callable[[str], list[int]]:
-    """Return an argparse type: section numbers with commas between them."""
-    def parse(text: str) -> list[int]:
-        parts = [part.strip() for part in text.split(",")]
-        if not all(re.fullmatch("[0-9]{1,4}", part) and 1 <= int(part) <= count for part in parts):
-            raise ArgumentTypeError(f"must be numbers from 1 to {count} (--list names them), as in "
-                                    f"1,{count}, not {text!r}")
-        return [int(part) for part in parts]
     return parse
 
 
@@ -2565,8 +2532,9 @@ def common_parser(prog: str, description: str, n_sections: int) -> OneLineParser
     parser = OneLineParser(prog=prog, description=description, allow_abbrev=False,
                            formatter_class=lambda prog: HelpFormatter(prog, width=WIDTH))
     parser.add_argument("--list", action="store_true", help="list the sections and stop")
+    number = whole_number(1, n_sections)
     parser.add_argument("--section", metavar="N[,N...]", action="extend",
-                        type=section_numbers(n_sections),
+                        type=lambda text: [number(part) for part in text.split(",")],
                         help="run only these sections (may be repeated)")
     parser.add_argument("--seed", metavar="N", type=whole_number(0, 10**9), default=0,
                         help="seed of all randomness (default 0)")
@@ -2622,16 +2590,18 @@ def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment:
     0: every check held. 1: one failed, or a function is not written yet. 130: Ctrl-C. A reader who
     closes the pipe ends the trace quietly.
     """
+    if sys.stdout is None:
+        return 1  # there is nowhere to print
     try:
         trace = Trace(knobs.ascii, knobs.predict)
         if knobs.list:
             list_sections(trace, sections)
         else:
-            for number in sorted(set(knobs.section or range(1, len(sections) + 1))):
-                run_section(trace, number, sections[number - 1], knobs)
+            for number, section in enumerate(sections, 1):
+                if not knobs.section or number in knobs.section:
+                    run_section(trace, number, section, knobs)
             print_summary(trace, next_experiment)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return 1 if trace.failed or trace.unwritten else 0
     except KeyboardInterrupt:
         return 130

@@ -79,6 +79,7 @@ if sys.version_info < (3, 11):
 
 Vector = list[float]
 Matrix = list[Vector]  # row-major: m[row][column]
+Weights = dict[str, Matrix | Vector]  # of a Llama, under Meta's names
 LogitsFn = Callable[[Sequence[int]], Vector]  # tokens so far -> a score for each possible next one
 Choose = Callable[[Vector], int]              # logits -> the next token: argmax, or sampler(…)
 Candidate = tuple[list[int], float]           # tokens, and the log-probability of the new ones
@@ -2131,9 +2132,8 @@ def draw_tree(lab: DecodingLab, prompt: list[int]) -> list[TreeNode]:
 
 def last_state(llama: Llama, tokens: Sequence[int]) -> Vector:
     """Return the hidden state after the last token, by a plain pass."""
-    model = RecordingLlama(llama.config, llama.weights)
-    model.forward(tokens)
-    return model.inputs["output"][-1]
+    llama.forward(tokens)
+    return llama.inputs["output"][-1]
 
 
 def places_of_guesses(lab: DecodingLab, prompt: list[int]) -> list[int]:
@@ -2422,18 +2422,21 @@ class Config:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return {name of a weight: its shape}."""
         kv_dim = self.n_kv_heads * self.head_dim
+        layer_shapes = {
+            "attention_norm": (self.dim,),
+            "attention.wq": (self.dim, self.dim),
+            "attention.wk": (kv_dim, self.dim),
+            "attention.wv": (kv_dim, self.dim),
+            "attention.wo": (self.dim, self.dim),
+            "ffn_norm": (self.dim,),
+            "feed_forward.w1": (self.hidden_dim, self.dim),
+            "feed_forward.w2": (self.dim, self.hidden_dim),
+            "feed_forward.w3": (self.hidden_dim, self.dim),
+        }
         shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (self.vocab_size, self.dim)}
         for layer in range(self.n_layers):
-            prefix = f"layers.{layer}."
-            shapes[prefix + "attention_norm"] = (self.dim,)
-            shapes[prefix + "attention.wq"] = (self.dim, self.dim)
-            shapes[prefix + "attention.wk"] = (kv_dim, self.dim)
-            shapes[prefix + "attention.wv"] = (kv_dim, self.dim)
-            shapes[prefix + "attention.wo"] = (self.dim, self.dim)
-            shapes[prefix + "ffn_norm"] = (self.dim,)
-            shapes[prefix + "feed_forward.w1"] = (self.hidden_dim, self.dim)
-            shapes[prefix + "feed_forward.w2"] = (self.dim, self.hidden_dim)
-            shapes[prefix + "feed_forward.w3"] = (self.hidden_dim, self.dim)
+            for name, shape in layer_shapes.items():
+                shapes[f"layers.{layer}.{name}"] = shape
         shapes["norm"] = (self.dim,)
         shapes["output"] = (self.vocab_size, self.dim)
         return shapes
@@ -2442,15 +2445,17 @@ class Config:
 class Llama:
     """weights: {name: matrix [out][in] or gain [dim]}, named and shaped as Config.shapes() says.
 
-    Every weight is applied by one of the small methods, so that a subclass can do it differently.
+    inputs: what each operation read in the last forward(), under the operation's name. Of a matrix
+    or a norm that is x, of an attention (q, k, v), of a SwiGLU its two sides. Training needs them.
     """
 
-    def __init__(self, config: Config, weights: dict[str, Matrix | Vector]):
+    def __init__(self, config: Config, weights: Weights):
         for name in config.shapes():
             if name not in weights:
                 raise ValueError(f"weights must have {name!r}")
         self.config = config
         self.weights = weights
+        self.inputs: dict[str, Matrix | tuple] = {}
 
     def forward(
         self,
@@ -2482,31 +2487,26 @@ class Llama:
             k = rope_heads(k, positions, c.n_kv_heads, c.rope_base)
             if cache is not None:
                 k, v = cache.update(layer, k, v)  # now those of all tokens so far
-            attended = self.attend(prefix + "attention", q, k, v, mask)
+            self.inputs[prefix + "attention"] = (q, k, v)
+            attended = attend(q, k, v, c.n_heads, c.n_kv_heads, mask)
             x = add(x, self.linear(prefix + "attention.wo", attended))
             # Feed-forward: every token is worked on by itself.
             h = self.norm(prefix + "ffn_norm", x)
             gate = self.linear(prefix + "feed_forward.w1", h)
             up = self.linear(prefix + "feed_forward.w3", h)
-            hidden = self.gate(prefix + "feed_forward", gate, up)
-            x = add(x, self.linear(prefix + "feed_forward.w2", hidden))
+            self.inputs[prefix + "feed_forward"] = (gate, up)
+            x = add(x, self.linear(prefix + "feed_forward.w2", swiglu(gate, up)))
         return self.linear("output", self.norm("norm", x))
 
     def linear(self, name: str, x: Matrix) -> Matrix:
-        """Apply the matrix of that name."""
+        """Apply the matrix of that name. A subclass may do it differently."""
+        self.inputs[name] = x
         return linear(x, self.weights[name])
 
     def norm(self, name: str, x: Matrix) -> Matrix:
         """Apply the RMSNorm whose gain has that name."""
+        self.inputs[name] = x
         return rms_norm(x, self.weights[name], self.config.norm_eps)
-
-    def attend(self, name: str, q: Matrix, k: Matrix, v: Matrix, mask=None) -> Matrix:
-        """Apply the attention of the layer of that name, which has no weights of its own."""
-        return attend(q, k, v, self.config.n_heads, self.config.n_kv_heads, mask)
-
-    def gate(self, name: str, a: Matrix, b: Matrix) -> Matrix:
-        """Apply the SwiGLU of the layer of that name, which has no weights of its own."""
-        return swiglu(a, b)
 
 
 # The operations of the model
@@ -2558,7 +2558,7 @@ def attend(q: Matrix, k: Matrix, v: Matrix, n_heads: int, n_kv_heads: int, mask=
     values = split_heads(v, n_kv_heads)
     heads = []
     for h, queries in enumerate(split_heads(q, n_heads)):
-        channels = list(zip(*values[h // group]))
+        channels = transpose(values[h // group])
         out = []
         for weights in head_weights(queries, keys[h // group], mask):
             out.append([dot(weights, channel[:len(weights)]) for channel in channels])
@@ -2609,6 +2609,11 @@ def split_heads(x: Matrix, n_heads: int) -> list[Matrix]:
     return [[row[h * head_dim:(h + 1) * head_dim] for row in x] for h in range(n_heads)]
 
 
+def transpose(m: Matrix) -> list[tuple[float, ...]]:
+    """Return m with rows and columns exchanged."""
+    return list(zip(*m))
+
+
 def concat(*blocks: Matrix) -> Matrix:
     """Return the blocks side by side: [n][a], [n][b], … -> [n][a + b + …]."""
     return [list(itertools.chain(*rows)) for rows in zip(*blocks)]
@@ -2628,7 +2633,7 @@ class CachedModel:
     """
 
     def __init__(self, llama: Llama):
-        self.llama = RecordingLlama(llama.config, llama.weights)
+        self.llama = llama
         self.passes = 0
         self.forwards = 0
         self.known: dict[tuple[int, ...], tuple[Vector, Vector]] = {}  # text: logits, hidden state
@@ -2767,7 +2772,7 @@ class DecodingLab:
         return self.clip(tokens, 24)
 
 
-def weights_read(weights: dict[str, Matrix | Vector]) -> int:
+def weights_read(weights: Weights) -> int:
     """Return how many weights a pass reads: all but the embeddings, of which it reads rows."""
     total = 0
     for name, w in weights.items():
@@ -2915,83 +2920,57 @@ def show_token(token: str) -> str:
 
 # Training: skip this on a first reading
 #
-# The forward pass runs on a model that keeps what every operation read. The backward pass goes
+# The forward pass leaves in the model's .inputs what every operation read. The backward pass goes
 # through the operations in the opposite order. Each takes the gradient of its output and returns
 # those of its inputs, for whole matrices at a time, so that all the work is in dot() here as well.
 
 
-class RecordingLlama(Llama):
-    """A Llama that keeps in .inputs what each of its operations read, under the operation's name.
+def backward(model: Llama, tokens: Sequence[int], d_logits: Matrix) -> Weights:
+    """Return {weight: its gradient} after forward(tokens), from the gradient of the logits."""
+    c = model.config
+    inputs = model.inputs
+    gradients: Weights = {}
+    unrotate = [-position for position in range(len(tokens))]
 
-    Of a matrix or a norm that is x, of an attention (q, k, v), of a SwiGLU (a, b).
-    """
+    def linear_back(name: str, d: Matrix) -> Matrix:
+        d_x, gradients[name] = linear_backward(d, inputs[name], model.weights[name])
+        return d_x
 
-    def __init__(self, config: Config, weights: dict[str, Matrix | Vector]):
-        super().__init__(config, weights)
-        self.inputs: dict[str, Matrix | tuple] = {}
+    def norm_back(name: str, d: Matrix) -> Matrix:
+        d_x, gradients[name] = rms_norm_backward(d, inputs[name], model.weights[name], c.norm_eps)
+        return d_x
 
-    def linear(self, name: str, x: Matrix) -> Matrix:
-        self.inputs[name] = x
-        return super().linear(name, x)
-
-    def norm(self, name: str, x: Matrix) -> Matrix:
-        self.inputs[name] = x
-        return super().norm(name, x)
-
-    def attend(self, name: str, q: Matrix, k: Matrix, v: Matrix, mask=None) -> Matrix:
-        self.inputs[name] = (q, k, v)
-        return super().attend(name, q, k, v, mask)
-
-    def gate(self, name: str, a: Matrix, b: Matrix) -> Matrix:
-        self.inputs[name] = (a, b)
-        return super().gate(name, a, b)
-
-    def backward(self, tokens: Sequence[int], d_logits: Matrix) -> dict[str, Matrix | Vector]:
-        """Return {weight: its gradient} after forward(tokens), from the gradient of the logits."""
-        c = self.config
-        gradients: dict[str, Matrix | Vector] = {}
-        unrotate = [-position for position in range(len(tokens))]
-
-        def linear_back(name: str, d: Matrix) -> Matrix:
-            d_x, gradients[name] = linear_backward(d, self.inputs[name], self.weights[name])
-            return d_x
-
-        def norm_back(name: str, d: Matrix) -> Matrix:
-            d_x, gradients[name] = rms_norm_backward(d, self.inputs[name], self.weights[name],
-                                                     c.norm_eps)
-            return d_x
-
-        d = norm_back("norm", linear_back("output", d_logits))
-        for layer in reversed(range(c.n_layers)):
-            prefix = f"layers.{layer}."
-            # Feed-forward: d goes past the block as it is, and through it.
-            d_hidden = linear_back(prefix + "feed_forward.w2", d)
-            d_gate, d_up = swiglu_backward(d_hidden, *self.inputs[prefix + "feed_forward"])
-            d_h = add(linear_back(prefix + "feed_forward.w1", d_gate),
-                      linear_back(prefix + "feed_forward.w3", d_up))
-            d = add(d, norm_back(prefix + "ffn_norm", d_h))
-            # Attention
-            d_attended = linear_back(prefix + "attention.wo", d)
-            d_q, d_k, d_v = attend_backward(d_attended, *self.inputs[prefix + "attention"],
-                                            c.n_heads, c.n_kv_heads)
-            d_q = rope_heads(d_q, unrotate, c.n_heads, c.rope_base)
-            d_k = rope_heads(d_k, unrotate, c.n_kv_heads, c.rope_base)
-            d_h = add(linear_back(prefix + "attention.wq", d_q),
-                      linear_back(prefix + "attention.wk", d_k))
-            d_h = add(d_h, linear_back(prefix + "attention.wv", d_v))
-            d = add(d, norm_back(prefix + "attention_norm", d_h))
-        # A token's gradient goes to its row of the embedding table.
-        d_table = [[0.0] * c.dim for _ in self.weights["tok_embeddings"]]
-        for token, row in zip(tokens, d):
-            d_table[token] = list(map(operator.add, d_table[token], row))
-        gradients["tok_embeddings"] = d_table
-        return gradients
+    d = norm_back("norm", linear_back("output", d_logits))
+    for layer in reversed(range(c.n_layers)):
+        prefix = f"layers.{layer}."
+        # Feed-forward: d goes past the block as it is, and through it.
+        d_hidden = linear_back(prefix + "feed_forward.w2", d)
+        d_gate, d_up = swiglu_backward(d_hidden, *inputs[prefix + "feed_forward"])
+        d_h = add(linear_back(prefix + "feed_forward.w1", d_gate),
+                  linear_back(prefix + "feed_forward.w3", d_up))
+        d = add(d, norm_back(prefix + "ffn_norm", d_h))
+        # Attention
+        d_attended = linear_back(prefix + "attention.wo", d)
+        d_q, d_k, d_v = attend_backward(d_attended, *inputs[prefix + "attention"],
+                                        c.n_heads, c.n_kv_heads)
+        d_q = rope_heads(d_q, unrotate, c.n_heads, c.rope_base)
+        d_k = rope_heads(d_k, unrotate, c.n_kv_heads, c.rope_base)
+        d_h = add(linear_back(prefix + "attention.wq", d_q),
+                  linear_back(prefix + "attention.wk", d_k))
+        d_h = add(d_h, linear_back(prefix + "attention.wv", d_v))
+        d = add(d, norm_back(prefix + "attention_norm", d_h))
+    # A token's gradient goes to its row of the embedding table.
+    d_table = zeros_like(model.weights["tok_embeddings"])
+    for token, row in zip(tokens, d):
+        d_table[token] = list(map(operator.add, d_table[token], row))
+    gradients["tok_embeddings"] = d_table
+    return gradients
 
 
 def linear_backward(d: Matrix, x: Matrix, w: Matrix) -> tuple[Matrix, Matrix]:
     """y = x wᵀ: return dx = d w and dw = dᵀ x."""
-    d_x = linear(d, list(zip(*w)))
-    d_w = linear(list(zip(*d)), list(zip(*x)))
+    d_x = linear(d, transpose(w))
+    d_w = linear(transpose(d), transpose(x))
     return d_x, d_w
 
 
@@ -3020,22 +2999,21 @@ def attend_backward(
     keys = split_heads(k, n_kv_heads)
     values = split_heads(v, n_kv_heads)
     d_queries = []
-    d_keys = [[[0.0] * len(row) for row in head] for head in keys]
-    d_values = [[[0.0] * len(row) for row in head] for head in values]
+    d_keys = [zeros_like(head) for head in keys]
+    d_values = [zeros_like(head) for head in values]
     for h, (queries, d_head) in enumerate(zip(split_heads(q, n_heads), split_heads(d, n_heads))):
         g = h // group
         scale = 1 / math.sqrt(len(queries[0]))
-        p = []
+        # The weights, with zeros for the keys that a query does not see.
+        p = [row + [0.0] * (len(k) - len(row)) for row in head_weights(queries, keys[g])]
         d_s = []
-        for weights, d_row in zip(head_weights(queries, keys[g]), d_head):
-            d_p = [dot(d_row, value) for value in values[g][:len(weights)]]
+        for weights, d_p in zip(p, linear(d_head, values[g])):
             mean = dot(weights, d_p)
-            unseen = [0.0] * (len(k) - len(weights))
-            p.append(weights + unseen)
-            d_s.append([w * (slope - mean) * scale for w, slope in zip(weights, d_p)] + unseen)
-        d_queries.append(linear(d_s, list(zip(*keys[g]))))
-        d_keys[g] = add(d_keys[g], linear(list(zip(*d_s)), list(zip(*queries))))
-        d_values[g] = add(d_values[g], linear(list(zip(*p)), list(zip(*d_head))))
+            d_s.append([w * (slope - mean) * scale for w, slope in zip(weights, d_p)])
+        d_q, d_k = linear_backward(d_s, queries, keys[g])  # S is linear in q, with weights k
+        d_queries.append(d_q)
+        d_keys[g] = add(d_keys[g], d_k)
+        d_values[g] = add(d_values[g], linear(transpose(p), transpose(d_head)))
     return concat(*d_queries), concat(*d_keys), concat(*d_values)
 
 
@@ -3064,42 +3042,40 @@ def cross_entropy(logits: Matrix, targets: Sequence[int]) -> tuple[float, Matrix
 
 
 def loss_and_gradients(
-    config: Config, weights: dict[str, Matrix | Vector], tokens: Sequence[int]
-) -> tuple[float, dict[str, Matrix | Vector]]:
+    config: Config, weights: Weights, tokens: Sequence[int]
+) -> tuple[float, Weights]:
     """Return the mean loss of predicting each token from those before it, and its gradients."""
-    model = RecordingLlama(config, weights)
+    model = Llama(config, weights)
     loss, d_logits = cross_entropy(model.forward(tokens[:-1]), tokens[1:])
-    return loss, model.backward(tokens[:-1], d_logits)
+    return loss, backward(model, tokens[:-1], d_logits)
 
 
 class Adam:
     """Steps scaled by running means of the gradient and of its square (Kingma & Ba 2015)."""
 
-    def __init__(
-        self, weights: dict[str, Matrix | Vector], beta1: float = 0.7, beta2: float = 0.95
-    ):
+    def __init__(self, weights: Weights, beta1: float = 0.7, beta2: float = 0.95):
         self.rows = {name: as_rows(w) for name, w in weights.items()}
-        self.mean = {name: [[0.0] * len(row) for row in rows] for name, rows in self.rows.items()}
-        self.square = {name: [[0.0] * len(row) for row in rows] for name, rows in self.rows.items()}
+        self.mean = {name: zeros_like(rows) for name, rows in self.rows.items()}
+        self.square = {name: zeros_like(rows) for name, rows in self.rows.items()}
         self.beta1 = beta1
         self.beta2 = beta2
         self.steps = 0
 
-    def step(self, gradients: dict[str, Matrix | Vector], learning_rate: float) -> None:
+    def step(self, gradients: Weights, learning_rate: float) -> None:
         """Change the weights, in place."""
         self.steps += 1
-        b1, c1 = self.beta1, 1 - self.beta1
-        b2, c2 = self.beta2, 1 - self.beta2
+        b1 = self.beta1
+        b2 = self.beta2
         # The means start at zero; these undo that.
         rate = learning_rate / (1 - b1 ** self.steps)
         unbias = 1 / (1 - b2 ** self.steps)
         for name, gradient in gradients.items():
             rows = zip(self.rows[name], as_rows(gradient), self.mean[name], self.square[name])
             for w, d, m, v in rows:
-                m[:] = [b1 * mean + c1 * slope for mean, slope in zip(m, d)]
-                v[:] = [b2 * mean + c2 * slope * slope for mean, slope in zip(v, d)]
-                w[:] = [weight - rate * mean / (math.sqrt(square * unbias) + 1e-8)
-                        for weight, mean, square in zip(w, m, v)]
+                for i, slope in enumerate(d):
+                    m[i] = b1 * m[i] + (1 - b1) * slope
+                    v[i] = b2 * v[i] + (1 - b2) * slope * slope
+                    w[i] -= rate * m[i] / (math.sqrt(v[i] * unbias) + 1e-8)
 
 
 def as_rows(w: Matrix | Vector) -> Matrix:
@@ -3107,12 +3083,17 @@ def as_rows(w: Matrix | Vector) -> Matrix:
     return w if isinstance(w[0], list) else [w]
 
 
-def init_weights(config: Config, rng: random.Random) -> dict[str, Matrix | Vector]:
+def zeros_like(m: Matrix) -> Matrix:
+    """Return zeros in the shape of m."""
+    return [[0.0] * len(row) for row in m]
+
+
+def init_weights(config: Config, rng: random.Random) -> Weights:
     """Return first weights: gains 1, embeddings of size 1, matrices of size 1/√in.
 
     Matrices that write to the residual stream get half of that.
     """
-    weights: dict[str, Matrix | Vector] = {}
+    weights: Weights = {}
     for name, shape in config.shapes().items():
         if len(shape) == 1:
             weights[name] = [1.0] * shape[0]
@@ -3198,9 +3179,8 @@ def hidden_batches(llama: Llama, ids: tuple[int, ...]) -> list[tuple[int, Matrix
     """Return (start, hidden states) for every STEP_TOKENS tokens of ids."""
     batches = []
     for start in range(0, len(ids) - STEP_TOKENS // 2, STEP_TOKENS):
-        model = RecordingLlama(llama.config, llama.weights)
-        model.forward(ids[start:start + STEP_TOKENS])
-        batches.append((start, model.inputs["output"]))
+        llama.forward(ids[start:start + STEP_TOKENS])
+        batches.append((start, llama.inputs["output"]))
     return batches
 
 
@@ -3263,7 +3243,7 @@ def split_words(text: str) -> list[str]:
     return re.findall(r" ?\w+| ?[^\w\s]+|\s", text)
 
 
-def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
+def merge_pair(parts: Sequence[str], pair: tuple[str, str]) -> tuple[str, ...]:
     """Return parts with every occurrence of pair joined, from the left."""
     merged: list[str] = []
     for part in parts:
@@ -3271,7 +3251,7 @@ def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
             merged[-1] += part
         else:
             merged.append(part)
-    return merged
+    return tuple(merged)
 
 
 @dataclass(frozen=True)
@@ -3295,21 +3275,20 @@ class Tokenizer:
         if not 0 < len(vocab) <= vocab_size:
             raise ValueError(f"vocab_size must be at least the number of different characters, "
                              f"{len(vocab)}, and the text not empty; got {vocab_size}")
-        word_counts = Counter(split_words(text))
-        parts = {word: list(word) for word in word_counts}
+        words = Counter(map(tuple, split_words(text)))  # {the parts of a word: how often it comes}
         while len(vocab) < vocab_size:
-            pair_counts: Counter[tuple[str, str]] = Counter()
-            for word, count in word_counts.items():
-                for pair in zip(parts[word], parts[word][1:]):
-                    pair_counts[pair] += count
-            if not pair_counts:
+            pairs: Counter[tuple[str, str]] = Counter()
+            for parts, count in words.items():
+                for pair in zip(parts, parts[1:]):
+                    pairs[pair] += count
+            if not pairs:
                 break
             # The most frequent pair; of equally frequent ones, the one that sorts first.
-            best = min(pair_counts, key=lambda pair: (-pair_counts[pair], pair))
+            best = min(pairs, key=lambda pair: (-pairs[pair], pair))
             merges.append(best)
             if "".join(best) not in vocab:
                 vocab.append("".join(best))
-            parts = {word: merge_pair(split, best) for word, split in parts.items()}
+            words = {merge_pair(parts, best): count for parts, count in words.items()}
         return cls(vocab, merges)
 
     def encode(self, text: str) -> list[int]:
@@ -3318,13 +3297,13 @@ class Tokenizer:
         ValueError names a character that the vocabulary does not have.
         """
         ids = {token: i for i, token in enumerate(self.vocab)}
-        for character in text:
-            if character not in ids:
-                known = "".join(token for token in self.vocab if len(token) == 1)
-                raise ValueError(f"the vocabulary has no character {character!r}; it knows "
-                                 f"{known!r}")
+        unknown = set(text) - set(ids)
+        if unknown:
+            known = "".join(token for token in self.vocab if len(token) == 1)
+            raise ValueError(f"the vocabulary has no character {min(unknown)!r}; it knows "
+                             f"{known!r}")
         words = split_words(text)
-        parts = {word: list(word) for word in words}
+        parts = {word: tuple(word) for word in words}
         for pair in self.merges:
             parts = {word: merge_pair(split, pair) for word, split in parts.items()}
         return [ids[part] for word in words for part in parts[word]]
@@ -3337,13 +3316,10 @@ class Tokenizer:
 # Printing
 
 WIDTH = 80  # columns of the trace
-# What a terminal that cannot show the character on the left gets instead of it.
-ASCII = str.maketrans({
-    "█": "#", "▓": "*", "▒": "+", "░": ":", "·": ".", "│": "|", "─": "-", "┌": "+", "┐": "+",
-    "└": "+", "┘": "+", "├": "+", "┤": "+", "┬": "+", "┴": "+", "┼": "+", "→": "->", "←": "<-",
-    "␣": "_", "…": "...", "×": "x", "√": "sqrt ", "Σ": "sum ", "Δ": "d", "ᵀ": "^T", "²": "^2",
-    "±": "+-", "≤": "<=", "≥": ">=", "≈": "~", "α": "alpha", "β": "beta", "γ": "gamma",
-    "θ": "theta", "λ": "lambda", "μ": "mu", "σ": "sigma", "τ": "tau", "∞": "inf", "≠": "!=",
+# What an output that cannot show these characters gets: one for one, then several for one.
+ASCII = str.maketrans("█▓▒░·│─┴␣×Δ", "#*+:.|-+_xd") | str.maketrans({
+    "→": "->", "←": "<-", "…": "...", "√": "sqrt ", "Σ": "sum ", "ᵀ": "^T", "²": "^2", "±": "+-",
+    "α": "alpha", "β": "beta", "γ": "gamma",
 })
 
 
@@ -3354,8 +3330,6 @@ def printable(text: str) -> str:
 
 def display_width(text: str) -> int:
     """Return the columns that text takes: East Asian wide characters two, combining marks none."""
-    if text.isascii():
-        return len(text)
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     combining = sum(unicodedata.combining(c) > 0 for c in text)
     return len(text) + wide - combining
@@ -3363,17 +3337,15 @@ def display_width(text: str) -> int:
 
 def bar(value: float, full: float, width: int) -> str:
     """Return a bar of value / full times width characters; a dot for a value too small to draw."""
-    if full <= 0 or value <= 0:
+    if value <= 0:
         return ""
-    return "█" * round(width * min(value / full, 1.0)) or "·"
+    return "█" * round(width * value / full) or "·"
 
 
 def format_cell(value: object, form: str) -> str:
     """Return a value as text: form is a format specification, or a template with braces."""
     if value is None:
         return ""
-    if isinstance(value, str):
-        return value
     return form.format(value) if "{" in form else format(value, form)
 
 
@@ -3384,11 +3356,9 @@ class Trace:
     """
 
     def __init__(self, ascii_only: bool = False, predict: bool = False):
-        encoding = getattr(sys.stdout, "encoding", None) or "ascii"
-        probe = "".join(map(chr, ASCII))
-        self.ascii = ascii_only or probe.encode(encoding, "ignore").decode(encoding) != probe
-        self.colour = (sys.stdout is not None and sys.stdout.isatty()
-                       and "NO_COLOR" not in os.environ
+        encoding = sys.stdout.encoding or "ascii"
+        self.ascii = ascii_only or b"?" in "".join(map(chr, ASCII)).encode(encoding, "replace")
+        self.colour = (sys.stdout.isatty() and "NO_COLOR" not in os.environ
                        and os.environ.get("TERM", "dumb") != "dumb")
         self.predict = predict
         self.listening = sys.stdin is not None and sys.stdin.isatty()  # is there anybody to answer?
@@ -3430,67 +3400,57 @@ class Trace:
         A format is ".1%" or "{:.1f}×". With "bar 20" after it, the number is drawn as well; with
         nothing before that, it is drawn only. The longest bar stands for the largest number in the
         column, or for F in "bar 20 of F". A heading is the field's name with blanks for _, or what
-        is said after " as ". Text goes to the left, numbers to the right; None is an empty cell.
+        is said after " as ". What has a format goes to the right. None is an empty cell.
         """
         printed = []
         for column, form in columns.items():
             field, _, heading = column.partition(" as ")
+            heading = heading or field.replace("_", " ")
             values = [row[field] if isinstance(row, dict) else getattr(row, field) for row in rows]
-            printed += self.table_column(heading or field.replace("_", " "), values, form)
+            form, _, bars = form.partition("bar ")
+            if form or not bars:
+                cells = [format_cell(value, form.strip()) for value in values]
+                printed.append(self.pad([heading, *cells], to_the_right=form != ""))
+                heading = ""
+            if bars:
+                width, _, full = bars.partition(" of ")
+                largest = float(full) if full else max(values, default=0)
+                cells = [bar(value, largest, int(width)) for value in values]
+                printed.append(self.pad([heading, *cells], to_the_right=False))
         for i, cells in enumerate(zip(*printed)):
             self.lines(["  ".join(cells)], "2" if i == 0 else "")
-
-    def table_column(self, heading: str, values: list, form: str) -> list[list[str]]:
-        """Return the cells, heading first and padded, of the numbers and of the bars, if any."""
-        form, _, bars = form.partition("bar ")
-        numbers = [value for value in values if isinstance(value, (int, float))]
-        columns = []
-        if form or not bars:
-            cells = [heading] + [format_cell(value, form.strip()) for value in values]
-            columns.append(self.pad(cells, to_the_right=bool(numbers)))
-            heading = ""
-        if bars:
-            width, _, full = bars.partition(" of ")
-            largest = float(full) if full else max(numbers, default=0)
-            drawn = [bar(value or 0, largest, int(width)) for value in values]
-            columns.append(self.pad([heading] + drawn, to_the_right=False))
-        return columns
 
     def pad(self, cells: list[str], to_the_right: bool) -> list[str]:
         """Return cells filled up with blanks to the same width."""
         cells = [self.plain(cell) for cell in cells]
         width = max(map(display_width, cells))
-        blanks = [" " * (width - display_width(cell)) for cell in cells]
-        if to_the_right:
-            return [blank + cell for cell, blank in zip(cells, blanks)]
-        return [cell + blank for cell, blank in zip(cells, blanks)]
+        padded = []
+        for cell in cells:
+            blanks = " " * (width - display_width(cell))
+            padded.append(blanks + cell if to_the_right else cell + blanks)
+        return padded
 
     def check(self, claim: str, holds: bool, evidence: str) -> None:
         """Print one check: what is claimed, and what was compared. A failure makes the status 1."""
         if holds:
             self.held += 1
-            mark, colour = "ok  ", "32"
+            mark, style = "ok    ", "32"
         else:
             self.failed += 1
-            mark, colour = "FAIL", "1;31"
-        if self.colour:
-            mark = f"\x1b[{colour}m{mark}\x1b[0m"
+            mark, style = "FAIL  ", "1;31"
         if not self.in_checks:
             self.lines([""])
-        first, *others = textwrap.wrap(self.plain(f"{claim} ({evidence})"), WIDTH - 6)
-        self.lines([f"{mark}  {first}"] + ["      " + line for line in others])
+        claim = self.plain(f"{claim} ({evidence})")
+        wrapped = textwrap.wrap(claim, WIDTH, initial_indent=mark, subsequent_indent=" " * 6)
+        self.lines(wrapped, style)
         self.in_checks = True
 
     def check_close(self, claim: str, got: Matrix, expected: Matrix, bound: float) -> None:
         """Check that two matrices have one shape, and differ by less than bound in every place."""
-        if [len(row) for row in got] != [len(row) for row in expected]:
-            self.check(claim, False, "the shapes differ")
-            return
-        gaps = [abs(a - b) for rows in zip(got, expected) for a, b in zip(*rows)]
-        if all(gap < bound for gap in gaps):
-            self.check(claim, True, f"max |Δ| < {bound:.0e}")
-        else:
-            self.check(claim, False, f"max |Δ| = {max(gaps):.1e}; bound {bound:.0e}")
+        close = list(map(len, got)) == list(map(len, expected))
+        for a, b in zip(got, expected):
+            close = close and all(abs(x - y) < bound for x, y in zip(a, b))
+        self.check(claim, close, f"max |Δ| < {bound:.0e}")
 
     def ask(self, question: str, answer: float | str) -> None:
         """With --predict: ask, wait for the reader's answer, show the computed one, and wait again.
@@ -3530,16 +3490,14 @@ class Trace:
 
 
 def is_near(reply: str, answer: float) -> bool:
-    """Return whether reply is a number within a tenth of answer; 33% and 0,33 count as well."""
-    scale = 100 if reply.endswith("%") else 1
-    for comma in ("", "."):  # of thousands, or the decimal comma
-        try:
-            number = float(reply.rstrip("%×x ").replace(",", comma)) / scale
-        except ValueError:
-            continue
-        if abs(number - answer) <= abs(answer) / 10:
-            return True
-    return False
+    """Return whether reply is a number within a tenth of answer; 1,234 and 33% are numbers."""
+    try:
+        number = float(reply.rstrip("%×x ").replace(",", ""))
+    except ValueError:
+        return False
+    if reply.endswith("%"):
+        number /= 100
+    return abs(number - answer) <= abs(answer) / 10
 
 
 # The command line
@@ -3562,22 +3520,11 @@ class OneLineParser(ArgumentParser):
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Return an argparse type: a whole number from low to high."""
+    """Return an argparse type: a whole number from low, which is at least 0, to high."""
     def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not low <= int(text) <= high:
+        if not text.isdecimal() or not low <= int(text) <= high:
             raise ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
         return int(text)
-    return parse
-
-
-def section_numbers(count: int) -> Callable[[str], list[int]]:
-    """Return an argparse type: section numbers with commas between them."""
-    def parse(text: str) -> list[int]:
-        parts = [part.strip() for part in text.split(",")]
-        if not all(re.fullmatch("[0-9]{1,4}", part) and 1 <= int(part) <= count for part in parts):
-            raise ArgumentTypeError(f"must be numbers from 1 to {count} (--list names them), as in "
-                                    f"1,{count}, not {text!r}")
-        return [int(part) for part in parts]
     return parse
 
 
@@ -3586,8 +3533,9 @@ def common_parser(prog: str, description: str, n_sections: int) -> OneLineParser
     parser = OneLineParser(prog=prog, description=description, allow_abbrev=False,
                            formatter_class=lambda prog: HelpFormatter(prog, width=WIDTH))
     parser.add_argument("--list", action="store_true", help="list the sections and stop")
+    number = whole_number(1, n_sections)
     parser.add_argument("--section", metavar="N[,N...]", action="extend",
-                        type=section_numbers(n_sections),
+                        type=lambda text: [number(part) for part in text.split(",")],
                         help="run only these sections (may be repeated)")
     parser.add_argument("--seed", metavar="N", type=whole_number(0, 10**9), default=0,
                         help="seed of all randomness (default 0)")
@@ -3643,16 +3591,18 @@ def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment:
     0: every check held. 1: one failed, or a function is not written yet. 130: Ctrl-C. A reader who
     closes the pipe ends the trace quietly.
     """
+    if sys.stdout is None:
+        return 1  # there is nowhere to print
     try:
         trace = Trace(knobs.ascii, knobs.predict)
         if knobs.list:
             list_sections(trace, sections)
         else:
-            for number in sorted(set(knobs.section or range(1, len(sections) + 1))):
-                run_section(trace, number, sections[number - 1], knobs)
+            for number, section in enumerate(sections, 1):
+                if not knobs.section or number in knobs.section:
+                    run_section(trace, number, section, knobs)
             print_summary(trace, next_experiment)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return 1 if trace.failed or trace.unwritten else 0
     except KeyboardInterrupt:
         return 130
