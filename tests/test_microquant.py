@@ -1131,16 +1131,15 @@ def test_the_vocabulary_holds_characters_and_words():
     assert set(tokenizer.vocab) == set(rhyme) | {full.vocab[i] for i in full.encode(rhyme)}
 
 
-def test_a_score_is_perplexity_kl_its_error_and_changes(labs):
+def test_a_score_is_perplexity_kl_and_its_error(labs):
     lab = labs(0)
     setting = m.Setting(bits=3)
     got = m.score.__wrapped__(lab, "INT per tensor", setting)  # not from the cache
     compressed, _ = m.compress(lab, "INT per tensor", setting)
-    kls, hits, losses, n = [], 0, 0.0, 0
+    kls, losses, n = [], 0.0, 0
     for line in lab.tokenizer.decode(lab.evaluation).splitlines(keepends=True):
         ids = lab.tokenizer.encode(line)
         p, q = (np.array(model.forward(ids[:-1])) for model in (lab.model, compressed))
-        hits += (p.argmax(1) != q.argmax(1)).sum()
         p, q = (np.exp(z) / np.exp(z).sum(1, keepdims=True) for z in (p, q))
         kls.append((p * np.log(p / q)).sum(1))
         losses -= np.log(q[range(len(q)), ids[1:]]).sum()
@@ -1148,7 +1147,6 @@ def test_a_score_is_perplexity_kl_its_error_and_changes(labs):
     mean = np.concatenate(kls).mean()
     assert got.kl == pytest.approx(mean, rel=1e-9)
     assert got.perplexity == pytest.approx(math.exp(losses / n), rel=1e-9)
-    assert got.changed == hits / n > 0
     residuals = np.array([kl.sum() - mean * len(kl) for kl in kls])
     v = len(kls)
     assert got.error == pytest.approx(math.sqrt((residuals**2).sum() * v / (v - 1)) / n, rel=1e-9)
@@ -1157,8 +1155,8 @@ def test_a_score_is_perplexity_kl_its_error_and_changes(labs):
 
 def test_a_tie_is_a_difference_of_two_errors_verse_by_verse(labs):
     score = m.score(labs(0), "INT per tensor")
-    assert len(score.verses) == 6  # T_95 is Student's t for so many
-    assert abs(m.T_95 - 2.5706) < 0.001
+    assert len(score.verses) == 5  # T_95 is Student's t for so many
+    assert abs(m.T_95 - 2.776) < 0.01
 
     def moved_by(*sums):
         return score._replace(verses=[(a + b, n) for (a, n), b in zip(score.verses, sums)])
@@ -1168,7 +1166,7 @@ def test_a_tie_is_a_difference_of_two_errors_verse_by_verse(labs):
     assert m.compare(score, worse) == "is better than"
     assert m.compare(worse, score) == "is worse than"
     # One verse alone worse, by any amount: a tie.
-    assert m.compare(score, moved_by(1.0, *[0.0] * 5)) == "is in a tie with"
+    assert m.compare(score, moved_by(1.0, *[0.0] * 4)) == "is in a tie with"
     mean, error = m.mean_and_error([(1.0, 2), (4.0, 2)])
     assert mean == 5 / 4
     assert error == pytest.approx(math.sqrt((1.5 ** 2 + 1.5 ** 2) * 2) / 4, rel=1e-12)
@@ -1297,33 +1295,30 @@ def test_findings_without_training(seed, labs):
         return m.score(lab, method, m.Setting(**setting)).kl
 
     least, model, silent, guessing = m.compare_losses(lab)
-    assert least.loss < model.loss - 0.2 and silent.loss > model.loss + 0.2
+    assert least.loss < model.loss - 0.2 and silent.loss > model.loss + 0.1
     assert model.loss < guessing.loss / 3
     nearest = kl("INT in groups")
-    assert 1.65 * nearest < kl("INT per tensor") < 3.05 * nearest  # "1.7 to 3.0 times"
-    assert kl("INT per channel") > nearest
+    assert 1.65 * nearest < kl("INT per tensor") < 4.45 * nearest  # "1.7 to 4.4 times"
+    assert kl("INT per channel") > nearest / 1.15
     assert kl("INT per channel", bits=8) < nearest / 150
-    assert kl("GPTQ") < nearest / 1.2
-    assert kl("GPTQ act-order") < nearest / 5
-    assert kl("GPTQ one token") > 2.5 * kl("GPTQ")
-    assert kl("AWQ") < nearest / 3.5
-    assert kl("column by inputs") < nearest / 1.4
+    assert kl("GPTQ") < nearest / 1.7
+    assert kl("GPTQ act-order") < min(nearest / 4.5, kl("GPTQ") / 1.4)
+    assert kl("GPTQ one token") > 1.2 * nearest
+    assert kl("AWQ") < nearest / 4
+    assert kl("column by inputs") < nearest / 1.8
     for by in ("chance", "weights"):
         assert nearest / 1.06 < kl(f"column by {by}") < 1.06 * nearest
-    mixed = kl("mixed bits") / nearest
-    assert 1.35 < mixed < 1.45 if seed == 0 else 0.5 < mixed < 0.75
-    started = kl("INT asymmetric")
-    assert (kl("HQQ") > started) == (seed < 2)
+    assert 0.35 * nearest < kl("mixed bits") < 0.85 * nearest  # "0.4 to 0.8 times"
+    assert (kl("HQQ") > kl("INT asymmetric")) == (seed == 3)
     kmeans = kl("k-means")
     assert kmeans < kl("INT per tensor") / 2
-    assert kl("SqueezeLLM") < kl("k-means weighted") / 1.05
-    assert 0.43 * kmeans < kl("SqueezeLLM") < 0.93 * kmeans
+    assert 0.445 * kmeans < kl("SqueezeLLM") < 0.985 * kmeans  # "0.45 to 0.98 times"
     dynamic = kl("INT8 dynamic")
-    assert kl("INT8 static") > 3 * dynamic
+    assert kl("INT8 static") > 2.5 * dynamic
     assert kl("LLM.int8()") < dynamic / 20
     ends = [kl("SmoothQuant", alpha=alpha) for alpha in (0.0, 1.0)]
     inside = kl("SmoothQuant", alpha=0.5)
-    assert inside < dynamic / 6 and inside < min(ends) / 1.2 and max(ends) < dynamic / 2
+    assert inside < dynamic / 10 and inside < min(ends) / 1.3 and max(ends) < dynamic / 2
 
 
 @SEEDS
@@ -1332,10 +1327,10 @@ def test_findings_with_training(seed, labs):
     lab = labs(seed)
     before, nf4, full, lora, qlora = m.compare_fine_tuning(lab)
     assert max(full.loss, lora.loss, qlora.loss) < before.loss - 0.5
-    assert 0.97 * full.loss < qlora.loss < 1.26 * full.loss
+    assert 0.86 * full.loss < qlora.loss < 1.23 * full.loss
     untrained = min(m.score(lab, "b1.58").kl, m.score(lab, "b1.58 least squares").kl)
-    assert m.score(lab, "b1.58 trained").kl < untrained / 1.3
-    assert m.score(lab, "BitNet").kl > 3 * untrained
+    assert m.score(lab, "b1.58 trained").kl < untrained / 1.15
+    assert m.score(lab, "BitNet").kl > 1.6 * untrained
 
 
 @pytest.mark.parametrize("way", m.RATES)
@@ -1347,7 +1342,7 @@ def test_rates_are_the_best_on_the_validation_text(way, labs):
 
     chosen = m.RATES[way]
     less, best, more = (np.mean([validation_loss(labs(seed), rate) for seed in range(5)])
-                        for rate in (chosen / 1.5, chosen, chosen * 4 / 3))
+                        for rate in (chosen / 1.5, chosen, chosen * 1.35))
     assert best < less + 0.01 and best < more + 0.01
 
 
