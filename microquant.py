@@ -1760,8 +1760,8 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
     trace.say("The model, rounded to nearest; the embedding and the norms stay in FP16. KL: how "
               "far its predictions moved from those of the model in FP32, with the standard "
               "error (±) over the verses. (A perplexity can also fall by luck.) Two KLs are "
-              f"compared verse by verse. Where their difference is less than {T_95} of its standard "
-              "errors, other verses might turn it round, and it is called a tie.")
+              f"compared verse by verse. Where their difference is less than {T_95} of its "
+              "standard errors, other verses might turn it round, and it is called a tie.")
     int8, q4_0 = score(lab, "INT per channel", Setting(bits=8)), score(lab, "Q4_0")
     trace.table([int8, tensor, channel, group, q4_0], SCORES)
     trace.say(f"A scale per channel {compare(channel, tensor)} one per tensor. A scale per group "
