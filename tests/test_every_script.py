@@ -740,6 +740,18 @@ def test_a_table_without_rows_has_its_heading(module, capsys):
     assert printed_table(module, capsys, [], {"a": "", "b_c": "d"}) == ["a  b c"]
 
 
+@pytest.mark.parametrize("got, holds", [
+    ([[1.0, 2.0], [3.0]], True), ([[1.0, 2.0], [3.0 + 5e-7]], True),
+    ([[1.0, 2.0], [3.0 + 2e-6]], False), ([[1.0, 2.0], [float("nan")]], False),
+    ([[1.0, 2.0]], False), ([[1.0, 2.0], [3.0, 4.0]], False)])
+def test_check_close_compares_shapes_and_every_number(module, got, holds, capsys):
+    trace = module.Trace()
+    trace.check_close("the same", got, [[1.0, 2.0], [3.0]], 1e-6)
+    assert (trace.held, trace.failed) == (holds, not holds)
+    mark = "ok    " if holds else "FAIL  "
+    assert capsys.readouterr().out.startswith(f"\n{mark}the same (max |")
+
+
 @pytest.mark.parametrize("reply, answer, near", [
     ("33", 33, True), ("33%", 0.33, True), ("1,234", 1234, True), ("33%", 33, False),
     ("5.3×", 5.3, True), ("36", 33, True), ("37", 33, False), ("", 0, False), ("many", 3, False),
