@@ -26,6 +26,7 @@ from tests.tools.exercise import (
     taken_out_before,
     techniques,
 )
+from tests.tools.grading import line_for
 from tests.tools.importing import problem_of
 
 EXERCISE = ROOT / "tests" / "tools" / "exercise.py"
@@ -542,6 +543,16 @@ def test_one_broken_script_does_not_stop_the_others(tmp_path):
     assert f"\n{tmp_path}/microflash.py line {line}: SyntaxError: invalid syntax\n" in report
     assert re.search(r"/microkv\.py line \d+: SystemExit: it ends Python", report)
     assert "\nnot yet  alibi_slopes: not there: your file has no function alibi_slopes; " in report
+    line = deleted[:start].rstrip().count("\n") + 2  # below what stands above it
+    assert f"\nNext: write alibi_slopes, {tmp_path}/microattention.py line {line}.\n" in report
+
+
+def test_the_line_where_a_missing_definition_belongs():
+    original = 'X = 1\ndef f():\n    1\n\nclass A:\n    """A."""\n    def g(self):\n        1\n'
+    without_g = original[:original.index("    def g")] + "    x = 1\n"
+    assert line_for("A.g", without_g, original) == 7
+    assert line_for("A.g", "X = 1\ndef f():\n    1\n", original) == 4
+    assert line_for("f", "X = 1\n", original) == 1
 
 
 def test_what_else_was_changed_is_named_if_tests_fail_for_it(tmp_path):
