@@ -131,13 +131,17 @@ def ignore_the_words_of_refusals():
 def pytest_xdist_make_scheduler(config, log):
     """Keep on one worker the tests of a file, or those that name the same script.
 
-    What is expensive, such as the whole trace of a script, is then made only once.
+    What is expensive, such as the whole trace of a script, is then made only once. The tests of the
+    exercises share nothing, so each may go to any worker. xdist starts the largest groups first:
+    those single tests come last, and keep both workers busy to the end.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByScript(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file, _, test = nodeid.partition("::")
+            if file.endswith("test_exercise.py"):
+                return nodeid
             script = next((name for name in NAMES if name in test), "")
             return file + script
 
