@@ -32,9 +32,9 @@ CHEAP = {
     "microkv": "2,8",
     "microflash": "1,2",
     "microquant": "3,4",
-    "microbeam": "1,2",
+    "microbeam": "2,5",
 }
-CHEAPER = {"microbeam": ["--steps", "2", "--max-new-tokens", "6"]}
+CHEAPER = {"microbeam": ["--steps", "1", "--max-new-tokens", "6"]}
 # A change that a check of these sections must notice.
 BREAKAGE = {
     "microattention": ("return [e / total for e", "return [e / total + 1e-3 for e"),
@@ -90,25 +90,40 @@ def cheap_trace(script, *arguments):
     return run(script, *cheap(script), *arguments)
 
 
-@pytest.fixture(autouse=True)
-def train_little(monkeypatch):
-    """Where a script runs inside this process, train each model once, and for a few steps.
+# Where a script runs inside this process, its models, texts and samples are smaller, because what
+# every check holds for is any model and any number of texts. Whole traces have them in full size.
+SMALLER = {
+    "microkv": {"SIZES": dict(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=16)},
+    "microquant": {"TRAINING": (8, 40, 0.02), "TERNARY_STEPS": 2, "EVALUATION_TOKENS": 40,
+                   "AWQ_TOKENS": 24},
+    "microbeam": {
+        "TARGET": {"dim": 8, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 8},
+        "DRAFT": {"dim": 4, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 4},
+        "REPEAT_TOKENS": 12, "FILTER_PLACES": 16, "SAMPLED_TEXTS": 3, "BEAM_TEXTS": 2,
+        "BEAM_TOKENS": 8, "EXACT_PASSES": 40, "PAY_TEXTS": 4, "COMPARED_TEXTS": 2,
+        "COMPARED_TOKENS": 8,
+    },
+}
 
-    What every check holds for is any model.
+
+@pytest.fixture(autouse=True)
+def run_small(monkeypatch):
+    """Where a script runs inside this process, make it small, and train its models for few steps.
     """
     for script in SCRIPTS:
         module = __import__(script.stem)
-        for name, value in little_training(module).items():
-            monkeypatch.setattr(module, name, value)
+        small = SMALLER.get(script.stem, {}) | little_training(module)
+        for name, value in small.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
 
 
 @functools.cache
 def little_training(module):
-    """Return {name: value} of what is replaced in a script so that it trains little."""
-    if hasattr(module, "build_lab"):  # a cache of its own, apart from the fully trained labs
-        steps, length, rate = module.TRAINING
-        return {"TRAINING": (min(steps, 8), length, rate),
-                "build_lab": functools.cache(module.build_lab.__wrapped__)}
+    """Return {name: function} of what is replaced in a script so that it trains little, and once.
+    """
+    if hasattr(module, "build_lab"):  # with a cache of its own, apart from the full-size labs
+        return {"build_lab": functools.cache(module.build_lab.__wrapped__)}
     if hasattr(module, "train"):
         return {"train": remembered(module.train)}
     return {}
@@ -134,6 +149,12 @@ def broken_copy(script, folder, old, new):
     copy = folder / script.name
     copy.write_text(text.replace(old, new), encoding="utf-8")
     return copy
+
+
+@each_script
+def test_what_is_made_smaller_is_there(script):
+    for name in SMALLER.get(script.stem, {}):
+        assert hasattr(__import__(script.stem), name)
 
 
 # The source

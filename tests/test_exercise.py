@@ -20,12 +20,14 @@ from tests.tools.exercise import (
     listed_tests,
     names_that_main_needs,
     papers,
+    parsed,
     sections,
     source_of,
     taken_out,
     taken_out_before,
     techniques,
 )
+from tests.tools.grading import line_for
 from tests.tools.importing import problem_of
 
 EXERCISE = ROOT / "tests" / "tools" / "exercise.py"
@@ -57,12 +59,17 @@ def make(*arguments, cwd=ROOT):
 
 def functions_and_methods(text):
     """Return {name or Class.name: node} of all functions and methods of a script."""
-    return functions_of(ast.parse(text))
+    return functions_of(parsed(text))
+
+
+def text_of(node, text):
+    """Return the lines of a function or method in the script with this text."""
+    return text.splitlines()[node.lineno - 1:node.end_lineno]
 
 
 def docstrings(text):
     """Return the docstrings of a script, and of its classes, functions and methods."""
-    tree = ast.parse(text)
+    tree = parsed(text)
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     documented = [tree, *classes, *functions_and_methods(text).values()]
     return [ast.get_docstring(node) for node in documented]
@@ -152,7 +159,7 @@ def test_what_the_sections_name_on_the_first_floor_is_an_exercise(name):
     first_floor = floors(source)["THE TECHNIQUES"]
     exercises = {technique.name for technique in techniques(source)}
     named = {function for _, functions in sections(source) for function in functions}
-    named -= names_that_main_needs(ast.parse(source))
+    named -= names_that_main_needs(parsed(source))
     for function, node in functions_and_methods(source).items():
         if function in named and node.lineno in first_floor:
             assert function in exercises
@@ -174,7 +181,7 @@ def test_an_exercise_takes_out_the_techniques_and_nothing_else(name):
         if function in names:
             assert code_of(after[function]) == f"raise NotImplementedError('{function}')"
         else:
-            assert code_of(after[function]) == code_of(before[function])
+            assert text_of(after[function], exercise) == text_of(before[function], original)
     assert docstrings(exercise) == docstrings(original)
     assert comments(exercise) == comments(original)
 
@@ -338,7 +345,8 @@ def test_the_list_ends_quietly_where_nobody_reads_it():
     lines = run("bash", "-c", f'"{sys.executable}" "{EXERCISE}" --list | head -1')
     assert lines.stdout.startswith("microattention.py")
     assert lines.stderr == ""
-    full = run("bash", "-c", f'"{sys.executable}" "{EXERCISE}" --list > /dev/full')
+    list_one = f'"{sys.executable}" "{EXERCISE}" --list microattention'
+    full = run("bash", "-c", f"{list_one} > /dev/full")
     assert full.returncode == 1
     assert full.stderr == "exercise.py: cannot print: No space left on device\n"
 
@@ -542,6 +550,16 @@ def test_one_broken_script_does_not_stop_the_others(tmp_path):
     assert f"\n{tmp_path}/microflash.py line {line}: SyntaxError: invalid syntax\n" in report
     assert re.search(r"/microkv\.py line \d+: SystemExit: it ends Python", report)
     assert "\nnot yet  alibi_slopes: not there: your file has no function alibi_slopes; " in report
+    line = deleted[:start].rstrip().count("\n") + 2  # below what stands above it
+    assert f"\nNext: write alibi_slopes, {tmp_path}/microattention.py line {line}.\n" in report
+
+
+def test_the_line_where_a_missing_definition_belongs():
+    original = 'X = 1\ndef f():\n    1\n\nclass A:\n    """A."""\n    def g(self):\n        1\n'
+    without_g = original[:original.index("    def g")] + "    x = 1\n"
+    assert line_for("A.g", without_g, original) == 7
+    assert line_for("A.g", "X = 1\ndef f():\n    1\n", original) == 4
+    assert line_for("f", "X = 1\n", original) == 1
 
 
 def test_what_else_was_changed_is_named_if_tests_fail_for_it(tmp_path):

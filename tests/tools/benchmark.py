@@ -290,41 +290,48 @@ def measure_whole_scripts() -> None:
         print_row(f"{name}.py, whole", f"{seconds:.1f} s", f"peak {megabytes:.0f} MB")
 
 
-def measure_training(floor: float, length: int = 32, scalar_length: int = 8) -> None:
-    """Print the time of a step of training on length tokens, and that of a graph of scalars.
+def measure_training(floor: float) -> None:
+    """Print the time of a step of training on texts of some lengths, and by a graph of scalars.
 
-    The graph of scalars gets scalar_length tokens, as it is slow.
+    A token of a longer text takes more time, because it attends to more tokens. The graph of
+    scalars gets the shortest text, as it is slow.
     """
     tokenizer = microkv.Tokenizer.train(microkv.TEXT, microkv.VOCAB_SIZE)
     ids = tokenizer.encode(microkv.TEXT)
-    tokens = ids[:length + 1]
     config = microkv.Config(len(tokenizer.vocab), **microkv.SIZES)
     weights = microkv.init_weights(config, random.Random(0))
     n_parameters = sum(map(math.prod, config.shapes().values()))
 
-    _, gradients = matrix_step(config, weights, tokens)
-    adam = microkv.Adam(weights)
-    step = best(lambda: matrix_step(config, weights, tokens), 15)
-    update = best(lambda: adam.step(gradients, 0.0), 15)
-    work = multiply_adds(microkv, lambda: matrix_step(config, weights, tokens))
-    per_parameter = step / length / n_parameters
-    print_row(f"gradients of a Llama of {n_parameters:,} parameters",
-              f"{per_parameter * 1e6:.3f} µs", "a token and parameter", step / work / floor)
-    print_row(f"  the optimizer, once in {length} tokens",
-              f"{update / length / n_parameters * 1e6:.3f} µs", "a token and parameter")
+    print(f"training a Llama of {n_parameters:,} parameters, a token and parameter:")
+    measured = {}
+    for length in (8, 32, 128):
+        measured[length] = measure_step(config, weights, ids[:length + 1])
+        seconds, work = measured[length]
+        print_row(f"  gradients, a text of {length} tokens",
+                  f"{seconds / length / n_parameters * 1e6:.3f} µs", "", seconds / work / floor)
 
-    tokens = ids[:scalar_length + 1]
+    tokens = ids[:9]
+    seconds, work = measured[8]
     start = time.process_time()
     _, scalar_gradients = scalar_step(config, weights, tokens)
     scalar_seconds = time.process_time() - start
     _, gradients = matrix_step(config, weights, tokens)
-    scalar_per_parameter = scalar_seconds / scalar_length / n_parameters
-    scalar_work = work * scalar_length / length
-    print_row("  as a graph of scalars", f"{scalar_per_parameter * 1e6:.3f} µs",
-              f"{scalar_per_parameter / per_parameter:.0f} times as long",
-              scalar_seconds / scalar_work / floor)
+    print_row("  by a graph of scalars, a text of 8 tokens",
+              f"{scalar_seconds / 8 / n_parameters * 1e6:.3f} µs",
+              f"{scalar_seconds / seconds:.0f} times as long", scalar_seconds / work / floor)
     print_row("  the two agree: gradients differ by",
               f"{largest_gap(gradients, scalar_gradients):.0e}")
+
+    adam = microkv.Adam(weights)
+    update = best(lambda: adam.step(gradients, 0.0), 15)
+    print_row("  the optimizer, once a step", f"{update * 1e3:.1f} ms")
+
+
+def measure_step(config, weights, tokens) -> tuple[float, int]:
+    """Return the seconds and the multiply-adds of the gradients on a text."""
+    seconds = best(lambda: matrix_step(config, weights, tokens), 15)
+    work = multiply_adds(microkv, lambda: matrix_step(config, weights, tokens))
+    return seconds, work
 
 
 def attention_by_zip(q, k, v):

@@ -131,13 +131,17 @@ def ignore_the_words_of_refusals():
 def pytest_xdist_make_scheduler(config, log):
     """Keep on one worker the tests of a file, or those that name the same script.
 
-    What is expensive, such as the whole trace of a script, is then made only once.
+    What is expensive, such as the whole trace of a script, is then made only once. The tests of the
+    exercises share nothing, so each may go to any worker. xdist starts the largest groups first:
+    those single tests come last, and keep both workers busy to the end.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByScript(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file, _, test = nodeid.partition("::")
+            if file.endswith("test_exercise.py"):
+                return nodeid
             script = next((name for name in NAMES if name in test), "")
             return file + script
 
@@ -171,7 +175,7 @@ class Grade:
     def __init__(self, script, name, state, line):
         self.script = script
         self.name = name
-        self.line = line           # of its definition in the learner's file
+        self.line = line           # of its definition in the learner's file, or where it belongs
         self.state = state         # "written", "not written", "missing" or "the original's"
         self.n_tests = 0           # that call it
         self.failures = []
@@ -262,7 +266,10 @@ class Grader:
                 state = "the original's"
             else:
                 continue
-            line = learners_functions[name].lineno if name in learners_functions else 1
+            if state == "missing":
+                line = line_for(name, source, original_source)
+            else:
+                line = learners_functions[name].lineno
             self.grades[script, name] = Grade(script, name, state, line)
 
         module = imported(script, path, functools.partial(self.followed, script))
@@ -593,6 +600,31 @@ def defined_in(module, technique):
     exec(compiled(tree, str(ROOT / f"{module.__name__}.py")), vars(module), found)
     value = found[technique.node.name]
     return value.fget if is_property(technique.node) else value
+
+
+def line_for(name, source, original):
+    """Return the line of a learner's file where a function or method that is missing belongs.
+
+    It is the line below the nearest definition that stands above it in the original and is still
+    in the learner's file, or line 1 if there is none.
+    """
+    still_there = last_lines(source)
+    above = itertools.takewhile(lambda other: other != name, last_lines(original))
+    kept = [still_there[other] for other in above if other in still_there]
+    return kept[-1] + 1 if kept else 1
+
+
+def last_lines(source):
+    """Return {name or Class.name: its last line} of a script; of a class, that of its docstring."""
+    found = {}
+    for node in parsed(source).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = node.end_lineno
+        elif isinstance(node, ast.ClassDef):
+            found[node.name] = node.body[0].end_lineno
+            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            found |= {f"{node.name}.{method.name}": method.end_lineno for method in methods}
+    return found
 
 
 def other_changes(source, original):
