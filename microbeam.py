@@ -2210,22 +2210,28 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
 # 9. EAGLE
 
 
-def eagle_guesses(lab: DecodingLab, prompt: list[int]) -> list[int]:
-    """Return EAGLE's guess after the prompt and each token of the vocabulary."""
+def eagle_chains(lab: DecodingLab, prompt: list[int], next_tokens: list[int]) -> list[list[int]]:
+    """Return EAGLE's two guesses after the prompt and each of these tokens."""
     target = lab.fresh_target()
     target(prompt)
-    return [eagle_draft(target, lab.eagle, [*prompt, token], 1)[0] for token in range(VOCAB_SIZE)]
+    return [eagle_draft(target, lab.eagle, [*prompt, token], 2) for token in next_tokens]
 
 
-def eagle_guesses_by_formula(lab: DecodingLab, prompt: list[int]) -> list[int]:
+def eagle_chains_by_formula(
+    lab: DecodingLab, prompt: list[int], next_tokens: list[int]
+) -> list[list[int]]:
     """Return the same by the section's formula, number by number, from a plain pass."""
-    f = last_state(lab.target, prompt)
-    guesses = []
-    for embedding in lab.target.weights["tok_embeddings"]:
-        z = [dot(row, f + embedding) for row in lab.eagle["w1"]]
-        state = [a + b * sigmoid(b) for a, b in zip(f, z)]
-        guesses.append(argmax([dot(row, state) for row in lab.eagle["w2"]]))
-    return guesses
+    embeddings = lab.target.weights["tok_embeddings"]
+    chains = []
+    for token in next_tokens:
+        f = last_state(lab.target, prompt)
+        chain = [token]
+        for _ in range(2):
+            z = [dot(row, f + embeddings[chain[-1]]) for row in lab.eagle["w1"]]
+            f = [a + b * sigmoid(b) for a, b in zip(f, z)]
+            chain.append(argmax([dot(row, f) for row in lab.eagle["w2"]]))
+        chains.append(chain[1:])
+    return chains
 
 
 def show_eagle(trace: Trace, knobs: Namespace) -> None:
@@ -2245,10 +2251,11 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
               "c counts the output matrix that Medusa and EAGLE read for every guess. Here that "
               "is most of what they read, and in a large model a small part, so the speed-ups here "
               "do not carry over.")
-    guesses = eagle_guesses(lab, knobs.tokens)
-    trace.check("EAGLE's guess after every token that may have been chosen = the formula's",
-                guesses == eagle_guesses_by_formula(lab, knobs.tokens),
-                f"{len(guesses)} tokens, {len(set(guesses))} different guesses")
+    next_tokens = likeliest(lab.target.forward(knobs.tokens)[-1], 12)
+    chains = eagle_chains(lab, knobs.tokens, next_tokens)
+    trace.check("EAGLE's two guesses after each likely token are the formula's",
+                chains == eagle_chains_by_formula(lab, knobs.tokens, next_tokens),
+                f"{len(chains)} tokens, {len(set(map(tuple, chains)))} different pairs")
 
 
 # 10. Jacobi and lookahead decoding
@@ -2275,6 +2282,11 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
               f"{saving(lookahead, plain)}. Lookahead reads {lookahead.nodes:.0f} nodes for a "
               f"token and rolls back {lookahead.rolled_back:.0%} of them: it lives on idle "
               "arithmetic.")
+    [(first_pass, _)] = lookahead_greedy(lab.fresh_target(), lab.prompts[0], 1)[1].rounds
+    a, b, c, d = lab.prompts[0]
+    trace.check("both rows of the first window are the prompt, over again",
+                first_pass == [a, a, b, b, c, c, d, d, a, a],
+                "its columns: a a, b b, c c, d d, a a")
 
 
 # 11. Text with a shape
