@@ -95,16 +95,16 @@ TYPICAL_P = 0.5       # probability kept, most typical tokens first
 BEAM_WIDTH = 4        # candidates kept by beam search
 LENGTH_PENALTY = 1.0  # score = log-probability / length^this
 GAMMA = 4             # tokens drafted before each pass of the target
-STEPS = 44            # of training the target; three quarters of it for everything that drafts
+STEPS = 42            # of training the target; three quarters of it for everything that drafts
 MAX_PROMPT = 64       # tokens of the longest prompt accepted
 
 # How much the experiments look at. (The reader's knobs change the rest.)
 FILTER_PLACES = 64    # of the rhyme, where the filters are compared
 DRAWS = 1000          # of the toy, counted
 EXACT_PASSES = 150    # after which exact search gives up
-PAY_TEXTS = 16        # drawn to see what drafting brings
-COMPARED_TEXTS = 4    # written in sections 7 to 10 ...
-COMPARED_TOKENS = 16  # ... and their length
+PAY_TEXTS = 12        # drawn to see what drafting brings
+COMPARED_TEXTS = 6    # written in sections 7 to 10 ...
+COMPARED_TOKENS = 12  # ... and their length
 CONTEXT = "This is the rat that ate the malt that lay in the house that Jack built.\n"
 
 # =============================================================================================
@@ -915,16 +915,18 @@ def verify_tree(
     tokens: Sequence[int],
     paths: Sequence[Sequence[int]],
     choose: Choose = argmax,
-) -> tuple[list[int], dict[tuple[int, ...], Vector]]:
-    """Return, from one pass, the target's own tokens as far as a path foresaw, and one more.
+) -> tuple[list[int], list[int], dict[tuple[int, ...], Vector]]:
+    """Return, from one pass, the guesses of all nodes, and what was found with them.
 
-    Also {text: logits after it} of all nodes.
+    That is the target's own tokens as far as a path foresaw, and one more. Also {text: logits after
+    it} of all nodes.
     """
     text = tuple(tokens)
     rows = target.read([text, *((*text, *path) for path in paths)])
+    guesses = [node[-1] for node in rows if len(node) > len(tokens)]
     while text in rows:
         text = (*text, choose(rows[text]))
-    return list(text[len(tokens):]), rows
+    return guesses, list(text[len(tokens):]), rows
 
 
 def medusa_greedy(
@@ -943,15 +945,10 @@ def medusa_greedy(
     """
     def one_round(tokens: list[int], room: int) -> tuple[list[int], list[int]]:
         paths = medusa_paths(target, heads, tops, tokens)
-        found, rows = verify_tree(target, tokens, paths, choose)
-        return nodes_after(tokens, rows), found
+        guesses, found, _ = verify_tree(target, tokens, paths, choose)
+        return guesses, found
 
     return in_rounds(one_round, prompt, max_new_tokens, eos)
-
-
-def nodes_after(tokens: Sequence[int], texts: Sequence[tuple[int, ...]]) -> list[int]:
-    """Return the last token of every text that is longer than tokens: the nodes of the tree."""
-    return [text[-1] for text in texts if len(text) > len(tokens)]
 
 
 # 9. EAGLE
@@ -1040,13 +1037,13 @@ def lookahead_greedy(
         # Row 1 is a chain after the text; under each of its tokens hangs the rest of its column.
         columns = [[*rows[0][:j], *column] for j, column in enumerate(zip(*rows))]
         grams = pool.get(tokens[-1], [])[-verified:]
-        found, logits = verify_tree(target, tokens, columns + grams, choose)
+        guesses, found, logits = verify_tree(target, tokens, columns + grams, choose)
         renewed = [argmax(logits[*tokens, *column]) for column in columns]
         for first, *rest in zip(*rows, renewed):
             others = [gram for gram in pool.get(first, []) if gram != rest]
             pool[first] = [*others, rest]
         rows[:] = [*rows[1:], renewed]
-        return nodes_after(tokens, logits), found
+        return guesses, found
 
     return in_rounds(one_round, prompt, max_new_tokens, eos)
 
@@ -1148,10 +1145,12 @@ class ToyText(NamedTuple):
 
 def toy_texts() -> list[ToyText]:
     """Return all texts of two words with their probabilities; greedy's and the best are marked."""
-    chances = text_probabilities(model_of(TOY), TOY_PROMPT, 2)
-    marks = {max(chances, key=chances.get): "← best"}
-    marks[tuple(greedy(model_of(TOY), TOY_PROMPT, 2))] = "← greedy"
-    return [ToyText(letters(text), p, marks.get(text, "")) for text, p in chances.items()]
+    rows = []
+    for a, b in itertools.product(range(3), repeat=2):
+        rows.append(ToyText(letters((a, b)), TOY[()][a] * TOY[a,][b], ""))
+    best = max(rows, key=lambda row: row.p).text
+    marks = {best: "← best", letters(greedy(model_of(TOY), TOY_PROMPT, 2)): "← greedy"}
+    return [row._replace(mark=marks.get(row.text, "")) for row in rows]
 
 
 def show_greedy(trace: Trace, knobs: Namespace) -> None:
@@ -1184,13 +1183,21 @@ def show_greedy(trace: Trace, knobs: Namespace) -> None:
 # 2. Shaping the distribution
 
 
-def filters_of(knobs: Namespace) -> dict[str, dict[str, float]]:
-    """Return {name: setting of distribution()} of the four filters."""
+def settings_of(knobs: Namespace) -> dict[str, dict[str, float]]:
+    """Return {name: setting of distribution()}: four filters, and two with a temperature."""
+    top_p = {"top_p": knobs.top_p}
+    min_p = {"min_p": knobs.min_p}
+    first = {"temperature": 5.0}
+    last = {"temperature": 5.0, "temperature_last": True}
     return {
         f"top-k {knobs.top_k}": {"top_k": knobs.top_k},
-        f"top-p {knobs.top_p:g}": {"top_p": knobs.top_p},
-        f"min-p {knobs.min_p:g}": {"min_p": knobs.min_p},
+        f"top-p {knobs.top_p:g}": top_p,
+        f"min-p {knobs.min_p:g}": min_p,
         f"typical {TYPICAL_P:g}": {"typical_p": TYPICAL_P},
+        f"t 5, then top-p {knobs.top_p:g}": first | top_p,
+        f"top-p {knobs.top_p:g}, then t 5": last | top_p,
+        f"t 5, then min-p {knobs.min_p:g}": first | min_p,
+        f"min-p {knobs.min_p:g}, then t 5": last | min_p,
     }
 
 
@@ -1202,16 +1209,6 @@ def compare_shapes(
     shaped = {name: distribution(logits, **setting) for name, setting in settings.items()}
     return [{"token": lab.name(i)} | {name: p[i] for name, p in shaped.items()}
             for i in likeliest(logits, n)]
-
-
-def with_temperature(filters: dict[str, dict[str, float]], t: float) -> dict[str, dict[str, float]]:
-    """Return top-p and min-p, each with the temperature before it and after it."""
-    settings = {}
-    for name in list(filters)[1:3]:
-        settings[f"t {t:g}, then {name}"] = {"temperature": t, **filters[name]}
-        settings[f"{name}, then t {t:g}"] = {"temperature": t, "temperature_last": True,
-                                             **filters[name]}
-    return settings
 
 
 class Kept(NamedTuple):
@@ -1250,20 +1247,21 @@ def kept_by_hand() -> list[int]:
 def show_filters(trace: Trace, knobs: Namespace) -> None:
     """Each filter on one distribution and over many places, with and without a temperature."""
     lab = knobs.lab
-    filters = filters_of(knobs)
-    settings = {"as is": {}, "t 0.5": {"temperature": 0.5}, "t 2": {"temperature": 2.0}, **filters}
-    shapes = compare_shapes(lab, knobs.tokens, settings, 9)
-    most = max(max(row[name] for name in settings) for row in shapes)
+    settings = settings_of(knobs)
+    drawn = {"as is": {}, "t 0.5": {"temperature": 0.5}, "t 2": {"temperature": 2.0},
+             **dict(list(settings.items())[:4])}
+    shapes = compare_shapes(lab, knobs.tokens, drawn, 9)
+    most = max(max(row[name] for name in drawn) for row in shapes)
     trace.say("A filter removes unlikely tokens before one is drawn. Top-k keeps the k likeliest; "
               "top-p the likeliest that have probability p together; min-p those with at least "
               "min-p times the best one's probability; typical those whose surprise is nearest to "
               "the mean surprise. A temperature t below 1 sharpens, above 1 flattens.")
     trace.say(f"What may follow {lab.tail(knobs.tokens)!r}:")
     trace.table(shapes, {"token": "", "as is": f".2f bar 6 of {most}"}
-                | dict.fromkeys(list(settings)[1:], f"bar 7 of {most}"))
+                | dict.fromkeys(list(drawn)[1:], f"bar 7 of {most}"))
 
     rows = lab.target.forward(lab.ids[-FILTER_PLACES:])
-    kept = count_kept(rows, filters | with_temperature(filters, 5.0))
+    kept = count_kept(rows, settings)
     top_k, top_p, min_p, typical, p_after_t, p_before_t, min_p_after_t, min_p_before_t = kept
     trace.ask(f"Over {len(rows)} places of the rhyme, how many tokens does top-p {knobs.top_p:g} "
               "keep where it keeps fewest?", top_p.fewest)
@@ -1302,29 +1300,16 @@ def check_filters(trace: Trace) -> None:
 # 3. Sampling done right
 
 
-class ToyShare(NamedTuple):
-    """How often one text of the toy comes."""
+def compare_shares(seed: int) -> list[dict]:
+    """Return how often each text of section 1's toy comes: by product, enumerated, and counted."""
+    def run(rng: random.Random | EveryBranch) -> str:
+        return letters(sample(model_of(TOY), TOY_PROMPT, 2, rng=rng))
 
-    text: str
-    product: float     # of its words' probabilities
-    enumerated: float  # over every branch of sample()
-    counted: float     # share of DRAWS
-
-
-def compare_shares(seed: int) -> list[ToyShare]:
-    """Return how often each text of two words of section 1's toy comes, found in three ways."""
     rng = random.Random(seed)
-
-    def run(rng: random.Random | EveryBranch) -> tuple[int, ...]:
-        return tuple(sample(model_of(TOY), TOY_PROMPT, 2, rng=rng))
-
-    enumerated = every_outcome(run)
     counts = Counter(run(rng) for _ in range(DRAWS))
-    rows = []
-    for a, b in itertools.product(range(3), repeat=2):
-        product = TOY[()][a] * TOY[a,][b]
-        rows.append(ToyShare(letters((a, b)), product, enumerated[a, b], counts[a, b] / DRAWS))
-    return rows
+    enumerated = every_outcome(run)
+    return [{"text": row.text, "product": row.p, "enumerated": enumerated[row.text],
+             "counted": counts[row.text] / DRAWS} for row in toy_texts()]
 
 
 def show_sampling(trace: Trace, knobs: Namespace) -> None:
@@ -1338,18 +1323,18 @@ def show_sampling(trace: Trace, knobs: Namespace) -> None:
     }
     trace.say("To sample is to draw the next token by its probability, reshaped or not. One text "
               "each, as an illustration:")
-    target = lab.fresh_target()
+    target = CachedModel(lab.target)
     for name, setting in ways.items():
         tokens = sample(target, knobs.tokens, 14, rng=random.Random(lab.seed), **setting)
         trace.lines(quoted(f"{name}: " + lab.tokenizer.decode([*knobs.tokens, *tokens])))
     rows = compare_shares(lab.seed)
     trace.ask(f"In section 1's toy a text has probability 0.2. About how often does it come in "
-              f"{DRAWS:,} draws?", round(rows[0].counted * DRAWS))
+              f"{DRAWS:,} draws?", round(rows[0]["counted"] * DRAWS))
     trace.say("Is a sampler right? Section 1's toy has nine texts. The probability of each is a "
               f"product. Counting {DRAWS:,} draws comes near it. Taking every branch of sample(), "
               "with its probability, and adding up is exact.")
     trace.table(rows, {"text": "", "product": ".4f", "enumerated": ".4f", "counted": ".4f"})
-    gap = max(abs(row.enumerated - row.product) for row in rows)
+    gap = max(abs(row["enumerated"] - row["product"]) for row in rows)
     trace.check("enumerated, sample() gives each text its product of probabilities", gap < 1e-12,
                 f"{len(rows)} texts, max |Δ| < 1e-12")
 
@@ -1383,7 +1368,7 @@ def toy_beam(language: Language, n: int, width: int, **options) -> ToyBeam:
 
 def beam_steps(lab: DecodingLab, prompt: list[int], width: int, n: int) -> list[dict]:
     """Return the texts kept at each step, and the best one that is dropped."""
-    target = lab.fresh_target()
+    target = CachedModel(lab.target)
     beams: list[Candidate] = [(prompt, 0.0)]
     rows = []
     for step in range(1, n + 1):
@@ -1410,7 +1395,7 @@ def compare_with_exact(
     lab: DecodingLab, prompts: Sequence[list[int]], widths: Sequence[int], n: int
 ) -> list[SearchRow]:
     """Return a row per width, and one for exact search, of the prompts where it settles."""
-    target = lab.fresh_target()
+    target = CachedModel(lab.target)
     exact = [exact_search(target, prompt, n, eos=lab.eos, max_passes=EXACT_PASSES)
              for prompt in prompts]
     found = {"exact": [candidate for candidate in exact if candidate]}
@@ -1436,7 +1421,7 @@ def compare_length_penalties(
     lab: DecodingLab, prompt: list[int], n: int, width: int, penalties: Sequence[float]
 ) -> list[dict]:
     """Return the best text of a beam for each length penalty."""
-    target = lab.fresh_target()
+    target = CachedModel(lab.target)
     rows = []
     for penalty in penalties:
         [(tokens, _), *_] = beam_search(target, prompt, n, width=width, length_penalty=penalty,
@@ -1449,7 +1434,7 @@ def compare_length_penalties(
 
 def compare_diversity(lab: DecodingLab, prompts: Sequence[list[int]], n: int) -> list[dict]:
     """Return the variety of the four best texts of a beam, and of four diverse beams."""
-    target = lab.fresh_target()
+    target = CachedModel(lab.target)
     best_four = [beam_search(target, prompt, n, width=4, length_penalty=0.0) for prompt in prompts]
     diverse = [diverse_beam_search(target, prompt, n, groups=4, diversity=2.0)
                for prompt in prompts]
@@ -1485,11 +1470,11 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
     lab = knobs.lab
     n = knobs.max_new_tokens
     prompts = [knobs.tokens, *lab.prompts[3:5]]
-    rows = compare_with_exact(lab, prompts, (1, 4, 8), n)
+    rows = compare_with_exact(lab, prompts, (1, 2, 4), n)
     one = rows[-3]
-    eight = rows[-1]
-    shorter = compare_words(eight.tokens, one.tokens, "longer than", "shorter than", "as long as")
-    trace.ask("A text may end with its verse. Are the likeliest texts that width 8 finds longer or "
+    four = rows[-1]
+    shorter = compare_words(four.tokens, one.tokens, "longer than", "shorter than", "as long as")
+    trace.ask("A text may end with its verse. Are the likeliest texts that width 4 finds longer or "
               "shorter than greedy's?", shorter.split()[0])
     trace.say(f"Now a text may end with its verse, or has {n} tokens. The likeliest text (length "
               f"penalty 0), means over {len(prompts)} prompts. \"Exact\" is the likeliest of all, "
@@ -1497,7 +1482,7 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
     trace.table(rows, {"search": "", "log_p": ".2f", "tokens": ".1f", "texts as texts read": ".0f",
                        "not_best as not the best": "d"})
     trace.note("not the best: prompts where exact search found a likelier text")
-    trace.say(f"The texts of width 8 are {shorter} those of width 1, on average. Every token "
+    trace.say(f"The texts of width 4 are {shorter} those of width 1, on average. Every token "
               "costs, so a short text that ends can be the likeliest, whether it is wanted or not. "
               f"The length penalty decides what best means. After {lab.tail(knobs.tokens)!r}, "
               f"width {knobs.width}:")
@@ -1508,7 +1493,7 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
               "prompts; different pairs: of neighbours, as a share of all pairs in the four.")
     trace.table(compare_diversity(lab, prompts, 8),
                 {"texts of": "", "different pairs": ".2f", "log p": ".2f"})
-    [(tokens, _)] = beam_search(lab.fresh_target(), knobs.tokens, n, width=1, eos=lab.eos)
+    [(tokens, _)] = beam_search(CachedModel(lab.target), knobs.tokens, n, width=1, eos=lab.eos)
     trace.check("width 1 is greedy", is_greedy(lab.target, knobs.tokens, tokens),
                 f"{len(tokens)} tokens, one plain pass")
 
@@ -1613,8 +1598,8 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
     """Greedy, with the guesses marked, and the rule drawn on one distribution."""
     lab = knobs.lab
     n = knobs.max_new_tokens
-    target = lab.fresh_target()
-    tokens, counts = speculative_greedy(target, lab.fresh_draft(), knobs.tokens, n,
+    target = CachedModel(lab.target)
+    tokens, counts = speculative_greedy(target, CachedModel(lab.draft), knobs.tokens, n,
                                         gamma=knobs.gamma)
     wrong = sum(kept < len(guesses) for guesses, kept in counts.rounds)
     trace.say(f"A small draft model guesses {knobs.gamma} tokens, and the target checks them all "
@@ -1718,8 +1703,8 @@ def measure_payoff(
     lab: DecodingLab, n_texts: int, n: int, gammas: Sequence[int]
 ) -> tuple[list[PayRow], float]:
     """Draw texts of n tokens; return what each gamma brings on them, and α, their mean chance."""
-    target = lab.fresh_target()
-    draft = lab.fresh_draft()
+    target = CachedModel(lab.target)
+    draft = CachedModel(lab.draft)
     rng = random.Random(lab.seed)
     texts = []
     for i in range(n_texts):
@@ -1813,7 +1798,7 @@ def decode(
         return medusa_greedy(target, lab.medusa, prompt, n, tops=(1, 1))
     if way == "lookahead":
         return lookahead_greedy(target, prompt, n)
-    guess = partial(greedy, lab.fresh_draft())
+    guess = partial(greedy, CachedModel(lab.draft))
     if way == "prompt lookup":
         guess = prompt_lookup
     elif way == "EAGLE":
@@ -1821,34 +1806,31 @@ def decode(
     return speculate(target, guess, prompt, n, gamma=gamma)
 
 
-def compare_ways(
-    lab: DecodingLab, ways: Sequence[str], prompts: Sequence[list[int]], n: int, gamma: int
-) -> list[Way]:
-    """Return a row per way. One plain pass over each text checks that it is the target's own."""
-    rows = []
-    for way in ways:
-        runs = []
-        right = 0
-        for prompt in prompts:
-            target = lab.fresh_target()
-            target(prompt[:-1])  # prefill, for all alike: the first pass has a state to guess from
-            tokens, counts = decode(lab, way, target, prompt, n, gamma)
-            runs.append(counts)
-            # The cache holds the prompt, the guesses, and what each pass put, but for the last.
-            read = len(prompt) + counts.drafted + counts.target_passes - 1
-            right += (len(tokens) == n and is_greedy(lab.target, prompt, tokens)
-                      and len(target.known) == read)
-        per_text = [counts.target_passes for counts in runs]
-        passes = sum(per_text)
-        guessed = sum(counts.drafted for counts in runs)
-        nodes = guessed + passes - len(prompts)
-        wrong = guessed - sum(counts.accepted for counts in runs)
-        # The two heads of the tree run once a pass, however many nodes there are.
-        price = lab.cost(way) * (2 * passes if way == "Medusa, tree" else guessed)
-        total = n * len(prompts)
-        rows.append(Way(way, lab.cost(way), fmean(per_text), nodes / total, wrong / max(1, nodes),
-                        total / (passes + price), per_text, right))
-    return rows
+def measure_way(
+    lab: DecodingLab, way: str, prompts: Sequence[list[int]], n: int, gamma: int
+) -> Way:
+    """Decode n tokens after each prompt. A plain pass over each text checks it is the target's."""
+    runs = []
+    right = 0
+    for prompt in prompts:
+        target = CachedModel(lab.target)
+        target(prompt[:-1])  # prefill, for all alike: the first pass has a state to guess from
+        tokens, counts = decode(lab, way, target, prompt, n, gamma)
+        runs.append(counts)
+        # The cache holds the prompt, the guesses, and what each pass put, but for the last.
+        read = len(prompt) + counts.drafted + counts.target_passes - 1
+        right += (len(tokens) == n and is_greedy(lab.target, prompt, tokens)
+                  and len(target.known) == read)
+    per_text = [counts.target_passes for counts in runs]
+    passes = sum(per_text)
+    guessed = sum(counts.drafted for counts in runs)
+    wrong = guessed - sum(counts.accepted for counts in runs)
+    nodes = guessed + passes - len(prompts)
+    # The two heads of the tree run once a pass, however many nodes there are.
+    price = lab.cost(way) * (2 * passes if way == "Medusa, tree" else guessed)
+    total = n * len(prompts)
+    return Way(way, lab.cost(way), fmean(per_text), nodes / total, wrong / max(1, nodes),
+               total / (passes + price), per_text, right)
 
 
 def fewer_passes(row: Way, other: Way) -> str:
@@ -1881,17 +1863,17 @@ def show_prompt_lookup(trace: Trace, knobs: Namespace) -> None:
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
     prompts = [lab.tokenizer.encode(CONTEXT) + prompt for prompt in lab.prompts[:COMPARED_TEXTS]]
-    rows = compare_ways(lab, ["prompt lookup", "a smaller Llama"], prompts, n, knobs.gamma)
-    lookup, smaller = rows
+    lookup = measure_way(lab, "prompt lookup", prompts, n, knobs.gamma)
+    smaller = measure_way(lab, "a smaller Llama", prompts, n, knobs.gamma)
     trace.say("Guesses need no model: prompt lookup copies what followed the same words when they "
               f"last came. Gamma {knobs.gamma}, {len(prompts)} greedy texts of {n} tokens. Each "
               "comes after a verse about the rat, so that there is something to look up. The "
               "prompt has been read before the passes are counted.")
     trace.ask("Which is faster, prompt lookup or a smaller Llama?",
-              max(rows, key=lambda row: row.speed_up).way)
-    show_ways(trace, rows, n, f"{fewer_passes(smaller, lookup)}. Only the Llama's guesses "
-              "have a price. A rhyme that repeats its clauses is the best case of prompt lookup; "
-              "of text that says new things this shows nothing.")
+              max(lookup, smaller, key=lambda row: row.speed_up).way)
+    show_ways(trace, [lookup, smaller], n, f"{fewer_passes(smaller, lookup)}. Only the Llama's "
+              "guesses have a price. A rhyme that repeats its clauses is the best case of prompt "
+              "lookup; of text that says new things this shows nothing.")
     found = [prompt_lookup([7, 1, 2, 3, 8, 2, 3], 2), prompt_lookup([5, 6, 5], 1)]
     trace.check("by hand: what followed 2 3, and what followed 5", found == [[8, 2], [6]],
                 "8 2, and 6")
@@ -1912,9 +1894,9 @@ class TreeNode(NamedTuple):
 
 def draw_tree(lab: DecodingLab, prompt: list[int]) -> list[TreeNode]:
     """Return the tree of the pass after the one that reads the prompt."""
-    target = lab.fresh_target()
+    target = CachedModel(lab.target)
     text = (*prompt, argmax(target(prompt)))
-    found, rows = verify_tree(target, text, medusa_paths(target, lab.medusa, (3, 2), text))
+    _, found, rows = verify_tree(target, text, medusa_paths(target, lab.medusa, (3, 2), text))
     nodes = [node for node in rows if len(node) >= len(text)]
     drawn = []
     for i, (node, mask) in enumerate(zip(nodes, tree_mask(nodes, nodes))):
@@ -1934,18 +1916,17 @@ def last_state(llama: Llama, tokens: Sequence[int]) -> Vector:
 
 def head_sees_last_state(lab: DecodingLab, prompt: list[int]) -> bool:
     """Return whether head 1's guesses are its likeliest by the state of a plain pass."""
-    target = lab.fresh_target()
+    target = CachedModel(lab.target)
     target(prompt)
     text = [*prompt, 0]  # any token: the heads do not see it
     guesses = {first for first, _ in medusa_paths(target, lab.medusa, (3, 2), text)}
     [logits] = medusa_head([last_state(lab.target, prompt)], lab.medusa[0])
-    worst = min(logits[guess] for guess in guesses)
-    return len(guesses) == 3 == sum(value >= worst for value in logits)
+    return sorted(logits[guess] for guess in guesses) == sorted(logits)[-3:]
 
 
 def tree_gap(lab: DecodingLab, nodes: Sequence[tuple[int, ...]]) -> float:
     """Read these texts as a tree in one pass; return the largest gap to each text read alone."""
-    rows = lab.fresh_target().read(nodes)
+    rows = CachedModel(lab.target).read(nodes)
     gaps = []
     for node in nodes:
         gaps += [abs(a - b) for a, b in zip(rows[node], lab.target.forward(node)[-1])]
@@ -1955,7 +1936,7 @@ def tree_gap(lab: DecodingLab, nodes: Sequence[tuple[int, ...]]) -> float:
 def sampled_tree_gap(lab: DecodingLab, prompt: list[int], n: int) -> float:
     """Enumerate Medusa's tree sampling with top-k 2; return the largest gap to plain sampling."""
     def by_tree(rng: EveryBranch) -> tuple[list[int], Counts]:
-        target = lab.fresh_target()
+        target = CachedModel(lab.target)
         target(prompt[:-1])  # so that the first round has a tree
         return medusa_greedy(target, lab.medusa, prompt, n, choose=sampler(rng, top_k=2))
 
@@ -1981,13 +1962,14 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
     indices = "".join(str(node.node) for node in nodes)
     trace.table(nodes, {"node": "d", "token": "", "position": "d", f"sees as {indices}": "",
                         "kept": ""})
-    rows = compare_ways(lab, ["Medusa, chain", "Medusa, tree"], lab.prompts[:COMPARED_TEXTS], n, 2)
-    chain, tree = rows
+    chain = measure_way(lab, "Medusa, chain", lab.prompts[:COMPARED_TEXTS], n, 2)
+    tree = measure_way(lab, "Medusa, tree", lab.prompts[:COMPARED_TEXTS], n, 2)
     trace.say(f"Measured on {COMPARED_TEXTS} texts of {n} tokens. The prompt has been read before "
               "the passes are counted. The chain has the best guess of each head and no other.")
-    show_ways(trace, rows, n, f"{fewer_passes(tree, chain)}. For a token of the text they read "
-              f"{tree.nodes:.1f} and {chain.nodes:.1f} nodes. On a busy server the nodes are the "
-              "price. (A head reads its own output matrix for each guess; that is in c.)")
+    show_ways(trace, [chain, tree], n, f"{fewer_passes(tree, chain)}. For a token of the text the "
+              f"tree reads {tree.nodes:.1f} nodes, and the chain {chain.nodes:.1f}. On a busy "
+              "server the nodes are the price. (A head reads its own output matrix for each guess; "
+              "that is in c.)")
     a = knobs.tokens[-1]
     paths = [(a,), (a, lab.eos), (a, lab.eos, a), (a, a), (lab.eos,), (lab.eos, a)]
     trace.check("a tree read in one pass with its text = each path alone, without a cache",
@@ -2019,8 +2001,8 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
     """EAGLE's guesses against Medusa's and the small Llama's."""
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
-    rows = compare_ways(lab, ["Medusa, chain", "EAGLE", "a smaller Llama"],
-                        lab.prompts[:COMPARED_TEXTS], n, 2)
+    rows = [measure_way(lab, way, lab.prompts[:COMPARED_TEXTS], n, 2)
+            for way in ("Medusa, chain", "EAGLE", "a smaller Llama")]
     medusa, eagle, smaller = rows
     trace.say("EAGLE guesses the next hidden state from the last one and from the token just "
               "chosen, which Medusa's heads do not know. Chains of two guesses, "
@@ -2032,7 +2014,7 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
               "c counts the output matrix that Medusa and EAGLE read for every guess. Here that "
               "is most of what they read, and in a large model a small part, so the speed-ups here "
               "do not carry over.")
-    target = lab.fresh_target()
+    target = CachedModel(lab.target)
     target(knobs.tokens)
     chosen = likeliest(lab.target.forward(knobs.tokens)[-1], 12)
     chains = [eagle_guesses(target, lab.eagle, [*knobs.tokens, token], 2) for token in chosen]
@@ -2047,19 +2029,18 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
 def show_lookahead(trace: Trace, knobs: Namespace) -> None:
     """The passes that lookahead takes, and its first window."""
     lab = knobs.lab
-    n = min(knobs.max_new_tokens, COMPARED_TOKENS)
-    rows = compare_ways(lab, ["lookahead"], lab.prompts[:COMPARED_TEXTS], n, 4)
-    [lookahead] = rows
+    n = min(knobs.max_new_tokens, 2 * COMPARED_TOKENS)  # its pool has to fill first
+    lookahead = measure_way(lab, "lookahead", lab.prompts[:COMPARED_TEXTS // 2], n, 0)
     trace.say("Without any draft: a window of guesses is renewed by each pass, and what the target "
               "strings together there goes into a pool, from which it is guessed when its first "
-              f"token comes. Nothing is trained. {COMPARED_TEXTS} texts of {n} tokens after a "
-              "prompt that has been read:")
+              f"token comes. Nothing is trained. {len(lookahead.per_text)} texts of {n} tokens "
+              "after a prompt that has been read:")
     trace.ask(f"For {n} tokens greedy takes {n} passes. And lookahead, on average?",
               lookahead.passes)
-    show_ways(trace, rows, n, f"lookahead saves {n - lookahead.passes:.1f} of {n} passes on "
+    show_ways(trace, [lookahead], n, f"lookahead saves {n - lookahead.passes:.1f} of {n} passes on "
               f"average. It reads {lookahead.nodes:.0f} nodes for a token and rolls back "
               f"{lookahead.rolled_back:.0%} of them: it lives on idle arithmetic.")
-    [(first_pass, _)] = lookahead_greedy(lab.fresh_target(), lab.prompts[0], 1)[1].rounds
+    [(first_pass, _)] = lookahead_greedy(CachedModel(lab.target), lab.prompts[0], 1)[1].rounds
     a, b, c, d = lab.prompts[0]
     trace.check("both rows of the first window are the prompt, over again",
                 first_pass == [a, a, b, b, c, c, d, d, a, a],
@@ -2083,7 +2064,7 @@ ANIMALS: Grammar = {
 
 def force_texts(lab: DecodingLab, prompt: list[int], n: int, n_drawn: int) -> list[str]:
     """Return what greedy and n_drawn samples write in the shape of STORY, if it ends in time."""
-    forced = constrain(lab.fresh_target(), lab.tokenizer.vocab, STORY, len(prompt), lab.eos)
+    forced = constrain(CachedModel(lab.target), lab.tokenizer.vocab, STORY, len(prompt), lab.eos)
     rng = random.Random(lab.seed)
     texts = [greedy(forced, prompt, n, eos=lab.eos)]
     texts += [sample(forced, prompt, n, rng=rng, eos=lab.eos) for _ in range(n_drawn)]
@@ -2109,7 +2090,7 @@ class Distortion(NamedTuple):
 
 def measure_distortion(lab: DecodingLab, prompt: list[int], grammar: Grammar) -> Distortion:
     """Enumerate every way to write the grammar's texts, under the mask and under the model."""
-    target = lab.fresh_target()
+    target = CachedModel(lab.target)
     forced = constrain(target, lab.tokenizer.vocab, grammar, len(prompt), lab.eos)
     by_tokens = every_outcome(lambda rng: tuple(sample(forced, prompt, 64, rng=rng, eos=lab.eos)))
     local: Counter[str] = Counter()
@@ -2149,7 +2130,7 @@ def show_constrained(trace: Trace, knobs: Namespace) -> None:
     trace.check("what was forced matches, says Python's re",
                 all(re.fullmatch(STORY_RE, text) for text in texts)
                 and [row.text for row in found.rows] == ["cat that", "cow that", "rat that"],
-                f"{len(texts)} texts, and {found.ways} ways to write {len(found.rows)}")
+                f"{len(texts)} + {len(found.rows)} texts")
     trace.check("the mask loses no text: the probabilities under it sum to 1",
                 abs(sum(row.local for row in found.rows) - 1) < 1e-12, "|Δ| < 1e-12")
 
@@ -2492,14 +2473,6 @@ class DecodingLab:
     def eagle(self) -> Head:
         """EAGLE's head on the target."""
         return train_head(self.target, self.ids, 2, self.draft_steps, sees_next=True)
-
-    def fresh_target(self) -> CachedModel:
-        """Return the target with nothing read yet."""
-        return CachedModel(self.target)
-
-    def fresh_draft(self) -> CachedModel:
-        """Return the smaller model with nothing read yet."""
-        return CachedModel(self.draft)
 
     def cost(self, way: str) -> float:
         """Return what a guess costs, in passes of the target: weights read, as a share of its."""
