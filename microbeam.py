@@ -187,8 +187,8 @@ def argmax(logits: Vector) -> int:
 # choose from the model's own distribution and the temperature reshapes what they kept.
 #
 # Penalties come first of all and look at the tokens that were there already. The repetition penalty
-# divides their logits (or multiplies those below 0), once. Presence and frequency, from OpenAI's
-# API, subtract: once, and once per time.
+# divides their logits (or multiplies those below 0), once. The penalties of OpenAI's API subtract:
+# logit - presence - frequency · times it was there.
 #
 # When to use which: top-p near 0.9 or min-p near 0.1, with a temperature up to 1, is common.
 # Whether min-p is the better of the two is disputed (both papers are above).
@@ -286,16 +286,6 @@ def repetition_penalty(logits: Vector, tokens: Sequence[int], penalty: float) ->
             penalised[token] = logits[token] * penalty
         else:
             penalised[token] = logits[token] / penalty
-    return penalised
-
-
-def count_penalty(
-    logits: Vector, tokens: Sequence[int], presence: float = 0.0, frequency: float = 0.0
-) -> Vector:
-    """Return logits less `presence` if the token was there, and less `frequency` per time."""
-    penalised = list(logits)
-    for token, count in Counter(tokens).items():
-        penalised[token] -= presence + frequency * count
     return penalised
 
 
@@ -1290,11 +1280,10 @@ def check_filters(trace: Trace) -> None:
                 "four equal tokens, by top-p 0.5 and 0.75, and min-p 1",
                 kept == [1, 5, 2, 1, 4, 2, 3, 4], " ".join(map(str, kept)))
     logits = [2.0, -2.0, 1.0]
-    trace.check("by hand: temperature 2, repetition penalty 2, presence 0.5 with frequency 0.25",
+    trace.check("by hand: temperature 2, and repetition penalty 2 for the first two tokens",
                 apply_temperature(logits, 2.0) == [1.0, -1.0, 0.5]
-                and repetition_penalty(logits, [0, 1, 1], 2.0) == [1.0, -4.0, 1.0]
-                and count_penalty(logits, [0, 1, 1], 0.5, 0.25) == [1.25, -3.0, 1.0],
-                "logits 2, -2, 1; the tokens came once, twice and never")
+                and repetition_penalty(logits, [0, 1, 1], 2.0) == [1.0, -4.0, 1.0],
+                "logits 2, -2, 1")
 
 
 # 3. Sampling done right
@@ -2576,22 +2565,19 @@ def largest_gap(p: dict, q: dict) -> float:
     return max(abs(p.get(x, 0.0) - q.get(x, 0.0)) for x in {**p, **q})
 
 
-def random_logits_fn(rng: random.Random, vocab_size: int) -> LogitsFn:
-    """Return a model with no sense: for every text, normal logits of its own, always the same."""
-    salt = rng.random()
-
+def random_model(name: str) -> LogitsFn:
+    """Return a model with no sense over two tokens: for every text, normal logits of its own."""
     @cache
     def logits_of(text: tuple[int, ...]) -> Vector:
-        own = random.Random(f"{salt} {text}")
-        return [own.gauss(0, 1.5) for _ in range(vocab_size)]
+        rng = random.Random(f"{name} {text}")
+        return [rng.gauss(0, 1.5), rng.gauss(0, 1.5)]
 
-    return lambda tokens: list(logits_of(tuple(tokens)))
+    return lambda tokens: logits_of(tuple(tokens))
 
 
 def random_pair(seed: int) -> tuple[LogitsFn, LogitsFn]:
-    """Return a random target and a random draft over two tokens."""
-    rng = random.Random(seed)
-    return random_logits_fn(rng, 2), random_logits_fn(rng, 2)
+    """Return a random target and a random draft."""
+    return random_model(f"target {seed}"), random_model(f"draft {seed}")
 
 
 def distinct_pairs(texts: Sequence[Sequence[int]]) -> float:
@@ -3405,7 +3391,7 @@ SECTIONS = [
     Section("Greedy", show_greedy, [greedy, extend_by, argmax]),
     Section("Shaping the distribution", show_filters,
             [apply_temperature, top_k_filter, top_p_filter, min_p_filter, typical_filter,
-             repetition_penalty, count_penalty, distribution]),
+             repetition_penalty, distribution]),
     Section("Sampling done right", show_sampling, [sample, sampler, draw, every_outcome]),
     Section("Beam search", show_beam, [beam_search, extensions, diverse_beam_search, exact_search]),
     Section("Speculative decoding", show_speculative,
