@@ -94,15 +94,15 @@ MIN_P = 0.1           # share of the best token's probability that a token must 
 TYPICAL_P = 0.5       # probability kept, most typical tokens first
 BEAM_WIDTH = 4        # candidates kept by beam search
 LENGTH_PENALTY = 1.0  # score = log-probability / length^this
-GAMMA = 4             # tokens drafted before each pass of the target
-STEPS = 42            # of training the target; three quarters of it for everything that drafts
+GAMMA = 4             # guesses before each pass of the target
+STEPS = 42            # of training the target; three quarters of it for everything that guesses
 MAX_PROMPT = 64       # tokens of the longest prompt accepted
 
 # How much the experiments look at. (The reader's knobs change the rest.)
 FILTER_PLACES = 64    # of the rhyme, where the filters are compared
 DRAWS = 1000          # of the toy, counted
 EXACT_PASSES = 150    # after which exact search gives up
-PAY_TEXTS = 12        # drawn to see what drafting brings
+PAY_TEXTS = 12        # drawn to see what guessing brings
 COMPARED_TEXTS = 6    # written in sections 7 to 10 ...
 COMPARED_TOKENS = 12  # ... and their length
 CONTEXT = "This is the rat that ate the malt that lay in the house that Jack built.\n"
@@ -323,8 +323,8 @@ def distribution(
 #
 #     P(x_1 … x_n) = Π_t p(x_t | x_1 … x_t-1)
 #
-# Counting how often each text comes is a weak test: 2,000 draws tell a share of 10% to about ±0.7
-# points (√(0.1 · 0.9 / 2000)), and a small error hides in that.
+# Counting how often each text comes is a weak test: 1,000 draws tell a share of 10% to about ±1
+# point (√(0.1 · 0.9 / 1000)), and a small error hides in that.
 #
 # Enumerating is exact. A sampler's only randomness is draw(). Hand it a source that follows a
 # script of choices and remembers the ones it passed by, run the sampler once for every script, and
@@ -604,12 +604,12 @@ class Counts:
 
     @property
     def drafted(self) -> int:
-        """Tokens guessed."""
+        """Guesses made (the papers' word)."""
         return sum(len(guesses) for guesses, _ in self.rounds)
 
     @property
     def accepted(self) -> int:
-        """Guesses kept."""
+        """Guesses kept (theirs as well)."""
         return sum(kept for _, kept in self.rounds)
 
 
@@ -906,10 +906,10 @@ def verify_tree(
     paths: Sequence[Sequence[int]],
     choose: Choose = argmax,
 ) -> tuple[list[int], list[int], dict[tuple[int, ...], Vector]]:
-    """Return, from one pass, the guesses of all nodes, and what was found with them.
+    """Read the tree of these paths in one pass, and follow the target's own choices in it.
 
-    That is the target's own tokens as far as a path foresaw, and one more. Also {text: logits after
-    it} of all nodes.
+    Return the guess at every node; the target's tokens, as far as a path foresaw them, and one
+    more; and {text: logits after it} of all nodes.
     """
     text = tuple(tokens)
     rows = target.read([text, *((*text, *path) for path in paths)])
@@ -993,10 +993,10 @@ def eagle_guesses(target: CachedModel, head: Head, tokens: list[int], n: int) ->
 #     new      g  h  i        what it puts now after a d, after a b e, after a b c f
 #
 # Read a column downwards: d was the target's choice after a, and g its choice after d. So "a d g"
-# is a piece of text that the target strung together itself, if for another place. It goes into a
-# pool under its first token, and so do "b e h" and "c f i". Then row 1 is dropped: row 2 becomes
-# row 1, and the new tokens row 2. When the text ends in an "a" one day, "d g" is verified as a
-# guess, in the same pass, as a branch of a tree. (Here the window itself is verified as well, since
+# is a piece of text (an n-gram) that the target strung together itself, if for another place. It
+# goes into a pool, and so do "b e h" and "c f i". Then row 1 is dropped: row 2 becomes row 1, and
+# the new tokens row 2. When the text ends in an "a" one day, "d g" is guessed, and verified in the
+# same pass as a branch of a tree. (Here the window itself is verified as well, since
 # it is in the pass anyway; in the paper it only feeds the pool.)
 #
 # There is no draft and no training, but more arithmetic. In production: Fu et al.'s own code and
@@ -1020,18 +1020,19 @@ def lookahead_greedy(
     pool's n-grams that begin with the last token, the `verified` that came last are guessed.
     """
     check_request(prompt, max_new_tokens, window=window, ngram=ngram, verified=verified)
-    pool: dict[int, list[list[int]]] = {}  # first token: the rest of its n-grams, the latest last
+    pool: list[tuple[int, ...]] = []  # the latest n-grams last
     rows = [[prompt[j % len(prompt)] for j in range(window)]] * (ngram - 1)
 
     def one_round(tokens: list[int], room: int) -> tuple[list[int], list[int]]:
         # Row 1 is a chain after the text; under each of its tokens hangs the rest of its column.
-        columns = [[*rows[0][:j], *column] for j, column in enumerate(zip(*rows))]
-        grams = pool.get(tokens[-1], [])[-verified:]
+        columns = [(*rows[0][:j], *column) for j, column in enumerate(zip(*rows))]
+        grams = [gram[1:] for gram in pool if gram[0] == tokens[-1]][-verified:]
         guesses, found, logits = verify_tree(target, tokens, columns + grams, choose)
         renewed = [argmax(logits[*tokens, *column]) for column in columns]
-        for first, *rest in zip(*rows, renewed):
-            others = [gram for gram in pool.get(first, []) if gram != rest]
-            pool[first] = [*others, rest]
+        for gram in zip(*rows, renewed):
+            if gram in pool:
+                pool.remove(gram)
+            pool.append(gram)
         rows[:] = [*rows[1:], renewed]
         return guesses, found
 
@@ -1341,32 +1342,23 @@ LOSING: Language = {
 LATE: Language = {(): [0.45, 0.55], (0,): [0.5, 0.5], (0, 0): [0.1, 0.9]}
 
 
-class ToyBeam(NamedTuple):
-    """The best text of a beam in a toy language."""
-
-    width: int
-    text: str
-    score: float
-
-
-def toy_beam(language: Language, n: int, width: int, **options) -> ToyBeam:
-    """Return the best text of up to n words."""
+def toy_beam(language: Language, n: int, width: int, **options) -> tuple[str, float]:
+    """Return the best text of up to n words by a beam in a toy language, and its score."""
     [(tokens, score), *_] = beam_search(model_of(language), TOY_PROMPT, n, width=width, **options)
-    return ToyBeam(width, letters(tokens), score)
+    return letters(tokens), score
 
 
-def beam_steps(lab: DecodingLab, prompt: list[int], width: int, n: int) -> list[dict]:
-    """Return the texts kept at each step, and the best one that is dropped."""
-    target = CachedModel(lab.target)
-    beams: list[Candidate] = [(prompt, 0.0)]
+def beam_steps(language: Language, width: int, n: int) -> list[dict]:
+    """Return the texts kept at each step of a beam in a toy language, and the best one dropped."""
+    beams: list[Candidate] = [(TOY_PROMPT, 0.0)]
     rows = []
     for step in range(1, n + 1):
-        ranked = extensions(target, beams, keep=width + 1)
+        ranked = extensions(model_of(language), beams, keep=width + 1)
         beams = ranked[:width]
         for rank, (tokens, total) in enumerate(ranked, 1):
             place = f"#{rank}" if rank <= width else "dropped"
-            rows.append({"step": step, "place": place, "log p": total,
-                         "text": lab.clip(tokens[len(prompt):], 44)})
+            rows.append({"step": step, "place": place, "text": letters(tokens[1:]),
+                         "p": math.exp(total)})
     return rows
 
 
@@ -1436,21 +1428,20 @@ def compare_diversity(lab: DecodingLab, prompts: Sequence[list[int]], n: int) ->
 
 
 def show_beam(trace: Trace, knobs: Namespace) -> None:
-    """The texts that a beam keeps, and beams that win and lose."""
-    lab = knobs.lab
-    trace.say("Beam search keeps the few best texts so far instead of one. Four steps of width 3 "
-              f"from {lab.tail(knobs.tokens)!r}: what is kept at each step, by log-probability, "
-              "and the best text that is dropped.")
-    trace.table(beam_steps(lab, knobs.tokens, 3, 4),
-                {"step": "d", "place": "", "log p": ".2f", "text": ""})
-    losing = [toy_beam(LOSING, 3, width, length_penalty=0.0) for width in (1, 2, 3)]
-    trace.say("A beam can lose to greedy, as in the toy language of the source. Width 2 drops the "
-              "text that greedy goes on with, because others look better then:")
-    trace.table([row._asdict() | {"p": math.exp(row.score)} for row in losing],
-                {"width": "d", "text": "", "p": ".3f bar 20"})
+    """The texts that a beam keeps in a toy, where it loses to greedy; then real searches."""
+    one, two, three = (toy_beam(LOSING, 3, width, length_penalty=0.0)[1] for width in (1, 2, 3))
+    trace.say("Beam search keeps the few best texts so far instead of one. Width 2 in the toy "
+              "language of the source: what is kept at each step, and the best text that is "
+              "dropped.")
+    trace.ask("Greedy keeps one text and a beam of width 2 keeps two. Whose text is likelier, "
+              "greedy's or the beam's?", "greedy's")
+    trace.table(beam_steps(LOSING, 2, 3), {"step": "d", "place": "", "text": "", "p": ".2f bar 20"})
+    trace.say(f"Greedy writes a a a, which has {math.exp(one):.2f}. The beam dropped a a, because "
+              f"two others looked better then, and its best text has {math.exp(two):.2f}. Width 3 "
+              "finds a a a again.")
     show_ended_beams(trace, knobs)
     trace.check("the toy that loses: greedy and width 3 find a likelier text than width 2",
-                losing[1].score < losing[0].score == losing[2].score, "as in the source")
+                two < one == three, "as in the source")
     check_beams(trace)
 
 
@@ -1489,21 +1480,21 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
 
 def check_beams(trace: Trace) -> None:
     """Check the searches on languages of two and three words."""
-    beam = toy_beam(TOY, 2, 3, length_penalty=0.0)
+    text, score = toy_beam(TOY, 2, 3, length_penalty=0.0)
     tokens, total = exact_search(model_of(TOY), TOY_PROMPT, 2, eos=2, max_passes=9)
     trace.check("section 1's toy: a beam of 3 and exact search find the best text of two words",
-                beam.text == letters(tokens) == "b c"
-                and max(abs(math.exp(x) - 0.36) for x in (beam.score, total)) < 1e-12, "b c, 0.36")
+                text == letters(tokens) == "b c"
+                and max(abs(math.exp(x) - 0.36) for x in (score, total)) < 1e-12, "b c, 0.36")
     first_words = [letters(tokens) for tokens, _ in
                    diverse_beam_search(model_of(TOY), TOY_PROMPT, 1, groups=3, diversity=0.2)]
     trace.check("the toy, diversity 0.2: only the third beam is charged enough to leave a for b",
                 first_words == ["a", "a", "b"], "log 0.5 - 0.4 < log 0.4 < log 0.5 - 0.2")
-    late = toy_beam(LATE, 3, 2, eos=1)
-    early = toy_beam(LATE, 3, 2, eos=1, early_stopping=True)
+    late, score = toy_beam(LATE, 3, 2, eos=1)
+    early, _ = toy_beam(LATE, 3, 2, eos=1, early_stopping=True)
     trace.check("where the best text ends last, a beam waits for it: a a b, not b or a b; with "
-                "early_stopping it does not", early.text == "b" and late.text == "a a b"
-                and abs(late.score - math.log(0.45 * 0.5 * 0.9) / 3) < 1e-12,
-                f"b ends a text; {late.score:.3f} a token, not {math.log(0.55):.3f}")
+                "early_stopping it does not", early == "b" and late == "a a b"
+                and abs(score - math.log(0.45 * 0.5 * 0.9) / 3) < 1e-12,
+                f"b ends a text; {score:.3f} a token, not {math.log(0.55):.3f}")
 
 
 # 5. Speculative decoding
@@ -2547,17 +2538,17 @@ def text_probabilities(
     logits_fn: LogitsFn, prompt: Sequence[int], n: int, eos: int | None = None, **settings: float
 ) -> dict[tuple[int, ...], float]:
     """Return {text: probability} of all texts of n tokens, or that eos ends before, by products."""
-    finished: dict[tuple[int, ...], float] = {}
-    running = {(): 1.0}
-    for _ in range(n):
-        longer = {}
-        for text, chance in running.items():
-            for token, p in enumerate(distribution(logits_fn([*prompt, *text]), **settings)):
-                if p > 0:
-                    longer[*text, token] = chance * p
-        finished.update({text: p for text, p in longer.items() if text[-1] == eos})
-        running = {text: p for text, p in longer.items() if text[-1] != eos}
-    return finished | running
+    ended: dict[tuple[int, ...], float] = {}
+    running: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
+    while running:
+        text, chance = running.pop()
+        if len(text) == n or text[-1:] == (eos,):
+            ended[text] = chance
+            continue
+        for token, p in enumerate(distribution(logits_fn([*prompt, *text]), **settings)):
+            if p > 0:
+                running.append(((*text, token), chance * p))
+    return ended
 
 
 def largest_gap(p: dict, q: dict) -> float:
@@ -2603,9 +2594,7 @@ def survivors(p: Vector) -> int:
     return sum(value > 0 for value in p)
 
 
-def compare_words(
-    a: float, b: float, more: str = "longer", less: str = "shorter", same: str = "as long"
-) -> str:
+def compare_words(a: float, b: float, more: str, less: str, same: str = "") -> str:
     """Return which of the words says how a compares to b."""
     if a == b:
         return same
@@ -3437,7 +3426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("--min-p", decimal(0, 1), MIN_P, "share of the best probability that min-p asks for"),
         ("--width", whole_number(1, 16), BEAM_WIDTH, "candidates that beam search keeps"),
         ("--length-penalty", decimal(-2, 4), LENGTH_PENALTY, "score = log p / length^this"),
-        ("--gamma", whole_number(1, 16), GAMMA, "tokens drafted before each pass of the target"),
+        ("--gamma", whole_number(1, 16), GAMMA, "guesses before each pass of the target"),
         ("--steps", whole_number(1, 100), STEPS, "of training; fewer make the models less sure"),
     ):
         parser.add_argument(option, metavar="N" if isinstance(default, int) else "X", type=kind,

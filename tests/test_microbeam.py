@@ -367,10 +367,15 @@ def test_early_stopping_ends_with_the_first_that_end_and_saves_calls():
 
 def test_the_beam_that_loses_to_greedy():
     """The example in the source, worked out by hand: 0.4·0.34·0.98 against 0.35·0.49/3."""
-    rows = [m.toy_beam(m.LOSING, 3, width, length_penalty=0.0) for width in (1, 2, 3)]
-    assert [row.text for row in rows] == ["a a a", "b a a", "a a a"]
-    scores = [math.exp(row.score) for row in rows]
-    assert scores == pytest.approx([0.4 * 0.34 * 0.98, 0.35 * 0.49 / 3, 0.4 * 0.34 * 0.98])
+    beams = [m.toy_beam(m.LOSING, 3, width, length_penalty=0.0) for width in (1, 2, 3)]
+    assert [text for text, _ in beams] == ["a a a", "b a a", "a a a"]
+    greedy, beam = 0.4 * 0.34 * 0.98, 0.35 * 0.49 / 3
+    assert [math.exp(score) for _, score in beams] == pytest.approx([greedy, beam, greedy])
+    steps = m.beam_steps(m.LOSING, 2, 3)
+    assert [row["text"] for row in steps[:6]] == ["a", "b", "c", "b a", "b b", "a a"]
+    assert [row["place"] for row in steps] == ["#1", "#2", "dropped"] * 3
+    assert [row["p"] for row in steps[:3]] == pytest.approx([0.4, 0.35, 0.25])
+    assert [row["p"] for row in steps[3:6]] == pytest.approx([0.1715, 0.1715, 0.136])
 
 
 def test_exact_search():
@@ -1194,7 +1199,7 @@ def test_the_small_measures():
     weights = {"w1": [[1.0] * 4] * 2, "norm": [1.0] * 3, "tok_embeddings": [[1.0]]}
     assert m.weights_read(weights) == 11
     for a, b, word in ((2, 1, "longer"), (1, 2, "shorter"), (1, 1, "as long")):
-        assert m.compare_words(a, b) == word
+        assert m.compare_words(a, b, "longer", "shorter", "as long") == word
 
 
 def test_a_random_model_is_the_same_whenever_it_is_asked():
