@@ -42,7 +42,9 @@ The papers
 #   eos             the token that ends a text (end of sequence); here the line end of a verse
 #   pass            one run of the model over all tokens that are new to it, however many (microkv
 #                   calls it a step)
-#   target, draft   the model whose text is wanted, and a cheap one (or a trick) that guesses it
+#   target, draft   the model whose text is wanted, and a smaller one that guesses this text
+#   guess           a token that something cheap suggests, and that the target then keeps or not
+#                   (papers: a draft token or proposal, accepted or rejected)
 #   greedy          to take the argmax each time
 #   hidden state    what the last layer hands to the output matrix: one vector per token
 #   head            in sections 8 and 9: a small extra network that guesses tokens from a hidden
@@ -93,20 +95,17 @@ MIN_P = 0.1           # share of the best token's probability that a token must 
 TYPICAL_P = 0.5       # probability kept, most typical tokens first
 BEAM_WIDTH = 4        # candidates kept by beam search
 LENGTH_PENALTY = 1.0  # score = log-probability / length^this
-GAMMA = 4             # tokens drafted before each pass of the target
-STEPS = 44            # of training the target; three quarters of it for everything that drafts
+GAMMA = 4             # guesses before each pass of the target
+STEPS = 42            # of training the target; three quarters of it for everything that guesses
 MAX_PROMPT = 64       # tokens of the longest prompt accepted
 
 # How much the experiments look at. (The reader's knobs change the rest.)
-REPEAT_TOKENS = 32    # length of the texts in which repetition is counted
 FILTER_PLACES = 64    # of the rhyme, where the filters are compared
-SAMPLED_TEXTS = 12    # drawn by each sampler
-BEAM_TEXTS = 4        # searched by each width ...
-BEAM_TOKENS = 20      # ... and their length
+DRAWS = 1000          # of the toy, counted
 EXACT_PASSES = 150    # after which exact search gives up
-PAY_TEXTS = 16        # drawn to see what drafting brings
-COMPARED_TEXTS = 4    # written in sections 7 to 10 ...
-COMPARED_TOKENS = 16  # ... and their length
+PAY_TEXTS = 12        # drawn to see what guessing brings
+COMPARED_TEXTS = 6    # written in sections 7 to 10 ...
+COMPARED_TOKENS = 12  # ... and their length
 CONTEXT = "This is the rat that ate the malt that lay in the house that Jack built.\n"
 
 # =============================================================================================
@@ -189,8 +188,8 @@ def argmax(logits: Vector) -> int:
 # choose from the model's own distribution and the temperature reshapes what they kept.
 #
 # Penalties come first of all and look at the tokens that were there already. The repetition penalty
-# divides their logits (or multiplies those below 0), once. Presence and frequency, from OpenAI's
-# API, subtract: once, and once per time.
+# divides their logits (or multiplies those below 0), once. The penalties of OpenAI's API subtract:
+# logit - presence - frequency · times it was there.
 #
 # When to use which: top-p near 0.9 or min-p near 0.1, with a temperature up to 1, is common.
 # Whether min-p is the better of the two is disputed (both papers are above).
@@ -291,16 +290,6 @@ def repetition_penalty(logits: Vector, tokens: Sequence[int], penalty: float) ->
     return penalised
 
 
-def count_penalty(
-    logits: Vector, tokens: Sequence[int], presence: float = 0.0, frequency: float = 0.0
-) -> Vector:
-    """Return logits less `presence` if the token was there, and less `frequency` per time."""
-    penalised = list(logits)
-    for token, count in Counter(tokens).items():
-        penalised[token] -= presence + frequency * count
-    return penalised
-
-
 def distribution(
     logits: Vector,
     temperature: float = 1.0,
@@ -335,8 +324,8 @@ def distribution(
 #
 #     P(x_1 … x_n) = Π_t p(x_t | x_1 … x_t-1)
 #
-# Counting how often each text comes is a weak test: 2,000 draws tell a share of 10% to about ±0.7
-# points (√(0.1 · 0.9 / 2000)), and a small error hides in that.
+# Counting how often each text comes is a weak test: 1,000 draws tell a share of 10% to about ±1
+# point (√(0.1 · 0.9 / 1000)), and a small error hides in that.
 #
 # Enumerating is exact. A sampler's only randomness is draw(). Hand it a source that follows a
 # script of choices and remembers the ones it passed by, run the sampler once for every script, and
@@ -356,20 +345,14 @@ def sample(
     max_new_tokens: int,
     *,
     rng: random.Random,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    typical_p: float | None = None,
     eos: int | None = None,
+    **settings: float | None,
 ) -> list[int]:
-    """Return the new tokens, each drawn from distribution(logits, …), up to and including eos.
+    """Return the new tokens, each drawn from distribution(logits, **settings), up to eos with it.
 
     ValueErrors as for greedy(), and for a setting out of its range.
     """
-    choose = sampler(rng, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                     typical_p=typical_p)
-    return extend_by(choose, logits_fn, prompt, max_new_tokens, eos)
+    return extend_by(sampler(rng, **settings), logits_fn, prompt, max_new_tokens, eos)
 
 
 def sampler(rng: random.Random, **settings: float | None) -> Choose:
@@ -569,11 +552,16 @@ def exact_search(
 #     keep x with probability   min(1, p(x) / q(x))
 #     otherwise draw from       max(0, p - q), normalized: where q gives less than p wants
 #
-# With p = 0.6, 0.4 and q = 0.8, 0.2 for two tokens A and B: A is drafted with 0.8 and kept with
-# 0.6/0.8 = 0.75, so it comes with 0.6. B is drafted with 0.2 and always kept; a rejected A (0.2)
-# turns into B, since only B has p > q. B comes with 0.2 + 0.2 = 0.4.
+# For two tokens A and B, where the draft guesses A too often:
 #
-# Why one token is right: token y comes either drafted and kept, or in place of a rejected one.
+#     token    p     q    kept, if guessed     max(0, p - q), normalized
+#     A       0.6   0.8   0.6 / 0.8 = 0.75     0
+#     B       0.4   0.2   1                    1: a rejected A turns into B
+#
+#     A comes with 0.8 · 0.75              = 0.6
+#     B comes with 0.2 · 1 + 0.8 · 0.25    = 0.4
+#
+# Why one token is right: token y comes either guessed and kept, or in place of a rejected guess.
 #
 #     P(y) = q(y)·min(1, p(y)/q(y)) + P(rejected) · max(0, p(y) - q(y)) / Σ max(0, p - q)
 #
@@ -581,18 +569,19 @@ def exact_search(
 # is max(0, p(y) - q(y)). Together they are p(y).
 #
 # Why the whole text is right, by induction: say the text so far has the target's distribution.
-# Whatever was kept or rejected to get there, the next token uses fresh chance alone. If it is
-# judged as a draft, that draft was drawn from q after this very text, so the rule gives it p.
+# Whatever was kept or rejected to get there, the next token uses fresh chance alone. If a guess is
+# judged for its place, that guess was drawn from q after this very text, so the rule gives it p.
 # Otherwise it is drawn from p at once. Guesses behind a wrong one are thrown away unseen, since
 # they continue another text. So the longer text has the target's distribution too. (The trace
 # enumerates all of it for small models. That checks the code; the proof is this paragraph.)
 #
-# It holds for any q, if the guess was drawn from that same q. To draft the argmax and judge it by
-# softmax q is a common bug, and the output is biased. A guess that comes from no distribution is
-# right with q = 1 at the guess and 0 elsewhere (a point mass). The rule then says: keep x with
-# p(x), otherwise draw from p without x. That is the same as to draw the target's own token from p,
-# and keep the guess if it is that token. So verify() takes any way to choose, argmax or sampler(…),
-# and all decoders from here on work for both.
+# It holds for any q, if the guess was drawn from that same q. To guess the draft's argmax and judge
+# it by softmax q is a common bug, and the output is biased. A guess that comes from no distribution
+# is right with q = 1 at the guess and 0 elsewhere (a point mass). The rule then says: keep x with
+# p(x), otherwise draw from p without x. With p as above and the guess A, q is 1 and 0: A is kept
+# with 0.6 / 1, and otherwise, with 0.4, B comes. So each has its p again. That is the same as to
+# draw the target's own token from p, and keep the guess if it is that token. So verify() takes any
+# way to choose, argmax or sampler(…), and all decoders from here on work for both.
 #
 # If eos stands among the kept guesses, the text ends there and what was kept behind it is cut off.
 # Temperature and top-p go into p, which is the distribution wanted, and into q as well, so that the
@@ -616,18 +605,13 @@ class Counts:
 
     @property
     def drafted(self) -> int:
-        """Tokens guessed."""
-        return sum(len(drafts) for drafts, _ in self.rounds)
+        """Guesses made (the papers' word)."""
+        return sum(len(guesses) for guesses, _ in self.rounds)
 
     @property
     def accepted(self) -> int:
-        """Guesses kept."""
+        """Guesses kept (theirs as well)."""
         return sum(kept for _, kept in self.rounds)
-
-    @property
-    def judged(self) -> int:
-        """Guesses looked at, in a chain: those kept, and the first wrong one."""
-        return sum(min(kept + 1, len(drafts)) for drafts, kept in self.rounds)
 
 
 def in_rounds(
@@ -647,12 +631,12 @@ def in_rounds(
     text: list[int] = []
     counts = Counts()
     while len(text) < max_new_tokens and text[-1:] != [eos]:
-        drafts, found = one_round([*prompt, *text], max_new_tokens - len(text) - 1)
+        guesses, found = one_round([*prompt, *text], max_new_tokens - len(text) - 1)
         new = found[:max_new_tokens - len(text)]
         if eos in new:
             new = new[:new.index(eos) + 1]  # what was kept behind the end is cut off
         text += new
-        counts.rounds.append((drafts, min(len(found) - 1, len(new))))
+        counts.rounds.append((guesses, min(len(found) - 1, len(new))))
     return text, counts
 
 
@@ -669,13 +653,13 @@ def speculative_greedy(
 
     ValueErrors as for speculate().
     """
-    propose = partial(greedy, draft_fn)
-    return speculate(target_fn, propose, prompt, max_new_tokens, gamma=gamma, eos=eos)
+    guess = partial(greedy, draft_fn)
+    return speculate(target_fn, guess, prompt, max_new_tokens, gamma=gamma, eos=eos)
 
 
 def speculate(
     target_fn: LogitsFn,
-    propose: Callable[[list[int], int], list[int]],
+    guess: Callable[[list[int], int], list[int]],
     prompt: Sequence[int],
     max_new_tokens: int,
     *,
@@ -685,20 +669,20 @@ def speculate(
 ) -> tuple[list[int], Counts]:
     """Return the tokens that choose() alone would give, and Counts, whoever guesses.
 
-    propose(tokens, n) returns up to n tokens that may follow. A pass gets at most gamma, and never
+    guess(tokens, n) returns up to n tokens that may follow. A pass gets at most gamma, and never
     more than it can use: it adds one token itself. ValueErrors as for in_rounds(), and for an eos
     outside the vocabulary.
     """
     def one_round(tokens: list[int], room: int) -> tuple[list[int], list[int]]:
-        drafts = propose(tokens, min(gamma, room))
-        rows = last_rows(target_fn, tokens + drafts, len(drafts) + 1)
+        guesses = guess(tokens, min(gamma, room))
+        rows = last_rows(target_fn, tokens + guesses, len(guesses) + 1)
         check_eos(eos, len(rows[0]))
-        return drafts, verify(rows, drafts, choose)
+        return guesses, verify(rows, guesses, choose)
 
     return in_rounds(one_round, prompt, max_new_tokens, eos, gamma=gamma)
 
 
-def verify(rows: Matrix, drafts: Sequence[int], choose: Choose = argmax) -> list[int]:
+def verify(rows: Matrix, guesses: Sequence[int], choose: Choose = argmax) -> list[int]:
     """Return the target's own tokens, as far as the guesses foresaw them, and one more.
 
     rows: logits before the first guess, and after each of them.
@@ -706,7 +690,7 @@ def verify(rows: Matrix, drafts: Sequence[int], choose: Choose = argmax) -> list
     found = []
     for i, row in enumerate(rows):
         found.append(choose(row))
-        if i == len(drafts) or found[i] != drafts[i]:
+        if i == len(guesses) or found[i] != guesses[i]:
             break  # the rows behind a wrong guess belong to another text
     return found
 
@@ -719,48 +703,45 @@ def speculative_sample(
     *,
     gamma: int,
     rng: random.Random,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
     eos: int | None = None,
-    choose_draft: Callable[[Vector, random.Random], int] = draw,
+    choose_guess: Callable[[Vector, random.Random], int] = draw,
+    **settings: float | None,
 ) -> tuple[list[int], Counts]:
-    """Return (tokens distributed as sample(target_fn, …), Counts).
+    """Return (tokens distributed as those of sample(target_fn, …, **settings), Counts).
 
-    choose_draft picks a guess from q; anything but draw() is a mistake, and section 5 makes it.
+    choose_guess picks a guess from q; anything but draw() is a mistake, and section 5 makes it.
     ValueErrors as for speculate() and sample(), and if the two vocabularies differ in size.
     """
-    shape = partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    shape = partial(distribution, **settings)
 
     def one_round(tokens: list[int], room: int) -> tuple[list[int], list[int]]:
-        drafts: list[int] = []
+        guesses: list[int] = []
         q = []
         for _ in range(min(gamma, room)):
-            q.append(shape(draft_fn(tokens + drafts)))
-            drafts.append(choose_draft(q[-1], rng))
-        rows = last_rows(target_fn, tokens + drafts, len(drafts) + 1)
+            q.append(shape(draft_fn(tokens + guesses)))
+            guesses.append(choose_guess(q[-1], rng))
+        rows = last_rows(target_fn, tokens + guesses, len(guesses) + 1)
         check_eos(eos, len(rows[0]))
         p = [shape(row) for row in rows]
-        return drafts, accept_or_replace(p, q, drafts, rng)
+        return guesses, accept_or_replace(p, q, guesses, rng)
 
     return in_rounds(one_round, prompt, max_new_tokens, eos, gamma=gamma)
 
 
 def accept_or_replace(
-    p: Matrix, q: Matrix, drafts: Sequence[int], rng: random.Random
+    p: Matrix, q: Matrix, guesses: Sequence[int], rng: random.Random
 ) -> list[int]:
     """Return the guesses kept by the rule, and a token of the target's; p has one row more."""
-    for i, token in enumerate(drafts):
+    for i, token in enumerate(guesses):
         keep = acceptance(p[i], q[i])[token]
         rejected = draw([keep, 1 - keep], rng)  # 0 or 1
         if rejected:
-            return [*drafts[:i], draw(residual(p[i], q[i]), rng)]
-    return [*drafts, draw(p[len(drafts)], rng)]
+            return [*guesses[:i], draw(residual(p[i], q[i]), rng)]
+    return [*guesses, draw(p[len(guesses)], rng)]
 
 
 def acceptance(p: Vector, q: Vector) -> Vector:
-    """Return, for each token, the probability that it is kept when drafted: min(1, p / q)."""
+    """Return, for each token, the probability that it is kept if guessed: min(1, p / q)."""
     if len(p) != len(q):
         raise ValueError(f"target and draft must have the same vocabulary, not {len(p)} and "
                          f"{len(q)} tokens")
@@ -786,15 +767,15 @@ def last_rows(logits_fn: LogitsFn, tokens: Sequence[int], n: int) -> Matrix:
 
 # 6. When it pays
 #
-# A draft is kept with probability β = Σ_x q(x)·min(1, p(x)/q(x)) = Σ min(p, q), which differs from
+# A guess is kept with probability Σ_x q(x)·min(1, p(x)/q(x)) = Σ min(p, q), which differs from
 # place to place. Call its mean α. If all places were alike and independent, then
 #
-#     tokens of a pass   1 + α + α² + … + α^γ = (1 - α^(γ+1)) / (1 - α)
+#     tokens of a pass   1 + α + α² + … + α^γ
 #
 # since the i-th guess counts only if all before it were kept. If a pass of the draft costs c passes
 # of the target, a round of γ guesses and one check costs γc + 1:
 #
-#     speed-up = (1 + α + α² + … + α^γ) / (γc + 1)
+#     speed-up = tokens of a pass / (γc + 1)
 #
 # With α = 0.6 and γ = 2 a pass gives 1 + 0.6 + 0.36 = 1.96 tokens. At c = 0.1 the round costs 1.2
 # and the speed-up is 1.63. At c = 0.5 it costs 2, and nothing is won.
@@ -812,21 +793,16 @@ def expected_tokens(alpha: float, gamma: int) -> float:
     return sum(alpha ** i for i in range(gamma + 1))
 
 
-def speed_up(alpha: float, gamma: int, cost: float) -> float:
-    """Return how many times faster it is with a draft whose pass costs `cost` of the target's."""
-    return expected_tokens(alpha, gamma) / (gamma * cost + 1)
+def speed_up(tokens: float, gamma: int, cost: float) -> float:
+    """Return how many times faster it is: tokens of a pass, with guesses at `cost` passes each."""
+    return tokens / (gamma * cost + 1)
 
 
-def best_gamma(alpha: float, cost: float, limit: int = 16) -> int:
-    """Return the γ up to limit with the best speed-up; 0 means that no drafts at all are best."""
-    return max(range(limit + 1), key=lambda gamma: speed_up(alpha, gamma, cost))
-
-
-# 7. Prompt lookup: drafts for nothing
+# 7. Prompt lookup: guesses for nothing
 #
-# A draft need not be a model. Text repeats itself: prompt lookup (Saxena 2023) finds the last few
-# tokens earlier in the text, and proposes what came after them. It reads no weights at all. It pays
-# for summaries, edits and code, which copy a lot, and does nothing for text that says new things.
+# Guesses need no model. Text repeats itself: prompt lookup (Saxena 2023) finds the last few tokens
+# earlier in the text, and guesses what came after them. It reads no weights at all. It pays for
+# summaries, edits and code, which copy a lot, and does nothing for text that says new things.
 # Counts of which token followed which in a large corpus (n-grams) serve in the same way.
 #
 # These guesses are single tokens without a distribution, so speculate() judges them by the point
@@ -860,14 +836,15 @@ def prompt_lookup(tokens: Sequence[int], n: int, max_ngram: int = 3) -> list[int
 #
 # The best few of each head form a tree. All of it is verified in one pass: every node is a token,
 # its position is that of its place in its own text, and it sees the text before the tree and its
-# own ancestors, but no other branch. After "This is", which has positions 0 and 1, the four nodes
-# of a tree and what they see of each other (1: seen):
+# own ancestors, but no other branch. After "This is", which has positions 0 and 1, a tree of four
+# nodes, and which of the nodes each of them sees (1: seen):
 #
-#     node     text that ends there     position     the  cow  that  cat
-#     the      This is the                 2          1    .    .     .
-#     cow      This is the cow             3          1    1    .     .
-#     that     This is the cow that        4          1    1    1     .
-#     cat      This is the cat             3          1    .    .     1
+#                                                      node
+#     node         text that ends there    position    0 1 2 3
+#     0  the       This is the                2        1 . . .
+#     1  cow       This is the cow            3        1 1 . .
+#     2  that      This is the cow that       4        1 1 1 .
+#     3  cat       This is the cat            3        1 . . 1
 #
 # So a node may see a key exactly if its text begins with that key's text; that is tree_mask(). From
 # the root, follow the target's own choice as long as the tree has it; the first choice that the
@@ -876,7 +853,7 @@ def prompt_lookup(tokens: Sequence[int], n: int, max_ngram: int = 3) -> list[int
 # What a pass costs: a tree of ten nodes is ten tokens of arithmetic, and most of them are rolled
 # back. As long as reading weights takes the time, a text of n tokens has
 #
-#     speed-up = n / (passes + c · runs of the guesser)     with the c of section 6
+#     speed-up = n / (passes + c · runs of what guesses)    with the c of section 6
 #
 # and where arithmetic takes it, on a busy server, the nodes read per token are the price instead.
 #
@@ -902,21 +879,18 @@ def silu(x: Matrix) -> Matrix:
     return swiglu(x, [[1.0] * len(row) for row in x])
 
 
-def medusa_candidates(
+def medusa_paths(
     target: CachedModel, heads: Sequence[Head], tops: Sequence[int], tokens: Sequence[int]
 ) -> list[tuple[int, ...]]:
     """Return every way to go on with one of head 1's tops[0] best, one of head 2's tops[1] …
 
     The heads read the state before the last token, where the target last was. Before it has read
-    anything there is none, and no candidate.
+    anything there is none, and no path.
     """
     h = target.feature(tokens[:-1])
     if h is None:
         return []
-    best = []
-    for head, top in zip(heads, tops):
-        row = medusa_head([h], head)[0]
-        best.append(sorted(range(len(row)), key=lambda i: -row[i])[:top])
+    best = [likeliest(medusa_head([h], head)[0], top) for head, top in zip(heads, tops)]
     return list(itertools.product(*best))
 
 
@@ -930,18 +904,20 @@ def tree_mask(
 def verify_tree(
     target: CachedModel,
     tokens: Sequence[int],
-    candidates: Sequence[Sequence[int]],
+    paths: Sequence[Sequence[int]],
     choose: Choose = argmax,
-) -> tuple[list[int], dict[tuple[int, ...], Vector]]:
-    """Return, from one pass, the target's own tokens as far as a candidate foresaw, and one more.
+) -> tuple[list[int], list[int], dict[tuple[int, ...], Vector]]:
+    """Read the tree of these paths in one pass, and follow the target's own choices in it.
 
-    Also {text: logits after it} of all nodes.
+    Return the guess at every node; the target's tokens, as far as a path foresaw them, and one
+    more; and {text: logits after it} of all nodes.
     """
     text = tuple(tokens)
-    rows = target.read([text, *((*text, *path) for path in candidates)])
+    rows = target.read([text, *((*text, *path) for path in paths)])
+    guesses = [node[-1] for node in rows if len(node) > len(tokens)]
     while text in rows:
         text = (*text, choose(rows[text]))
-    return list(text[len(tokens):]), rows
+    return guesses, list(text[len(tokens):]), rows
 
 
 def medusa_greedy(
@@ -959,16 +935,11 @@ def medusa_greedy(
     The guesses of a round are all nodes of its tree.
     """
     def one_round(tokens: list[int], room: int) -> tuple[list[int], list[int]]:
-        candidates = medusa_candidates(target, heads, tops, tokens)
-        found, rows = verify_tree(target, tokens, candidates, choose)
-        return nodes_after(tokens, rows), found
+        paths = medusa_paths(target, heads, tops, tokens)
+        guesses, found, _ = verify_tree(target, tokens, paths, choose)
+        return guesses, found
 
     return in_rounds(one_round, prompt, max_new_tokens, eos)
-
-
-def nodes_after(tokens: Sequence[int], texts: Sequence[tuple[int, ...]]) -> list[int]:
-    """Return the last token of every text that is longer than tokens: the nodes of the tree."""
-    return [text[-1] for text in texts if len(text) > len(tokens)]
 
 
 # 9. EAGLE
@@ -985,7 +956,7 @@ def nodes_after(tokens: Sequence[int], texts: Sequence[tuple[int, ...]]) -> list
 # Here w1 and w2 start and learn as Medusa's do, so that nothing but the embedding differs. The
 # first EAGLE has a whole decoder layer with attention over all states so far, keeps the target's
 # output matrix, learns the states as well as the tokens (Smooth L1, with noise on the states), and
-# drafts a tree. EAGLE-3 learns the tokens alone, from states of several layers and on its own
+# guesses a tree. EAGLE-3 learns the tokens alone, from states of several layers and on its own
 # guesses. Multi-token prediction (DeepSeek-V3) trains such a layer together with the model.
 #
 # In production: vLLM's v1/spec_decode/eagle.py. Measured by show_eagle().
@@ -996,24 +967,24 @@ def eagle_step(f: Matrix, embeddings: Matrix, head: Head) -> Matrix:
     return better_state(f, concat(f, embeddings), head)
 
 
-def eagle_draft(target: CachedModel, head: Head, tokens: list[int], n: int) -> list[int]:
+def eagle_guesses(target: CachedModel, head: Head, tokens: list[int], n: int) -> list[int]:
     """Return up to n guesses for speculate(), none before the target has read anything."""
-    drafts: list[int] = []
+    guesses: list[int] = []
     f = target.feature(tokens[:-1])
     embeddings = target.llama.weights["tok_embeddings"]
-    while f is not None and len(drafts) < n:
-        last = (tokens + drafts)[-1]
+    while f is not None and len(guesses) < n:
+        last = (tokens + guesses)[-1]
         [f] = eagle_step([f], [embeddings[last]], head)
-        drafts.append(argmax(linear([f], head["w2"])[0]))
-    return drafts
+        guesses.append(argmax(linear([f], head["w2"])[0]))
+    return guesses
 
 
-# 10. Jacobi and lookahead decoding
+# 10. Lookahead decoding
 #
-# Greedy text solves equations: x_t = argmax logits(x_1 … x_t-1) for every t. Guess them all, and
-# one pass renews every x_t at once; repeat that, as Jacobi did for linear equations (Santilli et
-# al.). The first is right after each pass, and with luck several are. But mostly a good token
-# appears in the wrong place, and is overwritten in the next pass.
+# Greedy text solves equations: x_t = argmax logits(x_1 … x_t-1) for every t. Jacobi decoding
+# (Santilli et al.) guesses all x_t, lets one pass renew them all at once, and repeats that, as
+# Jacobi did for linear equations. The first is right after each pass, and with luck several are.
+# But mostly a good token appears in the wrong place, and is overwritten in the next pass.
 #
 # Lookahead decoding keeps what appears. Beside the text it carries a window: two rows of guesses,
 # each renewed by the pass before. With a window of 3, before a pass and after it:
@@ -1023,40 +994,14 @@ def eagle_draft(target: CachedModel, head: Head, tokens: list[int], n: int) -> l
 #     new      g  h  i        what it puts now after a d, after a b e, after a b c f
 #
 # Read a column downwards: d was the target's choice after a, and g its choice after d. So "a d g"
-# is a piece of text that the target strung together itself, if for another place. It goes into a
-# pool under its first token, and so do "b e h" and "c f i". Then row 1 is dropped: row 2 becomes
-# row 1, and the new tokens row 2. When the text ends in an "a" one day, "d g" is verified as a
-# guess, in the same pass, as a branch of a tree. (Here the window itself is verified as well, since
+# is a piece of text (an n-gram) that the target strung together itself, if for another place. It
+# goes into a pool, and so do "b e h" and "c f i". Then row 1 is dropped: row 2 becomes row 1, and
+# the new tokens row 2. When the text ends in an "a" one day, "d g" is guessed, and verified in the
+# same pass as a branch of a tree. (Here the window itself is verified as well, since
 # it is in the pass anyway; in the paper it only feeds the pool.)
 #
 # There is no draft and no training, but more arithmetic. In production: Fu et al.'s own code and
 # llama.cpp's examples/lookahead. Measured by show_lookahead().
-
-
-def jacobi_greedy(
-    target_fn: LogitsFn,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    *,
-    gamma: int,
-    eos: int | None = None,
-    choose: Choose = argmax,
-) -> tuple[list[int], Counts]:
-    """Return the tokens that choose() alone would give, and Counts.
-
-    gamma guesses at a time, renewed by each pass. A place without a guess starts as the last token.
-    """
-    renewed: list[int] = []
-
-    def one_round(tokens: list[int], room: int) -> tuple[list[int], list[int]]:
-        n = min(gamma, room)
-        guesses = (renewed + [tokens[-1]] * n)[:n]
-        rows = last_rows(target_fn, tokens + guesses, n + 1)
-        found = verify(rows, guesses, choose)
-        renewed[:] = [argmax(row) for row in rows[len(found):]]
-        return guesses, found
-
-    return in_rounds(one_round, prompt, max_new_tokens, eos, gamma=gamma)
 
 
 def lookahead_greedy(
@@ -1066,31 +1011,31 @@ def lookahead_greedy(
     *,
     window: int = 5,
     ngram: int = 3,
-    guesses: int = 4,
+    verified: int = 4,
     eos: int | None = None,
     choose: Choose = argmax,
 ) -> tuple[list[int], Counts]:
     """Return the tokens that choose() alone would give, and Counts; its guesses are all tree nodes.
 
     Every row begins as the first `window` tokens of the prompt, over again if it is shorter. Of the
-    pool's n-grams that begin with the last token, the `guesses` that came last are verified.
+    pool's n-grams that begin with the last token, the `verified` that came last are guessed.
     """
-    check_request(prompt, max_new_tokens, window=window, ngram=ngram, guesses=guesses)
-    pool: dict[int, dict[tuple[int, ...], None]] = {}  # a dict keeps its order: the latest last
-    levels = [[prompt[j % len(prompt)] for j in range(window)]] * (ngram - 1)
+    check_request(prompt, max_new_tokens, window=window, ngram=ngram, verified=verified)
+    pool: list[tuple[int, ...]] = []  # the latest n-grams last
+    rows = [[prompt[j % len(prompt)] for j in range(window)]] * (ngram - 1)
 
     def one_round(tokens: list[int], room: int) -> tuple[list[int], list[int]]:
         # Row 1 is a chain after the text; under each of its tokens hangs the rest of its column.
-        columns = [(*levels[0][:j], *column) for j, column in enumerate(zip(*levels))]
-        grams = list(pool.get(tokens[-1], {}))[-guesses:]
-        found, rows = verify_tree(target, tokens, columns + grams, choose)
-        renewed = [argmax(rows[*tokens, *column]) for column in columns]
-        for first, *rest in zip(*levels, renewed):
-            grams_of_first = pool.setdefault(first, {})
-            grams_of_first.pop(tuple(rest), None)
-            grams_of_first[tuple(rest)] = None
-        levels[:] = [*levels[1:], renewed]
-        return nodes_after(tokens, rows), found
+        columns = [(*rows[0][:j], *column) for j, column in enumerate(zip(*rows))]
+        grams = [gram[1:] for gram in pool if gram[0] == tokens[-1]][-verified:]
+        guesses, found, logits = verify_tree(target, tokens, columns + grams, choose)
+        renewed = [argmax(logits[*tokens, *column]) for column in columns]
+        for gram in zip(*rows, renewed):
+            if gram in pool:
+                pool.remove(gram)
+            pool.append(gram)
+        rows[:] = [*rows[1:], renewed]
+        return guesses, found
 
     return in_rounds(one_round, prompt, max_new_tokens, eos)
 
@@ -1164,8 +1109,10 @@ def constrain(
 
 # 1. Greedy
 
-# A language of three words: the probabilities of the next one, after nothing and after a word.
-TOY = {
+# A toy language is a table: the probabilities of the next word, after the words so far. After any
+# words that are not in the table, all words are alike.
+Language = dict[tuple[int, ...], Vector]
+TOY: Language = {
     (): [0.5, 0.4, 0.1],
     (0,): [0.4, 0.35, 0.25],
     (1,): [0.05, 0.05, 0.9],
@@ -1174,10 +1121,10 @@ TOY = {
 TOY_PROMPT = [0]  # any one token: the words come after it
 
 
-def toy_logits(tokens: Sequence[int]) -> Vector:
-    """Return logits of the toy language; they depend on the last word after the prompt."""
-    last = tuple(tokens[1:][-1:])
-    return [math.log(p) for p in TOY[last]]
+def model_of(language: Language) -> LogitsFn:
+    """Return a model that speaks a toy language."""
+    alike = [1 / len(language[()])] * len(language[()])
+    return lambda tokens: [math.log(p) for p in language.get(tuple(tokens[1:]), alike)]
 
 
 class ToyText(NamedTuple):
@@ -1190,44 +1137,16 @@ class ToyText(NamedTuple):
 
 def toy_texts() -> list[ToyText]:
     """Return all texts of two words with their probabilities; greedy's and the best are marked."""
-    chances = text_probabilities(toy_logits, TOY_PROMPT, 2)
-    marks = {max(chances, key=chances.get): "← best"}
-    marks[tuple(greedy(toy_logits, TOY_PROMPT, 2))] = "← greedy"
-    return [ToyText(letters(text), p, marks.get(text, "")) for text, p in chances.items()]
-
-
-class Repeats(NamedTuple):
-    """How much of some texts is repetition."""
-
-    way: str
-    repeated: float  # share of runs of four tokens that were there before, mean over the texts
-    spread: float    # standard deviation of it
-
-
-def repeats(way: str, texts: Sequence[Sequence[int]]) -> Repeats:
-    """Return the repetition in each text, summed up."""
-    shares = [1 - distinct([text], 4) for text in texts]
-    return Repeats(way, fmean(shares), stdev(shares))
-
-
-def compare_repeats(lab: DecodingLab, n: int) -> list[Repeats]:
-    """Return the repetition in both models' greedy and drawn texts, and in pieces of the rhyme."""
     rows = []
-    for name, model in (("target", lab.fresh_target()), ("small", lab.fresh_draft())):
-        rng = random.Random(lab.seed)
-        best = [greedy(model, prompt, n) for prompt in lab.prompts]
-        drawn = [sample(model, prompt, n, rng=rng) for prompt in lab.prompts]
-        rows.append(repeats(f"{name}, greedy", best))
-        rows.append(repeats(f"{name}, drawn", drawn))
-    pieces = [lab.ids[start:start + n] for start in range(0, len(lab.ids) - n, n)]
-    return [*rows, repeats("the rhyme itself", pieces)]
-
-
-REPEATS = {"way": "", "repeated": ".0% bar 20", "spread": ".0%"}  # columns
+    for a, b in itertools.product(range(3), repeat=2):
+        rows.append(ToyText(letters((a, b)), TOY[()][a] * TOY[a,][b], ""))
+    best = max(rows, key=lambda row: row.p).text
+    marks = {best: "← best", letters(greedy(model_of(TOY), TOY_PROMPT, 2)): "← greedy"}
+    return [row._replace(mark=marks.get(row.text, "")) for row in rows]
 
 
 def show_greedy(trace: Trace, knobs: Namespace) -> None:
-    """The toy where greedy loses, and how much greedy repeats itself."""
+    """The toy where greedy loses, and what two models write."""
     lab = knobs.lab
     toy = toy_texts()
     best = max(toy, key=lambda row: row.p)
@@ -1242,346 +1161,241 @@ def show_greedy(trace: Trace, knobs: Namespace) -> None:
               f"{lab.steps * STEP_TOKENS:,} and {lab.draft_steps * STEP_TOKENS:,} tokens of The "
               "House That Jack Built, and nothing else. Their greedy texts (a slash is a line "
               "end):")
-    texts = []
-    for name, model in (("target", lab.fresh_target()), ("small", lab.fresh_draft())):
-        texts.append(greedy(model, knobs.tokens, knobs.max_new_tokens))
-        trace.lines(quoted(f"{name}: " + lab.tokenizer.decode([*knobs.tokens, *texts[-1]])))
-    rows = compare_repeats(lab, REPEAT_TOKENS)
-    trace.say(f"Does greedy repeat itself? {len(lab.prompts)} texts of {REPEAT_TOKENS} tokens, "
-              "greedy and drawn by chance. Repeated: the share of runs of four tokens that were "
-              "there before.")
-    trace.table(rows, REPEATS)
-    trace.note("spread: standard deviation over the texts. The rhyme: all its pieces of that "
-               "length")
-    trace.say(f"Of the target's greedy texts {rows[0].repeated:.0%} is repetition, of its drawn "
-              f"ones {rows[1].repeated:.0%}; of the smaller model's {rows[2].repeated:.0%} and "
-              f"{rows[3].repeated:.0%}. The rhyme has {rows[4].repeated:.0%}.")
+    right = []
+    for name, llama in (("target", lab.target), ("small", lab.draft)):
+        tokens = greedy(CachedModel(llama), knobs.tokens, knobs.max_new_tokens)
+        trace.lines(quoted(f"{name}: " + lab.tokenizer.decode([*knobs.tokens, *tokens])))
+        right.append(is_greedy(llama, knobs.tokens, tokens))
     trace.check("the toy: greedy writes a and its best second word, and misses the best text",
                 toy[0] == ("a a", 0.2, "← greedy") and best.text == "b c", f"0.20 and {best.p:.2f}")
     trace.check("every token is the argmax of one pass over the whole text, without a cache",
-                is_greedy(lab.target, knobs.tokens, texts[0])
-                and is_greedy(lab.draft, knobs.tokens, texts[1]), "both models")
+                all(right), "both models")
 
 
 # 2. Shaping the distribution
 
 
-class Kept(NamedTuple):
-    """How many tokens a filter keeps, over many places of a text."""
+def settings_of(knobs: Namespace) -> dict[str, dict[str, float]]:
+    """Return {name: setting of distribution()}: four filters, and two with a temperature."""
+    top_p = {"top_p": knobs.top_p}
+    min_p = {"min_p": knobs.min_p}
+    first = {"temperature": 5.0}
+    last = {"temperature": 5.0, "temperature_last": True}
+    return {
+        f"top-k {knobs.top_k}": {"top_k": knobs.top_k},
+        f"top-p {knobs.top_p:g}": top_p,
+        f"min-p {knobs.min_p:g}": min_p,
+        f"typical {TYPICAL_P:g}": {"typical_p": TYPICAL_P},
+        f"t 5, then top-p {knobs.top_p:g}": first | top_p,
+        f"top-p {knobs.top_p:g}, then t 5": last | top_p,
+        f"t 5, then min-p {knobs.min_p:g}": first | min_p,
+        f"min-p {knobs.min_p:g}, then t 5": last | min_p,
+    }
 
-    filter: str
+
+def compare_shapes(
+    lab: DecodingLab, tokens: list[int], settings: dict[str, dict[str, float]], n: int
+) -> list[dict]:
+    """Return the n likeliest next tokens, and their probability with each setting."""
+    logits = lab.target.forward(tokens)[-1]
+    shaped = {name: distribution(logits, **setting) for name, setting in settings.items()}
+    return [{"token": lab.name(i)} | {name: p[i] for name, p in shaped.items()}
+            for i in likeliest(logits, n)]
+
+
+class Kept(NamedTuple):
+    """How many tokens a setting keeps, over many places of a text."""
+
+    setting: str
     fewest: int
-    middle: int
+    mean: float
     most: int
     best_dropped: int  # places where the likeliest token went
 
 
-def count_kept(rows: Matrix, filters: dict[str, dict[str, float]]) -> list[Kept]:
-    """Return, for each filter (its name and its setting), what it keeps of each row of logits."""
+def count_kept(rows: Matrix, settings: dict[str, dict[str, float]]) -> list[Kept]:
+    """Return, for each setting of distribution(), what it keeps of each row of logits."""
     found = []
-    for name, setting in filters.items():
+    for name, setting in settings.items():
         shaped = [distribution(row, **setting) for row in rows]
-        counts = sorted(map(survivors, shaped))
+        counts = [survivors(p) for p in shaped]
         best_dropped = sum(p[argmax(row)] == 0 for row, p in zip(rows, shaped))
-        found.append(Kept(name, counts[0], counts[len(counts) // 2], counts[-1], best_dropped))
+        found.append(Kept(name, min(counts), fmean(counts), max(counts), best_dropped))
     return found
 
 
-class OrderRow(NamedTuple):
-    """Tokens kept, mean over many places, with the temperature before the filter or after it."""
-
-    temperature: float
-    top_p_first: float
-    top_p_last: float
-    min_p_first: float
-    min_p_last: float
-
-
-def compare_orders(rows: Matrix, temperatures: Sequence[float], knobs: Namespace) -> list[OrderRow]:
-    """Return how many tokens top-p and min-p keep when the temperature comes first, and last."""
-    found = []
-    for t in temperatures:
-        means = []
-        for setting in ({"top_p": knobs.top_p}, {"min_p": knobs.min_p}):
-            for last in (False, True):
-                shaped = [distribution(row, t, temperature_last=last, **setting) for row in rows]
-                means.append(fmean(map(survivors, shaped)))
-        found.append(OrderRow(t, *means))
-    return found
-
-
-def nucleus_is_tight(logits: Vector, p: float) -> bool:
-    """Return whether top-p keeps the smallest set of likeliest tokens that reaches p."""
-    probabilities = softmax(logits)
-    kept = survivors(distribution(logits, top_p=p))
-    best_first = sorted(probabilities, reverse=True)
-    return sum(best_first[:kept]) > p - 1e-9 and sum(best_first[:kept - 1]) < p + 1e-9
-
-
-def filters_of(knobs: Namespace) -> dict[str, dict[str, float]]:
-    """Return {name: setting of distribution()} of the four filters."""
-    return {
-        f"top-k {knobs.top_k}": {"top_k": knobs.top_k},
-        f"top-p {knobs.top_p:g}": {"top_p": knobs.top_p},
-        f"min-p {knobs.min_p:g}": {"min_p": knobs.min_p},
-        f"typical {TYPICAL_P:g}": {"typical_p": TYPICAL_P},
-    }
+def kept_by_hand() -> list[int]:
+    """Return how many tokens stay of the source's example, and of four equal tokens."""
+    example = [math.log(p) for p in (0.4, 0.15, 0.15, 0.15, 0.15)]
+    equal = [0.0] * 4
+    filtered = [
+        top_k_filter(example, 1), top_k_filter(example, 2), top_p_filter(example, 0.5),
+        min_p_filter(example, 0.5), typical_filter(example, 0.5),
+        top_p_filter(equal, 0.5), top_p_filter(equal, 0.75), min_p_filter(equal, 1.0),
+    ]
+    return [survivors(softmax(logits)) for logits in filtered]
 
 
 def show_filters(trace: Trace, knobs: Namespace) -> None:
-    """Each filter on one distribution and over many, and the temperature's place."""
+    """Each filter on one distribution and over many places, with and without a temperature."""
     lab = knobs.lab
-    filters = filters_of(knobs)
-    settings = {"as is": {}, "t 0.5": {"temperature": 0.5}, "t 2": {"temperature": 2.0}, **filters}
-    logits = lab.target.forward(knobs.tokens)[-1]
-    shaped = {name: distribution(logits, **setting) for name, setting in settings.items()}
-    most = max(map(max, shaped.values()))
-    table = []
-    for i in likeliest(shaped["as is"], 9):
-        table.append({"token": lab.name(i)} | {name: p[i] for name, p in shaped.items()})
+    settings = settings_of(knobs)
+    drawn = {"as is": {}, "t 0.5": {"temperature": 0.5}, "t 2": {"temperature": 2.0},
+             **dict(list(settings.items())[:4])}
+    shapes = compare_shapes(lab, knobs.tokens, drawn, 9)
+    most = max(max(row[name] for name in drawn) for row in shapes)
     trace.say("A filter removes unlikely tokens before one is drawn. Top-k keeps the k likeliest; "
               "top-p the likeliest that have probability p together; min-p those with at least "
               "min-p times the best one's probability; typical those whose surprise is nearest to "
               "the mean surprise. A temperature t below 1 sharpens, above 1 flattens.")
     trace.say(f"What may follow {lab.tail(knobs.tokens)!r}:")
-    trace.table(table, {"token": "", "as is": f".2f bar 6 of {most}"}
-                | dict.fromkeys(list(shaped)[1:], f"bar 7 of {most}"))
+    trace.table(shapes, {"token": "", "as is": f".2f bar 6 of {most}"}
+                | dict.fromkeys(list(drawn)[1:], f"bar 7 of {most}"))
 
     rows = lab.target.forward(lab.ids[-FILTER_PLACES:])
-    kept = count_kept(rows, filters)
+    kept = count_kept(rows, settings)
+    top_k, top_p, min_p, typical, p_after_t, p_before_t, min_p_after_t, min_p_before_t = kept
     trace.ask(f"Over {len(rows)} places of the rhyme, how many tokens does top-p {knobs.top_p:g} "
-              "keep where it keeps fewest?", kept[1].fewest)
-    trace.say(f"Tokens kept, over the last {len(rows)} places of the rhyme:")
-    trace.table(kept, {"filter": "", "fewest": "d", "middle": "d", "most": "d",
+              "keep where it keeps fewest?", top_p.fewest)
+    trace.say(f"Tokens kept, over the last {len(rows)} places of the rhyme. The temperature comes "
+              "before the filter in transformers, and after it in llama.cpp:")
+    trace.table(kept, {"setting": "", "fewest": "d", "mean": ".1f", "most": "d",
                        "best_dropped as places where the best token goes": "d"})
-    trace.say(f"Top-k keeps {kept[0].fewest} even where the model is sure; top-p keeps from "
-              f"{kept[1].fewest} to {kept[1].most}. Typical drops the likeliest token of all at "
-              f"{kept[3].best_dropped} places, where it says less than a text usually does.")
-
-    orders = compare_orders(rows, (0.5, 1.0, 2.0, 5.0), knobs)
-    trace.say("Temperature first, as in transformers, or last, as in llama.cpp? Tokens kept, mean "
-              "over the same places:")
-    trace.table(orders, dict.fromkeys(OrderRow._fields, ".1f"))
-    trace.say(f"At t = 5 with the temperature first, top-p keeps {orders[-1].top_p_first:.0f} of "
-              f"{VOCAB_SIZE} tokens and min-p {orders[-1].min_p_first:.0f}. With it last, both "
-              "keep what they keep at t = 1.")
-    example = [math.log(p) for p in (0.4, 0.15, 0.15, 0.15, 0.15)]
-    kept_of_example = [survivors(softmax(logits)) for logits in (
-        top_k_filter(example, 1), top_k_filter(example, 2), top_p_filter(example, 0.5),
-        min_p_filter(example, 0.5), typical_filter(example, 0.5))]
-    trace.check("the source's example: kept by top-k 1 and 2, top-p 0.5, min-p 0.5, typical 0.5",
-                kept_of_example == [1, 5, 2, 1, 4], " ".join(map(str, kept_of_example)))
-    penalised = [repetition_penalty([2.0, -2.0, 1.0], [0, 1, 1], 2.0),
-                 count_penalty([1.0, 1.0, 1.0], [0, 1, 1], presence=0.5, frequency=0.25)]
-    edges = [survivors(softmax(logits)) for logits in (
-        top_p_filter([0.0] * 4, 0.5), top_p_filter([0.0] * 4, 0.75), min_p_filter([0.0] * 4, 1.0))]
-    trace.check("exact edges, four equal tokens: kept by top-p 0.5 and 0.75, and by min-p 1",
-                edges == [2, 3, 4], " ".join(map(str, edges)))
-    sharp, flat = (distribution([math.log(0.8), math.log(0.2)], t)[0] for t in (0.5, 2.0))
-    trace.check("temperature by hand: 0.8 and 0.2 become p² and √p, normalized",
-                abs(sharp - 16 / 17) < 1e-12 and abs(flat - 2 / 3) < 1e-12, "16/17 and 2/3")
-    trace.check("penalties by hand, for tokens that came once, twice and never",
-                penalised == [[1.0, -4.0, 1.0], [0.25, 0.0, 1.0]], "2; 0.5 and 0.25")
-    trace.check("top-p keeps just enough: p is reached, and not without the last token kept",
-                all(nucleus_is_tight(row, knobs.top_p) for row in rows), f"{len(rows)} places")
+    span = f"from {top_p.fewest} to {top_p.most}"
+    if top_p.fewest == top_p.most:
+        span = f"{top_p.most} everywhere"
+    trace.say(f"Top-k keeps {top_k.fewest} even where the model is sure; top-p keeps {span}. "
+              f"Typical drops the likeliest token of all at {typical.best_dropped} places, where "
+              "it says less than a text usually does. A high temperature before the filter "
+              f"flattens what top-p and min-p choose from, and they keep {p_after_t.mean:.0f} and "
+              f"{min_p_after_t.mean:.0f} of {VOCAB_SIZE} tokens; after the filter it changes "
+              "nothing about what is kept.")
+    check_filters(trace)
     trace.check("with the temperature last, what is kept does not depend on it",
-                {row[2::2] for row in orders} == {orders[1][1::2]}, f"{len(orders)} temperatures")
+                p_before_t[1:] == top_p[1:] and min_p_before_t[1:] == min_p[1:], "top-p and min-p")
+
+
+def check_filters(trace: Trace) -> None:
+    """Check the filters, the temperature and the penalties by hand."""
+    kept = kept_by_hand()
+    trace.check("kept of the source's example, by top-k 1 and 2, top-p, min-p and typical 0.5; of "
+                "four equal tokens, by top-p 0.5 and 0.75, and min-p 1",
+                kept == [1, 5, 2, 1, 4, 2, 3, 4], " ".join(map(str, kept)))
+    logits = [2.0, -2.0, 1.0]
+    trace.check("by hand: temperature 2, and repetition penalty 2 for the first two tokens",
+                apply_temperature(logits, 2.0) == [1.0, -1.0, 0.5]
+                and repetition_penalty(logits, [0, 1, 1], 2.0) == [1.0, -4.0, 1.0],
+                "logits 2, -2, 1")
 
 
 # 3. Sampling done right
 
 
-class Trade(NamedTuple):
-    """Texts of one sampler."""
+def compare_shares(seed: int) -> list[dict]:
+    """Return how often each text of section 1's toy comes: by product, enumerated, and counted."""
+    def run(rng: random.Random | EveryBranch) -> str:
+        return letters(sample(model_of(TOY), TOY_PROMPT, 2, rng=rng))
 
-    sampler: str
-    log_p: float    # mean log-probability of a token under the model as it is
-    error: float    # standard error of that mean
-    distinct: float
-    texts: int      # different ones
-
-
-def compare_samplers(
-    lab: DecodingLab, prompt: list[int], ways: dict[str, dict[str, float]], n_texts: int, n: int
-) -> list[Trade]:
-    """Draw n_texts of n tokens in each way, all with the same seed."""
-    target = lab.fresh_target()
-    rows = []
-    for name, setting in ways.items():
-        rng = random.Random(lab.seed)
-        texts = [sample(target, prompt, n, rng=rng, **setting) for _ in range(n_texts)]
-        means = [log_probability(target, prompt, text) / n for text in texts]
-        rows.append(Trade(name, fmean(means), stdev(means) / math.sqrt(n_texts), distinct(texts, 2),
-                          len(set(map(tuple, texts)))))
-    return rows
+    rng = random.Random(seed)
+    counts = Counter(run(rng) for _ in range(DRAWS))
+    enumerated = every_outcome(run)
+    return [{"text": row.text, "product": row.p, "enumerated": enumerated.get(row.text, 0.0),
+             "counted": counts[row.text] / DRAWS} for row in toy_texts()]
 
 
 def show_sampling(trace: Trace, knobs: Namespace) -> None:
-    """What each sampler trades, and the enumeration."""
+    """Texts of some samplers, and the enumeration."""
     lab = knobs.lab
-    ways = {"as it is": {}, "t 0.5": {"temperature": 0.5}, **filters_of(knobs)}
-    ways["t 1.5"] = {"temperature": 1.5}
-    ways["t 1.5, top-p"] = {"temperature": 1.5, "top_p": knobs.top_p}
-    ways["t 1.5, min-p"] = {"temperature": 1.5, "min_p": knobs.min_p}
-    trades = compare_samplers(lab, knobs.tokens, ways, SAMPLED_TEXTS, 10)
-    trace.say("To sample is to draw the next token by its probability, reshaped or not. What each "
-              f"way trades: {SAMPLED_TEXTS} texts of 10 tokens after {lab.tail(knobs.tokens)!r}. "
-              "Log p: mean log-probability of a token under the model as it is. Distinct-2: "
-              "different pairs of neighbours, of all pairs.")
-    safest = max(trades, key=lambda row: row.log_p)
-    widest = max(trades, key=lambda row: row.distinct)
-    trace.ask("Which of these writes the likeliest texts: " + "; ".join(ways) + "?", safest.sampler)
-    trace.table(trades, {"sampler": "", "log_p": ".2f", "error as ±": ".2f",
-                         "distinct as distinct-2": ".2f", "texts as different texts": "d"})
-    trace.note("±: the standard error of log p")
-    top_p, min_p = trades[-2:]
-    likelier = compare_words(min_p.log_p, top_p.log_p, "likelier than", "less likely than",
-                             "as likely as")
-    varied = compare_words(min_p.distinct, top_p.distinct, "more", "less", "as")
-    trace.say(f"The likeliest texts come from {safest.sampler}, the most varied ones from "
-              f"{widest.sampler}. At t 1.5, min-p's texts are {likelier} top-p's "
-              f"and {varied} varied. "
-              "Whether a sampler is right is shown by taking every branch of it, and adding up.")
-    drawn = every_outcome(lambda rng: tuple(sample(toy_logits, TOY_PROMPT, 3, rng=rng)))
-    exact = {(a, b, c): TOY[()][a] * TOY[a,][b] * TOY[b,][c]
-             for a, b, c in itertools.product(range(3), repeat=3)}
-    trace.check("enumerated, sample() gives each text of three words of section 1's toy its "
-                "product of "
-                "probabilities", largest_gap(drawn, exact) < 1e-12, "27 texts, max |Δ| < 1e-12")
+    ways = {
+        "as it is": {},
+        f"top-p {knobs.top_p:g}": {"top_p": knobs.top_p},
+        "t 2": {"temperature": 2.0},
+        f"t 2, then min-p {knobs.min_p:g}": {"temperature": 2.0, "min_p": knobs.min_p},
+    }
+    trace.say("To sample is to draw the next token by its probability, reshaped or not. One text "
+              "each, as an illustration:")
+    target = CachedModel(lab.target)
+    for name, setting in ways.items():
+        tokens = sample(target, knobs.tokens, 14, rng=random.Random(lab.seed), **setting)
+        trace.lines(quoted(f"{name}: " + lab.tokenizer.decode([*knobs.tokens, *tokens])))
+    rows = compare_shares(lab.seed)
+    trace.ask(f"In section 1's toy a text has probability 0.2. About how often does it come in "
+              f"{DRAWS:,} draws?", round(rows[0]["counted"] * DRAWS))
+    trace.say("Is a sampler right? Section 1's toy has nine texts. The probability of each is a "
+              f"product. Counting {DRAWS:,} draws comes near it. Taking every branch of sample(), "
+              "with its probability, and adding up is exact.")
+    trace.table(rows, {"text": "", "product": ".4f", "enumerated": ".4f", "counted": ".4f"})
+    gap = max(abs(row["enumerated"] - row["product"]) for row in rows)
+    trace.check("enumerated, sample() gives each text its product of probabilities", gap < 1e-12,
+                f"{len(rows)} texts, max |Δ| < 1e-12")
 
 
 # 4. Beam search
 
-# A language in which a beam of width 2 loses to greedy. After any other text come thirds.
-LOSING = {
+# A language in which a beam of width 2 loses to greedy.
+LOSING: Language = {
     (): [0.4, 0.35, 0.25],
     (0,): [0.34, 0.33, 0.33],
     (1,): [0.49, 0.49, 0.02],
     (0, 0): [0.98, 0.01, 0.01],
 }
+# A language of two words in which b ends a text, and the text with the best score ends last.
+LATE: Language = {(): [0.45, 0.55], (0,): [0.5, 0.5], (0, 0): [0.1, 0.9]}
 
 
-def losing_logits(tokens: Sequence[int]) -> Vector:
-    """Return logits of the language LOSING, after a prompt of one token."""
-    return [math.log(p) for p in LOSING.get(tuple(tokens[1:]), [1 / 3, 1 / 3, 1 / 3])]
+def toy_beam(language: Language, n: int, width: int, **options) -> tuple[str, float]:
+    """Return the best text of up to n words by a beam in a toy language, and its score."""
+    [(tokens, score), *_] = beam_search(model_of(language), TOY_PROMPT, n, width=width, **options)
+    return letters(tokens), score
 
 
-class StepRow(NamedTuple):
-    """One candidate of one step of a beam."""
-
-    step: int
-    rank: str
-    log_p: float
-    text: str
-
-
-def beam_steps(lab: DecodingLab, prompt: list[int], width: int, n: int) -> list[StepRow]:
-    """Return the candidates kept at each step, and the best one that is dropped."""
-    target = lab.fresh_target()
-    beams: list[Candidate] = [(prompt, 0.0)]
+def beam_steps(language: Language, width: int, n: int) -> list[dict]:
+    """Return the texts kept at each step of a beam in a toy language, and the best one dropped."""
+    beams: list[Candidate] = [(TOY_PROMPT, 0.0)]
     rows = []
     for step in range(1, n + 1):
-        ranked = extensions(target, beams, keep=width + 1)
+        ranked = extensions(model_of(language), beams, keep=width + 1)
         beams = ranked[:width]
         for rank, (tokens, total) in enumerate(ranked, 1):
-            mark = f"#{rank}" if rank <= width else "dropped"
-            rows.append(StepRow(step, mark, total, lab.clip(tokens[len(prompt):], 44)))
+            place = f"#{rank}" if rank <= width else "dropped"
+            rows.append({"step": step, "place": place, "text": letters(tokens[1:]),
+                         "p": math.exp(total)})
     return rows
 
 
-# A language of two words in which b ends a text, and the text with the best score ends last.
-LATE = {(): [0.45, 0.55], (0,): [0.5, 0.5], (0, 0): [0.1, 0.9]}
-
-
-def late_logits(tokens: Sequence[int]) -> Vector:
-    """Return logits of the language LATE, after a prompt of one token."""
-    return [math.log(p) for p in LATE[tuple(tokens[1:])]]
-
-
-class WidthRow(NamedTuple):
-    """Beam search of one width by log-probability alone, over several prompts."""
-
-    width: int
-    log_p: float    # mean
-    texts: float    # that the target read, mean
-    lost: int       # prompts where greedy's text is likelier
-    worst: float    # least log p less greedy's
-
-
-class EndedRow(NamedTuple):
-    """The likeliest texts to the end of the verse, by a beam or by exact search, as means."""
+class SearchRow(NamedTuple):
+    """Searches for the likeliest text to the end of the verse, as means over some prompts."""
 
     search: str
     log_p: float
     tokens: float
-    texts: float       # that the target read
-    not_best: int      # prompts where exact search found a likelier text
-    above_exact: int   # prompts where the beam claims more than exact search: impossible
-
-
-def compare_widths(
-    lab: DecodingLab, prompts: Sequence[list[int]], widths: Sequence[int], n: int
-) -> list[WidthRow]:
-    """Search texts of exactly n tokens; return a row per width. The first width is greedy's, 1."""
-    target = lab.fresh_target()
-    plain: Vector = []
-    rows = []
-    for width in widths:
-        target.passes = 0
-        totals = []
-        for prompt in prompts:
-            [(_, total), *_] = beam_search(target, prompt, n, width=width, length_penalty=0.0)
-            totals.append(total)
-        plain = plain or totals
-        gaps = list(map(operator.sub, totals, plain))
-        rows.append(WidthRow(width, fmean(totals), target.passes / len(prompts),
-                             sum(gap < -1e-9 for gap in gaps), min(gaps)))
-    return rows
+    texts: float   # that the target read
+    not_best: int  # prompts where exact search found a likelier text
 
 
 def compare_with_exact(
     lab: DecodingLab, prompts: Sequence[list[int]], widths: Sequence[int], n: int
-) -> list[EndedRow]:
-    """Search texts that may end; return a row per width, and one for exact search if it settles."""
-    target = lab.fresh_target()
+) -> list[SearchRow]:
+    """Return a row per width, and one for exact search, of the prompts where it settles."""
+    target = CachedModel(lab.target)
     exact = [exact_search(target, prompt, n, eos=lab.eos, max_passes=EXACT_PASSES)
              for prompt in prompts]
-    reads = {"exact": target.passes}
     found = {"exact": [candidate for candidate in exact if candidate]}
+    reads = {"exact": target.passes}
     for width in widths:
         target.passes = 0
-        name = f"width {width}"
-        found[name] = [beam_search(target, prompt, n, width=width, length_penalty=0.0,
-                                   eos=lab.eos)[0] for prompt in prompts]
-        reads[name] = target.passes
+        found[f"width {width}"] = [
+            beam_search(target, prompt, n, width=width, length_penalty=0.0, eos=lab.eos)[0]
+            for prompt in prompts]
+        reads[f"width {width}"] = target.passes
     rows = []
-    for name in [*list(found)[1:], "exact"]:
-        candidates = found[name]
+    for search, candidates in found.items():
         if candidates:
-            gaps = [a[1] - b[1] for a, b in zip(candidates, exact) if b and name != "exact"]
-            rows.append(EndedRow(name, fmean(total for _, total in candidates),
-                                 fmean(len(tokens) for tokens, _ in candidates),
-                                 reads[name] / len(prompts), sum(gap < -1e-9 for gap in gaps),
-                                 sum(gap > 1e-9 for gap in gaps)))
-    return rows
-
-
-def compare_diversity(
-    lab: DecodingLab, prompts: Sequence[list[int]], n: int, diversities: Sequence[float]
-) -> list[dict]:
-    """Return the variety of the four best of a beam (diversity 0), and of four diverse beams."""
-    target = lab.fresh_target()
-    rows = []
-    for diversity in diversities:
-        beams = []
-        for prompt in prompts:
-            if diversity:
-                beams.append(diverse_beam_search(target, prompt, n, groups=4, diversity=diversity))
-            else:
-                beams.append(beam_search(target, prompt, n, width=4, length_penalty=0.0))
-        variety = fmean(distinct([tokens for tokens, _ in beam], 2) for beam in beams)
-        rows.append({"diversity": diversity, "distinct-2": variety,
-                     "log p": fmean(total for beam in beams for _, total in beam)})
+            not_best = sum(best is not None and total < best[1] - 1e-9
+                           for (_, total), best in zip(candidates, exact))
+            rows.append(SearchRow(search, fmean(total for _, total in candidates),
+                                  fmean(len(tokens) for tokens, _ in candidates),
+                                  reads[search] / len(prompts), not_best))
     return rows
 
 
@@ -1589,7 +1403,7 @@ def compare_length_penalties(
     lab: DecodingLab, prompt: list[int], n: int, width: int, penalties: Sequence[float]
 ) -> list[dict]:
     """Return the best text of a beam for each length penalty."""
-    target = lab.fresh_target()
+    target = CachedModel(lab.target)
     rows = []
     for penalty in penalties:
         [(tokens, _), *_] = beam_search(target, prompt, n, width=width, length_penalty=penalty,
@@ -1600,40 +1414,36 @@ def compare_length_penalties(
     return rows
 
 
-def losing_chances() -> list[float]:
-    """Return the probability of what beams of width 1 (greedy), 2 and 3 find in LOSING."""
-    chances = []
-    for width in (1, 2, 3):
-        [(_, total), *_] = beam_search(losing_logits, TOY_PROMPT, 3, width=width,
-                                       length_penalty=0.0)
-        chances.append(math.exp(total))
-    return chances
+def compare_diversity(lab: DecodingLab, prompts: Sequence[list[int]], n: int) -> list[dict]:
+    """Return the variety of the four best texts of a beam, and of four diverse beams."""
+    target = CachedModel(lab.target)
+    best_four = [beam_search(target, prompt, n, width=4, length_penalty=0.0) for prompt in prompts]
+    diverse = [diverse_beam_search(target, prompt, n, groups=4, diversity=2.0)
+               for prompt in prompts]
+    rows = []
+    for name, found in (("a beam of 4", best_four), ("4 diverse beams", diverse)):
+        variety = fmean(distinct_pairs([tokens for tokens, _ in texts]) for texts in found)
+        rows.append({"texts of": name, "different pairs": variety,
+                     "log p": fmean(total for texts in found for _, total in texts)})
+    return rows
 
 
 def show_beam(trace: Trace, knobs: Namespace) -> None:
-    """The tree, and beams that win and lose."""
-    lab = knobs.lab
-    n = min(knobs.max_new_tokens, BEAM_TOKENS)
-    trace.say("Beam search keeps the few best texts so far instead of one. Four steps of width 3 "
-              f"from {lab.tail(knobs.tokens)!r}: what is kept at each step, by log-probability, "
-              "and the best text that is dropped.")
-    trace.table(beam_steps(lab, knobs.tokens, 3, 4),
-                {"step": "d", "rank as place": "", "log_p": ".2f", "text": ""})
-    rows = compare_widths(lab, lab.prompts[:BEAM_TEXTS], (1, 2, 4), n)
-    losing = sum(row.lost for row in rows)
-    trace.ask(f"Widths 1, 2 and 4, {BEAM_TEXTS} texts each: how many of the texts of width 2 and "
-              "4 are less likely than greedy's?", losing)
-    trace.say(f"Wider beams, {BEAM_TEXTS} texts of {n} tokens: their mean log-probability, how "
-              "many texts the target has to read for one, and whether the beam loses to greedy.")
-    trace.table(rows, {"width": "d", "log_p": ".2f", "texts as texts read": ".0f",
-                       "lost as lost to greedy": "d", "worst as against greedy, at worst": "+.2f"})
-    if losing:
-        trace.say(f"A beam lost to greedy in {losing} of {2 * BEAM_TEXTS} searches: it dropped "
-                  "greedy's text for others that looked better then.")
-    else:
-        trace.say("No beam lost to greedy here; the example in the source is one that does.")
+    """The texts that a beam keeps in a toy, where it loses to greedy; then real searches."""
+    one, two, three = (toy_beam(LOSING, 3, width, length_penalty=0.0)[1] for width in (1, 2, 3))
+    trace.say("Beam search keeps the few best texts so far instead of one. Width 2 in the toy "
+              "language of the source: what is kept at each step, and the best text that is "
+              "dropped.")
+    trace.ask("Greedy keeps one text and a beam of width 2 keeps two. Whose text is likelier, "
+              "greedy's or the beam's?", "greedy's")
+    trace.table(beam_steps(LOSING, 2, 3), {"step": "d", "place": "", "text": "", "p": ".2f bar 20"})
+    trace.say(f"Greedy writes a a a, which has {math.exp(one):.2f}. The beam dropped a a, because "
+              f"two others looked better then, and its best text has {math.exp(two):.2f}. Width 3 "
+              "finds a a a again.")
     show_ended_beams(trace, knobs)
-    check_beams_by_hand(trace)
+    trace.check("the toy that loses: greedy and width 3 find a likelier text than width 2",
+                two < one == three, "as in the source")
+    check_beams(trace)
 
 
 def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
@@ -1641,53 +1451,51 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
     lab = knobs.lab
     n = knobs.max_new_tokens
     prompts = [knobs.tokens, *lab.prompts[3:5]]
-    rows = compare_with_exact(lab, prompts, (1, 4, 8), n)
-    shorter = compare_words(rows[2].tokens, rows[0].tokens, "longer than", "shorter than",
-                            "as long as")
+    rows = compare_with_exact(lab, prompts, (1, 2, 4), n)
+    one = rows[-3]
+    four = rows[-1]
+    shorter = compare_words(four.tokens, one.tokens, "longer than", "shorter than", "as long as")
+    trace.ask("A text may end with its verse. Are the likeliest texts that width 4 finds longer or "
+              "shorter than greedy's?", shorter.split()[0])
     trace.say(f"Now a text may end with its verse, or has {n} tokens. The likeliest text (length "
               f"penalty 0), means over {len(prompts)} prompts. \"Exact\" is the likeliest of all, "
               f"where a search that reads at most {EXACT_PASSES} texts finds it.")
     trace.table(rows, {"search": "", "log_p": ".2f", "tokens": ".1f", "texts as texts read": ".0f",
                        "not_best as not the best": "d"})
     trace.note("not the best: prompts where exact search found a likelier text")
-    trace.say(f"The texts of width 8 are {shorter} those of width 1, on average. Every token "
+    trace.say(f"The texts of width 4 are {shorter} those of width 1, on average. Every token "
               "costs, so a short text that ends can be the likeliest, whether it is wanted or not. "
               f"The length penalty decides what best means. After {lab.tail(knobs.tokens)!r}, "
               f"width {knobs.width}:")
-    penalties = sorted({0.0, 0.5, 1.0, 2.0, knobs.length_penalty})
+    penalties = sorted({0.0, 1.0, 2.0, knobs.length_penalty})
     trace.table(compare_length_penalties(lab, knobs.tokens, n, knobs.width, penalties),
                 {"length penalty": "g", "tokens": "d", "log p": ".2f", "text": ""})
     trace.say("The texts of a beam tend to be twins. Four texts of 8 tokens after each of the "
-              "prompts, by a beam of width 4 (diversity 0) and by four diverse beams: different "
-              "pairs of neighbours among the four, and their mean log-probability.")
-    trace.table(compare_diversity(lab, prompts, 8, (0.0, 1.0, 2.0)),
-                {"diversity": "g", "distinct-2": ".2f", "log p": ".2f"})
-    [(tokens, _)] = beam_search(lab.fresh_target(), knobs.tokens, n, width=1, eos=lab.eos)
+              "prompts; different pairs: of neighbours, as a share of all pairs in the four.")
+    trace.table(compare_diversity(lab, prompts, 8),
+                {"texts of": "", "different pairs": ".2f", "log p": ".2f"})
+    [(tokens, _)] = beam_search(CachedModel(lab.target), knobs.tokens, n, width=1, eos=lab.eos)
     trace.check("width 1 is greedy", is_greedy(lab.target, knobs.tokens, tokens),
                 f"{len(tokens)} tokens, one plain pass")
-    trace.check("no beam finds a likelier text than exact search",
-                all(row.above_exact == 0 for row in rows), f"3 widths, {len(prompts)} prompts")
 
 
-def check_beams_by_hand(trace: Trace) -> None:
-    """Check beams on languages of two and three words."""
-    [(_, total), *_] = beam_search(toy_logits, TOY_PROMPT, 3, width=9, length_penalty=0.0)
-    best = max(text_probabilities(toy_logits, TOY_PROMPT, 3).values())
-    trace.check("the toy, three words: a beam of 9 finds the best of all 27 texts",
-                abs(math.exp(total) - best) < 1e-12, f"{best:.3f}, |Δ| < 1e-12")
+def check_beams(trace: Trace) -> None:
+    """Check the searches on languages of two and three words."""
+    text, score = toy_beam(TOY, 2, 3, length_penalty=0.0)
+    tokens, total = exact_search(model_of(TOY), TOY_PROMPT, 2, eos=2, max_passes=9)
+    trace.check("section 1's toy: a beam of 3 and exact search find the best text of two words",
+                text == letters(tokens) == "b c"
+                and max(abs(math.exp(x) - 0.36) for x in (score, total)) < 1e-12, "b c, 0.36")
     first_words = [letters(tokens) for tokens, _ in
-                   diverse_beam_search(toy_logits, TOY_PROMPT, 1, groups=3, diversity=0.2)]
+                   diverse_beam_search(model_of(TOY), TOY_PROMPT, 1, groups=3, diversity=0.2)]
     trace.check("the toy, diversity 0.2: only the third beam is charged enough to leave a for b",
                 first_words == ["a", "a", "b"], "log 0.5 - 0.4 < log 0.4 < log 0.5 - 0.2")
-    chances = losing_chances()
-    trace.check("the example in the source: a beam of 2 loses to greedy, and one of 3 does not",
-                chances[1] < chances[0] == chances[2], " ".join(f"{p:.3f}" for p in chances))
-    [(tokens, score), *_] = beam_search(late_logits, TOY_PROMPT, 3, width=2, eos=1)
-    trace.check("where the best text ends last, a beam waits for it: a a b, not b or a b",
-                tokens == [0, 0, 1] and abs(score - math.log(0.45 * 0.5 * 0.9) / 3) < 1e-12,
+    late, score = toy_beam(LATE, 3, 2, eos=1)
+    early, _ = toy_beam(LATE, 3, 2, eos=1, early_stopping=True)
+    trace.check("where the best text ends last, a beam waits for it: a a b, not b or a b; with "
+                "early_stopping it does not", early == "b" and late == "a a b"
+                and abs(score - math.log(0.45 * 0.5 * 0.9) / 3) < 1e-12,
                 f"b ends a text; {score:.3f} a token, not {math.log(0.55):.3f}")
-    [(tokens, _), *_] = beam_search(late_logits, TOY_PROMPT, 3, width=2, eos=1, early_stopping=True)
-    trace.check("with early_stopping it does not wait", tokens == [1], "two texts have ended")
 
 
 # 5. Speculative decoding
@@ -1699,7 +1507,7 @@ class RuleRow(NamedTuple):
     token: str
     p: float
     q: float
-    kept: float  # probability of being kept, if drafted
+    kept: float  # probability of being kept, if guessed
     both: float  # min(p, q)
     rest: float  # what replaces a rejected guess
 
@@ -1717,17 +1525,7 @@ class ProofRow(NamedTuple):
     target: float
     rule: float         # speculative sampling
     argmax_by_q: float  # the common bug
-    point_mass: float   # argmax drafts, judged rightly
-
-
-class Proof(NamedTuple):
-    """Everything that was enumerated, summed up."""
-
-    rows: list[ProofRow]
-    gap: float      # largest difference from the target, by the rule and by the point mass
-    bias: float     # total variation of the bug
-    went_on: float  # probability that a round is kept whole and another one drafts after it
-    passes: float   # mean of the rule's
+    point_mass: float   # the draft's argmax, judged rightly
 
 
 def enumerate_speculation(
@@ -1737,56 +1535,39 @@ def enumerate_speculation(
     gamma: int,
     eos: int | None = None,
     **settings: float,
-) -> Proof:
-    """Take every branch of three decoders, for texts of n tokens after the prompt [0]."""
-    def by_q(choose_draft: Callable, rng: EveryBranch) -> tuple:
-        return outcome(*speculative_sample(target_fn, draft_fn, [0], n, gamma=gamma, rng=rng,
-                                           eos=eos, choose_draft=choose_draft, **settings))
+) -> list[ProofRow]:
+    """Take every branch of three decoders, for texts of n tokens; the likeliest comes first."""
+    by_rule = partial(speculative_sample, target_fn, draft_fn, [0], n, gamma=gamma, eos=eos,
+                      **settings)
+    by_argmax = partial(by_rule, choose_guess=lambda q, rng: argmax(q))
 
-    def by_point_mass(rng: EveryBranch) -> tuple:
-        return outcome(*speculate(target_fn, partial(greedy, draft_fn), [0], n, gamma=gamma,
-                                  eos=eos, choose=sampler(rng, **settings)))
+    def by_point_mass(rng: EveryBranch) -> tuple[list[int], Counts]:
+        return speculate(target_fn, partial(greedy, draft_fn), [0], n, gamma=gamma, eos=eos,
+                         choose=sampler(rng, **settings))
 
     exact = text_probabilities(target_fn, [0], n, eos, **settings)
-    runs = every_outcome(partial(by_q, draw))
-    rule = by_text(runs)
-    bug = by_text(every_outcome(partial(by_q, lambda q, rng: argmax(q))))
-    point = by_text(every_outcome(by_point_mass))
-    rows = [ProofRow(letters(text), exact[text], rule[text], bug[text], point[text])
+    found = [text_shares(decode) for decode in (by_rule, by_argmax, by_point_mass)]
+    return [ProofRow(letters(text), exact[text], *(shares.get(text, 0.0) for shares in found))
             for text in sorted(exact, key=exact.get, reverse=True)]
-    went_on = 0.0
-    for (_, rounds), p in runs.items():
-        pairs = zip(rounds, rounds[1:])
-        if any(kept == guesses and later for (guesses, kept), (later, _) in pairs):
-            went_on += p
-    gap = max(largest_gap(rule, exact), largest_gap(point, exact))
-    passes = sum(p * len(rounds) for (_, rounds), p in runs.items())
-    return Proof(rows, gap, total_variation(bug, exact), went_on, passes)
 
 
-def by_text(outcomes: dict[tuple, float]) -> Counter:
-    """Return the probability of each text, whatever rounds it took."""
-    totals: Counter[tuple[int, ...]] = Counter()
-    for (text, _), p in outcomes.items():
-        totals[text] += p
-    return totals
+def text_shares(decode: Callable[..., tuple[list[int], Counts]]) -> dict[tuple[int, ...], float]:
+    """Return {text: its exact probability} of a speculative decoder that takes rng."""
+    return every_outcome(lambda rng: tuple(decode(rng=rng)[0]))
 
 
-def outcome(tokens: list[int], counts: Counts) -> tuple:
-    """Return a run as every_outcome() needs it: the text, and (guesses, kept) of each round."""
-    return tuple(tokens), tuple((len(drafts), kept) for drafts, kept in counts.rounds)
+def proof_gap(rows: Sequence[ProofRow]) -> float:
+    """Return how far the rule and the point mass are from the target, at most."""
+    return max(max(abs(row.rule - row.target), abs(row.point_mass - row.target)) for row in rows)
 
 
-def round_lines(
-    lab: DecodingLab, tokens: Sequence[int], counts: Counts, all_guesses: bool
-) -> list[str]:
-    """Return a line per pass: guesses kept (+), wrong ones (×), the target's own token (→)."""
+def round_lines(lab: DecodingLab, tokens: Sequence[int], counts: Counts) -> list[str]:
+    """Return a line per pass: guesses kept (+), the first wrong one (×), the target's own (→)."""
     lines = []
     done = 0
-    for number, (drafts, kept) in enumerate(counts.rounds, 1):
-        judged = len(drafts) if all_guesses else kept + 1
-        marks = ["+" + lab.name(token) for token in drafts[:kept]]
-        marks += ["×" + lab.name(token) for token in drafts[kept:judged]]
+    for number, (guesses, kept) in enumerate(counts.rounds, 1):
+        marks = ["+" + lab.name(token) for token in guesses[:kept]]
+        marks += ["×" + lab.name(token) for token in guesses[kept:kept + 1]]
         marks.append("→" + lab.name(tokens[done + kept]))
         lines += textwrap.wrap(f"{number:>3}  " + " ".join(marks), WIDTH - 10,
                                subsequent_indent=" " * 5)
@@ -1795,22 +1576,23 @@ def round_lines(
 
 
 def show_speculative(trace: Trace, knobs: Namespace) -> None:
-    """Greedy, guesses marked; the rule drawn on one distribution; the proof by enumeration."""
+    """Greedy, with the guesses marked, and the rule drawn on one distribution."""
     lab = knobs.lab
     n = knobs.max_new_tokens
-    target = lab.fresh_target()
-    tokens, counts = speculative_greedy(target, lab.fresh_draft(), knobs.tokens, n,
+    target = CachedModel(lab.target)
+    tokens, counts = speculative_greedy(target, CachedModel(lab.draft), knobs.tokens, n,
                                         gamma=knobs.gamma)
+    wrong = sum(kept < len(guesses) for guesses, kept in counts.rounds)
     trace.say(f"A small draft model guesses {knobs.gamma} tokens, and the target checks them all "
               "in one pass. Greedy first, a line per pass: + a guess that is right, × the first "
               "wrong one, → the target's own token, which comes in its place or behind.")
     trace.ask(f"{n} tokens are wanted, and {counts.accepted} guesses were right. How many passes "
               "did the target make?", counts.target_passes)
-    trace.lines(round_lines(lab, tokens, counts, all_guesses=False)[:14])
+    trace.lines(round_lines(lab, tokens, counts)[:14])
     trace.note(f"{n} tokens in {counts.target_passes} passes. Of {counts.drafted} guesses "
-               f"{counts.accepted} were kept, {counts.judged - counts.accepted} were wrong, and "
-               f"{counts.drafted - counts.judged} stood behind a wrong one and were thrown away "
-               "unseen.")
+               f"{counts.accepted} were kept, {wrong} were wrong, and "
+               f"{counts.drafted - counts.accepted - wrong} stood behind a wrong one and were "
+               "thrown away unseen.")
 
     p, q = (distribution(llama.forward(knobs.tokens)[-1], knobs.temperature, top_p=knobs.top_p)
             for llama in (lab.target, lab.draft))
@@ -1822,34 +1604,34 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
               "drawn from the rest, where the target wants more than the draft gave.")
     trace.table(rows, {"token": "", "p": ".2f", "q": ".2f", "kept": ".0%", "both as min(p, q)":
                        f"bar 18 of {most}", "rest as the rest": f"bar 18 of {most}"})
+    show_proof(trace, random_pair(lab.seed))
+    trace.check("greedy: the text is the target's own", len(tokens) == n
+                and is_greedy(lab.target, knobs.tokens, tokens), f"{n} tokens, one plain pass")
+    trace.check("one pass scores all the guesses: passes run = rounds = tokens - guesses kept",
+                target.passes == counts.target_passes == n - counts.accepted,
+                f"{target.passes} passes, {n} tokens")
 
-    pair = random_pair(lab.seed)
-    proofs = [enumerate_speculation(*pair, 5, gamma) for gamma in (1, 2)]
+
+def show_proof(trace: Trace, pair: tuple[LogitsFn, LogitsFn]) -> None:
+    """The rule, enumerated on a random target and draft over two tokens."""
+    rows = enumerate_speculation(*pair, 5, 2)
     trace.say("The proof, checked: a random target and draft over two tokens, all 32 texts of 5 "
               "tokens, gamma 2. Every branch that a decoder can take is taken and weighed. The "
               "draft's argmax, judged by q, is the common bug; judged as a point mass it is right. "
               "The likeliest texts:")
-    trace.table(proofs[1].rows[:6], {"text": "", "target": ".4f", "rule as by the rule": ".4f",
-                                     "argmax_by_q as argmax, by q": ".4f",
-                                     "point_mass as argmax, point mass": ".4f"})
-    trace.say(f"With the bug, {proofs[1].bias:.1%} of the probability is at another text than it "
-              f"should be; with the other two, none. (With probability {proofs[1].went_on:.2f} a "
-              "round is kept whole and another one drafts after it, so that case is in the proof.)")
-    trace.check("greedy: the text is the target's own", len(tokens) == n
-                and is_greedy(lab.target, knobs.tokens, tokens), f"{n} tokens, one plain pass")
-    trace.check("one pass scores all the guesses: passes run = rounds = tokens - guesses kept",
-                target.forwards == counts.target_passes == n - counts.accepted,
-                f"{target.forwards} passes, {n} tokens")
-    wrong = sum(kept < len(drafts) for drafts, kept in counts.rounds)
-    trace.check("the target looked at the guesses kept, and in a pass at one wrong one at most",
-                counts.judged == counts.accepted + wrong, f"{counts.judged} of {counts.drafted}")
+    trace.table(rows[:6], {"text": "", "target": ".4f", "rule as by the rule": ".4f",
+                           "argmax_by_q as argmax, by q": ".4f",
+                           "point_mass as argmax, point mass": ".4f"})
+    bias = sum(abs(row.argmax_by_q - row.target) for row in rows) / 2
+    trace.say(f"With the bug, {bias:.1%} of the probability is at another text than it should be; "
+              "with the other two, none.")
     trace.check("enumerated, the rule and the point mass give every text the target's probability",
-                all(proof.gap < 1e-12 and proof.went_on > 0 for proof in proofs),
+                proof_gap(rows) < 1e-12 and proof_gap(enumerate_speculation(*pair, 5, 1)) < 1e-12,
                 "gamma 1 and 2, 5 tokens, max |Δ| < 1e-12")
     shaped = enumerate_speculation(*pair, 4, 2, temperature=0.7, top_p=0.8)
     ended = enumerate_speculation(*pair, 5, 2, eos=1)
     trace.check("the same with temperature 0.7 and top-p 0.8, and where b ends a text",
-                max(shaped.gap, ended.gap) < 1e-12, "max |Δ| < 1e-12")
+                max(proof_gap(shaped), proof_gap(ended)) < 1e-12, "max |Δ| < 1e-12")
 
 
 # 6. When it pays
@@ -1857,22 +1639,18 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
 
 def keep_chances(
     target_fn: LogitsFn, draft_fn: LogitsFn, prompt: Sequence[int], tokens: Sequence[int]
-) -> tuple[Vector, Vector]:
-    """Return two probabilities at each place of a text that the target drew.
+) -> Vector:
+    """Return, for each token x that the target drew, the probability that it is a kept guess.
 
-    First, that the token x there is a kept guess, if one is judged: the share of min(p, q) in p,
-    which is min(1, q(x)/p(x)). Second, that whatever is guessed is kept: Σ min(p, q).
+    That is the share of min(p, q) in p, or min(1, q(x)/p(x)). Its mean over what the target draws
+    is α = Σ min(p, q).
     """
     text = [*prompt, *tokens][:-1]
     chances = []
-    betas = []
     for token, p_row, q_row in zip(tokens, last_rows(target_fn, text, len(tokens)),
                                    last_rows(draft_fn, text, len(tokens))):
-        p = softmax(p_row)
-        q = softmax(q_row)
-        chances.append(min(1.0, q[token] / p[token]))
-        betas.append(sum(map(min, p, q)))
-    return chances, betas
+        chances.append(min(1.0, softmax(q_row)[token] / softmax(p_row)[token]))
+    return chances
 
 
 def expected_passes(chances: Vector, gamma: int) -> float:
@@ -1905,66 +1683,66 @@ class PayRow(NamedTuple):
 def measure_payoff(
     lab: DecodingLab, n_texts: int, n: int, gammas: Sequence[int]
 ) -> tuple[list[PayRow], float]:
-    """Draw texts of n tokens; return what each gamma brings on them, and the mean Σ min(p, q)."""
-    target = lab.fresh_target()
-    draft = lab.fresh_draft()
+    """Draw texts of n tokens; return what each gamma brings on them, and α, their mean chance."""
+    target = CachedModel(lab.target)
+    draft = CachedModel(lab.draft)
     rng = random.Random(lab.seed)
     texts = []
-    betas: Vector = []
     for i in range(n_texts):
         prompt = lab.prompts[i % len(lab.prompts)]
-        chances, more = keep_chances(target, draft, prompt, sample(target, prompt, n, rng=rng))
-        texts.append(chances)
-        betas += more
-    alpha = fmean(betas)
+        texts.append(keep_chances(target, draft, prompt, sample(target, prompt, n, rng=rng)))
+    alpha = fmean(map(fmean, texts))
     rows = []
     for gamma in gammas:
         rates = [n / expected_passes(chances, gamma) for chances in texts]
-        rows.append(PayRow(gamma, fmean(rates), stdev(rates) / math.sqrt(n_texts),
+        rows.append(PayRow(gamma, fmean(rates), standard_error(rates),
                            expected_tokens(alpha, gamma)))
     return rows, alpha
+
+
+def speed_ups(rows: Sequence[PayRow], cost: float) -> dict[int, float]:
+    """Return {gamma: the measured speed-up}, where a pass of the draft costs so much."""
+    return {row.gamma: speed_up(row.measured, row.gamma, cost) for row in rows}
+
+
+def best_gamma(speeds: dict[int, float]) -> int:
+    """Return the gamma with the best speed-up, or 0 where none is faster than no guesses."""
+    best = max(speeds, key=speeds.get)
+    return best if speeds[best] > 1 else 0
 
 
 def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
     """Tokens of a pass, measured and by the formula, and the speed-up as gamma and c change."""
     lab = knobs.lab
-    gammas = sorted({1, 2, 3, 4, 6, 8, knobs.gamma})
-    rows, alpha = measure_payoff(lab, PAY_TEXTS, 24, gammas)
+    rows, alpha = measure_payoff(lab, PAY_TEXTS, 24, sorted({1, 2, 3, 4, 6, 8, knobs.gamma}))
     own = lab.cost("a smaller Llama")
-    costs = [0.0, 0.05, 0.2, own]
-    table = [row._asdict() | {f"c = {c:.2f}": row.measured / (row.gamma * c + 1) for c in costs}
-             for row in rows]
-    best = [max(table, key=lambda row: row[f"c = {c:.2f}"]) for c in costs]
-    pays = [row["gamma"] if row[f"c = {c:.2f}"] > 1 else 0 for row, c in zip(best, costs)]
+    speeds = {f"c = {c:.2f}": speed_ups(rows, c) for c in (0.0, 0.05, 0.2, own)}
     trace.say("More guesses give more tokens of a pass, and cost more passes of the draft. "
               f"{PAY_TEXTS} texts of 24 tokens, drawn from the target at temperature 1. A guess is "
               f"kept with alpha = Σ min(p, q) = {alpha:.2f} on average. Tokens of a pass: on these "
               "texts, and by the formula, which takes all places for alike. Then the measured "
               "speed-up, if a pass of the draft costs c passes of the target; the last c is this "
               "draft's.")
-    trace.ask(f"A pass of the draft costs {own:.2f} of the target's. Which gamma is fastest, of "
-              f"{', '.join(map(str, gammas))} (0: none pays)?", pays[-1])
+    trace.ask(f"A pass of the draft costs {own:.2f} of the target's. Which gamma is fastest (0: "
+              "none pays)?", best_gamma(speeds[f"c = {own:.2f}"]))
+    table = [row._asdict() | {c: speeds[c][row.gamma] for c in speeds} for row in rows]
     trace.table(table, {"gamma": "d", "measured as tokens of a pass": ".2f", "error as ±": ".2f",
-                        "formula": ".2f"} | {f"c = {c:.2f}": "{:.2f}×" for c in costs})
+                        "formula": ".2f"} | dict.fromkeys(speeds, "{:.2f}×"))
     trace.note("±: the standard error over the texts. c of this draft: its share of weights read")
     last = rows[-1]
-    verdict = "agrees with them within two standard errors"
-    if abs(last.formula - last.measured) > 2 * last.error:
-        more = compare_words(last.formula, last.measured, "more", "less")
-        verdict = f"promises {more} than they give"
+    best = ", ".join(str(best_gamma(speeds[c])) for c in speeds)
     trace.say("The formula takes all places for alike, and texts for endless; the last pass of a "
-              "text that ends here is cut short. At gamma "
-              f"{gammas[-1]} it {verdict}. The best gamma for each c is "
-              f"{', '.join(map(str, pays))} (0: drafting does not pay). All this counts a pass "
-              "over gamma + 1 tokens as one over one token, as on a machine with idle arithmetic. "
-              "A busy server has none.")
-    if pays[0] == gammas[-1]:
-        trace.say("For c = 0 the best gamma is the largest of the list: a guess that costs nothing "
-                  "cannot hurt here.")
+              f"text that ends here is cut short. At gamma {last.gamma} it says "
+              f"{last.formula:.2f}, and these texts give {last.measured:.2f} ± {last.error:.2f}. "
+              f"The best gamma for each c is {best} (0: guessing does not pay). All this counts a "
+              "pass over gamma + 1 tokens as one over one token, as on a machine with idle "
+              "arithmetic. A busy server has none.")
     pair = random_pair(lab.seed)
-    worked_out = sum(p * expected_passes(keep_chances(*pair, [0], text)[0], 2)
+    worked_out = sum(p * expected_passes(keep_chances(*pair, [0], text), 2)
                      for text, p in text_probabilities(pair[0], [0], 5).items())
-    enumerated = enumerate_speculation(*pair, 5, 2).passes
+    passes = every_outcome(
+        lambda rng: speculative_sample(*pair, [0], 5, gamma=2, rng=rng)[1].target_passes)
+    enumerated = sum(number * p for number, p in passes.items())
     trace.check("section 5's random pair: passes worked out from the texts = those of the decoder",
                 abs(worked_out - enumerated) < 1e-9, f"{enumerated:.4f} enumerated, |Δ| < 1e-9")
     long_run = 1000 / expected_passes([0.6] * 1000, 3)
@@ -1973,112 +1751,90 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
                 f"alpha 0.6, gamma 3, 1,000 tokens: {long_run:.2f}")
 
 
-# 7. Prompt lookup: drafts for nothing
+# 7. Prompt lookup: guesses for nothing
 
 
 class Way(NamedTuple):
-    """One way to decode, over several prompts, each of which the target has read beforehand."""
+    """One way to decode several prompts, each of which the target has read beforehand."""
 
     way: str
     c: float             # cost of one guess, in passes of the target
-    kept: float          # guesses kept a pass
-    passes: float
-    saved: float | None  # passes fewer than the first way takes for the same text, mean
-    error: float | None  # standard error of that mean
+    passes: float        # of the target for one text, mean
     nodes: float         # tokens read by the target after the prompt, for each new token
     rolled_back: float   # share of them that is not in the text
-    speed_up: float
+    speed_up: float      # over greedy, which takes a pass a token
+    per_text: list[int]  # passes of each text
     right: int           # texts that are the target's own, and whose books agree
 
 
 def decode(
     lab: DecodingLab, way: str, target: CachedModel, prompt: list[int], n: int, gamma: int
 ) -> tuple[list[int], Counts]:
-    """Return n greedy tokens and Counts, by the way of that name; "greedy" guesses nothing."""
+    """Return n greedy tokens and Counts, by the way of that name."""
     if way == "Medusa, tree":
         return medusa_greedy(target, lab.medusa, prompt, n)
     if way == "Medusa, chain":
         return medusa_greedy(target, lab.medusa, prompt, n, tops=(1, 1))
-    if way == "Jacobi":
-        return jacobi_greedy(target, prompt, n, gamma=gamma)
     if way == "lookahead":
         return lookahead_greedy(target, prompt, n)
-    proposers = {
-        "greedy": lambda tokens, n: [],
-        "prompt lookup": prompt_lookup,
-        "a smaller Llama": partial(greedy, lab.fresh_draft()),
-        "EAGLE": partial(eagle_draft, target, lab.eagle) if way == "EAGLE" else None,
-    }
-    return speculate(target, proposers[way], prompt, n, gamma=gamma)
+    guess = partial(greedy, CachedModel(lab.draft))
+    if way == "prompt lookup":
+        guess = prompt_lookup
+    elif way == "EAGLE":
+        guess = partial(eagle_guesses, target, lab.eagle)
+    return speculate(target, guess, prompt, n, gamma=gamma)
 
 
-def compare_ways(
-    lab: DecodingLab, ways: Sequence[str], prompts: Sequence[list[int]], n: int, gamma: int
-) -> list[Way]:
-    """Return a row per way. A plain pass checks the first way's texts, and these the others'."""
-    own: list[list[int]] = []  # the target's texts
-    first: list[int] = []      # the first way's passes
-    rows = []
-    for way in ways:
-        passes = []
-        drafted = accepted = nodes = wrong_nodes = right = 0
-        for i, prompt in enumerate(prompts):
-            target = lab.fresh_target()
-            target(prompt[:-1])  # prefill, for all alike: the first pass has a state to guess from
-            tokens, counts = decode(lab, way, target, prompt, n, gamma)
-            if i == len(own):
-                own.append(tokens if is_greedy(lab.target, prompt, tokens) else [])
-            text = (*prompt, *tokens)
-            read = [node for node in target.known if len(node) > len(prompt)]
-            wrong = [node for node in read if node != text[:len(node)]]
-            # Read: the guesses, and the token that each pass put, but for the last.
-            books = (len(read) == counts.drafted + counts.target_passes - 1
-                     and len(wrong) == counts.drafted - counts.accepted)
-            right += books and len(tokens) == n and tokens == own[i]
-            passes.append(counts.target_passes)
-            drafted += counts.drafted
-            accepted += counts.accepted
-            nodes += len(read)
-            wrong_nodes += len(wrong)
-        first = first or passes
-        saved = list(map(operator.sub, first, passes))
-        error = stdev(saved) / math.sqrt(len(prompts))
-        total = n * len(prompts)
-        runs = drafted  # of the guesser
-        if way == "Medusa, tree":
-            runs = 2 * sum(passes)  # both heads once a pass, however many nodes
-        rows.append(Way(way, lab.cost(way), accepted / sum(passes), fmean(passes),
-                        fmean(saved) if rows else None, error if rows else None,
-                        nodes / total, wrong_nodes / max(1, nodes),
-                        total / (sum(passes) + lab.cost(way) * runs), right))
-    return rows
+def measure_way(
+    lab: DecodingLab, way: str, prompts: Sequence[list[int]], n: int, gamma: int
+) -> Way:
+    """Decode n tokens after each prompt. A plain pass over each text checks it is the target's."""
+    runs = []
+    right = 0
+    for prompt in prompts:
+        target = CachedModel(lab.target)
+        target(prompt[:-1])  # prefill, for all alike: the first pass has a state to guess from
+        tokens, counts = decode(lab, way, target, prompt, n, gamma)
+        runs.append(counts)
+        # The cache holds the prompt, the guesses, and what each pass put, but for the last.
+        read = len(prompt) + counts.drafted + counts.target_passes - 1
+        right += (len(tokens) == n and is_greedy(lab.target, prompt, tokens)
+                  and len(target.known) == read)
+    per_text = [counts.target_passes for counts in runs]
+    passes = sum(per_text)
+    guessed = sum(counts.drafted for counts in runs)
+    wrong = guessed - sum(counts.accepted for counts in runs)
+    nodes = guessed + passes - len(prompts)
+    # The two heads of the tree run once a pass, however many nodes there are.
+    price = lab.cost(way) * (2 * passes if way == "Medusa, tree" else guessed)
+    total = n * len(prompts)
+    return Way(way, lab.cost(way), fmean(per_text), nodes / total, wrong / max(1, nodes),
+               total / (passes + price), per_text, right)
 
 
-def saving(row: Way, first: Way) -> str:
-    """Return in words whether a way takes fewer passes than the first one, by the paired errors."""
-    if row.saved == 0 == row.error:
-        return f"{row.way} takes as many passes as {first.way} for each text"
-    if abs(row.saved) <= 2 * row.error:
-        return (f"{row.way} and {first.way} differ by {abs(row.saved):.1f} passes, which is within "
-                "two standard errors and shows nothing")
-    more = compare_words(row.saved, 0, "fewer", "more")
-    return f"{row.way} takes {abs(row.saved):.1f} passes {more} than {first.way}"
+def fewer_passes(row: Way, other: Way) -> str:
+    """Return in words which of two ways takes fewer passes, by the differences text by text."""
+    gaps = list(map(operator.sub, other.per_text, row.per_text))
+    gap = fmean(gaps)
+    if abs(gap) <= 2 * standard_error(gaps):
+        return (f"{row.way} and {other.way} differ by {abs(gap):.1f} passes, which is within two "
+                "standard errors and shows nothing")
+    more = compare_words(gap, 0, "fewer", "more")
+    return f"{row.way} takes {abs(gap):.1f} passes {more} than {other.way}"
 
 
-def show_ways(trace: Trace, rows: Sequence[Way], n_texts: int, finding: str) -> None:
+def show_ways(trace: Trace, rows: Sequence[Way], n: int, finding: str) -> None:
     """Print the rows and what was found, and check that all texts are the target's own."""
-    trace.table(rows, {"way": "", "c": ".2f", "kept": ".2f", "passes": ".1f",
-                       "saved": ".1f", "error as ±": ".1f", "nodes": ".1f", "rolled_back": ".0%",
-                       "speed_up": "{:.2f}×"})
-    trace.note("c: weights that a guess reads, as a share of the target's. kept: guesses a pass. "
-               "saved: passes fewer than the first way takes for the same text, mean; ±: its "
-               "standard error. nodes: tokens that the target reads for one of the text; rolled "
-               "back: the share of them that leaves the cache again. speed up: as section 6 has "
-               "it, over plain greedy, with arithmetic for nothing.")
+    trace.table(rows, {"way": "", "c": ".2f", "passes": ".1f", "nodes": ".1f",
+                       "rolled_back": ".0%", "speed_up": "{:.2f}×"})
+    trace.note("c: weights that a guess reads, as a share of the target's. nodes: tokens that the "
+               "target reads for one of the text; rolled back: the share of them that leaves the "
+               f"cache again. speed up: over greedy, which takes {n} passes, with arithmetic for "
+               "nothing.")
     trace.say(finding[0].upper() + finding[1:])
-    trace.check("every text is the target's own by one plain pass over it; the cache read and "
-                "rolled back what the counts say", all(row.right == n_texts for row in rows),
-                f"{n_texts * len(rows)} texts")
+    texts = len(rows[0].per_text)
+    trace.check("every text is the target's own by one plain pass over it; the cache read what the "
+                "counts say", all(row.right == texts for row in rows), f"{texts * len(rows)} texts")
 
 
 def show_prompt_lookup(trace: Trace, knobs: Namespace) -> None:
@@ -2086,19 +1842,18 @@ def show_prompt_lookup(trace: Trace, knobs: Namespace) -> None:
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
     prompts = [lab.tokenizer.encode(CONTEXT) + prompt for prompt in lab.prompts[:COMPARED_TEXTS]]
-    rows = compare_ways(lab, ["greedy", "prompt lookup", "a smaller Llama"], prompts, n,
-                        knobs.gamma)
-    greedy_row, lookup, smaller = rows
-    trace.say("A draft need not be a model: prompt lookup copies what followed the same words "
-              f"when they last came. Gamma {knobs.gamma}, {len(prompts)} greedy texts of {n} "
-              "tokens. Each comes after a verse about the rat, so that there is something to look "
-              "up. The prompt has been read before the passes are counted.")
-    found = [prompt_lookup([7, 1, 2, 3, 8, 2, 3], 2), prompt_lookup([5, 6, 5], 1)]
+    lookup = measure_way(lab, "prompt lookup", prompts, n, knobs.gamma)
+    smaller = measure_way(lab, "a smaller Llama", prompts, n, knobs.gamma)
+    trace.say("Guesses need no model: prompt lookup copies what followed the same words when they "
+              f"last came. Gamma {knobs.gamma}, {len(prompts)} greedy texts of {n} tokens. Each "
+              "comes after a verse about the rat, so that there is something to look up. The "
+              "prompt has been read before the passes are counted.")
     trace.ask("Which is faster, prompt lookup or a smaller Llama?",
               max(lookup, smaller, key=lambda row: row.speed_up).way)
-    show_ways(trace, rows, len(prompts), f"{saving(lookup, greedy_row)}; "
-              f"{saving(smaller, greedy_row)}. A rhyme that repeats its clauses is the best case "
-              "of prompt lookup; of text that says new things this shows nothing.")
+    show_ways(trace, [lookup, smaller], n, f"{fewer_passes(smaller, lookup)}. Only the Llama's "
+              "guesses have a price. A rhyme that repeats its clauses is the best case of prompt "
+              "lookup; of text that says new things this shows nothing.")
+    found = [prompt_lookup([7, 1, 2, 3, 8, 2, 3], 2), prompt_lookup([5, 6, 5], 1)]
     trace.check("by hand: what followed 2 3, and what followed 5", found == [[8, 2], [6]],
                 "8 2, and 6")
 
@@ -2109,6 +1864,7 @@ def show_prompt_lookup(trace: Trace, knobs: Namespace) -> None:
 class TreeNode(NamedTuple):
     """A node of a tree, drawn."""
 
+    node: int
     token: str
     position: int
     sees: str  # its row of the mask
@@ -2117,16 +1873,16 @@ class TreeNode(NamedTuple):
 
 def draw_tree(lab: DecodingLab, prompt: list[int]) -> list[TreeNode]:
     """Return the tree of the pass after the one that reads the prompt."""
-    target = lab.fresh_target()
+    target = CachedModel(lab.target)
     text = (*prompt, argmax(target(prompt)))
-    found, rows = verify_tree(target, text, medusa_candidates(target, lab.medusa, (3, 2), text))
+    _, found, rows = verify_tree(target, text, medusa_paths(target, lab.medusa, (3, 2), text))
     nodes = [node for node in rows if len(node) >= len(text)]
     drawn = []
-    for node, mask in zip(nodes, tree_mask(nodes, nodes)):
+    for i, (node, mask) in enumerate(zip(nodes, tree_mask(nodes, nodes))):
         indent = "  " * (len(node) - len(text))
         sees = "".join("█" if seen else "·" for seen in mask)
         kept = "+" if (*text, *found)[:len(node)] == node else ""
-        drawn.append(TreeNode(indent + lab.name(node[-1]), len(node) - 1, sees, kept))
+        drawn.append(TreeNode(i, indent + lab.name(node[-1]), len(node) - 1, sees, kept))
     return drawn
 
 
@@ -2136,19 +1892,19 @@ def last_state(llama: Llama, tokens: Sequence[int]) -> Vector:
     return llama.inputs["output"][-1]
 
 
-def places_of_guesses(lab: DecodingLab, prompt: list[int]) -> list[int]:
-    """Return the places that head 1's three guesses have by its logits; 1 is the best token."""
-    target = lab.fresh_target()
+def head_sees_last_state(lab: DecodingLab, prompt: list[int]) -> bool:
+    """Return whether head 1's guesses are its likeliest by the state of a plain pass."""
+    target = CachedModel(lab.target)
     target(prompt)
     text = [*prompt, 0]  # any token: the heads do not see it
-    guesses = {first for first, _ in medusa_candidates(target, lab.medusa, (3, 2), text)}
+    guesses = {first for first, _ in medusa_paths(target, lab.medusa, (3, 2), text)}
     [logits] = medusa_head([last_state(lab.target, prompt)], lab.medusa[0])
-    return sorted(1 + sum(other > logits[guess] for other in logits) for guess in guesses)
+    return sorted(logits[guess] for guess in guesses) == sorted(logits)[-3:]
 
 
 def tree_gap(lab: DecodingLab, nodes: Sequence[tuple[int, ...]]) -> float:
     """Read these texts as a tree in one pass; return the largest gap to each text read alone."""
-    rows = lab.fresh_target().read(nodes)
+    rows = CachedModel(lab.target).read(nodes)
     gaps = []
     for node in nodes:
         gaps += [abs(a - b) for a, b in zip(rows[node], lab.target.forward(node)[-1])]
@@ -2157,20 +1913,19 @@ def tree_gap(lab: DecodingLab, nodes: Sequence[tuple[int, ...]]) -> float:
 
 def sampled_tree_gap(lab: DecodingLab, prompt: list[int], n: int) -> float:
     """Enumerate Medusa's tree sampling with top-k 2; return the largest gap to plain sampling."""
-
-    def by_tree(rng: EveryBranch) -> tuple[int, ...]:
-        target = lab.fresh_target()
+    def by_tree(rng: EveryBranch) -> tuple[list[int], Counts]:
+        target = CachedModel(lab.target)
         target(prompt[:-1])  # so that the first round has a tree
-        return tuple(medusa_greedy(target, lab.medusa, prompt, n, choose=sampler(rng, top_k=2))[0])
+        return medusa_greedy(target, lab.medusa, prompt, n, choose=sampler(rng, top_k=2))
 
     def plain(tokens: Sequence[int]) -> Vector:
         return lab.target.forward(tokens)[-1]
 
-    return largest_gap(every_outcome(by_tree), text_probabilities(plain, prompt, n, top_k=2))
+    return largest_gap(text_shares(by_tree), text_probabilities(plain, prompt, n, top_k=2))
 
 
 def show_medusa(trace: Trace, knobs: Namespace) -> None:
-    """A tree with its mask and what is kept of it; passes as a chain, as a tree and by greedy."""
+    """A tree with its mask and what is kept of it; passes as a chain and as a tree."""
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
     nodes = draw_tree(lab, knobs.tokens)
@@ -2179,21 +1934,20 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
               "one pass verifies it all.")
     trace.ask("The root is the target's own token. Under it hang 3, and under each of them 2. How "
               "many nodes has the tree?", len(nodes))
-    trace.say(f"The first tree after {lab.tail(knobs.tokens)!r}. Sees: its row of the mask, with a "
-              "column per node in the same order; a node sees itself, its ancestors, and the text "
-              "before the tree. Kept (+): the target's own choices.")
-    trace.table(nodes, {"token": "", "position": "d", "sees": "", "kept": ""})
+    trace.say(f"The first tree after {lab.tail(knobs.tokens)!r}. Which nodes a node sees: itself "
+              "and its ancestors, and all of the text before the tree. Kept (+): the target's own "
+              "choices.")
+    indices = "".join(str(node.node) for node in nodes)
+    trace.table(nodes, {"node": "d", "token": "", "position": "d", f"sees as {indices}": "",
+                        "kept": ""})
+    chain = measure_way(lab, "Medusa, chain", lab.prompts[:COMPARED_TEXTS], n, 2)
+    tree = measure_way(lab, "Medusa, tree", lab.prompts[:COMPARED_TEXTS], n, 2)
     trace.say(f"Measured on {COMPARED_TEXTS} texts of {n} tokens. The prompt has been read before "
-              "the passes are counted, for all alike. The chain has the best guess of each head "
-              "and no other.")
-    rows = compare_ways(lab, ["greedy", "Medusa, chain", "Medusa, tree"],
-                        lab.prompts[:COMPARED_TEXTS], n, 2)
-    plain, chain, tree = rows
-    show_ways(trace, rows, COMPARED_TEXTS, f"{saving(chain, plain)}; {saving(tree, plain)}. Of a "
-              f"pass the chain keeps {chain.kept:.2f} guesses and the tree {tree.kept:.2f}, and "
-              f"for a token of the text they read {chain.nodes:.1f} and {tree.nodes:.1f} nodes. On "
-              "a busy server the nodes are the price. (A head reads its own output matrix for each "
-              "guess; that is in c.)")
+              "the passes are counted. The chain has the best guess of each head and no other.")
+    show_ways(trace, [chain, tree], n, f"{fewer_passes(tree, chain)}. For a token of the text the "
+              f"tree reads {tree.nodes:.1f} nodes, and the chain {chain.nodes:.1f}. On a busy "
+              "server the nodes are the price. (A head reads its own output matrix for each guess; "
+              "that is in c.)")
     a = knobs.tokens[-1]
     paths = [(a,), (a, lab.eos), (a, lab.eos, a), (a, a), (lab.eos,), (lab.eos, a)]
     trace.check("a tree read in one pass with its text = each path alone, without a cache",
@@ -2202,38 +1956,31 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
     trace.check("sampling: enumerated, the tree's texts have the probabilities of plain sampling",
                 sampled_tree_gap(lab, lab.prompts[0], 3) < 1e-12,
                 "top-k 2, 3 tokens, max |Δ| < 1e-12")
-    places = places_of_guesses(lab, knobs.tokens)
     trace.check("head 1's guesses in the tree are its three likeliest, by a plain pass",
-                places == [1, 2, 3], f"of {VOCAB_SIZE} tokens")
+                head_sees_last_state(lab, knobs.tokens), f"of {VOCAB_SIZE} tokens")
 
 
 # 9. EAGLE
 
 
-def eagle_guesses(lab: DecodingLab, prompt: list[int]) -> list[int]:
-    """Return EAGLE's guess after the prompt and each token of the vocabulary."""
-    target = lab.fresh_target()
-    target(prompt)
-    return [eagle_draft(target, lab.eagle, [*prompt, token], 1)[0] for token in range(VOCAB_SIZE)]
-
-
-def eagle_guesses_by_formula(lab: DecodingLab, prompt: list[int]) -> list[int]:
-    """Return the same by the section's formula, number by number, from a plain pass."""
+def eagle_by_formula(lab: DecodingLab, prompt: list[int], token: int, n: int) -> list[int]:
+    """Return EAGLE's n guesses after the prompt and this token, number by number."""
+    embeddings = lab.target.weights["tok_embeddings"]
     f = last_state(lab.target, prompt)
-    guesses = []
-    for embedding in lab.target.weights["tok_embeddings"]:
-        z = [dot(row, f + embedding) for row in lab.eagle["w1"]]
-        state = [a + b * sigmoid(b) for a, b in zip(f, z)]
-        guesses.append(argmax([dot(row, state) for row in lab.eagle["w2"]]))
-    return guesses
+    guesses = [token]
+    for _ in range(n):
+        z = [dot(row, f + embeddings[guesses[-1]]) for row in lab.eagle["w1"]]
+        f = [a + b * sigmoid(b) for a, b in zip(f, z)]
+        guesses.append(argmax([dot(row, f) for row in lab.eagle["w2"]]))
+    return guesses[1:]
 
 
 def show_eagle(trace: Trace, knobs: Namespace) -> None:
     """EAGLE's guesses against Medusa's and the small Llama's."""
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
-    rows = compare_ways(lab, ["Medusa, chain", "EAGLE", "a smaller Llama"],
-                        lab.prompts[:COMPARED_TEXTS], n, 2)
+    rows = [measure_way(lab, way, lab.prompts[:COMPARED_TEXTS], n, 2)
+            for way in ("Medusa, chain", "EAGLE", "a smaller Llama")]
     medusa, eagle, smaller = rows
     trace.say("EAGLE guesses the next hidden state from the last one and from the token just "
               "chosen, which Medusa's heads do not know. Chains of two guesses, "
@@ -2241,40 +1988,41 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
               f"learned for {lab.draft_steps} steps.")
     trace.ask("Which takes fewest passes: Medusa, chain; EAGLE; a smaller Llama?",
               min(rows, key=lambda row: row.passes).way)
-    show_ways(trace, rows, COMPARED_TEXTS, f"{saving(eagle, medusa)}; {saving(smaller, medusa)}. "
+    show_ways(trace, rows, n, f"{fewer_passes(eagle, medusa)}; {fewer_passes(smaller, medusa)}. "
               "c counts the output matrix that Medusa and EAGLE read for every guess. Here that "
               "is most of what they read, and in a large model a small part, so the speed-ups here "
               "do not carry over.")
-    guesses = eagle_guesses(lab, knobs.tokens)
-    trace.check("EAGLE's guess after every token that may have been chosen = the formula's",
-                guesses == eagle_guesses_by_formula(lab, knobs.tokens),
-                f"{len(guesses)} tokens, {len(set(guesses))} different guesses")
+    target = CachedModel(lab.target)
+    target(knobs.tokens)
+    chosen = likeliest(lab.target.forward(knobs.tokens)[-1], 12)
+    chains = [eagle_guesses(target, lab.eagle, [*knobs.tokens, token], 2) for token in chosen]
+    trace.check("EAGLE's two guesses after each likely token are the formula's",
+                chains == [eagle_by_formula(lab, knobs.tokens, token, 2) for token in chosen],
+                f"{len(chains)} tokens, {len(set(map(tuple, chains)))} different pairs")
 
 
-# 10. Jacobi and lookahead decoding
+# 10. Lookahead decoding
 
 
 def show_lookahead(trace: Trace, knobs: Namespace) -> None:
-    """Jacobi's guesses pass by pass, and the passes of both."""
+    """The passes that lookahead takes, and its first window."""
     lab = knobs.lab
-    n = min(knobs.max_new_tokens, COMPARED_TOKENS)
-    jacobi = partial(jacobi_greedy, lab.fresh_target(), max_new_tokens=n, gamma=4)
-    prompt = min(lab.prompts[:4], key=lambda prompt: jacobi(prompt)[1].target_passes)
-    trace.say("Without any draft: guess four tokens, and let each pass renew them all at once "
-              "(Jacobi). They start as the last token, four times. + a guess that was right, × one "
-              "that was not, → the token that the pass settles itself. After "
-              f"{lab.tail(prompt)!r}, the first 12 passes of {jacobi(prompt)[1].target_passes}:")
-    trace.lines(round_lines(lab, *jacobi(prompt), all_guesses=True)[:12])
-    rows = compare_ways(lab, ["greedy", "Jacobi", "lookahead"], lab.prompts[:COMPARED_TEXTS], n, 4)
-    plain, jacobi_row, lookahead = rows
-    trace.ask(f"For {n} tokens greedy takes {n} passes, Jacobi {jacobi_row.passes:.1f} on average. "
-              "And lookahead?", lookahead.passes)
-    trace.say("Lookahead keeps what appears in the wrong place, in its pool. "
-              f"Measured on {COMPARED_TEXTS} texts of {n} tokens; nothing is trained:")
-    show_ways(trace, rows, COMPARED_TEXTS, f"{saving(jacobi_row, plain)}; "
-              f"{saving(lookahead, plain)}. Lookahead reads {lookahead.nodes:.0f} nodes for a "
-              f"token and rolls back {lookahead.rolled_back:.0%} of them: it lives on idle "
-              "arithmetic.")
+    n = min(knobs.max_new_tokens, 2 * COMPARED_TOKENS)  # its pool has to fill first
+    lookahead = measure_way(lab, "lookahead", lab.prompts[:COMPARED_TEXTS // 2], n, 0)
+    trace.say("Without any draft: a window of guesses is renewed by each pass, and what the target "
+              "strings together there goes into a pool, from which it is guessed when its first "
+              f"token comes. Nothing is trained. {len(lookahead.per_text)} texts of {n} tokens "
+              "after a prompt that has been read:")
+    trace.ask(f"For {n} tokens greedy takes {n} passes. And lookahead, on average?",
+              lookahead.passes)
+    show_ways(trace, [lookahead], n, f"lookahead saves {n - lookahead.passes:.1f} of {n} passes on "
+              f"average. It reads {lookahead.nodes:.0f} nodes for a token and rolls back "
+              f"{lookahead.rolled_back:.0%} of them: it lives on idle arithmetic.")
+    [(first_pass, _)] = lookahead_greedy(CachedModel(lab.target), lab.prompts[0], 1)[1].rounds
+    a, b, c, d = lab.prompts[0]
+    trace.check("both rows of the first window are the prompt, over again",
+                first_pass == [a, a, b, b, c, c, d, d, a, a],
+                "its columns: a a, b b, c c, d d, a a")
 
 
 # 11. Text with a shape
@@ -2292,19 +2040,13 @@ ANIMALS: Grammar = {
 }
 
 
-def force_texts(
-    lab: DecodingLab, prompt: list[int], n: int, n_drawn: int
-) -> tuple[list[str], int]:
-    """Return what greedy and n_drawn samples write in the shape of STORY in n tokens.
-
-    Also how many texts had not ended by then, and are left out.
-    """
-    forced = constrain(lab.fresh_target(), lab.tokenizer.vocab, STORY, len(prompt), lab.eos)
+def force_texts(lab: DecodingLab, prompt: list[int], n: int, n_drawn: int) -> list[str]:
+    """Return what greedy and n_drawn samples write in the shape of STORY, if it ends in time."""
+    forced = constrain(CachedModel(lab.target), lab.tokenizer.vocab, STORY, len(prompt), lab.eos)
     rng = random.Random(lab.seed)
     texts = [greedy(forced, prompt, n, eos=lab.eos)]
     texts += [sample(forced, prompt, n, rng=rng, eos=lab.eos) for _ in range(n_drawn)]
-    ended = [lab.tokenizer.decode(text[:-1]) for text in texts if text[-1] == lab.eos]
-    return ended, len(texts) - len(ended)
+    return [lab.tokenizer.decode(text[:-1]) for text in texts if text[-1] == lab.eos]
 
 
 class ShapeRow(NamedTuple):
@@ -2319,49 +2061,37 @@ class Distortion(NamedTuple):
     """What local masking does to the texts of a shape."""
 
     rows: list[ShapeRow]
-    ways: int      # to cut the texts into tokens
-    fits: float    # probability of the shape under the model as it is
-    moved: float   # total variation between local and given
-    gap: float     # largest |P_local · Π Z_t - P|
+    ways: int     # to cut the texts into tokens
+    fits: float   # probability of the shape under the model as it is
+    moved: float  # probability that is at another text than it should be
 
 
 def measure_distortion(lab: DecodingLab, prompt: list[int], grammar: Grammar) -> Distortion:
     """Enumerate every way to write the grammar's texts, under the mask and under the model."""
-    target = lab.fresh_target()
+    target = CachedModel(lab.target)
     forced = constrain(target, lab.tokenizer.vocab, grammar, len(prompt), lab.eos)
     by_tokens = every_outcome(lambda rng: tuple(sample(forced, prompt, 64, rng=rng, eos=lab.eos)))
     local: Counter[str] = Counter()
     free: Counter[str] = Counter()
-    gap = 0.0
     for tokens, p in by_tokens.items():
-        bill = 1.0    # Π Z_t
-        p_free = 1.0  # Π p(x_t)
-        for i, token in enumerate(tokens):
-            text = [*prompt, *tokens[:i]]
-            row = softmax(target(text))
-            bill *= sum(x for x, logit in zip(row, forced(text)) if logit > -math.inf)
-            p_free *= row[token]
-        gap = max(gap, abs(p * bill - p_free))
         written = lab.tokenizer.decode(tokens[:-1]).strip()
         local[written] += p
-        free[written] += p_free
+        free[written] += math.exp(log_probability(target, prompt, tokens))
     fits = sum(free.values())
-    given = {text: p / fits for text, p in free.items()}
-    rows = [ShapeRow(text, local[text], given[text]) for text in sorted(local)]
-    return Distortion(rows, len(by_tokens), fits, total_variation(local, given), gap)
+    rows = [ShapeRow(text, local[text], free[text] / fits) for text in sorted(local)]
+    moved = sum(abs(row.local - row.given) for row in rows) / 2
+    return Distortion(rows, len(by_tokens), fits, moved)
 
 
 def show_constrained(trace: Trace, knobs: Namespace) -> None:
     """Forced texts, and the distribution of local masking against the true conditional one."""
     lab = knobs.lab
-    texts, unended = force_texts(lab, knobs.tokens, 60, 3)
+    texts = force_texts(lab, knobs.tokens, 60, 3)
     trace.say("Text can be forced into a shape: every token that the shape does not allow gets "
               f"-inf. Here the shape is the regular expression {STORY_RE!r}, written as a grammar. "
-              "By greedy, and three drawn:")
+              f"Of one greedy text and three drawn ones, {len(texts)} ended within 60 tokens:")
     for text in texts:
         trace.lines(quoted("…" + text))
-    if unended:
-        trace.note(f"{unended} more had not ended after 60 tokens")
     found = measure_distortion(lab, knobs.tokens, ANIMALS)
     trace.say("The mask is local: at each step it looks at the next token only, and does not see "
               "where that leads. How far does this stray from asking the model for text that fits? "
@@ -2378,10 +2108,9 @@ def show_constrained(trace: Trace, knobs: Namespace) -> None:
     trace.check("what was forced matches, says Python's re",
                 all(re.fullmatch(STORY_RE, text) for text in texts)
                 and [row.text for row in found.rows] == ["cat that", "cow that", "rat that"],
-                f"{len(texts)} texts, and {found.ways} ways to write {len(found.rows)}")
-    trace.check("P_local times the product of all Z_t = P, for every way to write a text",
-                found.gap < 1e-12 and abs(sum(row.local for row in found.rows) - 1) < 1e-12,
-                "max |Δ| < 1e-12")
+                f"{len(texts)} + {len(found.rows)} texts")
+    trace.check("the mask loses no text: the probabilities under it sum to 1",
+                abs(sum(row.local for row in found.rows) - 1) < 1e-12, "|Δ| < 1e-12")
 
 
 # =============================================================================================
@@ -2628,14 +2357,12 @@ class CachedModel:
     A text is known by its tokens. Of every text that was read it keeps the logits, the hidden
     state, and in each layer the key and value of the text's last token. So a beam can go back to
     any text for nothing, and a tree of texts takes one pass. (A real cache holds one text, or
-    some, and has to forget the branches that were not kept.)
-    passes: how often a decoder asked. forwards: how often the Llama ran.
+    some, and has to forget the branches that were not kept.) passes: how often it was asked.
     """
 
     def __init__(self, llama: Llama):
         self.llama = llama
         self.passes = 0
-        self.forwards = 0
         self.known: dict[tuple[int, ...], tuple[Vector, Vector]] = {}  # text: logits, hidden state
         self.layers: list[dict] = [{} for _ in range(llama.config.n_layers)]  # text: key, value
         self.nodes: list[tuple[int, ...]] = []  # the texts that this pass reads
@@ -2646,9 +2373,8 @@ class CachedModel:
 
     def last_rows(self, tokens: Sequence[int], n: int) -> Matrix:
         """Return logits after each of the last n prefixes, [n][vocab_size], in one pass."""
-        text = tuple(tokens)
-        rows = self.read([text])
-        return [rows[text[:end]] for end in range(len(text) - n + 1, len(text) + 1)]
+        rows = self.read([tuple(tokens)])  # of all prefixes, the shortest first
+        return list(rows.values())[len(rows) - n:]
 
     def read(self, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Vector]:
         """Return {text: logits} for these texts and all that they begin with, from one pass."""
@@ -2659,23 +2385,19 @@ class CachedModel:
         self.passes += 1
         self.nodes = [text for text in prefixes if text not in self.known]
         if self.nodes:
-            self.forwards += 1
             # Keys and values that are there already come first, then those of the new nodes.
             self.keys = [text for text in prefixes if text in self.known] + self.nodes
             rows = self.llama.forward([text[-1] for text in self.nodes], self,
                                       positions=[len(text) - 1 for text in self.nodes],
                                       mask=tree_mask(self.nodes, self.keys))
-            states = self.llama.inputs["output"]
-            self.known.update(zip(self.nodes, zip(rows, states)))
+            self.known.update(zip(self.nodes, zip(rows, self.llama.inputs["output"])))
         return {text: self.known[text][0] for text in prefixes}
 
     def update(self, layer: int, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
         """Keep the keys and values of the new nodes, and return those of self.keys."""
         cached = self.layers[layer]
         cached.update(zip(self.nodes, zip(k, v)))
-        keys = [cached[text][0] for text in self.keys]
-        values = [cached[text][1] for text in self.keys]
-        return keys, values
+        return [cached[text][0] for text in self.keys], [cached[text][1] for text in self.keys]
 
     def feature(self, tokens: Sequence[int]) -> Vector | None:
         """Return the last hidden state after these tokens, or None if they were not read yet."""
@@ -2735,24 +2457,16 @@ class DecodingLab:
         """EAGLE's head on the target."""
         return train_head(self.target, self.ids, 2, self.draft_steps, sees_next=True)
 
-    def fresh_target(self) -> CachedModel:
-        """Return the target with nothing read yet."""
-        return CachedModel(self.target)
-
-    def fresh_draft(self) -> CachedModel:
-        """Return the smaller model with nothing read yet."""
-        return CachedModel(self.draft)
-
     def cost(self, way: str) -> float:
         """Return what a guess costs, in passes of the target: weights read, as a share of its."""
-        total = weights_read(self.target.weights)
+        weights = {}  # lookahead and prompt lookup read none
         if way == "a smaller Llama":
-            return weights_read(self.draft.weights) / total
-        if way.startswith("Medusa"):
-            return weights_read(self.medusa[0]) / total
-        if way == "EAGLE":
-            return weights_read(self.eagle) / total
-        return 0.0
+            weights = self.draft.weights
+        elif way == "EAGLE":
+            weights = self.eagle
+        elif way.startswith("Medusa"):
+            weights = self.medusa[0]
+        return weights_read(weights) / weights_read(self.target.weights)
 
     def name(self, token: int) -> str:
         """Return a token as a short label."""
@@ -2827,17 +2541,17 @@ def text_probabilities(
     logits_fn: LogitsFn, prompt: Sequence[int], n: int, eos: int | None = None, **settings: float
 ) -> dict[tuple[int, ...], float]:
     """Return {text: probability} of all texts of n tokens, or that eos ends before, by products."""
-    finished: dict[tuple[int, ...], float] = {}
-    running = {(): 1.0}
-    for _ in range(n):
-        longer = {}
-        for text, chance in running.items():
-            for token, p in enumerate(distribution(logits_fn([*prompt, *text]), **settings)):
-                if p > 0:
-                    longer[*text, token] = chance * p
-        finished.update({text: p for text, p in longer.items() if text[-1] == eos})
-        running = {text: p for text, p in longer.items() if text[-1] != eos}
-    return finished | running
+    ended: dict[tuple[int, ...], float] = {}
+    running: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
+    while running:
+        text, chance = running.pop()
+        if len(text) == n or text[-1:] == (eos,):
+            ended[text] = chance
+            continue
+        for token, p in enumerate(distribution(logits_fn([*prompt, *text]), **settings)):
+            if p > 0:
+                running.append(((*text, token), chance * p))
+    return ended
 
 
 def largest_gap(p: dict, q: dict) -> float:
@@ -2845,35 +2559,32 @@ def largest_gap(p: dict, q: dict) -> float:
     return max(abs(p.get(x, 0.0) - q.get(x, 0.0)) for x in {**p, **q})
 
 
-def total_variation(p: dict, q: dict) -> float:
-    """Return Σ |p - q| / 2: the probability that has to move to make one distribution the other."""
-    return sum(abs(p.get(x, 0.0) - q.get(x, 0.0)) for x in {**p, **q}) / 2
-
-
-def random_logits_fn(rng: random.Random, vocab_size: int) -> LogitsFn:
-    """Return a model with no sense: for every text, normal logits of its own, always the same."""
-    salt = rng.random()
-
+def random_model(name: str) -> LogitsFn:
+    """Return a model with no sense over two tokens: for every text, normal logits of its own."""
     @cache
     def logits_of(text: tuple[int, ...]) -> Vector:
-        own = random.Random(f"{salt} {text}")
-        return [own.gauss(0, 1.5) for _ in range(vocab_size)]
+        rng = random.Random(f"{name} {text}")
+        return [rng.gauss(0, 1.5), rng.gauss(0, 1.5)]
 
-    return lambda tokens: list(logits_of(tuple(tokens)))
+    return lambda tokens: logits_of(tuple(tokens))
 
 
 def random_pair(seed: int) -> tuple[LogitsFn, LogitsFn]:
-    """Return a random target and a random draft over two tokens."""
-    rng = random.Random(seed)
-    return random_logits_fn(rng, 2), random_logits_fn(rng, 2)
+    """Return a random target and a random draft."""
+    return random_model(f"target {seed}"), random_model(f"draft {seed}")
 
 
-def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
-    """Return distinct-n: of all runs of n tokens in the texts, the share of different ones."""
-    runs = []
+def distinct_pairs(texts: Sequence[Sequence[int]]) -> float:
+    """Return the share of different pairs, of all pairs of neighbours in the texts."""
+    pairs: list[tuple[int, int]] = []
     for text in texts:
-        runs += zip(*(text[i:] for i in range(n)))
-    return len(set(runs)) / len(runs) if runs else 1.0
+        pairs += zip(text, text[1:])
+    return len(set(pairs)) / len(pairs)
+
+
+def standard_error(values: Vector) -> float:
+    """Return the standard error of the mean of values."""
+    return stdev(values) / math.sqrt(len(values))
 
 
 def likeliest(p: Vector, n: int) -> list[int]:
@@ -2886,9 +2597,7 @@ def survivors(p: Vector) -> int:
     return sum(value > 0 for value in p)
 
 
-def compare_words(
-    a: float, b: float, more: str = "longer", less: str = "shorter", same: str = "as long"
-) -> str:
+def compare_words(a: float, b: float, more: str, less: str, same: str = "") -> str:
     """Return which of the words says how a compares to b."""
     if a == b:
         return same
@@ -3619,19 +3328,18 @@ SECTIONS = [
     Section("Greedy", show_greedy, [greedy, extend_by, argmax]),
     Section("Shaping the distribution", show_filters,
             [apply_temperature, top_k_filter, top_p_filter, min_p_filter, typical_filter,
-             repetition_penalty, count_penalty, distribution]),
+             repetition_penalty, distribution]),
     Section("Sampling done right", show_sampling, [sample, sampler, draw, every_outcome]),
     Section("Beam search", show_beam, [beam_search, extensions, diverse_beam_search, exact_search]),
     Section("Speculative decoding", show_speculative,
             [speculative_greedy, in_rounds, speculate, verify, speculative_sample, acceptance,
              residual]),
-    Section("When it pays", show_when_it_pays, [expected_tokens, speed_up, best_gamma]),
-    Section("Prompt lookup: drafts for nothing", show_prompt_lookup, [prompt_lookup], core=False),
+    Section("When it pays", show_when_it_pays, [expected_tokens, speed_up]),
+    Section("Prompt lookup: guesses for nothing", show_prompt_lookup, [prompt_lookup], core=False),
     Section("Medusa, and how a tree is verified", show_medusa,
-            [medusa_head, medusa_candidates, tree_mask, verify_tree, medusa_greedy]),
-    Section("EAGLE", show_eagle, [eagle_step, eagle_draft], core=False),
-    Section("Jacobi and lookahead decoding", show_lookahead, [jacobi_greedy, lookahead_greedy],
-            core=False),
+            [medusa_head, medusa_paths, tree_mask, verify_tree, medusa_greedy]),
+    Section("EAGLE", show_eagle, [eagle_step, eagle_guesses], core=False),
+    Section("Lookahead decoding", show_lookahead, [lookahead_greedy], core=False),
     Section("Text with a shape", show_constrained, [follow, constrain]),
 ]
 
@@ -3666,7 +3374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("--min-p", decimal(0, 1), MIN_P, "share of the best probability that min-p asks for"),
         ("--width", whole_number(1, 16), BEAM_WIDTH, "candidates that beam search keeps"),
         ("--length-penalty", decimal(-2, 4), LENGTH_PENALTY, "score = log p / length^this"),
-        ("--gamma", whole_number(1, 16), GAMMA, "tokens drafted before each pass of the target"),
+        ("--gamma", whole_number(1, 16), GAMMA, "guesses before each pass of the target"),
         ("--steps", whole_number(1, 100), STEPS, "of training; fewer make the models less sure"),
     ):
         parser.add_argument(option, metavar="N" if isinstance(default, int) else "X", type=kind,
