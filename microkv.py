@@ -432,14 +432,17 @@ class PagedKVCache:
             return False
         return self.pool.ref_count[self.block_table[block]] > 1
 
+    def fits(self, n_new: int) -> bool:
+        """Return whether the pool has enough free blocks for n_new more tokens."""
+        return self.blocks_needed(n_new) <= self.pool.num_free_blocks
+
     def reserve(self, n_new: int) -> None:
         """Make room for n_new tokens.
 
         ValueError, and nothing is changed, if the pool has too few free blocks.
         """
-        needed = self.blocks_needed(n_new)
-        if needed > self.pool.num_free_blocks:
-            raise ValueError(f"{n_new} tokens need {needed} more blocks, and "
+        if not self.fits(n_new):
+            raise ValueError(f"{n_new} tokens need {self.blocks_needed(n_new)} more blocks, and "
                              f"{self.pool.num_free_blocks} are free; make num_blocks larger")
         if n_new > 0 and self.writes_to_shared_block():
             self.copy_last_block()
@@ -605,23 +608,30 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
 # 6. Continuous batching
 #
 # Reading the weights is most of a decode step of a few requests (section 2), so requests should
-# share steps. A static
-# batch starts together and ends with its longest answer. Requests that are done leave their places
-# empty, and new ones wait outside. Orca (Yu et al. 2022) decides anew at every step: whoever is
-# done leaves, and whoever waits comes in if it fits. A step has room for
+# share steps. A static batch starts together and ends with its longest answer. Requests that are
+# done leave their places empty, and new ones wait outside. Orca (Yu et al. 2022) decides anew at
+# every step: whoever is done leaves, and whoever waits comes in if it fits. A step has room for
 #
 #     max_num_seqs requests,  max_num_batched_tokens tokens,  and what the free blocks can hold.
 #
-# Requests that run come first, the oldest before the others. Each gets the blocks that it needs; if
-# none is free, the youngest running request loses its own and goes back to the head of the queue
-# (it is preempted; section 9). Then those that wait come in, in order of arrival, until one does
-# not fit. One step with blocks of 4 and a single free block, A and B running, C waiting with 6
-# tokens:
+# Requests that run come first, the oldest before the others. Each gets the blocks that it needs.
+# Then those that wait come in, in order of arrival, until one does not fit. An example with blocks
+# of 4 and one free block. A and B are running, and C waits with a prompt of 6 tokens:
 #
 #     A has 8 tokens cached in 2 full blocks; its next token needs a block:   1 free -> 0 free
 #     B has 5 tokens cached in 2 blocks; its next token fits:                 0 free
-#     C needs 2 blocks for its prompt, and 0 are free:                        C waits
+#     C needs 2 blocks for its prompt:                                        C waits
 #     the step runs one token of A and one of B
+#
+# If a running request needs a block and none is free, the youngest running request is preempted: it
+# loses all of its blocks and goes back to the head of the queue. When it comes in again, its text
+# so far is run like a prompt. The same example without a free block:
+#
+#     A needs a block:                                      0 free
+#     B, the youngest, is preempted and gives back 2:       2 free
+#     A takes one of them:                                  1 free
+#     the step runs one token of A; nobody comes in, as a step that had to preempt admits nobody
+#     next step: B needs 2 blocks for its 5 + 1 tokens:     B waits, and C behind it
 #
 # The engine schedules without knowing how long an answer will be. It uses max_new_tokens to stop,
 # and to refuse a request that could never fit. A real model also stops at its end-of-text
@@ -632,13 +642,15 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
 # The clock is the cost model of section 2: each step takes step_seconds() of Llama 3.1 8B with
 # weights of 4 bits on an A100, whose ridge is then 38 tokens.
 #
+# Read Engine from its top: run() makes steps; step() schedules one and runs the model; schedule()
+# decides who is in it. Sections 9 and 10 add to it by subclasses.
+#
 # In production: vllm/v1/core/sched/scheduler.py (Scheduler.schedule) has the same order: the
 # running requests, then the waiting ones, and none of those in a step that had to preempt.
 #
 # Measured by show_continuous().
 
 PRICED_WEIGHT_BYTES = 0.5  # bytes of a weight: 4 bits
-PCIE_BYTES_PER_S = 32e9    # each way, PCI Express 4.0 (A100 data sheet: 64 GB/s both ways)
 
 
 class Request(NamedTuple):
@@ -659,11 +671,7 @@ class RequestState:
     cache: PagedKVCache
     arrival: float                    # at this engine
     times: list[float] = field(default_factory=list)  # when each new token came, in seconds
-    found: int = 0                    # tokens of its prompt that prefix caching found (section 5)
-    # Slots that it brings along: from the host, where they were swapped out to (section 9), or from
-    # another machine (section 10).
-    on_host: list[dict] | None = None
-    received: list[dict] | None = None
+    found: int = 0                    # tokens of its text that prefix caching found
 
     @property
     def done(self) -> bool:
@@ -689,7 +697,7 @@ class Report:
     max_num_seqs: int
     steps: list[Step] = field(default_factory=list)
     preempted: list[tuple[int, int]] = field(default_factory=list)  # (step, request)
-    swapped_tokens: int = 0  # moved to the host or back
+    swapped_tokens: int = 0  # moved to the host or back (section 9)
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -719,8 +727,6 @@ class Engine:
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    preemption: str = "recompute"
-    prefix_caching: bool = False
 
     def __post_init__(self):
         check_settings(self)
@@ -736,28 +742,25 @@ class Engine:
         self.report = Report(states, self.max_num_seqs)
 
     def run(self) -> Report:
-        """Step until no request is left, and return the report.
-
-        RuntimeError after a step without work: the scheduler would go on for ever.
-        """
+        """Step until no request is left, and return the report."""
         while self.waiting or self.running:
             self.step()
-            if not self.report.steps[-1].tokens:
-                raise RuntimeError("a step had no work: the scheduler is stuck")
         return self.report
 
     def step(self) -> None:
-        """Schedule a step, advance the clock, and run the model."""
+        """Schedule a step, advance the clock, and run the model.
+
+        RuntimeError if there is no work: the scheduler would go on for ever.
+        """
         if not self.running:  # nothing to do until the next request comes
             self.clock = max(self.clock, self.waiting[0].arrival)
         start = self.clock
-        swapped_before = self.report.swapped_tokens
         work = self.schedule()
-        swapped = self.report.swapped_tokens - swapped_before
+        if not work:
+            raise RuntimeError("a step had no work: the scheduler is stuck")
         tokens = {state.number: n for state, n in work}
         cached = {state.number: state.cache.length + n for state, n in work}
         self.clock += priced_step(sum(tokens.values()), sum(cached.values())).seconds
-        self.clock += swapped * PRICED_MODEL.kv_bytes / PCIE_BYTES_PER_S
         waiting = sum(state.arrival <= start for state in self.waiting)
         self.report.steps.append(Step(start, self.clock, tokens, cached, waiting))
         for state, n in work:
@@ -765,33 +768,33 @@ class Engine:
 
     def schedule(self) -> list[tuple[RequestState, int]]:
         """Return what the next step runs, as (request, how many tokens). Blocks are reserved."""
-        batch_under_way = self.policy == "static" and bool(self.running)
-        preempted_before = len(self.report.preempted)
+        n_running = len(self.running)
         work = self.schedule_running()
+        had_to_preempt = len(self.running) < n_running
+        batch_under_way = self.policy == "static" and n_running > 0
+        if had_to_preempt or batch_under_way:
+            return work
         budget = self.max_num_batched_tokens - sum(n for _, n in work)
-        if not batch_under_way and len(self.report.preempted) == preempted_before:
-            work += self.schedule_waiting(budget)
-        return work
+        return work + self.schedule_waiting(budget)
 
     def schedule_running(self) -> list[tuple[RequestState, int]]:
         """Let every running request run what its cache lacks and the budget allows."""
         budget = self.max_num_batched_tokens
         work = []
-        while len(work) < len(self.running):
-            state = self.running[len(work)]  # work[i] belongs to running[i]
+        for state in list(self.running):
             n = min(len(state.tokens) - state.cache.length, budget)
-            if state.cache.blocks_needed(n) > self.pool.num_free_blocks:
+            while state in self.running and not state.cache.fits(n):
                 self.preempt(self.running[-1])  # the youngest, which may be this one
-                continue                        # look again
-            state.cache.reserve(n)
-            work.append((state, n))
-            budget -= n
+            if state in self.running:
+                state.cache.reserve(n)
+                work.append((state, n))
+                budget -= n
         return work
 
     def schedule_waiting(self, budget: int) -> list[tuple[RequestState, int]]:
         """Let in those that wait, in order of arrival, until one does not fit."""
         work = []
-        while self.waiting and len(self.running) < self.max_num_seqs:
+        while self.waiting and len(self.running) < self.max_num_seqs and budget > 0:
             state = self.waiting[0]
             if state.arrival > self.clock:
                 break
@@ -804,53 +807,38 @@ class Engine:
         return work
 
     def admit(self, state: RequestState, budget: int) -> int:
-        """Let a request in and return how many of its tokens run. If none can, return 0."""
-        cache = state.cache
-        # What need not run: slots that it brings along, or a beginning that is in the pool.
-        brought = state.received or state.on_host or []
-        found = []
-        if self.prefix_caching and not brought:
-            found = find_prefix(self.pool, state.tokens)
-        n_known = len(brought) + len(found) * self.block_size
-        to_run = len(state.tokens) - n_known
-        if self.policy == "chunked":
-            to_run = min(to_run, budget)
-        # Blocks that are found among the free ones will not be free any more, either.
-        new_blocks = ceil_div(n_known + to_run, self.block_size) - len(found)
-        from_free = new_blocks + sum(self.pool.ref_count[block] == 0 for block in found)
-        if to_run == 0 or to_run > budget or from_free > self.pool.num_free_blocks:
+        """Reserve blocks for a waiting request; return how many tokens run, or 0 if it must wait.
+
+        The budget is at least 1.
+        """
+        n = len(state.tokens) - state.cache.length
+        if self.policy == "chunked":  # section 7
+            n = min(n, budget)
+        if n > budget or not state.cache.fits(n):
             return 0
-        if found:
-            state.found += adopt_prefix(cache, state.tokens)
-        if brought:
-            swap_in(cache, brought)
-        if state.on_host:
-            self.report.swapped_tokens += len(brought)
-        state.on_host = state.received = None
-        cache.reserve(to_run)
-        return to_run
+        state.cache.reserve(n)
+        return n
 
     def preempt(self, state: RequestState) -> None:
-        """Take a running request's blocks away, and put it at the head of the queue (section 9)."""
+        """Take a running request's blocks away, and put it at the head of the queue."""
         self.running.remove(state)
         self.waiting.appendleft(state)
         self.report.preempted.append((len(self.report.steps), state.number))
-        if self.preemption == "swap":
-            state.on_host = swap_out(state.cache)
-            self.report.swapped_tokens += len(state.on_host)
         state.cache.free()
 
     def advance(self, state: RequestState, n: int) -> None:
-        """Run n tokens of a request through the model. After its last token comes a new one."""
-        first = state.cache.length
-        logits = self.model.forward(state.tokens[first:first + n], state.cache)
-        if self.prefix_caching:
-            register_blocks(state.cache, state.tokens)
+        """Run n tokens of a request. After the last of its text comes a new one."""
+        logits = self.forward(state, n)
         if state.cache.length == len(state.tokens):  # not so in the middle of a prompt
-            state.tokens.append(argmax(logits[-1]))
+            state.tokens.append(argmax(logits))
             state.times.append(self.clock)
         if state.done:
             self.finish(state)
+
+    def forward(self, state: RequestState, n: int) -> Vector:
+        """Run n tokens of a request through the model, and return the logits of the last."""
+        first = state.cache.length
+        return self.model.forward(state.tokens[first:first + n], state.cache)[-1]
 
     def finish(self, state: RequestState) -> None:
         """Let a request that has all its tokens go."""
@@ -858,20 +846,44 @@ class Engine:
         self.running.remove(state)
 
 
-def serve(model: Llama, requests: Sequence[Request], **settings) -> Report:
+class CachingEngine(Engine):
+    """An engine with prefix caching (section 5)."""
+
+    def admit(self, state: RequestState, budget: int) -> int:
+        order = self.pool.free_blocks.copy()
+        found = 0
+        if state.cache.length == 0:
+            found = adopt_prefix(state.cache, state.tokens)
+        n = super().admit(state, budget)
+        if n > 0:
+            state.found += found
+        elif found > 0:
+            # Put everything back. A request that only waits must not make its prefix look used.
+            state.cache.free()
+            self.pool.free_blocks = order
+        return n
+
+    def forward(self, state: RequestState, n: int) -> Vector:
+        logits = super().forward(state, n)
+        register_blocks(state.cache, state.tokens)
+        return logits
+
+
+def serve(
+    model: Llama, requests: Sequence[Request], *, engine: type[Engine] = Engine, **settings
+) -> Report:
     """Return every request's greedy tokens, and the schedule that made them. The settings, by name:
 
+    engine: Engine, CachingEngine, or SwappingEngine (section 9)
     policy: "static" (batches that start and end together), "continuous" (the default: whole
         prompts join running requests) or "chunked" (prompts are cut up, section 7)
     num_blocks, block_size: the pool
     max_num_seqs: requests that may run at the same time
     max_num_batched_tokens: tokens that a step may run
-    preemption: "recompute" (the default) or "swap" (section 9)
-    prefix_caching: False unless given (section 5)
 
     ValueError for settings under which some request could never run.
     """
-    return Engine(model, requests, **settings).run()
+    return engine(model, requests, **settings).run()
 
 
 def in_order_of_arrival(states: Sequence[RequestState]) -> list[RequestState]:
@@ -895,8 +907,6 @@ def check_settings(engine: Engine) -> None:
     budget = engine.max_num_batched_tokens
     if policy not in ("static", "continuous", "chunked"):
         raise ValueError(f'policy must be "static", "continuous" or "chunked", not {policy!r}')
-    if engine.preemption not in ("recompute", "swap"):
-        raise ValueError(f'preemption must be "recompute" or "swap", not {engine.preemption!r}')
     if min(engine.max_num_seqs, budget, engine.block_size) < 1:
         raise ValueError(f"max_num_seqs, max_num_batched_tokens and block_size must be at least 1, "
                          f"not {engine.max_num_seqs}, {budget} and {engine.block_size}")
@@ -1031,6 +1041,9 @@ def slot_waste(report: Report, n_slots: int, block_size: int) -> Waste:
 # Measured by show_preemption(). The scheduling is in Engine.schedule_running and Engine.preempt.
 
 
+PCIE_BYTES_PER_S = 32e9  # each way, PCI Express 4.0 (A100 data sheet: 64 GB/s both ways)
+
+
 def swap_out(cache: PagedKVCache) -> list[dict]:
     """Return a copy of every slot's content, in the order of the text, to be kept elsewhere."""
     slots = cache.pool.slots
@@ -1038,11 +1051,40 @@ def swap_out(cache: PagedKVCache) -> list[dict]:
 
 
 def swap_in(cache: PagedKVCache, contents: Sequence[dict]) -> None:
-    """Write contents into an empty cache: other blocks than before, the same tokens."""
-    cache.reserve(len(contents))
+    """Write contents into a cache that has blocks but nothing in them: the same tokens again."""
     for position, content in enumerate(contents):
         cache.pool.slots[cache.slot(position)] = dict(content)
     cache.length = len(contents)
+
+
+class SwappingEngine(Engine):
+    """An engine that copies what preempted requests have cached to the host, and back later."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.on_host: dict[int, list[dict]] = {}  # {request: its slots}
+
+    def preempt(self, state: RequestState) -> None:
+        slots = swap_out(state.cache)
+        super().preempt(state)
+        self.on_host[state.number] = slots
+        self.report.swapped_tokens += len(slots)
+        state.cache.length = len(slots)  # so that admit() reserves blocks for them, too
+
+    def admit(self, state: RequestState, budget: int) -> int:
+        n = super().admit(state, budget)
+        if n > 0 and state.number in self.on_host:
+            slots = self.on_host.pop(state.number)
+            swap_in(state.cache, slots)
+            self.report.swapped_tokens += len(slots)
+        return n
+
+    def schedule(self) -> list[tuple[RequestState, int]]:
+        before = self.report.swapped_tokens
+        work = super().schedule()
+        swapped = self.report.swapped_tokens - before
+        self.clock += swapped * PRICED_MODEL.kv_bytes / PCIE_BYTES_PER_S  # the card waits
+        return work
 
 
 # 10. Prefill here, decode there
@@ -1066,11 +1108,37 @@ class PrefillEngine(Engine):
 
     def __post_init__(self):
         super().__post_init__()
-        self.outgoing: dict[int, list[dict]] = {}
+        self.outgoing: dict[int, list[dict]] = {}  # {request: its slots}
 
     def finish(self, state: RequestState) -> None:
         self.outgoing[state.number] = swap_out(state.cache)
         super().finish(state)
+
+
+class DecodeEngine(Engine):
+    """An engine that goes on with requests whose prompts were run by another machine."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.received: dict[int, list[dict]] = {}  # {request: its slots}
+        self.waiting.clear()
+
+    def receive(self, number: int, before: RequestState, slots: list[dict], arrival: float) -> None:
+        """Take over a request, which arrives with its slots, its tokens and their times."""
+        state = self.report.states[number]
+        state.tokens = list(before.tokens)
+        state.times = list(before.times)
+        if not state.done:
+            self.received[number] = slots
+            state.cache.length = len(slots)  # so that admit() reserves blocks for them, too
+            state.arrival = arrival
+            self.waiting = deque(in_order_of_arrival([*self.waiting, state]))
+
+    def admit(self, state: RequestState, budget: int) -> int:
+        n = super().admit(state, budget)
+        if n > 0 and state.number in self.received:
+            swap_in(state.cache, self.received.pop(state.number))
+        return n
 
 
 def serve_split(
@@ -1085,20 +1153,13 @@ def serve_split(
     prompts_only = [request._replace(max_new_tokens=1) for request in requests]
     prefill = PrefillEngine(model, prompts_only, **settings)
     prefill.run()
-    decode = Engine(model, requests, **settings)
-    unfinished = []
-    bytes_crossed = 0.0
-    for state, before in zip(decode.report.states, prefill.report.states):
-        state.tokens = list(before.tokens)
-        state.times = list(before.times)
-        if not state.done:
-            state.received = prefill.outgoing[state.number]
-            size = len(state.received) * PRICED_MODEL.kv_bytes
-            state.arrival = state.times[0] + size / link_bytes_per_s
-            bytes_crossed += size
-            unfinished.append(state)
-    decode.waiting = deque(in_order_of_arrival(unfinished))
-    return decode.run(), bytes_crossed
+    decode = DecodeEngine(model, requests, **settings)
+    for number, state in enumerate(prefill.report.states):
+        slots = prefill.outgoing[number]
+        seconds = len(slots) * PRICED_MODEL.kv_bytes / link_bytes_per_s
+        decode.receive(number, state, slots, state.times[0] + seconds)
+    tokens_crossed = sum(map(len, decode.received.values()))
+    return decode.run(), tokens_crossed * PRICED_MODEL.kv_bytes
 
 
 # 11. Latency against load
@@ -1498,8 +1559,8 @@ def show_prefix_caching(trace, knobs) -> None:
     size = knobs.block_size
     requests = conversation(knobs.lab.tokenizer)
     needed = slots_needed(requests)
-    report = serve(knobs.lab.model, requests, num_blocks=sum(needed), block_size=size,
-                   max_num_seqs=1, max_num_batched_tokens=1024, prefix_caching=True)
+    report = serve(knobs.lab.model, requests, engine=CachingEngine, num_blocks=sum(needed),
+                   block_size=size, max_num_seqs=1, max_num_batched_tokens=1024)
     rows = prefix_hits(report, size)
     trace.say("The keys and values of a beginning that was computed before are still in the pool, "
               "under a hash of its tokens. Requests 0 to 3 are a conversation that repeats the "
@@ -1839,27 +1900,6 @@ class PreemptionRow(NamedTuple):
     end: float     # milliseconds
 
 
-class WatchedEngine(Engine):
-    """An engine that keeps what was in the cache of every finished request."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.kept: dict[int, Matrix] = {}
-
-    def finish(self, state: RequestState) -> None:
-        self.kept[state.number] = contents([state.cache])
-        super().finish(state)
-
-
-def run_preemption(
-    model: Llama, requests: Sequence[Request], **settings
-) -> tuple[PreemptionRow, WatchedEngine]:
-    """Serve the requests in a pool that may be too small; return a row, and the engine."""
-    engine = WatchedEngine(model, requests, max_num_batched_tokens=1024, **settings)
-    report = engine.run()
-    return preemption_row(report, engine.num_blocks, engine.preemption), engine
-
-
 def preemption_row(report: Report, num_blocks: int, by: str) -> PreemptionRow:
     """Return the figures of a run in a pool of num_blocks blocks."""
     return PreemptionRow(num_blocks, by, len(report.preempted), report.computed,
@@ -1871,25 +1911,40 @@ def youngest_lost(report: Report) -> bool:
     return all(number > max(report.steps[i].tokens) for i, number in report.preempted)
 
 
+def swapped_out_and_in(model: Llama, text: Sequence[int], block_size: int) -> PagedKVCache:
+    """Return a cache of the text that was swapped out, and then into other blocks."""
+    n_blocks = ceil_div(len(text), block_size)
+    cache = PagedKVCache(BlockPool(2 * n_blocks, block_size), model.config)
+    model.forward(text, cache)
+    slots = swap_out(cache)
+    cache.free()
+    cache.reserve(len(text))
+    swap_in(cache, slots)
+    return cache
+
+
 def show_preemption(trace, knobs) -> None:
     """The requests of section 6 in a small pool, with both ways of coming back."""
+    model = knobs.lab.model
     requests = knobs.requests
-    largest = max(blocks_for(request, knobs.block_size) for request in requests)
-    settings = dict(num_blocks=knobs.num_blocks or 2 * largest, block_size=knobs.block_size,
-                    max_num_seqs=knobs.max_num_seqs)
     needed = sum(slots_needed(requests))
-    again, engine = run_preemption(knobs.lab.model, requests, **settings)
-    swap, swapped = run_preemption(knobs.lab.model, requests, preemption="swap", **settings)
+    blocks = [blocks_for(request, knobs.block_size) for request in requests]
+    n_blocks = knobs.num_blocks or 2 * max(blocks)
+    settings = dict(block_size=knobs.block_size, max_num_seqs=knobs.max_num_seqs,
+                    max_num_batched_tokens=1024)
+    recomputing = Engine(model, requests, num_blocks=n_blocks, **settings)
+    swapping = SwappingEngine(model, requests, num_blocks=n_blocks, **settings)
+    again = preemption_row(recomputing.run(), n_blocks, "recompute")
+    swap = preemption_row(swapping.run(), n_blocks, "swap")
+    plenty_of_blocks = serve(StandIn(), requests, num_blocks=sum(blocks), **settings)
+    enough = preemption_row(plenty_of_blocks, sum(blocks), "no need")
     trace.say("When a running request needs a block and none is free, the youngest loses all of "
               "its own and waits. It comes back by recomputing its text so far, or by swapping it "
-              "in from the host. The requests of section 6 again, in a pool of "
-              f"{engine.num_blocks} blocks of {knobs.block_size}, of which the largest needs "
-              f"{largest}. Together they have {needed} tokens to run:")
+              f"in from the host. The requests of section 6 again, in a pool of {n_blocks} blocks "
+              f"of {knobs.block_size}, of which the largest needs {max(blocks)}. Together they "
+              f"have {needed} tokens to run:")
     trace.ask("how many tokens go through the model when blocks are swapped out and in?",
               swap.computed)
-    n_enough = sum(blocks_for(request, knobs.block_size) for request in requests)
-    enough = preemption_row(serve(StandIn(), requests, **settings | {"num_blocks": n_enough},
-                                  max_num_batched_tokens=1024), n_enough, "no need")
     trace.table([again, swap, enough], {"blocks": "d", "by as comes back by": "", "preempted": "d",
                                         "computed": "d", "swapped as swapped, tokens": "d",
                                         "steps": "d", "end as end, ms": ".1f"})
@@ -1899,32 +1954,39 @@ def show_preemption(trace, knobs) -> None:
                   "steps. By recomputation; × marks where a request lost its blocks:")
     else:
         trace.say("This pool is large enough: nobody lost a block.")
-    trace.lines(timeline(engine.report))
-    alone = knobs.lab.solo_tokens(requests)
-    trace.check("no token changed, either way",
-                engine.report.tokens == swapped.report.tokens == alone, f"2 × {len(alone)} answers")
-    texts = [[*request.prompt, *new] for request, new in zip(requests, alone)]
-    plain = contents_alone(knobs.lab.model, texts)
-    for name, kept in (("recomputed", engine.kept), ("swapped", swapped.kept)):
-        rows = list(itertools.chain(*(kept[number] for number in range(len(requests)))))
-        trace.check_close(f"{name}: keys and values at the end, in order = those of a cache that "
-                          "never moved", rows, plain, 1e-9)
+    trace.lines(timeline(recomputing.report))
+    show_come_back(trace)
+    check_preemption(trace, knobs, recomputing, swapping)
+
+
+def check_preemption(trace, knobs, recomputing: Engine, swapping: Engine) -> None:
+    """Check that a preemption changes nothing but when a request is served, and by what work."""
+    model = knobs.lab.model
+    reports = [recomputing.report, swapping.report]
+    needed = sum(slots_needed(knobs.requests))
+    alone = knobs.lab.solo_tokens(knobs.requests)
+    trace.check("no token changed, either way", all(report.tokens == alone for report in reports),
+                f"2 × {len(alone)} answers")
+    text = list(knobs.requests[-1].prompt)
+    trace.check_close("keys and values swapped out and in, in order = those that never moved",
+                      contents([swapped_out_and_in(model, text, knobs.block_size)]),
+                      contents_alone(model, [[*text, 0]]), 1e-9)
     trace.check("tokens are run again after a preemption by recomputation, and only then",
-                (again.computed > needed) == (again.preempted > 0) and swap.computed == needed,
-                f"{needed} are needed")
+                (reports[0].computed > needed) == bool(reports[0].preempted)
+                and reports[1].computed == needed, f"{needed} are needed")
     trace.check("who lost its blocks was the youngest, younger than all that ran",
-                youngest_lost(engine.report) and youngest_lost(swapped.report),
-                f"{again.preempted + swap.preempted} times")
-    first = [state.times[0] for state in engine.report.states]
+                all(map(youngest_lost, reports)),
+                f"{sum(len(report.preempted) for report in reports)} times")
+    first = [state.times[0] for state in reports[0].states]
     trace.check("first tokens come in the order of arrival", first == sorted(first),
                 "nobody overtakes")
-    trace.check("the pool is empty at the end", engine.pool.num_free_blocks == engine.num_blocks
-                and swapped.pool.num_free_blocks == engine.num_blocks, "all blocks are free")
-    show_come_back(trace)
+    trace.check("the pool is empty at the end",
+                all(engine.pool.num_free_blocks == engine.num_blocks
+                    for engine in (recomputing, swapping)), "all blocks are free")
 
 
 class ComeBack(NamedTuple):
-    """One row: what it costs to bring a preempted request back, in milliseconds."""
+    """What it costs to bring a preempted request back, in milliseconds."""
 
     tokens: int  # that it had cached
     recompute: float
@@ -1948,19 +2010,17 @@ def show_come_back(trace) -> None:
     """What recomputing and swapping cost, and where they cross."""
     costs = [price_come_back(tokens, 3) for tokens in range(1, 1025)]
     crossing = next(row.tokens for row in costs if row.swap < row.recompute)
-    ridge = free_tokens()
-    trace.say("What does coming back cost? By the cost model, the time that it adds to a step in "
-              f"which three others decode ({PRICED_MODEL.name}, {PRICED_MODEL.kv_bytes / 1024:.0f} "
-              "KiB a token):")
-    trace.table([costs[n - 1] for n in (16, 32, 64, 128, 1024)],
-                {"tokens": ",d", "recompute as recompute, ms": ".2f",
-                 "swap as swap out and in, ms": ".2f"})
-    trace.say(f"Recomputing is free while the step stays below the ridge of {ridge} tokens. "
-              "Swapping never is here, as the card waits for the copies, but from "
-              f"{crossing} tokens on it is cheaper.")
-    trace.check("the two cross once, and above the ridge",
-                crossing > ridge - 4 and all(row.swap < row.recompute for row in costs[crossing:]),
-                f"at {crossing} of 1 to {len(costs)} tokens")
+    short = costs[31]
+    long = costs[127]
+    trace.say("What does coming back cost? By the cost model, in a step in which three others "
+              f"decode: {short.tokens} tokens take {short.recompute:.2f} ms to recompute and "
+              f"{short.swap:.2f} to swap out and in; {long.tokens} tokens take "
+              f"{long.recompute:.2f} and {long.swap:.2f}. Recomputing is free while the step stays "
+              f"below the ridge of {free_tokens()} tokens; from {crossing} tokens on, swapping is "
+              "cheaper.")
+    trace.check("recomputing 32 tokens costs less than swapping them, and 128 tokens more",
+                short.recompute < short.swap and long.recompute > long.swap,
+                f"they cross at {crossing}")
 
 
 # 10. Prefill here, decode there

@@ -450,8 +450,8 @@ def test_a_refused_admission_leaves_the_order_of_eviction_alone():
     long = m.Request((9,), 9)
     late = m.Request((7,), 2)
     waiting = m.Request((1, 2, 5, 5, 5, 5, 5, 5, 5), 1)
-    engine = m.Engine(make_model(SMALL), [early, long, late, waiting], num_blocks=10, block_size=1,
-                      max_num_seqs=3, max_num_batched_tokens=16, prefix_caching=True)
+    engine = m.CachingEngine(make_model(SMALL), [early, long, late, waiting], num_blocks=10,
+                             block_size=1, max_num_seqs=3, max_num_batched_tokens=16)
     engine.step()
     engine.step()
     order = list(engine.pool.free_blocks)
@@ -496,8 +496,8 @@ def test_eviction_takes_the_least_recently_used_and_ends_first():
 def test_prefix_rows_by_hand():
     model = make_model(SMALL)
     requests = [m.Request((1, 2, 3, 4, 5), 2), m.Request((1, 2, 3, 9), 1, 1.0)]
-    report = m.serve(model, requests, num_blocks=20, block_size=2, max_num_seqs=1,
-                     max_num_batched_tokens=64, prefix_caching=True)
+    report = m.serve(model, requests, engine=m.CachingEngine, num_blocks=20, block_size=2,
+                     max_num_seqs=1, max_num_batched_tokens=64)
     first, second = m.prefix_hits(report, 2)
     assert first == (0, 5, 0, 0, "█████")
     assert second == (1, 4, 2, 2, "░░██")
@@ -530,22 +530,28 @@ def request_set(seed):
     return requests, settings, smallest, rng
 
 
-@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+class SwappingCachingEngine(m.SwappingEngine, m.CachingEngine):
+    """An engine that does both: what is on the host is not looked for in the pool."""
+
+
+@pytest.mark.parametrize("swapping", [False, True], ids=["recompute", "swap"])
 @pytest.mark.parametrize("policy", ["static", "continuous", "chunked"])
 @pytest.mark.parametrize("seed", range(24))
-def test_every_schedule_gives_every_request_what_it_gets_alone(seed, policy, preemption):
+def test_every_schedule_gives_every_request_what_it_gets_alone(seed, policy, swapping):
     model = make_model(SMALL)
     requests, settings, smallest, rng = request_set(seed)
     alone = [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
     needed = sum(len(r.prompt) + r.max_new_tokens - 1 for r in requests)
-    for prefix_caching in (False, True):
+    engines = [m.Engine, m.CachingEngine]
+    if swapping:
+        engines = [m.SwappingEngine, SwappingCachingEngine]
+    for kind in engines:
         budget = 64
         if policy == "chunked":
             budget = rng.randrange(settings["max_num_seqs"], 12)
         blocks = smallest + rng.choice([0, 0, 1, 3, 50])
-        engine = m.Engine(model, requests, policy=policy, num_blocks=blocks,
-                          max_num_batched_tokens=budget, preemption=preemption,
-                          prefix_caching=prefix_caching, **settings)
+        engine = kind(model, requests, policy=policy, num_blocks=blocks,
+                      max_num_batched_tokens=budget, **settings)
         while engine.waiting or engine.running:
             engine.step()
             check_engine(engine, budget)
@@ -561,7 +567,7 @@ def test_every_schedule_gives_every_request_what_it_gets_alone(seed, policy, pre
         if not report.preempted:
             assert report.computed + found == needed
             assert report.swapped_tokens == 0
-        if preemption == "swap" and not prefix_caching and policy != "chunked":
+        if kind is m.SwappingEngine and policy != "chunked":
             assert report.computed == needed
 
 
@@ -642,12 +648,22 @@ def test_the_step_of_the_comment_of_section_6():
     assert report.steps[1].waiting == 1
 
 
+def test_the_preemption_of_the_comment_of_section_6():
+    """No block is free: B gives back its two, A takes one, and one is too few for B or for C."""
+    requests = [m.Request((1,) * 8, 4), m.Request((2,) * 5, 2), m.Request((3,) * 6, 1, 1e-9)]
+    report = run_steps(requests, num_blocks=4, block_size=4, max_num_seqs=3)
+    assert report.steps[0].cached == {0: 8, 1: 5}
+    assert report.preempted == [(1, 1)]
+    assert [step.tokens for step in report.steps[1:5]] == [{0: 1}, {0: 1}, {0: 1}, {1: 6, 2: 6}]
+    assert [step.waiting for step in report.steps[1:5]] == [2, 2, 2, 0]
+
+
 def test_prefix_caching_in_the_engine():
     model = make_model()
     prompt = (1, 2, 3, 4, 5)
     requests = [m.Request(prompt, 2), m.Request(prompt, 2, 1.0)]
     settings = {"num_blocks": 40, "block_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 64}
-    report = m.serve(model, requests, prefix_caching=True, **settings)
+    report = m.serve(model, requests, engine=m.CachingEngine, **settings)
     assert [state.found for state in report.states] == [0, 4]
     assert report.tokens == [m.generate(model, prompt, 2)] * 2
     report = m.serve(model, requests, **settings)
@@ -673,7 +689,7 @@ def test_a_scheduler_that_is_stuck_is_noticed(monkeypatch):
     monkeypatch.setattr(engine, "schedule", lambda: [])
     with pytest.raises(RuntimeError, match="no work"):
         engine.run()
-    assert len(engine.report.steps) == 2
+    assert len(engine.report.steps) == 1
 
 
 def test_more_seats_than_budget_is_fine_where_prompts_are_whole():
@@ -684,7 +700,6 @@ def test_more_seats_than_budget_is_fine_where_prompts_are_whole():
 @pytest.mark.parametrize("change, word", [
     ({"num_blocks": 4}, "num_blocks must be at least 5"),
     ({"policy": "best"}, "policy"),
-    ({"preemption": "kill"}, "preemption"),
     ({"max_num_seqs": 0}, "max_num_seqs"),
     ({"max_num_batched_tokens": 9}, "max_num_batched_tokens must be at least 10"),
     ({"policy": "chunked", "max_num_batched_tokens": 1}, "at least max_num_seqs"),
@@ -850,8 +865,8 @@ def test_preemption_happens_and_both_ways_cost_what_they_say():
     model = make_model()
     requests = [m.Request((1, 2, 3), 8), m.Request((4, 5, 6), 8)]
     settings = {"num_blocks": 6, "block_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 64}
-    again = m.serve(model, requests, preemption="recompute", **settings)
-    swapped = m.serve(model, requests, preemption="swap", **settings)
+    again = m.serve(model, requests, **settings)
+    swapped = m.serve(model, requests, engine=m.SwappingEngine, **settings)
     assert again.preempted == swapped.preempted
     assert [number for _, number in again.preempted] == [1]
     assert again.computed > swapped.computed == 20
@@ -866,17 +881,44 @@ def test_preemption_happens_and_both_ways_cost_what_they_say():
 def test_a_row_of_the_preemption_table():
     requests = [m.Request((1, 2, 3), 8), m.Request((4, 5, 6), 8)]
     model = make_model(SMALL)
-    row, engine = m.run_preemption(model, requests, preemption="swap", num_blocks=6, block_size=2,
-                                   max_num_seqs=2)
-    report = engine.report
+    report = m.serve(model, requests, engine=m.SwappingEngine, num_blocks=6, block_size=2,
+                     max_num_seqs=2, max_num_batched_tokens=64)
+    row = m.preemption_row(report, 6, "swap")
     assert row[:4] == (6, "swap", 1, 20)
     assert row.swapped == report.swapped_tokens
-    # What the caches held at the end, in order, is what those hold that never moved.
-    for state in report.states:
-        np.testing.assert_allclose(engine.kept[state.number],
-                                   m.contents_alone(model, [state.tokens]), **TIGHT)
     assert row.steps == len(report.steps)
     assert row.end == report.steps[-1].end * 1e3
+
+
+@pytest.mark.parametrize("kind", [m.Engine, m.SwappingEngine])
+def test_a_cache_that_was_preempted_holds_what_one_holds_that_never_was(kind):
+    """Watch the caches when requests finish: all their keys and values, in order."""
+    kept = {}
+
+    class WatchedEngine(kind):
+        def finish(self, state):
+            kept[state.number] = m.contents([state.cache])
+            super().finish(state)
+
+    model = make_model(SMALL)
+    requests = [m.Request((1, 2, 3), 8), m.Request((4, 5, 6), 8)]
+    report = m.serve(model, requests, engine=WatchedEngine, num_blocks=6, block_size=2,
+                     max_num_seqs=2, max_num_batched_tokens=64)
+    assert report.preempted
+    for state in report.states:
+        expected = m.contents_alone(model, [state.tokens])
+        np.testing.assert_allclose(kept[state.number], expected, **TIGHT)
+
+
+@pytest.mark.parametrize("n, block_size", [(1, 3), (6, 3), (7, 2)])
+def test_swapping_out_and_in_takes_other_blocks_and_the_same_tokens(n, block_size):
+    model = make_model()
+    text = list(range(n))
+    cache = m.swapped_out_and_in(model, text, block_size)
+    n_blocks = math.ceil(n / block_size)
+    assert cache.block_table == list(range(n_blocks, 2 * n_blocks))
+    assert cache.length == n
+    np.testing.assert_array_equal(m.contents([cache]), m.contents_alone(model, [[*text, 0]]))
 
 
 @pytest.mark.parametrize("decoding", [1, 3, 8])
@@ -892,11 +934,10 @@ def test_recomputing_and_swapping_cross_once_above_the_ridge(decoding):
 def test_a_request_that_comes_back_runs_its_newest_token_too():
     """The table's price is that of the engine's step: 8 tokens were cached, 9 are run."""
     requests = [m.Request((1,) * 4, 9), m.Request((1,) * 4, 9)]
-    _, engine = m.run_preemption(make_model(SMALL), requests, preemption="recompute", num_blocks=5,
-                                 block_size=4, max_num_seqs=2)
-    i, number = engine.report.preempted[0]
-    cached = engine.report.steps[i - 1].cached[number]
-    back = next(step for step in engine.report.steps[i:] if number in step.tokens)
+    report = run_steps(requests, num_blocks=5, block_size=4)
+    i, number = report.preempted[0]
+    cached = report.steps[i - 1].cached[number]
+    back = next(step for step in report.steps[i:] if number in step.tokens)
     assert back.tokens[number] == cached + 1
 
 
