@@ -12,8 +12,8 @@ survives running out of memory. Every request must get the very tokens that it g
 
 Not everything is run through the model. Figures of real models, and all milliseconds, are computed
 from data sheets by a stated cost model (step_seconds). Where only a schedule is asked for, as in
-the tables of sections 7, 8, 10 and 11, the scheduler runs for real and a stand-in takes the place
-of the model.
+most tables of sections 7 to 11, the scheduler runs for real and a stand-in takes the place of the
+model.
 
 How to read it
   1. Read the words below (2 minutes), run `python microkv.py` and read what it prints
@@ -358,9 +358,7 @@ class BlockPool:
         self.ref_count = [0] * num_blocks
         self.free_blocks = OrderedDict.fromkeys(range(num_blocks))  # in the order of handing out
         # slots[slot][layer] = (key, value)
-        self.slots: list[dict[int, tuple[Vector, Vector]]] = []
-        for _ in range(num_blocks * block_size):
-            self.slots.append({})
+        self.slots: list[dict] = [{} for _ in range(num_blocks * block_size)]
         self.block_of: dict[str, int] = {}  # hash -> the block that has this content (section 5)
         self.hash_of: dict[int, str] = {}   # and back
 
@@ -736,7 +734,7 @@ class Engine:
         return self.report
 
     def step(self) -> None:
-        """Schedule a step, advance the clock, and run the model.
+        """Schedule a step, put it on the clock and in the report, and run the model.
 
         RuntimeError if there is no work: the scheduler would go on for ever.
         """
@@ -746,11 +744,7 @@ class Engine:
         work = self.schedule()
         if not work:
             raise RuntimeError("a step had no work: the scheduler is stuck")
-        tokens = {state.number: n for state, n in work}
-        cached = {state.number: state.cache.length + n for state, n in work}
-        self.clock += priced_step(sum(tokens.values()), sum(cached.values())).seconds
-        waiting = sum(state.arrival <= start for state in self.waiting)
-        self.report.steps.append(Step(start, self.clock, tokens, cached, waiting))
+        self.record(start, work)
         for state, n in work:
             self.advance(state, n)
 
@@ -832,6 +826,14 @@ class Engine:
         """Let a request that has all its tokens go."""
         state.cache.free()
         self.running.remove(state)
+
+    def record(self, start: float, work: list[tuple[RequestState, int]]) -> None:
+        """Advance the clock by the time of a step, and put the step in the report."""
+        tokens = {state.number: n for state, n in work}
+        cached = {state.number: state.cache.length + n for state, n in work}
+        waiting = sum(state.arrival <= start for state in self.waiting)
+        self.clock += priced_step(sum(tokens.values()), sum(cached.values())).seconds
+        self.report.steps.append(Step(start, self.clock, tokens, cached, waiting))
 
 
 class CachingEngine(Engine):
@@ -2604,17 +2606,19 @@ class ServingLab:
 
 
 class StandIn:
-    """A model's place taken where only the schedule matters: it fills slots with nothing.
+    """What takes the place of the model in an engine where only the schedule matters.
 
-    Its logits are the same for every token, so it writes token 0.
+    It fills slots with nothing. Its logits are the same for every token, so it writes token 0.
     """
 
     def __init__(self):
         self.config = Config(1, 2, 1, 1, 1, 1)
 
     def forward(self, tokens: Sequence[int], cache: PagedKVCache) -> Matrix:
-        """Return logits of the last token only; the tokens are in the cache afterwards."""
-        cache.reserve(len(tokens))
+        """Return logits of the last token only; the tokens are in the cache afterwards.
+
+        The engine has reserved their slots.
+        """
         cache.length += len(tokens)
         return [[0.0]]
 
