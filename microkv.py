@@ -1531,14 +1531,6 @@ def show_prefix_caching(trace, knobs) -> None:
 # 6. Continuous batching
 
 
-class PolicyRow(NamedTuple):
-    """One row: what a schedule achieved."""
-
-    policy: str
-    steps: int
-    first_token: float  # milliseconds from arrival, mean
-
-
 def make_requests(tokenizer: Tokenizer, rng: random.Random) -> list[Request]:
     """Return users with lines of the rhyme, about 3 ms apart, who want 3 to 20 tokens."""
     arrival = 0.0
@@ -1574,44 +1566,37 @@ def timeline(report: Report, width: int = 66) -> list[str]:
     return lines
 
 
-def policy_row(report: Report, policy: str) -> PolicyRow:
-    """Return the figures of a run."""
-    return PolicyRow(policy, len(report.steps), fmean(first_tokens(report)))
-
-
 def show_continuous(trace, knobs) -> None:
     """The same requests in static batches, and continuously."""
     requests = knobs.requests
     places = knobs.max_num_seqs
     static = serve_plenty(knobs.lab.model, requests, "static", max_num_seqs=places)
     continuous = serve_plenty(knobs.lab.model, requests, "continuous", max_num_seqs=places)
-    rows = [policy_row(static, "static"), policy_row(continuous, "continuous")]
+    largest = max(largest_step(static), largest_step(continuous))
     trace.say("In a static batch, requests start together and end with the longest. Continuous "
               f"batching decides anew at every step who runs. {len(requests)} requests; at most "
               f"{places} may run at a time. A row is a request (tokens of its prompt + new ones), "
               "a column is a step: dots while it waits, █ its prompt runs and gives the first new "
               "token, ▒ one more. A static batch starts with whoever is there.")
     trace.lines(["", "static:", *timeline(static)])
-    trace.ask(f"static batches took {rows[0].steps} steps. How many does it take if whoever is "
-              "done leaves at once, and whoever waits comes in?", rows[1].steps)
-    trace.lines(["", "continuous:", *timeline(continuous), ""])
-    trace.table(rows, {"policy": "", "steps": "d",
-                       "first_token as first token after, ms": ".1f"})
-    trace.note(f"first token: mean from arrival, by the cost model ({PRICED_MODEL.name}, weights "
-               f"of 4 bits, {PRICED_GPU.name}).")
-    largest = max(largest_step(static), largest_step(continuous))
+    trace.ask(f"static batches took {len(static.steps)} steps. How many does it take if whoever is "
+              "done leaves at once, and whoever waits comes in?", len(continuous.steps))
+    trace.lines(["", "continuous:", *timeline(continuous)])
+    trace.say(f"Static batches take {len(static.steps)} steps, and the first token of a request "
+              f"comes after {fmean(first_tokens(static)):.1f} ms on average. Continuous batching "
+              f"takes {len(continuous.steps)} steps, and the first token comes after "
+              f"{fmean(first_tokens(continuous)):.1f} ms: no place stays empty while somebody "
+              f"waits. (Times by the cost model: {PRICED_MODEL.name}, weights of 4 bits, "
+              f"{PRICED_GPU.name}.)")
     if largest > free_tokens():
         trace.note(f"The largest step runs {largest} tokens. That is above the ridge of "
                    f"{free_tokens()} (section 7), so it takes longer than the others.")
     full = [step for step in continuous.steps if step.waiting]
-    if rows[1].steps < rows[0].steps:
-        trace.say(f"The same work takes {rows[0].steps} steps in static batches and "
-                  f"{rows[1].steps} in continuous ones, where no place stays empty while somebody "
-                  "waits.")
     trace.check("continuous: no place stays empty while somebody waits",
                 all(len(step.tokens) == places for step in full), f"{len(full)} steps")
     trace.check("continuous batching needs no more steps than static batches",
-                rows[1].steps <= rows[0].steps, f"{rows[1].steps} and {rows[0].steps}")
+                len(continuous.steps) <= len(static.steps),
+                f"{len(continuous.steps)} and {len(static.steps)}")
     alone = knobs.lab.solo_tokens(requests)
     trace.check("both ways, every request's tokens are what it gets alone",
                 static.tokens == continuous.tokens == alone, f"{sum(map(len, alone))} tokens")
@@ -1795,13 +1780,12 @@ class PreemptionRow(NamedTuple):
     computed: int  # tokens run
     swapped: int   # tokens, out and in
     steps: int
-    end: float     # milliseconds
 
 
 def preemption_row(report: Report, by: str) -> PreemptionRow:
     """Return the figures of a run."""
     return PreemptionRow(by, len(report.preempted), report.computed, report.swapped_tokens,
-                         len(report.steps), report.steps[-1].end * 1e3)
+                         len(report.steps))
 
 
 def youngest_lost(report: Report) -> bool:
@@ -1842,7 +1826,7 @@ def show_preemption(trace, knobs) -> None:
     rows = [preemption_row(again, "recompute"), preemption_row(swap, "swap"),
             preemption_row(enough, "no need")]
     trace.table(rows, {"by as comes back by": "", "preempted": "d", "computed": "d",
-                       "swapped as swapped, tokens": "d", "steps": "d", "end as end, ms": ".1f"})
+                       "swapped as swapped, tokens": "d", "steps": "d"})
     trace.lines(["", "by recomputation; × marks where a request lost its blocks:",
                  *timeline(again)])
     show_come_back(trace)
