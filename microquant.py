@@ -1769,8 +1769,8 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
               "per tensor. (At 4 bits, over seeds 0 to 4, a scale per tensor has 1.7 to 4.4 times "
               "the KL of groups of 32.) Q4_0 (section 3) has groups of 32, too, but uses 16 of "
               "INT4's codes instead of 15; that makes its steps an eighth smaller.")
-    trace.say("Real models in GiB: in 16 bits; at 4.125 bits (INT4 in groups of 128); and as usual, "
-              "which is 4.125 bits, but 16 for the embedding and the output matrix.")
+    trace.say("Real models in GiB: in 16 bits; at 4.125 bits (INT4 in groups of 128); and as "
+              "usual, which is 4.125 bits, but 16 for the embedding and the output matrix.")
     trace.table(real_sizes(), {"model": "", "parameters": ",d", "fp16 as 16 bits": ".1f",
                                "int4 as 4.125 bits": ".1f", "usual as as usual": ".1f"})
 
