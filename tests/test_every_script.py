@@ -99,8 +99,7 @@ SMALLER = {
     "microbeam": {
         "TARGET": {"dim": 8, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 8},
         "DRAFT": {"dim": 4, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 4},
-        "REPEAT_TOKENS": 12, "FILTER_PLACES": 16, "SAMPLED_TEXTS": 3, "BEAM_TEXTS": 2,
-        "BEAM_TOKENS": 8, "EXACT_PASSES": 40, "PAY_TEXTS": 4, "COMPARED_TEXTS": 2,
+        "FILTER_PLACES": 16, "EXACT_PASSES": 40, "PAY_TEXTS": 4, "COMPARED_TEXTS": 2,
         "COMPARED_TOKENS": 8,
     },
 }
