@@ -1485,10 +1485,11 @@ def check_beams(trace: Trace) -> None:
     trace.check("section 1's toy: a beam of 3 and exact search find the best text of two words",
                 text == letters(tokens) == "b c"
                 and max(abs(math.exp(x) - 0.36) for x in (score, total)) < 1e-12, "b c, 0.36")
-    first_words = [letters(tokens) for tokens, _ in
-                   diverse_beam_search(model_of(TOY), TOY_PROMPT, 1, groups=3, diversity=0.2)]
+    found = diverse_beam_search(model_of(TOY), TOY_PROMPT, 1, groups=3, diversity=0.2)
+    chances = [round(math.exp(total), 12) for _, total in found]
     trace.check("the toy, diversity 0.2: only the third beam is charged enough to leave a for b",
-                first_words == ["a", "a", "b"], "log 0.5 - 0.4 < log 0.4 < log 0.5 - 0.2")
+                [letters(tokens) for tokens, _ in found] == ["a", "a", "b"]
+                and chances == [0.5, 0.5, 0.4], "log 0.5 - 0.4 < log 0.4 < log 0.5 - 0.2")
     late, score = toy_beam(LATE, 3, 2, eos=1)
     early, _ = toy_beam(LATE, 3, 2, eos=1, early_stopping=True)
     trace.check("where the best text ends last, a beam waits for it: a a b, not b or a b; with "
@@ -1744,10 +1745,11 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
     enumerated = sum(number * p for number, p in passes.items())
     trace.check("section 5's random pair: passes worked out from the texts = those of the decoder",
                 abs(worked_out - enumerated) < 1e-9, f"{enumerated:.4f} enumerated, |Δ| < 1e-9")
-    long_run = 1000 / expected_passes([0.6] * 1000, 3)
-    trace.check("where all places are alike, tokens of a pass are those of the formula",
-                abs(long_run - expected_tokens(0.6, 3)) < 0.01,
-                f"alpha 0.6, gamma 3, 1,000 tokens: {long_run:.2f}")
+    long_run = 1000 / expected_passes([0.6] * 1000, 2)
+    trace.check("where all places are alike, tokens of a pass are those of the formula, and the "
+                "speed-up that of the source", abs(long_run - expected_tokens(0.6, 2)) < 0.01
+                and round(speed_up(expected_tokens(0.6, 2), 2, 0.1), 2) == 1.63,
+                f"alpha 0.6, gamma 2, 1,000 tokens: {long_run:.2f}; c = 0.1: 1.63")
 
 
 # 7. Prompt lookup: guesses for nothing
@@ -2004,6 +2006,19 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
 # 10. Lookahead decoding
 
 
+class Circle:
+    """A model of six tokens, in which 1 follows 0, 2 follows 1, and 0 follows 5."""
+
+    def read(self, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Vector]:
+        """Return {text: logits} for these texts and all that they begin with."""
+        rows = {}
+        for text in texts:
+            for end in range(1, len(text) + 1):
+                following = (text[end - 1] + 1) % 6
+                rows[text[:end]] = [float(token == following) for token in range(6)]
+        return rows
+
+
 def show_lookahead(trace: Trace, knobs: Namespace) -> None:
     """The passes that lookahead takes, and its first window."""
     lab = knobs.lab
@@ -2018,11 +2033,14 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
     show_ways(trace, [lookahead], n, f"lookahead saves {n - lookahead.passes:.1f} of {n} passes on "
               f"average. It reads {lookahead.nodes:.0f} nodes for a token and rolls back "
               f"{lookahead.rolled_back:.0%} of them: it lives on idle arithmetic.")
-    [(first_pass, _)] = lookahead_greedy(CachedModel(lab.target), lab.prompts[0], 1)[1].rounds
-    a, b, c, d = lab.prompts[0]
-    trace.check("both rows of the first window are the prompt, over again",
-                first_pass == [a, a, b, b, c, c, d, d, a, a],
-                "its columns: a a, b b, c c, d d, a a")
+    _, counts = lookahead_greedy(Circle(), [0, 3], 16, window=4)
+    windows = [guesses for guesses, _ in counts.rounds[:2]]
+    kept = [kept for _, kept in counts.rounds]
+    trace.check("by hand, tokens in a circle after 0 3, window 4: its columns in the first pass "
+                "are 0 0, 3 3, 0 0, 3 3, in the next 0 1, 3 4, 0 1, 3 4; once the pool has the "
+                "circle, passes keep two guesses",
+                windows == [[0, 0, 3, 3, 0, 0, 3, 3], [0, 1, 3, 4, 0, 1, 3, 4]]
+                and kept == [0, 0, 0, 2, 2, 2, 2, 1], " ".join(map(str, kept)) + " kept")
 
 
 # 11. Text with a shape
