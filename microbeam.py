@@ -95,7 +95,7 @@ TYPICAL_P = 0.5       # probability kept, most typical tokens first
 BEAM_WIDTH = 4        # candidates kept by beam search
 LENGTH_PENALTY = 1.0  # score = log-probability / length^this
 GAMMA = 4             # guesses before each pass of the target
-STEPS = 42            # of training the target; three quarters of it for everything that guesses
+STEPS = 40            # of training the target; three quarters of it for everything that guesses
 MAX_PROMPT = 64       # tokens of the longest prompt accepted
 
 # How much the experiments look at. (The reader's knobs change the rest.)
@@ -103,7 +103,7 @@ FILTER_PLACES = 64    # of the rhyme, where the filters are compared
 DRAWS = 1000          # of the toy, counted
 EXACT_PASSES = 150    # after which exact search gives up
 PAY_TEXTS = 12        # drawn to see what guessing brings
-COMPARED_TEXTS = 6    # written in sections 7 to 10 ...
+COMPARED_TEXTS = 6    # written in sections 8 and 9 ...
 COMPARED_TOKENS = 12  # ... and their length
 CONTEXT = "This is the rat that ate the malt that lay in the house that Jack built.\n"
 
@@ -1842,7 +1842,7 @@ def show_prompt_lookup(trace: Trace, knobs: Namespace) -> None:
     """Guesses looked up in the text, beside those of a smaller model."""
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
-    prompts = [lab.tokenizer.encode(CONTEXT) + prompt for prompt in lab.prompts[:COMPARED_TEXTS]]
+    prompts = [lab.tokenizer.encode(CONTEXT) + prompt for prompt in lab.prompts[:4]]
     lookup = measure_way(lab, "prompt lookup", prompts, n, knobs.gamma)
     smaller = measure_way(lab, "a smaller Llama", prompts, n, knobs.gamma)
     trace.say("Guesses need no model: prompt lookup copies what followed the same words when they "
@@ -2104,10 +2104,10 @@ def measure_distortion(lab: DecodingLab, prompt: list[int], grammar: Grammar) ->
 def show_constrained(trace: Trace, knobs: Namespace) -> None:
     """Forced texts, and the distribution of local masking against the true conditional one."""
     lab = knobs.lab
-    texts = force_texts(lab, knobs.tokens, 60, 3)
+    texts = force_texts(lab, knobs.tokens, 60, 4)
     trace.say("Text can be forced into a shape: every token that the shape does not allow gets "
               f"-inf. Here the shape is the regular expression {STORY_RE!r}, written as a grammar. "
-              f"Of one greedy text and three drawn ones, {len(texts)} ended within 60 tokens:")
+              f"Of one greedy text and four drawn ones, {len(texts)} ended within 60 tokens:")
     for text in texts:
         trace.lines(quoted("…" + text))
     found = measure_distortion(lab, knobs.tokens, ANIMALS)
@@ -2916,7 +2916,7 @@ def head_gradients(head: Head, h: Matrix, x: Matrix, targets: Sequence[int]) -> 
     d_mixed, d_w2 = linear_backward(d_logits, mixed, head["w2"])
     ones = [[1.0] * len(row) for row in z]
     d_z, _ = swiglu_backward(d_mixed, z, ones)
-    _, d_w1 = linear_backward(d_z, x, head["w1"])
+    d_w1 = linear(list(zip(*d_z)), list(zip(*x)))  # as in linear_backward(); x needs no gradient
     return {"w1": d_w1, "w2": d_w2}
 
 
