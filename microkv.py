@@ -811,17 +811,18 @@ class Engine:
 
     def advance(self, state: RequestState, n: int) -> None:
         """Run n tokens of a request. After the last of its text comes a new one."""
-        logits = self.forward(state, n)
+        next_token = self.run_model(state, n)
         if state.cache.length == len(state.tokens):  # not so in the middle of a prompt
-            state.tokens.append(argmax(logits))
+            state.tokens.append(next_token)
             state.times.append(self.clock)
         if state.done:
             self.finish(state)
 
-    def forward(self, state: RequestState, n: int) -> Vector:
-        """Run n tokens of a request through the model, and return the logits of the last."""
+    def run_model(self, state: RequestState, n: int) -> int:
+        """Run n tokens of a request through the model, and return the likeliest next one."""
         first = state.cache.length
-        return self.model.forward(state.tokens[first:first + n], state.cache)[-1]
+        logits = self.model.forward(state.tokens[first:first + n], state.cache)
+        return argmax(logits[-1])
 
     def finish(self, state: RequestState) -> None:
         """Let a request that has all its tokens go."""
@@ -843,7 +844,7 @@ class CachingEngine(Engine):
     def admit(self, state: RequestState, budget: int) -> int:
         order = self.pool.free_blocks.copy()
         found = 0
-        if state.cache.length == 0:
+        if state.cache.length == 0:  # otherwise it brings its slots along (section 9)
             found = adopt_prefix(state.cache, state.tokens)
         n = super().admit(state, budget)
         if n > 0:
@@ -854,10 +855,10 @@ class CachingEngine(Engine):
             self.pool.free_blocks = order
         return n
 
-    def forward(self, state: RequestState, n: int) -> Vector:
-        logits = super().forward(state, n)
+    def run_model(self, state: RequestState, n: int) -> int:
+        next_token = super().run_model(state, n)
         register_blocks(state.cache, state.tokens)
-        return logits
+        return next_token
 
 
 def serve(
@@ -1297,9 +1298,10 @@ def show_intensity(trace, knobs) -> None:
     trace.say("A step reads once every weight that it uses and all cached keys and values, whether "
               "it runs one token or many. It takes the longer of two times, arithmetic and "
               f"reading. The ridge of a card, {PRICED_GPU.ridge:.0f} for the {PRICED_GPU.name}, is "
-              "the FLOPs that it can do while it reads a byte; a step with fewer waits for memory. "
-              f"{PRICED_MODEL.name} with weights of 16 bits, by the cost model: the prefill of a "
-              "prompt, and decode steps for batches of requests, all with 1024 tokens each:")
+              "the FLOPs that it can do while it reads a byte. A step with fewer FLOPs a byte "
+              f"waits for memory. {PRICED_MODEL.name} with weights of 16 bits, by the cost model: "
+              "the prefill of a prompt, and decode steps for batches of requests, all with 1024 "
+              "tokens each:")
     trace.ask("how many times as long as for one request does a decode step take for 128?", longer)
     trace.table([prefill, *decode], {"phase": "", "requests": "d", "tokens as tokens run": ",d",
                                      "arithmetic as arithmetic, ms": ".2f",
@@ -1590,8 +1592,8 @@ def show_continuous(trace, knobs) -> None:
               f"waits. (Times by the cost model: {PRICED_MODEL.name}, weights of 4 bits, "
               f"{PRICED_GPU.name}.)")
     if largest > free_tokens():
-        trace.note(f"The largest step runs {largest} tokens. That is above the ridge of "
-                   f"{free_tokens()} (section 7), so it takes longer than the others.")
+        trace.note(f"The largest step runs {largest} tokens. Above {free_tokens()}, the ridge in "
+                   "tokens (section 7), a step waits for arithmetic and takes longer.")
     full = [step for step in continuous.steps if step.waiting]
     trace.check("continuous: no place stays empty while somebody waits",
                 all(len(step.tokens) == places for step in full), f"{len(full)} steps")
@@ -1681,7 +1683,7 @@ def show_budgets(trace, requests: Sequence[Request], budget: int, whole: BudgetR
     for n in sorted({8, ridge, 96, budget}):
         rows.append(budget_row(serve_plenty(StandIn(), requests, "chunked", n), n))
     at_ridge = next(row for row in rows if row.budget == ridge)
-    trace.say("How large should the budget be? Several, and no chunks at all:")
+    trace.say("How large should the budget be? Several budgets, and whole prompts:")
     trace.table([*rows, whole], {"budget": ">", "worst_gap as gap, ms": ".1f bar 12",
                                  "first_token as first token, ms": ".1f",
                                  "end as end, ms": ".1f"})
@@ -1828,7 +1830,7 @@ def show_preemption(trace, knobs) -> None:
             preemption_row(enough, "no need")]
     trace.table(rows, {"by as comes back by": "", "preempted": "d", "computed": "d",
                        "swapped as swapped, tokens": "d", "steps": "d"})
-    trace.lines(["", "by recomputation; × marks where a request lost its blocks:",
+    trace.lines(["", "By recomputation; × marks where a request lost its blocks:",
                  *timeline(again)])
     show_come_back(trace)
     check_preemption(trace, knobs, again, swap)
