@@ -259,7 +259,8 @@ class FloatFormat:
             return math.copysign(self.overflow, x)
         # Between 2^e and 2^(e+1) the steps are 2^(e - mantissa bits). Below the smallest normal
         # number they shrink no further: such numbers are called subnormal.
-        exponent = max(math.frexp(x)[1] - 1, 2 - 2 ** (self.exponent_bits - 1))
+        smallest = 2 - 2 ** (self.exponent_bits - 1)  # the exponent of that number; FP16: -14
+        exponent = max(math.frexp(x)[1] - 1, smallest)
         step = 2.0 ** (exponent - self.mantissa_bits)
         y = round(x / step) * step
         return math.copysign(self.overflow if abs(y) > self.largest else y, x)
@@ -1757,7 +1758,8 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
                           "error": ".1%bar 30"})
     trace.ask(f"INT{bits} with a scale in FP16 for every {g} weights: how many bits a weight?",
               planted[2].bits)
-    trace.say("The model, rounded to nearest; the embedding and the norms stay in FP16. KL: how "
+    trace.say("The model, rounded to nearest; the embedding and the norms stay in FP16. Bits: of a "
+              "weight, with its share of the scales (a row has 64 weights, in w2 32). KL: how "
               "far its predictions moved from those of the model in FP32, with the standard "
               "error (±) over the verses. (A perplexity can also fall by luck.) Two KLs are "
               f"compared verse by verse. Where their difference is less than {T_95} of its "
