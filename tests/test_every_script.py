@@ -94,8 +94,8 @@ def cheap_trace(script, *arguments):
 # every check holds for is any model and any number of texts. Whole traces have them in full size.
 SMALLER = {
     "microkv": {"SIZES": dict(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=16)},
-    "microquant": {"TRAINING": (8, 40, 0.02), "TERNARY_STEPS": 2, "EVALUATION_TOKENS": 40,
-                   "AWQ_TOKENS": 24},
+    "microquant": {"TRAINING": (8, 40, 0.02), "TERNARY_TRAINING": (2, 24, 0.005),
+                   "EVALUATION_VERSES": 3, "AWQ_TOKENS": 24},
     "microbeam": {
         "TARGET": {"dim": 8, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 8},
         "DRAFT": {"dim": 4, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 4},

@@ -1328,9 +1328,9 @@ def test_findings_with_training(seed, labs):
     before, nf4, full, lora, qlora = m.compare_fine_tuning(lab)
     assert max(full.loss, lora.loss, qlora.loss) < before.loss - 0.5
     assert 0.86 * full.loss < qlora.loss < 1.23 * full.loss
-    untrained = min(m.score(lab, "b1.58").kl, m.score(lab, "b1.58 least squares").kl)
-    assert m.score(lab, "b1.58 trained").kl < untrained / 1.15
-    assert m.score(lab, "BitNet").kl > 1.6 * untrained
+    fp16, longer, signs, mean, fitted, trained = m.compare_one_bit(lab)
+    assert trained.loss < mean.loss - 0.05 < fitted.loss - 0.1 and fitted.loss < signs.loss - 0.2
+    assert longer.loss < min(fp16.loss, trained.loss - 0.08)
 
 
 @pytest.mark.parametrize("way", m.RATES)
