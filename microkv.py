@@ -1796,18 +1796,6 @@ def youngest_lost(report: Report) -> bool:
     return all(number > max(report.steps[i].tokens) for i, number in report.preempted)
 
 
-def swapped_out_and_in(model: Llama, text: Sequence[int], block_size: int) -> PagedKVCache:
-    """Return a cache of the text that was swapped out, and then into other blocks."""
-    n_blocks = ceil_div(len(text), block_size)
-    cache = PagedKVCache(BlockPool(2 * n_blocks, block_size), model.config)
-    model.forward(text, cache)
-    slots = swap_out(cache)
-    cache.free()
-    cache.reserve(len(text))
-    swap_in(cache, slots)
-    return cache
-
-
 def show_preemption(trace, knobs) -> None:
     """The requests of section 6 in a small pool, with both ways of coming back."""
     requests = knobs.requests
@@ -1841,14 +1829,13 @@ def check_preemption(trace, knobs, again: Report, swap: Report) -> None:
     alone = knobs.lab.solo_tokens(knobs.requests)
     trace.check("no token changed, either way", again.tokens == swap.tokens == alone,
                 f"2 × {len(alone)} answers")
-    text = knobs.requests[-1].prompt
-    trace.check_close("keys and values swapped out and in, in order = those that never moved",
-                      contents([swapped_out_and_in(knobs.lab.model, text, knobs.block_size)]),
-                      contents_alone(knobs.lab.model, [[*text, 0]]), 1e-9)
     needed = sum(slots_needed(knobs.requests))
     trace.check("tokens are run again after a preemption by recomputation, and only then",
                 (again.computed > needed) == bool(again.preempted) and swap.computed == needed,
                 f"{needed} are needed")
+    lost = [swap.steps[i - 1].cached[number] for i, number in swap.preempted]
+    trace.check("what was cached before each preemption is swapped out, and in again",
+                swap.swapped_tokens == 2 * sum(lost), f"2 × {sum(lost)} tokens")
     trace.check("who lost its blocks was the youngest, younger than all that ran",
                 youngest_lost(again) and youngest_lost(swap),
                 f"{len(again.preempted) + len(swap.preempted)} times")

@@ -945,8 +945,13 @@ def test_a_cache_that_was_preempted_holds_what_one_holds_that_never_was(kind):
 def test_swapping_out_and_in_takes_other_blocks_and_the_same_tokens(n, block_size):
     model = make_model()
     text = list(range(n))
-    cache = m.swapped_out_and_in(model, text, block_size)
     n_blocks = math.ceil(n / block_size)
+    cache = m.PagedKVCache(m.BlockPool(2 * n_blocks, block_size), model.config)
+    model.forward(text, cache)
+    slots = m.swap_out(cache)
+    cache.free()
+    cache.reserve(n)
+    m.swap_in(cache, slots)
     assert cache.block_table == list(range(n_blocks, 2 * n_blocks))
     assert cache.length == n
     np.testing.assert_array_equal(m.contents([cache]), m.contents_alone(model, [[*text, 0]]))
