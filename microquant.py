@@ -1650,7 +1650,6 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     name = "layers.0.attention.wv"
     rows = round_and_back(lab.model.weights[name], knobs.bits)
     furthest = max(rows, key=lambda row: abs(row.weight))
-    formats = [fp16, bf16, fp8_e4m3, fp8_e5m2]
 
     verse = lab.tokenizer.decode(split_verses(lab.training)[0]).strip()
     trace.say(f"The model under test is a Llama of {n_numbers(lab.config):,} weights. It learned "
@@ -1670,13 +1669,7 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"Five weights of {name} and the one furthest from 0, rounded to INT{knobs.bits} and "
               f"back. One scale serves the whole matrix.")
     trace.table([*rows[:5], furthest], {"weight": "+.4f", "code": "d", "back": "+.4f"})
-    trace.say("Floating point has steps that halve with each smaller power of two, down to the "
-              "smallest that its exponent can write. (That is 2^-6 for FP8 E4M3, so 0.001 is "
-              "rounded as coarsely as 0.016 is.) Beyond its largest number it has infinity, or "
-              "stays there.")
-    trace.table([{"number": x, **{form.name: form(x) for form in formats}}
-                 for x in (math.pi, 0.001, 300.0, 70000.0)],
-                {"number": ".6g", **{form.name: ".6g" for form in formats}})
+    show_formats(trace)
 
     trace.check("no verse that is measured on stands in any other text", shared_verses(lab) == 0,
                 "compared verse by verse")
@@ -1687,6 +1680,18 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
                 all(abs(row.weight - row.back) <= half * 1.002 for row in rows),
                 f"{len(rows):,} weights")
     check_rounding_by_hand(trace)
+
+
+def show_formats(trace: Trace) -> None:
+    """Four numbers in the float formats."""
+    formats = [fp16, bf16, fp8_e4m3, fp8_e5m2]
+    trace.say("Floating point has steps that halve with each smaller power of two, down to the "
+              "smallest that its exponent can write. (That is 2^-6 for FP8 E4M3, so 0.001 is "
+              "rounded as coarsely as 0.016 is.) Beyond its largest number it has infinity, or "
+              "stays there.")
+    trace.table([{"number": x, **{form.name: form(x) for form in formats}}
+                 for x in (math.pi, 0.001, 300.0, 70000.0)],
+                {"number": ".6g", **{form.name: ".6g" for form in formats}})
 
 
 def check_rounding_by_hand(trace: Trace) -> None:
@@ -1747,6 +1752,14 @@ def real_sizes() -> list[RealSize]:
     return rows
 
 
+def show_real_sizes(trace: Trace) -> None:
+    """The sizes of real models."""
+    trace.say("Real models in GiB: in 16 bits; at 4.125 bits (INT4 in groups of 128); and as "
+              "usual, which is 4.125 bits, but 16 for the embedding and the output matrix.")
+    trace.table(real_sizes(), {"model": "", "parameters": ",d", "fp16 as 16 bits": ".1f",
+                               "int4 as 4.125 bits": ".1f", "usual as as usual": ".1f"})
+
+
 def show_granularity(trace: Trace, knobs: Namespace) -> None:
     """One outlier's reach, the model at each granularity, and the sizes of real models."""
     lab = lab_of(knobs)
@@ -1774,10 +1787,7 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
               "per tensor. (At the default settings, over seeds 0 to 4, a scale per tensor has 1.7 "
               "to 4.4 times the KL of groups of 32.) Q4_0 (section 3) has groups of 32 and uses "
               "all 16 codes of 4 bits instead of 15; that makes its steps an eighth smaller.")
-    trace.say("Real models in GiB: in 16 bits; at 4.125 bits (INT4 in groups of 128); and as "
-              "usual, which is 4.125 bits, but 16 for the embedding and the output matrix.")
-    trace.table(real_sizes(), {"model": "", "parameters": ",d", "fp16 as 16 bits": ".1f",
-                               "int4 as 4.125 bits": ".1f", "usual as as usual": ".1f"})
+    show_real_sizes(trace)
 
     scales = [1, 8, 8 * ceil_div(64, g)]
     trace.check("bits counted from the bytes = bits + 16 · scales / weights",
@@ -1845,6 +1855,12 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
     trace.say("`python microquant.py --gguf tiny.gguf` writes the trained model with its "
               "tokenizer. `llama-completion -m tiny.gguf -no-cnv --temp 0 -p \"This is\"` goes on "
               "from there.")
+    check_gguf_file(trace, file, config, weights["output"])
+    check_blocks_by_hand(trace)
+
+
+def check_gguf_file(trace: Trace, file: bytes, config: Config, output: Matrix) -> None:
+    """Check the file's head, an entry of its table, and the last of its tensors."""
     counts = struct.unpack("<IQQ", file[4:24])
     trace.check("the file's first numbers = version 3, its tensors, its metadata entries",
                 counts == (3, len(config.shapes()), 19), ", ".join(map(str, counts)))
@@ -1855,8 +1871,7 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
     n = math.prod(config.shapes()["output"])
     stored = q8_0_decode(file[-n // 32 * 34:], n)
     trace.check_close("the file's last bytes = the output matrix, but for rounding",
-                      [stored], [flatten(weights["output"])], 0.003)
-    check_blocks_by_hand(trace)
+                      [stored], [flatten(output)], 0.003)
 
 
 def check_blocks_by_hand(trace: Trace) -> None:
@@ -2176,7 +2191,15 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
     trace.note("The search tries 0, 0.1, …, 0.9. It finds " + ", ".join(
         f"{alpha:.1f} for {name}" for name, (_, alpha, _) in found.items()) + ".")
 
-    folded = Llama(lab.config, awq_folded(lab, knobs.setting))
+    check_awq(trace, lab, source, tried, knobs.setting)
+
+
+def check_awq(
+    trace: Trace, lab: Lab, source: str, tried: list[Exponent], setting: Setting
+) -> None:
+    """Check AWQ's scales, the search for them, and that the model has them."""
+    found = awq_found(lab, setting)
+    folded = Llama(lab.config, awq_folded(lab, setting))
     verse = split_verses(lab.evaluation)[0]
     trace.check_close("AWQ's scales, folded in, left the FP32 logits where they were",
                       folded.forward(verse), lab.model.forward(verse), 1e-9)
@@ -2193,9 +2216,10 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
                 and error <= min(row.error for row in tried) + 1e-12, f"{error:.2%}")
     name = "layers.0.attention.wq"
     scaled = scale_columns(lab.model.weights[name], found[source][0])
-    model, _ = compress(lab, "AWQ", knobs.setting)
+    rounded = quantize(scaled, setting.bits, granularity=setting.group_size)
+    model, _ = compress(lab, "AWQ", setting)
     trace.check("AWQ's model rounds the columns multiplied by s",
-                model.weights[name] == quantize(scaled, bits, granularity=g).dequantize(), name)
+                model.weights[name] == rounded.dequantize(), name)
 
 
 # 8. QLoRA: training on top of a compressed model
@@ -2630,6 +2654,13 @@ def show_one_bit(trace: Trace, knobs: Namespace) -> None:
                       linear([x], ternary_weights(w)), 1e-9)
     trace.check("additions counted = codes that are not 0", additions == n - zeros,
                 f"{additions:,}")
+    check_one_bit(trace, lab, name)
+
+
+def check_one_bit(trace: Trace, lab: Lab, name: str) -> None:
+    """Check what must hold of signs and ternary codes, on one matrix."""
+    w = lab.model.weights[name]
+    codes, gamma = ternary_codes(w)
     trace.check("BitNet of 1, 3, -2, 2 = -2, 2, -2, 2",
                 bitnet_signs([[1.0, 3.0], [-2.0, 2.0]]) == [[-2.0, 2.0], [-2.0, 2.0]], "by hand")
     kept = [abs(value) for value in flatten(w) if abs(value) > gamma / 2]
