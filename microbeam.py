@@ -1286,7 +1286,7 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"Tokens kept, over the last {len(rows)} places of the rhyme. The temperature comes "
               "before the filter in transformers, and after it in llama.cpp:")
     trace.table(kept, {"setting": "", "fewest": "d", "mean": ".1f", "most": "d",
-                       "best_dropped as places where the best token is removed": "d"})
+                       "best_dropped as places where the best is removed": "d"})
     span = f"from {top_p.fewest} to {top_p.most}"
     if top_p.fewest == top_p.most:
         span = f"{top_p.most} everywhere"
@@ -1416,7 +1416,7 @@ def compare_with_exact(
     target = CachedModel(lab.target)
     exact = [exact_search(target, prompt, n, eos=lab.eos, max_passes=EXACT_PASSES)
              for prompt in prompts]
-    found = {"exact": [candidate for candidate in exact if candidate]}
+    found = {"exact": exact}
     reads = {"exact": target.passes}
     for width in widths:
         target.passes = 0
@@ -1426,11 +1426,12 @@ def compare_with_exact(
         reads[f"width {width}"] = target.passes
     rows = []
     for search, candidates in found.items():
-        if candidates:
-            not_best = sum(best is not None and total < best[1] - 1e-9
-                           for (_, total), best in zip(candidates, exact))
-            rows.append(SearchRow(search, fmean(total for _, total in candidates),
-                                  fmean(len(tokens) for tokens, _ in candidates),
+        not_best = sum(candidate is not None and best is not None and candidate[1] < best[1] - 1e-9
+                       for candidate, best in zip(candidates, exact))
+        settled = [candidate for candidate in candidates if candidate is not None]
+        if settled:
+            rows.append(SearchRow(search, fmean(total for _, total in settled),
+                                  fmean(len(tokens) for tokens, _ in settled),
                                   reads[search] / len(prompts), not_best))
     return rows
 
@@ -1496,8 +1497,8 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
               "longer or shorter than greedy's?", shorter.split()[0])
     trace.say(f"Now a text ends at the end of a verse (eos), or at {n} tokens. Searches for the "
               f"likeliest text (length penalty 0), means over {len(prompts)} prompts. \"Exact\" "
-              "is the likeliest of all texts, where a search that reads at most "
-              f"{EXACT_PASSES} texts finds it.")
+              "is the likeliest of all texts, over the prompts where a search finds it "
+              f"by reading at most {EXACT_PASSES} texts.")
     trace.table(rows, {"search": "", "log_p": ".2f", "tokens": ".1f", "texts as texts read": ".0f",
                        "not_best as not the best": "d"})
     trace.note("not the best: prompts where exact search found a likelier text")

@@ -392,6 +392,22 @@ def test_exact_search():
     assert len(m.exact_search(toy(1, 3), [0], 3, eos=0, max_passes=1000)[0]) >= 1
 
 
+def test_a_prompt_on_which_exact_search_gives_up_is_left_out(monkeypatch, llama):
+    """The other prompts are still compared with their own exact search."""
+    lab = argparse.Namespace(target=llama, eos=0)
+    search = partial(m.exact_search, plain(llama), max_new_tokens=3, eos=0, max_passes=5000)
+    worse, better = sorted([[1], [2]], key=lambda prompt: search(prompt)[1])
+    monkeypatch.setattr(m, "exact_search", lambda target, prompt, n, eos, max_passes: (
+        None if prompt == [3] else search(prompt)))
+    exact, one = m.compare_with_exact(lab, [[3], better, worse], (1,), 3)
+    assert exact.log_p == pytest.approx((search(better)[1] + search(worse)[1]) / 2)
+    assert exact.not_best == 0
+    beams = [m.beam_search(plain(llama), prompt, 3, width=1, length_penalty=0.0, eos=0)[0][1]
+             for prompt in (better, worse)]
+    bests = [search(better)[1], search(worse)[1]]
+    assert one.not_best == sum(beam < best - 1e-9 for beam, best in zip(beams, bests))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_diverse_beam_search(seed):
     model = toy(seed, 5)
