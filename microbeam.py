@@ -408,7 +408,7 @@ def every_outcome(run: Callable[[EveryBranch], object]) -> dict[object, float]:
 #
 # Instead of one text, keep the `width` best so far. Each step tries every next token on each of
 # them, and keeps the best `width` of all these. A text that ends (eos) is set aside as finished. A
-# text's probability is a product, so its log is a sum, and every further token lowers it. To
+# text's probability is a product, so its log is a sum, which every further token lowers. To
 # compare texts of different lengths:
 #
 #     score = Σ log p / length^length_penalty
@@ -430,7 +430,7 @@ def every_outcome(run: Callable[[EveryBranch], object]) -> dict[object, float]:
 #
 # Likelier is not better, either. Stahlberg & Byrne searched exactly, and for more than half of
 # their sentences the likeliest translation of all was the empty one: the errors of the model had
-# been hidden by the errors of the search. (Exact search here extends the likeliest text first. It
+# been hidden by the errors of the search. (Exact search here extends the likeliest text first. This
 # is cheap, since the tiny Llama is sure of most tokens. A large model is less sure over longer
 # texts, and the number of texts that are likelier than the best complete one grows without bound.)
 #
@@ -552,8 +552,8 @@ def exact_search(
 #
 # One pass of a large model over five tokens takes about as long as over one, because the time goes
 # into reading the weights. So let a small draft model guess γ tokens, and have the target score
-# them all in one pass. Keep the guesses up to the first wrong one. The target's own token comes
-# after them for free, from the row of logits behind the last one kept.
+# them all in one pass. Keep the guesses before the first wrong one. After these the target's own
+# token comes for free, from the row of logits behind the last guess kept.
 #
 # Greedy: a guess is right if it is the target's argmax. The text is the target's, token for token.
 #
@@ -597,9 +597,9 @@ def exact_search(
 #     A       0.6    1    0.6 / 1 = 0.6        0
 #     B       0.4    0    is not guessed       1
 #
-# A comes with 0.6 and B with 0.4, their p again. It is the same to draw the target's own token from
-# p, and to keep the guess if it is that token. That is what verify() does, with any way to choose,
-# argmax or sampler(…), and so all decoders from here on work for both.
+# A comes with 0.6 and B with 0.4, their p again. To draw the target's own token from p, and keep
+# the guess if it is this token, does the same. That is verify(), which takes any way to choose,
+# argmax or sampler(…), so all decoders from here on work for both.
 #
 # If eos stands among the kept guesses, the text ends there and what was kept behind it is cut off.
 # Temperature and top-p go into p, which is the distribution wanted, and into q as well, so that the
@@ -797,11 +797,11 @@ def last_rows(logits_fn: LogitsFn, tokens: Sequence[int], n: int) -> Matrix:
 #     speed-up = tokens per pass / (γc + 1)
 #
 # With α = 0.6 and γ = 2 a pass gives 1 + 0.6 + 0.36 = 1.96 tokens. At c = 0.1 the round costs 1.2
-# and the speed-up is 1.63. At c = 0.5 it costs 2, and nothing is won.
+# and the speed-up is 1.63. At c = 0.5 the round costs 2, and nothing is won.
 #
-# The model counts the target's pass over γ + 1 tokens as one pass over one token. That is true
-# while reading the weights takes the time, which is so at small batches. A busy server has no idle
-# arithmetic to spend on guesses, and gains little or loses.
+# This counts the target's pass over γ + 1 tokens as one pass over one token. That is true while
+# reading the weights takes the time, as at small batches. A busy server has no idle arithmetic to
+# spend on guesses, and gains little or loses.
 #
 # In production: vLLM reports these counts (v1/spec_decode/metrics.py), and transformers' assisted
 # generation raises and lowers γ as guesses are kept or not. Measured by show_when_it_pays().
@@ -844,14 +844,14 @@ def prompt_lookup(tokens: Sequence[int], n: int, max_ngram: int = 3) -> list[int
 # 8. Medusa, and how a tree is verified
 #
 # Drop the draft model: the target's last hidden state h already knows something about the tokens
-# after the next one. Put extra heads on it, trained while the target stays frozen. Head k guesses
-# the token k places after the next:
+# after the next one. Put extra heads on h, and train them while the target stays frozen. Head k
+# guesses the token k places after the next:
 #
 #     h_t → x_t+1             the target itself: output · h
 #     h_t → x_t+2, x_t+3      head 1 and head 2: logits_k = w2_k (h + silu(w1_k h))
 #
-# w1 starts at 0 and w2 at the target's own output matrix. When a guess is made, the target has just
-# chosen x_t+1 from h_t, so the heads know what follows that one, but not which token it was.
+# w1 starts at 0 and w2 at the target's own output matrix. When the heads guess, the target has just
+# chosen x_t+1 from h_t, but the heads do not see which token this was.
 #
 # The best few of each head form a tree, which is verified in one pass. Every node is a token. Its
 # position is its place in its own text, and it sees the text before the tree and its own ancestors,
@@ -1009,8 +1009,8 @@ def eagle_guesses(target: CachedModel, head: Head, tokens: list[int], n: int) ->
 # Jacobi did for linear equations. Each pass makes one more token right, or with luck several. But
 # mostly a good token appears in the wrong place, and is overwritten in the next pass.
 #
-# Lookahead decoding keeps what appears. Beside the text it carries a window: two rows of guesses,
-# each renewed by the pass before. With a window of 3, before a pass and after it:
+# Lookahead decoding keeps what appears. Beside the text it has a window: two rows of guesses, each
+# renewed by the pass before. With a window of 3, before a pass and after it:
 #
 #     row 1    A  B  C        the tokens guessed for the next places
 #     row 2    D  E  F        what the target put after A, after A B, after A B C, one pass ago
@@ -1067,9 +1067,9 @@ def lookahead_greedy(
 # 11. Text with a shape
 #
 # Output that a program must read (JSON, a date, one of three answers) can be forced into shape. An
-# automaton reads what was written so far, and every token that it could not go on from gets -inf.
-# Here the shape is a grammar. A rule is a list of (string, the rule that comes after it), and None
-# is the end. So the texts " cat that" and " cow that" are
+# automaton reads what was written so far, and every token that it could not read next gets -inf.
+# Here the shape is a grammar. A rule is a list of choices, (string, the rule that comes after it),
+# and None is the end. So the texts " cat that" and " cow that" are
 #
 #     {"animal": [(" cat", "that"), (" cow", "that")], "that": [(" that", None)]}
 #
@@ -1078,7 +1078,7 @@ def lookahead_greedy(
 # at once, ("at", "that") and ("ow", "that").
 #
 # The mask is local, and that distorts. Z_t is the probability that the model gave to the allowed
-# tokens at step t, and the mask divides by it:
+# tokens at step t, and the mask divides by Z_t:
 #
 #     P_local(text) = Π p(x_t) / Z_t                what masking gives
 #     P(text | it fits) = P(text) / P(fits)         what asking the model for fitting text would be
@@ -1412,7 +1412,7 @@ class SearchRow(NamedTuple):
 def compare_with_exact(
     lab: DecodingLab, prompts: Sequence[list[int]], widths: Sequence[int], n: int
 ) -> list[SearchRow]:
-    """Return a row per width, and one for exact search, of the prompts where it settles."""
+    """Return a row per search; that of exact search leaves out the prompts where it gives up."""
     target = CachedModel(lab.target)
     exact = [exact_search(target, prompt, n, eos=lab.eos, max_passes=EXACT_PASSES)
              for prompt in prompts]
@@ -1812,8 +1812,8 @@ class Way(NamedTuple):
     way: str
     c: float             # cost of one run of the draft or a head, in passes of the target
     passes: float        # of the target for one text, mean
-    nodes: float         # tokens read by the target after the prompt, for each new token
-    rolled_back: float   # share of them that is not in the text
+    nodes: float         # tokens read by the target after the prompt, per new token
+    rolled_back: float   # share of these that is not in the text
     speed_up: float      # over greedy, which takes one pass per token
     per_text: list[int]  # passes of each text
     right: int           # texts that are the target's own, and whose books agree
@@ -1845,7 +1845,7 @@ def measure_way(
     right = 0
     for prompt in prompts:
         target = CachedModel(lab.target)
-        target(prompt[:-1])  # prefill, for all alike: the first pass has a state to guess from
+        target(prompt[:-1])  # prefill: the first pass of every way has a state to guess from
         tokens, counts = decode(lab, way, target, prompt, n, gamma)
         runs.append(counts)
         # The cache holds the prompt, the guesses, and each pass's own token but the last.
@@ -2003,7 +2003,7 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
               "Both ways run two heads per pass: their c · runs is 2 · c · passes.")
     show_ways(trace, [chain, tree], n, f"{fewer_passes(tree, chain)}. Per token of the text, the "
               f"tree reads {tree.nodes:.1f} nodes, and the chain {chain.nodes:.1f}. On a busy "
-              "server the nodes are the price. (c includes the output matrix of a head.)")
+              "server the nodes are the price.")
     a = knobs.tokens[-1]
     paths = [(a,), (a, lab.eos), (a, lab.eos, a), (a, a), (lab.eos,), (lab.eos, a)]
     trace.check("logits of a tree read in one pass = of each path read alone, without a cache",
@@ -2136,7 +2136,7 @@ class Distortion(NamedTuple):
     rows: list[ShapeRow]
     ways: int     # to cut the texts into tokens
     fits: float   # probability of the shape under the model as it is
-    moved: float  # probability that is at another text than it should be
+    moved: float  # probability that is at the wrong texts
 
 
 def measure_distortion(lab: DecodingLab, prompt: list[int], grammar: Grammar) -> Distortion:
