@@ -105,7 +105,7 @@ MAX_PROMPT = 64       # tokens of the longest prompt accepted
 
 # How much the experiments look at. (The reader's knobs change the rest.)
 FILTER_PLACES = 64    # of the rhyme, where the filters are compared
-DRAWS = 1000          # of the toy, counted
+DRAWS = 1000          # of texts of toy 1, counted
 EXACT_PASSES = 150    # after which exact search gives up
 PAY_TEXTS = 12        # drawn to see what guessing brings
 COMPARED_TEXTS = 6    # written in sections 8 and 9 ...
@@ -1140,8 +1140,8 @@ def constrain(
 
 # A toy language is a table: the probabilities of the next word, after the words so far. After any
 # words that are not in the table, all words are alike. The words are A, B, C, with ids 0, 1, 2.
-Language = dict[tuple[int, ...], Vector]
-TOY: Language = {  # toy 1, in which greedy loses
+ToyLanguage = dict[tuple[int, ...], Vector]
+TOY: ToyLanguage = {  # toy 1, in which greedy loses
     (): [0.5, 0.4, 0.1],
     (0,): [0.4, 0.35, 0.25],
     (1,): [0.05, 0.05, 0.9],
@@ -1150,7 +1150,7 @@ TOY: Language = {  # toy 1, in which greedy loses
 TOY_PROMPT = [0]  # any one token: the words come after it
 
 
-def model_of(language: Language) -> LogitsFn:
+def model_of(language: ToyLanguage) -> LogitsFn:
     """Return a model that speaks a toy language."""
     alike = [1 / len(language[()])] * len(language[()])
     return lambda tokens: [math.log(p) for p in language.get(tuple(tokens[1:]), alike)]
@@ -1369,23 +1369,23 @@ def show_sampling(trace: Trace, knobs: Namespace) -> None:
 # 4. Beam search
 
 # Toy 2, in which a beam of width 2 loses to greedy.
-LOSING: Language = {
+LOSING: ToyLanguage = {
     (): [0.4, 0.35, 0.25],
     (0,): [0.34, 0.33, 0.33],
     (1,): [0.49, 0.49, 0.02],
     (0, 0): [0.98, 0.01, 0.01],
 }
 # Toy 3, in which B ends a text, and the text with the best score ends last.
-LATE: Language = {(): [0.45, 0.55], (0,): [0.5, 0.5], (0, 0): [0.1, 0.9]}
+LATE: ToyLanguage = {(): [0.45, 0.55], (0,): [0.5, 0.5], (0, 0): [0.1, 0.9]}
 
 
-def toy_beam(language: Language, n: int, width: int, **options) -> tuple[str, float]:
+def toy_beam(language: ToyLanguage, n: int, width: int, **options) -> tuple[str, float]:
     """Return the best text of up to n words by a beam in a toy language, and its score."""
     [(tokens, score), *_] = beam_search(model_of(language), TOY_PROMPT, n, width=width, **options)
     return letters(tokens), score
 
 
-def beam_steps(language: Language, width: int, n: int) -> list[dict]:
+def beam_steps(language: ToyLanguage, width: int, n: int) -> list[dict]:
     """Return the texts kept at each step of a beam in a toy language, and the best one dropped."""
     beams: list[Candidate] = [(TOY_PROMPT, 0.0)]
     rows = []
