@@ -1775,17 +1775,18 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
                         "formula": ".2f"} | dict.fromkeys(speeds, "{:.2f}×"))
     trace.note("±: the standard error over the texts. c of this draft: its share of weights read")
     last = rows[-1]
-    best = [best_gamma(speeds[c]) for c in speeds]
-    no_gain = ""
-    if 0 in best:
-        no_gain = " (0: guessing does not pay)"
+    best = [best_gamma(speeds[c]) or "none" for c in speeds]
     trace.say("The formula assumes that all places are alike and that texts never end; here the "
               f"last pass of a text is cut short. At gamma {last.gamma} the formula says "
               f"{last.formula:.2f}, and these texts give {last.measured:.2f} ± {last.error:.2f}. "
-              f"From left to right, the best gamma for each c is {', '.join(map(str, best))}"
-              f"{no_gain}. All this counts a pass over gamma + 1 tokens like a pass over one, as "
-              "on a machine with idle arithmetic. A busy server has none.")
-    pair = random_pair(lab.seed)
+              f"From left to right, the best gamma for each c is {', '.join(map(str, best))}. All "
+              "this counts a pass over gamma + 1 tokens like a pass over one, as on a machine with "
+              "idle arithmetic. A busy server has none.")
+    check_payoff(trace, random_pair(lab.seed))
+
+
+def check_payoff(trace: Trace, pair: tuple[LogitsFn, LogitsFn]) -> None:
+    """Check the passes on a random target and draft, and the formulas by hand."""
     worked_out = sum(p * expected_passes(keep_chances(*pair, [0], text), 2)
                      for text, p in text_probabilities(pair[0], [0], 5).items())
     passes = every_outcome(
