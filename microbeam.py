@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """From logits to text: how the next token is chosen, and how one pass of a model gives several.
 
-A language model only scores the tokens that may come next. Choosing one is called decoding as well:
-taking the best token, drawing one by chance, searching ahead, or letting something cheap guess
-several tokens that the model then checks in one pass. Each method runs here on a tiny Llama that
+A language model only scores the tokens that may come next. Choosing one is called decoding: taking
+the best token, drawing one by chance, searching ahead, or letting something cheap guess several
+tokens that the model then checks in one pass. Each method runs here on a tiny Llama that
 first learns a nursery rhyme, and the trace proves what is usually only said: that speculative
 decoding changes the speed and not the text.
 
@@ -48,11 +48,15 @@ The papers
 #   greedy          to take the argmax each time
 #   hidden state    what the last layer hands to the output matrix: one vector per token
 #   head            in sections 8 and 9: a small extra network that guesses tokens from a hidden
-#                   state (no attention head)
+#                   state (not an attention head)
 #   frozen          not changed while something else is trained
 #   logits_fn       how a decoder sees a model: logits_fn(tokens) are the logits of what comes next
-#   CachedModel     a Llama as logits_fn. It reads no text twice, and reads a whole tree of texts in
-#                   one pass. Llama.forward(tokens) gives the logits after every token, without it.
+#   CachedModel     a Llama as logits_fn that reads no text twice. Its read(texts) takes one pass
+#                   for a whole tree of texts, and returns {text: logits} for these texts and for
+#                   every text that one of them begins with. Llama.forward(tokens) gives the logits
+#                   after every token, without a cache.
+#   helpers         likeliest(logits, n) are the n tokens with the highest scores, best first;
+#                   check_request() and check_eos() refuse arguments that cannot work
 
 from __future__ import annotations
 
@@ -101,7 +105,7 @@ MAX_PROMPT = 64       # tokens of the longest prompt accepted
 
 # How much the experiments look at. (The reader's knobs change the rest.)
 FILTER_PLACES = 64    # of the rhyme, where the filters are compared
-DRAWS = 1000          # of the toy, counted
+DRAWS = 1000          # of texts of toy 1, counted
 EXACT_PASSES = 150    # after which exact search gives up
 PAY_TEXTS = 12        # drawn to see what guessing brings
 COMPARED_TEXTS = 6    # written in sections 8 and 9 ...
@@ -121,12 +125,12 @@ CONTEXT = "This is the rat that ate the malt that lay in the house that Jack bui
 # It is the right choice where one answer is wanted, as in code or extraction. It has two
 # weaknesses.
 #
-# It sees one step ahead. The best first word may lead to where every second word is poor. Say "a"
-# begins with 0.5 and its best continuation has 0.4; "b" begins with 0.4, and "c" follows it with
-# 0.9. Greedy writes "a a" with probability 0.2, and the best text is "b c" with 0.36.
+# It sees one step ahead. The best first word may lead to where every second word is poor. Say "A"
+# begins with 0.5, and its best continuation is "A" with 0.4; "B" begins with 0.4, and "C" follows
+# "B" with 0.9. Greedy writes "A A" with probability 0.2, and the best text is "B C" with 0.36.
 #
-# It repeats itself (Holtzman et al. call it degeneration). A model that sees only the last few
-# tokens goes in circles for ever once these few tokens come back, since it chooses the same
+# It repeats itself (Holtzman et al. call this degeneration). A model that sees only the last few
+# tokens goes in circles for ever once these tokens come back, since the next choice is the same
 # again. A model that sees the whole text can find its way out, and often does not.
 #
 # In production: transformers' generate(do_sample=False), in generation/utils.py; vLLM and
@@ -167,13 +171,13 @@ def argmax(logits: Vector) -> int:
 # 2. Shaping the distribution
 #
 # To sample is to draw the next token by its probability. The tail is the trouble: thousands of
-# tokens, each unlikely and together not, and one bad token spoils all that follow. So the logits
-# are reshaped first. A filter removes tokens by setting their logits to -inf.
+# tokens are unlikely one by one, but together they are likely, and one bad token spoils all that
+# follow. So the logits are reshaped first. A filter removes tokens by setting their logits to -inf.
 #
 #     temperature   p ∝ exp(logit / t): t < 1 sharpens, t > 1 flattens, the order stays
 #     top-k         keeps the k likeliest, whether the model is sure or not
-#     top-p         keeps the likeliest that together have probability p: few tokens where the
-#                   model is sure, many where it is not (they are called the nucleus)
+#     top-p         keeps the shortest list of best tokens that has probability p together: few
+#                   tokens where the model is sure, many where it is not (the nucleus)
 #     min-p         keeps tokens with at least min_p times the probability of the best one
 #     typical       keeps the tokens whose surprise -log p is nearest to the mean surprise, which is
 #                   the entropy H = -Σ p·log p, until they have probability p together
@@ -187,17 +191,17 @@ def argmax(logits: Vector) -> int:
 # high temperature also widens what top-p, min-p and typical keep. After, as in llama.cpp, they
 # choose from the model's own distribution and the temperature reshapes what they kept.
 #
-# Penalties come first of all and look at the tokens that were there already. The repetition penalty
-# divides their logits (or multiplies those below 0), once. The penalties of OpenAI's API subtract:
-# logit - presence - frequency · times it was there.
+# Penalties come first of all and concern the tokens that the text already has. The repetition
+# penalty divides their logits (or multiplies those below 0), once, however often a token came.
+# OpenAI's API subtracts instead: logit - presence - frequency · (how often the token came).
 #
 # When to use which: top-p near 0.9 or min-p near 0.1, with a temperature up to 1, is common.
 # Whether min-p is the better of the two is disputed (both papers are above).
 #
 # In production: the …LogitsWarper classes of transformers' generation/logits_process.py, in this
-# order. Ties are treated as there, except by top-p: its sort does not say which of two equals comes
-# first. vLLM: vllm/v1/sample/sampler.py. llama.cpp: common_params_sampling.samplers has the order.
-# Measured by show_filters().
+# order. Ties are treated as there, except by top-p: the sort there does not say which of two equals
+# comes first. vLLM: vllm/v1/sample/sampler.py. llama.cpp: common_params_sampling.samplers has the
+# order. Measured by show_filters().
 
 
 def apply_temperature(logits: Vector, t: float) -> Vector:
@@ -216,7 +220,7 @@ def top_k_filter(logits: Vector, k: int) -> Vector:
 
 
 def top_p_filter(logits: Vector, p: float) -> Vector:
-    """Keep the likeliest until p is reached, the token that reaches it included.
+    """Keep the likeliest until p is reached, with the token that reaches p.
 
     ValueError unless 0 < p <= 1.
     """
@@ -249,9 +253,9 @@ def min_p_filter(logits: Vector, p: float) -> Vector:
 
 
 def typical_filter(logits: Vector, p: float) -> Vector:
-    """Keep those whose surprise is nearest to the entropy until p is reached, and what ties.
+    """Keep tokens, those whose surprise is nearest to the entropy first, until p is reached.
 
-    ValueError unless 0 < p < 1.
+    What ties with the last one stays too. ValueError unless 0 < p < 1.
     """
     if not 0 < p < 1:
         raise ValueError(f"typical_p must be above 0 and below 1, not {p}")
@@ -327,10 +331,10 @@ def distribution(
 # Counting how often each text comes is a weak test: 1,000 draws tell a share of 10% to about ±1
 # point (√(0.1 · 0.9 / 1000)), and a small error hides in that.
 #
-# Enumerating is exact. A sampler's only randomness is draw(). Hand it a source that follows a
-# script of choices and remembers the ones it passed by, run the sampler once for every script, and
-# add up the probability of the scripts that end in the same text. Two tosses of a coin that shows
-# heads with 0.6 have four scripts:
+# Enumerating is exact. A sampler's only randomness is draw(). Give draw() a source of chance that
+# follows a script of choices, and that notes the choices it did not take. Run the sampler once per
+# script, and add up the probabilities of the scripts that end in the same text. Two tosses of a
+# coin that shows heads with 0.6 have four scripts:
 #
 #     HH 0.36   HT 0.24   TH 0.24   TT 0.16       "one head" has 0.24 + 0.24 = 0.48, exactly
 #
@@ -348,7 +352,7 @@ def sample(
     eos: int | None = None,
     **settings: float | None,
 ) -> list[int]:
-    """Return the new tokens, each drawn from distribution(logits, **settings), up to eos with it.
+    """Return the new tokens, up to and including eos, drawn from distribution(logits, **settings).
 
     ValueErrors as for greedy(), and for a setting out of its range.
     """
@@ -366,13 +370,16 @@ def draw(p: Vector, rng: random.Random) -> int:
 
 
 class EveryBranch:
-    """A source of chance for draw() that follows a script, then takes the first possible choice."""
+    """A source of chance for draw() that follows a script, then takes the first possible choice.
+
+    For two tosses of a coin, the script [] gives HH and leaves the scripts [T] and [H, T].
+    """
 
     def __init__(self, script: Sequence[int]):
         self.script = script
         self.chosen: list[int] = []
         self.probability = 1.0
-        self.others: list[list[int]] = []  # the scripts of the branches passed by
+        self.others: list[list[int]] = []  # the scripts that it did not take
 
     def choices(self, population: Sequence[int], weights: Vector) -> list[int]:
         """Return the scripted choice, and multiply its probability in."""
@@ -401,7 +408,7 @@ def every_outcome(run: Callable[[EveryBranch], object]) -> dict[object, float]:
 #
 # Instead of one text, keep the `width` best so far. Each step tries every next token on each of
 # them, and keeps the best `width` of all these. A text that ends (eos) is set aside as finished. A
-# text's probability is a product, so its log is a sum, and every further token lowers it. To
+# text's probability is a product, so its log is a sum, which every further token lowers. To
 # compare texts of different lengths:
 #
 #     score = Σ log p / length^length_penalty
@@ -409,28 +416,30 @@ def every_outcome(run: Callable[[EveryBranch], object]) -> dict[object, float]:
 # Penalty 0 is plain log-probability, which favours short texts; 1 is the mean per token; more
 # favours long texts. (Scores under different penalties cannot be compared with each other.)
 #
-# Width 1 is greedy, and a beam that keeps everything is exhaustive search. In between it usually
-# finds likelier texts than greedy, for `width` times the work. It can also lose to greedy. Say "a"
-# begins with 0.4, "b" with 0.35, "c" with 0.25, and width is 2:
+# Width 1 is greedy, and a beam that keeps everything is exhaustive search. In between, a beam
+# usually finds likelier texts than greedy, for `width` times the work. It can also lose to greedy.
+# Say "A" begins with 0.4, "B" with 0.35, "C" with 0.25. After "A", all three have about one third
+# each ("A" 0.34). After "B", "A" and "B" have 0.49 each. Width is 2:
 #
-#     after one word      a 0.40     b 0.35                 c is dropped
-#     after two words     b a 0.17   b b 0.17   a a 0.14    a a is crowded out: a has three equals
-#     after three words   b a a 0.06 …                      a a is followed by a with 0.98
+#     after one word      A 0.40     B 0.35      C 0.25 is dropped
+#     after two words     B A 0.17   B B 0.17    A A 0.14 is dropped
+#     after three words   B A A 0.06 …           after "B A" and "B B", all three are alike
 #
-# Greedy writes "a a a", which has 0.13. The beam has lost it and cannot get it back.
+# Greedy writes "A A A": after "A A", "A" has 0.98, which makes 0.13. The beam has dropped "A A" and
+# cannot get it back.
 #
 # Likelier is not better, either. Stahlberg & Byrne searched exactly, and for more than half of
 # their sentences the likeliest translation of all was the empty one: the errors of the model had
-# been hidden by the errors of the search. (Exact search here extends the likeliest text first. It
+# been hidden by the errors of the search. (Exact search here extends the likeliest text first. This
 # is cheap, since the tiny Llama is sure of most tokens. A large model is less sure over longer
 # texts, and the number of texts that are likelier than the best complete one grows without bound.)
 #
-# The texts in a beam tend to be twins. Diverse beam search lets several beams take turns, and
-# charges each token `diversity` for every beam that has just chosen it.
+# The texts in a beam tend to be nearly the same. Diverse beam search lets several beams take turns,
+# and charges a token `diversity` for every beam that has just chosen this token.
 #
 # When to use it: where there is one right answer to find, as in translation or speech. For open
 # text, sampling is used instead. In production: _beam_search in transformers' generation/utils.py,
-# which keeps 2 · width candidates a step so that `width` go on even when some have ended.
+# which keeps 2 · width candidates per step so that `width` go on even when some have ended.
 # Measured by show_beam().
 
 
@@ -465,7 +474,8 @@ def beam_search(
         finished = sorted(finished, key=score, reverse=True)[:width]
         beams = [candidate for candidate in best if candidate[0][-1] != eos]
         if len(finished) == width:
-            # A running sum can only fall. A longer text divides it by more, if the penalty is > 0.
+            # A sum is negative and can only fall. With a penalty above 0, a greater length makes
+            # the score higher, so the greatest length gives the bound.
             longest = max_new_tokens if length_penalty > 0 else length
             bounds = [total / longest ** length_penalty for _, total in beams]
             if early_stopping or all(bound <= score(finished[-1]) for bound in bounds):
@@ -519,15 +529,16 @@ def exact_search(
 ) -> Candidate | None:
     """Return the likeliest of all texts that end with eos or at full length.
 
-    Always extend the likeliest text so far. As every token lowers it, the first complete text that
-    comes up is the best. None if max_passes do not settle it.
+    Always extend the likeliest text so far. No token raises a probability, so the first complete
+    text that comes up is the best. Return None if none comes up in max_passes.
     """
     queue: list[tuple[float, list[int]]] = [(0.0, list(prompt))]
     passes = 0
     while queue:
         cost, tokens = heapq.heappop(queue)
         length = len(tokens) - len(prompt)
-        if length == max_new_tokens or length and tokens[-1] == eos:
+        ended = length > 0 and tokens[-1] == eos
+        if ended or length == max_new_tokens:
             return tokens[len(prompt):], -cost
         if passes == max_passes:
             return None
@@ -541,8 +552,8 @@ def exact_search(
 #
 # One pass of a large model over five tokens takes about as long as over one, because the time goes
 # into reading the weights. So let a small draft model guess γ tokens, and have the target score
-# them all in one pass. Keep the guesses up to the first wrong one. The target's own token comes
-# after them for free, from the row of logits behind the last one kept.
+# them all in one pass. Keep the guesses before the first wrong one. After these the target's own
+# token comes for free, from the row of logits behind the last guess kept.
 #
 # Greedy: a guess is right if it is the target's argmax. The text is the target's, token for token.
 #
@@ -550,7 +561,7 @@ def exact_search(
 # target's distribution p stays exactly as it was:
 #
 #     keep x with probability   min(1, p(x) / q(x))
-#     otherwise draw from       max(0, p - q), normalized: where q gives less than p wants
+#     otherwise draw from       max(0, p - q), normalized: where p is above q
 #
 # For two tokens A and B, where the draft guesses A too often:
 #
@@ -569,23 +580,30 @@ def exact_search(
 # is max(0, p(y) - q(y)). Together they are p(y).
 #
 # Why the whole text is right, by induction: say the text so far has the target's distribution.
-# Whatever was kept or rejected to get there, the next token uses fresh chance alone. If a guess is
-# judged for its place, that guess was drawn from q after this very text, so the rule gives it p.
-# Otherwise it is drawn from p at once. Guesses behind a wrong one are thrown away unseen, since
-# they continue another text. So the longer text has the target's distribution too. (The trace
-# enumerates all of it for small models. That checks the code; the proof is this paragraph.)
+# Whatever was kept or rejected to get there, the next token uses fresh chance alone. Either a guess
+# waits at the next place: it was drawn from q after exactly this text, and the rule makes the
+# token's distribution p. Or none waits: the token is drawn from p. Guesses behind a wrong one are
+# thrown away unseen, since they continue another text. So the longer text has the target's
+# distribution too. (The trace enumerates all texts of small models, which checks the code; the
+# proof is this paragraph.)
 #
-# It holds for any q, if the guess was drawn from that same q. To guess the draft's argmax and judge
-# it by softmax q is a common bug, and the output is biased. A guess that comes from no distribution
-# is right with q = 1 at the guess and 0 elsewhere (a point mass). The rule then says: keep x with
-# p(x), otherwise draw from p without x. With p as above and the guess A, q is 1 and 0: A is kept
-# with 0.6 / 1, and otherwise, with 0.4, B comes. So each has its p again. That is the same as to
-# draw the target's own token from p, and keep the guess if it is that token. So verify() takes any
-# way to choose, argmax or sampler(…), and all decoders from here on work for both.
+# The rule is right for any q, if the guess was drawn from that same q. To guess the draft's argmax
+# and judge this guess by softmax q is a common bug, and the output is biased.
+#
+# A guess that was not drawn is judged as if q were 1 at the guess and 0 elsewhere (a point mass).
+# The rule then says: keep x with p(x), otherwise draw from p without x. With the guess A:
+#
+#     token    p     q    kept, if guessed     max(0, p - q), normalized
+#     A       0.6    1    0.6 / 1 = 0.6        0
+#     B       0.4    0    is not guessed       1
+#
+# A comes with 0.6 and B with 0.4, their p again. To draw the target's own token from p, and keep
+# the guess if it is this token, does the same. That is verify(), which takes any way to choose,
+# argmax or sampler(…), so all decoders from here on work for both.
 #
 # If eos stands among the kept guesses, the text ends there and what was kept behind it is cut off.
 # Temperature and top-p go into p, which is the distribution wanted, and into q as well, so that the
-# two agree more often. (On a GPU a pass over five tokens may be rounded otherwise than one over
+# two agree more often. (On a GPU, a pass over five tokens may round differently from a pass over
 # one.)
 #
 # In production: vllm/v1/sample/rejection_sampler.py; its NO_DRAFT_PROBS is the point mass.
@@ -623,9 +641,9 @@ def in_rounds(
 ) -> tuple[list[int], Counts]:
     """Return the new tokens and Counts of a decoder that guesses and verifies, round by round.
 
-    one_round(tokens, n) runs one pass. It returns its guesses, of which n can be used, and the
-    tokens found: the guesses that were right, and then the target's own token. at_least_1: settings
-    that must be. ValueError if they are not, for an empty prompt or max_new_tokens below 0.
+    one_round(tokens, n) runs one pass; n: how many guesses can still be used. It returns its
+    guesses, and the tokens found: the guesses that were right, and then the target's own token.
+    ValueError for a setting of at_least_1 below 1, an empty prompt or max_new_tokens below 0.
     """
     check_request(prompt, max_new_tokens, **at_least_1)
     text: list[int] = []
@@ -636,6 +654,7 @@ def in_rounds(
         if eos in new:
             new = new[:new.index(eos) + 1]  # what was kept behind the end is cut off
         text += new
+        # The last token found was no guess, and a guess that was cut off does not count as kept.
         counts.rounds.append((guesses, min(len(found) - 1, len(new))))
     return text, counts
 
@@ -669,9 +688,9 @@ def speculate(
 ) -> tuple[list[int], Counts]:
     """Return the tokens that choose() alone would give, and Counts, whoever guesses.
 
-    guess(tokens, n) returns up to n tokens that may follow. A pass gets at most gamma, and never
-    more than it can use: it adds one token itself. ValueErrors as for in_rounds(), and for an eos
-    outside the vocabulary.
+    guess(tokens, n) returns up to n tokens that may follow. A pass gets at most gamma guesses, and
+    one less than the tokens still wanted, since the target adds one itself. ValueErrors as for
+    in_rounds(), and for an eos outside the vocabulary.
     """
     def one_round(tokens: list[int], room: int) -> tuple[list[int], list[int]]:
         guesses = guess(tokens, min(gamma, room))
@@ -731,7 +750,7 @@ def speculative_sample(
 def accept_or_replace(
     p: Matrix, q: Matrix, guesses: Sequence[int], rng: random.Random
 ) -> list[int]:
-    """Return the guesses kept by the rule, and a token of the target's; p has one row more."""
+    """Return the guesses kept by the rule, and one more token; p has one row more than q."""
     for i, token in enumerate(guesses):
         keep = acceptance(p[i], q[i])[token]
         rejected = draw([keep, 1 - keep], rng)  # 0 or 1
@@ -770,39 +789,39 @@ def last_rows(logits_fn: LogitsFn, tokens: Sequence[int], n: int) -> Matrix:
 # A guess is kept with probability Σ_x q(x)·min(1, p(x)/q(x)) = Σ min(p, q), which differs from
 # place to place. Call its mean α. If all places were alike and independent, then
 #
-#     tokens of a pass   1 + α + α² + … + α^γ
+#     tokens per pass = 1 + α + α² + … + α^γ
 #
 # since the i-th guess counts only if all before it were kept. If a pass of the draft costs c passes
 # of the target, a round of γ guesses and one check costs γc + 1:
 #
-#     speed-up = tokens of a pass / (γc + 1)
+#     speed-up = tokens per pass / (γc + 1)
 #
 # With α = 0.6 and γ = 2 a pass gives 1 + 0.6 + 0.36 = 1.96 tokens. At c = 0.1 the round costs 1.2
-# and the speed-up is 1.63. At c = 0.5 it costs 2, and nothing is won.
+# and the speed-up is 1.63. At c = 0.5 the round costs 2, and nothing is won.
 #
-# The model counts the target's pass over γ + 1 tokens as one pass over one token. That is true
-# while reading the weights takes the time, which is so at small batches. A busy server has no idle
-# arithmetic to spend on guesses, and gains little or loses.
+# This counts the target's pass over γ + 1 tokens as one pass over one token. That is true while
+# reading the weights takes the time, as at small batches. A busy server has no idle arithmetic to
+# spend on guesses, and gains little or loses.
 #
 # In production: vLLM reports these counts (v1/spec_decode/metrics.py), and transformers' assisted
 # generation raises and lowers γ as guesses are kept or not. Measured by show_when_it_pays().
 
 
 def expected_tokens(alpha: float, gamma: int) -> float:
-    """Return the mean tokens of a pass if each guess is kept with probability alpha."""
+    """Return the mean tokens per pass if each guess is kept with probability alpha."""
     return sum(alpha ** i for i in range(gamma + 1))
 
 
 def speed_up(tokens: float, gamma: int, cost: float) -> float:
-    """Return how many times faster it is: tokens of a pass, with guesses at `cost` passes each."""
+    """Return how many times faster than one token per pass, if a guess costs `cost` passes."""
     return tokens / (gamma * cost + 1)
 
 
 # 7. Prompt lookup: guesses for nothing
 #
 # Guesses need no model. Text repeats itself: prompt lookup (Saxena 2023) finds the last few tokens
-# earlier in the text, and guesses what came after them. It reads no weights at all. It pays for
-# summaries, edits and code, which copy a lot, and does nothing for text that says new things.
+# earlier in the text, and guesses what came after them there. It reads no weights. It pays for
+# summaries, edits and code, which copy a lot, and brings nothing for text that says new things.
 # Counts of which token followed which in a large corpus (n-grams) serve in the same way.
 #
 # These guesses are single tokens without a distribution, so speculate() judges them by the point
@@ -825,19 +844,19 @@ def prompt_lookup(tokens: Sequence[int], n: int, max_ngram: int = 3) -> list[int
 # 8. Medusa, and how a tree is verified
 #
 # Drop the draft model: the target's last hidden state h already knows something about the tokens
-# after the next one. Put extra heads on it, trained while the target stays frozen. Head k guesses
-# the token k places after the next:
+# after the next one. Put extra heads on h, and train them while the target stays frozen. Head k
+# guesses the token k places after the next:
 #
 #     h_t → x_t+1             the target itself: output · h
 #     h_t → x_t+2, x_t+3      head 1 and head 2: logits_k = w2_k (h + silu(w1_k h))
 #
-# w1 starts at 0 and w2 at the target's own output matrix. When a guess is made, the target has just
-# chosen x_t+1 from h_t, so the heads know what follows that one, but not which token it was.
+# w1 starts at 0 and w2 at the target's own output matrix. When the heads guess, the target has just
+# chosen x_t+1 from h_t, but the heads do not see which token this was.
 #
-# The best few of each head form a tree. All of it is verified in one pass: every node is a token,
-# its position is that of its place in its own text, and it sees the text before the tree and its
-# own ancestors, but no other branch. After "This is", which has positions 0 and 1, a tree of four
-# nodes, and which of the nodes each of them sees (1: seen):
+# The best few of each head form a tree, which is verified in one pass. Every node is a token. Its
+# position is its place in its own text, and it sees the text before the tree and its own ancestors,
+# but no other branch. Say the target has read "This is" (positions 0 and 1) and chosen "the", which
+# is node 0. Nodes 1 to 3 are guesses. A row shows which nodes its node sees (1: seen):
 #
 #                                                      node
 #     node         text that ends there    position    0 1 2 3
@@ -846,16 +865,19 @@ def prompt_lookup(tokens: Sequence[int], n: int, max_ngram: int = 3) -> list[int
 #     2  that      This is the cow that       4        1 1 1 .
 #     3  cat       This is the cat            3        1 . . 1
 #
-# So a node may see a key exactly if its text begins with that key's text; that is tree_mask(). From
-# the root, follow the target's own choice as long as the tree has it; the first choice that the
-# tree does not have is the free token. The keys and values of the other branches leave the cache.
+# So node i sees node j if the text of i begins with the text of j. tree_mask() says where, and
+# CachedModel.read() uses it. From node 0, follow the target's own choices as long as the tree has
+# them. The first choice that the tree does not have is the free token. The keys and values of the
+# other branches leave the cache.
 #
 # What a pass costs: a tree of ten nodes is ten tokens of arithmetic, and most of them are rolled
 # back. As long as reading weights takes the time, a text of n tokens has
 #
-#     speed-up = n / (passes + c · runs of what guesses)    with the c of section 6
+#     speed-up = n / (passes + c · runs)
 #
-# and where arithmetic takes it, on a busy server, the nodes read per token are the price instead.
+# c is what one run of a head (or of a draft) costs, in passes of the target. Two heads are two runs
+# per pass, for a chain and for a tree. Where arithmetic takes the time, on a busy server, the nodes
+# read per token are the price instead.
 #
 # In production: vLLM's v1/spec_decode/medusa.py verifies a chain; Medusa's own code picks a sparse
 # tree of the likeliest paths, and has a looser "typical acceptance" that changes the output and is
@@ -875,7 +897,7 @@ def medusa_head(h: Matrix, head: Head) -> Matrix:
 
 
 def silu(x: Matrix) -> Matrix:
-    """Return x · sigmoid(x), element by element: swiglu with nothing to gate."""
+    """Return x · sigmoid(x), element by element."""
     return swiglu(x, [[1.0] * len(row) for row in x])
 
 
@@ -884,8 +906,8 @@ def medusa_paths(
 ) -> list[tuple[int, ...]]:
     """Return every way to go on with one of head 1's tops[0] best, one of head 2's tops[1] …
 
-    The heads read the state before the last token, where the target last was. Before it has read
-    anything there is none, and no path.
+    The heads read the hidden state before the last token, from which the target chose this token.
+    Where the target has not read so far yet, there is no state and no path.
     """
     h = target.feature(tokens[:-1])
     if h is None:
@@ -913,6 +935,7 @@ def verify_tree(
     more; and {text: logits after it} of all nodes.
     """
     text = tuple(tokens)
+    # {text: logits} of the text, of every node, and of all texts that they begin with
     rows = target.read([text, *((*text, *path) for path in paths)])
     guesses = [node[-1] for node in rows if len(node) > len(tokens)]
     while text in rows:
@@ -932,7 +955,7 @@ def medusa_greedy(
 ) -> tuple[list[int], Counts]:
     """Return the tokens that choose() alone would give, and Counts.
 
-    The guesses of a round are all nodes of its tree.
+    The guesses of a round are all nodes of its tree but the first.
     """
     def one_round(tokens: list[int], room: int) -> tuple[list[int], list[int]]:
         paths = medusa_paths(target, heads, tops, tokens)
@@ -946,7 +969,7 @@ def medusa_greedy(
 #
 # Medusa's heads do not know the token before the one that they guess. EAGLE guesses the next
 # *hidden state*, from the last one and the embedding e of the token that was chosen there. An
-# output matrix turns it into a token, and so on along a chain:
+# output matrix turns the state into a token, and so on along a chain:
 #
 #     f_t+1 = f_t + silu(w1 [f_t ; e(x_t+1)])        x_t+2 = argmax(w2 · f_t+1), and again
 #
@@ -983,22 +1006,22 @@ def eagle_guesses(target: CachedModel, head: Head, tokens: list[int], n: int) ->
 #
 # Greedy text solves equations: x_t = argmax logits(x_1 … x_t-1) for every t. Jacobi decoding
 # (Santilli et al.) guesses all x_t, lets one pass renew them all at once, and repeats that, as
-# Jacobi did for linear equations. The first is right after each pass, and with luck several are.
-# But mostly a good token appears in the wrong place, and is overwritten in the next pass.
+# Jacobi did for linear equations. Each pass makes one more token right, or with luck several. But
+# mostly a good token appears in the wrong place, and is overwritten in the next pass.
 #
-# Lookahead decoding keeps what appears. Beside the text it carries a window: two rows of guesses,
-# each renewed by the pass before. With a window of 3, before a pass and after it:
+# Lookahead decoding keeps what appears. Beside the text it has a window: two rows of guesses, each
+# renewed by the pass before. With a window of 3, before a pass and after it:
 #
-#     row 1    a  b  c        the tokens guessed for the next places
-#     row 2    d  e  f        what the target put after a, after a b, after a b c, one pass ago
-#     new      g  h  i        what it puts now after a d, after a b e, after a b c f
+#     row 1    A  B  C        the tokens guessed for the next places
+#     row 2    D  E  F        what the target put after A, after A B, after A B C, one pass ago
+#     new      G  H  I        what it puts now after A D, after A B E, after A B C F
 #
-# Read a column downwards: d was the target's choice after a, and g its choice after d. So "a d g"
-# is a piece of text (an n-gram) that the target strung together itself, if for another place. It
-# goes into a pool, and so do "b e h" and "c f i". Then row 1 is dropped: row 2 becomes row 1, and
-# the new tokens row 2. When the text ends in an "a" one day, "d g" is guessed, and verified in the
-# same pass as a branch of a tree. (Here the window itself is verified as well, since
-# it is in the pass anyway; in the paper it only feeds the pool.)
+# Read a column downwards: D was the target's choice after A, and G its choice after D. So A D G is
+# a piece of text (an n-gram) that the target itself put together, if for another place. A D G goes
+# into a pool, and so do B E H and C F I. Then row 1 is dropped: row 2 becomes row 1, and the new
+# tokens row 2. When the text ends in A some time later, D G is guessed, and verified in the same
+# pass as a branch of a tree. (Here the window is verified as well, since it is in the pass anyway;
+# in the paper the window only feeds the pool.)
 #
 # There is no draft and no training, but more arithmetic. In production: Fu et al.'s own code and
 # llama.cpp's examples/lookahead. Measured by show_lookahead().
@@ -1017,8 +1040,8 @@ def lookahead_greedy(
 ) -> tuple[list[int], Counts]:
     """Return the tokens that choose() alone would give, and Counts; its guesses are all tree nodes.
 
-    Every row begins as the first `window` tokens of the prompt, over again if it is shorter. Of the
-    pool's n-grams that begin with the last token, the `verified` that came last are guessed.
+    Every row begins as the first `window` tokens of the prompt, which is repeated if too short. Of
+    the pool's n-grams that begin with the text's last token, the latest `verified` are guessed.
     """
     check_request(prompt, max_new_tokens, window=window, ngram=ngram, verified=verified)
     pool: list[tuple[int, ...]] = []  # the latest n-grams last
@@ -1026,10 +1049,11 @@ def lookahead_greedy(
 
     def one_round(tokens: list[int], room: int) -> tuple[list[int], list[int]]:
         # Row 1 is a chain after the text; under each of its tokens hangs the rest of its column.
+        # With the letters above: A D, A B E, A B C F.
         columns = [(*rows[0][:j], *column) for j, column in enumerate(zip(*rows))]
         grams = [gram[1:] for gram in pool if gram[0] == tokens[-1]][-verified:]
         guesses, found, logits = verify_tree(target, tokens, columns + grams, choose)
-        renewed = [argmax(logits[*tokens, *column]) for column in columns]
+        renewed = [argmax(logits[*tokens, *column]) for column in columns]  # G H I
         for gram in zip(*rows, renewed):
             if gram in pool:
                 pool.remove(gram)
@@ -1043,28 +1067,33 @@ def lookahead_greedy(
 # 11. Text with a shape
 #
 # Output that a program must read (JSON, a date, one of three answers) can be forced into shape. An
-# automaton reads what was written so far, and every token that it could not go on from gets -inf.
-# Here the shape is a grammar whose rules are lists of (words, the rule that comes after them). It
-# can say what a regular expression can, except that no rule matches the empty text. The automaton
-# may be in several states at once: (what is left of the words, the rule after them).
+# automaton reads what was written so far, and every token that it could not read next gets -inf.
+# Here the shape is a grammar. A rule is a list of choices, (string, the rule that comes after it),
+# and None is the end. So the texts " cat that" and " cow that" are
+#
+#     {"animal": [(" cat", "that"), (" cow", "that")], "that": [(" that", None)]}
+#
+# A grammar can say what a regular expression can, except that no rule matches the empty text. A
+# state is (what is left of a string, the rule after it): after " c" the automaton is in two states
+# at once, ("at", "that") and ("ow", "that").
 #
 # The mask is local, and that distorts. Z_t is the probability that the model gave to the allowed
-# tokens at step t, and the mask divides by it:
+# tokens at step t, and the mask divides by Z_t:
 #
 #     P_local(text) = Π p(x_t) / Z_t                what masking gives
 #     P(text | it fits) = P(text) / P(fits)         what asking the model for fitting text would be
 #
 # Say two texts fit. "cat that" begins with 0.1 and goes on with 0.9. "cow that" begins with 0.1
-# too, but the model then wants "with", and leaves 0.001 for "that". Of the texts that fit, 0.09 to
-# 0.0001 are "cat that". Under the mask both have one half: it cannot see, at the first word, that
-# the second will be forced against the model's will.
+# too, but the model then wants "with", and leaves 0.001 for "that". Given that a text fits, it is
+# "cat that" with 0.09 / (0.09 + 0.0001) = 99.9%. Under the mask both have one half: at the first
+# word, the mask cannot see that the second will be forced against the model's will.
 #
 # In production: XGrammar and llguidance, in vLLM as v1/structured_output/backend_xgrammar.py and
 # backend_guidance.py, and llama.cpp's GBNF grammars. They handle nested shapes as JSON has them
 # with a stack, and work out most masks beforehand. All of them mask locally.
 # Measured by show_constrained().
 
-Grammar = dict[str, list[tuple[str, str | None]]]  # starts with its first rule; None: the end
+Grammar = dict[str, list[tuple[str, str | None]]]  # a text starts with the first rule
 States = frozenset[tuple[str, str | None]]
 
 
@@ -1074,9 +1103,9 @@ def follow(grammar: Grammar, states: States, text: str) -> States:
         after = set()
         for left, rule in states:
             choices = [(left, rule)] if left else grammar.get(rule, [])
-            for words, next_rule in choices:
-                if words[0] == character:
-                    after.add((words[1:], next_rule))
+            for string, next_rule in choices:
+                if string[0] == character:
+                    after.add((string[1:], next_rule))
         states = frozenset(after)
     return states
 
@@ -1110,9 +1139,9 @@ def constrain(
 # 1. Greedy
 
 # A toy language is a table: the probabilities of the next word, after the words so far. After any
-# words that are not in the table, all words are alike.
-Language = dict[tuple[int, ...], Vector]
-TOY: Language = {
+# words that are not in the table, all words are alike. The words are A, B, C, with ids 0, 1, 2.
+ToyLanguage = dict[tuple[int, ...], Vector]
+TOY: ToyLanguage = {  # toy 1, in which greedy loses
     (): [0.5, 0.4, 0.1],
     (0,): [0.4, 0.35, 0.25],
     (1,): [0.05, 0.05, 0.9],
@@ -1121,7 +1150,7 @@ TOY: Language = {
 TOY_PROMPT = [0]  # any one token: the words come after it
 
 
-def model_of(language: Language) -> LogitsFn:
+def model_of(language: ToyLanguage) -> LogitsFn:
     """Return a model that speaks a toy language."""
     alike = [1 / len(language[()])] * len(language[()])
     return lambda tokens: [math.log(p) for p in language.get(tuple(tokens[1:]), alike)]
@@ -1146,15 +1175,15 @@ def toy_texts() -> list[ToyText]:
 
 
 def show_greedy(trace: Trace, knobs: Namespace) -> None:
-    """The toy where greedy loses, and what two models write."""
+    """Toy 1, where greedy loses, and what two models write."""
     lab = knobs.lab
     toy = toy_texts()
     best = max(toy, key=lambda row: row.p)
-    trace.say("Greedy takes the likeliest next token each time, and so sees one step ahead. Here "
-              "is a toy language of three words with all its texts of two words: the best first "
-              "word does not begin the best text.")
-    trace.ask("a begins with 0.5, b with 0.4, c with 0.1. After a come 0.4, 0.35, 0.25; after b "
-              "0.05, 0.05, 0.9; after c 0.2, 0.6, 0.2. How probable is the best text?", best.p)
+    trace.say("Greedy takes the likeliest next token each time, and so sees one step ahead. Toy 1 "
+              "is a language of three words, A, B and C. Of all its texts of two words, the best "
+              "does not begin with the best first word:")
+    trace.ask("A begins with 0.5, B with 0.4, C with 0.1. After A they have 0.4, 0.35, 0.25; after "
+              "B 0.05, 0.05, 0.9; after C 0.2, 0.6, 0.2. How probable is the best text?", best.p)
     trace.table(toy, {"text": "", "p": ".3f bar 20", "mark as  ": ""})
 
     trace.say("Now a tiny Llama, the target of this chapter, and a smaller one. They have read "
@@ -1166,10 +1195,11 @@ def show_greedy(trace: Trace, knobs: Namespace) -> None:
         tokens = greedy(CachedModel(llama), knobs.tokens, knobs.max_new_tokens)
         trace.lines(quoted(f"{name}: " + lab.tokenizer.decode([*knobs.tokens, *tokens])))
         right.append(is_greedy(llama, knobs.tokens, tokens))
-    trace.check("the toy: greedy writes a and its best second word, and misses the best text",
-                toy[0] == ("a a", 0.2, "← greedy") and best.text == "b c", f"0.20 and {best.p:.2f}")
+    trace.check("toy 1: greedy writes A A, and the best text is B C",
+                toy[0] == ("A A", 0.2, "← greedy") and best.text == "B C",
+                f"their probabilities: 0.20 and {best.p:.2f}")
     trace.check("every token is the argmax of one pass over the whole text, without a cache",
-                all(right), "both models")
+                all(right), "the texts of both models")
 
 
 # 2. Shaping the distribution
@@ -1210,7 +1240,7 @@ class Kept(NamedTuple):
     fewest: int
     mean: float
     most: int
-    best_dropped: int  # places where the likeliest token went
+    best_dropped: int  # places where the likeliest token is removed
 
 
 def count_kept(rows: Matrix, settings: dict[str, dict[str, float]]) -> list[Kept]:
@@ -1224,16 +1254,11 @@ def count_kept(rows: Matrix, settings: dict[str, dict[str, float]]) -> list[Kept
     return found
 
 
-def kept_by_hand() -> list[int]:
-    """Return how many tokens stay of the source's example, and of four equal tokens."""
-    example = [math.log(p) for p in (0.4, 0.15, 0.15, 0.15, 0.15)]
-    equal = [0.0] * 4
-    filtered = [
-        top_k_filter(example, 1), top_k_filter(example, 2), top_p_filter(example, 0.5),
-        min_p_filter(example, 0.5), typical_filter(example, 0.5),
-        top_p_filter(equal, 0.5), top_p_filter(equal, 0.75), min_p_filter(equal, 1.0),
-    ]
-    return [survivors(softmax(logits)) for logits in filtered]
+def check_kept(trace: Trace, tokens: str, filtered: dict[str, Vector], kept: list[int]) -> None:
+    """Check how many tokens each filter keeps; filtered: its logits, by name."""
+    found = [survivors(softmax(logits)) for logits in filtered.values()]
+    trace.check(f"by hand, how many tokens are kept of {tokens}", found == kept,
+                ", ".join(f"{name}: {n}" for name, n in zip(filtered, found)))
 
 
 def show_filters(trace: Trace, knobs: Namespace) -> None:
@@ -1245,9 +1270,10 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
     shapes = compare_shapes(lab, knobs.tokens, drawn, 9)
     most = max(max(row[name] for name in drawn) for row in shapes)
     trace.say("A filter removes unlikely tokens before one is drawn. Top-k keeps the k likeliest; "
-              "top-p the likeliest that have probability p together; min-p those with at least "
-              "min-p times the best one's probability; typical those whose surprise is nearest to "
-              "the mean surprise. A temperature t below 1 sharpens, above 1 flattens.")
+              "top-p the shortest list of best tokens that has probability p together; min-p "
+              "those with at least min-p times the best one's probability; typical those whose "
+              "surprise is nearest to the mean surprise. A temperature t below 1 sharpens the "
+              "distribution, and above 1 flattens it.")
     trace.say(f"What may follow {lab.tail(knobs.tokens)!r}:")
     trace.table(shapes, {"token": "", "as is": f".2f bar 6 of {most}"}
                 | dict.fromkeys(list(drawn)[1:], f"bar 7 of {most}"))
@@ -1260,39 +1286,49 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"Tokens kept, over the last {len(rows)} places of the rhyme. The temperature comes "
               "before the filter in transformers, and after it in llama.cpp:")
     trace.table(kept, {"setting": "", "fewest": "d", "mean": ".1f", "most": "d",
-                       "best_dropped as places where the best token goes": "d"})
+                       "best_dropped as places where the best is removed": "d"})
     span = f"from {top_p.fewest} to {top_p.most}"
     if top_p.fewest == top_p.most:
         span = f"{top_p.most} everywhere"
     trace.say(f"Top-k keeps {top_k.fewest} even where the model is sure; top-p keeps {span}. "
-              f"Typical drops the likeliest token of all at {typical.best_dropped} places, where "
-              "it says less than a text usually does. A high temperature before the filter "
-              f"flattens what top-p and min-p choose from, and they keep {p_after_t.mean:.0f} and "
-              f"{min_p_after_t.mean:.0f} of {VOCAB_SIZE} tokens; after the filter it changes "
-              "nothing about what is kept.")
+              "Typical removes even the likeliest token where its surprise is too far below the "
+              f"mean surprise, at {typical.best_dropped} places. A high temperature before the "
+              "filter flattens what top-p and min-p choose from, and they keep "
+              f"{p_after_t.mean:.0f} and {min_p_after_t.mean:.0f} of {VOCAB_SIZE} tokens on "
+              "average. After the filter, a temperature changes nothing about what is kept.")
     check_filters(trace)
-    trace.check("with the temperature last, what is kept does not depend on it",
+    trace.check("a temperature after the filter changes nothing about what is kept",
                 p_before_t[1:] == top_p[1:] and min_p_before_t[1:] == min_p[1:], "top-p and min-p")
 
 
 def check_filters(trace: Trace) -> None:
     """Check the filters, the temperature and the penalties by hand."""
-    kept = kept_by_hand()
-    trace.check("kept of the source's example, by top-k 1 and 2, top-p, min-p and typical 0.5; of "
-                "four equal tokens, by top-p 0.5 and 0.75, and min-p 1",
-                kept == [1, 5, 2, 1, 4, 2, 3, 4], " ".join(map(str, kept)))
+    example = [math.log(p) for p in (0.4, 0.15, 0.15, 0.15, 0.15)]
+    check_kept(trace, "0.4, 0.15, 0.15, 0.15, 0.15", {
+        "top-k 1": top_k_filter(example, 1),
+        "top-k 2": top_k_filter(example, 2),
+        "top-p 0.5": top_p_filter(example, 0.5),
+        "min-p 0.5": min_p_filter(example, 0.5),
+        "typical 0.5": typical_filter(example, 0.5),
+    }, [1, 5, 2, 1, 4])
+    equal = [0.0] * 4
+    check_kept(trace, "four equal ones", {
+        "top-p 0.5": top_p_filter(equal, 0.5),
+        "top-p 0.75": top_p_filter(equal, 0.75),
+        "min-p 1": min_p_filter(equal, 1.0),
+    }, [2, 3, 4])
     logits = [2.0, -2.0, 1.0]
     trace.check("by hand: temperature 2, and repetition penalty 2 for the first two tokens",
                 apply_temperature(logits, 2.0) == [1.0, -1.0, 0.5]
                 and repetition_penalty(logits, [0, 1, 1], 2.0) == [1.0, -4.0, 1.0],
-                "logits 2, -2, 1")
+                "2, -2, 1 become 1, -1, 0.5 and 1, -4, 1")
 
 
 # 3. Sampling done right
 
 
 def compare_shares(seed: int) -> list[dict]:
-    """Return how often each text of section 1's toy comes: by product, enumerated, and counted."""
+    """Return how often each text of toy 1 comes: by product, enumerated, and counted."""
     def run(rng: random.Random | EveryBranch) -> str:
         return letters(sample(model_of(TOY), TOY_PROMPT, 2, rng=rng))
 
@@ -1313,17 +1349,17 @@ def show_sampling(trace: Trace, knobs: Namespace) -> None:
         f"t 2, then min-p {knobs.min_p:g}": {"temperature": 2.0, "min_p": knobs.min_p},
     }
     trace.say("To sample is to draw the next token by its probability, reshaped or not. One text "
-              "each, as an illustration:")
+              "per way, as an illustration:")
     target = CachedModel(lab.target)
     for name, setting in ways.items():
         tokens = sample(target, knobs.tokens, 14, rng=random.Random(lab.seed), **setting)
         trace.lines(quoted(f"{name}: " + lab.tokenizer.decode([*knobs.tokens, *tokens])))
     rows = compare_shares(lab.seed)
-    trace.ask(f"In section 1's toy a text has probability 0.2. About how often does it come in "
+    trace.ask("In toy 1, the text A A has probability 0.2. About how often does it come in "
               f"{DRAWS:,} draws?", round(rows[0]["counted"] * DRAWS))
-    trace.say("Is a sampler right? Section 1's toy has nine texts. The probability of each is a "
-              f"product. Counting {DRAWS:,} draws comes near it. Taking every branch of sample(), "
-              "with its probability, and adding up is exact.")
+    trace.say("Is a sampler right? Toy 1 (section 1) has nine texts of two words. The probability "
+              f"of each is a product. Counting {DRAWS:,} draws comes near the product. Taking "
+              "every branch of sample(), with its probability, and adding up is exact.")
     trace.table(rows, {"text": "", "product": ".4f", "enumerated": ".4f", "counted": ".4f"})
     gap = max(abs(row["enumerated"] - row["product"]) for row in rows)
     trace.check("enumerated, sample() gives each text its product of probabilities", gap < 1e-12,
@@ -1332,24 +1368,24 @@ def show_sampling(trace: Trace, knobs: Namespace) -> None:
 
 # 4. Beam search
 
-# A language in which a beam of width 2 loses to greedy.
-LOSING: Language = {
+# Toy 2, in which a beam of width 2 loses to greedy.
+LOSING: ToyLanguage = {
     (): [0.4, 0.35, 0.25],
     (0,): [0.34, 0.33, 0.33],
     (1,): [0.49, 0.49, 0.02],
     (0, 0): [0.98, 0.01, 0.01],
 }
-# A language of two words in which b ends a text, and the text with the best score ends last.
-LATE: Language = {(): [0.45, 0.55], (0,): [0.5, 0.5], (0, 0): [0.1, 0.9]}
+# Toy 3, in which B ends a text, and the text with the best score ends last.
+LATE: ToyLanguage = {(): [0.45, 0.55], (0,): [0.5, 0.5], (0, 0): [0.1, 0.9]}
 
 
-def toy_beam(language: Language, n: int, width: int, **options) -> tuple[str, float]:
+def toy_beam(language: ToyLanguage, n: int, width: int, **options) -> tuple[str, float]:
     """Return the best text of up to n words by a beam in a toy language, and its score."""
     [(tokens, score), *_] = beam_search(model_of(language), TOY_PROMPT, n, width=width, **options)
     return letters(tokens), score
 
 
-def beam_steps(language: Language, width: int, n: int) -> list[dict]:
+def beam_steps(language: ToyLanguage, width: int, n: int) -> list[dict]:
     """Return the texts kept at each step of a beam in a toy language, and the best one dropped."""
     beams: list[Candidate] = [(TOY_PROMPT, 0.0)]
     rows = []
@@ -1376,11 +1412,11 @@ class SearchRow(NamedTuple):
 def compare_with_exact(
     lab: DecodingLab, prompts: Sequence[list[int]], widths: Sequence[int], n: int
 ) -> list[SearchRow]:
-    """Return a row per width, and one for exact search, of the prompts where it settles."""
+    """Return a row per search; that of exact search leaves out the prompts where it gives up."""
     target = CachedModel(lab.target)
     exact = [exact_search(target, prompt, n, eos=lab.eos, max_passes=EXACT_PASSES)
              for prompt in prompts]
-    found = {"exact": [candidate for candidate in exact if candidate]}
+    found = {"exact": exact}
     reads = {"exact": target.passes}
     for width in widths:
         target.passes = 0
@@ -1390,11 +1426,12 @@ def compare_with_exact(
         reads[f"width {width}"] = target.passes
     rows = []
     for search, candidates in found.items():
-        if candidates:
-            not_best = sum(best is not None and total < best[1] - 1e-9
-                           for (_, total), best in zip(candidates, exact))
-            rows.append(SearchRow(search, fmean(total for _, total in candidates),
-                                  fmean(len(tokens) for tokens, _ in candidates),
+        not_best = sum(candidate is not None and best is not None and candidate[1] < best[1] - 1e-9
+                       for candidate, best in zip(candidates, exact))
+        settled = [candidate for candidate in candidates if candidate is not None]
+        if settled:
+            rows.append(SearchRow(search, fmean(total for _, total in settled),
+                                  fmean(len(tokens) for tokens, _ in settled),
                                   reads[search] / len(prompts), not_best))
     return rows
 
@@ -1423,26 +1460,27 @@ def compare_diversity(lab: DecodingLab, prompts: Sequence[list[int]], n: int) ->
     rows = []
     for name, found in (("a beam of 4", best_four), ("4 diverse beams", diverse)):
         variety = fmean(distinct_pairs([tokens for tokens, _ in texts]) for texts in found)
-        rows.append({"texts of": name, "different pairs": variety,
+        rows.append({"texts of": name, "distinct bigrams / all bigrams": variety,
                      "log p": fmean(total for texts in found for _, total in texts)})
     return rows
 
 
 def show_beam(trace: Trace, knobs: Namespace) -> None:
-    """The texts that a beam keeps in a toy, where it loses to greedy; then real searches."""
+    """The texts that a beam keeps in toy 2, where it loses to greedy; then real searches."""
     one, two, three = (toy_beam(LOSING, 3, width, length_penalty=0.0)[1] for width in (1, 2, 3))
-    trace.say("Beam search keeps the few best texts so far instead of one. Width 2 in the toy "
-              "language of the source: what is kept at each step, and the best text that is "
-              "dropped.")
+    trace.say("Beam search keeps the few best texts so far instead of one. In toy 2, A, B and C "
+              "begin with 0.40, 0.35, 0.25; after A they have 0.34, 0.33, 0.33, and after B 0.49, "
+              "0.49, 0.02. What a beam of width 2 keeps at each step, and the best text that it "
+              "drops:")
     trace.ask("Greedy keeps one text and a beam of width 2 keeps two. Whose text is likelier, "
               "greedy's or the beam's?", "greedy's")
     trace.table(beam_steps(LOSING, 2, 3), {"step": "d", "place": "", "text": "", "p": ".2f bar 20"})
-    trace.say(f"Greedy writes a a a, which has {math.exp(one):.2f}. The beam dropped a a, because "
-              f"two others looked better then, and its best text has {math.exp(two):.2f}. Width 3 "
-              "finds a a a again.")
+    trace.say(f"Greedy writes A A A, which has {math.exp(one):.2f}, since A follows A A with 0.98. "
+              "The beam dropped A A, because two others looked better then, and its best text has "
+              f"{math.exp(two):.2f}. Width 3 finds A A A again.")
     show_ended_beams(trace, knobs)
-    trace.check("the toy that loses: greedy and width 3 find a likelier text than width 2",
-                two < one == three, "as in the source")
+    trace.check("toy 2: greedy and width 3 find a likelier text than width 2",
+                two < one == three, f"{math.exp(one):.2f} and {math.exp(two):.2f}")
     check_beams(trace)
 
 
@@ -1455,48 +1493,51 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
     one = rows[-3]
     four = rows[-1]
     shorter = compare_words(four.tokens, one.tokens, "longer than", "shorter than", "as long as")
-    trace.ask("A text may end with its verse. Are the likeliest texts that width 4 finds longer or "
-              "shorter than greedy's?", shorter.split()[0])
-    trace.say(f"Now a text may end with its verse, or has {n} tokens. The likeliest text (length "
-              f"penalty 0), means over {len(prompts)} prompts. \"Exact\" is the likeliest of all, "
-              f"where a search that reads at most {EXACT_PASSES} texts finds it.")
+    trace.ask("A text may end at the end of a verse. Are the likeliest texts that width 4 finds "
+              "longer or shorter than greedy's?", shorter.split()[0])
+    trace.say(f"Now a text ends at the end of a verse (eos), or at {n} tokens. Searches for the "
+              f"likeliest text (length penalty 0), means over {len(prompts)} prompts. \"Exact\" "
+              "is the likeliest of all texts, over the prompts where a search finds it "
+              f"by reading at most {EXACT_PASSES} texts.")
     trace.table(rows, {"search": "", "log_p": ".2f", "tokens": ".1f", "texts as texts read": ".0f",
                        "not_best as not the best": "d"})
     trace.note("not the best: prompts where exact search found a likelier text")
     trace.say(f"The texts of width 4 are {shorter} those of width 1, on average. Every token "
               "costs, so a short text that ends can be the likeliest, whether it is wanted or not. "
-              f"The length penalty decides what best means. After {lab.tail(knobs.tokens)!r}, "
-              f"width {knobs.width}:")
+              "The length penalty decides which text has the best score. After "
+              f"{lab.tail(knobs.tokens)!r}, width {knobs.width}:")
     penalties = sorted({0.0, 1.0, 2.0, knobs.length_penalty})
     trace.table(compare_length_penalties(lab, knobs.tokens, n, knobs.width, penalties),
                 {"length penalty": "g", "tokens": "d", "log p": ".2f", "text": ""})
-    trace.say("The texts of a beam tend to be twins. Four texts of 8 tokens after each of the "
-              "prompts; different pairs: of neighbours, as a share of all pairs in the four.")
+    trace.say("The texts of a beam tend to be nearly the same. Four texts of 8 tokens per prompt; "
+              "a bigram is two neighbouring tokens:")
     trace.table(compare_diversity(lab, prompts, 8),
-                {"texts of": "", "different pairs": ".2f", "log p": ".2f"})
+                {"texts of": "", "distinct bigrams / all bigrams": ".2f", "log p": ".2f"})
     [(tokens, _)] = beam_search(CachedModel(lab.target), knobs.tokens, n, width=1, eos=lab.eos)
-    trace.check("width 1 is greedy", is_greedy(lab.target, knobs.tokens, tokens),
-                f"{len(tokens)} tokens, one plain pass")
+    trace.check("width 1 writes the greedy text", is_greedy(lab.target, knobs.tokens, tokens),
+                f"{len(tokens)} tokens, compared with one plain pass over them")
 
 
 def check_beams(trace: Trace) -> None:
-    """Check the searches on languages of two and three words."""
+    """Check the searches on toys 1 and 3."""
     text, score = toy_beam(TOY, 2, 3, length_penalty=0.0)
     tokens, total = exact_search(model_of(TOY), TOY_PROMPT, 2, eos=2, max_passes=9)
-    trace.check("section 1's toy: a beam of 3 and exact search find the best text of two words",
-                text == letters(tokens) == "b c"
-                and max(abs(math.exp(x) - 0.36) for x in (score, total)) < 1e-12, "b c, 0.36")
+    trace.check("toy 1: a beam of width 3 and exact search find the best text of two words",
+                text == letters(tokens) == "B C"
+                and max(abs(math.exp(x) - 0.36) for x in (score, total)) < 1e-12,
+                "B C, probability 0.36")
     found = diverse_beam_search(model_of(TOY), TOY_PROMPT, 1, groups=3, diversity=0.2)
     chances = [round(math.exp(total), 12) for _, total in found]
-    trace.check("the toy, diversity 0.2: only the third beam is charged enough to leave a for b",
-                [letters(tokens) for tokens, _ in found] == ["a", "a", "b"]
-                and chances == [0.5, 0.5, 0.4], "log 0.5 - 0.4 < log 0.4 < log 0.5 - 0.2")
+    trace.check("toy 1, three beams, diversity 0.2: A, A, and B, since A is charged twice by then",
+                [letters(tokens) for tokens, _ in found] == ["A", "A", "B"]
+                and chances == [0.5, 0.5, 0.4], "log 0.5 - 2 · 0.2 < log 0.4 < log 0.5 - 0.2")
     late, score = toy_beam(LATE, 3, 2, eos=1)
-    early, _ = toy_beam(LATE, 3, 2, eos=1, early_stopping=True)
-    trace.check("where the best text ends last, a beam waits for it: a a b, not b or a b; with "
-                "early_stopping it does not", early == "b" and late == "a a b"
-                and abs(score - math.log(0.45 * 0.5 * 0.9) / 3) < 1e-12,
-                f"b ends a text; {score:.3f} a token, not {math.log(0.55):.3f}")
+    trace.check("toy 3, where B ends a text: width 2 waits for the best text, although two have "
+                "ended", late == "A A B" and abs(score - math.log(0.45 * 0.5 * 0.9) / 3) < 1e-12,
+                f"{late}, score {score:.3f}")
+    early, score = toy_beam(LATE, 3, 2, eos=1, early_stopping=True)
+    trace.check("the same with early_stopping does not wait",
+                early == "B" and abs(score - math.log(0.55)) < 1e-12, f"{early}, score {score:.3f}")
 
 
 # 5. Speculative decoding
@@ -1586,7 +1627,8 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
     wrong = sum(kept < len(guesses) for guesses, kept in counts.rounds)
     trace.say(f"A small draft model guesses {knobs.gamma} tokens, and the target checks them all "
               "in one pass. Greedy first, a line per pass: + a guess that is right, × the first "
-              "wrong one, → the target's own token, which comes in its place or behind.")
+              "wrong one, → the target's own token, in place of the wrong guess or after the last "
+              "right one.")
     trace.ask(f"{n} tokens are wanted, and {counts.accepted} guesses were right. How many passes "
               "did the target make?", counts.target_passes)
     trace.lines(round_lines(lab, tokens, counts)[:14])
@@ -1600,38 +1642,41 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
     rows = rule_rows(lab, p, q, 8)
     most = max(max(row[1:3] + row[5:]) for row in rows)
     trace.say(f"Sampling: what may follow {lab.tail(knobs.tokens)!r}, temperature "
-              f"{knobs.temperature:g} and top-p {knobs.top_p:g} for both. A guess drawn from q is "
-              f"kept with min(1, p / q), in all {sum(map(min, p, q)):.0%}; otherwise the token is "
-              "drawn from the rest, where the target wants more than the draft gave.")
+              f"{knobs.temperature:g} and top-p {knobs.top_p:g} for both models; the {len(rows)} "
+              "tokens with the largest p or q. A guess drawn from q is kept with min(1, p / q); "
+              f"over all tokens, that is Σ min(p, q) = {sum(map(min, p, q)):.0%} of the guesses. "
+              "Otherwise the token is drawn from the rest: max(0, p - q), normalized.")
     trace.table(rows, {"token": "", "p": ".2f", "q": ".2f", "kept": ".0%", "both as min(p, q)":
                        f"bar 18 of {most}", "rest as the rest": f"bar 18 of {most}"})
     show_proof(trace, random_pair(lab.seed))
     trace.check("greedy: the text is the target's own", len(tokens) == n
-                and is_greedy(lab.target, knobs.tokens, tokens), f"{n} tokens, one plain pass")
+                and is_greedy(lab.target, knobs.tokens, tokens),
+                f"{n} tokens, compared with one plain pass over them")
     trace.check("one pass scores all the guesses: passes run = rounds = tokens - guesses kept",
                 target.passes == counts.target_passes == n - counts.accepted,
-                f"{target.passes} passes, {n} tokens")
+                f"{n} - {counts.accepted} = {target.passes} passes")
 
 
 def show_proof(trace: Trace, pair: tuple[LogitsFn, LogitsFn]) -> None:
     """The rule, enumerated on a random target and draft over two tokens."""
     rows = enumerate_speculation(*pair, 5, 2)
     trace.say("The proof, checked: a random target and draft over two tokens, all 32 texts of 5 "
-              "tokens, gamma 2. Every branch that a decoder can take is taken and weighed. The "
-              "draft's argmax, judged by q, is the common bug; judged as a point mass it is right. "
-              "The likeliest texts:")
+              "tokens, gamma 2. Every branch that a decoder can take is taken and weighed. To "
+              "guess the draft's argmax and judge the guess by q is the common bug; judged as a "
+              "point mass (as if q were 1 at the guess), the same guess is right. The likeliest "
+              "texts:")
     trace.table(rows[:6], {"text": "", "target": ".4f", "rule as by the rule": ".4f",
                            "argmax_by_q as argmax, by q": ".4f",
                            "point_mass as argmax, point mass": ".4f"})
     bias = sum(abs(row.argmax_by_q - row.target) for row in rows) / 2
-    trace.say(f"With the bug, {bias:.1%} of the probability is at another text than it should be; "
-              "with the other two, none.")
+    trace.say(f"With the bug, {bias:.1%} of the probability is at the wrong texts; with the other "
+              "two, none.")
     trace.check("enumerated, the rule and the point mass give every text the target's probability",
                 proof_gap(rows) < 1e-12 and proof_gap(enumerate_speculation(*pair, 5, 1)) < 1e-12,
                 "gamma 1 and 2, 5 tokens, max |Δ| < 1e-12")
     shaped = enumerate_speculation(*pair, 4, 2, temperature=0.7, top_p=0.8)
     ended = enumerate_speculation(*pair, 5, 2, eos=1)
-    trace.check("the same with temperature 0.7 and top-p 0.8, and where b ends a text",
+    trace.check("the same with temperature 0.7 and top-p 0.8, and where B ends a text",
                 max(proof_gap(shaped), proof_gap(ended)) < 1e-12, "max |Δ| < 1e-12")
 
 
@@ -1673,7 +1718,7 @@ def expected_passes(chances: Vector, gamma: int) -> float:
 
 
 class PayRow(NamedTuple):
-    """One gamma: tokens of a pass over some texts, and by the formula."""
+    """One gamma: tokens per pass on some texts, and by the formula."""
 
     gamma: int
     measured: float
@@ -1713,44 +1758,50 @@ def best_gamma(speeds: dict[int, float]) -> int:
 
 
 def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
-    """Tokens of a pass, measured and by the formula, and the speed-up as gamma and c change."""
+    """Tokens per pass, measured and by the formula, and the speed-up as gamma and c change."""
     lab = knobs.lab
     rows, alpha = measure_payoff(lab, PAY_TEXTS, 24, sorted({1, 2, 3, 4, 6, 8, knobs.gamma}))
     own = lab.cost("a smaller Llama")
     speeds = {f"c = {c:.2f}": speed_ups(rows, c) for c in (0.0, 0.05, 0.2, own)}
-    trace.say("More guesses give more tokens of a pass, and cost more passes of the draft. "
-              f"{PAY_TEXTS} texts of 24 tokens, drawn from the target at temperature 1. A guess is "
-              f"kept with alpha = Σ min(p, q) = {alpha:.2f} on average. Tokens of a pass: on these "
-              "texts, and by the formula, which takes all places for alike. Then the measured "
-              "speed-up, if a pass of the draft costs c passes of the target; the last c is this "
-              "draft's.")
+    trace.say("More guesses give more tokens per pass, and cost more passes of the draft. "
+              f"{PAY_TEXTS} texts of 24 tokens, drawn from the target at temperature 1. On "
+              f"average, a guess is kept with alpha = Σ min(p, q) = {alpha:.2f}. The table has the "
+              "tokens per pass on these texts and by the formula, and the measured speed-up if a "
+              "pass of the draft costs c passes of the target. The last c is this draft's.")
     trace.ask(f"A pass of the draft costs {own:.2f} of the target's. Which gamma is fastest (0: "
               "none pays)?", best_gamma(speeds[f"c = {own:.2f}"]))
     table = [row._asdict() | {c: speeds[c][row.gamma] for c in speeds} for row in rows]
-    trace.table(table, {"gamma": "d", "measured as tokens of a pass": ".2f", "error as ±": ".2f",
+    trace.table(table, {"gamma": "d", "measured as tokens per pass": ".2f", "error as ±": ".2f",
                         "formula": ".2f"} | dict.fromkeys(speeds, "{:.2f}×"))
     trace.note("±: the standard error over the texts. c of this draft: its share of weights read")
     last = rows[-1]
-    best = ", ".join(str(best_gamma(speeds[c])) for c in speeds)
-    trace.say("The formula takes all places for alike, and texts for endless; the last pass of a "
-              f"text that ends here is cut short. At gamma {last.gamma} it says "
+    best = [best_gamma(speeds[c]) or "none" for c in speeds]
+    trace.say("The formula assumes that all places are alike and that texts never end; here the "
+              f"last pass of a text is cut short. At gamma {last.gamma} the formula says "
               f"{last.formula:.2f}, and these texts give {last.measured:.2f} ± {last.error:.2f}. "
-              f"The best gamma for each c is {best} (0: guessing does not pay). All this counts a "
-              "pass over gamma + 1 tokens as one over one token, as on a machine with idle "
-              "arithmetic. A busy server has none.")
-    pair = random_pair(lab.seed)
+              f"From left to right, the best gamma for each c is {', '.join(map(str, best))}. All "
+              "this counts a pass over gamma + 1 tokens like a pass over one, as on a machine with "
+              "idle arithmetic. A busy server has none.")
+    check_payoff(trace, random_pair(lab.seed))
+
+
+def check_payoff(trace: Trace, pair: tuple[LogitsFn, LogitsFn]) -> None:
+    """Check the passes on a random target and draft, and the formulas by hand."""
     worked_out = sum(p * expected_passes(keep_chances(*pair, [0], text), 2)
                      for text, p in text_probabilities(pair[0], [0], 5).items())
     passes = every_outcome(
         lambda rng: speculative_sample(*pair, [0], 5, gamma=2, rng=rng)[1].target_passes)
     enumerated = sum(number * p for number, p in passes.items())
-    trace.check("section 5's random pair: passes worked out from the texts = those of the decoder",
-                abs(worked_out - enumerated) < 1e-9, f"{enumerated:.4f} enumerated, |Δ| < 1e-9")
+    trace.check("section 5's random pair: mean passes, worked out from the texts = counted by the "
+                "decoder", abs(worked_out - enumerated) < 1e-9,
+                f"{enumerated:.4f} enumerated, |Δ| < 1e-9")
     long_run = 1000 / expected_passes([0.6] * 1000, 2)
-    trace.check("where all places are alike, tokens of a pass are those of the formula, and the "
-                "speed-up that of the source", abs(long_run - expected_tokens(0.6, 2)) < 0.01
-                and round(speed_up(expected_tokens(0.6, 2), 2, 0.1), 2) == 1.63,
-                f"alpha 0.6, gamma 2, 1,000 tokens: {long_run:.2f}; c = 0.1: 1.63")
+    trace.check("where all places are alike, alpha 0.6 and gamma 2, a text of 1,000 tokens has the "
+                "tokens per pass of the formula", abs(long_run - expected_tokens(0.6, 2)) < 0.01,
+                f"{long_run:.2f} = 1 + 0.6 + 0.36")
+    faster = speed_up(expected_tokens(0.6, 2), 2, 0.1)
+    trace.check("by hand, the speed-up of these at c = 0.1", abs(faster - 1.96 / 1.2) < 1e-12,
+                f"1.96 / (2 · 0.1 + 1) = {faster:.2f}")
 
 
 # 7. Prompt lookup: guesses for nothing
@@ -1760,11 +1811,11 @@ class Way(NamedTuple):
     """One way to decode several prompts, each of which the target has read beforehand."""
 
     way: str
-    c: float             # cost of one guess, in passes of the target
+    c: float             # cost of one run of the draft or a head, in passes of the target
     passes: float        # of the target for one text, mean
-    nodes: float         # tokens read by the target after the prompt, for each new token
-    rolled_back: float   # share of them that is not in the text
-    speed_up: float      # over greedy, which takes a pass a token
+    nodes: float         # tokens read by the target after the prompt, per new token
+    rolled_back: float   # share of these that is not in the text
+    speed_up: float      # over greedy, which takes one pass per token
     per_text: list[int]  # passes of each text
     right: int           # texts that are the target's own, and whose books agree
 
@@ -1773,9 +1824,9 @@ def decode(
     lab: DecodingLab, way: str, target: CachedModel, prompt: list[int], n: int, gamma: int
 ) -> tuple[list[int], Counts]:
     """Return n greedy tokens and Counts, by the way of that name."""
-    if way == "Medusa, tree":
+    if way == "Medusa tree":
         return medusa_greedy(target, lab.medusa, prompt, n)
-    if way == "Medusa, chain":
+    if way == "Medusa chain":
         return medusa_greedy(target, lab.medusa, prompt, n, tops=(1, 1))
     if way == "lookahead":
         return lookahead_greedy(target, prompt, n)
@@ -1795,10 +1846,10 @@ def measure_way(
     right = 0
     for prompt in prompts:
         target = CachedModel(lab.target)
-        target(prompt[:-1])  # prefill, for all alike: the first pass has a state to guess from
+        target(prompt[:-1])  # prefill: the first pass of every way has a state to guess from
         tokens, counts = decode(lab, way, target, prompt, n, gamma)
         runs.append(counts)
-        # The cache holds the prompt, the guesses, and what each pass put, but for the last.
+        # The cache holds the prompt, the guesses, and each pass's own token but the last.
         read = len(prompt) + counts.drafted + counts.target_passes - 1
         right += (len(tokens) == n and is_greedy(lab.target, prompt, tokens)
                   and len(target.known) == read)
@@ -1807,8 +1858,8 @@ def measure_way(
     guessed = sum(counts.drafted for counts in runs)
     wrong = guessed - sum(counts.accepted for counts in runs)
     nodes = guessed + passes - len(prompts)
-    # The two heads of the tree run once a pass, however many nodes there are.
-    price = lab.cost(way) * (2 * passes if way == "Medusa, tree" else guessed)
+    # The two heads of the tree run once per pass, however many nodes there are.
+    price = lab.cost(way) * (2 * passes if way == "Medusa tree" else guessed)
     total = n * len(prompts)
     return Way(way, lab.cost(way), fmean(per_text), nodes / total, wrong / max(1, nodes),
                total / (passes + price), per_text, right)
@@ -1818,25 +1869,28 @@ def fewer_passes(row: Way, other: Way) -> str:
     """Return in words which of two ways takes fewer passes, by the differences text by text."""
     gaps = list(map(operator.sub, other.per_text, row.per_text))
     gap = fmean(gaps)
-    if abs(gap) <= 2 * standard_error(gaps):
-        return (f"{row.way} and {other.way} differ by {abs(gap):.1f} passes, which is within two "
-                "standard errors and shows nothing")
+    limit = 2 * standard_error(gaps)
+    if abs(gap) <= limit:
+        return (f"{row.way} and {other.way} differ by {abs(gap):.2f} passes, no more than two "
+                f"standard errors ({limit:.2f}), which shows nothing")
     more = compare_words(gap, 0, "fewer", "more")
-    return f"{row.way} takes {abs(gap):.1f} passes {more} than {other.way}"
+    return (f"{row.way} takes {abs(gap):.2f} passes {more} than {other.way}, more than two "
+            f"standard errors ({limit:.2f})")
 
 
 def show_ways(trace: Trace, rows: Sequence[Way], n: int, finding: str) -> None:
     """Print the rows and what was found, and check that all texts are the target's own."""
     trace.table(rows, {"way": "", "c": ".2f", "passes": ".1f", "nodes": ".1f",
                        "rolled_back": ".0%", "speed_up": "{:.2f}×"})
-    trace.note("c: weights that a guess reads, as a share of the target's. nodes: tokens that the "
-               "target reads for one of the text; rolled back: the share of them that leaves the "
-               f"cache again. speed up: over greedy, which takes {n} passes, with arithmetic for "
-               "nothing.")
+    trace.note("c: weights that one run of a draft or a head reads, as a share of the target's. "
+               "nodes: tokens that the target reads, per token of the final text. rolled back: "
+               f"share of the nodes that leaves the cache again. speed up over greedy: {n} / "
+               "(passes + c · runs), if arithmetic costs nothing.")
     trace.say(finding[0].upper() + finding[1:])
     texts = len(rows[0].per_text)
-    trace.check("every text is the target's own by one plain pass over it; the cache read what the "
-                "counts say", all(row.right == texts for row in rows), f"{texts * len(rows)} texts")
+    trace.check("every text is the target's own, by one plain pass over it; the cache holds as "
+                "many tokens as the counts say", all(row.right == texts for row in rows),
+                f"{texts * len(rows)} texts")
 
 
 def show_prompt_lookup(trace: Trace, knobs: Namespace) -> None:
@@ -1849,15 +1903,15 @@ def show_prompt_lookup(trace: Trace, knobs: Namespace) -> None:
     trace.say("Guesses need no model: prompt lookup copies what followed the same words when they "
               f"last came. Gamma {knobs.gamma}, {len(prompts)} greedy texts of {n} tokens. Each "
               "comes after a verse about the rat, so that there is something to look up. The "
-              "prompt has been read before the passes are counted.")
+              "prompt has been read before the passes are counted. The Llama runs once per guess.")
     trace.ask("Which is faster, prompt lookup or a smaller Llama?",
               max(lookup, smaller, key=lambda row: row.speed_up).way)
     show_ways(trace, [lookup, smaller], n, f"{fewer_passes(smaller, lookup)}. Only the Llama's "
               "guesses have a price. A rhyme that repeats its clauses is the best case of prompt "
               "lookup; of text that says new things this shows nothing.")
     found = [prompt_lookup([7, 1, 2, 3, 8, 2, 3], 2), prompt_lookup([5, 6, 5], 1)]
-    trace.check("by hand: what followed 2 3, and what followed 5", found == [[8, 2], [6]],
-                "8 2, and 6")
+    trace.check("by hand: the two tokens after the earlier 2 3 in 7 1 2 3 8 2 3, and the one after "
+                "the earlier 5 in 5 6 5", found == [[8, 2], [6]], "8 2, and 6")
 
 
 # 8. Medusa, and how a tree is verified
@@ -1934,25 +1988,26 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
     trace.say("Two extra heads on the frozen target guess the two tokens after its own next one. "
               "The 3 best of the first, and under each the 2 best of the second, make a tree, and "
               "one pass verifies it all.")
-    trace.ask("The root is the target's own token. Under it hang 3, and under each of them 2. How "
-              "many nodes has the tree?", len(nodes))
-    trace.say(f"The first tree after {lab.tail(knobs.tokens)!r}. Which nodes a node sees: itself "
-              "and its ancestors, and all of the text before the tree. Kept (+): the target's own "
+    trace.ask("The root is the target's own token. Under the root hang 3 guesses, and under each "
+              "of them 2. How many nodes has the tree?", len(nodes))
+    trace.say(f"The first tree after {lab.tail(knobs.tokens)!r}. Node 0 is the token that the "
+              "target has just chosen, and the others are guesses. A node sees itself and its "
+              "ancestors (█), and all of the text before the tree. Kept (+): the target's own "
               "choices.")
     indices = "".join(str(node.node) for node in nodes)
     trace.table(nodes, {"node": "d", "token": "", "position": "d", f"sees as {indices}": "",
                         "kept": ""})
-    chain = measure_way(lab, "Medusa, chain", lab.prompts[:COMPARED_TEXTS], n, 2)
-    tree = measure_way(lab, "Medusa, tree", lab.prompts[:COMPARED_TEXTS], n, 2)
+    chain = measure_way(lab, "Medusa chain", lab.prompts[:COMPARED_TEXTS], n, 2)
+    tree = measure_way(lab, "Medusa tree", lab.prompts[:COMPARED_TEXTS], n, 2)
     trace.say(f"Measured on {COMPARED_TEXTS} texts of {n} tokens. The prompt has been read before "
-              "the passes are counted. The chain has the best guess of each head and no other.")
-    show_ways(trace, [chain, tree], n, f"{fewer_passes(tree, chain)}. For a token of the text the "
+              "the passes are counted. The chain has the best guess of each head and no other. "
+              "Both ways run two heads per pass: their c · runs is 2 · c · passes.")
+    show_ways(trace, [chain, tree], n, f"{fewer_passes(tree, chain)}. Per token of the text, the "
               f"tree reads {tree.nodes:.1f} nodes, and the chain {chain.nodes:.1f}. On a busy "
-              "server the nodes are the price. (A head reads its own output matrix for each guess; "
-              "that is in c.)")
+              "server the nodes are the price.")
     a = knobs.tokens[-1]
     paths = [(a,), (a, lab.eos), (a, lab.eos, a), (a, a), (lab.eos,), (lab.eos, a)]
-    trace.check("a tree read in one pass with its text = each path alone, without a cache",
+    trace.check("logits of a tree read in one pass = of each path read alone, without a cache",
                 tree_gap(lab, [(*knobs.tokens, *path) for path in paths]) < 1e-12,
                 f"{len(paths)} nodes, max |Δ| < 1e-12")
     trace.check("sampling: enumerated, the tree's texts have the probabilities of plain sampling",
@@ -1982,18 +2037,18 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
     rows = [measure_way(lab, way, lab.prompts[:COMPARED_TEXTS], n, 2)
-            for way in ("Medusa, chain", "EAGLE", "a smaller Llama")]
+            for way in ("Medusa chain", "EAGLE", "a smaller Llama")]
     medusa, eagle, smaller = rows
     trace.say("EAGLE guesses the next hidden state from the last one and from the token just "
               "chosen, which Medusa's heads do not know. Chains of two guesses, "
-              f"{COMPARED_TEXTS} texts of {n} tokens after a prompt that has been read; all "
-              f"learned for {lab.draft_steps} steps.")
-    trace.ask("Which takes fewest passes: Medusa, chain; EAGLE; a smaller Llama?",
+              f"{COMPARED_TEXTS} texts of {n} tokens after a prompt that has been read. All "
+              f"three were trained for {lab.draft_steps} steps, and run once per guess.")
+    trace.ask("Which takes fewest passes: Medusa chain; EAGLE; a smaller Llama?",
               min(rows, key=lambda row: row.passes).way)
     show_ways(trace, rows, n, f"{fewer_passes(eagle, medusa)}; {fewer_passes(smaller, medusa)}. "
-              "c counts the output matrix that Medusa and EAGLE read for every guess. Here that "
-              "is most of what they read, and in a large model a small part, so the speed-ups here "
-              "do not carry over.")
+              "c includes the output matrix that Medusa and EAGLE read for every guess. Here this "
+              "matrix is most of what they read, and in a large model it is a small part, so the "
+              "speed-ups here do not carry over.")
     target = CachedModel(lab.target)
     target(knobs.tokens)
     chosen = likeliest(lab.target.forward(knobs.tokens)[-1], 12)
@@ -2024,23 +2079,24 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
     lab = knobs.lab
     n = min(knobs.max_new_tokens, 2 * COMPARED_TOKENS)  # its pool has to fill first
     lookahead = measure_way(lab, "lookahead", lab.prompts[:COMPARED_TEXTS // 2], n, 0)
-    trace.say("Without any draft: a window of guesses is renewed by each pass, and what the target "
-              "strings together there goes into a pool, from which it is guessed when its first "
-              f"token comes. Nothing is trained. {len(lookahead.per_text)} texts of {n} tokens "
-              "after a prompt that has been read:")
+    trace.say("Without any draft: each pass renews a window of guesses. Chains of three tokens "
+              "that the target puts together there go into a pool. When the text ends in the first "
+              "token of a chain, the other two are guessed. Nothing is trained. "
+              f"{len(lookahead.per_text)} texts of {n} tokens after a prompt that has been read:")
     trace.ask(f"For {n} tokens greedy takes {n} passes. And lookahead, on average?",
               lookahead.passes)
     show_ways(trace, [lookahead], n, f"lookahead saves {n - lookahead.passes:.1f} of {n} passes on "
-              f"average. It reads {lookahead.nodes:.0f} nodes for a token and rolls back "
-              f"{lookahead.rolled_back:.0%} of them: it lives on idle arithmetic.")
+              f"average. It reads {lookahead.nodes:.0f} nodes per token of the text and rolls back "
+              f"{lookahead.rolled_back:.0%} of them, so it needs idle arithmetic.")
     _, counts = lookahead_greedy(Circle(), [0, 3], 16, window=4)
     windows = [guesses for guesses, _ in counts.rounds[:2]]
     kept = [kept for _, kept in counts.rounds]
-    trace.check("by hand, tokens in a circle after 0 3, window 4: its columns in the first pass "
-                "are 0 0, 3 3, 0 0, 3 3, in the next 0 1, 3 4, 0 1, 3 4; once the pool has the "
-                "circle, passes keep two guesses",
-                windows == [[0, 0, 3, 3, 0, 0, 3, 3], [0, 1, 3, 4, 0, 1, 3, 4]]
-                and kept == [0, 0, 0, 2, 2, 2, 2, 1], " ".join(map(str, kept)) + " kept")
+    trace.check("by hand, a model that counts 0 to 5 in a circle, prompt 0 3, window 4: columns of "
+                "the first two passes",
+                windows == [[0, 0, 3, 3, 0, 0, 3, 3], [0, 1, 3, 4, 0, 1, 3, 4]],
+                "0 0, 3 3, 0 0, 3 3; then 0 1, 3 4, 0 1, 3 4")
+    trace.check("once the pool has the circle, a pass keeps two guesses, until 16 tokens are there",
+                kept == [0, 0, 0, 2, 2, 2, 2, 1], "kept: " + " ".join(map(str, kept)))
 
 
 # 11. Text with a shape
@@ -2081,7 +2137,7 @@ class Distortion(NamedTuple):
     rows: list[ShapeRow]
     ways: int     # to cut the texts into tokens
     fits: float   # probability of the shape under the model as it is
-    moved: float  # probability that is at another text than it should be
+    moved: float  # probability that is at the wrong texts
 
 
 def measure_distortion(lab: DecodingLab, prompt: list[int], grammar: Grammar) -> Distortion:
@@ -2114,19 +2170,20 @@ def show_constrained(trace: Trace, knobs: Namespace) -> None:
     trace.say("The mask is local: at each step it looks at the next token only, and does not see "
               "where that leads. How far does this stray from asking the model for text that fits? "
               f"A smaller shape, one animal and \"that\", has {len(found.rows)} texts and "
-              f"{found.ways} ways to cut them into tokens. All are enumerated. (The model alone "
-              f"writes this shape with {found.fits:.1e}.)")
+              f"{found.ways} ways to cut them into tokens (a word can be one token or several "
+              "shorter ones). All are enumerated. (Without the mask, the model writes one of these "
+              f"texts with probability {found.fits:.1e}.)")
     widest = max(found.rows, key=lambda row: abs(row.local - row.given))
     trace.ask(f"{widest.text!r} has probability {widest.local:.3f} under the local mask. Given "
               "that the text fits, is it higher or lower?",
               compare_words(widest.given, widest.local, "higher", "lower", "the same"))
     trace.table(found.rows, {"text": "", "local as local mask": ".3f bar 20 of 1",
                              "given as given that it fits": ".3f bar 20 of 1"})
-    trace.say(f"{found.moved:.0%} of the probability is at another text than it should be.")
-    trace.check("what was forced matches, says Python's re",
+    trace.say(f"With the mask, {found.moved:.0%} of the probability is at the wrong texts.")
+    trace.check("all forced texts match the shape, by Python's re",
                 all(re.fullmatch(STORY_RE, text) for text in texts)
                 and [row.text for row in found.rows] == ["cat that", "cow that", "rat that"],
-                f"{len(texts)} + {len(found.rows)} texts")
+                f"{len(texts)} texts of the first shape, {len(found.rows)} of the second")
     trace.check("the mask loses no text: the probabilities under it sum to 1",
                 abs(sum(row.local for row in found.rows) - 1) < 1e-12, "|Δ| < 1e-12")
 
@@ -2593,7 +2650,7 @@ def random_pair(seed: int) -> tuple[LogitsFn, LogitsFn]:
 
 
 def distinct_pairs(texts: Sequence[Sequence[int]]) -> float:
-    """Return the share of different pairs, of all pairs of neighbours in the texts."""
+    """Return how many pairs of neighbouring tokens are different, as a share of all such pairs."""
     pairs: list[tuple[int, int]] = []
     for text in texts:
         pairs += zip(text, text[1:])
@@ -2627,7 +2684,7 @@ def compare_words(a: float, b: float, more: str, less: str, same: str = "") -> s
 
 def letters(text: Sequence[int]) -> str:
     """Return a text of a toy language."""
-    return " ".join("abc"[token] for token in text)
+    return " ".join("ABC"[token] for token in text)
 
 
 def quoted(text: str) -> list[str]:

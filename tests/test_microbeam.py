@@ -368,11 +368,11 @@ def test_early_stopping_ends_with_the_first_that_end_and_saves_calls():
 def test_the_beam_that_loses_to_greedy():
     """The example in the source, worked out by hand: 0.4·0.34·0.98 against 0.35·0.49/3."""
     beams = [m.toy_beam(m.LOSING, 3, width, length_penalty=0.0) for width in (1, 2, 3)]
-    assert [text for text, _ in beams] == ["a a a", "b a a", "a a a"]
+    assert [text for text, _ in beams] == ["A A A", "B A A", "A A A"]
     greedy, beam = 0.4 * 0.34 * 0.98, 0.35 * 0.49 / 3
     assert [math.exp(score) for _, score in beams] == pytest.approx([greedy, beam, greedy])
     steps = m.beam_steps(m.LOSING, 2, 3)
-    assert [row["text"] for row in steps[:6]] == ["a", "b", "c", "b a", "b b", "a a"]
+    assert [row["text"] for row in steps[:6]] == ["A", "B", "C", "B A", "B B", "A A"]
     assert [row["place"] for row in steps] == ["#1", "#2", "dropped"] * 3
     assert [row["p"] for row in steps[:3]] == pytest.approx([0.4, 0.35, 0.25])
     assert [row["p"] for row in steps[3:6]] == pytest.approx([0.1715, 0.1715, 0.136])
@@ -390,6 +390,22 @@ def test_exact_search():
         assert m.exact_search(model, [1], 4, eos=0, max_passes=1) is None
     # The prompt's last token is no end.
     assert len(m.exact_search(toy(1, 3), [0], 3, eos=0, max_passes=1000)[0]) >= 1
+
+
+def test_a_prompt_on_which_exact_search_gives_up_is_left_out(monkeypatch, llama):
+    """The other prompts are still compared with their own exact search."""
+    lab = argparse.Namespace(target=llama, eos=0)
+    search = partial(m.exact_search, plain(llama), max_new_tokens=3, eos=0, max_passes=5000)
+    worse, better = sorted([[1], [2]], key=lambda prompt: search(prompt)[1])
+    monkeypatch.setattr(m, "exact_search", lambda target, prompt, n, eos, max_passes: (
+        None if prompt == [3] else search(prompt)))
+    exact, one = m.compare_with_exact(lab, [[3], better, worse], (1,), 3)
+    assert exact.log_p == pytest.approx((search(better)[1] + search(worse)[1]) / 2)
+    assert exact.not_best == 0
+    beams = [m.beam_search(plain(llama), prompt, 3, width=1, length_penalty=0.0, eos=0)[0][1]
+             for prompt in (better, worse)]
+    bests = [search(better)[1], search(worse)[1]]
+    assert one.not_best == sum(beam < best - 1e-9 for beam, best in zip(beams, bests))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -1279,7 +1295,7 @@ def find_wider_beams_find_likelier_and_shorter_texts(lab):
 def find_diverse_beams_are_diverse(lab):
     prompts = [lab.tokenizer.encode(m.PROMPT), *lab.prompts[3:5]]
     best_four, diverse = m.compare_diversity(lab, prompts, 8)
-    assert diverse["different pairs"] > best_four["different pairs"]
+    assert diverse["distinct bigrams / all bigrams"] > best_four["distinct bigrams / all bigrams"]
     assert diverse["log p"] < best_four["log p"]
 
 
@@ -1294,10 +1310,10 @@ def find_drafting_pays_where_the_draft_is_cheap(lab):
 def find_a_tree_takes_fewer_passes_than_a_chain_and_reads_more_nodes(lab):
     chain, tree, eagle = (
         m.measure_way(lab, way, lab.prompts[:m.COMPARED_TEXTS], m.COMPARED_TOKENS, 2)
-        for way in ("Medusa, chain", "Medusa, tree", "EAGLE"))
+        for way in ("Medusa chain", "Medusa tree", "EAGLE"))
     assert chain.right == tree.right == eagle.right == m.COMPARED_TEXTS
     assert chain.passes < 0.85 * m.COMPARED_TOKENS
-    assert m.fewer_passes(tree, chain).endswith("fewer than Medusa, chain")  # by two errors
+    assert "passes fewer than Medusa chain, more than two" in m.fewer_passes(tree, chain)
     assert tree.nodes > 2 * chain.nodes
     assert eagle.passes <= chain.passes
 
