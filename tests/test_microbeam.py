@@ -834,6 +834,14 @@ def test_verify_tree_keeps_the_longest_path_that_is_the_targets_own(llama):
         assert {tuple(text + path) for path in candidates} <= rows.keys()
 
 
+def test_a_toy_target_reads_trees():
+    model = toy(0, 3)
+    rows = m.ToyTarget(model).read([(0, 1, 2), (0, 2)])
+    assert rows == {text: model(text) for text in ((0,), (0, 1), (0, 1, 2), (0, 2))}
+    for seed in range(5):
+        assert m.sampled_tree_gap(m.random_pair(seed)[0]) < 1e-12
+
+
 def random_heads(llama, n, seed):
     rng = random.Random(seed)
     dim = llama.config.dim
