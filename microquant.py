@@ -58,7 +58,8 @@ The papers
 # rank            a matrix of rank r is a product of one with r columns and one with r rows
 # block, group    numbers that share a scale
 #
-# linear(x, w) is y = W x for every row of x. Llama.forward(tokens) returns logits; it applies every
+# linear(x, w) is y = W x for every row of x: the product of the matrices x and wᵀ. dot and add do
+# what they say; ceil_div rounds up. Llama.forward(tokens) returns logits; it applies every
 # matrix by its method linear(name, x), which a subclass may replace. build_lab(seed) trains the
 # model under test and draws its texts. They stand under THE MODEL AND THE BENCH, with the small
 # helpers: flatten, in_rows, transpose, scale_columns, pick_columns, relative_distance; fp32 and
@@ -201,7 +202,10 @@ def quantize(
 def on_grids(
     w: Matrix, bits: int, granularity: str | int, symmetric: bool, make: Callable
 ) -> Quantized:
-    """Return w rounded to the grids (scale, zero_point) that make(values) lays for each group."""
+    """Return w rounded to the grids (scale, zero_point) that make(values) lays for each group.
+
+    quantize() and hqq() differ in make alone.
+    """
     group = group_columns(w, bits, granularity)
     whole = make(flatten(w)) if granularity == "tensor" else None
     codes, scales, zero_points = [], [], []
@@ -220,7 +224,8 @@ def make_grid(values: Sequence[float], bits: int, symmetric: bool) -> tuple[floa
     """Return (scale, zero_point) of the finest grid that clips no value; zeros get the scale 1."""
     low, high = code_range(bits)
     if symmetric:
-        return fp16_up(max(map(abs, values)) / high) or 1.0, 0
+        scale = fp16_up(max(map(abs, values)) / high) or 1.0
+        return scale, 0
     least = min(0.0, *values)
     most = max(0.0, *values)
     scale = fp16_up((most - least) / (high - low)) or 1.0
@@ -259,7 +264,7 @@ class FloatFormat:
             return math.copysign(self.overflow, x)
         # Between 2^e and 2^(e+1) the steps are 2^(e - mantissa bits). Below the smallest normal
         # number they shrink no further: such numbers are called subnormal.
-        smallest = 2 - 2 ** (self.exponent_bits - 1)  # the exponent of that number; FP16: -14
+        smallest = 2 - 2 ** (self.exponent_bits - 1)  # of the normal numbers; -14 in FP16
         exponent = max(math.frexp(x)[1] - 1, smallest)
         step = 2.0 ** (exponent - self.mantissa_bits)
         y = round(x / step) * step
@@ -327,7 +332,8 @@ def grid_bytes(
 def pack_bits(codes: Sequence[int], bits: int) -> bytes:
     """Return codes of `bits` bits, one after the other from the lowest bit of the first byte up.
 
-    A negative code is stored as two's complement: in 4 bits, -1 is 1111. Zeros fill the last byte.
+    Codes 1 and 2 of 4 bits are the byte 0x21. A negative code is stored as two's complement: in 4
+    bits, -1 is 1111. Zeros fill the last byte.
     """
     # One long binary number, whose last digits are the first code.
     digits = [f"{code % 2**bits:0{bits}b}" for code in reversed(codes)]
@@ -532,8 +538,8 @@ def ggml_name(name: str) -> str:
 #
 # In production: bitsandbytes (functional.py: quantize_4bit, get_4bit_type). It uses an 8-bit
 # float of its own for the absmaxes; E4M3 does the same job here. NF4 needs no data and is the
-# usual format under adapters (section 8). For speed without adapters, formats with even grids are
-# preferred.
+# usual format under adapters (section 8). Formats with even grids are faster to decode, as they
+# need no look-up for each weight.
 # Measured by show_nf4().
 
 
@@ -596,7 +602,7 @@ def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, by
 # 5. Activations too
 #
 # With weights alone in INT8, every product is still made in floating point. If the activations are
-# in INT8 as well (W8A8), integer units do the work, which are twice as fast:
+# in INT8 as well (W8A8), integer units do the work, twice as fast as those for FP16:
 #
 #     y = (codes of x) · (codes of w) · scale_x · scale_w          the sum in between is exact
 #
@@ -622,12 +628,14 @@ def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, by
 # same. Some of the difficulty moves into the weights, which had less of it:
 #
 #     s_j = max|x_j|^α / max|w_j|^(1-α)
-#     y   = (W · s) (x / s)                       x / s: the gain of the norm before is divided by s
+#     y   = (W · s) (x / s)
 #
-# s is a factor, not the step of a grid. At α = 1 all channels of x are made equally large, and the
-# weights have all of the difficulty. At α = 0 all columns of W are made equally large, which also
-# changes x. In between both share it. An example: max|x| = 16 and max|w| = 1. With α = 1/2, s is 4:
-# x then reaches to 4, and w too.
+# s is a factor, not the step of a grid. Dividing x costs nothing: the gain of the norm that makes x
+# is divided by s once. At α = 1 all channels of x are made equally large, and the weights have all
+# of the difficulty. At α = 0 all columns of W are made equally large. That helps, too, since
+# columns that meet large channels usually have small weights: s is large there. In between both
+# share the difficulty. An example: max|x| = 16 and max|w| = 1. With α = 1/2, s is 4: x then reaches
+# to 4, and w too.
 #
 # FP8 has steps that grow with the numbers, so that outliers cost small activations nothing. But it
 # has 3 bits of mantissa where INT8 has 7 bits: whatever is not small is rounded more coarsely. It
@@ -680,7 +688,7 @@ def llm_int8_matmul(x: Matrix, w: Matrix, *, threshold: float = 6.0) -> Matrix:
 def smoothquant_scales(x_absmax: Vector, w_absmax: Vector, alpha: float = 0.5) -> Vector:
     """Return s_j = max|x_j|^α / max|w_j|^(1-α) of each input channel; 1 where either is 0.
 
-    ValueError if alpha is not from 0 to 1, or the lengths differ. Xiao et al. 2023, equation 4.
+    ValueError if alpha is not from 0 to 1, or the lengths differ. Xiao et al. 2022, equation 4.
     """
     if not 0 <= alpha <= 1 or len(x_absmax) != len(w_absmax):
         raise ValueError(f"alpha must be from 0 to 1, and x_absmax as long as w_absmax; got "
@@ -737,8 +745,8 @@ def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
 #
 # GPTQ rounded the first 0.4 to 0, so it raised the second to about 0.8, which is nearest to 1.
 #
-# Which inputs move together is measured on calibration text. (We take 128 tokens of it, GPTQ's
-# authors took 128 texts of 2,048.) X has a row per input channel and a column per token:
+# Which inputs move together is measured on calibration text. (We take about 128 tokens of it,
+# GPTQ's authors took 128 texts of 2,048.) X has a row per input channel and a column per token:
 #
 #     H = 2 X Xᵀ                     [in][in]; H[j][k] is large where inputs j and k move together
 #
@@ -746,18 +754,18 @@ def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
 # Hessian.)
 #
 # If they are uncorrelated, H is diagonal and nothing can be repaired: GPTQ is rounding to nearest.
-# If they are uncorrelated, H is diagonal and nothing can be repaired: GPTQ is rounding to nearest.
 # To find the best repairs for an error in column j, restrict H to the columns from j on, and invert
-# it. Its first row says how far each column moves (a result of Hassibi et al. 1993, Optimal Brain
-# Surgeon). Inverting anew for every j would take too long. The GPTQ paper found that one
-# factorization holds the answers for every j in its rows:
+# it. The first row of the inverse, divided by its first number, says how far each column moves (a
+# result of Hassibi et al. 1993, Optimal Brain Surgeon). Inverting anew for every j would take too
+# long. The GPTQ paper found that one factorization holds the answers for every j in its rows:
 #
 #     Uᵀ U = H⁻¹                     U upper triangular
 #     error_j = w_j - quant(w_j)
 #     w_k -= error_j · U[j][k] / U[j][j]          for every k > j
 #
 # quant(w) is the nearest grid point. U[j][k] / U[j][j] says how far column k moves for each unit of
-# error in column j. The example's H, for its first two inputs, and what comes of it:
+# error in column j. In the example, suppose that calibration gave this H for the first two inputs
+# (the third moves by itself):
 #
 #     H =  4     3.99        H⁻¹ =   50.1  -49.9        U =  7.08  -7.06
 #          3.99  4                  -49.9   50.1             0      0.5
@@ -795,7 +803,7 @@ def gptq(
     act_order: bool = False,
     damp: float = 0.01,
 ) -> Quantized:
-    """Return w [out][in] on symmetric grids like quantize()'s, with codes by Frantar et al. 2023.
+    """Return w [out][in] on symmetric grids like quantize()'s, with codes by Frantar et al. 2022.
 
     A group's grid is laid when its first column comes up, on the weights as they then are. With
     act_order the columns of a group come at different times, so grids are laid on w as given.
@@ -839,7 +847,7 @@ def round_and_repair(
             scales.append(make_grid(rest[:group], bits, symmetric=True)[0])
         scale = scales[j // group]
         [codes[j]] = to_codes(rest[:1], scale, 0, bits)
-        error = (rest[0] - codes[j] * scale) / u[i][i]
+        error = (rest[0] - codes[j] * scale) / u[i][i]  # error_j / U[j][j]
         rest = [value - error * factor for value, factor in zip(rest[1:], u[i][i + 1:])]
     return codes
 
@@ -889,10 +897,10 @@ def check_hessian(hessian: Matrix, n: int, damp: float) -> None:
 # (The trace tries 0, 0.1, …, 0.9, to save time.)
 #
 # The division by √(max · min) puts the largest and the smallest s equally far above and below 1, so
-# that the matrix as a whole neither grows nor shrinks. With α = 0, s is 1: rounding to nearest.
-# With a large α, the columns of small inputs have a small s and are rounded coarsely, and the
-# columns of large inputs become the largest of their groups, whose steps grow with them. The best α
-# lies in between.
+# that the matrix as a whole neither grows nor shrinks. α is an exponent as in SmoothQuant, but with
+# another meaning: with α = 0, s is 1, which is rounding to nearest. With a large α, the columns of
+# small inputs have a small s and are rounded coarsely. And the columns of large inputs become the
+# largest of their groups, so that the steps of these groups grow. The best α lies in between.
 #
 # An example in INT4: a group's largest weight is 1.05, so its scale is 0.15, and weights are off by
 # 0.0375 on average, a quarter of it. A salient weight of 0.22 becomes 0.44 with s = 2. The scale is
@@ -901,8 +909,9 @@ def check_hessian(hessian: Matrix, n: int, damp: float) -> None:
 #
 # As in SmoothQuant, x / s is folded into what makes x: a norm's gain, or the rows of w3, which make
 # the channels that w2 reads. Matrices that read the same x share s. wo reads what the rows of wv
-# make. Where query heads share a KV head, a row of wv makes several of its channels, and cannot be
-# divided by the s of each. So wo is rounded to nearest, as in the authors' code.
+# make. Where several query heads share a key-value head (grouped queries), a row of wv makes
+# several of wo's channels, and cannot be divided by the s of each. So wo is rounded to nearest, as
+# in the authors' code.
 #
 # In production: llm-compressor's AWQModifier (the successor of AutoAWQ), run by vLLM's AWQ-Marlin
 # kernels. It compares the output of the whole attention or feed-forward block, where we compare
@@ -917,7 +926,7 @@ def awq_search(
     """Return (scales [in], α, Q(w · scales)) of the least output error on inputs x [n][in].
 
     w [out][in]. α is tried at 0, 1/grid, …, (grid - 1)/grid; of equal ones the first is taken.
-    ValueError if grid is below 1, or the rows of x are not as long as w's. Lin et al. 2024, eq. 5.
+    ValueError if grid is below 1, or the rows of x are not as long as w's. Lin et al. 2023, eq. 5.
     """
     if grid < 1 or not x or len(x[0]) != len(w[0]):
         raise ValueError(f"grid must be at least 1, and x have rows of {len(w[0])}; got {grid} and "
@@ -1653,8 +1662,8 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
 
     verse = lab.tokenizer.decode(split_verses(lab.training)[0]).strip()
     trace.say(f"The model under test is a Llama of {n_numbers(lab.config):,} weights. It learned "
-              f"verses made of the rhyme's clauses in another order: \"{verse}\" It is measured "
-              f"on {EVALUATION_VERSES} verses that nothing was trained or calibrated on. "
+              f"verses made of the clauses of a nursery rhyme in another order: \"{verse}\" It is "
+              f"measured on {EVALUATION_VERSES} verses that nothing was trained or calibrated on. "
               "The loss on them, in nats a token; the least possible is that of someone who knows "
               "how likely each clause is to follow another.")
     trace.table(losses, {"who as of": "", "loss": ".3f", "perplexity": ".2f"})
@@ -1775,11 +1784,12 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
     trace.ask(f"INT{bits} with a scale in FP16 for every {g} weights: how many bits a weight?",
               planted[2].bits)
     trace.say("The model, rounded to nearest; the embedding and the norms stay in FP16. Bits: of a "
-              "weight, with its share of the scales (a row has 64 weights, in w2 32). KL: how "
-              "far its predictions moved from those of the model in FP32, with the standard "
-              "error (±) over the verses. (A perplexity can also fall by luck.) Two KLs are "
-              f"compared verse by verse. Where their difference is less than {T_95} of its "
-              "standard errors, other verses might turn it round, and it is called a tie.")
+              "weight, with its share of the scales (a row has 64 weights, in w2 32). KL: how far "
+              "its predictions moved from those of the model in FP32, with the standard error (±) "
+              "over the verses. (Not perplexity: a damaged model can have a better one by luck.)")
+    trace.say("A verse that is hard for one model is hard for all. So two KLs are compared verse "
+              f"by verse. Where the mean of the differences is less than {T_95} of its standard "
+              "errors (which five verses exceed by chance in 5% of all cases), it is called a tie.")
     int8, q4_0 = score(lab, "INT per channel", Setting(bits=8)), score(lab, "Q4_0")
     trace.table([int8, tensor, channel, group, q4_0], SCORES)
     trace.say(f"A scale per channel {compare(channel, tensor)} one per tensor. A scale per group "
@@ -1837,8 +1847,9 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
     file = gguf_file(config, weights, word_tokenizer())
 
     trace.ask("a Q4_0 block is an FP16 scale and 32 codes of 4 bits. How many bytes?", len(block))
-    trace.say("One Q4_0 block of 32 weights, byte for byte: d in FP16 with its low byte first, "
-              "then 16 bytes of two codes each.")
+    trace.say("llama.cpp cuts each row of a matrix into blocks of 32 weights that share a scale, "
+              "d. One Q4_0 block, byte for byte: d in FP16 with its low byte first, then 16 bytes "
+              "of two codes each.")
     trace.lines(["  " + block[:2].hex(" ") + " │ " + block[2:].hex(" ")])
     trace.table(take_apart(row, block, sorted({0, 1, 16, 17, extreme})),
                 {"weight": "d", "value": "+.4f", "byte": "", "half": "", "code": "d",
@@ -1991,17 +2002,24 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     after = [size * new / old
              for size, new, old in zip(before, weights[gain], lab.model.weights[gain])]
 
-    trace.say(f"The largest activation of each channel that {name} reads, from left to right: as "
-              f"it is, and after SmoothQuant with α = {knobs.alpha:g}.")
+    trace.say("If activations are in 8 bits, too, integer units can make the products. But a few "
+              "channels are much larger than the others, and a scale that reaches to them leaves "
+              "few codes for the rest. (In large models, this can ruin the output. This one is "
+              "too small for that, and shows how the methods compare.)")
+    trace.say(f"The largest activation of each channel that {name} reads, from left to right. "
+              f"First as it is, then after SmoothQuant with α = {knobs.alpha:g}, which divides "
+              "large channels and multiplies the weights that meet them. Before each: the "
+              "largest.")
     for sizes in (before, after):
         first, *others = columns_picture(sizes, 4)
         trace.lines([f"{max(sizes):7.1f} {first}", *(" " * 8 + line for line in others)])
-    trace.note("The number is the largest, which is four lines high in each of the two pictures.")
     trace.ask(f"how many of these {channels[0].channels} channels will LLM.int8() keep in floating "
               f"point?", channels[0].kept)
-    trace.say("LLM.int8() multiplies channels that reach 6.0 in floating point. That threshold is "
-              "made for large models, whose other activations are small; w2's inputs here are not.")
-    trace.table(channels, {"matrix": "", "channels": "d", "kept": "d", "largest": ".1f",
+    trace.say("LLM.int8() multiplies in floating point the channels that reach 6.0, and keeps "
+              "their weights in FP16. That threshold is made for large models, whose other "
+              "activations are small; w2's inputs here are not. Median: of the channels' largest "
+              "activations.")
+    trace.table(channels, {"matrix": "", "channels": "d", "kept as in FP16": "d", "largest": ".1f",
                            "typical as median": ".1f"})
     trace.say("The model with weights and activations in 8 bits, a scale per row of W. Static: one "
               "scale for all tokens. Dynamic, as also after SmoothQuant: one for each token.")
@@ -2176,11 +2194,11 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
     trace.ask("one input channel of each matrix is kept in FP16. Which is best: one by chance, the "
               "one of the largest weights, or of the largest inputs?",
               min(kept, key=lambda row: row.kl).method.split()[-1])
-    trace.say(f"INT{bits} in groups of {g}. In the next three rows, one column of each matrix is "
-              "stored in FP16 as well: one by chance, the one of the largest weights, or the one "
-              "that meets the largest inputs. AWQ stores no column twice. It multiplies the "
-              "columns that meet large inputs before rounding, and divides these inputs by as "
-              "much.")
+    trace.say("A weight matters as much as the inputs that it meets. The first row is INT"
+              f"{bits} in groups of {g}. In the next three, one column of each matrix is stored in "
+              "FP16 as well: one by chance, the one of the largest weights, or the one that meets "
+              "the largest inputs. AWQ stores no column twice. It multiplies the columns that meet "
+              "large inputs before rounding, and divides these inputs by as much.")
     trace.table([nearest_score, *kept, awq], SCORES)
     trace.say(f"A column chosen by its inputs {compare(by_inputs, by_weights)} one by its weights, "
               f"and {compare(by_inputs, chance)} one by chance (one draw). AWQ "
@@ -2189,7 +2207,8 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
               f"calibration text. α = 0 is rounding to nearest.")
     trace.table(tried, {"exponent as α": ".1f", "error": ".2%bar 40"})
     trace.note("The search tries 0, 0.1, …, 0.9. It finds " + ", ".join(
-        f"{alpha:.1f} for {name}" for name, (_, alpha, _) in found.items()) + ".")
+        f"{alpha:.1f} for {name}" for name, (_, alpha, _) in found.items())
+        + ", whose rows make the inputs of w2.")
 
     check_awq(trace, lab, source, tried, knobs.setting)
 
@@ -2320,10 +2339,12 @@ def show_qlora(trace: Trace, knobs: Namespace) -> None:
     trace.ask(f"wq has {len(wq)} rows and {len(wq[0])} columns. How many numbers does an adapter "
               f"of rank {RANK} beside it have?", RANK * (len(wq) + len(wq[0])))
     verse = lab.tokenizer.decode(split_verses(lab.dialect_training)[0]).strip()
+    trace.say("LoRA leaves the model as it is and trains a correction of low rank beside each "
+              "matrix. QLoRA does so on a model in NF4.")
     trace.say(f"The task is a dialect: \"{verse}\" Each way trains for {steps} steps of {length} "
               "tokens on the same verses, at its own best learning rate, and is measured on "
-              "others. Weights and optimizer: bytes while training (what is trained is in FP32, "
-              "what is frozen in FP16 or NF4). Loss: in nats a token.")
+              "others. Trained: numbers. Weights and optimizer: bytes while training (what is "
+              "trained is in FP32, what is frozen in FP16 or NF4). Loss: in nats a token.")
     trace.table(rows, {"way": "", "trained": ",d", "weights": ",d", "optimizer": ",d",
                        "loss": ".3f", "error as ±": ".3f"})
     share = (qlora.weights + qlora.optimizer) / (full.weights + full.optimizer)
@@ -2397,10 +2418,11 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
 
     trace.ask("which method under 5 bits a weight has the least KL? ("
               + "; ".join(row.method for row in small) + ")", best.method)
-    trace.say("The methods that need no training, on one model and one text; the worst come first. "
-              "Bits: of a weight of the matrices, scales included. Bytes: of the whole file, in "
-              "which the embedding, large in so small a model, stays in FP16. NF4 has double "
-              "quantization. Needs: text to calibrate on, gradients on it.")
+    trace.say("The methods that need no training, on one model and one text; the worst come "
+              "first. Bits: of a weight of the matrices, scales included. Bytes: of the whole "
+              "file, in which the embedding, large in so small a model, stays in FP16. NF4 has "
+              "double quantization, whose mean weighs more in matrices as small as these. Needs: "
+              "text to calibrate on, gradients on it.")
     columns = {"method": "", "section": "d", "bits": ".2f", "nbytes as bytes": ",d",
                "kl as KL": ".5f", "error as ±": ".5f", "needs": ""}
     trace.table(rows, columns)
@@ -3802,13 +3824,12 @@ class Score(NamedTuple):
     method: str
     bits: float        # a weight of the quantized matrices
     nbytes: int        # of the whole file
-    perplexity: float
     kl: float          # from the uncompressed model, nats a token
     error: float       # standard error of kl, over the verses
     verses: tuple[tuple[float, int], ...]  # of each verse: its KLs summed, and its tokens
 
 
-SCORES = {"method": "", "bits": ".2f", "perplexity": ".3f", "kl as KL": ".5f", "error as ±": ".5f"}
+SCORES = {"method": "", "bits": ".2f", "kl as KL": ".5f", "error as ±": ".5f"}
 
 
 @cache
@@ -3816,19 +3837,15 @@ def score(lab: Lab, method: str, setting: Setting = DEFAULTS) -> Score:
     """Return the score of the model by a method on the evaluation text, measured once."""
     model, nbytes = compress(lab, method, setting)
     verses = []
-    loss = 0.0
     for verse, expected in zip(split_verses(lab.evaluation), lab.reference):
         got = [log_softmax(row) for row in model.forward(verse[:-1])]
         verses.append((sum(map(kl_divergence, expected, got)), len(got)))
-        loss -= sum(row[target] for row, target in zip(got, verse[1:]))
-    tokens = sum(count for _, count in verses)
     kl, error = mean_and_error(verses)
     label = method.replace("INT ", f"INT{setting.bits} ")
     if method == "SmoothQuant":
         label += f" α {setting.alpha:g}"
     rest = 2 * (n_numbers(lab.config) - lab.n_weights)  # in FP16
-    return Score(label, 8 * nbytes / lab.n_weights, rest + nbytes, math.exp(loss / tokens), kl,
-                 error, tuple(verses))
+    return Score(label, 8 * nbytes / lab.n_weights, rest + nbytes, kl, error, tuple(verses))
 
 
 def losses_on(model: Llama, ids: Sequence[int]) -> list[tuple[float, int]]:
