@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """The KV cache: why generation waits for memory, and how serving engines live with it.
 
-A language model writes one token at a time, and every token looks back at all tokens before it.
-Keeping their keys and values, the KV cache, saves nearly all of the work. Then the cache itself
-becomes the problem: it grows with every token, it is read for every token, and its size decides
-how many people one card can serve.
+A language model generates one token at a time, and every token looks back at all before it.
+Keeping the keys and values of all tokens, the KV cache, saves nearly all of the work. Then the
+cache itself becomes the problem: it grows with every token, it is read for every token, and its
+size decides how many people one card can serve.
 
 Run it (`python microkv.py`): it trains a tiny Llama in seconds and does with it what vLLM does with
 a large one. It pages the cache, shares blocks, batches continuously, cuts up long prompts, and
@@ -17,7 +17,8 @@ model.
 
 How to read it
   1. Read the words below (2 minutes), run `python microkv.py` and read what it prints
-     (15 minutes).
+     (15 minutes). A line that begins with "ok" is a claim that was checked, and its brackets
+     say on what.
   2. Read THE TECHNIQUES, in order: sections 1 to 7 are the core of the chapter (45 minutes).
      Sections 8 to 12 can wait (15 minutes).
   3. THE EXPERIMENTS show how each number of the trace was made. THE MODEL AND THE BENCH has the
@@ -44,18 +45,19 @@ The papers
 
 # The words. What is not explained here is explained in the section that uses it.
 #
-#   token        a word, or a piece of one (here a word); a model reads and writes their numbers
+#   token        a word, or a piece of one (here a word); a model works with their numbers
 #   logits       the model's score for every token that could come next
-#   greedy       always writing the token with the largest logit (argmax)
-#   key, value   two vectors that attention keeps of each token, in every layer: a later token
-#                compares its query with the key, and gathers the value if the two are alike
+#   greedy       the next token is always the one with the largest logit (argmax)
+#   key, value   two vectors that attention keeps for each token, in every layer: a later token
+#                compares its query with the key, and gathers the value if query and key are alike
+#   write        storing a token's keys and values in the cache
 #   KV head      one set of keys and values; several query heads may share it (GQA)
 #   prefill      running the prompt through the model, all of its tokens at once
 #   decode       the steps after that; each runs one token and yields the next
 #   step         one pass through the model, for one request or for several (a batch)
 #   FLOP         an addition or a multiplication
 #   card         a GPU; HBM is its memory, where weights and caches lie, and the host is the
-#                computer that it is plugged into
+#                computer that the card is plugged into
 #   first token  the time from a request's arrival to its first new token (TTFT)
 #   gap          the time from one new token of a request to the next (ITL, or TPOT)
 #
@@ -116,10 +118,10 @@ TRAINING = dict(steps=54, length=26)  # length: tokens a step
 # cache it computes them all again at every step. But the key and value of a token depend on nothing
 # that comes later, so they never change. Keep them, and a step runs only the newest token.
 #
-# A prompt of p tokens and n new ones put through the model
+# For a prompt of p tokens and n new tokens, the model runs
 #
 #     without a cache:   p + (p + 1) + … + (p + n - 1)   tokens
-#     with one:          p + 1 + 1 + … + 1  =  p + n - 1  tokens
+#     with a cache:      p + 1 + 1 + … + 1  =  p + n - 1  tokens
 #
 # For p = 3 and n = 4 these are 3 + 4 + 5 + 6 = 18 and 3 + 1 + 1 + 1 = 6. The results are the same.
 #
@@ -156,7 +158,7 @@ def generate(model: Llama, prompt: Sequence[int], max_new_tokens: int, cache=Non
     """Return max_new_tokens new tokens, each the likeliest next one (greedy).
 
     With a cache, the first step runs what the cache lacks of the prompt (prefill), and each later
-    one a single token (decode).
+    step runs a single token (decode).
     """
     check_prompt(prompt, max_new_tokens, cache)
     tokens = list(prompt)
@@ -168,7 +170,7 @@ def generate(model: Llama, prompt: Sequence[int], max_new_tokens: int, cache=Non
 
 
 def argmax(logits: Vector) -> int:
-    """Return the first index of the largest."""
+    """Return the index of the largest logit, the first of equals."""
     return logits.index(max(logits))
 
 
@@ -185,21 +187,25 @@ def check_prompt(prompt: Sequence[int], max_new_tokens: int, cache=None) -> None
 # 2. Prefill and decode are different machines
 #
 # A step reads from the card's memory every weight that it uses, and the cached keys and values of
-# its requests. It does so once, whether it runs one token or a thousand. So a step has two times:
+# its requests, each of them once, whether it runs one token or a thousand. A step has two times:
 #
 #     arithmetic = 2 · weights · tokens / FLOPs per second         a multiplication and an addition
 #     reading    = (bytes of weights + bytes of caches) / bytes per second
 #
 # Both go on at once, so the step takes the longer of the two. The ridge of a card is the number of
-# FLOPs that it can do in the time in which it reads one byte (Williams et al. 2009):
+# FLOPs that the card can do in the time in which it reads one byte (Williams et al. 2009):
 #
 #     ridge = FLOPs per second / bytes per second                  A100: 312e12 / 2039e9 = 153
 #
 # A weight of 2 bytes needs 2 FLOPs for each token. So a step of 1 token makes 1 FLOP per byte, and
-# a step of 153 tokens makes 153. Below the ridge the step waits for memory, and more tokens in it
-# cost no time. That is the difference: a prefill of a few hundred tokens is bound by arithmetic,
-# and a decode step, one token per request, is bound by memory. So requests should share decode
-# steps, as they then share one reading of the weights. They do not share their caches:
+# a step of 153 tokens makes 153. Below the ridge a step waits for memory, and more tokens in the
+# step cost no time. How many tokens are free depends on the bytes per weight:
+#
+#     free tokens = ridge · bytes per weight / 2               16 bits: 153, 4 bits: 38
+#
+# That is the difference: a prefill of a few hundred tokens is bound by arithmetic, and a decode
+# step, one token per request, is bound by memory. So requests should share decode steps, as they
+# then share one reading of the weights. They do not share their caches:
 #
 #     bytes per token = 2 · n_layers · n_kv_heads · head_dim · bytes per value      (key and value)
 #
@@ -216,12 +222,9 @@ def check_prompt(prompt: Sequence[int], max_new_tokens: int, cache=None) -> None
 # and never, if a request adds more reading than arithmetic. Long before that, memory may be full of
 # caches. The next sections are about that memory.
 #
-# In tokens, the ridge is ridge · bytes per weight / 2: 153 tokens at 16 bits, and 38 at 4 bits.
-#
-# One rule for what a step reads: every weight that its operations compute with. That is all of them
-# but the embedding table, of which a step only looks up a few rows; the table counts where memory
-# is filled. The cost model leaves out activations, attention's own arithmetic, and the fixed
-# overhead of every step.
+# A step reads every weight that its operations compute with: all but the embedding table, where a
+# step only looks up a few rows. In memory the table takes its place all the same. The cost model
+# leaves out activations, attention's own arithmetic, and the fixed overhead of every step.
 #
 # In production: vLLM measures at its start what weights and activations take, and makes the rest of
 # its share of the card (gpu_memory_utilization, 0.92) into cache blocks: determine_available_memory
@@ -231,7 +234,7 @@ def check_prompt(prompt: Sequence[int], max_new_tokens: int, cache=None) -> None
 
 
 class Gpu(NamedTuple):
-    """A card by its data sheet; flops are those of dense 16-bit matrix products."""
+    """A card by its data sheet. flops: in dense matrix products of 16 bits."""
 
     name: str
     flops: float            # per second
@@ -240,7 +243,7 @@ class Gpu(NamedTuple):
 
     @property
     def ridge(self) -> float:
-        """FLOPs that the card can do in the time in which it reads a byte."""
+        """FLOPs per byte: what the card can do in the time in which it reads a byte."""
         return self.flops / self.hbm_bytes_per_s
 
 
@@ -288,9 +291,9 @@ class StepTime(NamedTuple):
 def step_seconds(
     gpu: Gpu, model: ServedModel, new_tokens: float, cached_tokens: float, weight_bytes: float = 2
 ) -> StepTime:
-    """Return the times of a step that runs new_tokens while reading cached_tokens, by all requests.
+    """Return the times of a step that runs new_tokens and reads cached_tokens, of all its requests.
 
-    weight_bytes: the bytes of one weight, 0.5 for 4 bits.
+    weight_bytes: bytes per weight, 0.5 for 4 bits.
     """
     flops = 2 * model.used_weights * new_tokens
     bytes_read = model.used_weights * weight_bytes + cached_tokens * model.kv_bytes
@@ -298,9 +301,9 @@ def step_seconds(
 
 
 def batch_at_ridge(gpu: Gpu, model: ServedModel, cached_tokens: float) -> int | None:
-    """Return the smallest decode batch that arithmetic takes longest for; None if no batch is.
+    """Return the smallest decode batch for which arithmetic takes longer than reading, or None.
 
-    cached_tokens: of each request.
+    cached_tokens: per request.
     """
     weights = step_seconds(gpu, model, 0, 0).reading
     one_request = step_seconds(gpu, model, 1, cached_tokens)
@@ -325,12 +328,13 @@ def requests_that_fit(
 # in one piece, most of that memory stays empty. PagedAttention (Kwon et al. 2023) does what
 # operating systems do. The memory is a pool of blocks, each with slots for block_size tokens. A
 # request takes blocks one at a time, as its text grows, from anywhere in the pool. Its block table
-# lists them in the order of the text, and tells where a token is:
+# lists its blocks in the order of the text, and tells where a token is:
 #
 #     slot = block_table[position // block_size] · block_size + position % block_size
 #
-# Blocks of 4, and a request with the block table 7 2 5. Its token 6 is in the second block of the
-# text (6 // 4 = 1), which is block 2 of the pool, at offset 6 % 4 = 2: slot 2 · 4 + 2 = 10.
+# An example: blocks of 4, and a request with the block table 7 2 5. Its token 6 is in the second
+# block of the text (6 // 4 = 1), that is block 2 of the pool, at offset 6 % 4 = 2. So its slot is
+# 2 · 4 + 2 = 10.
 #
 #     pool     … | block 2: tokens 4 5 6 7 | … | block 5: 8 9 _ _ | … | block 7: 0 1 2 3 | …
 #
@@ -345,9 +349,8 @@ def requests_that_fit(
 class BlockPool:
     """num_blocks blocks of block_size slots; a slot holds one token's keys and values, all layers.
 
-    A block is free when no block table lists it (its ref_count is 0). Free blocks keep their
-    content until they are handed out again, the longest unused first: section 5 finds it by its
-    hash.
+    A block is free when no block table lists it (its ref_count is 0). Blocks that were freed first
+    are handed out first. Until then they keep their content, which section 5 finds by its hash.
     """
 
     def __init__(self, num_blocks: int, block_size: int):
@@ -383,12 +386,12 @@ class BlockPool:
         return block
 
     def share(self, block: int) -> None:
-        """Add a reference to a block, which may be a free one whose content is wanted again."""
+        """Add a reference to a block. If it was free, its content is wanted again."""
         self.free_blocks.pop(block, None)
         self.ref_count[block] += 1
 
     def free(self, block: int) -> None:
-        """Take a reference off a block. Without any it is free, and the last to be handed out.
+        """Take a reference off a block. A block without any is free, and handed out last.
 
         ValueError if it was free already.
         """
@@ -405,9 +408,9 @@ class PagedKVCache:
     def __init__(self, pool: BlockPool, config: Config):
         self.pool = pool
         self.config = config
-        self.length = 0                   # tokens in it
-        self.block_table: list[int] = []  # the blocks that it has, in the order of the text
-        self.hashes: list[str] = []       # names of its full blocks (section 5)
+        self.length = 0                   # tokens in the cache
+        self.block_table: list[int] = []  # its blocks, in the order of the text
+        self.hashes: list[str] = []       # the names of its full blocks (section 5)
 
     def slot(self, position: int) -> int:
         """Return the slot in the pool of the token at this position of the text."""
@@ -451,7 +454,7 @@ class PagedKVCache:
 
         Reserves what is missing. The tokens count in length once the last layer has them.
         """
-        self.reserve(len(k))
+        self.reserve(len(k))  # does nothing from the second layer on: length has not changed
         size = self.pool.block_size
         for i in range(len(k)):
             self.pool.slots[self.slot(self.length + i)][layer] = (k[i], v[i])
@@ -467,28 +470,31 @@ class PagedKVCache:
         return keys, values
 
     def free(self) -> None:
-        """Give all blocks back, the last one first: the text's beginning is wanted more often."""
+        """Give all blocks back, the last one first.
+
+        Blocks freed first are reused first, so the end of a text is lost before its beginning.
+        """
         for block in reversed(self.block_table):
             self.pool.free(block)
         self.block_table = []
         self.hashes = []
         self.length = 0
 
-    # 4. Sharing: the next section
+    # The methods of section 4: read its text first
 
     def fork(self) -> PagedKVCache:
         """Return a second cache with the same content in the same blocks. Nothing is copied."""
         twin = PagedKVCache(self.pool, self.config)
         twin.length = self.length
-        filled = ceil_div(self.length, self.pool.block_size)  # what is only reserved is not shared
-        twin.block_table = self.block_table[:filled]
+        n_blocks = ceil_div(self.length, self.pool.block_size)  # no block that is only reserved
+        twin.block_table = self.block_table[:n_blocks]
         twin.hashes = list(self.hashes)
         for block in twin.block_table:
             self.pool.share(block)
         return twin
 
     def copy_last_block(self) -> None:
-        """Put a copy of the block that is written next, so far as it is filled, in its place."""
+        """Replace the block that is written next, in this table, by a copy of its filled slots."""
         size = self.pool.block_size
         last, filled = divmod(self.length, size)
         shared = self.block_table[last]
@@ -504,9 +510,9 @@ class PagedKVCache:
 # Several answers to one prompt need its keys and values only once. fork() copies the block table
 # and not the blocks, and every block counts the tables that list it. A full block is never written
 # again, so it can be shared for good. The last block may be half full, and then two answers would
-# write different tokens into the same slot. So whoever writes into a block with more than one
-# reference first takes a copy of it, and writes into the copy (copy on write). Blocks of 4, a
-# prompt of 6:
+# write different tokens into the same slot. So an answer that has to write into a block with more
+# than one reference takes a copy of the block first, and writes into the copy (copy on write).
+# Blocks of 4, a prompt of 6 tokens:
 #
 #     after the prompt   A: 0 1          B: 0 1          references to 0 and 1:      2 2
 #     A writes token 6   A: 0 2 (copy)   B: 0 1          references to 0, 1 and 2:   2 1 1
@@ -514,7 +520,7 @@ class PagedKVCache:
 #
 # In production: today's vLLM runs n answers as n requests (vllm/v1/engine/parallel_sampling.py)
 # that find the prompt's full blocks by prefix caching (section 5), and computes the half-full block
-# again for each. Copy on write was in vLLM's first engine, and in the paper.
+# again for each answer. Copy on write was in vLLM's first engine, and in the paper.
 #
 # The code is above: PagedKVCache.fork, copy_last_block, reserve, and BlockPool.share and free.
 # Measured by show_sharing().
@@ -524,7 +530,7 @@ class PagedKVCache:
 #
 # Requests often begin alike: with the same system prompt, or with the conversation so far. The keys
 # and values in a full block depend on its tokens and on all tokens before them. So give the block a
-# name that is made from both, with the name of the block before it standing for what came before:
+# name that is made from both. The name of the block before stands for all tokens before:
 #
 #     hash(block i) = SHA-256(hash(block i - 1), tokens of block i)
 #
@@ -533,19 +539,19 @@ class PagedKVCache:
 #     H1 = hash("", a b)     H2 = hash(H1, c d)            H1 = hash("", a b)     H3 = hash(H1, c e)
 #
 # The second text finds H1 in the pool, takes that block, and runs only "c e" through the model.
-# Free blocks keep their content and their name until they are handed out, the longest unused first,
-# so even the blocks of finished requests are found. The last token of a prompt is always run: the
-# cache has keys and values, and the request needs the logits of that token.
+# Free blocks keep their content and their name until they are handed out, so even the blocks of
+# finished requests are found. The last token of a prompt is always run: the cache has keys and
+# values, and the request needs the logits of that token.
 #
 # CachingEngine (section 6) looks for the beginning of every request that it lets in.
 #
-# Equal hashes are taken for equal tokens, without comparing them. With SHA-256 that is safe: two
-# texts with the same hash are not known. With a shorter or weaker hash, compare the tokens.
+# Equal hashes are taken for equal tokens, without a comparison. With SHA-256 that is safe: nobody
+# knows two texts with the same hash. With a shorter or weaker hash, compare the tokens.
 #
 # In production: vLLM keeps every block with the same content under one name (block_pool.py). Here
-# only the first such block has the name. When it is handed out, its copies are not found any more.
-# In nano-vllm the last one has the name, and tokens are compared. SGLang keeps a tree of prefixes
-# instead of hashes. LMCache and Mooncake keep copies in the host's memory or on other
+# only the first such block has the name. When that is handed out, its copies are not found any
+# more. In nano-vllm the last such block has the name, and tokens are compared. SGLang keeps a tree
+# of prefixes instead of hashes. LMCache and Mooncake keep copies in the host's memory or on other
 # machines.
 #
 # Measured by show_prefix_caching().
@@ -561,7 +567,7 @@ def hash_block(parent_hash: str, token_ids: Sequence[int]) -> str:
 
 
 def block_hashes(tokens: Sequence[int], block_size: int, known: Sequence[str] = ()) -> list[str]:
-    """Return the names of all full blocks of tokens. known: those of the first blocks."""
+    """Return the names of all full blocks of tokens. known: the names of the first blocks."""
     hashes = list(known)
     for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
         parent = hashes[-1] if hashes else ""
@@ -570,7 +576,7 @@ def block_hashes(tokens: Sequence[int], block_size: int, known: Sequence[str] = 
 
 
 def register_blocks(cache: PagedKVCache, tokens: Sequence[int]) -> None:
-    """Name the full blocks of a cache that holds these tokens, so that they are found."""
+    """Name the full blocks of a cache that holds these tokens, so that others find the blocks."""
     pool = cache.pool
     n_named = len(cache.hashes)
     cache.hashes = block_hashes(tokens[:cache.length], pool.block_size, cache.hashes)
@@ -583,7 +589,7 @@ def register_blocks(cache: PagedKVCache, tokens: Sequence[int]) -> None:
 def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
     """Fill an empty cache with blocks that hold the beginning of tokens, as far as any are found.
 
-    Returns the tokens in them. The last token is left out, so that there is always one to run.
+    Returns how many tokens were found. The last token is never looked for: it must be run.
     """
     pool = cache.pool
     for name in block_hashes(tokens[:-1], pool.block_size):
@@ -1221,8 +1227,9 @@ class Fp8KVCache(KVCache):
 def forward_products(c: Config, n_new: int, n_cached: int) -> int:
     """Return the multiplications in the dot products of forward(), by a closed formula.
 
-    Every weight that is used takes part in one for each token: so do the gains, as a norm's sum of
-    squares has as many products. Attention has 2 · dim for a query and a key that it sees.
+    For each token, every weight that is used takes part in one multiplication. (A gain does not,
+    but its norm's sum of squares has as many.) For each query and each key that the query sees,
+    attention has 2 · dim.
     """
     pairs = n_new * n_cached + n_new * (n_new + 1) // 2
     return n_new * used_weights(c) + c.n_layers * pairs * 2 * c.dim
@@ -1252,8 +1259,8 @@ def show_cache(trace, knobs) -> None:
               f"weights) goes on from {lab.tokenizer.decode(knobs.prompt_ids)!r} with "
               f"{lab.tokenizer.decode(cached_text)!r}.")
     trace.say("Multiplications in dot products, counted at some of the steps. Without a cache, "
-              "each step runs all tokens again. With one, the first step runs the prompt "
-              "(prefill), and each later step a single token (decode).")
+              "each step runs all tokens again. With a cache, the first step runs the prompt "
+              "(prefill), and each later step runs a single token (decode).")
     trace.ask("how many times as many multiplications are made without the cache, over all "
               "steps?", times_as_many)
     bar_of_most = f",d bar 20 of {max(without.products)}"
@@ -1264,8 +1271,8 @@ def show_cache(trace, knobs) -> None:
     trace.check_close("the same logits at every step", cached.logits, without.logits, 1e-9)
     expected = [forward_products(lab.config, n_prompt + i, 0) for i in range(n_new)]
     one_token = [forward_products(lab.config, 1, n_prompt + i) for i in range(n_new - 1)]
-    trace.check("every step's count is the closed formula's", without.products == expected
-                and cached.products == expected[:1] + one_token, "with and without")
+    trace.check("every step's count is that of a closed formula", without.products == expected
+                and cached.products == expected[:1] + one_token, "with a cache and without")
 
 
 # 2. Prefill and decode are different machines
@@ -1296,12 +1303,12 @@ def show_intensity(trace, knobs) -> None:
     at_ridge = [batch_at_ridge(PRICED_GPU, PRICED_MODEL, cached) for cached in (0, 256, 1024)]
     fit = requests_that_fit(PRICED_GPU, PRICED_MODEL, 4096)
     trace.say("A step reads once every weight that it uses and all cached keys and values, whether "
-              "it runs one token or many. It takes the longer of two times, arithmetic and "
-              f"reading. The ridge of a card, {PRICED_GPU.ridge:.0f} for the {PRICED_GPU.name}, is "
-              "the FLOPs that it can do while it reads a byte. A step with fewer FLOPs a byte "
-              f"waits for memory. {PRICED_MODEL.name} with weights of 16 bits, by the cost model: "
-              "the prefill of a prompt, and decode steps for batches of requests, all with 1024 "
-              "tokens each:")
+              "it runs one token or many. The step takes the longer of two times, arithmetic and "
+              "reading. The ridge of a card is the number of FLOPs that the card can do while it "
+              f"reads a byte: {PRICED_GPU.ridge:.0f} FLOPs per byte for the {PRICED_GPU.name}. A "
+              f"step with fewer waits for memory. {PRICED_MODEL.name} with weights of 16 bits, by "
+              "the cost model: the prefill of a prompt, and decode steps for batches of requests, "
+              "all with 1024 tokens each:")
     trace.ask("how many times as long as for one request does a decode step take for 128?", longer)
     trace.table([prefill, *decode], {"phase": "", "requests": "d", "tokens as tokens run": ",d",
                                      "arithmetic as arithmetic, ms": ".2f",
@@ -1309,19 +1316,22 @@ def show_intensity(trace, knobs) -> None:
     trace.say("The prefill is bound by arithmetic, the decode steps by memory. The batch of 128 "
               f"takes {longer:.1f} times as long as one request and yields "
               f"{128 / longer:.0f} times as many tokens a second, as all share one reading of the "
-              f"weights. Arithmetic takes longer from a batch of {at_ridge[0]} on if nothing is "
-              f"cached, from {at_ridge[1]} on with 256 tokens cached each, and never with 1024: "
-              "everybody's cache must be read, too.")
+              f"weights. Arithmetic takes longer than reading from a batch of {at_ridge[0]} on if "
+              f"nothing is cached, from {at_ridge[1]} on with 256 tokens cached for each request, "
+              "and never with 1024: every request's cache must be read, too.")
     trace.say(f"And memory ends. A token's keys and values take {PRICED_MODEL.kv_bytes / 1024:.0f} "
               f"KiB, so {fit} requests of 4096 tokens fit beside the weights, in nine tenths of 80 "
               "GB. (Engines leave the rest for activations.)")
-    trace.check("by hand: 1024 tokens take 2 · 7.505e9 · 1024 / 312e12 s; one decodes in (2 · "
-                "7.505e9 + 1024 · 131072) / 2039e9 s", abs(prefill.arithmetic - 49.26) < 0.01
-                and abs(decode[0].reading - 7.427) < 0.001, "49.26 and 7.427 ms")
-    trace.check("by hand: batches of 153.02 and of 7.361 / (0.0481 - 0.0165) = 233, and then none",
-                at_ridge == [154, 233, None], "0, 256 and 1024 tokens cached")
-    trace.check("by hand: a request takes 4096 · 131072 bytes, and 72 - 16.06 GB are left",
-                fit == 104, f"{fit} · 0.537 GB")
+    trace.check("by hand: the prefill takes 2 · 7.505e9 · 1024 FLOPs / 312e12 a second, one "
+                "request's decode step (2 · 7.505e9 + 1024 · 131072) bytes / 2039e9 a second, with "
+                "7.505e9 weights besides the embedding table",
+                abs(prefill.arithmetic - 49.26) < 0.01 and abs(decode[0].reading - 7.427) < 0.001,
+                "49.26 and 7.427 ms")
+    trace.check("by hand: 7.361 ms to read the weights / 0.0481 ms of arithmetic per request is "
+                "just over 153; with 0.0165 ms taken off, to read 256 tokens, just under 233",
+                at_ridge == [154, 233, None], "batches of 154 and 233, none for 1024 tokens")
+    trace.check("by hand: a request takes 4096 · 131072 bytes = 0.537 GB, and 72 GB less 2 bytes "
+                "for each of 8.03e9 weights leave 55.94 GB", fit == 104, f"{fit} requests")
 
 
 # 3. Paged attention
@@ -1330,7 +1340,7 @@ def show_intensity(trace, knobs) -> None:
 def run_paged(
     model: Llama, prompts: Sequence[Sequence[int]], n_new: int, block_size: int, rng: random.Random
 ) -> tuple[list[list[int]], list[PagedKVCache]]:
-    """Write n_new tokens for each prompt, in turn, in a pool whose free blocks are in no order.
+    """Generate n_new tokens for each prompt, in turn, in a pool whose free blocks are in no order.
 
     Returns the texts and their caches. The last token of a text is not in its cache.
     """
@@ -1375,7 +1385,7 @@ def print_tables(trace, caches: Sequence[PagedKVCache]) -> None:
 
 
 def show_paging(trace, knobs) -> None:
-    """Two requests that grow in one pool, drawn, and where one of their tokens is."""
+    """Draw two requests that grow in one pool, and say where one of their tokens is."""
     model = knobs.lab.model
     size = knobs.block_size
     prompts = [knobs.prompt_ids, knobs.lab.tokenizer.encode("This is the man all tattered and "
@@ -1384,10 +1394,10 @@ def show_paging(trace, knobs) -> None:
     texts, caches = run_paged(model, prompts, knobs.max_new_tokens, size, rng)
     pool = caches[0].pool
     trace.say("Memory is cut into blocks. A request takes a block at a time, from anywhere, and "
-              "its block table lists them. Two requests, A and B, have been written in turn, token "
-              f"by token, into one pool of {pool.num_blocks} blocks of {size}, whose free blocks "
-              "are in no order, as after long use. A letter is a token's keys and values, a dot an "
-              "empty slot of a request, _ a slot of a free block.")
+              "its block table lists them. Two requests, A and B, have grown in turn, token by "
+              f"token, in one pool of {pool.num_blocks} blocks of {size}, whose free blocks are in "
+              "no order, as after long use. A letter is a token's keys and values, a dot an empty "
+              "slot of a request, _ a slot of a free block.")
     trace.lines(["", *draw_pool(pool, caches)])
     print_tables(trace, caches)
     position = caches[1].length - 2
@@ -1402,8 +1412,8 @@ def show_paging(trace, knobs) -> None:
     trace.check_close("keys and values read through the tables = those of caches in one piece",
                       contents(caches), contents_alone(model, texts), 1e-9)
     empty = [len(cache.block_table) * size - cache.length for cache in caches]
-    trace.check("no request has an empty block", max(empty) < size,
-                f"{max(empty)} empty slots at most")
+    trace.check("the empty slots of a request are fewer than the slots of a block",
+                max(empty) < size, f"A {empty[0]}, B {empty[1]}, a block {size}")
 
 
 # 4. Sharing: reference counts and copy on write
@@ -1412,7 +1422,7 @@ def show_paging(trace, knobs) -> None:
 def fork_prompt(
     model: Llama, prompt: Sequence[int], pool: BlockPool
 ) -> tuple[list[list[int]], list[PagedKVCache]]:
-    """Return four texts, the prompt and one of its likeliest next tokens, and their caches."""
+    """Return four texts, each the prompt and one of its likeliest next tokens, and their caches."""
     first = PagedKVCache(pool, model.config)
     logits = model.forward(prompt, first)[-1]
     likeliest = sorted(range(len(logits)), key=lambda token: -logits[token])[:4]
@@ -1433,28 +1443,29 @@ def show_sharing(trace, knobs) -> None:
     used = pool.num_blocks - pool.num_free_blocks
     trace.say(f"Four answers to one prompt share its blocks. The prompt has {len(prompt)} tokens, "
               f"and its block table is {prompt_table}, with blocks of {size}. The answers A to D "
-              "begin with its four likeliest next words. Every block counts its references: the "
-              "block tables that list it. An answer that writes into a block with several "
-              "references takes a copy first.")
+              "begin with the four likeliest next words. Every block counts its references: the "
+              "block tables that list it. An answer that has to write into a block with several "
+              "references takes a copy of the block first.")
     trace.ask(f"the prompt fills {len(prompt) % size} slots of its last block (0: all of them). "
               "How many of the four answers copy that block before they write?", copies)
-    trace.say("After each answer has written one token:")
+    trace.say("After each answer has written the keys and values of its first word:")
     print_tables(trace, caches)
     counts = [count for count in pool.ref_count if count]
     trace.lines(textwrap.wrap(f"references to blocks 0, 1, …: {counts}", WIDTH))
     if copies:
         trace.say(f"{copies} answers took a copy of the half-full block {prompt_table[-1]}. The "
-                  "last one to write was then alone in it, and needed none.")
-    trace.say(f"{used} blocks are in use. Without sharing it would be {pool.num_blocks}.")
+                  "last answer to write was then alone in that block, and needed no copy.")
+    trace.say(f"{used} blocks are in use. Without sharing there would be {pool.num_blocks}.")
 
     trace.check("copies = answers - 1 if the prompt ends inside a block, otherwise none",
-                copies == (3 if len(prompt) % size else 0), f"{copies}")
+                copies == (3 if len(prompt) % size else 0), f"{copies} copies for 4 answers")
     trace.check_close("keys and values of every answer, in order = those of a cache of its own",
                       contents(caches), contents_alone(model, texts), 1e-9)
     held = Counter(itertools.chain(*(cache.block_table for cache in caches)))
-    trace.check("every reference count = the block tables that list the block; the others are free",
-                pool.ref_count == [held[block] for block in range(pool.num_blocks)]
-                and used == len(held), f"{used} blocks")
+    trace.check("every reference count = the block tables that list the block; blocks that no "
+                "table lists are free", used == len(held)
+                and pool.ref_count == [held[block] for block in range(pool.num_blocks)],
+                f"{used} in use, {pool.num_free_blocks} free")
 
 
 # 5. Prefix caching
@@ -1471,7 +1482,7 @@ class PrefixHit(NamedTuple):
 
 
 def prefix_hits(report: Report, block_size: int) -> list[PrefixHit]:
-    """Return a row for each of the requests, which were served one after the other."""
+    """Return a row per request. The requests were served one after the other."""
     rows = []
     earlier: list[list[int]] = []
     for state in report.states:
@@ -1509,24 +1520,29 @@ def show_prefix_caching(trace, knobs) -> None:
                    block_size=size, max_num_seqs=1, max_num_batched_tokens=1024)
     rows = prefix_hits(report, size)
     found = [row.found for row in rows]
-    trace.say("The keys and values of a beginning that was computed before are still in the pool, "
-              "under a hash of its tokens. Requests 0 to 3 are a conversation that repeats the "
-              "rhyme so far and adds a verse; request 2 asks the same as 1. Request 4 is a "
-              "stranger. Each comes when the one before has ended and given its blocks back, and "
-              "the pool is large enough for all.")
+    trace.say("If the beginning of a prompt was computed before, its keys and values are still in "
+              "the pool, under a hash of its tokens. Requests 0 to 3 are a conversation that "
+              "repeats the rhyme so far and adds a verse; request 2 asks the same as 1. Request 4 "
+              "is a stranger. Each request comes when the one before has ended and given its "
+              "blocks back, and the pool is large enough for all.")
     trace.ask(f"request 2 has the {len(requests[2].prompt)} tokens of request 1. How many does it "
               f"find in the pool, with blocks of {size}?", found[2])
     trace.table(rows, {"request": "d", "prompt as prompt, tokens": "d", "found": "d",
                        "picture as ░ found, █ run (a mark is a token)": ""})
-    trace.say("Only full blocks are found, and the last token is always run.")
+    trace.say("Only full blocks are found, and the last token of a prompt is always run. Answers "
+              "(4 tokens each) stay in the pool, too, all but their last token: request 0 leaves "
+              f"{len(requests[0].prompt)} + 3 tokens there.")
     trace.check("found = the longest run of full blocks shared with any earlier text",
-                found == [row.longest for row in rows], ", ".join(map(str, found)))
+                found == [row.longest for row in rows],
+                f"{', '.join(map(str, found))} tokens")
     cache = report.states[0].cache  # empty by now
     one_block = requests[3].prompt[:size]
-    trace.check("of a prompt of a single block, nothing is found: its last token must be run",
-                adopt_prefix(cache, one_block) == 0, f"{len(one_block)} tokens")
+    trace.check("nothing is found of a prompt of one block at most: its last token must be run",
+                adopt_prefix(cache, one_block) == 0, f"{len(one_block)} of the tokens of request 3")
+    prompt_tokens = sum(row.prompt for row in rows)
     trace.check("what was found was not computed", report.computed == needed - sum(found),
-                f"{needed} tokens of prompts and answers, less {sum(found)}")
+                f"{prompt_tokens} tokens of prompts + {needed - prompt_tokens} of answers - "
+                f"{sum(found)} found")
     trace.check("the answers are what each request gets alone",
                 report.tokens == knobs.lab.solo_tokens(requests), f"{len(requests)} requests")
 
