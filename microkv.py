@@ -102,10 +102,10 @@ PROMPT = "This is the"
 MAX_NEW_TOKENS = 24          # tokens to generate in sections 1 and 3
 BLOCK_SIZE = 4               # tokens a block holds (vLLM: 16)
 MAX_NUM_SEQS = 4             # requests that may run at the same time
-MAX_NUM_BATCHED_TOKENS = 38  # tokens a step may run where prompts are cut up: the ridge, section 7
+MAX_NUM_BATCHED_TOKENS = 38  # tokens a step may run where prompts are cut up: the free ones
 VOCAB_SIZE = 160             # every word of TEXT is then one token
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32)
-TRAINING = dict(steps=54, length=26)  # length: tokens a step
+TRAINING = dict(steps=54, length=26)  # length: tokens per step
 
 
 # =============================================================================================
@@ -607,13 +607,13 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
 #
 # Reading the weights is most of a decode step of a few requests (section 2), so requests should
 # share steps. A static batch starts together and ends with its longest answer. Requests that are
-# done leave their places empty, and new ones wait outside. Orca (Yu et al. 2022) decides anew at
-# every step: whoever is done leaves, and whoever waits comes in if it fits. A step has room for
+# done leave their places empty, and new requests wait outside. Orca (Yu et al. 2022) decides anew
+# at every step: whoever is done leaves, and whoever waits and fits comes in. A step has room for
 #
 #     max_num_seqs requests,  max_num_batched_tokens tokens,  and what the free blocks can hold.
 #
 # Requests that run come first, the oldest before the others. Each gets the blocks that it needs.
-# Then those that wait come in, in order of arrival, until one does not fit. An example with blocks
+# Then waiting requests come in, in order of arrival, until one does not fit. An example with blocks
 # of 4 and one free block. A and B are running, and C waits with a prompt of 6 tokens:
 #
 #     A has 8 tokens cached in 2 full blocks; its next token needs a block:   1 free -> 0 free
@@ -621,9 +621,9 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
 #     C needs 2 blocks for its prompt:                                        C waits
 #     the step runs one token of A and one of B
 #
-# If a running request needs a block and none is free, the youngest running request is preempted: it
-# loses all of its blocks and goes back to the head of the queue. When it comes in again, its text
-# so far is run like a prompt. The same example without a free block:
+# If a running request needs a block and none is free, the youngest running request is preempted:
+# the youngest loses all of its blocks and goes back to the head of the queue. When it comes in
+# again, its text so far is run like a prompt. The same example without a free block:
 #
 #     A needs a block:                                      0 free
 #     B, the youngest, is preempted and gives back 2:       2 free
@@ -631,25 +631,25 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
 #     the step runs one token of A; nobody comes in, as a step that had to preempt admits nobody
 #     next step: B needs 2 blocks for its 5 + 1 tokens:     B waits, and C behind it
 #
-# The engine schedules without knowing how long an answer will be. It uses max_new_tokens to stop,
-# and to refuse a request that could never fit. A real model also stops at its end-of-text
-# token; ours has none, so all of max_new_tokens are written.
+# The engine schedules without knowing how long an answer will be. It uses max_new_tokens only to
+# stop, and to refuse a request that could never fit. A real model also stops at its end-of-text
+# token; ours has none, so it always generates max_new_tokens.
 #
 # The model really runs every step, one request after the other. (An engine runs all tokens of a
 # step through each matrix at once. Rows do not mix, so the numbers are the same but for rounding.)
 # The clock is the cost model of section 2: each step takes step_seconds() of Llama 3.1 8B with
-# weights of 4 bits on an A100, whose ridge is then 38 tokens.
+# weights of 4 bits on an A100, so 38 tokens of a step are free.
 #
 # Read Engine from its top. run() makes steps, step() schedules one and runs the model, schedule()
 # decides who is in it. Prefix caching is added below, in CachingEngine; swapping and the split over
 # two machines are added in sections 9 and 10.
 #
 # In production: vllm/v1/core/sched/scheduler.py (Scheduler.schedule) has the same order: the
-# running requests, then the waiting ones, and none of those in a step that had to preempt.
+# running requests, then the waiting ones, and no waiting ones in a step that had to preempt.
 #
 # Measured by show_continuous().
 
-PRICED_WEIGHT_BYTES = 0.5  # bytes of a weight: 4 bits
+PRICED_WEIGHT_BYTES = 0.5  # bytes per weight: 4 bits
 
 
 class Request(NamedTuple):
@@ -666,11 +666,11 @@ class RequestState:
 
     number: int
     request: Request
-    tokens: list[int]                 # its prompt and its answer so far
+    tokens: list[int]                 # the prompt and the answer so far
     cache: PagedKVCache
     arrival: float                    # at this engine
     times: list[float] = field(default_factory=list)  # when each new token came, in seconds
-    found: int = 0                    # tokens of its text that prefix caching found
+    found: int = 0                    # tokens that prefix caching found
 
     @property
     def done(self) -> bool:
@@ -685,7 +685,7 @@ class Step(NamedTuple):
     end: float
     tokens: dict[int, int]  # {request: how many of its tokens ran}
     cached: dict[int, int]  # {request: tokens in its cache afterwards}
-    waiting: int            # requests that had arrived and were not in it
+    waiting: int            # requests that had arrived and were not in the step
 
 
 @dataclass
@@ -771,9 +771,11 @@ class Engine:
         budget = self.max_num_batched_tokens
         work = []
         for state in list(self.running):
+            # n is at least 1: all lack one token, but for the youngest, which may be in its prompt.
             n = min(len(state.tokens) - state.cache.length, budget)
             while state in self.running and not state.cache.fits(n):
-                self.preempt(self.running[-1])  # the youngest, which may be this one
+                # The youngest comes last in the loop, so it is not in work yet. It may be `state`.
+                self.preempt(self.running[-1])
             if state in self.running:
                 state.cache.reserve(n)
                 work.append((state, n))
@@ -781,7 +783,7 @@ class Engine:
         return work
 
     def schedule_waiting(self, budget: int) -> list[tuple[RequestState, int]]:
-        """Let in those that wait, in order of arrival, until one does not fit."""
+        """Let waiting requests in, in order of arrival, until one does not fit."""
         work = []
         while self.waiting and len(self.running) < self.max_num_seqs and budget > 0:
             state = self.waiting[0]
@@ -816,7 +818,7 @@ class Engine:
         state.cache.free()
 
     def advance(self, state: RequestState, n: int) -> None:
-        """Run n tokens of a request. After the last of its text comes a new one."""
+        """Run n tokens of a request. If its whole text has run then, it gets a new token."""
         next_token = self.run_model(state, n)
         if state.cache.length == len(state.tokens):  # not so in the middle of a prompt
             state.tokens.append(next_token)
@@ -848,20 +850,22 @@ class CachingEngine(Engine):
     """An engine with prefix caching (section 5)."""
 
     def admit(self, state: RequestState, budget: int) -> int:
+        """Take the blocks that hold the beginning of the text, then reserve blocks for the rest."""
         order = self.pool.free_blocks.copy()
         found = 0
-        if state.cache.length == 0:  # otherwise it brings its slots along (section 9)
+        if state.cache.length == 0:  # otherwise the request brings its slots along (section 9)
             found = adopt_prefix(state.cache, state.tokens)
         n = super().admit(state, budget)
         if n > 0:
             state.found += found
         elif found > 0:
-            # Put everything back. A request that only waits must not make its prefix look used.
+            # Restore the order of the free blocks, too: otherwise waiting would count as use.
             state.cache.free()
             self.pool.free_blocks = order
         return n
 
     def run_model(self, state: RequestState, n: int) -> int:
+        """Run n tokens, and name the blocks that are now full."""
         next_token = super().run_model(state, n)
         register_blocks(state.cache, state.tokens)
         return next_token
@@ -895,7 +899,10 @@ def priced_step(new_tokens: int, cached_tokens: int) -> StepTime:
 
 
 def blocks_for(request: Request, block_size: int) -> int:
-    """Return the blocks that a request fills at its end. Its last token is never written."""
+    """Return how many blocks a request has at its end.
+
+    The keys and values of its last token are never stored: no later token needs them.
+    """
     return ceil_div(len(request.prompt) + request.max_new_tokens - 1, block_size)
 
 
@@ -940,31 +947,29 @@ def check_settings(engine: Engine) -> None:
 #     step 3   3 + 30 tokens, and the prompt has its first new token
 #
 # How large should the budget be? Below the ridge a step takes the same time whatever is in it, as
-# it waits for memory. So the budget should be as large as arithmetic is free:
+# it waits for memory. So the budget should be as large as it can be while arithmetic is still free:
 #
-#     budget = ridge · bytes per weight / 2 FLOPs            4 bits on an A100: 153 · 0.5 / 2 = 38
+#     budget = free tokens = ridge · bytes per weight / 2    4 bits on an A100: 153 · 0.5 / 2 = 38
 #
-# A smaller one makes the prompt take more steps, and hardly shortens a step. A larger one makes the
-# steps longer for everybody. It may save the prompt a step: with r requests running, a prompt of p
-# tokens takes ceil(p / (budget - r)) steps.
+# With a smaller budget the prompt takes more steps, and a step is hardly shorter. With a larger
+# budget the steps are longer for everybody, but the prompt may take fewer of them: with r requests
+# running, a prompt of p tokens takes ceil(p / (budget - r)) steps.
 #
-# The rule counts empty caches. A step that also reads many cached keys and values takes longer to
-# read, so more tokens are free: 44 with 4,400 tokens cached, but still 39 with 1,000.
+# The rule assumes empty caches. Reading 1,000 cached tokens makes it 39, reading 4,400 makes it 44.
 #
 # The code is in the engine already: the min(…, budget) in schedule_running() and in admit().
 #
 # In production: vLLM does this by default. Its max_num_batched_tokens, 2048 to 16384 by card and
-# use (EngineArgs in vllm/engine/arg_utils.py), is above the ridge: a step also has a fixed
-# overhead, which this cost model leaves out, and fewer steps pay it less often. The gaps are longer
-# for it.
+# use (EngineArgs in vllm/engine/arg_utils.py), is larger: a step also has a fixed overhead, which
+# this cost model leaves out, and fewer steps pay that less often. In return the gaps are longer.
 #
 # Measured by show_chunked().
 
 
-def ridge_tokens(gpu: Gpu, weight_bytes: float) -> int:
+def free_tokens(gpu: Gpu, weight_bytes: float) -> int:
     """Return the most tokens that a step can run before arithmetic takes longer than reading.
 
-    The caches are taken to be empty.
+    weight_bytes: bytes per weight. The caches are taken to be empty.
     """
     return math.floor(gpu.ridge * weight_bytes / 2)
 
@@ -1551,7 +1556,7 @@ def show_prefix_caching(trace, knobs) -> None:
 
 
 def make_requests(tokenizer: Tokenizer, rng: random.Random) -> list[Request]:
-    """Return users with lines of the rhyme, about 3 ms apart, who want 3 to 20 tokens."""
+    """Return requests with lines of the rhyme, about 3 ms apart, for 3 to 20 new tokens each."""
     arrival = 0.0
     requests = []
     for clause in CLAUSES[1:10]:
@@ -1562,7 +1567,7 @@ def make_requests(tokenizer: Tokenizer, rng: random.Random) -> list[Request]:
 
 
 def timeline(report: Report, width: int = 66) -> list[str]:
-    """Return the schedule as a picture: a row per request, a column per step, at most width."""
+    """Return the schedule as a picture: a row per request, a column per step, width at most."""
     lines = []
     for state in report.states:
         row = ""
@@ -1592,14 +1597,14 @@ def show_continuous(trace, knobs) -> None:
     static = serve_plenty(knobs.lab.model, requests, "static", max_num_seqs=places)
     continuous = serve_plenty(knobs.lab.model, requests, "continuous", max_num_seqs=places)
     largest = max(largest_step(static), largest_step(continuous))
-    trace.say("In a static batch, requests start together and end with the longest. Continuous "
-              f"batching decides anew at every step who runs. {len(requests)} requests; at most "
-              f"{places} may run at a time. A row is a request (tokens of its prompt + new ones), "
-              "a column is a step: dots while it waits, █ its prompt runs and gives the first new "
-              "token, ▒ one more. A static batch starts with whoever is there.")
+    trace.say("A static batch starts with whoever is there and ends with the longest request. "
+              f"Continuous batching decides anew at every step who runs. {len(requests)} requests; "
+              f"at most {places} may run at a time. A row is a request (tokens of its prompt + new "
+              "tokens), a column is a step: · the request waits, █ its prompt runs and gives the "
+              "first new token, ▒ its newest token runs and gives one more.")
     trace.lines(["", "static:", *timeline(static)])
-    trace.ask(f"static batches took {len(static.steps)} steps. How many does it take if whoever is "
-              "done leaves at once, and whoever waits comes in?", len(continuous.steps))
+    trace.ask(f"static batches took {len(static.steps)} steps. How many steps does it take if "
+              "whoever is done leaves at once, and whoever waits comes in?", len(continuous.steps))
     trace.lines(["", "continuous:", *timeline(continuous)])
     trace.say(f"Static batches take {len(static.steps)} steps, and the first token of a request "
               f"comes after {fmean(first_tokens(static)):.1f} ms on average. Continuous batching "
@@ -1607,15 +1612,15 @@ def show_continuous(trace, knobs) -> None:
               f"{fmean(first_tokens(continuous)):.1f} ms: no place stays empty while somebody "
               f"waits. (Times by the cost model: {PRICED_MODEL.name}, weights of 4 bits, "
               f"{PRICED_GPU.name}.)")
-    if largest > free_tokens():
-        trace.note(f"The largest step runs {largest} tokens. Above {free_tokens()}, the ridge in "
-                   "tokens (section 7), a step waits for arithmetic and takes longer.")
+    if largest > priced_free_tokens():
+        trace.note(f"The largest step runs {largest} tokens. Only {priced_free_tokens()} can run "
+                   "while the weights are read (section 7), so this step takes longer.")
     full = [step for step in continuous.steps if step.waiting]
     trace.check("continuous: no place stays empty while somebody waits",
-                all(len(step.tokens) == places for step in full), f"{len(full)} steps")
+                all(len(step.tokens) == places for step in full), f"in {len(full)} steps")
     trace.check("continuous batching needs no more steps than static batches",
                 len(continuous.steps) <= len(static.steps),
-                f"{len(continuous.steps)} and {len(static.steps)}")
+                f"{len(continuous.steps)} and {len(static.steps)} steps")
     alone = knobs.lab.solo_tokens(requests)
     trace.check("both ways, every request's tokens are what it gets alone",
                 static.tokens == continuous.tokens == alone, f"{sum(map(len, alone))} tokens")
@@ -1625,16 +1630,16 @@ def show_continuous(trace, knobs) -> None:
 
 
 class BudgetRow(NamedTuple):
-    """One row: users are being answered when a long prompt comes in. Milliseconds."""
+    """One row: requests are being answered when a long prompt comes in. Milliseconds."""
 
-    budget: int | str   # tokens of a step
+    budget: int | str   # tokens per step
     worst_gap: float    # of the others
-    first_token: float  # after the long prompt, from its arrival
-    end: float
+    first_token: float  # of the long prompt, from its arrival
+    end: float          # of all
 
 
 def long_prompt_requests(tokenizer: Tokenizer) -> list[Request]:
-    """Return three users who want 20 tokens each, and one who comes 12 ms later with six verses."""
+    """Return three requests for 20 tokens each, and one that comes 12 ms later with six verses."""
     texts = ["This is " + clause for clause in CLAUSES[1:4]]
     requests = [Request(tuple(tokenizer.encode(text)), 20) for text in texts]
     verses = "".join(TEXT.splitlines(keepends=True)[:6])
@@ -1648,7 +1653,7 @@ def budget_row(report: Report, budget: int | str) -> BudgetRow:
 
 
 def clock_line(report: Report, width: int = 67) -> list[str]:
-    """Return when tokens came, a row per request and a column per millisecond: ▒ for a token."""
+    """Return when tokens came, as a picture: a row per request, a column per millisecond."""
     lines = []
     for state in report.states:
         marks = {int(seconds * 1e3) for seconds in state.times}
@@ -1663,60 +1668,64 @@ def clock_line(report: Report, width: int = 67) -> list[str]:
 
 
 def show_chunked(trace, knobs) -> None:
-    """Three users are being answered when a long prompt comes in."""
+    """Three requests are being answered when a long prompt comes in."""
     requests = long_prompt_requests(knobs.lab.tokenizer)
     budget = max(knobs.max_num_batched_tokens, len(requests))
     whole = serve_plenty(knobs.lab.model, requests)
     chunked = serve_plenty(knobs.lab.model, requests, "chunked", budget)
     before = budget_row(whole, "whole prompts")
     after = budget_row(chunked, budget)
-    trace.say("A long prompt makes one long step, and everybody who is being answered waits for "
-              "it. Chunked prefill cuts the prompt up, so that no step runs more tokens than a "
+    trace.say("A long prompt makes one long step, and all that are being answered wait for that "
+              "step. Chunked prefill cuts the prompt up, so that no step runs more tokens than a "
               "budget. Requests 0 to 2 are being answered when 3 comes, with "
-              f"{len(requests[3].prompt)} tokens. A column is a millisecond by the cost model, a "
-              "mark says that a new token came out.")
+              f"{len(requests[3].prompt)} tokens. A column is a millisecond by the cost model: ▒ a "
+              "new token came, · none came. (Times are rounded down: ▒▒ can be 1.8 ms apart.)")
     trace.lines(["", "whole prompts:", *clock_line(whole)])
-    trace.ask(f"the long prompt made users 0 to 2 wait {before.worst_gap:.1f} ms for a token. What "
-              f"is their longest wait, in ms, if a step runs at most {budget} tokens?",
+    trace.ask(f"the long prompt made requests 0 to 2 wait {before.worst_gap:.1f} ms for a token. "
+              f"What is their longest gap, in ms, if a step runs at most {budget} tokens?",
               after.worst_gap)
     trace.lines(["", f"chunked, at most {budget} tokens a step:", *clock_line(chunked)])
-    trace.say(f"The longest wait of users 0 to 2 is {before.worst_gap:.1f} ms with whole prompts "
+    trace.say(f"The longest gap of requests 0 to 2 is {before.worst_gap:.1f} ms with whole prompts "
               f"and {after.worst_gap:.1f} with chunks. The first token of request 3 comes after "
-              f"{before.first_token:.1f} and {after.first_token:.1f} ms.")
+              f"{before.first_token:.1f} ms with whole prompts and {after.first_token:.1f} with "
+              "chunks.")
     show_budgets(trace, requests, budget, before)
     alone = knobs.lab.solo_tokens(requests)
     trace.check("every request's tokens are those it gets alone, both ways",
                 whole.tokens == chunked.tokens == alone, f"{sum(map(len, alone))} tokens")
     largest = largest_step(chunked)
     trace.check("the largest chunked step fills the budget, if there is so much to run",
-                largest == min(budget, largest_step(whole)), f"{largest} of {budget}")
+                largest == min(budget, largest_step(whole)), f"{largest} tokens of {budget}")
 
 
 def show_budgets(trace, requests: Sequence[Request], budget: int, whole: BudgetRow) -> None:
     """The same requests with other budgets, and the rule for a good one."""
-    ridge = free_tokens()
+    free = priced_free_tokens()
     rows = []
-    for n in sorted({8, ridge, 96, budget}):
+    for n in sorted({8, free, 96, budget}):
         rows.append(budget_row(serve_plenty(StandIn(), requests, "chunked", n), n))
-    at_ridge = next(row for row in rows if row.budget == ridge)
+    small = rows[0]
+    best = next(row for row in rows if row.budget == free)
     trace.say("How large should the budget be? Several budgets, and whole prompts:")
     trace.table([*rows, whole], {"budget": ">", "worst_gap as gap, ms": ".1f bar 12",
                                  "first_token as first token, ms": ".1f",
                                  "end as end, ms": ".1f"})
-    trace.note("gap: the longest of requests 0 to 2. first token: of request 3. end: of all.")
-    trace.say(f"Up to {ridge} tokens, the ridge, a step takes nearly the same time, as it waits "
-              "for memory. A smaller budget delays request 3 and hardly shortens a step. A larger "
-              "one lengthens the steps of all. Chunks near the ridge also end sooner than whole "
-              "prompts: they are computed while the weights are read, which every decode step "
-              "waits for anyway.")
-    trace.check("no budget lengthens the longest gap of the others",
-                all(row.worst_gap <= whole.worst_gap for row in rows), f"{len(rows)} budgets")
-    small = rows[0]
-    trace.check("far below the ridge, the gap is not shorter by a tenth, and the first token comes "
-                "later than at the ridge", small.worst_gap > 0.9 * at_ridge.worst_gap
-                and small.first_token > at_ridge.first_token, f"budget {small.budget}")
-    trace.check("at the ridge, all is done sooner than with whole prompts",
-                at_ridge.end < whole.end, f"{at_ridge.end:.1f} and {whole.end:.1f} ms")
+    trace.note("gap: the longest of requests 0 to 2. first token: of request 3, after its arrival. "
+               "end: when all requests are done.")
+    trace.say(f"Up to {free} tokens, a step takes nearly the same time, as it waits for memory. "
+              "(With weights of 16 bits it would be 153 tokens, section 2. Weights of 4 bits are "
+              "read 4 times as fast: 153 / 4.) A smaller budget delays request 3 and hardly "
+              f"shortens a step. A larger budget lengthens the steps of all. With {free}, all "
+              "requests are also done sooner than with whole prompts: chunks run while the weights "
+              "are read, and every decode step waits for the weights anyway.")
+    budgets = ", ".join(str(row.budget) for row in rows)
+    trace.check("with every budget, the longest gap is as short as with whole prompts, or shorter",
+                all(row.worst_gap <= whole.worst_gap for row in rows), f"budgets {budgets}")
+    trace.check(f"with a small budget, the longest gap is less than a tenth shorter than with "
+                f"{free}, and the first token comes later", small.worst_gap > 0.9 * best.worst_gap
+                and small.first_token > best.first_token, f"budget {small.budget}")
+    trace.check(f"with a budget of {free}, all are done sooner than with whole prompts",
+                best.end < whole.end, f"{best.end:.1f} and {whole.end:.1f} ms")
 
 
 # 8. What paging saves
@@ -1893,7 +1902,7 @@ def show_come_back(trace) -> None:
     trace.say("What does coming back cost? By the cost model, in a step in which three others "
               f"decode: 32 tokens take {costs[32][0]:.2f} ms to recompute and {costs[32][1]:.2f} "
               f"to swap out and in; 128 tokens take {costs[128][0]:.2f} and {costs[128][1]:.2f}. "
-              f"Recomputing is free while the step stays below the ridge of {free_tokens()} "
+              f"Recomputing is free while the step stays below the ridge of {priced_free_tokens()} "
               f"tokens; from {crossing} tokens on, swapping is cheaper.")
     trace.check("by hand: 32 tokens are recomputed for nothing and swapped in 2 · 32 · 131072 / "
                 "32e9 s", costs[32][0] == 0 and abs(costs[32][1] - 0.262) < 0.001, "0.262 ms")
@@ -1924,7 +1933,7 @@ def measure_latency(
     if way in LINKS:
         reports = [serve_split(model, requests, LINKS[way], **plenty(requests))[0]]
     else:
-        budget = free_tokens() if way == "chunked" else 2048
+        budget = priced_free_tokens() if way == "chunked" else 2048
         shares = [requests[card::cards] for card in range(cards)]
         reports = [serve_plenty(model, share, way, budget) for share in shares]
     states = list(itertools.chain(*(report.states for report in reports)))
@@ -1954,7 +1963,7 @@ def show_split(trace, knobs) -> None:
                        "later_gap as later gap, ms": ".1f"})
     trace.note("The longest of all requests: from arrival to the first token, from that to the "
                "second, and between two later ones. continuous: whole prompts; chunked: at most "
-               f"{free_tokens()} tokens a step.")
+               f"{priced_free_tokens()} tokens a step.")
     trace.say(f"On two cards, chunks make the later gaps short, {chunked.later_gap:.1f} ms, and "
               f"the first token late, {chunked.first_token:.1f} ms. With whole prompts it comes "
               f"after {whole.first_token:.1f} ms, with gaps of {whole.later_gap:.1f}. The split "
@@ -2557,9 +2566,9 @@ PRICED_GPU = Gpu("A100 80GB SXM", 312e12, 2039e9, 80e9)
 PRICED_MODEL = ServedModel("Llama 3.1 8B", 8.03e9, 128256, 4096, 32, 8, 128)
 
 
-def free_tokens() -> int:
-    """Return how many tokens a priced step can run before arithmetic takes longer than reading."""
-    return ridge_tokens(PRICED_GPU, PRICED_WEIGHT_BYTES)
+def priced_free_tokens() -> int:
+    """Return free_tokens() for the card and the weights of the engines' cost model."""
+    return free_tokens(PRICED_GPU, PRICED_WEIGHT_BYTES)
 
 
 @dataclass
@@ -3165,7 +3174,7 @@ SECTIONS = [
     Section("Prefix caching", show_prefix_caching,
             [hash_block, register_blocks, adopt_prefix, CachingEngine]),
     Section("Continuous batching", show_continuous, [serve, Engine]),
-    Section("Chunked prefill", show_chunked, [serve, Engine, ridge_tokens]),
+    Section("Chunked prefill", show_chunked, [serve, Engine, free_tokens]),
     Section("What paging saves", show_waste, [slot_waste], core=False),
     Section("Running out of blocks", show_preemption, [Engine, SwappingEngine], core=False),
     Section("Prefill here, decode there", show_split, [serve_split, PrefillEngine, DecodeEngine],

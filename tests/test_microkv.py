@@ -159,9 +159,9 @@ def test_the_steps_of_the_trace():
 
 
 @pytest.mark.parametrize("bits, expected", [(2.0, 153), (0.5, 38), (1.0, 76)])
-def test_ridge_tokens(bits, expected):
-    assert m.ridge_tokens(m.PRICED_GPU, bits) == expected
-    assert m.MAX_NUM_BATCHED_TOKENS == m.free_tokens() == 38
+def test_free_tokens(bits, expected):
+    assert m.free_tokens(m.PRICED_GPU, bits) == expected
+    assert m.MAX_NUM_BATCHED_TOKENS == m.priced_free_tokens() == 38
 
 
 @pytest.mark.parametrize("cached, expected", [(0, 38), (1000, 39), (4400, 44)])
