@@ -982,20 +982,21 @@ def free_tokens(gpu: Gpu, weight_bytes: float) -> int:
 #     used       it holds a token now
 #     reserved   it will hold a token of this request, later
 #     internal   it is set aside for the request, which will end without using it
-#     free       it is not set aside; while somebody waits, it is too little for that request
+#     free       it is set aside for nobody
 #
 # A request with 3 tokens now and 5 at its end, in a piece of 8 slots, has 3 used, 2 reserved and 3
 # internal. The same request in blocks of 2 has two blocks: 3 used, 1 reserved, none internal.
 #
-# A piece as long as the longest text is a block of that size, of which every request takes one. So
-# both can be measured by the same engine. (Pieces of different lengths also leave gaps between them
-# that no request fits; blocks of one size cannot.)
+# A piece as long as the longest text is a block of that size, and every request takes one. So one
+# engine can measure both ways. (Pieces of different lengths also leave gaps between them that fit
+# no request; blocks of one size cannot.)
 #
 # The smaller the blocks, the less is wasted. But block tables grow, and a kernel reads a block of
 # tokens at a time: vLLM takes 16.
 #
-# Paging has its price. A pool that lets more requests in may run out of blocks while they grow, and
-# what a preempted request had computed is computed again (section 9). So both are counted.
+# Paging has its price. A pool that lets more requests in may run out of blocks while their texts
+# grow, and what a preempted request had computed is computed again (section 9). So preemptions and
+# computed tokens are counted, too.
 #
 # Measured by show_waste().
 
@@ -1010,7 +1011,7 @@ class Waste(NamedTuple):
 
 
 def slot_waste(report: Report, n_slots: int, block_size: int) -> Waste:
-    """Return what became of the n_slots slots of memory that an engine worked with."""
+    """Return what became of the n_slots slots of an engine's memory."""
     used = reserved = internal = free = 0
     for step in report.steps:
         if not step.waiting:
@@ -1018,7 +1019,7 @@ def slot_waste(report: Report, n_slots: int, block_size: int) -> Waste:
         free += n_slots
         for number, now in step.cached.items():
             request = report.states[number].request
-            final = len(request.prompt) + request.max_new_tokens - 1  # the last is never written
+            final = len(request.prompt) + request.max_new_tokens - 1  # the last is never stored
             slots = ceil_div(now, block_size) * block_size
             used += now
             reserved += min(final, slots) - now
@@ -1030,25 +1031,26 @@ def slot_waste(report: Report, n_slots: int, block_size: int) -> Waste:
 # 9. Running out of blocks
 #
 # An engine lets in more requests than may fit in the end, as answers may be short. When a running
-# request needs a block and none is free, the youngest is preempted. There are two ways to go on
-# with it later:
+# request needs a block and none is free, the youngest request is preempted. There are two ways to
+# go on with the preempted request later:
 #
 #     recompute   throw its keys and values away; later run its text so far like a prompt
-#     swap        copy them to the host's memory, and back later, over PCI Express
+#     swap        copy its keys and values to the host's memory, and back later, over PCI Express
 #
-# Either way its text goes on as if nothing had happened. Which is cheaper? Swapping costs the same
-# for every token. Recomputing is free as long as the step stays below the ridge, and from there on
-# costs arithmetic. By this model short texts are cheaper to recompute, and long ones to swap. (It
-# lets the card wait for the copies. Copies that run beside the step would cost less.)
+# Either way its text goes on as if nothing had happened. Which way is cheaper? Swapping costs the
+# same for every token. Recomputing is free for as many tokens as are free in the step (section 7),
+# and costs arithmetic for every token more. By this cost model, short texts are cheaper to
+# recompute and long texts are cheaper to swap. (The model lets the card wait for the copies. Copies
+# that run beside the step would cost less.)
 #
-# Engine recomputes: its preempt() and admit() are all that it takes. SwappingEngine copies. While a
-# request's slots are on the host, its cache has a length but no blocks. So admit() reserves blocks
-# for the old tokens and the new ones together, and then the slots are copied back.
+# Engine recomputes, with just its preempt() and admit(). SwappingEngine copies. While a request's
+# slots are on the host, its cache has a length but no blocks. So admit() reserves blocks for the
+# old tokens and the new ones together, and then the slots are copied back.
 #
 # A request that could not even run alone in the pool must be refused at the door (check_settings).
 #
 # In production: vLLM recomputes (Scheduler._preempt_request). Its first engine recomputed by
-# default too, and swapped only requests with several texts. With prefix caching, much of what a
+# default, too, and swapped only requests with several texts. With prefix caching, much of what a
 # preempted request had computed is found again, as free blocks keep their content for a while.
 #
 # Measured by show_preemption().
@@ -1057,13 +1059,13 @@ PCIE_BYTES_PER_S = 32e9  # each way, PCI Express 4.0 (A100 data sheet: 64 GB/s b
 
 
 def swap_out(cache: PagedKVCache) -> list[dict]:
-    """Return a copy of every slot's content, in the order of the text, to be kept elsewhere."""
+    """Return a copy of what every slot of a cache holds, in the order of the text."""
     slots = cache.pool.slots
     return [dict(slots[cache.slot(position)]) for position in range(cache.length)]
 
 
 def swap_in(cache: PagedKVCache, contents: Sequence[dict]) -> None:
-    """Write contents into a cache that has blocks but nothing in them: the same tokens again."""
+    """Write what swap_out() returned into a cache that has blocks but nothing in them."""
     for position, content in enumerate(contents):
         cache.pool.slots[cache.slot(position)] = dict(content)
     cache.length = len(contents)
@@ -1077,6 +1079,7 @@ class SwappingEngine(Engine):
         self.on_host: dict[int, list[dict]] = {}  # {request: its slots}
 
     def preempt(self, state: RequestState) -> None:
+        """Copy a running request's slots to the host before its blocks are taken away."""
         slots = swap_out(state.cache)
         super().preempt(state)
         self.on_host[state.number] = slots
@@ -1084,6 +1087,7 @@ class SwappingEngine(Engine):
         state.cache.length = len(slots)  # so that admit() reserves blocks for them, too
 
     def admit(self, state: RequestState, budget: int) -> int:
+        """Reserve blocks, and copy the slots of a preempted request back into them."""
         n = super().admit(state, budget)
         if n > 0 and state.number in self.on_host:
             slots = self.on_host.pop(state.number)
@@ -1092,6 +1096,7 @@ class SwappingEngine(Engine):
         return n
 
     def schedule(self) -> list[tuple[RequestState, int]]:
+        """Return what the next step runs. The copies take their time on the clock."""
         before = self.report.swapped_tokens
         work = super().schedule()
         swapped = self.report.swapped_tokens - before
@@ -1732,7 +1737,7 @@ def show_budgets(trace, requests: Sequence[Request], budget: int, whole: BudgetR
 
 
 class MemoryRow(NamedTuple):
-    """One row: a pool of blocks of one size, and what became of its slots."""
+    """One row: a pool with blocks of one size, and what became of its slots."""
 
     block_size: int
     used: float       # shares of the slots, over the steps in which a request waited
@@ -1745,7 +1750,7 @@ class MemoryRow(NamedTuple):
 
 
 def memory_row(requests: Sequence[Request], n_slots: int, block_size: int) -> MemoryRow:
-    """Serve requests that come at time 0 in a memory of n_slots slots. The model is a stand-in."""
+    """Return a row for requests that come at time 0 to n_slots slots. The model is a stand-in."""
     report = serve(StandIn(), requests, num_blocks=n_slots // block_size, block_size=block_size,
                    max_num_seqs=len(requests), max_num_batched_tokens=2048)
     waste = slot_waste(report, n_slots, block_size)
@@ -1754,47 +1759,52 @@ def memory_row(requests: Sequence[Request], n_slots: int, block_size: int) -> Me
 
 
 def waste_of_two_requests() -> Waste:
-    """Return the waste of 2 blocks of 4 in 9 slots, while a request grows and another waits."""
+    """Return the waste of 2 blocks of 4 slots, while one request grows and another waits."""
     requests = [Request((0, 0, 0), 3), Request((0,) * 5, 1)]
     report = serve(StandIn(), requests, num_blocks=2, block_size=4, max_num_seqs=2,
                    max_num_batched_tokens=64)
-    return slot_waste(report, 9, 4)
+    return slot_waste(report, 8, 4)
 
 
 def show_waste(trace, knobs) -> None:
     """The waste of a piece for each request and of blocks, and the price of paging."""
     requests = [request._replace(arrival=0.0) for request in knobs.requests] * 2
     needed = slots_needed(requests)
-    rows = [memory_row(requests, 128, size) for size in sorted({64, 16, 4, 1, knobs.block_size})]
+    rows = [memory_row(requests, 128, size) for size in sorted({64, 16, 4, knobs.block_size})]
     one_piece = rows[-1]
     paged = next(row for row in rows if row.block_size == knobs.block_size)
-    trace.say("What becomes of memory if each request's cache is one piece, reserved when it comes "
-              f"in? {len(requests)} requests wait for 128 slots. They will need {min(needed)} "
+    trace.say("Before paging, a request's cache was one piece, as long as the longest text that is "
+              f"allowed. {len(requests)} requests wait for 128 slots. They will need {min(needed)} "
               f"to {max(needed)} slots each, which nobody can know, and 64 is the most that any "
-              "may use. So the last row, blocks of 64, is the old way: one piece for each request. "
-              "The scheduler runs for real, with a stand-in for the model. Averages over the steps "
-              "in which somebody waited:")
-    trace.ask("with 64 slots reserved for each, two requests fit. What share of all slots holds a "
+              "may use. So blocks of 64, the last row, are the old way. The scheduler runs for "
+              "real, with a stand-in for the model.")
+    trace.say("What becomes of a slot, on average over the steps in which somebody waited?")
+    trace.lines(["  used      it holds a token now",
+                 "  reserved  it will hold a token of this request, later",
+                 "  internal  it is set aside for a request that will end without using it",
+                 "  free      it is set aside for nobody"])
+    trace.say("So a request with 3 tokens now and 5 at its end, in a piece of 8 slots, has 3 used, "
+              "2 reserved and 3 internal. preempted: how often a running request lost its blocks, "
+              "as no block was free (section 9). computed: tokens run; without preemptions "
+              f"{sum(needed)} are run.")
+    trace.ask("with 64 slots set aside for each, two requests fit. What share of all slots holds a "
               "token? (as 0.5 or 50%)", one_piece.used)
     trace.table(rows, {"block_size": "d", "used": ".0%", "reserved": ".0%", "internal": ".0%",
                        "free": ".0%", "preempted": "d", "computed": "d", "steps": "d"})
-    trace.note("used: holds a token. reserved: will hold one before the request ends. internal: is "
-               "set aside and never used. free: not set aside, as it is too little for the next. "
-               f"computed: tokens run; {sum(needed)} are needed. Kwon et al. found 20.4% to 38.2% "
-               "used in the systems before theirs.")
+    trace.note("Kwon et al. found 20.4% to 38.2% used in the systems before theirs.")
     if paged is not one_piece:
         trace.say(f"In blocks of {paged.block_size}, {paged.used:.0%} of the memory is used and "
-                  f"all are done in {paged.steps} steps; in pieces, {one_piece.used:.0%} and "
-                  f"{one_piece.steps} steps. The price: preemptions ({paged.preempted}), after "
-                  f"which {paged.computed - sum(needed)} tokens were computed a second time.")
+                  f"all are done in {paged.steps} steps; in pieces, {one_piece.used:.0%} is used "
+                  f"and it takes {one_piece.steps} steps. The price of blocks: {paged.preempted} "
+                  f"preemptions, and {paged.computed - sum(needed)} tokens that were run again.")
     trace.check("blocks use as much of the memory as pieces or more, and take no more steps",
                 paged.used >= one_piece.used and paged.steps <= one_piece.steps,
-                f"{paged.used:.0%} and {one_piece.used:.0%}")
-    trace.check("by hand: 3, 4, and then all 5 tokens of a request, in 1, 1 and 2 blocks of 4, of "
-                "9 slots: 12 used, 1 reserved, 3 internal, 11 free",
-                waste_of_two_requests() == (12, 1, 3, 11), "3 steps")
+                f"{paged.used:.0%} and {one_piece.used:.0%} used")
+    trace.check("by hand: in 2 blocks of 4, a request has 3, 4, and then all 5 of its tokens: used "
+                "3 + 4 + 5, reserved 1 + 0 + 0, internal 0 + 0 + 3, free 4 + 4 + 0",
+                waste_of_two_requests() == (12, 1, 3, 8), "slots, added up over 3 steps")
     trace.check("nobody is preempted from a piece that is large enough",
-                one_piece.preempted == 0 and one_piece.computed == sum(needed), "blocks of 64")
+                one_piece.preempted == 0 and one_piece.computed == sum(needed), "pieces of 64")
 
 
 # 9. Running out of blocks
@@ -1808,21 +1818,22 @@ class PreemptionRow(NamedTuple):
     computed: int  # tokens run
     swapped: int   # tokens, out and in
     steps: int
+    end: float     # milliseconds until the last request is done
 
 
 def preemption_row(report: Report, by: str) -> PreemptionRow:
     """Return the figures of a run."""
     return PreemptionRow(by, len(report.preempted), report.computed, report.swapped_tokens,
-                         len(report.steps))
+                         len(report.steps), report.steps[-1].end * 1e3)
 
 
 def youngest_lost(report: Report) -> bool:
-    """Return whether all that were preempted had come after all that ran in that step."""
+    """Return whether every preempted request had come after all that ran in that step."""
     return all(number > max(report.steps[i].tokens) for i, number in report.preempted)
 
 
 def swapped_out_and_in(model: Llama, text: Sequence[int], block_size: int) -> PagedKVCache:
-    """Return a cache of the text that was swapped out, and then into other blocks."""
+    """Return a cache that holds the text, was swapped out, and came back into other blocks."""
     n_blocks = ceil_div(len(text), block_size)
     cache = PagedKVCache(BlockPool(2 * n_blocks, block_size), model.config)
     model.forward(text, cache)
@@ -1844,18 +1855,22 @@ def show_preemption(trace, knobs) -> None:
     again = serve(knobs.lab.model, requests, num_blocks=n_blocks, **settings)
     swap = serve(knobs.lab.model, requests, engine=SwappingEngine, num_blocks=n_blocks, **settings)
     enough = serve(StandIn(), requests, num_blocks=sum(blocks), **settings)
-    trace.say("When a running request needs a block and none is free, the youngest loses all of "
-              "its own and waits. It comes back by recomputing its text so far, or by swapping it "
-              f"in from the host. The requests of section 6 again, in a pool of {n_blocks} blocks "
-              f"of {knobs.block_size}, of which the largest needs {max(blocks)}. Together they "
-              f"have {needed} tokens to run. The last row has blocks for all, {sum(blocks)}:")
+    trace.say("When a running request needs a block and none is free, the youngest request loses "
+              "all of its blocks and waits. When it comes back, its text so far is recomputed, or "
+              "its keys and values, copied to the host before, are swapped in. The requests of "
+              f"section 6 have {needed} tokens to run in a pool of {n_blocks} blocks of "
+              f"{knobs.block_size}; the largest request needs {max(blocks)} blocks. In the last "
+              f"row the pool has blocks for all, {sum(blocks)}:")
     trace.ask("how many tokens go through the model when blocks are swapped out and in?",
               swap.computed)
     rows = [preemption_row(again, "recompute"), preemption_row(swap, "swap"),
             preemption_row(enough, "no need")]
     trace.table(rows, {"by as comes back by": "", "preempted": "d", "computed": "d",
-                       "swapped as swapped, tokens": "d", "steps": "d"})
-    trace.lines(["", "By recomputation; × marks where a request lost its blocks:",
+                       "swapped as swapped, tokens": "d", "steps": "d", "end as ms": ".1f"})
+    if min(len(again.steps), len(swap.steps)) > len(enough.steps):
+        trace.note(f"In {n_blocks} blocks, fewer requests can run at a time. So it takes more "
+                   "steps, whichever way they come back.")
+    trace.lines(["", "By recomputation: × loses its blocks in this step, █ its text so far runs.",
                  *timeline(again)])
     show_come_back(trace)
     check_preemption(trace, knobs, again, swap)
@@ -1865,7 +1880,7 @@ def check_preemption(trace, knobs, again: Report, swap: Report) -> None:
     """Check that a preemption changes nothing but when a request is served, and by what work."""
     alone = knobs.lab.solo_tokens(knobs.requests)
     trace.check("no token changed, either way", again.tokens == swap.tokens == alone,
-                f"2 × {len(alone)} answers")
+                f"{len(alone)} answers each")
     text = knobs.requests[-1].prompt
     trace.check_close("keys and values swapped out and in, in order = those that never moved",
                       contents([swapped_out_and_in(knobs.lab.model, text, knobs.block_size)]),
@@ -1873,13 +1888,13 @@ def check_preemption(trace, knobs, again: Report, swap: Report) -> None:
     needed = sum(slots_needed(knobs.requests))
     trace.check("tokens are run again after a preemption by recomputation, and only then",
                 (again.computed > needed) == bool(again.preempted) and swap.computed == needed,
-                f"{needed} are needed")
-    trace.check("who lost its blocks was the youngest, younger than all that ran",
+                f"{needed} are needed, {again.computed} and {swap.computed} were run")
+    trace.check("a request that lost its blocks was younger than all that ran in that step",
                 youngest_lost(again) and youngest_lost(swap),
-                f"{len(again.preempted) + len(swap.preempted)} times")
+                f"{len(again.preempted)} + {len(swap.preempted)} preemptions")
     first = [state.times[0] for state in again.states]
-    trace.check("first tokens come in the order of arrival", first == sorted(first),
-                "nobody overtakes")
+    trace.check("nobody overtakes: first tokens come in the order of arrival",
+                first == sorted(first), f"{len(first)} requests")
 
 
 def price_come_back(tokens: int, decoding: int) -> tuple[float, float]:
@@ -1898,14 +1913,17 @@ def price_come_back(tokens: int, decoding: int) -> tuple[float, float]:
 def show_come_back(trace) -> None:
     """What recomputing and swapping cost, and where they cross."""
     costs = {tokens: price_come_back(tokens, 3) for tokens in range(1, 129)}
+    free = max(tokens for tokens, (recompute, _) in costs.items() if recompute == 0)
     crossing = min(tokens for tokens, (recompute, swap) in costs.items() if swap < recompute)
     trace.say("What does coming back cost? By the cost model, in a step in which three others "
-              f"decode: 32 tokens take {costs[32][0]:.2f} ms to recompute and {costs[32][1]:.2f} "
-              f"to swap out and in; 128 tokens take {costs[128][0]:.2f} and {costs[128][1]:.2f}. "
-              f"Recomputing is free while the step stays below the ridge of {priced_free_tokens()} "
-              f"tokens; from {crossing} tokens on, swapping is cheaper.")
-    trace.check("by hand: 32 tokens are recomputed for nothing and swapped in 2 · 32 · 131072 / "
-                "32e9 s", costs[32][0] == 0 and abs(costs[32][1] - 0.262) < 0.001, "0.262 ms")
+              f"decode, a text of 32 tokens takes {costs[32][0]:.2f} ms to recompute and "
+              f"{costs[32][1]:.2f} to swap out and in; 128 tokens take {costs[128][0]:.2f} and "
+              f"{costs[128][1]:.2f}. Of the {priced_free_tokens()} free tokens of the step, "
+              f"{priced_free_tokens() - free} are run either way, and {free} can be recomputed at "
+              f"no cost. Texts of {crossing} tokens or more are cheaper to swap.")
+    trace.check("by hand: 32 tokens are recomputed in no time and swapped in 2 · 32 · 131072 bytes "
+                "/ 32e9 a second", costs[32][0] == 0 and abs(costs[32][1] - 0.262) < 0.001,
+                "0.262 ms")
 
 
 # 10. Prefill here, decode there
