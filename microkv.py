@@ -1112,8 +1112,8 @@ class SwappingEngine(Engine):
 # the keys and values of the prompt must cross from one card to the other before the second token,
 # and there is a second card, which could have served requests as well.
 #
-# Here they cross in one piece, when the prompt is done. Splitwise does that with short prompts; the
-# layers of long ones it sends one by one, while the next layer is computed.
+# Here keys and values cross in one piece, when the prompt is done. So they do in Splitwise if the
+# prompt is short. If it is long, each layer is sent while the next layer is computed.
 #
 # In production: vLLM's KV connectors (vllm/distributed/kv_transfer) and NVIDIA Dynamo.
 #
@@ -1128,6 +1128,7 @@ class PrefillEngine(Engine):
         self.outgoing: dict[int, list[dict]] = {}  # {request: its slots}
 
     def finish(self, state: RequestState) -> None:
+        """Keep a copy of a request's slots, and let the request go."""
         self.outgoing[state.number] = swap_out(state.cache)
         super().finish(state)
 
@@ -1141,7 +1142,7 @@ class DecodeEngine(Engine):
         self.waiting.clear()
 
     def receive(self, before: RequestState, slots: list[dict], arrival: float) -> None:
-        """Take over a request with its tokens, their times, and its slots if it goes on."""
+        """Take over a request: its tokens, their times, and, if it is not done, its slots."""
         state = self.report.states[before.number]
         state.tokens = list(before.tokens)
         state.times = list(before.times)
@@ -1152,6 +1153,7 @@ class DecodeEngine(Engine):
             self.waiting = deque(in_order_of_arrival([*self.waiting, state]))
 
     def admit(self, state: RequestState, budget: int) -> int:
+        """Reserve blocks, and write the slots that were received into them."""
         n = super().admit(state, budget)
         if n > 0 and state.number in self.received:
             swap_in(state.cache, self.received.pop(state.number))
@@ -1164,8 +1166,8 @@ def serve_split(
     """Return what the decode machine does, and the bytes that crossed to it.
 
     The prefill machine makes the first token of every request. The request arrives at the decode
-    machine once a link, all its own, has carried its keys and values. settings: those of serve(),
-    for both machines.
+    machine when its keys and values have crossed a link that no other request uses. settings: those
+    of serve(), for both machines.
     """
     prompts_only = [request._replace(max_new_tokens=1) for request in requests]
     prefill = PrefillEngine(model, prompts_only, **settings)
@@ -1183,25 +1185,25 @@ def serve_split(
 #
 # How good is a policy? It depends on how many requests come. So serving systems are judged by a
 # curve: requests arrive at random at a certain rate (a Poisson process), and two times are
-# measured, from arrival to the first token, and between one token and the next. While the rate is
-# low, both are short. At some rate the queue gets longer and longer: the curve tips over. DistServe
-# calls the largest rate at which both times stay within what users were promised the goodput.
+# measured, from arrival to the first token, and from one token to the next. While the rate is low,
+# both times are short. At some rate the queue gets longer and longer: the curve tips over. Goodput
+# (DistServe) is the highest rate at which both times stay within what users were promised.
 #
 # Measured by show_load(). Nothing new is needed: it runs the engine of section 6.
 
 
 # 12. A smaller cache
 #
-# Fewer bits a number make the cache smaller, and decode steps that read it faster. FP8 (E4M3) is a
-# sign, 4 bits of exponent and 3 bits of mantissa: half the bytes of 16 bits. Between 2^e and
-# 2^(e + 1) it has 8 numbers, 2^(e - 3) apart, so a number is off by one part in 16 at most. The
-# largest is 448. Below 2^-6 the numbers are evenly spaced, 2^-9 apart.
+# Fewer bits per number make the cache smaller, and the decode steps that read it faster. FP8 (E4M3)
+# is a sign, 4 bits of exponent and 3 bits of mantissa: half the bytes of 16 bits. Between 2^e and
+# 2^(e + 1) its 8 numbers are 2^(e - 3) apart, so rounding moves a number by one part in 16 at most.
+# The largest FP8 number is 448. Below 2^-6 the numbers are evenly spaced, 2^-9 apart.
 #
 # Still fewer bits need groups of numbers that share a scale. In real models a few channels of the
 # keys are far larger than the others, for every token. KIVI (Liu et al. 2024) therefore rounds keys
 # in groups per channel, over 32 tokens, so that such a channel is alone in its group, and values
-# per token, all to 2 bits. The newest tokens stay in full precision. It is not run here: our little
-# model has no such channels, so it could not show why KIVI groups as it does.
+# per token, all to 2 bits. The newest tokens stay in full precision. KIVI is not run here: our
+# little model has no such channels, so it could not show why KIVI groups as it does.
 #
 # In production: FP8 is the usual choice (vLLM: kv_cache_dtype="fp8"; it also has 4-bit caches, and
 # scales per token and head). QuantizedCache in transformers is in the manner of KIVI.
@@ -1210,11 +1212,11 @@ def serve_split(
 
 
 def nearest_e4m3(x: float) -> float:
-    """Return the nearest FP8 number, of the 4-bit exponent kind; 448 at most, in size."""
+    """Return the FP8 number (E4M3) nearest to x; beyond ±448, that is ±448."""
     if x == 0:
         return x
-    _, exponent = math.frexp(x)               # 2^(exponent - 1) ≤ |x| < 2^exponent
-    spacing = 2.0 ** max(exponent - 4, -9)    # between neighbours: 8 of them per power of two
+    _, exponent = math.frexp(x)               # 2^e ≤ |x| < 2^(e + 1); frexp's exponent is e + 1
+    spacing = 2.0 ** max(exponent - 4, -9)    # between neighbours: 2^(e - 3), or 2^-9 below 2^-6
     return max(-448.0, min(448.0, round(x / spacing) * spacing))
 
 
@@ -1222,6 +1224,7 @@ class Fp8KVCache(KVCache):
     """A KVCache that keeps every number in FP8."""
 
     def update(self, layer: int, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
+        """Round k and v of the new tokens to FP8, then store them."""
         small_k = [list(map(nearest_e4m3, row)) for row in k]
         small_v = [list(map(nearest_e4m3, row)) for row in v]
         return super().update(layer, small_k, small_v)
@@ -1795,7 +1798,7 @@ def show_waste(trace, knobs) -> None:
     if paged is not one_piece:
         trace.say(f"In blocks of {paged.block_size}, {paged.used:.0%} of the memory is used and "
                   f"all are done in {paged.steps} steps; in pieces, {one_piece.used:.0%} is used "
-                  f"and it takes {one_piece.steps} steps. The price of blocks: {paged.preempted} "
+                  f"and {one_piece.steps} steps are needed. The price of blocks: {paged.preempted} "
                   f"preemptions, and {paged.computed - sum(needed)} tokens that were run again.")
     trace.check("blocks use as much of the memory as pieces or more, and take no more steps",
                 paged.used >= one_piece.used and paged.steps <= one_piece.steps,
@@ -1870,7 +1873,8 @@ def show_preemption(trace, knobs) -> None:
     if min(len(again.steps), len(swap.steps)) > len(enough.steps):
         trace.note(f"In {n_blocks} blocks, fewer requests can run at a time. So it takes more "
                    "steps, whichever way they come back.")
-    trace.lines(["", "By recomputation: × loses its blocks in this step, █ its text so far runs.",
+    trace.lines(["", "By recomputation: × a step in which it loses its blocks, █ its text so far "
+                 "runs.",
                  *timeline(again)])
     show_come_back(trace)
     check_preemption(trace, knobs, again, swap)
@@ -1929,8 +1933,8 @@ def show_come_back(trace) -> None:
 # 10. Prefill here, decode there
 
 # Bytes per second in one direction, between two cards or two machines
-LINKS = {"NVLink": 300e9,     # A100 data sheet: 600 GB/s, both ways together
-         "InfiniBand": 25e9}  # HDR, 200 Gb/s
+LINKS = {"split": 300e9,             # NVLink; A100 data sheet: 600 GB/s, both ways together
+         "split, InfiniBand": 25e9}  # HDR, 200 Gb/s
 
 
 class Latency(NamedTuple):
@@ -1938,7 +1942,7 @@ class Latency(NamedTuple):
 
     cards: int
     way: str
-    rate: int           # requests a second for each card, where they come at random
+    rate: int           # requests per second and card, where they come at random
     first_token: float  # after arrival: 9 of 10 are no longer
     second_gap: float   # the longest from a first token to the second
     later_gap: float    # between later tokens: 99 of 100 are no longer
@@ -1966,38 +1970,40 @@ def show_split(trace, knobs) -> None:
     """The same requests on one card, on two alike, and on one for prefill and one for decode."""
     requests = long_prompt_requests(knobs.lab.tokenizer)
     prompt_tokens = sum(len(request.prompt) for request in requests)
-    ways = [("chunked", 1), ("continuous", 2), ("chunked", 2), ("NVLink", 2), ("InfiniBand", 2)]
+    ways = [("chunked", 1), ("continuous", 2), ("chunked", 2), *((link, 2) for link in LINKS)]
     rows = [measure_latency(StandIn(), requests, way, cards) for way, cards in ways]
     _, whole, chunked, split, _ = rows
     report, crossed = serve_split(knobs.lab.model, requests, 1e9, **plenty(requests))
-    trace.say("One card can do the prefill of all requests and another their decode; then no "
+    trace.say("One card can do the prefill of all requests and another card their decode; then no "
               "prompt disturbs an answer. The keys and values of a prompt must cross over before "
-              "its second token. The requests of section 7: on one card, on two that take them in "
-              "turn, and split over two links, by the cost model:")
+              "its second token. The requests of section 7, by the cost model: on one card, on two "
+              "cards that take requests in turn, and split (over NVLink, or over InfiniBand):")
     trace.ask(f"the prompts have {prompt_tokens} tokens. How many MB of keys and values cross in "
               f"all, at {PRICED_MODEL.kv_bytes / 1024:.0f} KiB a token?", crossed / 1e6)
     trace.table(rows, {"cards": "d", "way": "", "first_token as first token, ms": ".1f",
                        "second_gap as to the second, ms": ".1f",
                        "later_gap as later gap, ms": ".1f"})
-    trace.note("The longest of all requests: from arrival to the first token, from that to the "
-               "second, and between two later ones. continuous: whole prompts; chunked: at most "
-               f"{priced_free_tokens()} tokens a step.")
+    trace.note("The longest of all requests: from arrival to the first token, from the first to "
+               "the second, and between later tokens. continuous: whole prompts. chunked: at most "
+               f"{priced_free_tokens()} tokens per step.")
     trace.say(f"On two cards, chunks make the later gaps short, {chunked.later_gap:.1f} ms, and "
-              f"the first token late, {chunked.first_token:.1f} ms. With whole prompts it comes "
-              f"after {whole.first_token:.1f} ms, with gaps of {whole.later_gap:.1f}. The split "
-              f"has both, {split.first_token:.1f} and {split.later_gap:.1f} ms. Only the second "
-              f"token waits: for the crossing ({crossed / 1e6:.0f} MB in all), and for the step "
-              "that the decode card is in. The price is the second card. Section 11 asks whether "
-              "it would serve more people another way.")
+              f"the first token late, {chunked.first_token:.1f} ms. With whole prompts the first "
+              f"token comes after {whole.first_token:.1f} ms, and gaps are up to "
+              f"{whole.later_gap:.1f} ms. The split has an early first token, "
+              f"{split.first_token:.1f} ms, and short later gaps, {split.later_gap:.1f} ms. Only "
+              f"the second token waits: for the crossing ({crossed / 1e6:.0f} MB in all), and for "
+              "the step that the decode card is in. Section 11 asks which way serves more people "
+              "with two cards.")
     trace.check("split, every request gets the tokens that it gets alone",
                 report.tokens == knobs.lab.solo_tokens(requests), f"{len(requests)} requests")
     trace.check("split, the first token comes before that of chunks, and the later gaps are "
                 "shorter than with whole prompts",
                 split.first_token < chunked.first_token and split.later_gap < whole.later_gap,
                 "on two cards each")
-    trace.check("over 1 GB a second, no second token comes before its prompt has crossed",
+    trace.check("with a slow link, of 1 GB a second, no second token comes before its prompt's "
+                "keys and values have crossed",
                 all(state.times[1] - state.times[0] > len(state.request.prompt) * 131072 / 1e9
-                    for state in report.states), "131,072 bytes a token")
+                    for state in report.states), "131,072 bytes per token")
     trace.check("the keys and values of every prompt token crossed, once",
                 crossed == prompt_tokens * PRICED_MODEL.kv_bytes, f"{prompt_tokens} tokens")
 
@@ -2006,7 +2012,7 @@ def show_split(trace, knobs) -> None:
 
 
 def poisson_requests(n: int, rate: float, rng: random.Random) -> list[Request]:
-    """Return n requests that come at random, `rate` a second, with prompts of all sizes."""
+    """Return n requests that come at random, `rate` per second, with prompts of all sizes."""
     arrival = 0.0
     requests = []
     for _ in range(n):
@@ -2025,51 +2031,66 @@ def measure_load(way: str, rates: Sequence[int], n_requests: int, seed: int) -> 
 
 
 def goodput(rows: Sequence[Latency]) -> int:
-    """Return the highest rate with a first token within 60 ms and later gaps within 5 ms, or 0."""
+    """Return the highest rate with first tokens within 60 ms and later gaps within 5 ms, or 0."""
     kept = [row.rate for row in rows if row.first_token <= 60 and row.later_gap <= 5]
     return max(kept, default=0)
 
 
 def show_load(trace, knobs) -> None:
     """First token and gaps under growing load, in four ways."""
-    ways = ("static", "continuous", "chunked", "NVLink")
-    curves = [measure_load(way, (5, 10, 20, 40, 80), 80, knobs.seed) for way in ways]
-    static, continuous, chunked, _ = curves
-    kept = dict(zip(ways, map(goodput, curves)))
+    curves = {}
+    for way in ("static", "continuous", "chunked", "split"):
+        curves[way] = measure_load(way, (5, 10, 20, 40, 80), 80, knobs.seed)
+    kept = {way: goodput(rows) for way, rows in curves.items()}
     trace.say("A serving system is judged by its times under load. 80 requests with prompts of 64 "
-              "to 448 tokens and answers of 8 to 56 come at random to two cards, which take them "
-              "in turn; with NVLink, one does the prefill and the other the decode. The scheduler "
-              "runs for real, with a stand-in for the model. rate: requests a second for each "
-              "card. first token: 9 of 10 come sooner after arrival. later gap: 99 of 100 gaps "
-              "after the second token are no longer.")
+              "to 448 tokens and answers of 8 to 56 come at random to two cards, which take "
+              "requests in turn. (In the split, one card does the prefill and the other the "
+              "decode, over NVLink.) The scheduler runs for real, with a stand-in for the model. "
+              "rate: requests per second and card.")
     trace.ask("users were promised a first token within 60 ms and later gaps within 5 ms. Which "
-              "way keeps that up to the highest rate: static, continuous, chunked or NVLink?",
+              "way keeps that up to the highest rate: static, continuous, chunked or split?",
               max(kept, key=kept.get))
-    trace.table(list(itertools.chain(*curves)),
-                {"way": "", "rate": "d", "first_token as first token, ms": ".0f bar 20",
-                 "later_gap as later gap, ms": ".1f bar 8"})
+    trace.say("First tokens, ms after arrival (9 of 10 come no later):")
+    print_curves(trace, curves, "first_token", ".0f")
+    trace.say("Gaps after the second token, ms (99 of 100 are no longer):")
+    print_curves(trace, curves, "later_gap", ".1f")
     rates = ", ".join(f"{way} {rate or 'none'}" for way, rate in kept.items())
-    trace.say("Where does each tip over? The highest rate with 9 of 10 first tokens within 60 ms "
-              f"and 99 of 100 later gaps within 5 ms (DistServe calls it goodput): {rates}.")
+    trace.say("Users were promised first tokens within 60 ms (9 of 10) and later gaps within 5 ms "
+              f"(99 of 100). The highest rate that keeps the promise, the goodput: {rates}.")
     trace.say("In static batches everybody waits for the batch before. Continuous batching brings "
               "the first token sooner, but whole prompts tear gaps into the answers; chunks close "
-              "those. The split has no prompts among its decode steps either, but one card runs "
-              "all prompts. Beyond the point where a way tips over, its times grow with the number "
-              "of requests.")
-    if kept["chunked"] > kept["NVLink"]:
-        trace.say("On the same two cards, chunks do better than the split here. In this model they "
-                  "cost only a little of the first token: it leaves out the overhead of each step, "
-                  "and small chunks run as fast as large ones. And the split is 1 to 1, with two "
-                  "cards alike, whatever the work is.")
+              "those gaps. The split has no prompts among its decode steps either, but one card "
+              "runs all prompts. At a rate that a way cannot serve, the queue gets longer and "
+              "longer: with more than 80 requests the first tokens would come even later.")
+    if kept["chunked"] > kept["split"]:
+        trace.say("On the same two cards, chunks do better than the split here. By the cost model, "
+                  "chunks delay the first token only a little, because the model leaves out the "
+                  "overhead of each step, so small chunks run as fast as large ones. And the split "
+                  "gives each phase one card, whatever the work is.")
+    check_load(trace, curves, kept)
+
+
+def print_curves(trace, curves: dict[str, Sequence[Latency]], field: str, form: str) -> None:
+    """Print one time of every way: a row per rate, a column per way."""
+    table = []
+    for rows in zip(*curves.values()):
+        cells = [getattr(row, field) for row in rows]
+        table.append({"rate": rows[0].rate, **dict(zip(curves, cells))})
+    trace.table(table, {"rate": "d", **dict.fromkeys(curves, form)})
+
+
+def check_load(trace, curves: dict[str, Sequence[Latency]], kept: dict[str, int]) -> None:
+    """Check which way is better, from 10 requests a second on."""
+    static, continuous, chunked, split = (rows[1:] for rows in curves.values())
     trace.check("from 10 a second on, static batches have the latest first tokens",
-                all(row.first_token < slow.first_token for rows in curves[1:]
-                    for row, slow in zip(rows[1:], static[1:])), "4 rates")
+                all(row.first_token < slow.first_token for rows in (continuous, chunked, split)
+                    for row, slow in zip(rows, static)), "at 4 rates")
     trace.check("from 10 a second on, chunks have shorter gaps than whole prompts",
-                all(row.later_gap < whole.later_gap
-                    for row, whole in zip(chunked[1:], continuous[1:])), "4 rates")
-    trace.check("chunks keep the promise up to the highest rate, whole prompts not so far",
-                kept["continuous"] < kept["chunked"] == max(kept.values()),
-                f"{kept['chunked']} and {kept['continuous']} a second")
+                all(row.later_gap < whole.later_gap for row, whole in zip(chunked, continuous)),
+                "at 4 rates")
+    trace.check("no way keeps the promise up to a higher rate than chunks, and whole prompts keep "
+                "it up to a lower one", kept["continuous"] < kept["chunked"] == max(kept.values()),
+                f"chunks {kept['chunked']}, whole prompts {kept['continuous']} a second")
 
 
 # 12. A smaller cache
@@ -2078,8 +2099,8 @@ def show_load(trace, knobs) -> None:
 def fp8_errors(model: Llama, texts: Sequence[Sequence[int]]) -> tuple[list[float], int]:
     """Read each text with a cache in FP8.
 
-    Returns how far the logits of each text move, as a share of their own spread, and after how many
-    tokens another next one becomes the likeliest.
+    Returns how far the logits of each text move, as a share of their standard deviation, and after
+    how many tokens another next token becomes the likeliest.
     """
     errors = []
     changed = 0
@@ -2105,23 +2126,24 @@ def show_small_cache(trace, knobs) -> None:
     texts = [knobs.lab.tokenizer.encode(verse) for verse in verses]
     errors, changed = fp8_errors(model, texts)
     n_tokens = sum(map(len, texts))
-    trace.say("A cache of 8 bits a number takes half the bytes, so twice as many requests fit. FP8 "
-              "rounds every number by itself, to 4 bits of exponent and 3 of mantissa. The model "
-              f"reads {len(texts)} verses of {n_tokens} tokens in all with such a cache. Their "
-              "clauses are in orders that it was not trained on.")
+    trace.say("A cache of 8 bits per number takes half the bytes, so twice as many requests fit. "
+              "FP8 rounds every number by itself, to 4 bits of exponent and 3 bits of mantissa. "
+              f"With such a cache the model reads {len(texts)} verses, {n_tokens} tokens in all, "
+              "with clauses in orders that the model was not trained on.")
     trace.ask(f"after how many of the {n_tokens} tokens is another next token the likeliest than "
               "with the exact cache?", changed)
-    trace.say(f"The logits move by {fmean(errors):.1%} of their own spread ({min(errors):.1%} to "
-              f"{max(errors):.1%} from verse to verse). After {changed} of {n_tokens} tokens, "
-              "another next token becomes the likeliest.")
+    trace.say(f"The logits move by {fmean(errors):.1%} of their standard deviation "
+              f"({min(errors):.1%} to {max(errors):.1%} from verse to verse). After {changed} of "
+              f"{n_tokens} tokens, another next token becomes the likeliest.")
     trace.check("the verses are not in the training text",
                 all(verse not in TEXT for verse in verses), f"{len(verses)} verses")
-    trace.check("rounding moves the logits, by less than a tenth of their spread",
-                min(errors) > 0 and max(errors) < 0.1, f"{len(errors)} verses")
+    trace.check("rounding moves the logits, by less than a tenth of their standard deviation",
+                min(errors) > 0 and max(errors) < 0.1, f"in each of {len(errors)} verses")
     numbers = list(itertools.chain(*model.weights["output"]))
     off = [abs(nearest_e4m3(x) - x) / max(abs(x), 2 ** -6) for x in numbers]
-    trace.check("a number in FP8 is off by one part in 16 at most, and some by more than one in 32",
-                1 / 32 < max(off) <= 1 / 16, f"{len(numbers)} numbers; 2^-10 below 2^-6")
+    trace.check("rounding to FP8 moves a number by one part in 16 at most, or by 2^-10 if it is "
+                "below 2^-6, and some by more than one part in 32",
+                1 / 32 < max(off) <= 1 / 16, f"{len(numbers):,} weights rounded")
 
 
 # =============================================================================================
