@@ -771,7 +771,7 @@ class Engine:
         budget = self.max_num_batched_tokens
         work = []
         for state in list(self.running):
-            # n is at least 1: all lack one token, but for the youngest, which may be in its prompt.
+            # Only the youngest can be inside its prompt; the others lack one token. n is never 0.
             n = min(len(state.tokens) - state.cache.length, budget)
             while state in self.running and not state.cache.fits(n):
                 # The youngest comes last in the loop, so it is not in work yet. It may be `state`.
@@ -877,8 +877,8 @@ def serve(
     """Return every request's greedy tokens, and the schedule that made them. The settings, by name:
 
     engine: Engine, CachingEngine, or SwappingEngine (section 9)
-    policy: "static" (batches that start and end together), "continuous" (the default: whole
-        prompts join running requests) or "chunked" (prompts are cut up, section 7)
+    policy: "static" (a batch starts when the one before is done), "continuous" (the default:
+        whole prompts join running requests) or "chunked" (prompts are cut up, section 7)
     num_blocks, block_size: the pool
     max_num_seqs: requests that may run at the same time
     max_num_batched_tokens: tokens that a step may run
@@ -1335,9 +1335,9 @@ def show_intensity(trace, knobs) -> None:
     trace.say(f"And memory ends. A token's keys and values take {PRICED_MODEL.kv_bytes / 1024:.0f} "
               f"KiB, so {fit} requests of 4096 tokens fit beside the weights, in nine tenths of 80 "
               "GB. (Engines leave the rest for activations.)")
-    trace.check("by hand: the prefill takes 2 · 7.505e9 · 1024 FLOPs / 312e12 a second, one "
-                "request's decode step (2 · 7.505e9 + 1024 · 131072) bytes / 2039e9 a second, with "
-                "7.505e9 weights besides the embedding table",
+    trace.check("by hand: the prefill takes 2 · 7.505e9 · 1024 FLOPs / 312e12 per second, one "
+                "request's decode step (2 · 7.505e9 + 1024 · 131072) bytes / 2039e9 per second, "
+                "with 7.505e9 weights besides the embedding table",
                 abs(prefill.arithmetic - 49.26) < 0.01 and abs(decode[0].reading - 7.427) < 0.001,
                 "49.26 and 7.427 ms")
     trace.check("by hand: 7.361 ms to read the weights / 0.0481 ms of arithmetic per request is "
@@ -1362,11 +1362,11 @@ def run_paged(
     pool.free_blocks = OrderedDict.fromkeys(rng.sample(range(n_blocks), n_blocks))
     texts = [list(prompt) for prompt in prompts]
     caches = [PagedKVCache(pool, model.config) for _ in prompts]
-    write_tokens(model, texts, caches, n_new)
+    grow_texts(model, texts, caches, n_new)
     return texts, caches
 
 
-def write_tokens(
+def grow_texts(
     model: Llama, texts: Sequence[list[int]], caches: Sequence[PagedKVCache], n_new: int
 ) -> None:
     """Let every text go on for n_new tokens, in turn."""
@@ -1451,7 +1451,7 @@ def show_sharing(trace, knobs) -> None:
     pool = BlockPool(4 * ceil_div(len(prompt) + 1, size), size)
     texts, caches = fork_prompt(model, prompt, pool)
     prompt_table = list(caches[0].block_table)
-    write_tokens(model, texts, caches, 1)
+    grow_texts(model, texts, caches, 1)
     copies = sum(cache.block_table[:len(prompt_table)] != prompt_table for cache in caches)
     used = pool.num_blocks - pool.num_free_blocks
     trace.say(f"Four answers to one prompt share its blocks. The prompt has {len(prompt)} tokens, "
@@ -1525,7 +1525,7 @@ def conversation(tokenizer: Tokenizer) -> list[Request]:
 
 
 def show_prefix_caching(trace, knobs) -> None:
-    """A conversation that grows by a verse a turn, and a stranger."""
+    """A conversation that grows by a verse per turn, and a stranger."""
     size = knobs.block_size
     requests = conversation(knobs.lab.tokenizer)
     needed = sum(slots_needed(requests))
@@ -1692,7 +1692,7 @@ def show_chunked(trace, knobs) -> None:
     trace.ask(f"the long prompt made requests 0 to 2 wait {before.worst_gap:.1f} ms for a token. "
               f"What is their longest gap, in ms, if a step runs at most {budget} tokens?",
               after.worst_gap)
-    trace.lines(["", f"chunked, at most {budget} tokens a step:", *clock_line(chunked)])
+    trace.lines(["", f"chunked, at most {budget} tokens per step:", *clock_line(chunked)])
     trace.say(f"The longest gap of requests 0 to 2 is {before.worst_gap:.1f} ms with whole prompts "
               f"and {after.worst_gap:.1f} with chunks. The first token of request 3 comes after "
               f"{before.first_token:.1f} ms with whole prompts and {after.first_token:.1f} with "
@@ -1926,7 +1926,7 @@ def show_come_back(trace) -> None:
               f"{priced_free_tokens() - free} are run either way, and {free} can be recomputed at "
               f"no cost. Texts of {crossing} tokens or more are cheaper to swap.")
     trace.check("by hand: 32 tokens are recomputed in no time and swapped in 2 · 32 · 131072 bytes "
-                "/ 32e9 a second", costs[32][0] == 0 and abs(costs[32][1] - 0.262) < 0.001,
+                "/ 32e9 per second", costs[32][0] == 0 and abs(costs[32][1] - 0.262) < 0.001,
                 "0.262 ms")
 
 
@@ -1979,7 +1979,7 @@ def show_split(trace, knobs) -> None:
               "its second token. The requests of section 7, by the cost model: on one card, on two "
               "cards that take requests in turn, and split (over NVLink, or over InfiniBand):")
     trace.ask(f"the prompts have {prompt_tokens} tokens. How many MB of keys and values cross in "
-              f"all, at {PRICED_MODEL.kv_bytes / 1024:.0f} KiB a token?", crossed / 1e6)
+              f"all, at {PRICED_MODEL.kv_bytes / 1024:.0f} KiB per token?", crossed / 1e6)
     trace.table(rows, {"cards": "d", "way": "", "first_token as first token, ms": ".1f",
                        "second_gap as to the second, ms": ".1f",
                        "later_gap as later gap, ms": ".1f"})
@@ -2641,7 +2641,7 @@ class ServingLab:
 class StandIn:
     """What takes the place of the model in an engine where only the schedule matters.
 
-    It fills slots with nothing. Its logits are the same for every token, so it writes token 0.
+    It fills slots with nothing. Its logits are the same for every token, so it picks token 0.
     """
 
     def __init__(self):
@@ -2700,7 +2700,7 @@ def slots_needed(requests: Sequence[Request]) -> list[int]:
 
 
 def contents(caches: Sequence[KVCache | PagedKVCache]) -> Matrix:
-    """Return all keys and values of the caches, cache by cache and layer by layer, a row a token.
+    """Return all keys and values of the caches, cache by cache and layer by layer, a row per token.
 
     Attention does not mind the order of its keys. A comparison of these rows does.
     """
@@ -2729,7 +2729,7 @@ def first_tokens(report: Report) -> list[float]:
 def token_gaps(states: Sequence[RequestState], first: int = 0) -> list[float]:
     """Return the milliseconds between each new token and the next one of its request.
 
-    first: the token of each request to begin with. [0.0] if there are no gaps.
+    first: the token that each request begins with. [0.0] if there are no gaps.
     """
     gaps = []
     for state in states:
@@ -2744,13 +2744,13 @@ def count_parameters(c: Config) -> int:
 
 
 def used_weights(c: Config) -> int:
-    """Return how many of them a step computes with: all but the embedding table."""
+    """Return how many weights a step computes with: all but the embedding table."""
     return count_parameters(c) - c.vocab_size * c.dim
 
 
 @contextmanager
 def counted_dots() -> Iterator[Namespace]:
-    """While this is open, every dot product that anybody makes adds its length to .products."""
+    """While this is open, every dot product adds its length to .products."""
     global dot
     plain_dot = dot
     count = Namespace(products=0)
