@@ -2729,7 +2729,7 @@ def first_tokens(report: Report) -> list[float]:
 def token_gaps(states: Sequence[RequestState], first: int = 0) -> list[float]:
     """Return the milliseconds between each new token and the next one of its request.
 
-    first: the token that each request begins with. [0.0] if there are no gaps.
+    first: gaps before this token of a request are left out. [0.0] if there are no gaps.
     """
     gaps = []
     for state in states:
@@ -2750,7 +2750,7 @@ def used_weights(c: Config) -> int:
 
 @contextmanager
 def counted_dots() -> Iterator[Namespace]:
-    """While this is open, every dot product adds its length to .products."""
+    """While this is open, every dot product that anybody makes adds its length to .products."""
     global dot
     plain_dot = dot
     count = Namespace(products=0)
