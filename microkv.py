@@ -170,7 +170,7 @@ def generate(model: Llama, prompt: Sequence[int], max_new_tokens: int, cache=Non
 
 
 def argmax(logits: Vector) -> int:
-    """Return the index of the largest logit, the first of equals."""
+    """Return the first index of the largest."""
     return logits.index(max(logits))
 
 
