@@ -980,7 +980,7 @@ def free_tokens(gpu: Gpu, weight_bytes: float) -> int:
 # text that was allowed. Kwon et al. (2023) ask of every slot of a memory what becomes of it:
 #
 #     used       it holds a token now
-#     reserved   it will hold a token of this request, later
+#     reserved   it will hold a token of the same request later
 #     internal   it is set aside for the request, which will end without using it
 #     free       it is set aside for nobody
 #
@@ -1536,22 +1536,22 @@ def show_prefix_caching(trace, knobs) -> None:
     trace.say("If the beginning of a prompt was computed before, its keys and values are still in "
               "the pool, under a hash of its tokens. Requests 0 to 3 are a conversation that "
               "repeats the rhyme so far and adds a verse; request 2 asks the same as 1. Request 4 "
-              "is a stranger. Each request comes when the one before has ended and given its "
-              "blocks back, and the pool is large enough for all.")
+              "is a stranger. Each comes when the request before has ended, and the pool is large "
+              "enough for all.")
     trace.ask(f"request 2 has the {len(requests[2].prompt)} tokens of request 1. How many does it "
               f"find in the pool, with blocks of {size}?", found[2])
     trace.table(rows, {"request": "d", "prompt as prompt, tokens": "d", "found": "d",
                        "picture as ░ found, █ run (a mark is a token)": ""})
     trace.say("Only full blocks are found, and the last token of a prompt is always run. Answers "
-              "(4 tokens each) stay in the pool, too, all but their last token: request 0 leaves "
-              f"{len(requests[0].prompt)} + 3 tokens there.")
+              "(4 tokens) stay in the pool, too, all but their last token: request 0 leaves "
+              f"{len(requests[0].prompt)} + 3 tokens.")
     trace.check("found = the longest run of full blocks shared with any earlier text",
                 found == [row.longest for row in rows],
                 f"{', '.join(map(str, found))} tokens")
     cache = report.states[0].cache  # empty by now
     one_block = requests[3].prompt[:size]
     trace.check("nothing is found of a prompt of one block at most: its last token must be run",
-                adopt_prefix(cache, one_block) == 0, f"{len(one_block)} of the tokens of request 3")
+                adopt_prefix(cache, one_block) == 0, f"the first {len(one_block)} tokens of request 3")
     prompt_tokens = sum(row.prompt for row in rows)
     trace.check("what was found was not computed", report.computed == needed - sum(found),
                 f"{prompt_tokens} tokens of prompts + {needed - prompt_tokens} of answers - "
@@ -1694,9 +1694,7 @@ def show_chunked(trace, knobs) -> None:
               after.worst_gap)
     trace.lines(["", f"chunked, at most {budget} tokens per step:", *clock_line(chunked)])
     trace.say(f"The longest gap of requests 0 to 2 is {before.worst_gap:.1f} ms with whole prompts "
-              f"and {after.worst_gap:.1f} with chunks. The first token of request 3 comes after "
-              f"{before.first_token:.1f} ms with whole prompts and {after.first_token:.1f} with "
-              "chunks.")
+              f"and {after.worst_gap:.1f} with chunks. How large should the budget be?")
     show_budgets(trace, requests, budget, before)
     alone = knobs.lab.solo_tokens(requests)
     trace.check("every request's tokens are those it gets alone, both ways",
@@ -1714,7 +1712,6 @@ def show_budgets(trace, requests: Sequence[Request], budget: int, whole: BudgetR
         rows.append(budget_row(serve_plenty(StandIn(), requests, "chunked", n), n))
     small = rows[0]
     best = next(row for row in rows if row.budget == free)
-    trace.say("How large should the budget be? Several budgets, and whole prompts:")
     trace.table([*rows, whole], {"budget": ">", "worst_gap as gap, ms": ".1f bar 12",
                                  "first_token as first token, ms": ".1f",
                                  "end as end, ms": ".1f"})
@@ -1780,16 +1777,15 @@ def show_waste(trace, knobs) -> None:
               f"allowed. {len(requests)} requests wait for 128 slots. They will need {min(needed)} "
               f"to {max(needed)} slots each, which nobody can know, and 64 is the most that any "
               "may use. So blocks of 64, the last row, are the old way. The scheduler runs for "
-              "real, with a stand-in for the model.")
-    trace.say("What becomes of a slot, on average over the steps in which somebody waited?")
-    trace.lines(["  used      it holds a token now",
-                 "  reserved  it will hold a token of this request, later",
-                 "  internal  it is set aside for a request that will end without using it",
-                 "  free      it is set aside for nobody"])
-    trace.say("So a request with 3 tokens now and 5 at its end, in a piece of 8 slots, has 3 used, "
-              "2 reserved and 3 internal. preempted: how often a running request lost its blocks, "
-              "as no block was free (section 9). computed: tokens run; without preemptions "
-              f"{sum(needed)} are run.")
+              "real, with a stand-in for the model. On average over the steps in which somebody "
+              "waited, a slot is")
+    trace.lines(["  used      if it holds a token now",
+                 "  reserved  if it will hold a token of the same request later",
+                 "  internal  if it is set aside for a request that will end without using it",
+                 "  free      if it is set aside for nobody"])
+    trace.say("So a request with 3 tokens now and 5 at its end, in a piece of 8 slots, has 3 "
+              "used, 2 reserved and 3 internal. preempted: how often a request lost its blocks, "
+              f"as none was free (section 9). computed: tokens run; {sum(needed)} are needed.")
     trace.ask("with 64 slots set aside for each, two requests fit. What share of all slots holds a "
               "token? (as 0.5 or 50%)", one_piece.used)
     trace.table(rows, {"block_size": "d", "used": ".0%", "reserved": ".0%", "internal": ".0%",
@@ -1803,9 +1799,9 @@ def show_waste(trace, knobs) -> None:
     trace.check("blocks use as much of the memory as pieces or more, and take no more steps",
                 paged.used >= one_piece.used and paged.steps <= one_piece.steps,
                 f"{paged.used:.0%} and {one_piece.used:.0%} used")
-    trace.check("by hand: in 2 blocks of 4, a request has 3, 4, and then all 5 of its tokens: used "
-                "3 + 4 + 5, reserved 1 + 0 + 0, internal 0 + 0 + 3, free 4 + 4 + 0",
-                waste_of_two_requests() == (12, 1, 3, 8), "slots, added up over 3 steps")
+    trace.check("by hand, 3 steps of a request that will have 5 tokens, in 2 blocks of 4: used 3 + "
+                "4 + 5, reserved 1 + 0 + 0, internal 0 + 0 + 3, free 4 + 4 + 0",
+                waste_of_two_requests() == (12, 1, 3, 8), "3 · 8 slots")
     trace.check("nobody is preempted from a piece that is large enough",
                 one_piece.preempted == 0 and one_piece.computed == sum(needed), "pieces of 64")
 
@@ -1859,11 +1855,11 @@ def show_preemption(trace, knobs) -> None:
     swap = serve(knobs.lab.model, requests, engine=SwappingEngine, num_blocks=n_blocks, **settings)
     enough = serve(StandIn(), requests, num_blocks=sum(blocks), **settings)
     trace.say("When a running request needs a block and none is free, the youngest request loses "
-              "all of its blocks and waits. When it comes back, its text so far is recomputed, or "
-              "its keys and values, copied to the host before, are swapped in. The requests of "
-              f"section 6 have {needed} tokens to run in a pool of {n_blocks} blocks of "
-              f"{knobs.block_size}; the largest request needs {max(blocks)} blocks. In the last "
-              f"row the pool has blocks for all, {sum(blocks)}:")
+              "its blocks and waits. When it comes back, its text so far is recomputed, or its "
+              "keys and values are swapped in from the host. The requests of section 6 have "
+              f"{needed} tokens to run in a pool of {n_blocks} blocks of {knobs.block_size}; the "
+              f"largest request needs {max(blocks)}. In the last row the pool has blocks for all, "
+              f"{sum(blocks)}:")
     trace.ask("how many tokens go through the model when blocks are swapped out and in?",
               swap.computed)
     rows = [preemption_row(again, "recompute"), preemption_row(swap, "swap"),
@@ -1871,10 +1867,8 @@ def show_preemption(trace, knobs) -> None:
     trace.table(rows, {"by as comes back by": "", "preempted": "d", "computed": "d",
                        "swapped as swapped, tokens": "d", "steps": "d", "end as ms": ".1f"})
     if min(len(again.steps), len(swap.steps)) > len(enough.steps):
-        trace.note(f"In {n_blocks} blocks, fewer requests can run at a time. So it takes more "
-                   "steps, whichever way they come back.")
-    trace.lines(["", "By recomputation: × a step in which it loses its blocks, █ its text so far "
-                 "runs.",
+        trace.note(f"{n_blocks} blocks have room for fewer requests at a time: hence more steps.")
+    trace.lines(["", "By recomputation (× the request loses its blocks, █ its text so far runs):",
                  *timeline(again)])
     show_come_back(trace)
     check_preemption(trace, knobs, again, swap)
