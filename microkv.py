@@ -1551,7 +1551,7 @@ def show_prefix_caching(trace, knobs) -> None:
     cache = report.states[0].cache  # empty by now
     one_block = requests[3].prompt[:size]
     trace.check("nothing is found of a prompt of one block at most: its last token must be run",
-                adopt_prefix(cache, one_block) == 0, f"the first {len(one_block)} tokens of request 3")
+                adopt_prefix(cache, one_block) == 0, f"{len(one_block)} tokens of request 3")
     prompt_tokens = sum(row.prompt for row in rows)
     trace.check("what was found was not computed", report.computed == needed - sum(found),
                 f"{prompt_tokens} tokens of prompts + {needed - prompt_tokens} of answers - "
