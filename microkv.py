@@ -1986,8 +1986,8 @@ def show_split(trace, knobs) -> None:
               f"{whole.later_gap:.1f} ms. The split has an early first token, "
               f"{split.first_token:.1f} ms, and short later gaps, {split.later_gap:.1f} ms. Only "
               f"the second token waits: for the crossing ({crossed / 1e6:.0f} MB in all), and for "
-              "the step that the decode card is in. Section 11 asks which way serves more people "
-              "with two cards.")
+              "the step that the decode card is in. The price is the second card. Section 11 asks "
+              "which way serves more people with two.")
     trace.check("split, every request gets the tokens that it gets alone",
                 report.tokens == knobs.lab.solo_tokens(requests), f"{len(requests)} requests")
     trace.check("split, the first token comes before that of chunks, and the later gaps are "
@@ -2065,12 +2065,13 @@ def show_load(trace, knobs) -> None:
 
 
 def print_curves(trace, curves: dict[str, Sequence[Latency]], field: str, form: str) -> None:
-    """Print one time of every way: a row per rate, a column per way."""
+    """Print and draw one time of every way: a row per rate, a column per way."""
     table = []
     for rows in zip(*curves.values()):
         cells = [getattr(row, field) for row in rows]
         table.append({"rate": rows[0].rate, **dict(zip(curves, cells))})
-    trace.table(table, {"rate": "d", **dict.fromkeys(curves, form)})
+    largest = max(getattr(row, field) for row in itertools.chain(*curves.values()))
+    trace.table(table, {"rate": "d", **dict.fromkeys(curves, f"{form} bar 7 of {largest}")})
 
 
 def check_load(trace, curves: dict[str, Sequence[Latency]], kept: dict[str, int]) -> None:
