@@ -819,7 +819,7 @@ def test_clock_line_by_hand():
 
 
 def test_slot_waste_by_hand():
-    """Two requests in a pool of 2 blocks of 2, one at a time; the last token is never written."""
+    """Two requests in a pool of 2 blocks of 2, one at a time; the last token is never stored."""
     requests = [m.Request((1,), 3), m.Request((1, 2, 3), 2)]
     report = run_steps(requests, num_blocks=2)
     # While the second waits, the first has 1 token in a block, 2 in one, 3 in two.
@@ -954,7 +954,7 @@ def test_swapping_out_and_in_takes_other_blocks_and_the_same_tokens(n, block_siz
 
 
 @pytest.mark.parametrize("decoding", [1, 3, 8])
-def test_recomputing_and_swapping_cross_once_above_the_ridge(decoding):
+def test_recomputing_and_swapping_cross_once_where_tokens_are_not_free(decoding):
     cheaper = []
     for tokens in range(1, 200):
         recompute, swap = m.price_come_back(tokens, decoding)
@@ -975,7 +975,7 @@ def test_a_request_that_comes_back_runs_its_newest_token_too():
 
 def test_coming_back_by_the_cost_model():
     recompute, swap = m.price_come_back(16, 3)
-    assert recompute == 0  # 20 tokens are below the ridge
+    assert recompute == 0  # 20 tokens of a step are free
     assert swap == pytest.approx(2 * 16 * 131072 / 32e9 * 1e3, rel=1e-12)
     recompute, swap = m.price_come_back(1024, 3)
     assert recompute > 5 * swap
