@@ -1279,7 +1279,8 @@ def show_cache(trace, knobs) -> None:
     bar_of_most = f",d bar 20 of {max(without.products)}"
     trace.table(rows[::max(1, n_new // 6)],
                 {"step": "d", "without_cache": bar_of_most, "with_cache": bar_of_most})
-    trace.say(f"In all, {times_as_many:.1f} times as many multiplications without the cache.")
+    trace.say(f"In all, {times_as_many:.1f} times as many multiplications are made without the "
+              "cache.")
     trace.check("the same tokens with the cache as without", cached_text == text, f"{n_new} tokens")
     trace.check_close("the same logits at every step", cached.logits, without.logits, 1e-9)
     expected = [forward_products(lab.config, n_prompt + i, 0) for i in range(n_new)]
