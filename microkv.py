@@ -203,9 +203,9 @@ def check_prompt(prompt: Sequence[int], max_new_tokens: int, cache=None) -> None
 #
 #     free tokens = ridge · bytes per weight / 2               16 bits: 153, 4 bits: 38
 #
-# That is the difference: a prefill of a few hundred tokens is bound by arithmetic, and a decode
-# step, one token per request, is bound by memory. So requests should share decode steps, as they
-# then share one reading of the weights. They do not share their caches:
+# So a prefill of a few hundred tokens is bound by arithmetic, and a decode step, one token per
+# request, is bound by memory. Requests should share decode steps, as they then share one reading of
+# the weights. They do not share their caches:
 #
 #     bytes per token = 2 · n_layers · n_kv_heads · head_dim · bytes per value      (key and value)
 #
@@ -1212,7 +1212,7 @@ def serve_split(
 
 
 def nearest_e4m3(x: float) -> float:
-    """Return the FP8 number (E4M3) nearest to x; beyond ±448, that is ±448."""
+    """Return the FP8 number (E4M3) that is nearest to x. The largest is 448, the smallest -448."""
     if x == 0:
         return x
     _, exponent = math.frexp(x)               # 2^e ≤ |x| < 2^(e + 1); frexp's exponent is e + 1
@@ -1868,7 +1868,7 @@ def show_preemption(trace, knobs) -> None:
     trace.table(rows, {"by as comes back by": "", "preempted": "d", "computed": "d",
                        "swapped as swapped, tokens": "d", "steps": "d", "end as ms": ".1f"})
     if min(len(again.steps), len(swap.steps)) > len(enough.steps):
-        trace.note(f"{n_blocks} blocks have room for fewer requests at a time: hence more steps.")
+        trace.note(f"{n_blocks} blocks have room for fewer requests at a time: it takes more steps.")
     trace.lines(["", "By recomputation (× the request loses its blocks, █ its text so far runs):",
                  *timeline(again)])
     show_come_back(trace)
