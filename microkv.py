@@ -1868,7 +1868,7 @@ def show_preemption(trace, knobs) -> None:
     trace.table(rows, {"by as comes back by": "", "preempted": "d", "computed": "d",
                        "swapped as swapped, tokens": "d", "steps": "d", "end as ms": ".1f"})
     if min(len(again.steps), len(swap.steps)) > len(enough.steps):
-        trace.note(f"{n_blocks} blocks have room for fewer requests at a time: it takes more steps.")
+        trace.note(f"{n_blocks} blocks have room for fewer requests at a time. More steps follow.")
     trace.lines(["", "By recomputation (× the request loses its blocks, █ its text so far runs):",
                  *timeline(again)])
     show_come_back(trace)
