@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """The KV cache: why generation waits for memory, and how serving engines live with it.
 
-A language model writes one token at a time, and every token looks back at all tokens before it.
-Keeping their keys and values, the KV cache, saves nearly all of the work. Then the cache itself
-becomes the problem: it grows with every token, it is read for every token, and its size decides
-how many people one card can serve.
+A language model generates one token at a time, and every token looks back at all before it.
+Keeping the keys and values of all tokens, the KV cache, saves nearly all of the work. Then the
+cache itself becomes the problem: it grows with every token, it is read for every token, and its
+size decides how many people one card can serve.
 
 Run it (`python microkv.py`): it trains a tiny Llama in seconds and does with it what vLLM does with
 a large one. It pages the cache, shares blocks, batches continuously, cuts up long prompts, and
@@ -17,7 +17,8 @@ model.
 
 How to read it
   1. Read the words below (2 minutes), run `python microkv.py` and read what it prints
-     (15 minutes).
+     (15 minutes). A line that begins with "ok" is a claim that was checked, and its brackets
+     say on what.
   2. Read THE TECHNIQUES, in order: sections 1 to 7 are the core of the chapter (45 minutes).
      Sections 8 to 12 can wait (15 minutes).
   3. THE EXPERIMENTS show how each number of the trace was made. THE MODEL AND THE BENCH has the
@@ -44,18 +45,19 @@ The papers
 
 # The words. What is not explained here is explained in the section that uses it.
 #
-#   token        a word, or a piece of one (here a word); a model reads and writes their numbers
+#   token        a word, or a piece of one (here a word); a model works with their numbers
 #   logits       the model's score for every token that could come next
-#   greedy       always writing the token with the largest logit (argmax)
-#   key, value   two vectors that attention keeps of each token, in every layer: a later token
-#                compares its query with the key, and gathers the value if the two are alike
+#   greedy       the next token is always the one with the largest logit (argmax)
+#   key, value   two vectors that attention keeps for each token, in every layer: a later token
+#                compares its query with the key, and gathers the value if query and key are alike
+#   write        storing a token's keys and values in the cache
 #   KV head      one set of keys and values; several query heads may share it (GQA)
 #   prefill      running the prompt through the model, all of its tokens at once
 #   decode       the steps after that; each runs one token and yields the next
 #   step         one pass through the model, for one request or for several (a batch)
 #   FLOP         an addition or a multiplication
 #   card         a GPU; HBM is its memory, where weights and caches lie, and the host is the
-#                computer that it is plugged into
+#                computer that the card is plugged into
 #   first token  the time from a request's arrival to its first new token (TTFT)
 #   gap          the time from one new token of a request to the next (ITL, or TPOT)
 #
@@ -100,10 +102,10 @@ PROMPT = "This is the"
 MAX_NEW_TOKENS = 24          # tokens to generate in sections 1 and 3
 BLOCK_SIZE = 4               # tokens a block holds (vLLM: 16)
 MAX_NUM_SEQS = 4             # requests that may run at the same time
-MAX_NUM_BATCHED_TOKENS = 38  # tokens a step may run where prompts are cut up: the ridge, section 7
+MAX_NUM_BATCHED_TOKENS = 38  # tokens a step may run where prompts are cut up: the free ones
 VOCAB_SIZE = 160             # every word of TEXT is then one token
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32)
-TRAINING = dict(steps=54, length=26)  # length: tokens a step
+TRAINING = dict(steps=54, length=26)  # length: tokens per step
 
 
 # =============================================================================================
@@ -116,10 +118,10 @@ TRAINING = dict(steps=54, length=26)  # length: tokens a step
 # cache it computes them all again at every step. But the key and value of a token depend on nothing
 # that comes later, so they never change. Keep them, and a step runs only the newest token.
 #
-# A prompt of p tokens and n new ones put through the model
+# For a prompt of p tokens and n new tokens, the model runs
 #
 #     without a cache:   p + (p + 1) + … + (p + n - 1)   tokens
-#     with one:          p + 1 + 1 + … + 1  =  p + n - 1  tokens
+#     with a cache:      p + 1 + 1 + … + 1  =  p + n - 1  tokens
 #
 # For p = 3 and n = 4 these are 3 + 4 + 5 + 6 = 18 and 3 + 1 + 1 + 1 = 6. The results are the same.
 #
@@ -156,7 +158,7 @@ def generate(model: Llama, prompt: Sequence[int], max_new_tokens: int, cache=Non
     """Return max_new_tokens new tokens, each the likeliest next one (greedy).
 
     With a cache, the first step runs what the cache lacks of the prompt (prefill), and each later
-    one a single token (decode).
+    step runs a single token (decode).
     """
     check_prompt(prompt, max_new_tokens, cache)
     tokens = list(prompt)
@@ -185,21 +187,25 @@ def check_prompt(prompt: Sequence[int], max_new_tokens: int, cache=None) -> None
 # 2. Prefill and decode are different machines
 #
 # A step reads from the card's memory every weight that it uses, and the cached keys and values of
-# its requests. It does so once, whether it runs one token or a thousand. So a step has two times:
+# its requests, each of them once, whether it runs one token or a thousand. A step has two times:
 #
 #     arithmetic = 2 · weights · tokens / FLOPs per second         a multiplication and an addition
 #     reading    = (bytes of weights + bytes of caches) / bytes per second
 #
 # Both go on at once, so the step takes the longer of the two. The ridge of a card is the number of
-# FLOPs that it can do in the time in which it reads one byte (Williams et al. 2009):
+# FLOPs that the card can do in the time in which it reads one byte (Williams et al. 2009):
 #
 #     ridge = FLOPs per second / bytes per second                  A100: 312e12 / 2039e9 = 153
 #
 # A weight of 2 bytes needs 2 FLOPs for each token. So a step of 1 token makes 1 FLOP per byte, and
-# a step of 153 tokens makes 153. Below the ridge the step waits for memory, and more tokens in it
-# cost no time. That is the difference: a prefill of a few hundred tokens is bound by arithmetic,
-# and a decode step, one token per request, is bound by memory. So requests should share decode
-# steps, as they then share one reading of the weights. They do not share their caches:
+# a step of 153 tokens makes 153. Below the ridge a step waits for memory, and more tokens in the
+# step cost no time. How many tokens are free depends on the bytes per weight:
+#
+#     free tokens = ridge · bytes per weight / 2               16 bits: 153, 4 bits: 38
+#
+# So a prefill of a few hundred tokens is bound by arithmetic, and a decode step, one token per
+# request, is bound by memory. Requests should share decode steps, as they then share one reading of
+# the weights. They do not share their caches:
 #
 #     bytes per token = 2 · n_layers · n_kv_heads · head_dim · bytes per value      (key and value)
 #
@@ -216,12 +222,9 @@ def check_prompt(prompt: Sequence[int], max_new_tokens: int, cache=None) -> None
 # and never, if a request adds more reading than arithmetic. Long before that, memory may be full of
 # caches. The next sections are about that memory.
 #
-# In tokens, the ridge is ridge · bytes per weight / 2: 153 tokens at 16 bits, and 38 at 4 bits.
-#
-# One rule for what a step reads: every weight that its operations compute with. That is all of them
-# but the embedding table, of which a step only looks up a few rows; the table counts where memory
-# is filled. The cost model leaves out activations, attention's own arithmetic, and the fixed
-# overhead of every step.
+# A step reads every weight that its operations compute with: all but the embedding table, where a
+# step only looks up a few rows. In memory the table takes its place all the same. The cost model
+# leaves out activations, attention's own arithmetic, and the fixed overhead of every step.
 #
 # In production: vLLM measures at its start what weights and activations take, and makes the rest of
 # its share of the card (gpu_memory_utilization, 0.92) into cache blocks: determine_available_memory
@@ -231,7 +234,7 @@ def check_prompt(prompt: Sequence[int], max_new_tokens: int, cache=None) -> None
 
 
 class Gpu(NamedTuple):
-    """A card by its data sheet; flops are those of dense 16-bit matrix products."""
+    """A card by its data sheet. flops: in dense matrix products of 16 bits."""
 
     name: str
     flops: float            # per second
@@ -240,7 +243,7 @@ class Gpu(NamedTuple):
 
     @property
     def ridge(self) -> float:
-        """FLOPs that the card can do in the time in which it reads a byte."""
+        """FLOPs per byte: what the card can do in the time in which it reads a byte."""
         return self.flops / self.hbm_bytes_per_s
 
 
@@ -288,9 +291,9 @@ class StepTime(NamedTuple):
 def step_seconds(
     gpu: Gpu, model: ServedModel, new_tokens: float, cached_tokens: float, weight_bytes: float = 2
 ) -> StepTime:
-    """Return the times of a step that runs new_tokens while reading cached_tokens, by all requests.
+    """Return the times of a step that runs new_tokens and reads cached_tokens, of all its requests.
 
-    weight_bytes: the bytes of one weight, 0.5 for 4 bits.
+    weight_bytes: bytes per weight, 0.5 for 4 bits.
     """
     flops = 2 * model.used_weights * new_tokens
     bytes_read = model.used_weights * weight_bytes + cached_tokens * model.kv_bytes
@@ -298,9 +301,9 @@ def step_seconds(
 
 
 def batch_at_ridge(gpu: Gpu, model: ServedModel, cached_tokens: float) -> int | None:
-    """Return the smallest decode batch that arithmetic takes longest for; None if no batch is.
+    """Return the smallest decode batch for which arithmetic takes longer than reading, or None.
 
-    cached_tokens: of each request.
+    cached_tokens: per request.
     """
     weights = step_seconds(gpu, model, 0, 0).reading
     one_request = step_seconds(gpu, model, 1, cached_tokens)
@@ -325,12 +328,13 @@ def requests_that_fit(
 # in one piece, most of that memory stays empty. PagedAttention (Kwon et al. 2023) does what
 # operating systems do. The memory is a pool of blocks, each with slots for block_size tokens. A
 # request takes blocks one at a time, as its text grows, from anywhere in the pool. Its block table
-# lists them in the order of the text, and tells where a token is:
+# lists its blocks in the order of the text, and tells where a token is:
 #
 #     slot = block_table[position // block_size] · block_size + position % block_size
 #
-# Blocks of 4, and a request with the block table 7 2 5. Its token 6 is in the second block of the
-# text (6 // 4 = 1), which is block 2 of the pool, at offset 6 % 4 = 2: slot 2 · 4 + 2 = 10.
+# An example: blocks of 4, and a request with the block table 7 2 5. Its token 6 is in the second
+# block of the text (6 // 4 = 1), that is block 2 of the pool, at offset 6 % 4 = 2. So its slot is
+# 2 · 4 + 2 = 10.
 #
 #     pool     … | block 2: tokens 4 5 6 7 | … | block 5: 8 9 _ _ | … | block 7: 0 1 2 3 | …
 #
@@ -345,9 +349,8 @@ def requests_that_fit(
 class BlockPool:
     """num_blocks blocks of block_size slots; a slot holds one token's keys and values, all layers.
 
-    A block is free when no block table lists it (its ref_count is 0). Free blocks keep their
-    content until they are handed out again, the longest unused first: section 5 finds it by its
-    hash.
+    A block is free when no block table lists it (its ref_count is 0). Blocks that were freed first
+    are handed out first. Until then they keep their content, which section 5 finds by its hash.
     """
 
     def __init__(self, num_blocks: int, block_size: int):
@@ -383,12 +386,12 @@ class BlockPool:
         return block
 
     def share(self, block: int) -> None:
-        """Add a reference to a block, which may be a free one whose content is wanted again."""
+        """Add a reference to a block. If it was free, its content is wanted again."""
         self.free_blocks.pop(block, None)
         self.ref_count[block] += 1
 
     def free(self, block: int) -> None:
-        """Take a reference off a block. Without any it is free, and the last to be handed out.
+        """Take a reference off a block. A block without any is free, and handed out last.
 
         ValueError if it was free already.
         """
@@ -405,9 +408,9 @@ class PagedKVCache:
     def __init__(self, pool: BlockPool, config: Config):
         self.pool = pool
         self.config = config
-        self.length = 0                   # tokens in it
-        self.block_table: list[int] = []  # the blocks that it has, in the order of the text
-        self.hashes: list[str] = []       # names of its full blocks (section 5)
+        self.length = 0                   # tokens in the cache
+        self.block_table: list[int] = []  # its blocks, in the order of the text
+        self.hashes: list[str] = []       # the names of its full blocks (section 5)
 
     def slot(self, position: int) -> int:
         """Return the slot in the pool of the token at this position of the text."""
@@ -451,7 +454,7 @@ class PagedKVCache:
 
         Reserves what is missing. The tokens count in length once the last layer has them.
         """
-        self.reserve(len(k))
+        self.reserve(len(k))  # does nothing from the second layer on: length has not changed
         size = self.pool.block_size
         for i in range(len(k)):
             self.pool.slots[self.slot(self.length + i)][layer] = (k[i], v[i])
@@ -467,28 +470,31 @@ class PagedKVCache:
         return keys, values
 
     def free(self) -> None:
-        """Give all blocks back, the last one first: the text's beginning is wanted more often."""
+        """Give all blocks back, the last one first.
+
+        Blocks freed first are reused first, so the end of a text is lost before its beginning.
+        """
         for block in reversed(self.block_table):
             self.pool.free(block)
         self.block_table = []
         self.hashes = []
         self.length = 0
 
-    # 4. Sharing: the next section
+    # The methods of section 4: read its text first
 
     def fork(self) -> PagedKVCache:
         """Return a second cache with the same content in the same blocks. Nothing is copied."""
         twin = PagedKVCache(self.pool, self.config)
         twin.length = self.length
-        filled = ceil_div(self.length, self.pool.block_size)  # what is only reserved is not shared
-        twin.block_table = self.block_table[:filled]
+        n_blocks = ceil_div(self.length, self.pool.block_size)  # no block that is only reserved
+        twin.block_table = self.block_table[:n_blocks]
         twin.hashes = list(self.hashes)
         for block in twin.block_table:
             self.pool.share(block)
         return twin
 
     def copy_last_block(self) -> None:
-        """Put a copy of the block that is written next, so far as it is filled, in its place."""
+        """Replace the block that is written next, in this table, by a copy of its filled slots."""
         size = self.pool.block_size
         last, filled = divmod(self.length, size)
         shared = self.block_table[last]
@@ -504,9 +510,9 @@ class PagedKVCache:
 # Several answers to one prompt need its keys and values only once. fork() copies the block table
 # and not the blocks, and every block counts the tables that list it. A full block is never written
 # again, so it can be shared for good. The last block may be half full, and then two answers would
-# write different tokens into the same slot. So whoever writes into a block with more than one
-# reference first takes a copy of it, and writes into the copy (copy on write). Blocks of 4, a
-# prompt of 6:
+# write different tokens into the same slot. So an answer that has to write into a block with more
+# than one reference takes a copy of the block first, and writes into the copy (copy on write).
+# Blocks of 4, a prompt of 6 tokens:
 #
 #     after the prompt   A: 0 1          B: 0 1          references to 0 and 1:      2 2
 #     A writes token 6   A: 0 2 (copy)   B: 0 1          references to 0, 1 and 2:   2 1 1
@@ -514,7 +520,7 @@ class PagedKVCache:
 #
 # In production: today's vLLM runs n answers as n requests (vllm/v1/engine/parallel_sampling.py)
 # that find the prompt's full blocks by prefix caching (section 5), and computes the half-full block
-# again for each. Copy on write was in vLLM's first engine, and in the paper.
+# again for each answer. Copy on write was in vLLM's first engine, and in the paper.
 #
 # The code is above: PagedKVCache.fork, copy_last_block, reserve, and BlockPool.share and free.
 # Measured by show_sharing().
@@ -524,7 +530,7 @@ class PagedKVCache:
 #
 # Requests often begin alike: with the same system prompt, or with the conversation so far. The keys
 # and values in a full block depend on its tokens and on all tokens before them. So give the block a
-# name that is made from both, with the name of the block before it standing for what came before:
+# name that is made from both. The name of the block before stands for all tokens before:
 #
 #     hash(block i) = SHA-256(hash(block i - 1), tokens of block i)
 #
@@ -533,19 +539,19 @@ class PagedKVCache:
 #     H1 = hash("", a b)     H2 = hash(H1, c d)            H1 = hash("", a b)     H3 = hash(H1, c e)
 #
 # The second text finds H1 in the pool, takes that block, and runs only "c e" through the model.
-# Free blocks keep their content and their name until they are handed out, the longest unused first,
-# so even the blocks of finished requests are found. The last token of a prompt is always run: the
-# cache has keys and values, and the request needs the logits of that token.
+# Free blocks keep their content and their name until they are handed out, so even the blocks of
+# finished requests are found. The last token of a prompt is always run: the cache has keys and
+# values, and the request needs the logits of that token.
 #
 # CachingEngine (section 6) looks for the beginning of every request that it lets in.
 #
-# Equal hashes are taken for equal tokens, without comparing them. With SHA-256 that is safe: two
-# texts with the same hash are not known. With a shorter or weaker hash, compare the tokens.
+# Equal hashes are taken for equal tokens, without a comparison. With SHA-256 that is safe: nobody
+# knows two texts with the same hash. With a shorter or weaker hash, compare the tokens.
 #
 # In production: vLLM keeps every block with the same content under one name (block_pool.py). Here
-# only the first such block has the name. When it is handed out, its copies are not found any more.
-# In nano-vllm the last one has the name, and tokens are compared. SGLang keeps a tree of prefixes
-# instead of hashes. LMCache and Mooncake keep copies in the host's memory or on other
+# only the first such block has the name. When that is handed out, its copies are not found any
+# more. In nano-vllm the last such block has the name, and tokens are compared. SGLang keeps a tree
+# of prefixes instead of hashes. LMCache and Mooncake keep copies in the host's memory or on other
 # machines.
 #
 # Measured by show_prefix_caching().
@@ -561,7 +567,7 @@ def hash_block(parent_hash: str, token_ids: Sequence[int]) -> str:
 
 
 def block_hashes(tokens: Sequence[int], block_size: int, known: Sequence[str] = ()) -> list[str]:
-    """Return the names of all full blocks of tokens. known: those of the first blocks."""
+    """Return the names of all full blocks of tokens. known: the names of the first blocks."""
     hashes = list(known)
     for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
         parent = hashes[-1] if hashes else ""
@@ -570,7 +576,7 @@ def block_hashes(tokens: Sequence[int], block_size: int, known: Sequence[str] = 
 
 
 def register_blocks(cache: PagedKVCache, tokens: Sequence[int]) -> None:
-    """Name the full blocks of a cache that holds these tokens, so that they are found."""
+    """Name the full blocks of a cache that holds these tokens, so that others find the blocks."""
     pool = cache.pool
     n_named = len(cache.hashes)
     cache.hashes = block_hashes(tokens[:cache.length], pool.block_size, cache.hashes)
@@ -583,7 +589,7 @@ def register_blocks(cache: PagedKVCache, tokens: Sequence[int]) -> None:
 def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
     """Fill an empty cache with blocks that hold the beginning of tokens, as far as any are found.
 
-    Returns the tokens in them. The last token is left out, so that there is always one to run.
+    Returns how many tokens were found. The last token is never looked for: it must be run.
     """
     pool = cache.pool
     for name in block_hashes(tokens[:-1], pool.block_size):
@@ -601,13 +607,13 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
 #
 # Reading the weights is most of a decode step of a few requests (section 2), so requests should
 # share steps. A static batch starts together and ends with its longest answer. Requests that are
-# done leave their places empty, and new ones wait outside. Orca (Yu et al. 2022) decides anew at
-# every step: whoever is done leaves, and whoever waits comes in if it fits. A step has room for
+# done leave their places empty, and new requests wait outside. Orca (Yu et al. 2022) decides anew
+# at every step: whoever is done leaves, and whoever waits and fits comes in. A step has room for
 #
 #     max_num_seqs requests,  max_num_batched_tokens tokens,  and what the free blocks can hold.
 #
 # Requests that run come first, the oldest before the others. Each gets the blocks that it needs.
-# Then those that wait come in, in order of arrival, until one does not fit. An example with blocks
+# Then waiting requests come in, in order of arrival, until one does not fit. An example with blocks
 # of 4 and one free block. A and B are running, and C waits with a prompt of 6 tokens:
 #
 #     A has 8 tokens cached in 2 full blocks; its next token needs a block:   1 free -> 0 free
@@ -615,9 +621,9 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
 #     C needs 2 blocks for its prompt:                                        C waits
 #     the step runs one token of A and one of B
 #
-# If a running request needs a block and none is free, the youngest running request is preempted: it
-# loses all of its blocks and goes back to the head of the queue. When it comes in again, its text
-# so far is run like a prompt. The same example without a free block:
+# If a running request needs a block and none is free, the youngest running request is preempted:
+# the youngest loses all of its blocks and goes back to the head of the queue. When it comes in
+# again, its text so far is run like a prompt. The same example without a free block:
 #
 #     A needs a block:                                      0 free
 #     B, the youngest, is preempted and gives back 2:       2 free
@@ -625,25 +631,25 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
 #     the step runs one token of A; nobody comes in, as a step that had to preempt admits nobody
 #     next step: B needs 2 blocks for its 5 + 1 tokens:     B waits, and C behind it
 #
-# The engine schedules without knowing how long an answer will be. It uses max_new_tokens to stop,
-# and to refuse a request that could never fit. A real model also stops at its end-of-text
-# token; ours has none, so all of max_new_tokens are written.
+# The engine schedules without knowing how long an answer will be. It uses max_new_tokens only to
+# stop, and to refuse a request that could never fit. A real model also stops at its end-of-text
+# token; ours has none, so it always generates max_new_tokens.
 #
 # The model really runs every step, one request after the other. (An engine runs all tokens of a
 # step through each matrix at once. Rows do not mix, so the numbers are the same but for rounding.)
 # The clock is the cost model of section 2: each step takes step_seconds() of Llama 3.1 8B with
-# weights of 4 bits on an A100, whose ridge is then 38 tokens.
+# weights of 4 bits on an A100, so 38 tokens of a step are free.
 #
 # Read Engine from its top. run() makes steps, step() schedules one and runs the model, schedule()
 # decides who is in it. Prefix caching is added below, in CachingEngine; swapping and the split over
 # two machines are added in sections 9 and 10.
 #
 # In production: vllm/v1/core/sched/scheduler.py (Scheduler.schedule) has the same order: the
-# running requests, then the waiting ones, and none of those in a step that had to preempt.
+# running requests, then the waiting ones, and no waiting ones in a step that had to preempt.
 #
 # Measured by show_continuous().
 
-PRICED_WEIGHT_BYTES = 0.5  # bytes of a weight: 4 bits
+PRICED_WEIGHT_BYTES = 0.5  # bytes per weight: 4 bits
 
 
 class Request(NamedTuple):
@@ -660,11 +666,11 @@ class RequestState:
 
     number: int
     request: Request
-    tokens: list[int]                 # its prompt and its answer so far
+    tokens: list[int]                 # the prompt and the answer so far
     cache: PagedKVCache
     arrival: float                    # at this engine
     times: list[float] = field(default_factory=list)  # when each new token came, in seconds
-    found: int = 0                    # tokens of its text that prefix caching found
+    found: int = 0                    # tokens that prefix caching found
 
     @property
     def done(self) -> bool:
@@ -679,7 +685,7 @@ class Step(NamedTuple):
     end: float
     tokens: dict[int, int]  # {request: how many of its tokens ran}
     cached: dict[int, int]  # {request: tokens in its cache afterwards}
-    waiting: int            # requests that had arrived and were not in it
+    waiting: int            # requests that had arrived and were not in the step
 
 
 @dataclass
@@ -765,9 +771,11 @@ class Engine:
         budget = self.max_num_batched_tokens
         work = []
         for state in list(self.running):
+            # Only the youngest can be inside its prompt; the others lack one token. n is never 0.
             n = min(len(state.tokens) - state.cache.length, budget)
             while state in self.running and not state.cache.fits(n):
-                self.preempt(self.running[-1])  # the youngest, which may be this one
+                # The youngest comes last in the loop, so it is not in work yet. It may be `state`.
+                self.preempt(self.running[-1])
             if state in self.running:
                 state.cache.reserve(n)
                 work.append((state, n))
@@ -775,7 +783,7 @@ class Engine:
         return work
 
     def schedule_waiting(self, budget: int) -> list[tuple[RequestState, int]]:
-        """Let in those that wait, in order of arrival, until one does not fit."""
+        """Let waiting requests in, in order of arrival, until one does not fit."""
         work = []
         while self.waiting and len(self.running) < self.max_num_seqs and budget > 0:
             state = self.waiting[0]
@@ -810,7 +818,7 @@ class Engine:
         state.cache.free()
 
     def advance(self, state: RequestState, n: int) -> None:
-        """Run n tokens of a request. After the last of its text comes a new one."""
+        """Run n tokens of a request. If its whole text has run then, it gets a new token."""
         next_token = self.run_model(state, n)
         if state.cache.length == len(state.tokens):  # not so in the middle of a prompt
             state.tokens.append(next_token)
@@ -842,20 +850,22 @@ class CachingEngine(Engine):
     """An engine with prefix caching (section 5)."""
 
     def admit(self, state: RequestState, budget: int) -> int:
+        """Take the blocks that hold the beginning of the text, then reserve blocks for the rest."""
         order = self.pool.free_blocks.copy()
         found = 0
-        if state.cache.length == 0:  # otherwise it brings its slots along (section 9)
+        if state.cache.length == 0:  # otherwise the request brings its slots along (section 9)
             found = adopt_prefix(state.cache, state.tokens)
         n = super().admit(state, budget)
         if n > 0:
             state.found += found
         elif found > 0:
-            # Put everything back. A request that only waits must not make its prefix look used.
+            # Restore the order of the free blocks, too: otherwise waiting would count as use.
             state.cache.free()
             self.pool.free_blocks = order
         return n
 
     def run_model(self, state: RequestState, n: int) -> int:
+        """Run n tokens, and name the blocks that are now full."""
         next_token = super().run_model(state, n)
         register_blocks(state.cache, state.tokens)
         return next_token
@@ -867,8 +877,8 @@ def serve(
     """Return every request's greedy tokens, and the schedule that made them. The settings, by name:
 
     engine: Engine, CachingEngine, or SwappingEngine (section 9)
-    policy: "static" (batches that start and end together), "continuous" (the default: whole
-        prompts join running requests) or "chunked" (prompts are cut up, section 7)
+    policy: "static" (a batch starts when the one before is done), "continuous" (the default:
+        whole prompts join running requests) or "chunked" (prompts are cut up, section 7)
     num_blocks, block_size: the pool
     max_num_seqs: requests that may run at the same time
     max_num_batched_tokens: tokens that a step may run
@@ -889,7 +899,10 @@ def priced_step(new_tokens: int, cached_tokens: int) -> StepTime:
 
 
 def blocks_for(request: Request, block_size: int) -> int:
-    """Return the blocks that a request fills at its end. Its last token is never written."""
+    """Return how many blocks a request has at its end.
+
+    The keys and values of its last token are never stored: no later token needs them.
+    """
     return ceil_div(len(request.prompt) + request.max_new_tokens - 1, block_size)
 
 
@@ -934,31 +947,29 @@ def check_settings(engine: Engine) -> None:
 #     step 3   3 + 30 tokens, and the prompt has its first new token
 #
 # How large should the budget be? Below the ridge a step takes the same time whatever is in it, as
-# it waits for memory. So the budget should be as large as arithmetic is free:
+# it waits for memory. So the budget should be as large as it can be while arithmetic is still free:
 #
-#     budget = ridge · bytes per weight / 2 FLOPs            4 bits on an A100: 153 · 0.5 / 2 = 38
+#     budget = free tokens = ridge · bytes per weight / 2    4 bits on an A100: 153 · 0.5 / 2 = 38
 #
-# A smaller one makes the prompt take more steps, and hardly shortens a step. A larger one makes the
-# steps longer for everybody. It may save the prompt a step: with r requests running, a prompt of p
-# tokens takes ceil(p / (budget - r)) steps.
+# With a smaller budget the prompt takes more steps, and a step is hardly shorter. With a larger
+# budget the steps are longer for everybody, but the prompt may take fewer of them: with r requests
+# running, a prompt of p tokens takes ceil(p / (budget - r)) steps.
 #
-# The rule counts empty caches. A step that also reads many cached keys and values takes longer to
-# read, so more tokens are free: 44 with 4,400 tokens cached, but still 39 with 1,000.
+# The rule assumes empty caches. Reading 1,000 cached tokens makes it 39, reading 4,400 makes it 44.
 #
 # The code is in the engine already: the min(…, budget) in schedule_running() and in admit().
 #
 # In production: vLLM does this by default. Its max_num_batched_tokens, 2048 to 16384 by card and
-# use (EngineArgs in vllm/engine/arg_utils.py), is above the ridge: a step also has a fixed
-# overhead, which this cost model leaves out, and fewer steps pay it less often. The gaps are longer
-# for it.
+# use (EngineArgs in vllm/engine/arg_utils.py), is larger: a step also has a fixed overhead, which
+# this cost model leaves out, and fewer steps pay that less often. In return the gaps are longer.
 #
 # Measured by show_chunked().
 
 
-def ridge_tokens(gpu: Gpu, weight_bytes: float) -> int:
+def free_tokens(gpu: Gpu, weight_bytes: float) -> int:
     """Return the most tokens that a step can run before arithmetic takes longer than reading.
 
-    The caches are taken to be empty.
+    weight_bytes: bytes per weight. The caches are taken to be empty.
     """
     return math.floor(gpu.ridge * weight_bytes / 2)
 
@@ -969,22 +980,23 @@ def ridge_tokens(gpu: Gpu, weight_bytes: float) -> int:
 # text that was allowed. Kwon et al. (2023) ask of every slot of a memory what becomes of it:
 #
 #     used       it holds a token now
-#     reserved   it will hold a token of this request, later
+#     reserved   it will hold a token of the same request later
 #     internal   it is set aside for the request, which will end without using it
-#     free       it is not set aside; while somebody waits, it is too little for that request
+#     free       it is set aside for nobody
 #
 # A request with 3 tokens now and 5 at its end, in a piece of 8 slots, has 3 used, 2 reserved and 3
 # internal. The same request in blocks of 2 has two blocks: 3 used, 1 reserved, none internal.
 #
-# A piece as long as the longest text is a block of that size, of which every request takes one. So
-# both can be measured by the same engine. (Pieces of different lengths also leave gaps between them
-# that no request fits; blocks of one size cannot.)
+# A piece as long as the longest text is a block of that size, and every request takes one. So one
+# engine can measure both ways. (Pieces of different lengths also leave gaps between them that fit
+# no request; blocks of one size cannot.)
 #
 # The smaller the blocks, the less is wasted. But block tables grow, and a kernel reads a block of
 # tokens at a time: vLLM takes 16.
 #
-# Paging has its price. A pool that lets more requests in may run out of blocks while they grow, and
-# what a preempted request had computed is computed again (section 9). So both are counted.
+# Paging has its price. A pool that lets more requests in may run out of blocks while their texts
+# grow, and what a preempted request had computed is computed again (section 9). So preemptions and
+# computed tokens are counted, too.
 #
 # Measured by show_waste().
 
@@ -999,7 +1011,7 @@ class Waste(NamedTuple):
 
 
 def slot_waste(report: Report, n_slots: int, block_size: int) -> Waste:
-    """Return what became of the n_slots slots of memory that an engine worked with."""
+    """Return what became of the n_slots slots of an engine's memory."""
     used = reserved = internal = free = 0
     for step in report.steps:
         if not step.waiting:
@@ -1007,7 +1019,7 @@ def slot_waste(report: Report, n_slots: int, block_size: int) -> Waste:
         free += n_slots
         for number, now in step.cached.items():
             request = report.states[number].request
-            final = len(request.prompt) + request.max_new_tokens - 1  # the last is never written
+            final = len(request.prompt) + request.max_new_tokens - 1  # the last is never stored
             slots = ceil_div(now, block_size) * block_size
             used += now
             reserved += min(final, slots) - now
@@ -1019,25 +1031,26 @@ def slot_waste(report: Report, n_slots: int, block_size: int) -> Waste:
 # 9. Running out of blocks
 #
 # An engine lets in more requests than may fit in the end, as answers may be short. When a running
-# request needs a block and none is free, the youngest is preempted. There are two ways to go on
-# with it later:
+# request needs a block and none is free, the youngest request is preempted. There are two ways to
+# go on with the preempted request later:
 #
 #     recompute   throw its keys and values away; later run its text so far like a prompt
-#     swap        copy them to the host's memory, and back later, over PCI Express
+#     swap        copy its keys and values to the host's memory, and back later, over PCI Express
 #
-# Either way its text goes on as if nothing had happened. Which is cheaper? Swapping costs the same
-# for every token. Recomputing is free as long as the step stays below the ridge, and from there on
-# costs arithmetic. By this model short texts are cheaper to recompute, and long ones to swap. (It
-# lets the card wait for the copies. Copies that run beside the step would cost less.)
+# Either way its text goes on as if nothing had happened. Which way is cheaper? Swapping costs the
+# same for every token. Recomputing is free for as many tokens as are free in the step (section 7),
+# and costs arithmetic for every token more. By this cost model, short texts are cheaper to
+# recompute and long texts are cheaper to swap. (The model lets the card wait for the copies. Copies
+# that run beside the step would cost less.)
 #
-# Engine recomputes: its preempt() and admit() are all that it takes. SwappingEngine copies. While a
-# request's slots are on the host, its cache has a length but no blocks. So admit() reserves blocks
-# for the old tokens and the new ones together, and then the slots are copied back.
+# Engine recomputes, with just its preempt() and admit(). SwappingEngine copies. While a request's
+# slots are on the host, its cache has a length but no blocks. So admit() reserves blocks for the
+# old tokens and the new ones together, and then the slots are copied back.
 #
 # A request that could not even run alone in the pool must be refused at the door (check_settings).
 #
 # In production: vLLM recomputes (Scheduler._preempt_request). Its first engine recomputed by
-# default too, and swapped only requests with several texts. With prefix caching, much of what a
+# default, too, and swapped only requests with several texts. With prefix caching, much of what a
 # preempted request had computed is found again, as free blocks keep their content for a while.
 #
 # Measured by show_preemption().
@@ -1046,13 +1059,13 @@ PCIE_BYTES_PER_S = 32e9  # each way, PCI Express 4.0 (A100 data sheet: 64 GB/s b
 
 
 def swap_out(cache: PagedKVCache) -> list[dict]:
-    """Return a copy of every slot's content, in the order of the text, to be kept elsewhere."""
+    """Return a copy of what every slot of a cache holds, in the order of the text."""
     slots = cache.pool.slots
     return [dict(slots[cache.slot(position)]) for position in range(cache.length)]
 
 
 def swap_in(cache: PagedKVCache, contents: Sequence[dict]) -> None:
-    """Write contents into a cache that has blocks but nothing in them: the same tokens again."""
+    """Write what swap_out() returned into a cache that has blocks but nothing in them."""
     for position, content in enumerate(contents):
         cache.pool.slots[cache.slot(position)] = dict(content)
     cache.length = len(contents)
@@ -1066,6 +1079,7 @@ class SwappingEngine(Engine):
         self.on_host: dict[int, list[dict]] = {}  # {request: its slots}
 
     def preempt(self, state: RequestState) -> None:
+        """Copy a running request's slots to the host before its blocks are taken away."""
         slots = swap_out(state.cache)
         super().preempt(state)
         self.on_host[state.number] = slots
@@ -1073,6 +1087,7 @@ class SwappingEngine(Engine):
         state.cache.length = len(slots)  # so that admit() reserves blocks for them, too
 
     def admit(self, state: RequestState, budget: int) -> int:
+        """Reserve blocks, and copy the slots of a preempted request back into them."""
         n = super().admit(state, budget)
         if n > 0 and state.number in self.on_host:
             slots = self.on_host.pop(state.number)
@@ -1081,6 +1096,7 @@ class SwappingEngine(Engine):
         return n
 
     def schedule(self) -> list[tuple[RequestState, int]]:
+        """Return what the next step runs. The copies take their time on the clock."""
         before = self.report.swapped_tokens
         work = super().schedule()
         swapped = self.report.swapped_tokens - before
@@ -1096,8 +1112,8 @@ class SwappingEngine(Engine):
 # the keys and values of the prompt must cross from one card to the other before the second token,
 # and there is a second card, which could have served requests as well.
 #
-# Here they cross in one piece, when the prompt is done. Splitwise does that with short prompts; the
-# layers of long ones it sends one by one, while the next layer is computed.
+# Here keys and values cross in one piece, when the prompt is done. So they do in Splitwise if the
+# prompt is short. If it is long, each layer is sent while the next layer is computed.
 #
 # In production: vLLM's KV connectors (vllm/distributed/kv_transfer) and NVIDIA Dynamo.
 #
@@ -1112,6 +1128,7 @@ class PrefillEngine(Engine):
         self.outgoing: dict[int, list[dict]] = {}  # {request: its slots}
 
     def finish(self, state: RequestState) -> None:
+        """Keep a copy of a request's slots, and let the request go."""
         self.outgoing[state.number] = swap_out(state.cache)
         super().finish(state)
 
@@ -1125,7 +1142,7 @@ class DecodeEngine(Engine):
         self.waiting.clear()
 
     def receive(self, before: RequestState, slots: list[dict], arrival: float) -> None:
-        """Take over a request with its tokens, their times, and its slots if it goes on."""
+        """Take over a request: its tokens, their times, and, if it is not done, its slots."""
         state = self.report.states[before.number]
         state.tokens = list(before.tokens)
         state.times = list(before.times)
@@ -1136,6 +1153,7 @@ class DecodeEngine(Engine):
             self.waiting = deque(in_order_of_arrival([*self.waiting, state]))
 
     def admit(self, state: RequestState, budget: int) -> int:
+        """Reserve blocks, and write the slots that were received into them."""
         n = super().admit(state, budget)
         if n > 0 and state.number in self.received:
             swap_in(state.cache, self.received.pop(state.number))
@@ -1148,8 +1166,8 @@ def serve_split(
     """Return what the decode machine does, and the bytes that crossed to it.
 
     The prefill machine makes the first token of every request. The request arrives at the decode
-    machine once a link, all its own, has carried its keys and values. settings: those of serve(),
-    for both machines.
+    machine when its keys and values have crossed a link that no other request uses. settings: those
+    of serve(), for both machines.
     """
     prompts_only = [request._replace(max_new_tokens=1) for request in requests]
     prefill = PrefillEngine(model, prompts_only, **settings)
@@ -1167,25 +1185,25 @@ def serve_split(
 #
 # How good is a policy? It depends on how many requests come. So serving systems are judged by a
 # curve: requests arrive at random at a certain rate (a Poisson process), and two times are
-# measured, from arrival to the first token, and between one token and the next. While the rate is
-# low, both are short. At some rate the queue gets longer and longer: the curve tips over. DistServe
-# calls the largest rate at which both times stay within what users were promised the goodput.
+# measured, from arrival to the first token, and from one token to the next. While the rate is low,
+# both times are short. At some rate the queue gets longer and longer: the curve tips over. Goodput
+# (DistServe) is the highest rate at which both times stay within what users were promised.
 #
 # Measured by show_load(). Nothing new is needed: it runs the engine of section 6.
 
 
 # 12. A smaller cache
 #
-# Fewer bits a number make the cache smaller, and decode steps that read it faster. FP8 (E4M3) is a
-# sign, 4 bits of exponent and 3 bits of mantissa: half the bytes of 16 bits. Between 2^e and
-# 2^(e + 1) it has 8 numbers, 2^(e - 3) apart, so a number is off by one part in 16 at most. The
-# largest is 448. Below 2^-6 the numbers are evenly spaced, 2^-9 apart.
+# Fewer bits per number make the cache smaller, and the decode steps that read it faster. FP8 (E4M3)
+# is a sign, 4 bits of exponent and 3 bits of mantissa: half the bytes of 16 bits. Between 2^e and
+# 2^(e + 1) its 8 numbers are 2^(e - 3) apart, so rounding moves a number by one part in 16 at most.
+# The largest FP8 number is 448. Below 2^-6 the numbers are evenly spaced, 2^-9 apart.
 #
 # Still fewer bits need groups of numbers that share a scale. In real models a few channels of the
 # keys are far larger than the others, for every token. KIVI (Liu et al. 2024) therefore rounds keys
 # in groups per channel, over 32 tokens, so that such a channel is alone in its group, and values
-# per token, all to 2 bits. The newest tokens stay in full precision. It is not run here: our little
-# model has no such channels, so it could not show why KIVI groups as it does.
+# per token, all to 2 bits. The newest tokens stay in full precision. KIVI is not run here: our
+# little model has no such channels, so it could not show why KIVI groups as it does.
 #
 # In production: FP8 is the usual choice (vLLM: kv_cache_dtype="fp8"; it also has 4-bit caches, and
 # scales per token and head). QuantizedCache in transformers is in the manner of KIVI.
@@ -1194,11 +1212,11 @@ def serve_split(
 
 
 def nearest_e4m3(x: float) -> float:
-    """Return the nearest FP8 number, of the 4-bit exponent kind; 448 at most, in size."""
+    """Return the FP8 number (E4M3) that is nearest to x. The largest is 448, the smallest -448."""
     if x == 0:
         return x
-    _, exponent = math.frexp(x)               # 2^(exponent - 1) ≤ |x| < 2^exponent
-    spacing = 2.0 ** max(exponent - 4, -9)    # between neighbours: 8 of them per power of two
+    _, exponent = math.frexp(x)               # 2^e ≤ |x| < 2^(e + 1); frexp's exponent is e + 1
+    spacing = 2.0 ** max(exponent - 4, -9)    # between neighbours: 2^(e - 3), or 2^-9 below 2^-6
     return max(-448.0, min(448.0, round(x / spacing) * spacing))
 
 
@@ -1206,6 +1224,7 @@ class Fp8KVCache(KVCache):
     """A KVCache that keeps every number in FP8."""
 
     def update(self, layer: int, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
+        """Round k and v of the new tokens to FP8, then store them."""
         small_k = [list(map(nearest_e4m3, row)) for row in k]
         small_v = [list(map(nearest_e4m3, row)) for row in v]
         return super().update(layer, small_k, small_v)
@@ -1221,8 +1240,9 @@ class Fp8KVCache(KVCache):
 def forward_products(c: Config, n_new: int, n_cached: int) -> int:
     """Return the multiplications in the dot products of forward(), by a closed formula.
 
-    Every weight that is used takes part in one for each token: so do the gains, as a norm's sum of
-    squares has as many products. Attention has 2 · dim for a query and a key that it sees.
+    For each token, every weight that is used takes part in one multiplication. (A gain does not,
+    but its norm's sum of squares has as many.) For each query and each key that the query sees,
+    attention has 2 · dim.
     """
     pairs = n_new * n_cached + n_new * (n_new + 1) // 2
     return n_new * used_weights(c) + c.n_layers * pairs * 2 * c.dim
@@ -1252,20 +1272,21 @@ def show_cache(trace, knobs) -> None:
               f"weights) goes on from {lab.tokenizer.decode(knobs.prompt_ids)!r} with "
               f"{lab.tokenizer.decode(cached_text)!r}.")
     trace.say("Multiplications in dot products, counted at some of the steps. Without a cache, "
-              "each step runs all tokens again. With one, the first step runs the prompt "
-              "(prefill), and each later step a single token (decode).")
+              "each step runs all tokens again. With a cache, the first step runs the prompt "
+              "(prefill), and each later step runs a single token (decode).")
     trace.ask("how many times as many multiplications are made without the cache, over all "
               "steps?", times_as_many)
     bar_of_most = f",d bar 20 of {max(without.products)}"
     trace.table(rows[::max(1, n_new // 6)],
                 {"step": "d", "without_cache": bar_of_most, "with_cache": bar_of_most})
-    trace.say(f"In all, {times_as_many:.1f} times as many are made without the cache.")
+    trace.say(f"In all, {times_as_many:.1f} times as many multiplications are made without the "
+              "cache.")
     trace.check("the same tokens with the cache as without", cached_text == text, f"{n_new} tokens")
     trace.check_close("the same logits at every step", cached.logits, without.logits, 1e-9)
     expected = [forward_products(lab.config, n_prompt + i, 0) for i in range(n_new)]
     one_token = [forward_products(lab.config, 1, n_prompt + i) for i in range(n_new - 1)]
-    trace.check("every step's count is the closed formula's", without.products == expected
-                and cached.products == expected[:1] + one_token, "with and without")
+    trace.check("every step's count is that of a closed formula", without.products == expected
+                and cached.products == expected[:1] + one_token, "with a cache and without")
 
 
 # 2. Prefill and decode are different machines
@@ -1296,12 +1317,12 @@ def show_intensity(trace, knobs) -> None:
     at_ridge = [batch_at_ridge(PRICED_GPU, PRICED_MODEL, cached) for cached in (0, 256, 1024)]
     fit = requests_that_fit(PRICED_GPU, PRICED_MODEL, 4096)
     trace.say("A step reads once every weight that it uses and all cached keys and values, whether "
-              "it runs one token or many. It takes the longer of two times, arithmetic and "
-              f"reading. The ridge of a card, {PRICED_GPU.ridge:.0f} for the {PRICED_GPU.name}, is "
-              "the FLOPs that it can do while it reads a byte. A step with fewer FLOPs a byte "
-              f"waits for memory. {PRICED_MODEL.name} with weights of 16 bits, by the cost model: "
-              "the prefill of a prompt, and decode steps for batches of requests, all with 1024 "
-              "tokens each:")
+              "it runs one token or many. The step takes the longer of two times, arithmetic and "
+              "reading. The ridge of a card is the number of FLOPs that the card can do while it "
+              f"reads a byte: {PRICED_GPU.ridge:.0f} FLOPs per byte for the {PRICED_GPU.name}. A "
+              f"step with fewer waits for memory. {PRICED_MODEL.name} with weights of 16 bits, by "
+              "the cost model: the prefill of a prompt, and decode steps for batches of requests, "
+              "all with 1024 tokens each:")
     trace.ask("how many times as long as for one request does a decode step take for 128?", longer)
     trace.table([prefill, *decode], {"phase": "", "requests": "d", "tokens as tokens run": ",d",
                                      "arithmetic as arithmetic, ms": ".2f",
@@ -1309,19 +1330,22 @@ def show_intensity(trace, knobs) -> None:
     trace.say("The prefill is bound by arithmetic, the decode steps by memory. The batch of 128 "
               f"takes {longer:.1f} times as long as one request and yields "
               f"{128 / longer:.0f} times as many tokens a second, as all share one reading of the "
-              f"weights. Arithmetic takes longer from a batch of {at_ridge[0]} on if nothing is "
-              f"cached, from {at_ridge[1]} on with 256 tokens cached each, and never with 1024: "
-              "everybody's cache must be read, too.")
+              f"weights. Arithmetic takes longer than reading from a batch of {at_ridge[0]} on if "
+              f"nothing is cached, from {at_ridge[1]} on with 256 tokens cached for each request, "
+              "and never with 1024: every request's cache must be read, too.")
     trace.say(f"And memory ends. A token's keys and values take {PRICED_MODEL.kv_bytes / 1024:.0f} "
               f"KiB, so {fit} requests of 4096 tokens fit beside the weights, in nine tenths of 80 "
               "GB. (Engines leave the rest for activations.)")
-    trace.check("by hand: 1024 tokens take 2 · 7.505e9 · 1024 / 312e12 s; one decodes in (2 · "
-                "7.505e9 + 1024 · 131072) / 2039e9 s", abs(prefill.arithmetic - 49.26) < 0.01
-                and abs(decode[0].reading - 7.427) < 0.001, "49.26 and 7.427 ms")
-    trace.check("by hand: batches of 153.02 and of 7.361 / (0.0481 - 0.0165) = 233, and then none",
-                at_ridge == [154, 233, None], "0, 256 and 1024 tokens cached")
-    trace.check("by hand: a request takes 4096 · 131072 bytes, and 72 - 16.06 GB are left",
-                fit == 104, f"{fit} · 0.537 GB")
+    trace.check("by hand: the prefill takes 2 · 7.505e9 · 1024 FLOPs / 312e12 per second, one "
+                "request's decode step (2 · 7.505e9 + 1024 · 131072) bytes / 2039e9 per second, "
+                "with 7.505e9 weights besides the embedding table",
+                abs(prefill.arithmetic - 49.26) < 0.01 and abs(decode[0].reading - 7.427) < 0.001,
+                "49.26 and 7.427 ms")
+    trace.check("by hand: 7.361 ms to read the weights / 0.0481 ms of arithmetic per request is "
+                "just over 153; with 0.0165 ms taken off, to read 256 tokens, just under 233",
+                at_ridge == [154, 233, None], "batches of 154 and 233, none for 1024 tokens")
+    trace.check("by hand: a request takes 4096 · 131072 bytes = 0.537 GB, and 72 GB less 2 bytes "
+                "for each of 8.03e9 weights leave 55.94 GB", fit == 104, f"{fit} requests")
 
 
 # 3. Paged attention
@@ -1330,7 +1354,7 @@ def show_intensity(trace, knobs) -> None:
 def run_paged(
     model: Llama, prompts: Sequence[Sequence[int]], n_new: int, block_size: int, rng: random.Random
 ) -> tuple[list[list[int]], list[PagedKVCache]]:
-    """Write n_new tokens for each prompt, in turn, in a pool whose free blocks are in no order.
+    """Generate n_new tokens for each prompt, in turn, in a pool whose free blocks are in no order.
 
     Returns the texts and their caches. The last token of a text is not in its cache.
     """
@@ -1339,11 +1363,11 @@ def run_paged(
     pool.free_blocks = OrderedDict.fromkeys(rng.sample(range(n_blocks), n_blocks))
     texts = [list(prompt) for prompt in prompts]
     caches = [PagedKVCache(pool, model.config) for _ in prompts]
-    write_tokens(model, texts, caches, n_new)
+    grow_texts(model, texts, caches, n_new)
     return texts, caches
 
 
-def write_tokens(
+def grow_texts(
     model: Llama, texts: Sequence[list[int]], caches: Sequence[PagedKVCache], n_new: int
 ) -> None:
     """Let every text go on for n_new tokens, in turn."""
@@ -1375,7 +1399,7 @@ def print_tables(trace, caches: Sequence[PagedKVCache]) -> None:
 
 
 def show_paging(trace, knobs) -> None:
-    """Two requests that grow in one pool, drawn, and where one of their tokens is."""
+    """Draw two requests that grow in one pool, and say where one of their tokens is."""
     model = knobs.lab.model
     size = knobs.block_size
     prompts = [knobs.prompt_ids, knobs.lab.tokenizer.encode("This is the man all tattered and "
@@ -1384,10 +1408,10 @@ def show_paging(trace, knobs) -> None:
     texts, caches = run_paged(model, prompts, knobs.max_new_tokens, size, rng)
     pool = caches[0].pool
     trace.say("Memory is cut into blocks. A request takes a block at a time, from anywhere, and "
-              "its block table lists them. Two requests, A and B, have been written in turn, token "
-              f"by token, into one pool of {pool.num_blocks} blocks of {size}, whose free blocks "
-              "are in no order, as after long use. A letter is a token's keys and values, a dot an "
-              "empty slot of a request, _ a slot of a free block.")
+              "its block table lists them. Two requests, A and B, have grown in turn, token by "
+              f"token, in one pool of {pool.num_blocks} blocks of {size}, whose free blocks are in "
+              "no order, as after long use. A letter is a token's keys and values, a dot an empty "
+              "slot of a request, _ a slot of a free block.")
     trace.lines(["", *draw_pool(pool, caches)])
     print_tables(trace, caches)
     position = caches[1].length - 2
@@ -1402,8 +1426,8 @@ def show_paging(trace, knobs) -> None:
     trace.check_close("keys and values read through the tables = those of caches in one piece",
                       contents(caches), contents_alone(model, texts), 1e-9)
     empty = [len(cache.block_table) * size - cache.length for cache in caches]
-    trace.check("no request has an empty block", max(empty) < size,
-                f"{max(empty)} empty slots at most")
+    trace.check("the empty slots of a request are fewer than the slots of a block",
+                max(empty) < size, f"A {empty[0]}, B {empty[1]}, a block {size}")
 
 
 # 4. Sharing: reference counts and copy on write
@@ -1412,7 +1436,7 @@ def show_paging(trace, knobs) -> None:
 def fork_prompt(
     model: Llama, prompt: Sequence[int], pool: BlockPool
 ) -> tuple[list[list[int]], list[PagedKVCache]]:
-    """Return four texts, the prompt and one of its likeliest next tokens, and their caches."""
+    """Return four texts, each the prompt and one of its likeliest next tokens, and their caches."""
     first = PagedKVCache(pool, model.config)
     logits = model.forward(prompt, first)[-1]
     likeliest = sorted(range(len(logits)), key=lambda token: -logits[token])[:4]
@@ -1428,33 +1452,34 @@ def show_sharing(trace, knobs) -> None:
     pool = BlockPool(4 * ceil_div(len(prompt) + 1, size), size)
     texts, caches = fork_prompt(model, prompt, pool)
     prompt_table = list(caches[0].block_table)
-    write_tokens(model, texts, caches, 1)
+    grow_texts(model, texts, caches, 1)
     copies = sum(cache.block_table[:len(prompt_table)] != prompt_table for cache in caches)
     used = pool.num_blocks - pool.num_free_blocks
     trace.say(f"Four answers to one prompt share its blocks. The prompt has {len(prompt)} tokens, "
               f"and its block table is {prompt_table}, with blocks of {size}. The answers A to D "
-              "begin with its four likeliest next words. Every block counts its references: the "
-              "block tables that list it. An answer that writes into a block with several "
-              "references takes a copy first.")
+              "begin with the four likeliest next words. Every block counts its references: the "
+              "block tables that list it. An answer that has to write into a block with several "
+              "references takes a copy of the block first.")
     trace.ask(f"the prompt fills {len(prompt) % size} slots of its last block (0: all of them). "
               "How many of the four answers copy that block before they write?", copies)
-    trace.say("After each answer has written one token:")
+    trace.say("After each answer has written the keys and values of its first word:")
     print_tables(trace, caches)
     counts = [count for count in pool.ref_count if count]
     trace.lines(textwrap.wrap(f"references to blocks 0, 1, …: {counts}", WIDTH))
     if copies:
         trace.say(f"{copies} answers took a copy of the half-full block {prompt_table[-1]}. The "
-                  "last one to write was then alone in it, and needed none.")
-    trace.say(f"{used} blocks are in use. Without sharing it would be {pool.num_blocks}.")
+                  "last answer to write was then alone in that block, and needed no copy.")
+    trace.say(f"{used} blocks are in use. Without sharing there would be {pool.num_blocks}.")
 
     trace.check("copies = answers - 1 if the prompt ends inside a block, otherwise none",
-                copies == (3 if len(prompt) % size else 0), f"{copies}")
+                copies == (3 if len(prompt) % size else 0), f"{copies} copies for 4 answers")
     trace.check_close("keys and values of every answer, in order = those of a cache of its own",
                       contents(caches), contents_alone(model, texts), 1e-9)
     held = Counter(itertools.chain(*(cache.block_table for cache in caches)))
-    trace.check("every reference count = the block tables that list the block; the others are free",
-                pool.ref_count == [held[block] for block in range(pool.num_blocks)]
-                and used == len(held), f"{used} blocks")
+    trace.check("every reference count = the block tables that list the block; blocks that no "
+                "table lists are free", used == len(held)
+                and pool.ref_count == [held[block] for block in range(pool.num_blocks)],
+                f"{used} in use, {pool.num_free_blocks} free")
 
 
 # 5. Prefix caching
@@ -1471,7 +1496,7 @@ class PrefixHit(NamedTuple):
 
 
 def prefix_hits(report: Report, block_size: int) -> list[PrefixHit]:
-    """Return a row for each of the requests, which were served one after the other."""
+    """Return a row per request. The requests were served one after the other."""
     rows = []
     earlier: list[list[int]] = []
     for state in report.states:
@@ -1501,7 +1526,7 @@ def conversation(tokenizer: Tokenizer) -> list[Request]:
 
 
 def show_prefix_caching(trace, knobs) -> None:
-    """A conversation that grows by a verse a turn, and a stranger."""
+    """A conversation that grows by a verse per turn, and a stranger."""
     size = knobs.block_size
     requests = conversation(knobs.lab.tokenizer)
     needed = sum(slots_needed(requests))
@@ -1509,24 +1534,29 @@ def show_prefix_caching(trace, knobs) -> None:
                    block_size=size, max_num_seqs=1, max_num_batched_tokens=1024)
     rows = prefix_hits(report, size)
     found = [row.found for row in rows]
-    trace.say("The keys and values of a beginning that was computed before are still in the pool, "
-              "under a hash of its tokens. Requests 0 to 3 are a conversation that repeats the "
-              "rhyme so far and adds a verse; request 2 asks the same as 1. Request 4 is a "
-              "stranger. Each comes when the one before has ended and given its blocks back, and "
-              "the pool is large enough for all.")
+    trace.say("If the beginning of a prompt was computed before, its keys and values are still in "
+              "the pool, under a hash of its tokens. Requests 0 to 3 are a conversation that "
+              "repeats the rhyme so far and adds a verse; request 2 asks the same as 1. Request 4 "
+              "is a stranger. Each comes when the request before has ended, and the pool is large "
+              "enough for all.")
     trace.ask(f"request 2 has the {len(requests[2].prompt)} tokens of request 1. How many does it "
               f"find in the pool, with blocks of {size}?", found[2])
     trace.table(rows, {"request": "d", "prompt as prompt, tokens": "d", "found": "d",
                        "picture as ░ found, █ run (a mark is a token)": ""})
-    trace.say("Only full blocks are found, and the last token is always run.")
+    trace.say("Only full blocks are found, and the last token of a prompt is always run. Answers "
+              "(4 tokens) stay in the pool, too, all but their last token: request 0 leaves "
+              f"{len(requests[0].prompt)} + 3 tokens.")
     trace.check("found = the longest run of full blocks shared with any earlier text",
-                found == [row.longest for row in rows], ", ".join(map(str, found)))
+                found == [row.longest for row in rows],
+                f"{', '.join(map(str, found))} tokens")
     cache = report.states[0].cache  # empty by now
     one_block = requests[3].prompt[:size]
-    trace.check("of a prompt of a single block, nothing is found: its last token must be run",
-                adopt_prefix(cache, one_block) == 0, f"{len(one_block)} tokens")
+    trace.check("nothing is found of a prompt of one block at most: its last token must be run",
+                adopt_prefix(cache, one_block) == 0, f"{len(one_block)} tokens of request 3")
+    prompt_tokens = sum(row.prompt for row in rows)
     trace.check("what was found was not computed", report.computed == needed - sum(found),
-                f"{needed} tokens of prompts and answers, less {sum(found)}")
+                f"{prompt_tokens} tokens of prompts + {needed - prompt_tokens} of answers - "
+                f"{sum(found)} found")
     trace.check("the answers are what each request gets alone",
                 report.tokens == knobs.lab.solo_tokens(requests), f"{len(requests)} requests")
 
@@ -1535,7 +1565,7 @@ def show_prefix_caching(trace, knobs) -> None:
 
 
 def make_requests(tokenizer: Tokenizer, rng: random.Random) -> list[Request]:
-    """Return users with lines of the rhyme, about 3 ms apart, who want 3 to 20 tokens."""
+    """Return requests with lines of the rhyme, about 3 ms apart, for 3 to 20 new tokens each."""
     arrival = 0.0
     requests = []
     for clause in CLAUSES[1:10]:
@@ -1546,7 +1576,7 @@ def make_requests(tokenizer: Tokenizer, rng: random.Random) -> list[Request]:
 
 
 def timeline(report: Report, width: int = 66) -> list[str]:
-    """Return the schedule as a picture: a row per request, a column per step, at most width."""
+    """Return the schedule as a picture: a row per request, a column per step, width at most."""
     lines = []
     for state in report.states:
         row = ""
@@ -1576,14 +1606,14 @@ def show_continuous(trace, knobs) -> None:
     static = serve_plenty(knobs.lab.model, requests, "static", max_num_seqs=places)
     continuous = serve_plenty(knobs.lab.model, requests, "continuous", max_num_seqs=places)
     largest = max(largest_step(static), largest_step(continuous))
-    trace.say("In a static batch, requests start together and end with the longest. Continuous "
-              f"batching decides anew at every step who runs. {len(requests)} requests; at most "
-              f"{places} may run at a time. A row is a request (tokens of its prompt + new ones), "
-              "a column is a step: dots while it waits, █ its prompt runs and gives the first new "
-              "token, ▒ one more. A static batch starts with whoever is there.")
+    trace.say("A static batch starts with whoever is there and ends with the longest request. "
+              f"Continuous batching decides anew at every step who runs. {len(requests)} requests; "
+              f"at most {places} may run at a time. A row is a request (tokens of its prompt + new "
+              "tokens), a column is a step: · the request waits, █ its prompt runs and gives the "
+              "first new token, ▒ its newest token runs and gives one more.")
     trace.lines(["", "static:", *timeline(static)])
-    trace.ask(f"static batches took {len(static.steps)} steps. How many does it take if whoever is "
-              "done leaves at once, and whoever waits comes in?", len(continuous.steps))
+    trace.ask(f"static batches took {len(static.steps)} steps. How many steps does it take if "
+              "whoever is done leaves at once, and whoever waits comes in?", len(continuous.steps))
     trace.lines(["", "continuous:", *timeline(continuous)])
     trace.say(f"Static batches take {len(static.steps)} steps, and the first token of a request "
               f"comes after {fmean(first_tokens(static)):.1f} ms on average. Continuous batching "
@@ -1591,15 +1621,15 @@ def show_continuous(trace, knobs) -> None:
               f"{fmean(first_tokens(continuous)):.1f} ms: no place stays empty while somebody "
               f"waits. (Times by the cost model: {PRICED_MODEL.name}, weights of 4 bits, "
               f"{PRICED_GPU.name}.)")
-    if largest > free_tokens():
-        trace.note(f"The largest step runs {largest} tokens. Above {free_tokens()}, the ridge in "
-                   "tokens (section 7), a step waits for arithmetic and takes longer.")
+    if largest > priced_free_tokens():
+        trace.note(f"The largest step runs {largest} tokens. Only {priced_free_tokens()} can run "
+                   "while the weights are read (section 7), so this step takes longer.")
     full = [step for step in continuous.steps if step.waiting]
     trace.check("continuous: no place stays empty while somebody waits",
-                all(len(step.tokens) == places for step in full), f"{len(full)} steps")
+                all(len(step.tokens) == places for step in full), f"in {len(full)} steps")
     trace.check("continuous batching needs no more steps than static batches",
                 len(continuous.steps) <= len(static.steps),
-                f"{len(continuous.steps)} and {len(static.steps)}")
+                f"{len(continuous.steps)} and {len(static.steps)} steps")
     alone = knobs.lab.solo_tokens(requests)
     trace.check("both ways, every request's tokens are what it gets alone",
                 static.tokens == continuous.tokens == alone, f"{sum(map(len, alone))} tokens")
@@ -1609,16 +1639,16 @@ def show_continuous(trace, knobs) -> None:
 
 
 class BudgetRow(NamedTuple):
-    """One row: users are being answered when a long prompt comes in. Milliseconds."""
+    """One row: requests are being answered when a long prompt comes in. Milliseconds."""
 
-    budget: int | str   # tokens of a step
+    budget: int | str   # tokens per step
     worst_gap: float    # of the others
-    first_token: float  # after the long prompt, from its arrival
-    end: float
+    first_token: float  # of the long prompt, from its arrival
+    end: float          # of all
 
 
 def long_prompt_requests(tokenizer: Tokenizer) -> list[Request]:
-    """Return three users who want 20 tokens each, and one who comes 12 ms later with six verses."""
+    """Return three requests for 20 tokens each, and one that comes 12 ms later with six verses."""
     texts = ["This is " + clause for clause in CLAUSES[1:4]]
     requests = [Request(tuple(tokenizer.encode(text)), 20) for text in texts]
     verses = "".join(TEXT.splitlines(keepends=True)[:6])
@@ -1632,7 +1662,7 @@ def budget_row(report: Report, budget: int | str) -> BudgetRow:
 
 
 def clock_line(report: Report, width: int = 67) -> list[str]:
-    """Return when tokens came, a row per request and a column per millisecond: ▒ for a token."""
+    """Return when tokens came, as a picture: a row per request, a column per millisecond."""
     lines = []
     for state in report.states:
         marks = {int(seconds * 1e3) for seconds in state.times}
@@ -1647,67 +1677,68 @@ def clock_line(report: Report, width: int = 67) -> list[str]:
 
 
 def show_chunked(trace, knobs) -> None:
-    """Three users are being answered when a long prompt comes in."""
+    """Three requests are being answered when a long prompt comes in."""
     requests = long_prompt_requests(knobs.lab.tokenizer)
     budget = max(knobs.max_num_batched_tokens, len(requests))
     whole = serve_plenty(knobs.lab.model, requests)
     chunked = serve_plenty(knobs.lab.model, requests, "chunked", budget)
     before = budget_row(whole, "whole prompts")
     after = budget_row(chunked, budget)
-    trace.say("A long prompt makes one long step, and everybody who is being answered waits for "
-              "it. Chunked prefill cuts the prompt up, so that no step runs more tokens than a "
+    trace.say("A long prompt makes one long step, and all that are being answered wait for that "
+              "step. Chunked prefill cuts the prompt up, so that no step runs more tokens than a "
               "budget. Requests 0 to 2 are being answered when 3 comes, with "
-              f"{len(requests[3].prompt)} tokens. A column is a millisecond by the cost model, a "
-              "mark says that a new token came out.")
+              f"{len(requests[3].prompt)} tokens. A column is a millisecond by the cost model: ▒ a "
+              "new token came, · none came. (Times are rounded down: ▒▒ can be 1.8 ms apart.)")
     trace.lines(["", "whole prompts:", *clock_line(whole)])
-    trace.ask(f"the long prompt made users 0 to 2 wait {before.worst_gap:.1f} ms for a token. What "
-              f"is their longest wait, in ms, if a step runs at most {budget} tokens?",
+    trace.ask(f"the long prompt made requests 0 to 2 wait {before.worst_gap:.1f} ms for a token. "
+              f"What is their longest gap, in ms, if a step runs at most {budget} tokens?",
               after.worst_gap)
-    trace.lines(["", f"chunked, at most {budget} tokens a step:", *clock_line(chunked)])
-    trace.say(f"The longest wait of users 0 to 2 is {before.worst_gap:.1f} ms with whole prompts "
-              f"and {after.worst_gap:.1f} with chunks. The first token of request 3 comes after "
-              f"{before.first_token:.1f} and {after.first_token:.1f} ms.")
+    trace.lines(["", f"chunked, at most {budget} tokens per step:", *clock_line(chunked)])
+    trace.say(f"The longest gap of requests 0 to 2 is {before.worst_gap:.1f} ms with whole prompts "
+              f"and {after.worst_gap:.1f} with chunks. How large should the budget be?")
     show_budgets(trace, requests, budget, before)
     alone = knobs.lab.solo_tokens(requests)
     trace.check("every request's tokens are those it gets alone, both ways",
                 whole.tokens == chunked.tokens == alone, f"{sum(map(len, alone))} tokens")
     largest = largest_step(chunked)
     trace.check("the largest chunked step fills the budget, if there is so much to run",
-                largest == min(budget, largest_step(whole)), f"{largest} of {budget}")
+                largest == min(budget, largest_step(whole)), f"{largest} tokens of {budget}")
 
 
 def show_budgets(trace, requests: Sequence[Request], budget: int, whole: BudgetRow) -> None:
     """The same requests with other budgets, and the rule for a good one."""
-    ridge = free_tokens()
+    free = priced_free_tokens()
     rows = []
-    for n in sorted({8, ridge, 96, budget}):
+    for n in sorted({8, free, 96, budget}):
         rows.append(budget_row(serve_plenty(StandIn(), requests, "chunked", n), n))
-    at_ridge = next(row for row in rows if row.budget == ridge)
-    trace.say("How large should the budget be? Several budgets, and whole prompts:")
+    small = rows[0]
+    best = next(row for row in rows if row.budget == free)
     trace.table([*rows, whole], {"budget": ">", "worst_gap as gap, ms": ".1f bar 12",
                                  "first_token as first token, ms": ".1f",
                                  "end as end, ms": ".1f"})
-    trace.note("gap: the longest of requests 0 to 2. first token: of request 3. end: of all.")
-    trace.say(f"Up to {ridge} tokens, the ridge, a step takes nearly the same time, as it waits "
-              "for memory. A smaller budget delays request 3 and hardly shortens a step. A larger "
-              "one lengthens the steps of all. Chunks near the ridge also end sooner than whole "
-              "prompts: they are computed while the weights are read, which every decode step "
-              "waits for anyway.")
-    trace.check("no budget lengthens the longest gap of the others",
-                all(row.worst_gap <= whole.worst_gap for row in rows), f"{len(rows)} budgets")
-    small = rows[0]
-    trace.check("far below the ridge, the gap is not shorter by a tenth, and the first token comes "
-                "later than at the ridge", small.worst_gap > 0.9 * at_ridge.worst_gap
-                and small.first_token > at_ridge.first_token, f"budget {small.budget}")
-    trace.check("at the ridge, all is done sooner than with whole prompts",
-                at_ridge.end < whole.end, f"{at_ridge.end:.1f} and {whole.end:.1f} ms")
+    trace.note("gap: the longest of requests 0 to 2. first token: of request 3, after its arrival. "
+               "end: when all requests are done.")
+    trace.say(f"Up to {free} tokens, a step takes nearly the same time, as it waits for memory. "
+              "(With weights of 16 bits it would be 153 tokens, section 2. Weights of 4 bits are "
+              "read 4 times as fast: 153 / 4.) A smaller budget delays request 3 and hardly "
+              f"shortens a step. A larger budget lengthens the steps of all. With {free}, all "
+              "requests are also done sooner than with whole prompts: chunks run while the weights "
+              "are read, and every decode step waits for the weights anyway.")
+    budgets = ", ".join(str(row.budget) for row in rows)
+    trace.check("with every budget, the longest gap is as short as with whole prompts, or shorter",
+                all(row.worst_gap <= whole.worst_gap for row in rows), f"budgets {budgets}")
+    trace.check(f"with a small budget, the longest gap is less than a tenth shorter than with "
+                f"{free}, and the first token comes later", small.worst_gap > 0.9 * best.worst_gap
+                and small.first_token > best.first_token, f"budget {small.budget}")
+    trace.check(f"with a budget of {free}, all are done sooner than with whole prompts",
+                best.end < whole.end, f"{best.end:.1f} and {whole.end:.1f} ms")
 
 
 # 8. What paging saves
 
 
 class MemoryRow(NamedTuple):
-    """One row: a pool of blocks of one size, and what became of its slots."""
+    """One row: a pool with blocks of one size, and what became of its slots."""
 
     block_size: int
     used: float       # shares of the slots, over the steps in which a request waited
@@ -1720,7 +1751,7 @@ class MemoryRow(NamedTuple):
 
 
 def memory_row(requests: Sequence[Request], n_slots: int, block_size: int) -> MemoryRow:
-    """Serve requests that come at time 0 in a memory of n_slots slots. The model is a stand-in."""
+    """Return a row for requests that come at time 0 to n_slots slots. The model is a stand-in."""
     report = serve(StandIn(), requests, num_blocks=n_slots // block_size, block_size=block_size,
                    max_num_seqs=len(requests), max_num_batched_tokens=2048)
     waste = slot_waste(report, n_slots, block_size)
@@ -1729,47 +1760,51 @@ def memory_row(requests: Sequence[Request], n_slots: int, block_size: int) -> Me
 
 
 def waste_of_two_requests() -> Waste:
-    """Return the waste of 2 blocks of 4 in 9 slots, while a request grows and another waits."""
+    """Return the waste of 2 blocks of 4 slots, while one request grows and another waits."""
     requests = [Request((0, 0, 0), 3), Request((0,) * 5, 1)]
     report = serve(StandIn(), requests, num_blocks=2, block_size=4, max_num_seqs=2,
                    max_num_batched_tokens=64)
-    return slot_waste(report, 9, 4)
+    return slot_waste(report, 8, 4)
 
 
 def show_waste(trace, knobs) -> None:
     """The waste of a piece for each request and of blocks, and the price of paging."""
     requests = [request._replace(arrival=0.0) for request in knobs.requests] * 2
     needed = slots_needed(requests)
-    rows = [memory_row(requests, 128, size) for size in sorted({64, 16, 4, 1, knobs.block_size})]
+    rows = [memory_row(requests, 128, size) for size in sorted({64, 16, 4, knobs.block_size})]
     one_piece = rows[-1]
     paged = next(row for row in rows if row.block_size == knobs.block_size)
-    trace.say("What becomes of memory if each request's cache is one piece, reserved when it comes "
-              f"in? {len(requests)} requests wait for 128 slots. They will need {min(needed)} "
+    trace.say("Before paging, a request's cache was one piece, as long as the longest text that is "
+              f"allowed. {len(requests)} requests wait for 128 slots. They will need {min(needed)} "
               f"to {max(needed)} slots each, which nobody can know, and 64 is the most that any "
-              "may use. So the last row, blocks of 64, is the old way: one piece for each request. "
-              "The scheduler runs for real, with a stand-in for the model. Averages over the steps "
-              "in which somebody waited:")
-    trace.ask("with 64 slots reserved for each, two requests fit. What share of all slots holds a "
+              "may use. So blocks of 64, the last row, are the old way. The scheduler runs for "
+              "real, with a stand-in for the model. On average over the steps in which somebody "
+              "waited, a slot is")
+    trace.lines(["  used      if it holds a token now",
+                 "  reserved  if it will hold a token of the same request later",
+                 "  internal  if it is set aside for a request that will end without using it",
+                 "  free      if it is set aside for nobody"])
+    trace.say("So a request with 3 tokens now and 5 at its end, in a piece of 8 slots, has 3 "
+              "used, 2 reserved and 3 internal. preempted: how often a request lost its blocks, "
+              f"as none was free (section 9). computed: tokens run; {sum(needed)} are needed.")
+    trace.ask("with 64 slots set aside for each, two requests fit. What share of all slots holds a "
               "token? (as 0.5 or 50%)", one_piece.used)
     trace.table(rows, {"block_size": "d", "used": ".0%", "reserved": ".0%", "internal": ".0%",
                        "free": ".0%", "preempted": "d", "computed": "d", "steps": "d"})
-    trace.note("used: holds a token. reserved: will hold one before the request ends. internal: is "
-               "set aside and never used. free: not set aside, as it is too little for the next. "
-               f"computed: tokens run; {sum(needed)} are needed. Kwon et al. found 20.4% to 38.2% "
-               "used in the systems before theirs.")
+    trace.note("Kwon et al. found 20.4% to 38.2% used in the systems before theirs.")
     if paged is not one_piece:
         trace.say(f"In blocks of {paged.block_size}, {paged.used:.0%} of the memory is used and "
-                  f"all are done in {paged.steps} steps; in pieces, {one_piece.used:.0%} and "
-                  f"{one_piece.steps} steps. The price: preemptions ({paged.preempted}), after "
-                  f"which {paged.computed - sum(needed)} tokens were computed a second time.")
+                  f"all are done in {paged.steps} steps; in pieces, {one_piece.used:.0%} is used "
+                  f"and {one_piece.steps} steps are needed. The price of blocks: {paged.preempted} "
+                  f"preemptions, and {paged.computed - sum(needed)} tokens that were run again.")
     trace.check("blocks use as much of the memory as pieces or more, and take no more steps",
                 paged.used >= one_piece.used and paged.steps <= one_piece.steps,
-                f"{paged.used:.0%} and {one_piece.used:.0%}")
-    trace.check("by hand: 3, 4, and then all 5 tokens of a request, in 1, 1 and 2 blocks of 4, of "
-                "9 slots: 12 used, 1 reserved, 3 internal, 11 free",
-                waste_of_two_requests() == (12, 1, 3, 11), "3 steps")
+                f"{paged.used:.0%} and {one_piece.used:.0%} used")
+    trace.check("by hand, 3 steps of a request that will have 5 tokens, in 2 blocks of 4: used 3 + "
+                "4 + 5, reserved 1 + 0 + 0, internal 0 + 0 + 3, free 4 + 4 + 0",
+                waste_of_two_requests() == (12, 1, 3, 8), "3 · 8 slots")
     trace.check("nobody is preempted from a piece that is large enough",
-                one_piece.preempted == 0 and one_piece.computed == sum(needed), "blocks of 64")
+                one_piece.preempted == 0 and one_piece.computed == sum(needed), "pieces of 64")
 
 
 # 9. Running out of blocks
@@ -1783,16 +1818,17 @@ class PreemptionRow(NamedTuple):
     computed: int  # tokens run
     swapped: int   # tokens, out and in
     steps: int
+    end: float     # milliseconds until the last request is done
 
 
 def preemption_row(report: Report, by: str) -> PreemptionRow:
     """Return the figures of a run."""
     return PreemptionRow(by, len(report.preempted), report.computed, report.swapped_tokens,
-                         len(report.steps))
+                         len(report.steps), report.steps[-1].end * 1e3)
 
 
 def youngest_lost(report: Report) -> bool:
-    """Return whether all that were preempted had come after all that ran in that step."""
+    """Return whether every preempted request had come after all that ran in that step."""
     return all(number > max(report.steps[i].tokens) for i, number in report.preempted)
 
 
@@ -1807,18 +1843,21 @@ def show_preemption(trace, knobs) -> None:
     again = serve(knobs.lab.model, requests, num_blocks=n_blocks, **settings)
     swap = serve(knobs.lab.model, requests, engine=SwappingEngine, num_blocks=n_blocks, **settings)
     enough = serve(StandIn(), requests, num_blocks=sum(blocks), **settings)
-    trace.say("When a running request needs a block and none is free, the youngest loses all of "
-              "its own and waits. It comes back by recomputing its text so far, or by swapping it "
-              f"in from the host. The requests of section 6 again, in a pool of {n_blocks} blocks "
-              f"of {knobs.block_size}, of which the largest needs {max(blocks)}. Together they "
-              f"have {needed} tokens to run. The last row has blocks for all, {sum(blocks)}:")
+    trace.say("When a running request needs a block and none is free, the youngest request loses "
+              "its blocks and waits. When it comes back, its text so far is recomputed, or its "
+              "keys and values are swapped in from the host. The requests of section 6 have "
+              f"{needed} tokens to run in a pool of {n_blocks} blocks of {knobs.block_size}; the "
+              f"largest request needs {max(blocks)}. In the last row the pool has blocks for all, "
+              f"{sum(blocks)}:")
     trace.ask("how many tokens go through the model when blocks are swapped out and in?",
               swap.computed)
     rows = [preemption_row(again, "recompute"), preemption_row(swap, "swap"),
             preemption_row(enough, "no need")]
     trace.table(rows, {"by as comes back by": "", "preempted": "d", "computed": "d",
-                       "swapped as swapped, tokens": "d", "steps": "d"})
-    trace.lines(["", "By recomputation; × marks where a request lost its blocks:",
+                       "swapped as swapped, tokens": "d", "steps": "d", "end as ms": ".1f"})
+    if min(len(again.steps), len(swap.steps)) > len(enough.steps):
+        trace.note(f"{n_blocks} blocks have room for fewer requests at a time. More steps follow.")
+    trace.lines(["", "By recomputation (× the request loses its blocks, █ its text so far runs):",
                  *timeline(again)])
     show_come_back(trace)
     check_preemption(trace, knobs, again, swap)
@@ -1828,20 +1867,20 @@ def check_preemption(trace, knobs, again: Report, swap: Report) -> None:
     """Check that a preemption changes nothing but when a request is served, and by what work."""
     alone = knobs.lab.solo_tokens(knobs.requests)
     trace.check("no token changed, either way", again.tokens == swap.tokens == alone,
-                f"2 × {len(alone)} answers")
+                f"{len(alone)} answers each")
     needed = sum(slots_needed(knobs.requests))
     trace.check("tokens are run again after a preemption by recomputation, and only then",
                 (again.computed > needed) == bool(again.preempted) and swap.computed == needed,
-                f"{needed} are needed")
+                f"{needed} are needed, {again.computed} and {swap.computed} were run")
     lost = [swap.steps[i - 1].cached[number] for i, number in swap.preempted]
     trace.check("what was cached before each preemption is swapped out, and in again",
                 swap.swapped_tokens == 2 * sum(lost), f"2 × {sum(lost)} tokens")
-    trace.check("who lost its blocks was the youngest, younger than all that ran",
+    trace.check("a request that lost its blocks was younger than all that ran in that step",
                 youngest_lost(again) and youngest_lost(swap),
-                f"{len(again.preempted) + len(swap.preempted)} times")
+                f"{len(again.preempted)} + {len(swap.preempted)} preemptions")
     first = [state.times[0] for state in again.states]
-    trace.check("first tokens come in the order of arrival", first == sorted(first),
-                "nobody overtakes")
+    trace.check("nobody overtakes: first tokens come in the order of arrival",
+                first == sorted(first), f"{len(first)} requests")
 
 
 def price_come_back(tokens: int, decoding: int) -> tuple[float, float]:
@@ -1860,21 +1899,24 @@ def price_come_back(tokens: int, decoding: int) -> tuple[float, float]:
 def show_come_back(trace) -> None:
     """What recomputing and swapping cost, and where they cross."""
     costs = {tokens: price_come_back(tokens, 3) for tokens in range(1, 129)}
+    free = max(tokens for tokens, (recompute, _) in costs.items() if recompute == 0)
     crossing = min(tokens for tokens, (recompute, swap) in costs.items() if swap < recompute)
     trace.say("What does coming back cost? By the cost model, in a step in which three others "
-              f"decode: 32 tokens take {costs[32][0]:.2f} ms to recompute and {costs[32][1]:.2f} "
-              f"to swap out and in; 128 tokens take {costs[128][0]:.2f} and {costs[128][1]:.2f}. "
-              f"Recomputing is free while the step stays below the ridge of {free_tokens()} "
-              f"tokens; from {crossing} tokens on, swapping is cheaper.")
-    trace.check("by hand: 32 tokens are recomputed for nothing and swapped in 2 · 32 · 131072 / "
-                "32e9 s", costs[32][0] == 0 and abs(costs[32][1] - 0.262) < 0.001, "0.262 ms")
+              f"decode, a text of 32 tokens takes {costs[32][0]:.2f} ms to recompute and "
+              f"{costs[32][1]:.2f} to swap out and in; 128 tokens take {costs[128][0]:.2f} and "
+              f"{costs[128][1]:.2f}. Of the {priced_free_tokens()} free tokens of the step, "
+              f"{priced_free_tokens() - free} are run either way, and {free} can be recomputed at "
+              f"no cost. Texts of {crossing} tokens or more are cheaper to swap.")
+    trace.check("by hand: 32 tokens are recomputed in no time and swapped in 2 · 32 · 131072 bytes "
+                "/ 32e9 per second", costs[32][0] == 0 and abs(costs[32][1] - 0.262) < 0.001,
+                "0.262 ms")
 
 
 # 10. Prefill here, decode there
 
 # Bytes per second in one direction, between two cards or two machines
-LINKS = {"NVLink": 300e9,     # A100 data sheet: 600 GB/s, both ways together
-         "InfiniBand": 25e9}  # HDR, 200 Gb/s
+LINKS = {"split": 300e9,             # NVLink; A100 data sheet: 600 GB/s, both ways together
+         "split, InfiniBand": 25e9}  # HDR, 200 Gb/s
 
 
 class Latency(NamedTuple):
@@ -1882,7 +1924,7 @@ class Latency(NamedTuple):
 
     cards: int
     way: str
-    rate: int           # requests a second for each card, where they come at random
+    rate: int           # requests per second and card, where they come at random
     first_token: float  # after arrival: 9 of 10 are no longer
     second_gap: float   # the longest from a first token to the second
     later_gap: float    # between later tokens: 99 of 100 are no longer
@@ -1895,7 +1937,7 @@ def measure_latency(
     if way in LINKS:
         reports = [serve_split(model, requests, LINKS[way], **plenty(requests))[0]]
     else:
-        budget = free_tokens() if way == "chunked" else 2048
+        budget = priced_free_tokens() if way == "chunked" else 2048
         shares = [requests[card::cards] for card in range(cards)]
         reports = [serve_plenty(model, share, way, budget) for share in shares]
     states = list(itertools.chain(*(report.states for report in reports)))
@@ -1910,38 +1952,40 @@ def show_split(trace, knobs) -> None:
     """The same requests on one card, on two alike, and on one for prefill and one for decode."""
     requests = long_prompt_requests(knobs.lab.tokenizer)
     prompt_tokens = sum(len(request.prompt) for request in requests)
-    ways = [("chunked", 1), ("continuous", 2), ("chunked", 2), ("NVLink", 2), ("InfiniBand", 2)]
+    ways = [("chunked", 1), ("continuous", 2), ("chunked", 2), *((link, 2) for link in LINKS)]
     rows = [measure_latency(StandIn(), requests, way, cards) for way, cards in ways]
     _, whole, chunked, split, _ = rows
     report, crossed = serve_split(knobs.lab.model, requests, 1e9, **plenty(requests))
-    trace.say("One card can do the prefill of all requests and another their decode; then no "
+    trace.say("One card can do the prefill of all requests and another card their decode; then no "
               "prompt disturbs an answer. The keys and values of a prompt must cross over before "
-              "its second token. The requests of section 7: on one card, on two that take them in "
-              "turn, and split over two links, by the cost model:")
+              "its second token. The requests of section 7, by the cost model: on one card, on two "
+              "cards that take requests in turn, and split (over NVLink, or over InfiniBand):")
     trace.ask(f"the prompts have {prompt_tokens} tokens. How many MB of keys and values cross in "
-              f"all, at {PRICED_MODEL.kv_bytes / 1024:.0f} KiB a token?", crossed / 1e6)
+              f"all, at {PRICED_MODEL.kv_bytes / 1024:.0f} KiB per token?", crossed / 1e6)
     trace.table(rows, {"cards": "d", "way": "", "first_token as first token, ms": ".1f",
                        "second_gap as to the second, ms": ".1f",
                        "later_gap as later gap, ms": ".1f"})
-    trace.note("The longest of all requests: from arrival to the first token, from that to the "
-               "second, and between two later ones. continuous: whole prompts; chunked: at most "
-               f"{free_tokens()} tokens a step.")
+    trace.note("The longest of all requests: from arrival to the first token, from the first to "
+               "the second, and between later tokens. continuous: whole prompts. chunked: at most "
+               f"{priced_free_tokens()} tokens per step.")
     trace.say(f"On two cards, chunks make the later gaps short, {chunked.later_gap:.1f} ms, and "
-              f"the first token late, {chunked.first_token:.1f} ms. With whole prompts it comes "
-              f"after {whole.first_token:.1f} ms, with gaps of {whole.later_gap:.1f}. The split "
-              f"has both, {split.first_token:.1f} and {split.later_gap:.1f} ms. Only the second "
-              f"token waits: for the crossing ({crossed / 1e6:.0f} MB in all), and for the step "
-              "that the decode card is in. The price is the second card. Section 11 asks whether "
-              "it would serve more people another way.")
+              f"the first token late, {chunked.first_token:.1f} ms. With whole prompts the first "
+              f"token comes after {whole.first_token:.1f} ms, and gaps are up to "
+              f"{whole.later_gap:.1f} ms. The split has an early first token, "
+              f"{split.first_token:.1f} ms, and short later gaps, {split.later_gap:.1f} ms. Only "
+              f"the second token waits: for the crossing ({crossed / 1e6:.0f} MB in all), and for "
+              "the step that the decode card is in. The price is the second card. Section 11 asks "
+              "which way serves more people with two.")
     trace.check("split, every request gets the tokens that it gets alone",
                 report.tokens == knobs.lab.solo_tokens(requests), f"{len(requests)} requests")
     trace.check("split, the first token comes before that of chunks, and the later gaps are "
                 "shorter than with whole prompts",
                 split.first_token < chunked.first_token and split.later_gap < whole.later_gap,
                 "on two cards each")
-    trace.check("over 1 GB a second, no second token comes before its prompt has crossed",
+    trace.check("with a slow link, of 1 GB a second, no second token comes before its prompt's "
+                "keys and values have crossed",
                 all(state.times[1] - state.times[0] > len(state.request.prompt) * 131072 / 1e9
-                    for state in report.states), "131,072 bytes a token")
+                    for state in report.states), "131,072 bytes per token")
     trace.check("the keys and values of every prompt token crossed, once",
                 crossed == prompt_tokens * PRICED_MODEL.kv_bytes, f"{prompt_tokens} tokens")
 
@@ -1950,7 +1994,7 @@ def show_split(trace, knobs) -> None:
 
 
 def poisson_requests(n: int, rate: float, rng: random.Random) -> list[Request]:
-    """Return n requests that come at random, `rate` a second, with prompts of all sizes."""
+    """Return n requests that come at random, `rate` per second, with prompts of all sizes."""
     arrival = 0.0
     requests = []
     for _ in range(n):
@@ -1969,51 +2013,67 @@ def measure_load(way: str, rates: Sequence[int], n_requests: int, seed: int) -> 
 
 
 def goodput(rows: Sequence[Latency]) -> int:
-    """Return the highest rate with a first token within 60 ms and later gaps within 5 ms, or 0."""
+    """Return the highest rate with first tokens within 60 ms and later gaps within 5 ms, or 0."""
     kept = [row.rate for row in rows if row.first_token <= 60 and row.later_gap <= 5]
     return max(kept, default=0)
 
 
 def show_load(trace, knobs) -> None:
     """First token and gaps under growing load, in four ways."""
-    ways = ("static", "continuous", "chunked", "NVLink")
-    curves = [measure_load(way, (5, 10, 20, 40, 80), 80, knobs.seed) for way in ways]
-    static, continuous, chunked, _ = curves
-    kept = dict(zip(ways, map(goodput, curves)))
+    curves = {}
+    for way in ("static", "continuous", "chunked", "split"):
+        curves[way] = measure_load(way, (5, 10, 20, 40, 80), 80, knobs.seed)
+    kept = {way: goodput(rows) for way, rows in curves.items()}
     trace.say("A serving system is judged by its times under load. 80 requests with prompts of 64 "
-              "to 448 tokens and answers of 8 to 56 come at random to two cards, which take them "
-              "in turn; with NVLink, one does the prefill and the other the decode. The scheduler "
-              "runs for real, with a stand-in for the model. rate: requests a second for each "
-              "card. first token: 9 of 10 come sooner after arrival. later gap: 99 of 100 gaps "
-              "after the second token are no longer.")
+              "to 448 tokens and answers of 8 to 56 come at random to two cards, which take "
+              "requests in turn. (In the split, one card does the prefill and the other the "
+              "decode, over NVLink.) The scheduler runs for real, with a stand-in for the model. "
+              "rate: requests per second and card.")
     trace.ask("users were promised a first token within 60 ms and later gaps within 5 ms. Which "
-              "way keeps that up to the highest rate: static, continuous, chunked or NVLink?",
+              "way keeps that up to the highest rate: static, continuous, chunked or split?",
               max(kept, key=kept.get))
-    trace.table(list(itertools.chain(*curves)),
-                {"way": "", "rate": "d", "first_token as first token, ms": ".0f bar 20",
-                 "later_gap as later gap, ms": ".1f bar 8"})
+    trace.say("First tokens, ms after arrival (9 of 10 come no later):")
+    print_curves(trace, curves, "first_token", ".0f")
+    trace.say("Gaps after the second token, ms (99 of 100 are no longer):")
+    print_curves(trace, curves, "later_gap", ".1f")
     rates = ", ".join(f"{way} {rate or 'none'}" for way, rate in kept.items())
-    trace.say("Where does each tip over? The highest rate with 9 of 10 first tokens within 60 ms "
-              f"and 99 of 100 later gaps within 5 ms (DistServe calls it goodput): {rates}.")
+    trace.say("Users were promised first tokens within 60 ms (9 of 10) and later gaps within 5 ms "
+              f"(99 of 100). The highest rate that keeps the promise, the goodput: {rates}.")
     trace.say("In static batches everybody waits for the batch before. Continuous batching brings "
               "the first token sooner, but whole prompts tear gaps into the answers; chunks close "
-              "those. The split has no prompts among its decode steps either, but one card runs "
-              "all prompts. Beyond the point where a way tips over, its times grow with the number "
-              "of requests.")
-    if kept["chunked"] > kept["NVLink"]:
-        trace.say("On the same two cards, chunks do better than the split here. In this model they "
-                  "cost only a little of the first token: it leaves out the overhead of each step, "
-                  "and small chunks run as fast as large ones. And the split is 1 to 1, with two "
-                  "cards alike, whatever the work is.")
+              "those gaps. The split has no prompts among its decode steps either, but one card "
+              "runs all prompts. At a rate that a way cannot serve, the queue gets longer and "
+              "longer: with more than 80 requests the first tokens would come even later.")
+    if kept["chunked"] > kept["split"]:
+        trace.say("On the same two cards, chunks do better than the split here. By the cost model, "
+                  "chunks delay the first token only a little, because the model leaves out the "
+                  "overhead of each step, so small chunks run as fast as large ones. And the split "
+                  "gives each phase one card, whatever the work is.")
+    check_load(trace, curves, kept)
+
+
+def print_curves(trace, curves: dict[str, Sequence[Latency]], field: str, form: str) -> None:
+    """Print and draw one time of every way: a row per rate, a column per way."""
+    table = []
+    for rows in zip(*curves.values()):
+        cells = [getattr(row, field) for row in rows]
+        table.append({"rate": rows[0].rate, **dict(zip(curves, cells))})
+    largest = max(getattr(row, field) for row in itertools.chain(*curves.values()))
+    trace.table(table, {"rate": "d", **dict.fromkeys(curves, f"{form} bar 7 of {largest}")})
+
+
+def check_load(trace, curves: dict[str, Sequence[Latency]], kept: dict[str, int]) -> None:
+    """Check which way is better, from 10 requests a second on."""
+    static, continuous, chunked, split = (rows[1:] for rows in curves.values())
     trace.check("from 10 a second on, static batches have the latest first tokens",
-                all(row.first_token < slow.first_token for rows in curves[1:]
-                    for row, slow in zip(rows[1:], static[1:])), "4 rates")
+                all(row.first_token < slow.first_token for rows in (continuous, chunked, split)
+                    for row, slow in zip(rows, static)), "at 4 rates")
     trace.check("from 10 a second on, chunks have shorter gaps than whole prompts",
-                all(row.later_gap < whole.later_gap
-                    for row, whole in zip(chunked[1:], continuous[1:])), "4 rates")
-    trace.check("chunks keep the promise up to the highest rate, whole prompts not so far",
-                kept["continuous"] < kept["chunked"] == max(kept.values()),
-                f"{kept['chunked']} and {kept['continuous']} a second")
+                all(row.later_gap < whole.later_gap for row, whole in zip(chunked, continuous)),
+                "at 4 rates")
+    trace.check("no way keeps the promise up to a higher rate than chunks, and whole prompts keep "
+                "it up to a lower one", kept["continuous"] < kept["chunked"] == max(kept.values()),
+                f"chunks {kept['chunked']}, whole prompts {kept['continuous']} a second")
 
 
 # 12. A smaller cache
@@ -2022,8 +2082,8 @@ def show_load(trace, knobs) -> None:
 def fp8_errors(model: Llama, texts: Sequence[Sequence[int]]) -> tuple[list[float], int]:
     """Read each text with a cache in FP8.
 
-    Returns how far the logits of each text move, as a share of their own spread, and after how many
-    tokens another next one becomes the likeliest.
+    Returns how far the logits of each text move, as a share of their standard deviation, and after
+    how many tokens another next token becomes the likeliest.
     """
     errors = []
     changed = 0
@@ -2049,23 +2109,24 @@ def show_small_cache(trace, knobs) -> None:
     texts = [knobs.lab.tokenizer.encode(verse) for verse in verses]
     errors, changed = fp8_errors(model, texts)
     n_tokens = sum(map(len, texts))
-    trace.say("A cache of 8 bits a number takes half the bytes, so twice as many requests fit. FP8 "
-              "rounds every number by itself, to 4 bits of exponent and 3 of mantissa. The model "
-              f"reads {len(texts)} verses of {n_tokens} tokens in all with such a cache. Their "
-              "clauses are in orders that it was not trained on.")
+    trace.say("A cache of 8 bits per number takes half the bytes, so twice as many requests fit. "
+              "FP8 rounds every number by itself, to 4 bits of exponent and 3 bits of mantissa. "
+              f"With such a cache the model reads {len(texts)} verses, {n_tokens} tokens in all, "
+              "with clauses in orders that the model was not trained on.")
     trace.ask(f"after how many of the {n_tokens} tokens is another next token the likeliest than "
               "with the exact cache?", changed)
-    trace.say(f"The logits move by {fmean(errors):.1%} of their own spread ({min(errors):.1%} to "
-              f"{max(errors):.1%} from verse to verse). After {changed} of {n_tokens} tokens, "
-              "another next token becomes the likeliest.")
+    trace.say(f"The logits move by {fmean(errors):.1%} of their standard deviation "
+              f"({min(errors):.1%} to {max(errors):.1%} from verse to verse). After {changed} of "
+              f"{n_tokens} tokens, another next token becomes the likeliest.")
     trace.check("the verses are not in the training text",
                 all(verse not in TEXT for verse in verses), f"{len(verses)} verses")
-    trace.check("rounding moves the logits, by less than a tenth of their spread",
-                min(errors) > 0 and max(errors) < 0.1, f"{len(errors)} verses")
+    trace.check("rounding moves the logits, by less than a tenth of their standard deviation",
+                min(errors) > 0 and max(errors) < 0.1, f"in each of {len(errors)} verses")
     numbers = list(itertools.chain(*model.weights["output"]))
     off = [abs(nearest_e4m3(x) - x) / max(abs(x), 2 ** -6) for x in numbers]
-    trace.check("a number in FP8 is off by one part in 16 at most, and some by more than one in 32",
-                1 / 32 < max(off) <= 1 / 16, f"{len(numbers)} numbers; 2^-10 below 2^-6")
+    trace.check("rounding to FP8 moves a number by one part in 16 at most, or by 2^-10 if it is "
+                "below 2^-6, and some by more than one part in 32",
+                1 / 32 < max(off) <= 1 / 16, f"{len(numbers):,} weights rounded")
 
 
 # =============================================================================================
@@ -2528,9 +2589,9 @@ PRICED_GPU = Gpu("A100 80GB SXM", 312e12, 2039e9, 80e9)
 PRICED_MODEL = ServedModel("Llama 3.1 8B", 8.03e9, 128256, 4096, 32, 8, 128)
 
 
-def free_tokens() -> int:
-    """Return how many tokens a priced step can run before arithmetic takes longer than reading."""
-    return ridge_tokens(PRICED_GPU, PRICED_WEIGHT_BYTES)
+def priced_free_tokens() -> int:
+    """Return free_tokens() for the card and the weights of the engines' cost model."""
+    return free_tokens(PRICED_GPU, PRICED_WEIGHT_BYTES)
 
 
 @dataclass
@@ -2563,7 +2624,7 @@ class ServingLab:
 class StandIn:
     """What takes the place of the model in an engine where only the schedule matters.
 
-    It fills slots with nothing. Its logits are the same for every token, so it writes token 0.
+    It fills slots with nothing. Its logits are the same for every token, so it picks token 0.
     """
 
     def __init__(self):
@@ -2622,7 +2683,7 @@ def slots_needed(requests: Sequence[Request]) -> list[int]:
 
 
 def contents(caches: Sequence[KVCache | PagedKVCache]) -> Matrix:
-    """Return all keys and values of the caches, cache by cache and layer by layer, a row a token.
+    """Return all keys and values of the caches, cache by cache and layer by layer, a row per token.
 
     Attention does not mind the order of its keys. A comparison of these rows does.
     """
@@ -2651,7 +2712,7 @@ def first_tokens(report: Report) -> list[float]:
 def token_gaps(states: Sequence[RequestState], first: int = 0) -> list[float]:
     """Return the milliseconds between each new token and the next one of its request.
 
-    first: the token of each request to begin with. [0.0] if there are no gaps.
+    first: gaps before this token of a request are left out. [0.0] if there are no gaps.
     """
     gaps = []
     for state in states:
@@ -2666,7 +2727,7 @@ def count_parameters(c: Config) -> int:
 
 
 def used_weights(c: Config) -> int:
-    """Return how many of them a step computes with: all but the embedding table."""
+    """Return how many weights a step computes with: all but the embedding table."""
     return count_parameters(c) - c.vocab_size * c.dim
 
 
@@ -3136,7 +3197,7 @@ SECTIONS = [
     Section("Prefix caching", show_prefix_caching,
             [hash_block, register_blocks, adopt_prefix, CachingEngine]),
     Section("Continuous batching", show_continuous, [serve, Engine]),
-    Section("Chunked prefill", show_chunked, [serve, Engine, ridge_tokens]),
+    Section("Chunked prefill", show_chunked, [serve, Engine, free_tokens]),
     Section("What paging saves", show_waste, [slot_waste], core=False),
     Section("Running out of blocks", show_preemption, [Engine, SwappingEngine], core=False),
     Section("Prefill here, decode there", show_split, [serve_split, PrefillEngine, DecodeEngine],

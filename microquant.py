@@ -1990,6 +1990,17 @@ def compare_channels(lab: Lab) -> list[Channels]:
     return rows
 
 
+def show_channels(trace: Trace, before: Vector, after: Vector, alpha: float) -> None:
+    """The size of each input channel of wq, before and after SmoothQuant."""
+    trace.say(f"The largest activation of each channel that wq reads, from left to right. "
+              f"First as it is, then after SmoothQuant with α = {alpha:g}, which divides "
+              "large channels and multiplies the weights that meet them. Before each: the "
+              "largest.")
+    for sizes in (before, after):
+        first, *others = columns_picture(sizes, 4)
+        trace.lines([f"{max(sizes):7.1f} {first}", *(" " * 8 + line for line in others)])
+
+
 def show_activations(trace: Trace, knobs: Namespace) -> None:
     """The sizes of activations, and the ways to have them in 8 bits."""
     lab = lab_of(knobs)
@@ -2006,13 +2017,7 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
               "channels are much larger than the others, and a scale that reaches to them leaves "
               "few codes for the rest. (In large models, this can ruin the output. This one is "
               "too small for that, and shows how the methods compare.)")
-    trace.say(f"The largest activation of each channel that {name} reads, from left to right. "
-              f"First as it is, then after SmoothQuant with α = {knobs.alpha:g}, which divides "
-              "large channels and multiplies the weights that meet them. Before each: the "
-              "largest.")
-    for sizes in (before, after):
-        first, *others = columns_picture(sizes, 4)
-        trace.lines([f"{max(sizes):7.1f} {first}", *(" " * 8 + line for line in others)])
+    show_channels(trace, before, after, knobs.alpha)
     trace.ask(f"how many of these {channels[0].channels} channels will LLM.int8() keep in floating "
               f"point?", channels[0].kept)
     trace.say("LLM.int8() multiplies in floating point the channels that reach 6.0, and keeps "
