@@ -4,8 +4,8 @@
 A language model only scores the tokens that may come next. Choosing one is called decoding: taking
 the best token, drawing one by chance, searching ahead, or letting something cheap guess several
 tokens that the model then checks in one pass. Each method runs here on a tiny Llama that
-first learns a nursery rhyme, and the trace proves what is usually only said: that speculative
-decoding changes the speed and not the text.
+first learns a nursery rhyme, and the trace checks what is usually only said: that speculative
+decoding changes the speed and not the texts, or how likely each text is when they are drawn.
 
 How to read it
   1. Read the words below (2 minutes), run `python microbeam.py` and read what it prints
@@ -53,8 +53,8 @@ The papers
 #   logits_fn       how a decoder sees a model: logits_fn(tokens) are the logits of what comes next
 #   CachedModel     a Llama as logits_fn that reads no text twice. Its read(texts) takes one pass
 #                   for a whole tree of texts, and returns {text: logits} for these texts and for
-#                   every text that one of them begins with. Llama.forward(tokens) gives the logits
-#                   after every token, without a cache.
+#                   all their prefixes. Llama.forward(tokens) gives the logits after every token,
+#                   without a cache.
 #   helpers         likeliest(logits, n) are the n tokens with the highest scores, best first;
 #                   check_request() and check_eos() refuse arguments that cannot work
 
@@ -226,8 +226,9 @@ def top_p_filter(logits: Vector, p: float) -> Vector:
     """
     if not 0 < p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {p}")
-    # From the other end, as transformers does it: the least likely go, as long as all that went
-    # have at most 1 - p together. The last one always stays. Of equals, the lower id goes first.
+    # From the other end, as transformers does it: the least likely is removed while the sum of
+    # what is removed is at most 1 - p. The last one always stays. Of equals, the lower id goes
+    # first.
     probabilities = softmax(logits)
     rising = sorted(range(len(logits)), key=lambda i: logits[i])
     kept = [True] * len(logits)
@@ -439,7 +440,8 @@ def every_outcome(run: Callable[[EveryBranch], object]) -> dict[object, float]:
 #
 # When to use it: where there is one right answer to find, as in translation or speech. For open
 # text, sampling is used instead. In production: _beam_search in transformers' generation/utils.py,
-# which keeps 2 · width candidates per step so that `width` go on even when some have ended.
+# which keeps 2 · width candidates per step so that `width` go on even when some have ended. Ours
+# goes on with fewer.
 # Measured by show_beam().
 
 
@@ -474,8 +476,8 @@ def beam_search(
         finished = sorted(finished, key=score, reverse=True)[:width]
         beams = [candidate for candidate in best if candidate[0][-1] != eos]
         if len(finished) == width:
-            # A sum is negative and can only fall. With a penalty above 0, a greater length makes
-            # the score higher, so the greatest length gives the bound.
+            # Sums of log-probabilities are negative and can only fall. With a penalty above 0,
+            # dividing by a greater length brings the score nearer to 0, which gives the bound.
             longest = max_new_tokens if length_penalty > 0 else length
             bounds = [total / longest ** length_penalty for _, total in beams]
             if early_stopping or all(bound <= score(finished[-1]) for bound in bounds):
@@ -553,7 +555,7 @@ def exact_search(
 # One pass of a large model over five tokens takes about as long as over one, because the time goes
 # into reading the weights. So let a small draft model guess γ tokens, and have the target score
 # them all in one pass. Keep the guesses before the first wrong one. After these the target's own
-# token comes for free, from the row of logits behind the last guess kept.
+# token comes for free, from the logits after the last guess kept.
 #
 # Greedy: a guess is right if it is the target's argmax. The text is the target's, token for token.
 #
@@ -576,11 +578,13 @@ def exact_search(
 #
 #     P(y) = q(y)·min(1, p(y)/q(y)) + P(rejected) · max(0, p(y) - q(y)) / Σ max(0, p - q)
 #
-# The first term is min(p, q). P(rejected) is 1 - Σ min(p, q) = Σ max(0, p - q), so the second term
+# The first term is min(p, q). As min(p, q) + max(0, p - q) is p, and p sums to 1, P(rejected) is
+# 1 - Σ min(p, q) = Σ max(0, p - q), so the second term
 # is max(0, p(y) - q(y)). Together they are p(y).
 #
 # Why the whole text is right, by induction: say the text so far has the target's distribution.
-# Whatever was kept or rejected to get there, the next token uses fresh chance alone. Either a guess
+# Whatever was kept or rejected to get there, the next token needs random numbers that are
+# independent of all earlier ones. Either a guess
 # waits at the next place: it was drawn from q after exactly this text, and the rule makes the
 # token's distribution p. Or none waits: the token is drawn from p. Guesses behind a wrong one are
 # thrown away unseen, since they continue another text. So the longer text has the target's
@@ -597,8 +601,8 @@ def exact_search(
 #     A       0.6    1    0.6 / 1 = 0.6        0
 #     B       0.4    0    is not guessed       1
 #
-# A comes with 0.6 and B with 0.4, their p again. To draw the target's own token from p, and keep
-# the guess if it is this token, does the same. That is verify(), which takes any way to choose,
+# A comes with 0.6 and B with 0.4, their p again. Simpler, with the same result: draw a token from
+# p; if the guess is this token, it counts as kept. That is verify(), which takes any way to choose,
 # argmax or sampler(…), so all decoders from here on work for both.
 #
 # If eos stands among the kept guesses, the text ends there and what was kept behind it is cut off.
@@ -800,8 +804,8 @@ def last_rows(logits_fn: LogitsFn, tokens: Sequence[int], n: int) -> Matrix:
 # and the speed-up is 1.63. At c = 0.5 the round costs 2, and nothing is won.
 #
 # This counts the target's pass over γ + 1 tokens as one pass over one token. That is true while
-# reading the weights takes the time, as at small batches. A busy server has no idle arithmetic to
-# spend on guesses, and gains little or loses.
+# reading the weights takes the time, as at small batches. A busy server computes all the time, has
+# nothing to spend on guesses, and gains little or loses.
 #
 # In production: vLLM reports these counts (v1/spec_decode/metrics.py), and transformers' assisted
 # generation raises and lowers γ as guesses are kept or not. Measured by show_when_it_pays().
@@ -1271,9 +1275,9 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
     most = max(max(row[name] for name in drawn) for row in shapes)
     trace.say("A filter removes unlikely tokens before one is drawn. Top-k keeps the k likeliest; "
               "top-p the shortest list of best tokens that has probability p together; min-p "
-              "those with at least min-p times the best one's probability; typical those whose "
-              "surprise is nearest to the mean surprise. A temperature t below 1 sharpens the "
-              "distribution, and above 1 flattens it.")
+              "those with at least min-p times the best one's probability. Typical keeps those "
+              "whose surprise, -log p, is nearest to the mean surprise. A temperature t below 1 "
+              "sharpens the distribution, and above 1 flattens it.")
     trace.say(f"What may follow {lab.tail(knobs.tokens)!r}:")
     trace.table(shapes, {"token": "", "as is": f".2f bar 6 of {most}"}
                 | dict.fromkeys(list(drawn)[1:], f"bar 7 of {most}"))
@@ -1496,14 +1500,15 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
               "longer or shorter than greedy's?", shorter.split()[0])
     trace.say(f"Now a text ends at the end of a verse (eos), or at {n} tokens. Searches for the "
               f"likeliest text (length penalty 0), means over {len(prompts)} prompts. \"Exact\" "
-              "is the likeliest of all texts, over the prompts where a search finds it "
-              f"by reading at most {EXACT_PASSES} texts.")
+              "is the likeliest of all texts, over those of the prompts where exact search is done "
+              f"after reading at most {EXACT_PASSES} texts.")
     trace.table(rows, {"search": "", "log_p": ".2f", "tokens": ".1f", "texts as texts read": ".0f",
                        "not_best as not the best": "d"})
     trace.note("not the best: prompts where exact search found a likelier text")
-    trace.say(f"The texts of width 4 are {shorter} those of width 1, on average. Every token "
-              "costs, so a short text that ends can be the likeliest, whether it is wanted or not. "
-              "The length penalty decides which text has the best score. After "
+    trace.say(f"The texts of width 4 are {shorter} those of width 1, on average. Every further "
+              "token lowers log p, so a short text that ends can be the likeliest, whether it is "
+              "wanted or not. So texts are scored by log p / tokens^penalty: a larger penalty "
+              "favours longer texts. After "
               f"{lab.tail(knobs.tokens)!r}, width {knobs.width}:")
     penalties = sorted({0.0, 1.0, 2.0, knobs.length_penalty})
     trace.table(compare_length_penalties(lab, knobs.tokens, n, knobs.width, penalties),
@@ -1634,7 +1639,7 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
     trace.note(f"{n} tokens in {counts.target_passes} passes. Of {counts.drafted} guesses "
                f"{counts.accepted} were kept, {wrong} were wrong, and "
                f"{counts.drafted - counts.accepted - wrong} stood behind a wrong one and were "
-               "thrown away unseen.")
+               "thrown away unseen. (The last passes guess no more tokens than are wanted.)")
 
     p, q = (distribution(llama.forward(knobs.tokens)[-1], knobs.temperature, top_p=knobs.top_p)
             for llama in (lab.target, lab.draft))
@@ -1645,7 +1650,7 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
               "tokens with the largest p or q. A guess drawn from q is kept with min(1, p / q); "
               f"over all tokens, that is Σ min(p, q) = {sum(map(min, p, q)):.0%} of the guesses. "
               "Otherwise the token is drawn from the rest: max(0, p - q), normalized.")
-    trace.table(rows, {"token": "", "p": ".2f", "q": ".2f", "kept": ".0%", "both as min(p, q)":
+    trace.table(rows, {"token": "", "p": ".3f", "q": ".3f", "kept": ".0%", "both as min(p, q)":
                        f"bar 18 of {most}", "rest as the rest": f"bar 18 of {most}"})
     show_proof(trace, random_pair(lab.seed))
     trace.check("greedy: the text is the target's own", len(tokens) == n
@@ -1659,17 +1664,17 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
 def show_proof(trace: Trace, pair: tuple[LogitsFn, LogitsFn]) -> None:
     """The rule, enumerated on a random target and draft over two tokens."""
     rows = enumerate_speculation(*pair, 5, 2)
-    trace.say("The proof, checked: a random target and draft over two tokens, all 32 texts of 5 "
-              "tokens, gamma 2. Every branch that a decoder can take is taken and weighed. To "
-              "guess the draft's argmax and judge the guess by q is the common bug; judged as a "
-              "point mass (as if q were 1 at the guess), the same guess is right. The likeliest "
-              "texts:")
+    trace.say("The rule, checked by enumeration: a random target and draft over two tokens, all "
+              "32 texts of 5 tokens, gamma 2. Every branch that a decoder can take is taken and "
+              "weighed. To guess the draft's argmax and judge the guess by q is the common bug; "
+              "judged as a point mass (as if q were 1 at the guess), it leaves the target's "
+              "probabilities as they are. The likeliest texts:")
     trace.table(rows[:6], {"text": "", "target": ".4f", "rule as by the rule": ".4f",
                            "argmax_by_q as argmax, by q": ".4f",
                            "point_mass as argmax, point mass": ".4f"})
     bias = sum(abs(row.argmax_by_q - row.target) for row in rows) / 2
-    trace.say(f"With the bug, {bias:.1%} of the probability is at the wrong texts; with the other "
-              "two, none.")
+    trace.say(f"With the bug, {bias:.1%} of the probability would have to move to other texts; "
+              "with the other two, none.")
     trace.check("enumerated, the rule and the point mass give every text the target's probability",
                 proof_gap(rows) < 1e-12 and proof_gap(enumerate_speculation(*pair, 5, 1)) < 1e-12,
                 "gamma 1 and 2, 5 tokens, max |Δ| < 1e-12")
@@ -1779,8 +1784,9 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
               f"last pass of a text is cut short. At gamma {last.gamma} the formula says "
               f"{last.formula:.2f}, and these texts give {last.measured:.2f} ± {last.error:.2f}. "
               f"From left to right, the best gamma for each c is {', '.join(map(str, best))}. All "
-              "this counts a pass over gamma + 1 tokens like a pass over one, as on a machine with "
-              "idle arithmetic. A busy server has none.")
+              "this counts a pass over gamma + 1 tokens like a pass over one. That is so where the "
+              "processor waits for the weights and could compute more meanwhile, but not on a busy "
+              "server.")
     check_payoff(trace, random_pair(lab.seed))
 
 
@@ -1871,10 +1877,10 @@ def fewer_passes(row: Way, other: Way) -> str:
     limit = 2 * standard_error(gaps)
     if abs(gap) <= limit:
         return (f"{row.way} and {other.way} differ by {abs(gap):.2f} passes, no more than two "
-                f"standard errors ({limit:.2f}), which shows nothing")
+                f"standard errors (together {limit:.2f}), which shows nothing")
     more = compare_words(gap, 0, "fewer", "more")
     return (f"{row.way} takes {abs(gap):.2f} passes {more} than {other.way}, more than two "
-            f"standard errors ({limit:.2f})")
+            f"standard errors (together {limit:.2f})")
 
 
 def show_ways(trace: Trace, rows: Sequence[Way], n: int, finding: str) -> None:
@@ -1982,15 +1988,16 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
     nodes = draw_tree(lab, knobs.tokens)
-    trace.say("Two extra heads on the frozen target guess the two tokens after its own next one. "
-              "The 3 best of the first, and under each the 2 best of the second, make a tree, and "
-              "one pass verifies it all.")
+    trace.say("The target gives the next token, and two extra heads on it, trained while it was "
+              "frozen, guess the two after that. The 3 best of the first, and under each the 2 "
+              "best of the second, make a tree, and one pass verifies it all.")
     trace.ask("The root is the target's own token. Under the root hang 3 guesses, and under each "
               "of them 2. How many nodes has the tree?", len(nodes))
     trace.say(f"The first tree after {lab.tail(knobs.tokens)!r}. Node 0 is the token that the "
               "target has just chosen, and the others are guesses. A node sees itself and its "
-              "ancestors (█), and all of the text before the tree. Kept (+): the target's own "
-              "choices.")
+              "ancestors (█), and all of the text before the tree. Head 2 does not know what head "
+              "1 guessed, so its two guesses are the same in each branch. Kept (+): the target's "
+              "own choices.")
     indices = "".join(str(node.node) for node in nodes)
     trace.table(nodes, {"node": "d", "token": "", "position": "d", f"sees as {indices}": "",
                         "kept": ""})
@@ -2076,7 +2083,8 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
               lookahead.passes)
     show_ways(trace, [lookahead], n, f"lookahead saves {n - lookahead.passes:.1f} of {n} passes on "
               f"average. It reads {lookahead.nodes:.0f} nodes per token of the text and rolls back "
-              f"{lookahead.rolled_back:.0%} of them, so it needs idle arithmetic.")
+              f"{lookahead.rolled_back:.0%} of them, so it needs a processor that waits for "
+              "the weights.")
     _, counts = lookahead_greedy(ToyTarget(in_circle), [0, 3], 16, window=4)
     windows = [guesses for guesses, _ in counts.rounds[:2]]
     kept = [kept for _, kept in counts.rounds]
@@ -2157,18 +2165,19 @@ def show_constrained(trace: Trace, knobs: Namespace) -> None:
         trace.lines(quoted("…" + text))
     found = measure_distortion(lab, knobs.tokens, ANIMALS)
     trace.say("The mask is local: at each step it looks at the next token only, and does not see "
-              "where that leads. How far does this stray from asking the model for text that fits? "
-              f"A smaller shape, one animal and \"that\", has {len(found.rows)} texts and "
-              f"{found.ways} ways to cut them into tokens (a word can be one token or several "
-              "shorter ones). All are enumerated. (Without the mask, the model writes one of these "
-              f"texts with probability {found.fits:.1e}.)")
+              "where that leads. How far is this from the model's own probabilities, given that "
+              f"the text fits? A smaller shape, one animal and \"that\", has {len(found.rows)} "
+              f"texts and {found.ways} ways to cut them into tokens (a word can be one token or "
+              "several shorter ones). All are enumerated. (Without the mask, the model writes one "
+              f"of these texts with probability {found.fits:.1e}.)")
     widest = max(found.rows, key=lambda row: abs(row.local - row.given))
     trace.ask(f"{widest.text!r} has probability {widest.local:.3f} under the local mask. Given "
               "that the text fits, is it higher or lower?",
               compare_words(widest.given, widest.local, "higher", "lower", "the same"))
     trace.table(found.rows, {"text": "", "local as local mask": ".3f bar 20 of 1",
                              "given as given that it fits": ".3f bar 20 of 1"})
-    trace.say(f"With the mask, {found.moved:.0%} of the probability is at the wrong texts.")
+    trace.say(f"{found.moved:.0%} of the probability would have to move from one text to another "
+              "to make the two columns equal.")
     trace.check("all forced texts match the shape, by Python's re",
                 all(re.fullmatch(STORY_RE, text) for text in texts)
                 and [row.text for row in found.rows] == ["cat that", "cow that", "rat that"],
