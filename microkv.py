@@ -102,7 +102,7 @@ PROMPT = "This is the"
 MAX_NEW_TOKENS = 24          # tokens to generate in sections 1 and 3
 BLOCK_SIZE = 4               # tokens a block holds (vLLM: 16)
 MAX_NUM_SEQS = 4             # requests that may run at the same time
-MAX_NUM_BATCHED_TOKENS = 38  # tokens a step may run where prompts are cut up: the free ones
+MAX_NUM_BATCHED_TOKENS = 38  # budget of a step where prompts are cut up: the free tokens
 VOCAB_SIZE = 160             # every word of TEXT is then one token
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32)
 TRAINING = dict(steps=54, length=26)  # length: tokens per step
@@ -184,7 +184,7 @@ def check_prompt(prompt: Sequence[int], max_new_tokens: int, cache=None) -> None
                          f"logits; it holds {cache.length} of {len(prompt)} tokens")
 
 
-# 2. Prefill and decode are different machines
+# 2. Prefill and decode have different limits
 #
 # A step reads from the card's memory every weight that it uses, and the cached keys and values of
 # its requests, each of them once, whether it runs one token or a thousand. A step has two times:
@@ -214,16 +214,16 @@ def check_prompt(prompt: Sequence[int], max_new_tokens: int, cache=None) -> None
 #     more arithmetic = 2 · weights / FLOPs per second
 #     more reading    = c · bytes per token / bytes per second
 #
-# Arithmetic catches up with reading at a batch of
+# The two times are equal for a batch of b requests when
 #
 #     b · more arithmetic = bytes of weights / bytes per second + b · more reading
 #     b = (bytes of weights / bytes per second) / (more arithmetic - more reading)
 #
-# and never, if a request adds more reading than arithmetic. Long before that, memory may be full of
-# caches. The next sections are about that memory.
+# They are never equal if a request adds more reading than arithmetic. Long before that, memory may
+# be full of caches. The next sections are about that memory.
 #
 # A step reads every weight that its operations compute with: all but the embedding table, where a
-# step only looks up a few rows. In memory the table takes its place all the same. The cost model
+# step only looks up a few rows. But the table takes up memory like the rest. The cost model
 # leaves out activations, attention's own arithmetic, and the fixed overhead of every step.
 #
 # In production: vLLM measures at its start what weights and activations take, and makes the rest of
@@ -391,7 +391,7 @@ class BlockPool:
         self.ref_count[block] += 1
 
     def free(self, block: int) -> None:
-        """Take a reference off a block. A block without any is free, and handed out last.
+        """Take a reference off a block. A block without any goes to the end of the queue.
 
         ValueError if it was free already.
         """
@@ -549,10 +549,10 @@ class PagedKVCache:
 # knows two texts with the same hash. With a shorter or weaker hash, compare the tokens.
 #
 # In production: vLLM keeps every block with the same content under one name (block_pool.py). Here
-# only the first such block has the name. When that is handed out, its copies are not found any
-# more. In nano-vllm the last such block has the name, and tokens are compared. SGLang keeps a tree
-# of prefixes instead of hashes. LMCache and Mooncake keep copies in the host's memory or on other
-# machines.
+# only the first such block has the name. (Two requests that start together compute the same block
+# twice.) When that block is handed out, its copies are not found any more. In nano-vllm the last
+# such block has the name, and tokens are compared. SGLang keeps a tree of prefixes instead of
+# hashes. LMCache and Mooncake keep copies in the host's memory or on other machines.
 #
 # Measured by show_prefix_caching().
 
@@ -628,7 +628,7 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
 #     A needs a block:                                      0 free
 #     B, the youngest, is preempted and gives back 2:       2 free
 #     A takes one of them:                                  1 free
-#     the step runs one token of A; nobody comes in, as a step that had to preempt admits nobody
+#     the step runs one token of A; nobody comes in, or B could come straight back and lose it again
 #     next step: B needs 2 blocks for its 5 + 1 tokens:     B waits, and C behind it
 #
 # The engine schedules without knowing how long an answer will be. It uses max_new_tokens only to
@@ -638,7 +638,8 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
 # The model really runs every step, one request after the other. (An engine runs all tokens of a
 # step through each matrix at once. Rows do not mix, so the numbers are the same but for rounding.)
 # The clock is the cost model of section 2: each step takes step_seconds() of Llama 3.1 8B with
-# weights of 4 bits on an A100, so 38 tokens of a step are free.
+# weights of 4 bits on an A100. Then 38 tokens of a step are free (with 16 bits it would be 153,
+# more than our steps usually run).
 #
 # Read Engine from its top. run() makes steps, step() schedules one and runs the model, schedule()
 # decides who is in it. Prefix caching is added below, in CachingEngine; swapping and the split over
@@ -747,7 +748,7 @@ class Engine:
         """
         if not self.running:  # nothing to do until the next request comes
             self.clock = max(self.clock, self.waiting[0].arrival)
-        start = self.clock
+        start = self.clock  # record() moves the clock to the end of the step
         work = self.schedule()
         if not work:
             raise RuntimeError("a step had no work: the scheduler is stuck")
@@ -771,7 +772,8 @@ class Engine:
         budget = self.max_num_batched_tokens
         work = []
         for state in list(self.running):
-            # Only the youngest can be inside its prompt; the others lack one token. n is never 0.
+            # The others lack one token each; only the youngest can be inside its prompt, since a
+            # prompt that is cut up takes all of the budget. So something is left for each: n > 0.
             n = min(len(state.tokens) - state.cache.length, budget)
             while state in self.running and not state.cache.fits(n):
                 # The youngest comes last in the loop, so it is not in work yet. It may be `state`.
@@ -859,7 +861,8 @@ class CachingEngine(Engine):
         if n > 0:
             state.found += found
         elif found > 0:
-            # Restore the order of the free blocks, too: otherwise waiting would count as use.
+            # Restore the order of the free blocks, too. Otherwise a request that only waits would
+            # move its prefix to the end of the queue, as if it were used.
             state.cache.free()
             self.pool.free_blocks = order
         return n
@@ -955,7 +958,7 @@ def check_settings(engine: Engine) -> None:
 # budget the steps are longer for everybody, but the prompt may take fewer of them: with r requests
 # running, a prompt of p tokens takes ceil(p / (budget - r)) steps.
 #
-# The rule assumes empty caches. Reading 1,000 cached tokens makes it 39, reading 4,400 makes it 44.
+# The rule assumes empty caches. With 1,000 cached tokens to read, 39 are free; with 4,400, 44 are.
 #
 # The code is in the engine already: the min(…, budget) in schedule_running() and in admit().
 #
@@ -989,7 +992,7 @@ def free_tokens(gpu: Gpu, weight_bytes: float) -> int:
 #
 # A piece as long as the longest text is a block of that size, and every request takes one. So one
 # engine can measure both ways. (Pieces of different lengths also leave gaps between them that fit
-# no request; blocks of one size cannot.)
+# no request; blocks of one size leave no such gaps.)
 #
 # The smaller the blocks, the less is wasted. But block tables grow, and a kernel reads a block of
 # tokens at a time: vLLM takes 16.
@@ -1050,7 +1053,7 @@ def slot_waste(report: Report, n_slots: int, block_size: int) -> Waste:
 # A request that could not even run alone in the pool must be refused at the door (check_settings).
 #
 # In production: vLLM recomputes (Scheduler._preempt_request). Its first engine recomputed by
-# default, too, and swapped only requests with several texts. With prefix caching, much of what a
+# default, too, and swapped only requests with several answers. With prefix caching, much of what a
 # preempted request had computed is found again, as free blocks keep their content for a while.
 #
 # Measured by show_preemption().
@@ -1112,7 +1115,7 @@ class SwappingEngine(Engine):
 # the keys and values of the prompt must cross from one card to the other before the second token,
 # and there is a second card, which could have served requests as well.
 #
-# Here keys and values cross in one piece, when the prompt is done. So they do in Splitwise if the
+# Here keys and values cross in one piece, when the prompt is done. Splitwise does the same if the
 # prompt is short. If it is long, each layer is sent while the next layer is computed.
 #
 # In production: vLLM's KV connectors (vllm/distributed/kv_transfer) and NVIDIA Dynamo.
@@ -1139,7 +1142,7 @@ class DecodeEngine(Engine):
     def __post_init__(self):
         super().__post_init__()
         self.received: dict[int, list[dict]] = {}  # {request: its slots}
-        self.waiting.clear()
+        self.waiting.clear()  # all requests come through receive()
 
     def receive(self, before: RequestState, slots: list[dict], arrival: float) -> None:
         """Take over a request: its tokens, their times, and, if it is not done, its slots."""
@@ -1285,11 +1288,12 @@ def show_cache(trace, knobs) -> None:
     trace.check_close("the same logits at every step", cached.logits, without.logits, 1e-9)
     expected = [forward_products(lab.config, n_prompt + i, 0) for i in range(n_new)]
     one_token = [forward_products(lab.config, 1, n_prompt + i) for i in range(n_new - 1)]
-    trace.check("every step's count is that of a closed formula", without.products == expected
-                and cached.products == expected[:1] + one_token, "with a cache and without")
+    trace.check("every step's count = products of the matrices' sizes, added up",
+                without.products == expected and cached.products == expected[:1] + one_token,
+                "with a cache and without")
 
 
-# 2. Prefill and decode are different machines
+# 2. Prefill and decode have different limits
 
 
 class PricedStep(NamedTuple):
@@ -1331,8 +1335,9 @@ def show_intensity(trace, knobs) -> None:
               f"takes {longer:.1f} times as long as one request and yields "
               f"{128 / longer:.0f} times as many tokens a second, as all share one reading of the "
               f"weights. Arithmetic takes longer than reading from a batch of {at_ridge[0]} on if "
-              f"nothing is cached, from {at_ridge[1]} on with 256 tokens cached for each request, "
-              "and never with 1024: every request's cache must be read, too.")
+              f"nothing is cached, and from {at_ridge[1]} on with 256 tokens cached for each "
+              "request. With 1024 it never does: every request's cache must be read, too. (The "
+              "prefill reads what it has just written.)")
     trace.say(f"And memory ends. A token's keys and values take {PRICED_MODEL.kv_bytes / 1024:.0f} "
               f"KiB, so {fit} requests of 4096 tokens fit beside the weights, in nine tenths of 80 "
               "GB. (Engines leave the rest for activations.)")
@@ -1342,7 +1347,7 @@ def show_intensity(trace, knobs) -> None:
                 abs(prefill.arithmetic - 49.26) < 0.01 and abs(decode[0].reading - 7.427) < 0.001,
                 "49.26 and 7.427 ms")
     trace.check("by hand: 7.361 ms to read the weights / 0.0481 ms of arithmetic per request is "
-                "just over 153; with 0.0165 ms taken off, to read 256 tokens, just under 233",
+                "just over 153; / (0.0481 - 0.0165 ms to read 256 tokens) just under 233",
                 at_ridge == [154, 233, None], "batches of 154 and 233, none for 1024 tokens")
     trace.check("by hand: a request takes 4096 · 131072 bytes = 0.537 GB, and 72 GB less 2 bytes "
                 "for each of 8.03e9 weights leave 55.94 GB", fit == 104, f"{fit} requests")
@@ -1551,8 +1556,9 @@ def show_prefix_caching(trace, knobs) -> None:
                 f"{', '.join(map(str, found))} tokens")
     cache = report.states[0].cache  # empty by now
     one_block = requests[3].prompt[:size]
-    trace.check("nothing is found of a prompt of one block at most: its last token must be run",
-                adopt_prefix(cache, one_block) == 0, f"{len(one_block)} tokens of request 3")
+    trace.check("a prompt as long as one block finds nothing: its last token must be run",
+                adopt_prefix(cache, one_block) == 0,
+                f"the first {len(one_block)} tokens of request 3")
     prompt_tokens = sum(row.prompt for row in rows)
     trace.check("what was found was not computed", report.computed == needed - sum(found),
                 f"{prompt_tokens} tokens of prompts + {needed - prompt_tokens} of answers - "
@@ -1619,8 +1625,9 @@ def show_continuous(trace, knobs) -> None:
               f"comes after {fmean(first_tokens(static)):.1f} ms on average. Continuous batching "
               f"takes {len(continuous.steps)} steps, and the first token comes after "
               f"{fmean(first_tokens(continuous)):.1f} ms: no place stays empty while somebody "
-              f"waits. (Times by the cost model: {PRICED_MODEL.name}, weights of 4 bits, "
-              f"{PRICED_GPU.name}.)")
+              f"waits. (Times by the cost model: {PRICED_MODEL.name} on an {PRICED_GPU.name}. "
+              "Weights of 4 bits from here on: with 16, our steps would hardly ever be bound by "
+              "arithmetic.)")
     if largest > priced_free_tokens():
         trace.note(f"The largest step runs {largest} tokens. Only {priced_free_tokens()} can run "
                    "while the weights are read (section 7), so this step takes longer.")
@@ -1774,12 +1781,12 @@ def show_waste(trace, knobs) -> None:
     rows = [memory_row(requests, 128, size) for size in sorted({64, 16, 4, knobs.block_size})]
     one_piece = rows[-1]
     paged = next(row for row in rows if row.block_size == knobs.block_size)
-    trace.say("Before paging, a request's cache was one piece, as long as the longest text that is "
-              f"allowed. {len(requests)} requests wait for 128 slots. They will need {min(needed)} "
-              f"to {max(needed)} slots each, which nobody can know, and 64 is the most that any "
-              "may use. So blocks of 64, the last row, are the old way. The scheduler runs for "
-              "real, with a stand-in for the model. On average over the steps in which somebody "
-              "waited, a slot is")
+    trace.say("Before paging, a request's cache was one piece, as long as the longest text that "
+              f"is allowed. {len(requests)} requests share a memory of 128 slots. They will need "
+              f"{min(needed)} to {max(needed)} slots each, which nobody can know, and 64 is the "
+              "most that any may use. So with blocks of 64, the last row, each request has one "
+              "piece: the old way. The scheduler runs for real, with a stand-in for the model. On "
+              "average over the steps in which somebody waited, a slot is")
     trace.lines(["  used      if it holds a token now",
                  "  reserved  if it will hold a token of the same request later",
                  "  internal  if it is set aside for a request that will end without using it",
@@ -1856,7 +1863,8 @@ def show_preemption(trace, knobs) -> None:
     trace.table(rows, {"by as comes back by": "", "preempted": "d", "computed": "d",
                        "swapped as swapped, tokens": "d", "steps": "d", "end as ms": ".1f"})
     if min(len(again.steps), len(swap.steps)) > len(enough.steps):
-        trace.note(f"{n_blocks} blocks have room for fewer requests at a time. More steps follow.")
+        trace.note(f"{n_blocks} blocks have room for fewer requests at a time, so more steps are "
+                   "needed.")
     trace.lines(["", "By recomputation (× the request loses its blocks, █ its text so far runs):",
                  *timeline(again)])
     show_come_back(trace)
@@ -1905,8 +1913,9 @@ def show_come_back(trace) -> None:
               f"decode, a text of 32 tokens takes {costs[32][0]:.2f} ms to recompute and "
               f"{costs[32][1]:.2f} to swap out and in; 128 tokens take {costs[128][0]:.2f} and "
               f"{costs[128][1]:.2f}. Of the {priced_free_tokens()} free tokens of the step, "
-              f"{priced_free_tokens() - free} are run either way, and {free} can be recomputed at "
-              f"no cost. Texts of {crossing} tokens or more are cheaper to swap.")
+              f"{priced_free_tokens() - free} are run either way (the newest token of each "
+              f"request), and {free} can be recomputed at no cost. Texts of {crossing} tokens or "
+              "more are cheaper to swap.")
     trace.check("by hand: 32 tokens are recomputed in no time and swapped in 2 · 32 · 131072 bytes "
                 "/ 32e9 per second", costs[32][0] == 0 and abs(costs[32][1] - 0.262) < 0.001,
                 "0.262 ms")
@@ -2028,13 +2037,13 @@ def show_load(trace, knobs) -> None:
               "to 448 tokens and answers of 8 to 56 come at random to two cards, which take "
               "requests in turn. (In the split, one card does the prefill and the other the "
               "decode, over NVLink.) The scheduler runs for real, with a stand-in for the model. "
-              "rate: requests per second and card.")
+              "rate: requests per second for each card.")
     trace.ask("users were promised a first token within 60 ms and later gaps within 5 ms. Which "
               "way keeps that up to the highest rate: static, continuous, chunked or split?",
               max(kept, key=kept.get))
-    trace.say("First tokens, ms after arrival (9 of 10 come no later):")
+    trace.say("First tokens, ms after arrival (9 of 10 come within this time):")
     print_curves(trace, curves, "first_token", ".0f")
-    trace.say("Gaps after the second token, ms (99 of 100 are no longer):")
+    trace.say("Gaps after the second token, ms (99 of 100 gaps are at most this long):")
     print_curves(trace, curves, "later_gap", ".1f")
     rates = ", ".join(f"{way} {rate or 'none'}" for way, rate in kept.items())
     trace.say("Users were promised first tokens within 60 ms (9 of 10) and later gaps within 5 ms "
@@ -2046,7 +2055,7 @@ def show_load(trace, knobs) -> None:
               "longer: with more than 80 requests the first tokens would come even later.")
     if kept["chunked"] > kept["split"]:
         trace.say("On the same two cards, chunks do better than the split here. By the cost model, "
-                  "chunks delay the first token only a little, because the model leaves out the "
+                  "chunks delay the first token only a little, because it leaves out the "
                   "overhead of each step, so small chunks run as fast as large ones. And the split "
                   "gives each phase one card, whatever the work is.")
     check_load(trace, curves, kept)
@@ -2116,8 +2125,8 @@ def show_small_cache(trace, knobs) -> None:
     trace.ask(f"after how many of the {n_tokens} tokens is another next token the likeliest than "
               "with the exact cache?", changed)
     trace.say(f"The logits move by {fmean(errors):.1%} of their standard deviation "
-              f"({min(errors):.1%} to {max(errors):.1%} from verse to verse). After {changed} of "
-              f"{n_tokens} tokens, another next token becomes the likeliest.")
+              f"({min(errors):.1%} to {max(errors):.1%} from verse to verse). At {changed} of "
+              f"{n_tokens} places, another next token becomes the likeliest.")
     trace.check("the verses are not in the training text",
                 all(verse not in TEXT for verse in verses), f"{len(verses)} verses")
     trace.check("rounding moves the logits, by less than a tenth of their standard deviation",
@@ -2126,7 +2135,7 @@ def show_small_cache(trace, knobs) -> None:
     off = [abs(nearest_e4m3(x) - x) / max(abs(x), 2 ** -6) for x in numbers]
     trace.check("rounding to FP8 moves a number by one part in 16 at most, or by 2^-10 if it is "
                 "below 2^-6, and some by more than one part in 32",
-                1 / 32 < max(off) <= 1 / 16, f"{len(numbers):,} weights rounded")
+                1 / 32 < max(off) <= 1 / 16, f"the {len(numbers):,} of the output matrix")
 
 
 # =============================================================================================
@@ -3189,7 +3198,7 @@ def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment:
 
 SECTIONS = [
     Section("Generation without a cache, and with one", show_cache, [KVCache, generate]),
-    Section("Prefill and decode are different machines", show_intensity,
+    Section("Prefill and decode have different limits", show_intensity,
             [step_seconds, batch_at_ridge, kv_bytes_per_token]),
     Section("Paged attention", show_paging, [BlockPool, PagedKVCache]),
     Section("Sharing: reference counts and copy on write", show_sharing,
