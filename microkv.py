@@ -1991,10 +1991,11 @@ def show_split(trace, knobs) -> None:
                 "shorter than with whole prompts",
                 split.first_token < chunked.first_token and split.later_gap < whole.later_gap,
                 "on two cards each")
-    trace.check("with a slow link, of 1 GB a second, no second token comes before its prompt's "
-                "keys and values have crossed",
-                all(state.times[1] - state.times[0] > len(state.request.prompt) * 131072 / 1e9
-                    for state in report.states), "131,072 bytes per token")
+    late = [state.times[1] - state.times[0] - len(state.request.prompt) * 131072 / 1e9
+            for state in report.states]
+    trace.check("with a slow link, of 1 GB a second, a second token comes after its prompt's keys "
+                "and values have crossed, by two decode steps at most",
+                min(late) > 0 and max(late) < 0.005, "131,072 bytes per token; less than 5 ms")
     trace.check("the keys and values of every prompt token crossed, once",
                 crossed == prompt_tokens * PRICED_MODEL.kv_bytes, f"{prompt_tokens} tokens")
 
