@@ -522,7 +522,9 @@ def llama3_thetas(
     """Return RoPE's angles per token, stretched as in Llama 3.1 (its defaults are given).
 
     A pair that makes more than high_freq_factor turns in the original context keeps its angle. One
-    that makes fewer than low_freq_factor turns gets angle / factor. In between, a mixture.
+    that makes fewer than low_freq_factor turns gets angle / factor. In between, the share
+    (turns - low_freq_factor) / (high_freq_factor - low_freq_factor) of the angle is kept as it is,
+    and the rest is divided by factor.
     """
     stretched = []
     for theta in thetas:
@@ -537,7 +539,7 @@ def alibi_slopes(n_heads: int) -> Vector:
     """Return one slope per head: 2^(-8/n), 2^(-16/n), … for n a power of two (Press et al. 2021).
 
     Other numbers of heads, as in the authors' code: first the slopes of the next smaller power of
-    two, then every other slope of twice that power. ValueError if n_heads < 1.
+    two, then the 1st, 3rd, … slope of twice that power. ValueError if n_heads < 1.
     """
     if n_heads < 1:
         raise ValueError(f"n_heads must be at least 1, not {n_heads}")

@@ -222,13 +222,12 @@ def top_k_filter(logits: Vector, k: int) -> Vector:
 def top_p_filter(logits: Vector, p: float) -> Vector:
     """Keep the likeliest until p is reached, with the token that reaches p.
 
-    ValueError unless 0 < p <= 1.
+    As transformers does it, from the other end: the least likely is removed, and of equals the one
+    with the lower id first, while the sum of what is removed is at most 1 - p. The last one always
+    stays. ValueError unless 0 < p <= 1.
     """
     if not 0 < p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {p}")
-    # From the other end, as transformers does it: the least likely is removed while the sum of
-    # what is removed is at most 1 - p. The last one always stays. Of equals, the lower id goes
-    # first.
     probabilities = softmax(logits)
     rising = sorted(range(len(logits)), key=lambda i: logits[i])
     kept = [True] * len(logits)

@@ -855,7 +855,7 @@ class CachingEngine(Engine):
         """Take the blocks that hold the beginning of the text, then reserve blocks for the rest."""
         order = self.pool.free_blocks.copy()
         found = 0
-        if state.cache.length == 0:  # otherwise the request brings its slots along (section 9)
+        if state.cache.length == 0:  # in a class that swaps as well, slots may wait in the host
             found = adopt_prefix(state.cache, state.tokens)
         n = super().admit(state, budget)
         if n > 0:

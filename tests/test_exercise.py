@@ -469,7 +469,7 @@ wrong    alibi_slopes: 0 of 1 tests pass; the smallest call that shows it:
     assert f"\nNext: mend alibi_slopes, {tmp_path}/microattention.py line {line}.\n" in report
     # The README shows this grade.
     shown = re.search(r"```text\n(wrong .*?)```", README, re.S)[1]
-    assert shown.splitlines()[0] in report
+    assert shown in report
 
 
 def test_a_technique_is_graded_whatever_the_others_are(tmp_path):
@@ -519,6 +519,17 @@ def test_order_counts_in_a_pool_and_nobody_else_is_blamed(tmp_path):
                       r" +expected  leaves free_blocks = \{(.*)\}\n", report, re.M)
     freed, yours, expected = shown.groups()
     assert yours.split(", ")[0] == freed == expected.split(", ")[-1]
+
+
+def test_methods_that_call_super_are_graded(tmp_path):
+    methods = ["CachingEngine.run_model", "SwappingEngine.preempt", "DecodeEngine.admit"]
+    edits = {name: own_body("microkv", name) for name in methods}
+    edits["CachingEngine.admit"] = "return super().admit(state, budget)"  # finds no prefix
+    done, report = grade(tmp_path, edits, "-k", "prefix or swap or split", script="microkv")
+    assert "not counted" not in report
+    assert re.search(r"^wrong    CachingEngine\.admit: ", report, re.M)
+    for name in methods:
+        assert re.search(rf"^done     {name}: (\d+) of \1 tests pass$", report, re.M)
 
 
 def test_what_never_ends_is_tried_once(tmp_path):
@@ -600,7 +611,7 @@ def test_scripts_that_are_not_in_the_folder_are_the_originals(tmp_path):
 def test_a_folder_without_scripts_is_refused(tmp_path):
     done = run(*PYTEST, f"--impl={tmp_path / 'none'}")
     assert done.returncode == 4
-    assert "there is none of the scripts in it" in done.stderr
+    assert "this is no folder with one of the scripts in it" in done.stderr
     done = run(*PYTEST, "--impl=.")
     assert done.returncode == 4
     assert "these are the originals" in done.stderr

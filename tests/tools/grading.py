@@ -96,8 +96,8 @@ def pytest_configure(config):
     folder = (config.invocation_params.dir / impl).resolve()
     scripts = [name for name in NAMES if (folder / f"{name}.py").is_file()]
     if not scripts:
-        raise pytest.UsageError(f"--impl={impl}: there is none of the scripts in it; make one with "
-                                f"python tests/tools/exercise.py microattention {impl}")
+        raise pytest.UsageError(f"--impl={impl}: this is no folder with one of the scripts in it; "
+                                "make one with python tests/tools/exercise.py microattention my")
     if folder == ROOT:
         raise pytest.UsageError(f"--impl={impl}: these are the originals; give the folder of your "
                                 "exercise, as in --impl=my")
@@ -594,11 +594,20 @@ def write_names(word, names, ending, reporter):
 # ---------------------------------------------------------------------- reading and repeating
 
 def defined_in(module, technique):
-    """Return the original's function of a technique, as if it stood in the learner's module."""
-    tree = ast.Module([technique.node], [])
+    """Return the original's function of a technique, as if it stood in the learner's module.
+
+    It is defined inside a function whose argument is the class, because super() looks for its class
+    under the name __class__ around the method; and under a name that it does not use itself.
+    """
+    owner = technique.name.rpartition(".")[0]
+    around = ast.parse("def make(__class__):\n    return the_technique").body[0]
+    node = copy.copy(technique.node)
+    node.name = "the_technique"
+    around.body.insert(0, node)
+    tree = ast.fix_missing_locations(ast.Module([around], []))
     found = {}
     exec(compiled(tree, str(ROOT / f"{module.__name__}.py")), vars(module), found)
-    value = found[technique.node.name]
+    value = found["make"](getattr(module, owner, None) if owner else None)
     return value.fget if is_property(technique.node) else value
 
 
