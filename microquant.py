@@ -1892,9 +1892,10 @@ def check_blocks_by_hand(trace: Trace) -> None:
     trace.check("Q8_0 of 1, 2, …, 32 = the block worked out by hand",
                 q8_0_encode(range(1, 33)) == struct.pack("<e", 32 / 127) + codes, "34 bytes")
     # -8, …, 7, twice: d = 1, and weights j and j + 16 have the same code: bytes 00, 11, …, ff.
-    trace.check("Q4_0 of -8, …, 7, twice = the block worked out by hand",
-                q4_0_encode([*range(-8, 8)] * 2) == b"\x00\x3c" + bytes(range(0, 256, 17)),
-                "18 bytes")
+    block = b"\x00\x3c" + bytes(range(0, 256, 17))
+    trace.check("Q4_0 of -8, …, 7, twice = the block worked out by hand, and back",
+                q4_0_encode([*range(-8, 8)] * 2) == block
+                and q4_0_decode(block, 32) == [*range(-8, 8)] * 2, "18 bytes")
     values = b"".join(map(gguf_value, (7, 0.5, True, "ab", [7])))
     expected = struct.pack("<2IIfI?IQ2sIIQI", 4, 7, 6, 0.5, 7, True, 8, 2, b"ab", 9, 4, 1, 7)
     trace.check("metadata 7, 0.5, true, ab and [7] = types and values by the specification",
