@@ -546,13 +546,15 @@ class PagedKVCache:
 # CachingEngine (section 6) looks for the beginning of every request that it lets in.
 #
 # Equal hashes are taken for equal tokens, without a comparison. With SHA-256 that is safe: nobody
-# knows two texts with the same hash. With a shorter or weaker hash, compare the tokens.
+# knows two texts with the same hash. With a shorter or weaker hash, compare the tokens of the block
+# and of all before it.
 #
 # In production: vLLM keeps every block with the same content under one name (block_pool.py). Here
 # only the first such block has the name. (Two requests that start together compute the same block
 # twice.) When that block is handed out, its copies are not found any more. In nano-vllm the last
-# such block has the name, and tokens are compared. SGLang keeps a tree of prefixes instead of
-# hashes. LMCache and Mooncake keep copies in the host's memory or on other machines.
+# such block has the name, the tokens of the block are compared, and a prompt that is cut up gets
+# all its blocks at once. SGLang keeps a tree of prefixes instead of hashes. LMCache and Mooncake
+# keep copies in the host's memory or on other machines.
 #
 # Measured by show_prefix_caching().
 
@@ -924,6 +926,7 @@ def check_settings(engine: Engine) -> None:
                          f"{budget}")
     for number, request in enumerate(engine.requests):
         total = len(request.prompt) + request.max_new_tokens
+        most = total - 1  # in one step, if it comes back near its end: its last token is never run
         if not request.prompt or request.max_new_tokens < 1:
             raise ValueError(f"request {number} must have a prompt and max_new_tokens of at least "
                              "1")
@@ -932,9 +935,9 @@ def check_settings(engine: Engine) -> None:
             raise ValueError(f"request {number} needs {need} blocks of {engine.block_size} for its "
                              f"{total} tokens, so num_blocks must be at least {need}, not "
                              f"{engine.num_blocks}")
-        if policy != "chunked" and total > budget:
-            raise ValueError(f"request {number} may have to run {total} tokens in one step, so "
-                             f"max_num_batched_tokens must be at least {total}, not {budget}; or "
+        if policy != "chunked" and most > budget:
+            raise ValueError(f"request {number} may have to run {most} tokens in one step, so "
+                             f"max_num_batched_tokens must be at least {most}, not {budget}; or "
                              f'policy "chunked"')
 
 
@@ -1014,7 +1017,7 @@ class Waste(NamedTuple):
 
 
 def slot_waste(report: Report, n_slots: int, block_size: int) -> Waste:
-    """Return what became of the n_slots slots of an engine's memory."""
+    """Return what became of the n_slots slots of an engine's memory, without prefix caching."""
     used = reserved = internal = free = 0
     for step in report.steps:
         if not step.waiting:

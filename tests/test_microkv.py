@@ -716,13 +716,13 @@ def test_more_seats_than_budget_is_fine_where_prompts_are_whole():
     ({"num_blocks": 4}, "num_blocks must be at least 5"),
     ({"policy": "best"}, "policy"),
     ({"max_num_seqs": 0}, "max_num_seqs"),
-    ({"max_num_batched_tokens": 9}, "max_num_batched_tokens must be at least 10"),
+    ({"max_num_batched_tokens": 8}, "max_num_batched_tokens must be at least 9"),
     ({"policy": "chunked", "max_num_batched_tokens": 1}, "at least max_num_seqs"),
     ({"block_size": 0}, "block_size"),
 ])
 def test_settings_that_cannot_work_are_refused(change, word):
     requests = [m.Request((1, 2, 3), 7), m.Request((1,), 1)]
-    settings = {"num_blocks": 5, "block_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 10}
+    settings = {"num_blocks": 5, "block_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 9}
     m.serve(m.StandIn(), requests, **settings)
     with pytest.raises(ValueError, match=word):
         m.serve(m.StandIn(), requests, **(settings | change))
