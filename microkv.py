@@ -1629,8 +1629,8 @@ def show_continuous(trace, knobs) -> None:
               f"takes {len(continuous.steps)} steps, and the first token comes after "
               f"{fmean(first_tokens(continuous)):.1f} ms: no place stays empty while somebody "
               f"waits. (Times by the cost model: {PRICED_MODEL.name} on an {PRICED_GPU.name}. "
-              "Weights of 4 bits from here on: with 16, our steps would hardly ever be bound by "
-              "arithmetic.)")
+              "Weights of 4 bits from here on: with 16 bits, a step could run "
+              f"{free_tokens(PRICED_GPU, 2)} tokens before arithmetic takes longest.)")
     if largest > priced_free_tokens():
         trace.note(f"The largest step runs {largest} tokens. Only {priced_free_tokens()} can run "
                    "while the weights are read (section 7), so this step takes longer.")
@@ -1960,6 +1960,12 @@ def measure_latency(
                    later[len(later) * 99 // 100])
 
 
+def waits_after_crossing(report: Report, seconds_per_token: float) -> list[float]:
+    """Return how many seconds after its prompt had crossed each request got its second token."""
+    return [state.times[1] - state.times[0] - len(state.request.prompt) * seconds_per_token
+            for state in report.states]
+
+
 def show_split(trace, knobs) -> None:
     """The same requests on one card, on two alike, and on one for prefill and one for decode."""
     requests = long_prompt_requests(knobs.lab.tokenizer)
@@ -1994,8 +2000,7 @@ def show_split(trace, knobs) -> None:
                 "shorter than with whole prompts",
                 split.first_token < chunked.first_token and split.later_gap < whole.later_gap,
                 "on two cards each")
-    late = [state.times[1] - state.times[0] - len(state.request.prompt) * 131072 / 1e9
-            for state in report.states]
+    late = waits_after_crossing(report, 131072 / 1e9)
     trace.check("with a slow link, of 1 GB a second, a second token comes after its prompt's keys "
                 "and values have crossed, by two decode steps at most",
                 min(late) > 0 and max(late) < 0.005, "131,072 bytes per token; less than 5 ms")

@@ -1787,9 +1787,9 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
               "weight, with its share of the scales (a row has 64 weights, in w2 32). KL: how far "
               "its predictions moved from those of the model in FP32, with the standard error (±) "
               "over the verses. (Not perplexity: a damaged model can have a better one by luck.)")
-    trace.say("A verse that is hard for one model is hard for all. So two KLs are compared verse "
-              f"by verse. Where the mean of the differences is less than {T_95} of its standard "
-              "errors (which five verses exceed by chance in 5% of all cases), it is called a tie.")
+    trace.say("All methods read the same verses, so two KLs are compared verse by verse. Where the "
+              f"mean of the differences is less than {T_95} of its standard errors (which five "
+              "verses exceed by chance in 5% of all cases), it is called a tie.")
     int8, q4_0 = score(lab, "INT per channel", Setting(bits=8)), score(lab, "Q4_0")
     trace.table([int8, tensor, channel, group, q4_0], SCORES)
     trace.say(f"A scale per channel {compare(channel, tensor)} one per tensor. A scale per group "
@@ -1991,6 +1991,18 @@ def compare_channels(lab: Lab) -> list[Channels]:
     return rows
 
 
+def channels_of_wq(lab: Lab, weights: Weights) -> tuple[Vector, Vector]:
+    """Return the largest activation of each channel that wq reads, before and after smoothing.
+
+    weights are the smoothed ones. The channels change as the gains of the norm before them do.
+    """
+    gain = "layers.0.attention_norm"
+    before = column_absmax(lab.inputs["layers.0.attention.wq"])
+    after = [size * new / old
+             for size, new, old in zip(before, weights[gain], lab.model.weights[gain])]
+    return before, after
+
+
 def show_channels(trace: Trace, before: Vector, after: Vector, alpha: float) -> None:
     """The size of each input channel of wq, before and after SmoothQuant."""
     trace.say(f"The largest activation of each channel that wq reads, from left to right. "
@@ -2008,16 +2020,13 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     channels = compare_channels(lab)
     static, dynamic, fp8, mixed = (score(lab, method) for method in EIGHT_BITS[:4])
     smooth = [score(lab, "SmoothQuant", Setting(alpha=alpha)) for alpha in ALPHAS]
-    gain, name = "layers.0.attention_norm", "layers.0.attention.wq"
+    name = "layers.0.attention.wq"
     weights = smoothed(lab, knobs.alpha)
-    before = column_absmax(lab.inputs[name])
-    after = [size * new / old
-             for size, new, old in zip(before, weights[gain], lab.model.weights[gain])]
+    before, after = channels_of_wq(lab, weights)
 
     trace.say("If activations are in 8 bits, too, integer units can make the products. But a few "
               "channels are much larger than the others, and a scale that reaches to them leaves "
-              "few codes for the rest. (In large models, this can ruin the output. This one is "
-              "too small for that, and shows how the methods compare.)")
+              "few codes for the rest. In large models, this can ruin the output.")
     show_channels(trace, before, after, knobs.alpha)
     trace.ask(f"how many of these {channels[0].channels} channels will LLM.int8() keep in floating "
               f"point?", channels[0].kept)
@@ -2232,13 +2241,17 @@ def check_awq(
                       [awq_scales([[2.0, -5.0, 0.0], [0.0, 3.0, 32.0]], 0.5)], [[0.5, 1.0, 2.0]],
                       1e-12)
     w, x = awq_task(lab, source)
-    scales, _, q = found[source]
+    exact = linear(x, w)
+    row = tried[2]
+    scales = awq_scales(x, row.exponent)
+    q = quantize(scale_columns(w, scales), setting.bits, granularity=setting.group_size)
     y = linear(scale_columns(x, [1 / scale for scale in scales]), q.dequantize())
-    error = relative_distance(y, linear(x, w))
-    trace.check("|W x - Q(W · s) (x / s)| / |W x| for the s that was found = the search's error, "
-                "and no larger than those in the table",
-                abs(error - output_error(q, scales, x, linear(x, w))) < 1e-12
-                and error <= min(row.error for row in tried) + 1e-12, f"{error:.2%}")
+    trace.check(f"the table's error at α = {row.exponent:g} = |W x - Q(W · s) (x / s)| / |W x|",
+                abs(row.error - relative_distance(y, exact)) < 1e-12, "worked out anew")
+    scales, alpha, q = found[source]
+    error = output_error(q, scales, x, exact)
+    trace.check("the α that was found leaves no larger error than those in the table",
+                error <= min(row.error for row in tried) + 1e-12, f"{alpha:g}: {error:.2%}")
     name = "layers.0.attention.wq"
     scaled = scale_columns(lab.model.weights[name], found[source][0])
     rounded = quantize(scaled, setting.bits, granularity=setting.group_size)
@@ -2413,6 +2426,16 @@ def compare_everything(
     return sorted(rows, key=lambda row: -row.kl)
 
 
+def kl_of_first_verse(lab: Lab, method: str, setting: Setting) -> float:
+    """Return Σ p · log(p / q) over the tokens of the first verse, from the probabilities."""
+    model, _ = compress(lab, method, setting)
+    verse = split_verses(lab.evaluation)[0][:-1]
+    total = 0.0
+    for a, b in zip(lab.model.forward(verse), model.forward(verse)):
+        total += sum(x * math.log(x / y) for x, y in zip(softmax(a), softmax(b)))
+    return total
+
+
 def show_table(trace: Trace, knobs: Namespace) -> None:
     """Every method on one page."""
     lab = lab_of(knobs)
@@ -2443,11 +2466,7 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
     p, q = log_softmax([0.0, 0.0]), log_softmax([math.log(3), 0.0])
     trace.check("KL of (1/2, 1/2) from (3/4, 1/4) = log(4/3) / 2",
                 abs(kl_divergence(p, q) - math.log(4 / 3) / 2) < 1e-12, "by hand")
-    model, _ = compress(lab, "Q4_0", knobs.setting)
-    verse = split_verses(lab.evaluation)[0][:-1]
-    total = 0.0
-    for a, b in zip(lab.model.forward(verse), model.forward(verse)):
-        total += sum(x * math.log(x / y) for x, y in zip(softmax(a), softmax(b)))
+    total = kl_of_first_verse(lab, "Q4_0", knobs.setting)
     got, _ = score(lab, "Q4_0", knobs.setting).verses[0]
     trace.check("Q4_0's KL on the first verse = Σ p · log(p / q), from the probabilities",
                 abs(got - total) < 1e-9, "summed over its tokens")
