@@ -58,8 +58,8 @@ The papers
 # rank            a matrix of rank r is a product of one with r columns and one with r rows
 # block, group    numbers that share a scale
 #
-# linear(x, w) is y = W x for every row of x: the product of the matrices x and wᵀ. dot and add do
-# what they say; ceil_div rounds up. Llama.forward(tokens) returns logits; it applies every
+# linear(x, w) is y = W x for every row of x, and matmul(a, b) the product A B. dot and add do what
+# they say; ceil_div rounds up. Llama.forward(tokens) returns logits; it applies every
 # matrix by its method linear(name, x), which a subclass may replace. build_lab(seed) trains the
 # model under test and draws its texts. They stand under THE MODEL AND THE BENCH, with the small
 # helpers: flatten, in_rows, transpose, scale_columns, pick_columns, relative_distance; fp32 and
@@ -185,43 +185,11 @@ class Quantized:
         return 8 * self.nbytes / sum(map(len, self.codes))
 
 
-def quantize(
-    w: Matrix, bits: int, *, symmetric: bool = True, granularity: str | int = "tensor"
-) -> Quantized:
-    """Return w [out][in] rounded to the nearest points of grids of 2^bits values.
-
-    granularity: one grid for the "tensor", one per "channel" (row), or one per that many columns of
-    a row. Scales are stored in FP16, rounded up so that nothing is clipped.
-    ValueError for bits that are not 2 to 8, for ragged or empty w, and for NaN or infinity in it.
-    """
-    def make(values: Sequence[float]) -> tuple[float, float]:
-        return make_grid(values, bits, symmetric)
-    return on_grids(w, bits, granularity, symmetric, make)
-
-
-def on_grids(
-    w: Matrix, bits: int, granularity: str | int, symmetric: bool, make: Callable
-) -> Quantized:
-    """Return w rounded to the grids (scale, zero_point) that make(values) lays for each group.
-
-    quantize() and hqq() differ in make alone.
-    """
-    group = group_columns(w, bits, granularity)
-    whole = make(flatten(w)) if granularity == "tensor" else None
-    codes, scales, zero_points = [], [], []
-    for row in w:
-        groups = in_rows(row, group)
-        grids = [whole or make(values) for values in groups]
-        codes.append(flatten(to_codes(values, scale, zero, bits)
-                             for values, (scale, zero) in zip(groups, grids)))
-        scales.append([scale for scale, _ in grids])
-        zero_points.append([zero for _, zero in grids])
-    overhead = grid_bytes(scales, zero_points, bits, granularity, symmetric)
-    return Quantized(codes, scales, zero_points, bits, group, overhead)
-
-
 def make_grid(values: Sequence[float], bits: int, symmetric: bool) -> tuple[float, int]:
-    """Return (scale, zero_point) of the finest grid that clips no value; zeros get the scale 1."""
+    """Return (scale, zero_point) of the finest grid that clips no value; zeros get the scale 1.
+
+    The scale is rounded up to a number of FP16, in which it is stored.
+    """
     low, high = code_range(bits)
     if symmetric:
         scale = fp16_up(max(map(abs, values)) / high) or 1.0
@@ -230,6 +198,40 @@ def make_grid(values: Sequence[float], bits: int, symmetric: bool) -> tuple[floa
     most = max(0.0, *values)
     scale = fp16_up((most - least) / (high - low)) or 1.0
     return scale, low + round(-least / scale)
+
+
+def quantize(
+    w: Matrix,
+    bits: int,
+    *,
+    symmetric: bool = True,
+    granularity: str | int = "tensor",
+    lay_grid: Callable[[Sequence[float], int, bool], tuple[float, float]] = make_grid,
+) -> Quantized:
+    """Return w [out][in] rounded to the nearest points of grids of 2^bits values.
+
+    granularity: one grid for the "tensor", one per "channel" (row), or one per that many columns of
+    a row. lay_grid: how the grid of some values is found; hqq() has another way than make_grid().
+    ValueError for bits that are not 2 to 8, for ragged or empty w, and for NaN or infinity in it.
+    """
+    group = group_columns(w, bits, granularity)
+    if granularity == "tensor":
+        grid = lay_grid(flatten(w), bits, symmetric)
+    codes, scales, zero_points = [], [], []
+    for row in w:
+        row_codes, row_scales, row_zero_points = [], [], []
+        for values in in_rows(row, group):
+            if granularity != "tensor":
+                grid = lay_grid(values, bits, symmetric)
+            scale, zero_point = grid
+            row_codes += to_codes(values, scale, zero_point, bits)
+            row_scales.append(scale)
+            row_zero_points.append(zero_point)
+        codes.append(row_codes)
+        scales.append(row_scales)
+        zero_points.append(row_zero_points)
+    overhead = grid_bytes(scales, zero_points, bits, granularity, symmetric)
+    return Quantized(codes, scales, zero_points, bits, group, overhead)
 
 
 def to_codes(values: Sequence[float], scale: float, zero_point: float, bits: int) -> list[int]:
@@ -714,10 +716,9 @@ def move_scales(weights: Weights, source: str, readers: Sequence[str], scales: V
     return moved
 
 
-def fp8_matmul(x: Matrix, w: Matrix) -> Matrix:
-    """Return W x [n][out] with both in FP8 E4M3, a scale for each row of x and of w."""
+def fp8_matmul(x: Matrix, w_codes: Matrix, w_scales: Vector) -> Matrix:
+    """Return W x [n][out] in FP8 E4M3, given x [n][in] and what fp8_rows() makes of W [out][in]."""
     x_codes, x_scales = fp8_rows(x)
-    w_codes, w_scales = fp8_rows(w)
     return [[value * x_scale * w_scale for value, w_scale in zip(row, w_scales)]
             for row, x_scale in zip(linear(x_codes, w_codes), x_scales)]
 
@@ -1000,14 +1001,13 @@ def new_adapter(w: Matrix, rank: int, rng: random.Random) -> Adapter:
 
 def with_adapter(w: Matrix, adapter: Adapter) -> Matrix:
     """Return W + B A, with α = r."""
-    b_times_a = linear(adapter.b, transpose(adapter.a))
-    return add(w, b_times_a)
+    return add(w, matmul(adapter.b, adapter.a))
 
 
 def adapter_gradient(d_w: Matrix, adapter: Adapter) -> Adapter:
     """Return the gradients of A and B, given that of W + B A: dA = Bᵀ dW, dB = dW Aᵀ."""
-    d_a = linear(transpose(adapter.b), transpose(d_w))
-    d_b = linear(d_w, adapter.a)
+    d_a = matmul(transpose(adapter.b), d_w)
+    d_b = matmul(d_w, transpose(adapter.a))
     return Adapter(d_a, d_b)
 
 
@@ -1234,10 +1234,10 @@ def hqq(
 
     ValueError as for quantize().
     """
-    def make(values: Sequence[float]) -> tuple[float, float]:
-        scale, zero = make_grid(values, bits, symmetric=False)
+    def lay_grid(values: Sequence[float], bits: int, symmetric: bool) -> tuple[float, float]:
+        scale, zero = make_grid(values, bits, symmetric)
         return scale, best_zero_point(values, scale, zero, bits, p, beta)
-    return on_grids(w, bits, granularity, False, make)
+    return quantize(w, bits, symmetric=False, granularity=granularity, lay_grid=lay_grid)
 
 
 def best_zero_point(
@@ -1437,10 +1437,10 @@ def subspace(g: Matrix, rank: int, rng: random.Random, turns: int = 30) -> Matri
 
     Orthogonal iteration: multiply by g gᵀ, make the vectors orthogonal and of length 1, repeat.
     """
-    squared = linear(g, g)  # g gᵀ, [m][m]
-    vectors = [[rng.gauss(0, 1) for _ in g] for _ in range(rank)]
+    squared = matmul(g, transpose(g))  # [m][m]
+    vectors = normal_matrix(rng, rank, len(g))
     for _ in range(turns):
-        vectors = linear(vectors, squared)
+        vectors = matmul(vectors, squared)
         for i, v in enumerate(vectors):
             for u in vectors[:i]:
                 share = dot(u, v)
@@ -2063,7 +2063,7 @@ def check_8_bit_models(
     q = quantize(w, 8, granularity="channel")
     smooth_q = quantize(smooth_w, 8, granularity="channel")
     expected = [int8_matmul(x, q, static_scale(lab.inputs[name])), int8_matmul(x, q),
-                fp8_matmul(x, w), llm_int8_matmul(x, w), int8_matmul(x, smooth_q)]
+                fp8_matmul(x, *fp8_rows(w)), llm_int8_matmul(x, w), int8_matmul(x, smooth_q)]
     models = [compress(lab, method, Setting(alpha=alpha))[0] for method in EIGHT_BITS]
     products = [model.linear(name, x) for model in models]
     trace.check("each of the five models multiplies as its name says", products == expected, name)
@@ -2078,7 +2078,8 @@ def check_8_bit_products(trace: Trace, x: Matrix, w: Matrix) -> None:
                       llm_int8_matmul(x, w, threshold=math.inf), linear(rounded_x, int8_w), 1e-9)
     trace.check_close("LLM.int8() with threshold 0 = the exact product",
                       llm_int8_matmul(x, w, threshold=0.0), linear(x, w), 1e-9)
-    errors = [relative_distance(y, linear(x, w)) for y in (llm_int8_matmul(x, w), fp8_matmul(x, w))]
+    errors = [relative_distance(y, linear(x, w))
+              for y in (llm_int8_matmul(x, w), fp8_matmul(x, *fp8_rows(w)))]
     trace.check("LLM.int8()'s product is off by less than 2%, FP8's by less than 5%",
                 errors[0] < 0.02 and errors[1] < 0.05, f"{errors[0]:.2%} and {errors[1]:.2%}")
     trace.check("s of max|x| = 256 and max|w| = 16 is 4 at α = 1/2, and 32 at α = 3/4",
@@ -2088,8 +2089,8 @@ def check_8_bit_products(trace: Trace, x: Matrix, w: Matrix) -> None:
                 "by hand")
     # The scale of (1, 1.06) is 1.06 / 448. 448 / 1.06 = 422.6 becomes 416, which is 13 steps of 32.
     trace.check("FP8: (1, 0) times (1, 1.06) = 416 · 1.06 / 448",
-                abs(fp8_matmul([[1.0, 0.0]], [[1.0, 1.06]])[0][0] - 416 * 1.06 / 448) < 1e-12,
-                "by hand")
+                abs(fp8_matmul([[1.0, 0.0]], *fp8_rows([[1.0, 1.06]]))[0][0] - 416 * 1.06 / 448)
+                < 1e-12, "by hand")
 
 
 # 6. GPTQ
@@ -2764,7 +2765,7 @@ def train_one_layer(way: str, seed: int, steps: int = 30, layers: int = 2) -> On
 def layer_loss(w: Matrix, goal: Matrix, x: Matrix) -> tuple[float, Matrix]:
     """Return (the mean of |W x - goal x|², its gradient in W)."""
     gaps = linear(x, [list(map(operator.sub, a, b)) for a, b in zip(w, goal)])
-    gradient = linear(transpose(gaps), transpose(x))
+    gradient = matmul(transpose(gaps), x)
     return (sum(dot(gap, gap) for gap in gaps) / len(x),
             [[2 * value / len(x) for value in row] for row in gradient])
 
@@ -3724,10 +3725,11 @@ class EightBitLlama(Llama):
     def __init__(self, lab: Lab, method: str, weights: Weights):
         super().__init__(lab.config, weights)
         self.method = method
-        self.codes = {name: quantize(weights[name], 8, granularity="channel")
-                      for name in lab.linears}
+        self.int8 = {name: quantize(weights[name], 8, granularity="channel")
+                     for name in lab.linears}
+        self.fp8 = {name: fp8_rows(weights[name]) for name in lab.linears if method == "FP8"}
         self.static_scales = {name: static_scale(x) for name, x in lab.inputs.items()}
-        self.nbytes = sum(q.nbytes for q in self.codes.values())
+        self.nbytes = sum(q.nbytes for q in self.int8.values())
         if method == "LLM.int8()":
             self.nbytes += sum(2 * row.kept * len(weights[row.matrix])
                                for row in compare_channels(lab))
@@ -3736,9 +3738,9 @@ class EightBitLlama(Llama):
         if self.method == "LLM.int8()":
             return llm_int8_matmul(x, self.weights[name])
         if self.method == "FP8":
-            return fp8_matmul(x, self.weights[name])
+            return fp8_matmul(x, *self.fp8[name])
         scale = self.static_scales[name] if self.method == "INT8 static" else None
-        return int8_matmul(x, self.codes[name], scale)
+        return int8_matmul(x, self.int8[name], scale)
 
 
 EIGHT_BITS = ("INT8 static", "INT8 dynamic", "FP8", "LLM.int8()", "SmoothQuant")
@@ -3764,7 +3766,7 @@ def starting_weights(lab: Lab, method: str, setting: Setting) -> Weights:
 def compress(lab: Lab, method: str, setting: Setting = DEFAULTS) -> tuple[Llama, int]:
     """Return (the model by a method, the bytes of its matrices), made once; the rest is in FP16."""
     start = starting_weights(lab, method, setting)
-    weights = map_rows(halves, start)
+    weights = map_rows(halves, {name: w for name, w in start.items() if name not in lab.linears})
     if method in EIGHT_BITS:
         model = EightBitLlama(lab, method, weights | {name: start[name] for name in lab.linears})
         return model, model.nbytes
@@ -3935,6 +3937,11 @@ def flatten(rows: Iterable[Sequence]) -> list:
 def in_rows(values: Sequence[float], width: int) -> Matrix:
     """Return values cut into rows."""
     return [list(values[i:i + width]) for i in range(0, len(values), width)]
+
+
+def matmul(a: Matrix, b: Matrix) -> Matrix:
+    """Return the product A B: a [n][k], b [k][m] -> [n][m]."""
+    return linear(a, transpose(b))
 
 
 def scale_columns(m: Matrix, scales: Vector) -> Matrix:
