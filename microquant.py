@@ -11,8 +11,8 @@ How to read it
   1. Read the words below (2 minutes), run `python microquant.py` and read what it prints
      (20 minutes). `python microquant.py --gguf tiny.gguf` writes the model as a file that
      llama.cpp runs.
-  2. Read THE TECHNIQUES, in order: sections 1 to 9 are the core of the chapter (60 minutes). In
-     section 3, the writer of the file may be skipped. Sections 10 to 16 can wait (50 minutes).
+  2. Read THE TECHNIQUES, in order: sections 1 to 9 are the core of the chapter (60 minutes).
+     Sections 10 to 17 can wait (55 minutes).
   3. THE EXPERIMENTS say how each number of the trace was measured. THE MODEL AND THE BENCH has the
      Llama, its training and its texts. SHARED BY THE FIVE, which the five scripts of this
      collection have in common, reads text, prints and parses the command line.
@@ -25,14 +25,14 @@ The papers
   Frantar et al., GPTQ, 2022, arXiv:2210.17323                                     section 6
   Lin et al., AWQ, 2023, arXiv:2306.00978                                          section 7
   Hu et al., LoRA, 2021, arXiv:2106.09685                                          section 8
-  Rouhani et al., Microscaling Data Formats, 2023, arXiv:2310.10537                section 10
-  Badri and Shaji, Half-Quadratic Quantization, 2023, mobiusml.github.io/hqq_blog  section 12
-  Kim et al., SqueezeLLM, 2023, arXiv:2306.07629                                   section 12
-  Wang et al., BitNet, 2023, arXiv:2310.11453; Ma et al., 2024, arXiv:2402.17764   section 13
-  Zhao et al., GaLore, 2024, arXiv:2403.03507                                      section 14
-  Zhang et al., Q-GaLore, 2024, arXiv:2407.08296                                   section 14
-  Micikevicius et al., Mixed Precision Training, 2017, arXiv:1710.03740            section 15
-  Dong et al., HAWQ-V2, 2019, arXiv:1911.03852                                     section 16
+  Rouhani et al., Microscaling Data Formats, 2023, arXiv:2310.10537                section 11
+  Badri and Shaji, Half-Quadratic Quantization, 2023, mobiusml.github.io/hqq_blog  section 13
+  Kim et al., SqueezeLLM, 2023, arXiv:2306.07629                                   section 13
+  Wang et al., BitNet, 2023, arXiv:2310.11453; Ma et al., 2024, arXiv:2402.17764   section 14
+  Zhao et al., GaLore, 2024, arXiv:2403.03507                                      section 15
+  Zhang et al., Q-GaLore, 2024, arXiv:2407.08296                                   section 15
+  Micikevicius et al., Mixed Precision Training, 2017, arXiv:1710.03740            section 16
+  Dong et al., HAWQ-V2, 2019, arXiv:1911.03852                                     section 17
 """
 
 # The words. What is not explained here is explained in the section that uses it.
@@ -343,7 +343,7 @@ def pack_bits(codes: Sequence[int], bits: int) -> bytes:
     return number.to_bytes(ceil_div(len(codes) * bits, 8), "little")
 
 
-# 3. llama.cpp's blocks and a file that it runs
+# 3. llama.cpp's blocks
 #
 # llama.cpp cuts each row of a matrix into blocks of 32 weights. A block starts with its scale d, in
 # FP16, and its codes follow:
@@ -362,17 +362,9 @@ def pack_bits(codes: Sequence[int], bits: int) -> bytes:
 # dividing, and only then stores d in FP16. A file keeps the codes, so a difference in the last bit
 # of one product would show.
 #
-# A GGUF file is such blocks with a table of contents in front (docs/gguf.md in the ggml
-# repository):
-#
-#     "GGUF", version, number of tensors, number of metadata entries
-#     metadata: key, type, value         the sizes of the model, the tokenizer's tokens and merges
-#     tensors:  name, shape, type, offset
-#     the data of the tensors, each at a multiple of 32 bytes
-#
-# In production: ggml/src/ggml-quants.c (quantize_row_q4_0_ref, dequantize_row_q4_0), and
-# gguf-py/gguf/gguf_writer.py. llama.cpp keeps norms in F32, as we do.
-# Measured by show_gguf().
+# In production: ggml/src/ggml-quants.c (quantize_row_q4_0_ref, dequantize_row_q4_0). Section 10
+# writes a file of such blocks.
+# Measured by show_blocks().
 
 
 def q8_0_decode(data: bytes, n: int) -> Vector:
@@ -419,101 +411,6 @@ def q4_0_encode(row: Sequence[float]) -> bytes:
         pairs = [low | high << 4 for low, high in zip(codes[:16], codes[16:])]
         data += struct.pack("<e16B", d, *pairs)
     return data
-
-
-def gguf_file(
-    config: Config, weights: Weights, tokenizer: Tokenizer, *, kind: str = "Q8_0"
-) -> bytes:
-    """Return a whole GGUF file of a Llama, which llama.cpp runs. kind: "Q8_0", "Q4_0" or "F32".
-
-    ValueError for another kind, or if the rows of a matrix are no multiple of 32.
-    """
-    if kind not in GGUF_TYPES:
-        raise ValueError(f"kind must be one of {', '.join(GGUF_TYPES)}, not {kind!r}")
-    if config.dim % 32 or config.hidden_dim % 32:
-        raise ValueError(f"dim and hidden_dim must be multiples of 32, not {config.dim} and "
-                         f"{config.hidden_dim}")
-    # The tensors, each encoded row by row, and where each will stand.
-    table = b""
-    data = b""
-    for name, shape in config.shapes().items():
-        form = kind if len(shape) == 2 else "F32"
-        type_number, encode = GGUF_TYPES[form]
-        encoded = b"".join(encode(row) for row in as_rows(weights[name]))
-        # ggml names the length of a row first.
-        lengths = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-        table += gguf_string(ggml_name(name)) + lengths + struct.pack("<IQ", type_number, len(data))
-        data += encoded + bytes(-len(encoded) % 32)
-    metadata = gguf_metadata(config, tokenizer)
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(config.shapes()), len(metadata))
-    head += b"".join(gguf_string(key) + gguf_value(value) for key, value in metadata.items())
-    head += table
-    return head + bytes(-len(head) % 32) + data
-
-
-def gguf_metadata(config: Config, tokenizer: Tokenizer) -> dict[str, object]:
-    """Return {key: value} of what llama.cpp must know about the model and its tokenizer.
-
-    The tokenizer is of the "gpt2" kind: merges by rank within words. That kind writes a blank as Ġ
-    and a line end as Ċ. Our text has no special tokens; a line end serves as begin and end.
-    """
-    spelled = str.maketrans({" ": "Ġ", "\n": "Ċ"})
-    line_end = tokenizer.vocab.index("\n")
-    return {
-        "general.architecture": "llama",
-        "general.name": "microquant",
-        "llama.vocab_size": config.vocab_size,
-        "llama.context_length": 256,
-        "llama.embedding_length": config.dim,
-        "llama.block_count": config.n_layers,
-        "llama.feed_forward_length": config.hidden_dim,
-        "llama.rope.dimension_count": config.head_dim,
-        "llama.rope.freq_base": float(config.rope_base),
-        "llama.attention.head_count": config.n_heads,
-        "llama.attention.head_count_kv": config.n_kv_heads,
-        "llama.attention.layer_norm_rms_epsilon": float(config.norm_eps),
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": [token.translate(spelled) for token in tokenizer.vocab],
-        "tokenizer.ggml.merges": [f"{a.translate(spelled)} {b.translate(spelled)}"
-                                  for a, b in tokenizer.merges],
-        "tokenizer.ggml.bos_token_id": line_end,
-        "tokenizer.ggml.eos_token_id": line_end,
-        "tokenizer.ggml.add_bos_token": False,
-    }
-
-
-def gguf_value(value: object) -> bytes:
-    """Return a metadata value: the number of its type, then its bytes."""
-    if isinstance(value, bool):
-        return struct.pack("<I?", 7, value)
-    if isinstance(value, int):
-        return struct.pack("<II", 4, value)
-    if isinstance(value, float):
-        return struct.pack("<If", 6, value)
-    if isinstance(value, str):
-        return struct.pack("<I", 8) + gguf_string(value)
-    # An array: its type, the type of its items, how many, and the items without their types.
-    items = [gguf_value(item) for item in value]
-    return struct.pack("<I", 9) + items[0][:4] + struct.pack("<Q", len(items)) + b"".join(
-        item[4:] for item in items)
-
-
-def gguf_string(text: str) -> bytes:
-    """Return the length in bytes, then the text in UTF-8."""
-    data = text.encode("utf-8")
-    return struct.pack("<Q", len(data)) + data
-
-
-def ggml_name(name: str) -> str:
-    """Return what ggml calls the weight that Meta calls name."""
-    for meta, ggml in (("tok_embeddings", "token_embd"), ("layers.", "blk."),
-                       ("attention_norm", "attn_norm"), ("attention.wq", "attn_q"),
-                       ("attention.wk", "attn_k"), ("attention.wv", "attn_v"),
-                       ("attention.wo", "attn_output"), ("feed_forward.w1", "ffn_gate"),
-                       ("feed_forward.w2", "ffn_down"), ("feed_forward.w3", "ffn_up")):
-        name = name.replace(meta, ggml)
-    return ("output_norm" if name == "norm" else name) + ".weight"
 
 
 # 4. NF4 and double quantization
@@ -1018,7 +915,7 @@ def adapter_gradient(d_w: Matrix, adapter: Adapter) -> Adapter:
 #     no data, no time            8 bits; NF4, Q4_K, HQQ, MXFP4 or NVFP4; FP8 or LLM.int8() for
 #                                 activations as well
 #     some text, some minutes     GPTQ or AWQ in 4 bits; SmoothQuant for activations as well
-#     training                    QLoRA on a frozen model; one bit by training that way (section 13)
+#     training                    QLoRA on a frozen model; one bit by training that way (section 14)
 #
 # The measure is the KL divergence from the uncompressed model's predictions p:
 #
@@ -1043,7 +940,117 @@ def kl_divergence(log_p: Vector, log_q: Vector) -> float:
     return sum(math.exp(a) * (a - b) for a, b in zip(log_p, log_q))
 
 
-# 10. MXFP4 and NVFP4
+# 10. A file that llama.cpp runs
+#
+# A GGUF file is blocks as in section 3, with a table of contents in front (docs/gguf.md in the ggml
+# repository):
+#
+#     "GGUF", version, number of tensors, number of metadata entries
+#     metadata: key, type, value         the sizes of the model, the tokenizer's tokens and merges
+#     tensors:  name, shape, type, offset
+#     the data of the tensors, each at a multiple of 32 bytes
+#
+# In production: gguf-py/gguf/gguf_writer.py in the llama.cpp repository. llama.cpp keeps norms in
+# F32, as we do.
+# Measured by show_gguf().
+
+
+def gguf_file(
+    config: Config, weights: Weights, tokenizer: Tokenizer, *, kind: str = "Q8_0"
+) -> bytes:
+    """Return a whole GGUF file of a Llama, which llama.cpp runs. kind: "Q8_0", "Q4_0" or "F32".
+
+    ValueError for another kind, or if the rows of a matrix are no multiple of 32.
+    """
+    if kind not in GGUF_TYPES:
+        raise ValueError(f"kind must be one of {', '.join(GGUF_TYPES)}, not {kind!r}")
+    if config.dim % 32 or config.hidden_dim % 32:
+        raise ValueError(f"dim and hidden_dim must be multiples of 32, not {config.dim} and "
+                         f"{config.hidden_dim}")
+    # The tensors, each encoded row by row, and where each will stand.
+    table = b""
+    data = b""
+    for name, shape in config.shapes().items():
+        form = kind if len(shape) == 2 else "F32"
+        type_number, encode = GGUF_TYPES[form]
+        encoded = b"".join(encode(row) for row in as_rows(weights[name]))
+        # ggml names the length of a row first.
+        lengths = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        table += gguf_string(ggml_name(name)) + lengths + struct.pack("<IQ", type_number, len(data))
+        data += encoded + bytes(-len(encoded) % 32)
+    metadata = gguf_metadata(config, tokenizer)
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(config.shapes()), len(metadata))
+    head += b"".join(gguf_string(key) + gguf_value(value) for key, value in metadata.items())
+    head += table
+    return head + bytes(-len(head) % 32) + data
+
+
+def gguf_metadata(config: Config, tokenizer: Tokenizer) -> dict[str, object]:
+    """Return {key: value} of what llama.cpp must know about the model and its tokenizer.
+
+    The tokenizer is of the "gpt2" kind: merges by rank within words. That kind writes a blank as Ġ
+    and a line end as Ċ. Our text has no special tokens; a line end serves as begin and end.
+    """
+    spelled = str.maketrans({" ": "Ġ", "\n": "Ċ"})
+    line_end = tokenizer.vocab.index("\n")
+    return {
+        "general.architecture": "llama",
+        "general.name": "microquant",
+        "llama.vocab_size": config.vocab_size,
+        "llama.context_length": 256,
+        "llama.embedding_length": config.dim,
+        "llama.block_count": config.n_layers,
+        "llama.feed_forward_length": config.hidden_dim,
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": float(config.rope_base),
+        "llama.attention.head_count": config.n_heads,
+        "llama.attention.head_count_kv": config.n_kv_heads,
+        "llama.attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": [token.translate(spelled) for token in tokenizer.vocab],
+        "tokenizer.ggml.merges": [f"{a.translate(spelled)} {b.translate(spelled)}"
+                                  for a, b in tokenizer.merges],
+        "tokenizer.ggml.bos_token_id": line_end,
+        "tokenizer.ggml.eos_token_id": line_end,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+
+
+def gguf_value(value: object) -> bytes:
+    """Return a metadata value: the number of its type, then its bytes."""
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    if isinstance(value, int):
+        return struct.pack("<II", 4, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + gguf_string(value)
+    # An array: its type, the type of its items, how many, and the items without their types.
+    items = [gguf_value(item) for item in value]
+    return struct.pack("<I", 9) + items[0][:4] + struct.pack("<Q", len(items)) + b"".join(
+        item[4:] for item in items)
+
+
+def gguf_string(text: str) -> bytes:
+    """Return the length in bytes, then the text in UTF-8."""
+    data = text.encode("utf-8")
+    return struct.pack("<Q", len(data)) + data
+
+
+def ggml_name(name: str) -> str:
+    """Return what ggml calls the weight that Meta calls name."""
+    for meta, ggml in (("tok_embeddings", "token_embd"), ("layers.", "blk."),
+                       ("attention_norm", "attn_norm"), ("attention.wq", "attn_q"),
+                       ("attention.wk", "attn_k"), ("attention.wv", "attn_v"),
+                       ("attention.wo", "attn_output"), ("feed_forward.w1", "ffn_gate"),
+                       ("feed_forward.w2", "ffn_down"), ("feed_forward.w3", "ffn_up")):
+        name = name.replace(meta, ggml)
+    return ("output_norm" if name == "norm" else name) + ".weight"
+
+
+# 11. MXFP4 and NVFP4
 #
 # The newest hardware multiplies 4-bit floating point: E2M1, whose values are 0, 0.5, 1, 1.5, 2,
 # 3, 4 and 6 with either sign. Close to 0 the steps are fine, as in NF4. The two formats differ in
@@ -1119,7 +1126,7 @@ def quantize_nvfp4(w: Matrix) -> Quantized:
     return Quantized(codes, scales, zeros, 4, 16, scale_bytes + pack_floats([overall]), codebook)
 
 
-# 11. Q4_K
+# 12. Q4_K
 #
 # Q4_0 has no zero point: weights that lean to one side waste codes. Q4_K gives each 32 weights a
 # scale and a minimum, and quantizes those as well, to 6 bits, for 256 weights together:
@@ -1138,7 +1145,7 @@ def quantize_nvfp4(w: Matrix) -> Quantized:
 # In production: ggml-quants.c (quantize_row_q4_K_ref, get_scale_min_k4). The layout is the same.
 # ggml's encoder tries 21 scales for each 32 weights and keeps the best; ours is the simple encoder,
 # which takes the range from the smallest to the largest weight. "Q4_K_M" is Q4_K for most matrices
-# and more bits for a few (section 16).
+# and more bits for a few (section 17).
 # Measured by show_q4_k().
 
 
@@ -1202,7 +1209,7 @@ def six_bits(values: Vector) -> tuple[float, list[int]]:
     return unit, [min(63, round(value / unit)) for value in values]
 
 
-# 12. HQQ and SqueezeLLM
+# 13. HQQ and SqueezeLLM
 #
 # HQQ needs no data. It keeps the scales of round to nearest and moves the zero point z of each
 # group to where the errors are smallest. In practice: take the codes, set z so that the mean
@@ -1327,7 +1334,7 @@ def squeezellm(
     return in_rows(decoded, columns), data
 
 
-# 13. One bit and a bit
+# 14. One bit and a bit
 #
 # BitNet's weights are signs, with one scale for the matrix. Those of b1.58 are -1, 0 or 1, which is
 # log2(3) = 1.58 bits:
@@ -1410,7 +1417,7 @@ def straight_through(
     return loss_and_gradients(config, rounded, tokens)
 
 
-# 14. Q-GaLore: training all weights, in INT8
+# 15. Q-GaLore: training all weights, in INT8
 #
 # GaLore trains every weight, not an adapter, but spares most of Adam's memory. A gradient G
 # [m][n] (a tall one is transposed first) is nearly of low rank. So project it on its top r left
@@ -1503,7 +1510,7 @@ def alignment(u: Vector, v: Vector) -> float:
     return abs(dot(u, v)) / math.sqrt(dot(u, u) * dot(v, v) or 1.0)
 
 
-# 15. Training in 16 bits
+# 16. Training in 16 bits
 #
 # Hardware multiplies FP16 and BF16 many times faster than FP32. Three things make training in 16
 # bits work. Master weights in FP32 take the steps, for a step is often too small to change a
@@ -1549,7 +1556,7 @@ def through_format(gradient: Vector, scale: float, form: Callable[[float], float
     return [form(g * scale) / scale for g in gradient]
 
 
-# 16. Mixed bits
+# 17. Mixed bits
 #
 # Not every matrix minds rounding as much. Estimate what rounding costs each one, at several widths,
 # and give the bits to those that mind. To second order, the loss grows by
@@ -1557,7 +1564,7 @@ def through_format(gradient: Vector, scale: float, form: Callable[[float], float
 #     ½ Σ F_i · (w_i - Q(w_i))²
 #
 # with F the curvature. HAWQ takes the Hessian's trace for it; we take the squared gradients of
-# section 12 (the Fisher diagonal), which are already there. With 8 matrices and 3 widths, all 6,561
+# section 13 (the Fisher diagonal), which are already there. With 8 matrices and 3 widths, all 6,561
 # assignments can be tried, and the best that is no larger than uniform bits is taken.
 #
 # In production: llama.cpp's Q4_K_M gives more bits to half of attn_v and ffn_down, by rule
@@ -1813,7 +1820,7 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
                 "equal")
 
 
-# 3. llama.cpp's blocks and a file that it runs
+# 3. llama.cpp's blocks
 
 
 class BlockWeight(NamedTuple):
@@ -1838,15 +1845,11 @@ def take_apart(row: Vector, block: bytes, places: Sequence[int]) -> list[BlockWe
     return rows
 
 
-def show_gguf(trace: Trace, knobs: Namespace) -> None:
-    """A Q4_0 block taken apart, and the first bytes of a GGUF file."""
+def show_blocks(trace: Trace, knobs: Namespace) -> None:
+    """Show a Q4_0 block taken apart."""
     [row] = normal_matrix(random.Random(knobs.seed), 1, 32, 0.1)
     block = q4_0_encode(row)
     extreme = max(range(32), key=lambda i: abs(row[i]))
-    # A file's layout does not depend on the weights: an untrained model will do.
-    config = lab_config()
-    weights = init_weights(config, random.Random(0))
-    file = gguf_file(config, weights, word_tokenizer())
 
     trace.ask("a Q4_0 block is an FP16 scale and 32 codes of 4 bits. How many bytes?", len(block))
     trace.say("llama.cpp cuts each row of a matrix into blocks of 32 weights that share a scale, "
@@ -1858,37 +1861,6 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
                  "back as (code - 8) · d": "+.4f"})
     trace.note(f"d = {struct.unpack('<e', block[:2])[0]:.5f}: weight {extreme}, the extreme one, "
                f"divided by -8")
-    trace.say(f"A GGUF file of a model of this size, of {len(file):,} bytes, begins with the "
-              "magic, the version, the number of tensors and the number of metadata entries. The "
-              "first key follows, its length before it:")
-    for start in range(0, 64, 16):
-        line = file[start:start + 16]
-        text = "".join(chr(b) if 32 <= b < 127 else "·" for b in line)
-        trace.lines([f"  {line.hex(' ')}  {text}"])
-    trace.say("`python microquant.py --gguf tiny.gguf` writes the trained model with its "
-              "tokenizer. `llama-completion -m tiny.gguf -no-cnv --temp 0 -p \"This is\"` goes on "
-              "from there.")
-    check_gguf_file(trace, file, config, weights["output"])
-    check_blocks_by_hand(trace)
-
-
-def check_gguf_file(trace: Trace, file: bytes, config: Config, output: Matrix) -> None:
-    """Check the file's head, an entry of its table, and the last of its tensors."""
-    counts = struct.unpack("<IQQ", file[4:24])
-    trace.check("the file's first numbers = version 3, its tensors, its metadata entries",
-                counts == (3, len(config.shapes()), 19), ", ".join(map(str, counts)))
-    # Eight tensors stand before it: 56 · 68, 256, 4352, 1088, 1088, 4352 and 256 bytes, in order.
-    entry = struct.pack("<Q21sI2QIQ", 21, b"blk.0.ffn_gate.weight", 2, 64, 32, 8, 15200)
-    trace.check("the entry of w1 = its name in ggml, its row and rows, Q8_0's number, its offset",
-                entry in file, f"{len(entry)} bytes, by hand")
-    n = math.prod(config.shapes()["output"])
-    stored = q8_0_decode(file[-n // 32 * 34:], n)
-    trace.check_close("the file's last bytes = the output matrix, but for rounding",
-                      [stored], [flatten(output)], 0.003)
-
-
-def check_blocks_by_hand(trace: Trace) -> None:
-    """Check two blocks, and metadata, whose bytes follow from the specification."""
     # 1, 2, …, 32: d = 32/127, so weight i has the code round(127 · i / 32).
     codes = bytes(math.floor(127 * i / 32 + 0.5) for i in range(1, 33))
     trace.check("Q8_0 of 1, 2, …, 32 = the block worked out by hand",
@@ -1898,10 +1870,6 @@ def check_blocks_by_hand(trace: Trace) -> None:
     trace.check("Q4_0 of -8, …, 7, twice = the block worked out by hand, and back",
                 q4_0_encode([*range(-8, 8)] * 2) == block
                 and q4_0_decode(block, 32) == [*range(-8, 8)] * 2, "18 bytes")
-    values = b"".join(map(gguf_value, (7, 0.5, True, "ab", [7])))
-    expected = struct.pack("<2IIfI?IQ2sIIQI", 4, 7, 6, 0.5, 7, True, 8, 2, b"ab", 9, 4, 1, 7)
-    trace.check("metadata 7, 0.5, true, ab and [7] = types and values by the specification",
-                values == expected, f"{len(values)} bytes")
 
 
 # 4. NF4 and double quantization
@@ -2418,8 +2386,8 @@ class TableRow(NamedTuple):
 
 WEIGHTS_ONLY = [
     ("FP16", 1, ""), ("Q8_0", 3, ""), ("INT in groups", 2, ""), ("Q4_0", 3, ""), ("NF4", 4, ""),
-    ("GPTQ act-order", 6, "text"), ("AWQ", 7, "text"), ("MXFP4", 10, ""), ("NVFP4", 10, ""),
-    ("Q4_K simple", 11, ""), ("HQQ", 12, ""), ("SqueezeLLM", 12, "text, gradients"),
+    ("GPTQ act-order", 6, "text"), ("AWQ", 7, "text"), ("MXFP4", 11, ""), ("NVFP4", 11, ""),
+    ("Q4_K simple", 12, ""), ("HQQ", 13, ""), ("SqueezeLLM", 13, "text, gradients"),
 ]
 ACTIVATIONS_TOO = [("INT8 dynamic", 5, ""), ("FP8", 5, ""), ("LLM.int8()", 5, ""),
                    ("SmoothQuant", 5, "text")]
@@ -2469,7 +2437,7 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
     trace.table(with_activations, columns)
     also = f"in a tie with {', '.join(ties)}" if ties else "and no other is in a tie with it"
     trace.say(f"Under 5 bits, {best.method} stays closest to the model, {also}. Methods that train "
-              "are in sections 8, 13 and 14: after training, a KL would also count what was "
+              "are in sections 8, 14 and 15: after training, a KL would also count what was "
               "learned.")
     trace.check("KL is nowhere negative", min(row.kl for row in rows + with_activations) > -1e-12,
                 f"{len(rows + with_activations)} methods")
@@ -2485,7 +2453,49 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
                 score(lab, "Q8_0", knobs.setting).nbytes == expected, f"{expected:,}")
 
 
-# 10. MXFP4 and NVFP4
+# 10. A file that llama.cpp runs
+
+
+def show_gguf(trace: Trace, knobs: Namespace) -> None:
+    """Show the first bytes of a GGUF file."""
+    # A file's layout does not depend on the weights: an untrained model will do.
+    config = lab_config()
+    weights = init_weights(config, random.Random(0))
+    file = gguf_file(config, weights, word_tokenizer())
+
+    trace.say(f"A GGUF file of a model of this size, of {len(file):,} bytes, begins with the "
+              "magic, the version, the number of tensors and the number of metadata entries. The "
+              "first key follows, its length before it:")
+    for start in range(0, 64, 16):
+        line = file[start:start + 16]
+        text = "".join(chr(b) if 32 <= b < 127 else "·" for b in line)
+        trace.lines([f"  {line.hex(' ')}  {text}"])
+    trace.say("`python microquant.py --gguf tiny.gguf` writes the trained model with its "
+              "tokenizer. `llama-completion -m tiny.gguf -no-cnv --temp 0 -p \"This is\"` goes on "
+              "from there.")
+    check_gguf_file(trace, file, config, weights["output"])
+
+
+def check_gguf_file(trace: Trace, file: bytes, config: Config, output: Matrix) -> None:
+    """Check the file's head, an entry of its table, and the last of its tensors."""
+    counts = struct.unpack("<IQQ", file[4:24])
+    trace.check("the file's first numbers = version 3, its tensors, its metadata entries",
+                counts == (3, len(config.shapes()), 19), ", ".join(map(str, counts)))
+    # Eight tensors stand before it: 56 · 68, 256, 4352, 1088, 1088, 4352 and 256 bytes, in order.
+    entry = struct.pack("<Q21sI2QIQ", 21, b"blk.0.ffn_gate.weight", 2, 64, 32, 8, 15200)
+    trace.check("the entry of w1 = its name in ggml, its row and rows, Q8_0's number, its offset",
+                entry in file, f"{len(entry)} bytes, by hand")
+    n = math.prod(config.shapes()["output"])
+    stored = q8_0_decode(file[-n // 32 * 34:], n)
+    trace.check_close("the file's last bytes = the output matrix, but for rounding",
+                      [stored], [flatten(output)], 0.003)
+    values = b"".join(map(gguf_value, (7, 0.5, True, "ab", [7])))
+    expected = struct.pack("<2IIfI?IQ2sIIQI", 4, 7, 6, 0.5, 7, True, 8, 2, b"ab", 9, 4, 1, 7)
+    trace.check("metadata 7, 0.5, true, ab and [7] = types and values by the specification",
+                values == expected, f"{len(values)} bytes")
+
+
+# 11. MXFP4 and NVFP4
 
 
 class Fp4Weight(NamedTuple):
@@ -2537,7 +2547,7 @@ def show_fp4(trace: Trace, knobs: Namespace) -> None:
                 (mx.bits, nv.bits) == (4.25, 4.5 + 32 * len(lab.linears) / lab.n_weights), "equal")
 
 
-# 11. Q4_K
+# 12. Q4_K
 
 
 class BlockRow(NamedTuple):
@@ -2597,7 +2607,7 @@ def show_q4_k(trace: Trace, knobs: Namespace) -> None:
                 f"{rows[1].aside:.2%} against {rows[0].aside:.2%}")
 
 
-# 12. HQQ and SqueezeLLM
+# 13. HQQ and SqueezeLLM
 
 
 def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
@@ -2654,7 +2664,7 @@ def check_hqq_squeezellm(
                 and shrink(0.1, 0.7, 10.0) == 0, "by hand")
 
 
-# 13. One bit and a bit
+# 14. One bit and a bit
 
 TERNARY_TRAINING = (6, 24, 0.005)  # steps, tokens a step, learning rate at its highest
 
@@ -2733,7 +2743,7 @@ def check_one_bit(trace: Trace, lab: Lab, name: str) -> None:
                 abs(loss - cross_entropy(ternary.forward(verse[:-1]), verse[1:])[0]) < 1e-12, name)
 
 
-# 14. Q-GaLore: training all weights, in INT8
+# 15. Q-GaLore: training all weights, in INT8
 
 
 class OneLayer(NamedTuple):
@@ -2824,7 +2834,7 @@ def show_q_galore(trace: Trace, knobs: Namespace) -> None:
                 "by hand")
 
 
-# 15. Training in 16 bits
+# 16. Training in 16 bits
 
 BATCH_SHARE = 2.0**-20  # of a piece of 16 tokens in a batch of 16 million, as Llama 3 405B had
 
@@ -2908,7 +2918,7 @@ def show_half_precision(trace: Trace, knobs: Namespace) -> None:
                 history == [4, 4, 8, 8, 4, 4], "by hand")
 
 
-# 16. Mixed bits
+# 17. Mixed bits
 
 
 def show_mixed(trace: Trace, knobs: Namespace) -> None:
@@ -4534,7 +4544,7 @@ def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment:
 SECTIONS = [
     Section("Numbers in few bits", show_numbers, [quantize, Quantized, FloatFormat]),
     Section("Granularity", show_granularity, [quantize, group_columns, pack_bits]),
-    Section("llama.cpp's blocks and a file that it runs", show_gguf,
+    Section("llama.cpp's blocks", show_blocks,
             [q8_0_encode, q8_0_decode, q4_0_encode, q4_0_decode]),
     Section("NF4 and double quantization", show_nf4, [nf4_codebook, quantize_nf4, double_quantize]),
     Section("Activations too", show_activations,
@@ -4545,6 +4555,8 @@ SECTIONS = [
     Section("QLoRA: training on top of a compressed model", show_qlora,
             [new_adapter, with_adapter, adapter_gradient]),
     Section("The table", show_table, [kl_divergence, log_softmax]),
+    Section("A file that llama.cpp runs", show_gguf, [gguf_file, gguf_metadata, gguf_value],
+            core=False),
     Section("MXFP4 and NVFP4", show_fp4, [mxfp4_encode, mxfp4_decode, quantize_nvfp4], core=False),
     Section("Q4_K", show_q4_k, [q4_k_encode, q4_k_decode, q4_k_scales], core=False),
     Section("HQQ and SqueezeLLM", show_hqq_squeezellm,
