@@ -104,8 +104,8 @@ BLOCK_SIZE = 4               # tokens a block holds (vLLM: 16)
 MAX_NUM_SEQS = 4             # requests that may run at the same time
 MAX_NUM_BATCHED_TOKENS = 38  # budget of a step where prompts are cut up: the free tokens
 VOCAB_SIZE = 160             # every word of TEXT is then one token
-SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32)
-TRAINING = dict(steps=54, length=26)  # length: tokens per step
+SIZES = dict(dim=24, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=24)
+TRAINING = dict(steps=50, length=24, learning_rate=0.03)  # length: tokens per step
 
 
 # =============================================================================================
