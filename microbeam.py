@@ -1353,9 +1353,8 @@ def show_sampling(trace: Trace, knobs: Namespace) -> None:
     }
     trace.say("To sample is to draw the next token by its probability, reshaped or not. One text "
               "per way, as an illustration:")
-    target = CachedModel(lab.target)
     for name, setting in ways.items():
-        tokens = sample(target, knobs.tokens, 14, rng=random.Random(lab.seed), **setting)
+        tokens = sample(lab.reader, knobs.tokens, 14, rng=random.Random(lab.seed), **setting)
         trace.lines(quoted(f"{name}: " + lab.tokenizer.decode([*knobs.tokens, *tokens])))
     rows = compare_shares(lab.seed)
     trace.ask("In toy 1, the text A A has probability 0.2. About how often does it come in "
@@ -1416,7 +1415,8 @@ def compare_with_exact(
     lab: DecodingLab, prompts: Sequence[list[int]], widths: Sequence[int], n: int
 ) -> list[SearchRow]:
     """Return a row per search; that of exact search leaves out the prompts where it gives up."""
-    target = CachedModel(lab.target)
+    target = lab.reader
+    target.passes = 0
     exact = [exact_search(target, prompt, n, eos=lab.eos, max_passes=EXACT_PASSES)
              for prompt in prompts]
     found = {"exact": exact}
@@ -1443,10 +1443,9 @@ def compare_length_penalties(
     lab: DecodingLab, prompt: list[int], n: int, width: int, penalties: Sequence[float]
 ) -> list[dict]:
     """Return the best text of a beam for each length penalty."""
-    target = CachedModel(lab.target)
     rows = []
     for penalty in penalties:
-        [(tokens, score), *_] = beam_search(target, prompt, n, width=width,
+        [(tokens, score), *_] = beam_search(lab.reader, prompt, n, width=width,
                                             length_penalty=penalty, eos=lab.eos)
         rows.append({"length penalty": penalty, "tokens": len(tokens),
                      "log p": score * len(tokens) ** penalty, "text": lab.clip(tokens, 46)})
@@ -1455,9 +1454,9 @@ def compare_length_penalties(
 
 def compare_diversity(lab: DecodingLab, prompts: Sequence[list[int]], n: int) -> list[dict]:
     """Return the variety of the four best texts of a beam, and of four diverse beams."""
-    target = CachedModel(lab.target)
-    best_four = [beam_search(target, prompt, n, width=4, length_penalty=0.0) for prompt in prompts]
-    diverse = [diverse_beam_search(target, prompt, n, groups=4, diversity=2.0)
+    best_four = [beam_search(lab.reader, prompt, n, width=4, length_penalty=0.0)
+                 for prompt in prompts]
+    diverse = [diverse_beam_search(lab.reader, prompt, n, groups=4, diversity=2.0)
                for prompt in prompts]
     rows = []
     for name, found in (("a beam of 4", best_four), ("4 diverse beams", diverse)):
@@ -1516,7 +1515,7 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
               "a bigram is two neighbouring tokens:")
     trace.table(compare_diversity(lab, prompts, 8),
                 {"texts of": "", "distinct bigrams / all bigrams": ".2f", "log p": ".2f"})
-    [(tokens, _)] = beam_search(CachedModel(lab.target), knobs.tokens, n, width=1, eos=lab.eos)
+    [(tokens, _)] = beam_search(lab.reader, knobs.tokens, n, width=1, eos=lab.eos)
     trace.check("width 1 writes the greedy text", is_greedy(lab.target, knobs.tokens, tokens),
                 f"{len(tokens)} tokens, compared with one plain pass over them")
 
@@ -1734,7 +1733,7 @@ def measure_payoff(
     lab: DecodingLab, n_texts: int, n: int, gammas: Sequence[int]
 ) -> tuple[list[PayRow], float]:
     """Draw texts of n tokens; return what each gamma brings on them, and α, their mean chance."""
-    target = CachedModel(lab.target)
+    target = lab.reader
     draft = CachedModel(lab.draft)
     rng = random.Random(lab.seed)
     texts = []
@@ -1856,7 +1855,7 @@ def measure_way(
         runs.append(counts)
         # The cache holds the prompt, the guesses, and each pass's own token but the last.
         read = len(prompt) + counts.drafted + counts.target_passes - 1
-        right += (len(tokens) == n and is_greedy(lab.target, prompt, tokens)
+        right += (len(tokens) == n and lab.is_own(prompt, tokens)
                   and len(target.known) == read)
     per_text = [counts.target_passes for counts in runs]
     passes = sum(per_text)
@@ -1868,6 +1867,12 @@ def measure_way(
     total = n * len(prompts)
     return Way(way, lab.cost(way), fmean(per_text), nodes / total, wrong / max(1, nodes),
                total / (passes + price), per_text, right)
+
+
+@cache  # section 9 shows a row of section 8 again
+def measure_pairs(lab: DecodingLab, way: str, n: int) -> Way:
+    """Return measure_way() for two guesses at a time, on the texts of sections 8 and 9."""
+    return measure_way(lab, way, lab.prompts[:COMPARED_TEXTS], n, 2)
 
 
 def fewer_passes(row: Way, other: Way) -> str:
@@ -2001,8 +2006,8 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
     indices = "".join(str(node.node) for node in nodes)
     trace.table(nodes, {"node": "d", "token": "", "position": "d", f"sees as {indices}": "",
                         "kept": ""})
-    chain = measure_way(lab, "Medusa chain", lab.prompts[:COMPARED_TEXTS], n, 2)
-    tree = measure_way(lab, "Medusa tree", lab.prompts[:COMPARED_TEXTS], n, 2)
+    chain = measure_pairs(lab, "Medusa chain", n)
+    tree = measure_pairs(lab, "Medusa tree", n)
     trace.say(f"Measured on {COMPARED_TEXTS} texts of {n} tokens. The prompt has been read before "
               "the passes are counted. The chain has the best guess of each head and no other. "
               "Both ways run two heads per pass: their c · runs is 2 · c · passes.")
@@ -2040,8 +2045,7 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
     """EAGLE's guesses against Medusa's and the small Llama's."""
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
-    rows = [measure_way(lab, way, lab.prompts[:COMPARED_TEXTS], n, 2)
-            for way in ("Medusa chain", "EAGLE", "a smaller Llama")]
+    rows = [measure_pairs(lab, way, n) for way in ("Medusa chain", "EAGLE", "a smaller Llama")]
     medusa, eagle, smaller = rows
     trace.say("EAGLE guesses the next hidden state from the last one and from the token just "
               "chosen, which Medusa's heads do not know. Chains of two guesses, "
@@ -2113,7 +2117,7 @@ ANIMALS: Grammar = {
 
 def force_texts(lab: DecodingLab, prompt: list[int], n: int, n_drawn: int) -> list[str]:
     """Return what greedy and n_drawn samples write in the shape of STORY, if it ends in time."""
-    forced = constrain(CachedModel(lab.target), lab.tokenizer.vocab, STORY, len(prompt), lab.eos)
+    forced = constrain(lab.reader, lab.tokenizer.vocab, STORY, len(prompt), lab.eos)
     rng = random.Random(lab.seed)
     texts = [greedy(forced, prompt, n, eos=lab.eos)]
     texts += [sample(forced, prompt, n, rng=rng, eos=lab.eos) for _ in range(n_drawn)]
@@ -2139,15 +2143,14 @@ class Distortion(NamedTuple):
 
 def measure_distortion(lab: DecodingLab, prompt: list[int], grammar: Grammar) -> Distortion:
     """Enumerate every way to write the grammar's texts, under the mask and under the model."""
-    target = CachedModel(lab.target)
-    forced = constrain(target, lab.tokenizer.vocab, grammar, len(prompt), lab.eos)
+    forced = constrain(lab.reader, lab.tokenizer.vocab, grammar, len(prompt), lab.eos)
     by_tokens = every_outcome(lambda rng: tuple(sample(forced, prompt, 64, rng=rng, eos=lab.eos)))
     local: Counter[str] = Counter()
     free: Counter[str] = Counter()
     for tokens, p in by_tokens.items():
         written = lab.tokenizer.decode(tokens[:-1]).strip()
         local[written] += p
-        free[written] += math.exp(log_probability(target, prompt, tokens))
+        free[written] += math.exp(log_probability(lab.reader, prompt, tokens))
     fits = sum(free.values())
     rows = [ShapeRow(text, local[text], free[text] / fits) for text in sorted(local)]
     moved = sum(abs(row.local - row.given) for row in rows) / 2
@@ -2518,6 +2521,7 @@ class DecodingLab:
         self.ids = self.tokenizer.encode(TEXT)
         self.eos = self.tokenizer.vocab.index("\n")
         self.prompts = [self.tokenizer.encode("This is the " + name) for name in WHO]
+        self.own: dict[tuple, bool] = {}  # (prompt, text): is it the target's own?
 
     def trained(self, sizes: dict[str, int], steps: int) -> Llama:
         """Return a Llama of these sizes that has read the rhyme for so many steps."""
@@ -2529,6 +2533,11 @@ class DecodingLab:
     def target(self) -> Llama:
         """The model whose text is wanted."""
         return self.trained(TARGET, self.steps)
+
+    @cached_property
+    def reader(self) -> CachedModel:
+        """The target with a cache that sections share: what one has read, others need not read."""
+        return CachedModel(self.target)
 
     @cached_property
     def draft(self) -> Llama:
@@ -2544,6 +2553,13 @@ class DecodingLab:
     def eagle(self) -> Head:
         """EAGLE's head on the target."""
         return train_head(self.target, self.ids, 2, self.draft_steps, sees_next=True)
+
+    def is_own(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
+        """Return is_greedy() for the target. A text that several ways wrote is read once."""
+        text = (tuple(prompt), tuple(tokens))
+        if text not in self.own:
+            self.own[text] = is_greedy(self.target, prompt, tokens)
+        return self.own[text]
 
     def cost(self, way: str) -> float:
         """Return what a guess costs, in passes of the target: weights read, as a share of its."""
