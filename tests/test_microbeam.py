@@ -1316,9 +1316,9 @@ def find_drafting_pays_where_the_draft_is_cheap(lab):
 
 
 def find_a_tree_takes_fewer_passes_than_a_chain_and_reads_more_nodes(lab):
-    chain, tree, eagle = (
-        m.measure_way(lab, way, lab.prompts[:m.COMPARED_TEXTS], m.COMPARED_TOKENS, 2)
-        for way in ("Medusa chain", "Medusa tree", "EAGLE"))
+    chain = m.measure_pairs(lab, "Medusa chain", m.COMPARED_TOKENS)
+    tree = m.measure_pairs(lab, "Medusa tree", m.COMPARED_TOKENS)
+    eagle = m.measure_pairs(lab, "EAGLE", m.COMPARED_TOKENS)
     assert chain.right == tree.right == eagle.right == m.COMPARED_TEXTS
     assert chain.passes < 0.85 * m.COMPARED_TOKENS
     assert "passes fewer than Medusa chain, more than two" in m.fewer_passes(tree, chain)
@@ -1350,11 +1350,18 @@ FINDINGS = [find_filters_where_the_model_is_sure_and_where_it_is_not,
             find_local_masking_distorts]
 
 
+def fast_linear(x, w):
+    """Return what linear() returns, by numpy: the models of five seeds are trained."""
+    return (np.array(x) @ np.array(w).T).tolist()
+
+
 @pytest.mark.parametrize("seed", range(5))
-def test_the_findings_hold(seed):
+def test_the_findings_hold(seed, monkeypatch):
     """All findings in one test, so that the models of a seed are trained once."""
+    monkeypatch.setattr(m, "linear", fast_linear)
+    lab = m.DecodingLab(seed, m.STEPS)
     for finding in FINDINGS:
-        finding(m.decoding_lab(seed, m.STEPS))
+        finding(lab)
 
 
 # Clear errors
