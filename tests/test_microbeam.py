@@ -394,7 +394,7 @@ def test_exact_search():
 
 def test_a_prompt_on_which_exact_search_gives_up_is_left_out(monkeypatch, llama):
     """The other prompts are still compared with their own exact search."""
-    lab = argparse.Namespace(target=llama, eos=0)
+    lab = argparse.Namespace(reader=m.CachedModel(llama), eos=0)
     search = partial(m.exact_search, plain(llama), max_new_tokens=3, eos=0, max_passes=5000)
     worse, better = sorted([[1], [2]], key=lambda prompt: search(prompt)[1])
     monkeypatch.setattr(m, "exact_search", lambda target, prompt, n, eos, max_passes: (
