@@ -1178,7 +1178,7 @@ def toy_texts() -> list[ToyText]:
 
 
 def show_greedy(trace: Trace, knobs: Namespace) -> None:
-    """Toy 1, where greedy loses, and what two models write."""
+    """Show toy 1, where greedy loses, and what two models write."""
     lab = knobs.lab
     toy = toy_texts()
     best = max(toy, key=lambda row: row.p)
@@ -1265,7 +1265,7 @@ def check_kept(trace: Trace, tokens: str, filtered: dict[str, Vector], kept: lis
 
 
 def show_filters(trace: Trace, knobs: Namespace) -> None:
-    """Each filter on one distribution and over many places, with and without a temperature."""
+    """Show what each filter keeps of one distribution, and at many places of the rhyme."""
     lab = knobs.lab
     settings = settings_of(knobs)
     drawn = {"as is": {}, "t 0.5": {"temperature": 0.5}, "t 2": {"temperature": 2.0},
@@ -1343,7 +1343,7 @@ def compare_shares(seed: int) -> list[dict]:
 
 
 def show_sampling(trace: Trace, knobs: Namespace) -> None:
-    """Texts of some samplers, and the enumeration."""
+    """Show a text of each of four samplers, and the shares of toy 1's texts."""
     lab = knobs.lab
     ways = {
         "as it is": {},
@@ -1467,7 +1467,7 @@ def compare_diversity(lab: DecodingLab, prompts: Sequence[list[int]], n: int) ->
 
 
 def show_beam(trace: Trace, knobs: Namespace) -> None:
-    """The texts that a beam keeps in toy 2, where it loses to greedy; then real searches."""
+    """Show what a beam keeps in toy 2, where it loses to greedy; then searches in the Llama."""
     one, two, three = (toy_beam(LOSING, 3, width, length_penalty=0.0)[1] for width in (1, 2, 3))
     trace.say("Beam search keeps the few best texts so far instead of one. In toy 2, A, B and C "
               "begin with 0.40, 0.35, 0.25; after A they have 0.34, 0.33, 0.33, and after B 0.49, "
@@ -1486,7 +1486,7 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
 
 
 def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
-    """Texts that may end: beams beside exact search, length penalties, and diverse beams."""
+    """Show searches for texts that may end, length penalties, and diverse beams."""
     lab = knobs.lab
     n = knobs.max_new_tokens
     prompts = [knobs.tokens, *lab.prompts[3:5]]
@@ -1621,7 +1621,7 @@ def round_lines(lab: DecodingLab, tokens: Sequence[int], counts: Counts) -> list
 
 
 def show_speculative(trace: Trace, knobs: Namespace) -> None:
-    """Greedy, with the guesses marked, and the rule drawn on one distribution."""
+    """Show a greedy text with the guesses marked, and the rule on one distribution."""
     lab = knobs.lab
     n = knobs.max_new_tokens
     target = CachedModel(lab.target)
@@ -1661,7 +1661,7 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
 
 
 def show_proof(trace: Trace, pair: tuple[LogitsFn, LogitsFn]) -> None:
-    """The rule, enumerated on a random target and draft over two tokens."""
+    """Show the rule enumerated, on a random target and draft over two tokens."""
     rows = enumerate_speculation(*pair, 5, 2)
     trace.say("The rule, checked by enumeration: a random target and draft over two tokens, all "
               "32 texts of 5 tokens, gamma 2. Every branch that a decoder can take is taken and "
@@ -1761,7 +1761,7 @@ def best_gamma(speeds: dict[int, float]) -> int:
 
 
 def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
-    """Tokens per pass, measured and by the formula, and the speed-up as gamma and c change."""
+    """Show tokens per pass, measured and by the formula, and the speed-ups."""
     lab = knobs.lab
     rows, alpha = measure_payoff(lab, PAY_TEXTS, 24, sorted({1, 2, 3, 4, 6, 8, knobs.gamma}))
     own = lab.cost("a smaller Llama")
@@ -1904,7 +1904,7 @@ def show_ways(trace: Trace, rows: Sequence[Way], n: int, finding: str) -> None:
 
 
 def show_prompt_lookup(trace: Trace, knobs: Namespace) -> None:
-    """Guesses looked up in the text, beside those of a smaller model."""
+    """Show what guesses looked up in the text bring, and those of a smaller model."""
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
     prompts = [lab.tokenizer.encode(CONTEXT) + prompt for prompt in lab.prompts[:4]]
@@ -1989,7 +1989,7 @@ def sampled_tree_gap(target: LogitsFn) -> float:
 
 
 def show_medusa(trace: Trace, knobs: Namespace) -> None:
-    """A tree with its mask and what is kept of it; passes as a chain and as a tree."""
+    """Show a tree with its mask and what is kept of it, and the passes of chains and trees."""
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
     nodes = draw_tree(lab, knobs.tokens)
@@ -2042,7 +2042,7 @@ def eagle_by_formula(lab: DecodingLab, prompt: list[int], token: int, n: int) ->
 
 
 def show_eagle(trace: Trace, knobs: Namespace) -> None:
-    """EAGLE's guesses against Medusa's and the small Llama's."""
+    """Show the passes that EAGLE's, Medusa's and the small Llama's guesses take."""
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
     rows = [measure_pairs(lab, way, n) for way in ("Medusa chain", "EAGLE", "a smaller Llama")]
@@ -2075,7 +2075,7 @@ def in_circle(tokens: Sequence[int]) -> Vector:
 
 
 def show_lookahead(trace: Trace, knobs: Namespace) -> None:
-    """The passes that lookahead takes, and its first window."""
+    """Show the passes that lookahead takes."""
     lab = knobs.lab
     n = min(knobs.max_new_tokens, 2 * COMPARED_TOKENS)  # its pool has to fill first
     lookahead = measure_way(lab, "lookahead", lab.prompts[:COMPARED_TEXTS // 2], n, 0)
@@ -2158,7 +2158,7 @@ def measure_distortion(lab: DecodingLab, prompt: list[int], grammar: Grammar) ->
 
 
 def show_constrained(trace: Trace, knobs: Namespace) -> None:
-    """Forced texts, and the distribution of local masking against the true conditional one."""
+    """Show forced texts, and what local masking does to their probabilities."""
     lab = knobs.lab
     texts = force_texts(lab, knobs.tokens, 60, 4)
     trace.say("Text can be forced into a shape: every token that the shape does not allow gets "

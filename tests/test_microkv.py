@@ -306,7 +306,7 @@ def test_fork_and_copy_on_write_disturb_nobody(n, block_size):
     caches = [m.PagedKVCache(pool, model.config)]
     model.forward(prompt, caches[0])
     for _ in range(3):
-        caches.append(caches[0].fork())
+        caches.append(m.fork(caches[0]))
     plain = [m.KVCache(model.config) for _ in caches]
     for cache in plain:
         model.forward(prompt, cache)
@@ -330,7 +330,7 @@ def test_a_copy_on_write_shares_nothing_with_what_it_was_copied_from():
     pool = m.BlockPool(8, 4)
     a = m.PagedKVCache(pool, model.config)
     model.forward([1, 2], a)
-    b = a.fork()
+    b = m.fork(a)
     assert b.blocks_needed(0) == 0
     assert b.blocks_needed(1) == 1
     b.reserve(0)
@@ -352,7 +352,7 @@ def test_a_fork_shares_no_block_that_was_only_reserved():
     a = m.PagedKVCache(pool, model.config)
     a.reserve(6)
     model.forward([1, 2, 3], a)
-    b = a.fork()
+    b = m.fork(a)
     assert pool.ref_count[:3] == [2, 2, 1]
     model.forward([4, 5, 6], a)
     model.forward([7, 8, 9], b)
@@ -368,7 +368,7 @@ def test_a_fork_knows_its_hashes_and_keeps_them_to_itself():
     a = m.PagedKVCache(pool, model.config)
     model.forward([1, 2, 3], a)
     m.register_blocks(a, [1, 2, 3])
-    b = a.fork()
+    b = m.fork(a)
     model.forward([4], b)
     m.register_blocks(b, [1, 2, 3, 4])
     assert a.hashes == m.block_hashes([1, 2], 2)
