@@ -1324,6 +1324,17 @@ def test_is_greedy_asks_the_plain_forward(llama):
         assert not m.is_greedy(llama, [3, 1], changed)
 
 
+def test_a_text_is_compared_with_the_targets_own_once(llama, monkeypatch):
+    lab = m.DecodingLab(0, 1)
+    lab.target = llama
+    own = reference_greedy(plain(llama), [3, 1], 4)
+    wrong = own[:3] + [(own[3] + 1) % 11]
+    for _ in range(2):
+        assert lab.is_own([3, 1], own)
+        assert not lab.is_own([3, 1], wrong)
+        monkeypatch.setattr(m, "is_greedy", None)  # the second time, nobody asks
+
+
 def test_text_probabilities():
     model = toy(2, 3)
     for eos in (None, 1):
