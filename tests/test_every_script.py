@@ -2,11 +2,16 @@
 
 A rule that could stop being tested without anybody noticing is tried on a broken copy of a script
 as well, and must be seen to fail there.
+
+A script runs in a process of its own where the process matters: its interpreter, its encoding, a
+signal, a pipe, and the whole trace. All else runs inside this process, which is faster.
 """
 
 import ast
+import contextlib
 import functools
 import inspect
+import io
 import os
 import pty
 import re
@@ -16,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -86,13 +93,59 @@ def whole_trace(script):
 
 
 @functools.cache
-def cheap_trace(script, *arguments):
-    """Return the finished process of the cheap sections, made once."""
-    return run(script, *cheap(script), *arguments)
+def cheap_trace(script):
+    """Return the trace of the cheap sections, made once by a process of its own."""
+    return run(script, *cheap(script)).stdout
 
 
-# Where a script runs inside this process, its models, texts and samples are smaller, because what
-# every check holds for is any model and any number of texts. Whole traces have them in full size.
+class Stream(io.TextIOWrapper):
+    """A standard stream for a script inside this process; it may call itself a terminal."""
+
+    def __init__(self, text="", encoding="utf-8", is_terminal=False):
+        super().__init__(io.BytesIO(text.encode()), encoding=encoding, newline="\n")
+        self.is_terminal = is_terminal
+
+    def isatty(self):
+        return self.is_terminal
+
+    def written(self):
+        self.flush()
+        return self.buffer.getvalue().decode(self.encoding)
+
+
+class Printed(NamedTuple):
+    """What a run inside this process returned, and what it printed."""
+
+    status: int
+    out: str
+    errors: str
+
+
+def run_here(script, *arguments, encoding="utf-8", to_terminal=False, typed=None):
+    """Return what script prints inside this process.
+
+    to_terminal: whether its output is a terminal. typed: what a reader at a terminal types.
+    """
+    out = Stream(encoding=encoding, is_terminal=to_terminal)
+    errors = Stream()
+    keyboard = Stream(typed or "", is_terminal=typed is not None)
+    with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors),
+          mock.patch("sys.stdin", keyboard)):
+        try:
+            status = __import__(script.stem).main([*arguments])
+        except SystemExit as end:
+            status = end.code
+    return Printed(status, out.written(), errors.written())
+
+
+@functools.cache
+def cheap_here(script, *arguments):
+    """Return what the cheap sections print inside this process, made once."""
+    return run_here(script, *cheap(script), *arguments)
+
+
+# Where all sections run, with many knobs, models, texts and samples are smaller, because what every
+# check holds for is any model and any number of texts. Whole traces have them in full size.
 SMALL_MODEL = {"dim": 8, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 8}
 
 
@@ -132,10 +185,9 @@ SMALLER = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def run_small(monkeypatch):
-    """Where a script runs inside this process, make it small, and train its models for few steps.
-    """
+    """Make the scripts inside this process small, and train their models for few steps."""
     for script in SCRIPTS:
         module = __import__(script.stem)
         small = SMALLER.get(script.stem, {}) | little_training(module)
@@ -191,11 +243,14 @@ def imported_modules(script):
 
 
 @each_script
-def test_imports_the_standard_library_only(script, tmp_path):
+def test_imports_the_standard_library_only(script):
     assert imported_modules(script) <= sys.stdlib_module_names
-    for foreign in ("numpy", "microkv"):
-        broken = broken_copy(script, tmp_path, "import math\n", f"import math\nimport {foreign}\n")
-        assert not imported_modules(broken) <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("foreign", ["import numpy", "from microkv import ceil_div"])
+def test_a_foreign_import_is_seen(foreign, tmp_path):
+    broken = broken_copy(SCRIPTS[0], tmp_path, "import math\n", f"import math\n{foreign}\n")
+    assert not imported_modules(broken) <= sys.stdlib_module_names
 
 
 def definitions(script):
@@ -293,8 +348,7 @@ def sections_of(script):
 
 @each_script
 def test_everything_public_has_a_docstring(script):
-    tree = ast.parse(script.read_text(encoding="utf-8"))
-    for node in tree.body:
+    for node in ast.parse(script.read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             assert ast.get_docstring(node), node.name
 
@@ -309,10 +363,9 @@ def test_importing_prints_nothing_and_leaves_the_global_generator_alone(script, 
 
 
 @each_script
-def test_an_old_python_gets_one_line(script, tmp_path):
+def test_an_old_python_gets_one_line(script):
     """The source is one that old Pythons can read as far as the line that tells them."""
-    source = script.read_text(encoding="utf-8")
-    ast.parse(source, feature_version=(3, 8))
+    ast.parse(script.read_text(encoding="utf-8"), feature_version=(3, 8))
     code = ("import runpy, sys; sys.version_info = (3, 10, 9, 'final', 0); "
             "runpy.run_path(sys.argv[1], run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code, str(script)], capture_output=True)
@@ -376,12 +429,15 @@ def test_the_same_bytes_whatever_the_interpreter_options(script, tmp_path):
     done = run(script, *cheap(script), options=["-I", "-OO", "-W", "error", "-X", "utf8=0"],
                cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": "7"})
     assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout == cheap_trace(script).stdout
+    assert done.stdout == cheap_trace(script)
 
 
 @functools.cache
 def other_pythons():
-    """Return the paths of the other Pythons here, one per minor version from 3.11 up."""
+    """Return the paths of the oldest and of the newest Python here, from 3.11 up.
+
+    This Python is not among them.
+    """
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     candidates = [shutil.which(f"python3.{minor}") for minor in range(11, 16)]
     candidates += map(str, sorted(root.glob("versions/3.*/bin/python")))
@@ -392,57 +448,78 @@ def other_pythons():
         version = tuple(map(int, out.split()))
         if len(version) == 2 and version >= (3, 11):
             found.setdefault(version, path)
-    return [path for path in found.values() if path]
+    paths = {found[min(found)], found[max(found)]}
+    return sorted(path for path in paths if path)
 
 
 @each_script
 def test_the_same_bytes_on_every_python_found(script):
-    """On cheap sections; .ci/run compares the whole traces."""
+    """On cheap sections, and on the oldest and the newest. .ci/run compares whole traces on all."""
     if not other_pythons():
         pytest.skip("no other Python from 3.11 up on this machine")
     for python in other_pythons():
         done = subprocess.run([python, str(script), *cheap(script)], capture_output=True)
-        assert (done.returncode, done.stdout) == (0, cheap_trace(script).stdout), python
-
-
-ENCODINGS = [*((script, "ascii") for script in SCRIPTS), (SCRIPTS[0], "cp1252")]
-
-
-@pytest.mark.parametrize("script, encoding", ENCODINGS,
-                         ids=[f"{script.stem}-{encoding}" for script, encoding in ENCODINGS])
-def test_falls_back_to_ascii_where_the_output_cannot_show_more(script, encoding):
-    done = run(script, *cheap(script), env=os.environ | {"PYTHONIOENCODING": encoding})
-    assert done.returncode == 0
-    assert done.stdout == cheap_trace(script, "--ascii").stdout
+        assert (done.returncode, done.stdout) == (0, cheap_trace(script)), python
 
 
 @each_script
 def test_ascii_is_ascii(script):
     """Every character that the whole trace uses has its stand-in; .ci/run sees to the width."""
-    out = cheap_trace(script, "--ascii").stdout
-    assert out.isascii() and max(map(len, out.splitlines())) <= 80
+    out = cheap_here(script, "--ascii").out
+    assert out.isascii()
+    assert max(map(len, out.splitlines())) <= 80
     used = {c for c in whole_trace(script).stdout.decode("utf-8") if not c.isascii()}
     assert used <= set(map(chr, __import__(script.stem).ASCII))
 
 
-TERMINALS = [*((script, {"TERM": "xterm"}, True) for script in SCRIPTS),
-             (SCRIPTS[0], {"TERM": "dumb"}, False),
-             (SCRIPTS[0], {"TERM": "xterm", "NO_COLOR": "1"}, False)]
+@pytest.mark.parametrize("script, encoding", [
+    *((script, "ascii") for script in SCRIPTS), (SCRIPTS[0], "cp1252")], ids=str)
+def test_falls_back_to_ascii_where_the_output_cannot_show_more(script, encoding):
+    shown = run_here(script, *cheap(script), encoding=encoding)
+    assert shown == cheap_here(script, "--ascii")
+    assert shown.status == 0
 
 
-@pytest.mark.parametrize("script, settings, coloured", TERMINALS)
-def test_colour_on_terminals_only(script, settings, coloured):
-    environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | settings
+def test_falls_back_to_ascii_in_a_process_of_its_own():
+    script = SCRIPTS[0]
+    done = run(script, *cheap(script), env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0
+    assert done.stdout.decode("ascii") == cheap_here(script, "--ascii").out
+
+
+@each_script
+def test_colour_on_terminals_only(script, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    coloured = run_here(script, *cheap(script), to_terminal=True).out
+    assert "\x1b[" in coloured
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == cheap_here(script).out
+
+
+@pytest.mark.parametrize("settings", [{"TERM": "dumb"}, {}, {"TERM": "xterm", "NO_COLOR": "1"}])
+def test_no_colour_where_the_environment_wants_none(settings, monkeypatch):
+    """On one script: printing is a shared definition."""
+    for name in ("TERM", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    shown = run_here(SCRIPTS[0], *cheap(SCRIPTS[0]), to_terminal=True)
+    assert shown == cheap_here(SCRIPTS[0])
+
+
+def test_colour_on_a_real_terminal(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, str(script), *cheap(script)], stdout=theirs,
-                               env=environment)
+    command = [sys.executable, str(SCRIPTS[0]), *cheap(SCRIPTS[0])]
+    process = subprocess.Popen(command, stdout=theirs)
     os.close(theirs)
     output = b""
     while chunk := read_terminal(ours):
         output += chunk
     os.close(ours)
     assert process.wait() == 0
-    assert (b"\x1b[" in output) == coloured
+    assert b"\x1b[" in output
 
 
 def read_terminal(descriptor):
@@ -455,26 +532,12 @@ def read_terminal(descriptor):
 
 @each_script
 def test_time_goes_to_stderr(script):
-    timed = cheap_trace(script, "--time")
-    assert timed.stdout == cheap_trace(script).stdout
-    assert re.fullmatch(rb"(section \d+: \d+\.\d\d s\n){2}", timed.stderr)
+    timed = run_here(script, *cheap(script), "--time")
+    assert timed.out == cheap_here(script).out
+    assert re.fullmatch(r"(section \d+: \d+\.\d\d s\n){2}", timed.errors)
 
 
 # Predictions
-
-
-def converse(script, typed):
-    """Return the status and the output of a cheap run with --predict, after typing all that."""
-    ours, theirs = pty.openpty()
-    os.write(ours, typed.encode())
-    command = [sys.executable, str(script), "--predict", *cheap(script)]
-    process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-    os.close(theirs)
-    out, errors = process.communicate(timeout=100)
-    os.close(ours)
-    assert errors == b""
-    return process.returncode, out.decode("utf-8")
 
 
 def shown_by(module, show):
@@ -494,30 +557,48 @@ def test_every_section_has_a_question(script):
 
 @each_script
 def test_predict_asks_shows_the_answer_and_keeps_the_score(script):
-    silent = cheap_trace(script, "--predict")  # no terminal: it asks, and waits for nothing
-    assert (silent.returncode, silent.stderr) == (0, b"")
-    text = silent.stdout.decode("utf-8")
-    answers = re.findall(r"^  computed: (.+)$", text, re.M)
-    assert len(answers) == text.count("\nPredict: ") >= 2 and "Predictions:" not in text
-    rest = re.sub(r"\nPredict: (?:.+\n)+?  computed: .+\n", "", text)
-    assert rest == cheap_trace(script).stdout.decode("utf-8")
+    silent = cheap_here(script, "--predict")  # nobody is there to answer
+    assert (silent.status, silent.errors) == (0, "")
+    answers = re.findall(r"^  computed: (.+)$", silent.out, re.M)
+    assert len(answers) == silent.out.count("\nPredict: ") >= 2
+    assert "Predictions:" not in silent.out
+    rest = re.sub(r"\nPredict: (?:.+\n)+?  computed: .+\n", "", silent.out)
+    assert rest == cheap_here(script).out
 
     # An answer, and Enter to go on after the verdict.
-    status, out = converse(script, "".join(answer + "\n\n" for answer in answers))
-    assert status == 0
-    assert f"\nPredictions: {len(answers)} of {len(answers)} right.\n" in out
-    assert out.count("(Enter: go on)") == len(answers)
+    typed = "".join(answer + "\n\n" for answer in answers)
+    shown = run_here(script, "--predict", *cheap(script), typed=typed)
+    assert (shown.status, shown.errors) == (0, "")
+    assert f"\nPredictions: {len(answers)} of {len(answers)} right.\n" in shown.out
+    assert shown.out.count("(Enter: go on)") == len(answers)
 
 
 def test_wrong_answers_and_no_more_answers():
     """On one script: asking is a shared definition."""
     script = SCRIPTS[0]
-    n = cheap_trace(script, "--predict").stdout.count(b"\n  computed: ")
-    status, out = converse(script, "no idea\n\n" * n)
-    assert status == 0 and f"\nPredictions: 0 of {n} right.\n" in out
-    assert out.count(" - not quite") == n
-    status, out = converse(script, "\n\n\x04")  # a pass, then no more answers
-    assert status == 0 and "Predictions:" not in out
+    n = cheap_here(script, "--predict").out.count("\n  computed: ")
+    wrong = run_here(script, "--predict", *cheap(script), typed="no idea\n\n" * n)
+    assert wrong.status == 0
+    assert f"\nPredictions: 0 of {n} right.\n" in wrong.out
+    assert wrong.out.count(" - not quite") == n
+    pass_and_end = run_here(script, "--predict", *cheap(script), typed="\n\n")
+    assert pass_and_end.status == 0
+    assert "Predictions:" not in pass_and_end.out
+
+
+def test_predict_listens_to_a_real_terminal():
+    """The answers are typed ahead. Ctrl-D says that no more will come."""
+    ours, theirs = pty.openpty()
+    os.write(ours, b"no idea\n\n\x04")
+    command = [sys.executable, str(SCRIPTS[0]), "--predict", *cheap(SCRIPTS[0])]
+    process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    os.close(theirs)
+    out, errors = process.communicate(timeout=100)
+    os.close(ours)
+    assert (process.returncode, errors) == (0, b"")
+    assert out.count(b"your answer") == 2
+    assert b"\nPredictions: 0 of 1 right.\n" in out
 
 
 @each_script
@@ -533,10 +614,10 @@ def test_control_c_at_a_question(script):
         assert chunk
         output += chunk
     # The prompt is out a moment before Python listens: an interrupt may come too soon.
-    for _ in range(40):
+    for _ in range(200):
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(0.5)
+            process.wait(0.1)
             break
         except subprocess.TimeoutExpired:
             continue
@@ -559,28 +640,30 @@ def test_list_and_section(script):
     for number, section in enumerate(sections_of(script), 1):
         star = "*" if section.core else " "
         expected.append(f"{number:>2}{star} {section.title}")
-    listed = run(script, "--list").stdout.decode("utf-8").splitlines()
-    assert listed[:len(expected)] == expected and listed[-1].startswith("* the core")
+    listed = run_here(script, "--list").out.splitlines()
+    assert listed[:len(expected)] == expected
+    assert listed[-1].startswith("* the core")
 
     first, second = CHEAP[script.stem].split(",")
     extra = CHEAPER.get(script.stem, [])
-    chosen = run(script, "--section", f"{second},{first}", "--section", second, *extra).stdout
-    assert chosen == cheap_trace(script).stdout
-    text = chosen.decode("utf-8")
+    chosen = run_here(script, "--section", f"{second},{first}", "--section", second, *extra)
+    assert chosen == cheap_here(script)
+    assert re.search(r"\nAll \d+ checks held\.\nTry next: .*\n\Z", chosen.out)
     if not extra:
         whole = whole_trace(script).stdout.decode("utf-8")
         parts = re.split(r"(?=^── \d+ ── )", whole, flags=re.M)
-        assert text.startswith(parts[0] + parts[int(first)] + parts[int(second)])
-    assert re.search(r"\nAll \d+ checks held\.\nTry next: .*\n\Z", text)
+        expected = parts[0] + parts[int(first)] + parts[int(second)]
+        assert cheap_trace(script).decode("utf-8").startswith(expected)
 
 
 @each_script
-def test_help_names_every_option(script):
-    done = run(script, "--help", env=os.environ | {"COLUMNS": "200"})
-    assert done.returncode == 0 and done.stderr == b""
-    for option in (b"--list", b"--section", b"--seed", b"--ascii", b"--time", b"--predict"):
-        assert option in done.stdout
-    assert max(map(len, done.stdout.decode().splitlines())) <= 80
+def test_help_names_every_option(script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = run_here(script, "--help")
+    assert (shown.status, shown.errors) == (0, "")
+    for option in ("--list", "--section", "--seed", "--ascii", "--time", "--predict"):
+        assert option in shown.out
+    assert max(map(len, shown.out.splitlines())) <= 80
 
 
 REFUSED_EVERYWHERE = [
@@ -706,7 +789,7 @@ EDGES = {
 @pytest.mark.parametrize("script, arguments", [
     (script, arguments) for script in SCRIPTS for arguments in EDGES[script.stem]],
     ids=lambda value: value.stem if isinstance(value, Path) else ascii(value)[1:30])
-def test_every_check_holds_with_a_knob_at_its_edge(script, arguments, capsys):
+def test_every_check_holds_with_a_knob_at_its_edge(script, arguments, run_small, capsys):
     assert __import__(script.stem).main(split_arguments(arguments)) == 0
     out = capsys.readouterr().out
     assert "FAIL" not in out
