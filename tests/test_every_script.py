@@ -391,7 +391,7 @@ def test_the_whole_trace_ends_well(script):
 
 @each_script
 def test_the_readme_shows_this_trace(script):
-    """`python tests/tools/readme.py` refreshes it."""
+    """`python3 tests/tools/readme.py` refreshes it."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"<!-- {script.stem} section" in text
     trace = whole_trace(script).stdout.decode("utf-8")
