@@ -381,7 +381,8 @@ def test_the_whole_trace_ends_well(script):
     done = whole_trace(script)
     text = done.stdout.decode("utf-8")
     assert (done.returncode, done.stderr) == (0, b"")
-    assert "FAIL" not in text and "\x1b" not in text
+    assert "FAIL" not in text
+    assert "\x1b" not in text
     held = int(re.search(r"^All (\d+) checks held\.$", text, re.M)[1])
     assert held == len(re.findall(r"^ok    ", text, re.M)) > 0
     assert re.search(rf"^Try next: python {script.stem}\.py .+\n\Z", text, re.M)
@@ -420,7 +421,8 @@ def test_a_failed_check_is_told_and_makes_the_status_1(script, tmp_path):
     """Under -O too: checks are not assertions."""
     broken = broken_copy(script, tmp_path, *BREAKAGE[script.stem])
     done = run(broken, *cheap(script), options=["-O"])
-    assert done.returncode == 1 and b"\nFAIL  " in done.stdout
+    assert done.returncode == 1
+    assert b"\nFAIL  " in done.stdout
     assert re.search(rb"^\d+ of \d+ checks FAILED\.$", done.stdout, re.M)
 
 
@@ -625,7 +627,8 @@ def test_control_c_at_a_question(script):
             continue
     _, errors = process.communicate(timeout=20)
     os.close(ours)
-    assert process.returncode == 130 and b"Traceback" not in errors
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
 
 
 def allow_interrupts():
@@ -712,8 +715,11 @@ def test_a_bad_command_line_is_refused_in_one_line(script, arguments, capfd):
     with pytest.raises(SystemExit) as stop:
         module_of(script).main(split_arguments(arguments))
     out, err = capfd.readouterr()
-    assert stop.value.code == 2 and out == ""
-    assert err.endswith("\n") and err.count("\n") == 1 and err.startswith(script.stem + ": ")
+    assert stop.value.code == 2
+    assert out == ""
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    assert err.startswith(script.stem + ": ")
     assert err.strip().isprintable()
 
 
@@ -810,7 +816,8 @@ def test_a_closed_pipe_ends_quietly(script):
     for _ in range(3):
         process.stdout.readline()
     process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait() == 0
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
     process.stderr.close()
 
 
@@ -822,7 +829,8 @@ def test_a_full_disk_is_told_in_one_line(script):
         done = run(script, *cheap(script), capture_output=False, stdout=full,
                    stderr=subprocess.PIPE)
     assert done.returncode == 1
-    assert done.stderr.startswith(b"cannot write") and done.stderr.count(b"\n") == 1
+    assert done.stderr.startswith(b"cannot write")
+    assert done.stderr.count(b"\n") == 1
 
 
 @each_script
@@ -833,7 +841,8 @@ def test_control_c_ends_with_130_and_no_traceback(script):
         process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
-    assert process.returncode == 130 and b"Traceback" not in errors
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
 
 
 # The shared definitions
@@ -957,7 +966,8 @@ def test_tokenizer_refuses_what_cannot_work(module, text, size):
 
 def test_text_is_the_whole_rhyme(module):
     verses = module.TEXT.splitlines()
-    assert len(verses) == 12 and verses[0] == "This is the house that Jack built."
+    assert len(verses) == 12
+    assert verses[0] == "This is the house that Jack built."
     third = "This is the rat that ate the malt that lay in the house that Jack built."
     assert verses[2] == third
     for shorter, longer in zip(verses, verses[1:]):

@@ -9,13 +9,14 @@ originals. What is printed is a grade of each technique that the learner has to 
     no test  written, but no test that ran calls it, such as with -k
 
 The last line says what to mend or to write next, in the order of the file. Where only some tests
-ran, as with -k, the first line says so: what is done by those may fail in the others.
+ran, as with -k, the first line says so: what is done by those may still fail in the others.
 
 A mistake in one technique, or one that is not written yet, makes no other one wrong. For a test
 runs first with all that the learner has written, and with the original's techniques for the rest.
-If it fails, it runs with the original's techniques alone, and each call of one is repeated with the
-learner's on a copy of the arguments. Where both give the same, the learner's is not to blame. Each
-of the others is tried alone: the test runs with it and with the original's for the rest.
+If it fails, or takes long, it runs with the original's techniques alone, and each call of one is
+repeated with the learner's on a copy of the arguments. Where both give the same, the learner's is
+not to blame. Each of the others is tried alone: the test runs with it and with the original's for
+the rest.
 
 Without --impl, two workers of pytest-xdist share the tests, where it is installed.
 
@@ -61,7 +62,8 @@ from tests.tools.importing import compiled, imported, is_property, missing, prob
 MOST_CALLS = 60         # of one technique in one test that are repeated
 LONGEST_REPEATS = 0.2   # seconds that the repeated calls of one technique in one test may take
 MOST_ITEMS = 1000       # of a generator that are compared
-LONGEST_FIRST = 1       # seconds that a test may take with all that the learner has written
+LONGEST_FIRST = 1       # seconds that a test may take with all that the learner has written, or
+                        # else its techniques are tried one by one
 LONGEST = 3             # seconds that a call, or a test with one technique, may take, or ...
 TIMES_AS_LONG = 20      # ... this many times what the original's takes, if that is more
 LONGEST_ORIGINAL = 120  # seconds that a test may take with the original's techniques
