@@ -100,7 +100,7 @@ TYPICAL_P = 0.5       # probability kept, most typical tokens first
 BEAM_WIDTH = 4        # candidates kept by beam search
 LENGTH_PENALTY = 1.0  # score = log-probability / length^this
 GAMMA = 4             # guesses before each pass of the target
-STEPS = 40            # of training the target; three quarters of it for everything that guesses
+STEPS = 40            # of training the target; five eighths of it for everything that guesses
 MAX_PROMPT = 64       # tokens of the longest prompt accepted
 
 # How much the experiments look at. (The reader's knobs change the rest.)
@@ -1178,7 +1178,7 @@ def toy_texts() -> list[ToyText]:
 
 
 def show_greedy(trace: Trace, knobs: Namespace) -> None:
-    """Toy 1, where greedy loses, and what two models write."""
+    """Show toy 1, where greedy loses, and what two models write."""
     lab = knobs.lab
     toy = toy_texts()
     best = max(toy, key=lambda row: row.p)
@@ -1265,7 +1265,7 @@ def check_kept(trace: Trace, tokens: str, filtered: dict[str, Vector], kept: lis
 
 
 def show_filters(trace: Trace, knobs: Namespace) -> None:
-    """Each filter on one distribution and over many places, with and without a temperature."""
+    """Show what each filter keeps of one distribution, and at many places of the rhyme."""
     lab = knobs.lab
     settings = settings_of(knobs)
     drawn = {"as is": {}, "t 0.5": {"temperature": 0.5}, "t 2": {"temperature": 2.0},
@@ -1343,7 +1343,7 @@ def compare_shares(seed: int) -> list[dict]:
 
 
 def show_sampling(trace: Trace, knobs: Namespace) -> None:
-    """Texts of some samplers, and the enumeration."""
+    """Show a text of each of four samplers, and the shares of toy 1's texts."""
     lab = knobs.lab
     ways = {
         "as it is": {},
@@ -1353,9 +1353,8 @@ def show_sampling(trace: Trace, knobs: Namespace) -> None:
     }
     trace.say("To sample is to draw the next token by its probability, reshaped or not. One text "
               "per way, as an illustration:")
-    target = CachedModel(lab.target)
     for name, setting in ways.items():
-        tokens = sample(target, knobs.tokens, 14, rng=random.Random(lab.seed), **setting)
+        tokens = sample(lab.reader, knobs.tokens, 14, rng=random.Random(lab.seed), **setting)
         trace.lines(quoted(f"{name}: " + lab.tokenizer.decode([*knobs.tokens, *tokens])))
     rows = compare_shares(lab.seed)
     trace.ask("In toy 1, the text A A has probability 0.2. About how often does it come in "
@@ -1416,7 +1415,8 @@ def compare_with_exact(
     lab: DecodingLab, prompts: Sequence[list[int]], widths: Sequence[int], n: int
 ) -> list[SearchRow]:
     """Return a row per search; that of exact search leaves out the prompts where it gives up."""
-    target = CachedModel(lab.target)
+    target = lab.reader
+    target.passes = 0
     exact = [exact_search(target, prompt, n, eos=lab.eos, max_passes=EXACT_PASSES)
              for prompt in prompts]
     found = {"exact": exact}
@@ -1443,10 +1443,9 @@ def compare_length_penalties(
     lab: DecodingLab, prompt: list[int], n: int, width: int, penalties: Sequence[float]
 ) -> list[dict]:
     """Return the best text of a beam for each length penalty."""
-    target = CachedModel(lab.target)
     rows = []
     for penalty in penalties:
-        [(tokens, score), *_] = beam_search(target, prompt, n, width=width,
+        [(tokens, score), *_] = beam_search(lab.reader, prompt, n, width=width,
                                             length_penalty=penalty, eos=lab.eos)
         rows.append({"length penalty": penalty, "tokens": len(tokens),
                      "log p": score * len(tokens) ** penalty, "text": lab.clip(tokens, 46)})
@@ -1455,9 +1454,9 @@ def compare_length_penalties(
 
 def compare_diversity(lab: DecodingLab, prompts: Sequence[list[int]], n: int) -> list[dict]:
     """Return the variety of the four best texts of a beam, and of four diverse beams."""
-    target = CachedModel(lab.target)
-    best_four = [beam_search(target, prompt, n, width=4, length_penalty=0.0) for prompt in prompts]
-    diverse = [diverse_beam_search(target, prompt, n, groups=4, diversity=2.0)
+    best_four = [beam_search(lab.reader, prompt, n, width=4, length_penalty=0.0)
+                 for prompt in prompts]
+    diverse = [diverse_beam_search(lab.reader, prompt, n, groups=4, diversity=2.0)
                for prompt in prompts]
     rows = []
     for name, found in (("a beam of 4", best_four), ("4 diverse beams", diverse)):
@@ -1468,7 +1467,7 @@ def compare_diversity(lab: DecodingLab, prompts: Sequence[list[int]], n: int) ->
 
 
 def show_beam(trace: Trace, knobs: Namespace) -> None:
-    """The texts that a beam keeps in toy 2, where it loses to greedy; then real searches."""
+    """Show what a beam keeps in toy 2, where it loses to greedy; then searches in the Llama."""
     one, two, three = (toy_beam(LOSING, 3, width, length_penalty=0.0)[1] for width in (1, 2, 3))
     trace.say("Beam search keeps the few best texts so far instead of one. In toy 2, A, B and C "
               "begin with 0.40, 0.35, 0.25; after A they have 0.34, 0.33, 0.33, and after B 0.49, "
@@ -1487,7 +1486,7 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
 
 
 def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
-    """Texts that may end: beams beside exact search, length penalties, and diverse beams."""
+    """Show searches for texts that may end, length penalties, and diverse beams."""
     lab = knobs.lab
     n = knobs.max_new_tokens
     prompts = [knobs.tokens, *lab.prompts[3:5]]
@@ -1516,7 +1515,7 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
               "a bigram is two neighbouring tokens:")
     trace.table(compare_diversity(lab, prompts, 8),
                 {"texts of": "", "distinct bigrams / all bigrams": ".2f", "log p": ".2f"})
-    [(tokens, _)] = beam_search(CachedModel(lab.target), knobs.tokens, n, width=1, eos=lab.eos)
+    [(tokens, _)] = beam_search(lab.reader, knobs.tokens, n, width=1, eos=lab.eos)
     trace.check("width 1 writes the greedy text", is_greedy(lab.target, knobs.tokens, tokens),
                 f"{len(tokens)} tokens, compared with one plain pass over them")
 
@@ -1622,7 +1621,7 @@ def round_lines(lab: DecodingLab, tokens: Sequence[int], counts: Counts) -> list
 
 
 def show_speculative(trace: Trace, knobs: Namespace) -> None:
-    """Greedy, with the guesses marked, and the rule drawn on one distribution."""
+    """Show a greedy text with the guesses marked, and the rule on one distribution."""
     lab = knobs.lab
     n = knobs.max_new_tokens
     target = CachedModel(lab.target)
@@ -1662,7 +1661,7 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
 
 
 def show_proof(trace: Trace, pair: tuple[LogitsFn, LogitsFn]) -> None:
-    """The rule, enumerated on a random target and draft over two tokens."""
+    """Show the rule enumerated, on a random target and draft over two tokens."""
     rows = enumerate_speculation(*pair, 5, 2)
     trace.say("The rule, checked by enumeration: a random target and draft over two tokens, all "
               "32 texts of 5 tokens, gamma 2. Every branch that a decoder can take is taken and "
@@ -1734,7 +1733,7 @@ def measure_payoff(
     lab: DecodingLab, n_texts: int, n: int, gammas: Sequence[int]
 ) -> tuple[list[PayRow], float]:
     """Draw texts of n tokens; return what each gamma brings on them, and α, their mean chance."""
-    target = CachedModel(lab.target)
+    target = lab.reader
     draft = CachedModel(lab.draft)
     rng = random.Random(lab.seed)
     texts = []
@@ -1762,7 +1761,7 @@ def best_gamma(speeds: dict[int, float]) -> int:
 
 
 def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
-    """Tokens per pass, measured and by the formula, and the speed-up as gamma and c change."""
+    """Show tokens per pass, measured and by the formula, and the speed-ups."""
     lab = knobs.lab
     rows, alpha = measure_payoff(lab, PAY_TEXTS, 24, sorted({1, 2, 3, 4, 6, 8, knobs.gamma}))
     own = lab.cost("a smaller Llama")
@@ -1856,7 +1855,7 @@ def measure_way(
         runs.append(counts)
         # The cache holds the prompt, the guesses, and each pass's own token but the last.
         read = len(prompt) + counts.drafted + counts.target_passes - 1
-        right += (len(tokens) == n and is_greedy(lab.target, prompt, tokens)
+        right += (len(tokens) == n and lab.is_own(prompt, tokens)
                   and len(target.known) == read)
     per_text = [counts.target_passes for counts in runs]
     passes = sum(per_text)
@@ -1868,6 +1867,12 @@ def measure_way(
     total = n * len(prompts)
     return Way(way, lab.cost(way), fmean(per_text), nodes / total, wrong / max(1, nodes),
                total / (passes + price), per_text, right)
+
+
+@cache  # section 9 shows a row of section 8 again
+def measure_pairs(lab: DecodingLab, way: str, n: int) -> Way:
+    """Return measure_way() for two guesses at a time, on the texts of sections 8 and 9."""
+    return measure_way(lab, way, lab.prompts[:COMPARED_TEXTS], n, 2)
 
 
 def fewer_passes(row: Way, other: Way) -> str:
@@ -1899,7 +1904,7 @@ def show_ways(trace: Trace, rows: Sequence[Way], n: int, finding: str) -> None:
 
 
 def show_prompt_lookup(trace: Trace, knobs: Namespace) -> None:
-    """Guesses looked up in the text, beside those of a smaller model."""
+    """Show what guesses looked up in the text bring, and those of a smaller model."""
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
     prompts = [lab.tokenizer.encode(CONTEXT) + prompt for prompt in lab.prompts[:4]]
@@ -1984,7 +1989,7 @@ def sampled_tree_gap(target: LogitsFn) -> float:
 
 
 def show_medusa(trace: Trace, knobs: Namespace) -> None:
-    """A tree with its mask and what is kept of it; passes as a chain and as a tree."""
+    """Show a tree with its mask and what is kept of it, and the passes of chains and trees."""
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
     nodes = draw_tree(lab, knobs.tokens)
@@ -2001,8 +2006,8 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
     indices = "".join(str(node.node) for node in nodes)
     trace.table(nodes, {"node": "d", "token": "", "position": "d", f"sees as {indices}": "",
                         "kept": ""})
-    chain = measure_way(lab, "Medusa chain", lab.prompts[:COMPARED_TEXTS], n, 2)
-    tree = measure_way(lab, "Medusa tree", lab.prompts[:COMPARED_TEXTS], n, 2)
+    chain = measure_pairs(lab, "Medusa chain", n)
+    tree = measure_pairs(lab, "Medusa tree", n)
     trace.say(f"Measured on {COMPARED_TEXTS} texts of {n} tokens. The prompt has been read before "
               "the passes are counted. The chain has the best guess of each head and no other. "
               "Both ways run two heads per pass: their c · runs is 2 · c · passes.")
@@ -2037,11 +2042,10 @@ def eagle_by_formula(lab: DecodingLab, prompt: list[int], token: int, n: int) ->
 
 
 def show_eagle(trace: Trace, knobs: Namespace) -> None:
-    """EAGLE's guesses against Medusa's and the small Llama's."""
+    """Show the passes that EAGLE's, Medusa's and the small Llama's guesses take."""
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
-    rows = [measure_way(lab, way, lab.prompts[:COMPARED_TEXTS], n, 2)
-            for way in ("Medusa chain", "EAGLE", "a smaller Llama")]
+    rows = [measure_pairs(lab, way, n) for way in ("Medusa chain", "EAGLE", "a smaller Llama")]
     medusa, eagle, smaller = rows
     trace.say("EAGLE guesses the next hidden state from the last one and from the token just "
               "chosen, which Medusa's heads do not know. Chains of two guesses, "
@@ -2071,7 +2075,7 @@ def in_circle(tokens: Sequence[int]) -> Vector:
 
 
 def show_lookahead(trace: Trace, knobs: Namespace) -> None:
-    """The passes that lookahead takes, and its first window."""
+    """Show the passes that lookahead takes."""
     lab = knobs.lab
     n = min(knobs.max_new_tokens, 2 * COMPARED_TOKENS)  # its pool has to fill first
     lookahead = measure_way(lab, "lookahead", lab.prompts[:COMPARED_TEXTS // 2], n, 0)
@@ -2113,7 +2117,7 @@ ANIMALS: Grammar = {
 
 def force_texts(lab: DecodingLab, prompt: list[int], n: int, n_drawn: int) -> list[str]:
     """Return what greedy and n_drawn samples write in the shape of STORY, if it ends in time."""
-    forced = constrain(CachedModel(lab.target), lab.tokenizer.vocab, STORY, len(prompt), lab.eos)
+    forced = constrain(lab.reader, lab.tokenizer.vocab, STORY, len(prompt), lab.eos)
     rng = random.Random(lab.seed)
     texts = [greedy(forced, prompt, n, eos=lab.eos)]
     texts += [sample(forced, prompt, n, rng=rng, eos=lab.eos) for _ in range(n_drawn)]
@@ -2139,15 +2143,14 @@ class Distortion(NamedTuple):
 
 def measure_distortion(lab: DecodingLab, prompt: list[int], grammar: Grammar) -> Distortion:
     """Enumerate every way to write the grammar's texts, under the mask and under the model."""
-    target = CachedModel(lab.target)
-    forced = constrain(target, lab.tokenizer.vocab, grammar, len(prompt), lab.eos)
+    forced = constrain(lab.reader, lab.tokenizer.vocab, grammar, len(prompt), lab.eos)
     by_tokens = every_outcome(lambda rng: tuple(sample(forced, prompt, 64, rng=rng, eos=lab.eos)))
     local: Counter[str] = Counter()
     free: Counter[str] = Counter()
     for tokens, p in by_tokens.items():
         written = lab.tokenizer.decode(tokens[:-1]).strip()
         local[written] += p
-        free[written] += math.exp(log_probability(target, prompt, tokens))
+        free[written] += math.exp(log_probability(lab.reader, prompt, tokens))
     fits = sum(free.values())
     rows = [ShapeRow(text, local[text], free[text] / fits) for text in sorted(local)]
     moved = sum(abs(row.local - row.given) for row in rows) / 2
@@ -2155,7 +2158,7 @@ def measure_distortion(lab: DecodingLab, prompt: list[int], grammar: Grammar) ->
 
 
 def show_constrained(trace: Trace, knobs: Namespace) -> None:
-    """Forced texts, and the distribution of local masking against the true conditional one."""
+    """Show forced texts, and what local masking does to their probabilities."""
     lab = knobs.lab
     texts = force_texts(lab, knobs.tokens, 60, 4)
     trace.say("Text can be forced into a shape: every token that the shape does not allow gets "
@@ -2497,7 +2500,8 @@ VOCAB_SIZE = 160      # every word of the rhyme is one token then
 TARGET = {"dim": 20, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 24}
 DRAFT = {"dim": 12, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 16}
 STEP_TOKENS = 32      # read in each step of training
-LEARNING_RATE = 0.04
+LEARNING_RATE = 0.04  # of the target
+DRAFT_RATE = 0.055    # of everything that guesses, which is trained for fewer steps
 WHO = ("man", "priest", "cock", "farmer", "cow", "maiden")
 
 
@@ -2513,27 +2517,33 @@ class DecodingLab:
     def __init__(self, seed: int, steps: int):
         self.seed = seed
         self.steps = steps
-        self.draft_steps = max(1, steps * 3 // 4)  # the same for everything that drafts
+        self.draft_steps = max(1, steps * 5 // 8)  # the same for everything that drafts
         self.tokenizer = Tokenizer.train(TEXT, VOCAB_SIZE)
         self.ids = self.tokenizer.encode(TEXT)
         self.eos = self.tokenizer.vocab.index("\n")
         self.prompts = [self.tokenizer.encode("This is the " + name) for name in WHO]
+        self.own: dict[tuple, bool] = {}  # (prompt, text): is it the target's own?
 
-    def trained(self, sizes: dict[str, int], steps: int) -> Llama:
+    def trained(self, sizes: dict[str, int], steps: int, rate: float) -> Llama:
         """Return a Llama of these sizes that has read the rhyme for so many steps."""
         model, _ = train(Config(VOCAB_SIZE, **sizes), self.ids, random.Random(self.seed), steps,
-                         STEP_TOKENS, LEARNING_RATE)
+                         STEP_TOKENS, rate)
         return model
 
     @cached_property
     def target(self) -> Llama:
         """The model whose text is wanted."""
-        return self.trained(TARGET, self.steps)
+        return self.trained(TARGET, self.steps, LEARNING_RATE)
+
+    @cached_property
+    def reader(self) -> CachedModel:
+        """The target with a cache that sections share: what one has read, others need not read."""
+        return CachedModel(self.target)
 
     @cached_property
     def draft(self) -> Llama:
         """The smaller model."""
-        return self.trained(DRAFT, self.draft_steps)
+        return self.trained(DRAFT, self.draft_steps, DRAFT_RATE)
 
     @cached_property
     def medusa(self) -> list[Head]:
@@ -2544,6 +2554,13 @@ class DecodingLab:
     def eagle(self) -> Head:
         """EAGLE's head on the target."""
         return train_head(self.target, self.ids, 2, self.draft_steps, sees_next=True)
+
+    def is_own(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
+        """Return is_greedy() for the target. A text that several ways wrote is read once."""
+        text = (tuple(prompt), tuple(tokens))
+        if text not in self.own:
+            self.own[text] = is_greedy(self.target, prompt, tokens)
+        return self.own[text]
 
     def cost(self, way: str) -> float:
         """Return what a guess costs, in passes of the target: weights read, as a share of its."""
@@ -2955,7 +2972,7 @@ def train_head(
         x = h
         if sees_next:
             x = concat(h, [embeddings[token] for token in ids[start + 1:start + 1 + len(h)]])
-        adam.step(head_gradients(head, h, x, targets), LEARNING_RATE * (1 - step / steps))
+        adam.step(head_gradients(head, h, x, targets), DRAFT_RATE * (1 - step / steps))
     return head
 
 

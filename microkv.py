@@ -104,8 +104,8 @@ BLOCK_SIZE = 4               # tokens a block holds (vLLM: 16)
 MAX_NUM_SEQS = 4             # requests that may run at the same time
 MAX_NUM_BATCHED_TOKENS = 38  # budget of a step where prompts are cut up: the free tokens
 VOCAB_SIZE = 160             # every word of TEXT is then one token
-SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32)
-TRAINING = dict(steps=54, length=26)  # length: tokens per step
+SIZES = dict(dim=24, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=24)
+TRAINING = dict(steps=50, length=24, learning_rate=0.03)  # length: tokens per step
 
 
 # =============================================================================================
@@ -445,7 +445,7 @@ class PagedKVCache:
             raise ValueError(f"{n_new} tokens need {self.blocks_needed(n_new)} more blocks, and "
                              f"{self.pool.num_free_blocks} are free; make num_blocks larger")
         if n_new > 0 and self.writes_to_shared_block():
-            self.copy_last_block()
+            copy_last_block(self)  # section 4
         while len(self.block_table) * self.pool.block_size < self.length + n_new:
             self.block_table.append(self.pool.allocate())
 
@@ -480,30 +480,6 @@ class PagedKVCache:
         self.hashes = []
         self.length = 0
 
-    # The methods of section 4: read its text first
-
-    def fork(self) -> PagedKVCache:
-        """Return a second cache with the same content in the same blocks. Nothing is copied."""
-        twin = PagedKVCache(self.pool, self.config)
-        twin.length = self.length
-        n_blocks = ceil_div(self.length, self.pool.block_size)  # no block that is only reserved
-        twin.block_table = self.block_table[:n_blocks]
-        twin.hashes = list(self.hashes)
-        for block in twin.block_table:
-            self.pool.share(block)
-        return twin
-
-    def copy_last_block(self) -> None:
-        """Replace the block that is written next, in this table, by a copy of its filled slots."""
-        size = self.pool.block_size
-        last, filled = divmod(self.length, size)
-        shared = self.block_table[last]
-        own = self.pool.allocate()
-        for i in range(filled):
-            self.pool.slots[own * size + i] = dict(self.pool.slots[shared * size + i])
-        self.block_table[last] = own
-        self.pool.free(shared)
-
 
 # 4. Sharing: reference counts and copy on write
 #
@@ -522,8 +498,34 @@ class PagedKVCache:
 # that find the prompt's full blocks by prefix caching (section 5), and computes the half-full block
 # again for each answer. Copy on write was in vLLM's first engine, and in the paper.
 #
-# The code is above: PagedKVCache.fork, copy_last_block, reserve, and BlockPool.share and free.
+# BlockPool.share and free, above, count the references. PagedKVCache.reserve makes the copy.
+#
 # Measured by show_sharing().
+
+
+def fork(cache: PagedKVCache) -> PagedKVCache:
+    """Return a second cache with the same content in the same blocks. Nothing is copied."""
+    twin = PagedKVCache(cache.pool, cache.config)
+    twin.length = cache.length
+    n_blocks = ceil_div(cache.length, cache.pool.block_size)  # no block that is only reserved
+    twin.block_table = cache.block_table[:n_blocks]
+    twin.hashes = list(cache.hashes)
+    for block in twin.block_table:
+        cache.pool.share(block)
+    return twin
+
+
+def copy_last_block(cache: PagedKVCache) -> None:
+    """Replace the block that is written next, in this table, by a copy of its filled slots."""
+    pool = cache.pool
+    last, filled = divmod(cache.length, pool.block_size)
+    shared = cache.block_table[last]
+    own = pool.allocate()
+    for i in range(filled):
+        copied = pool.slots[shared * pool.block_size + i]
+        pool.slots[own * pool.block_size + i] = dict(copied)
+    cache.block_table[last] = own
+    pool.free(shared)
 
 
 # 5. Prefix caching
@@ -774,11 +776,13 @@ class Engine:
         budget = self.max_num_batched_tokens
         work = []
         for state in list(self.running):
-            # The others lack one token each; only the youngest can be inside its prompt, since a
-            # prompt that is cut up takes all of the budget. So something is left for each: n > 0.
+            # A request that is being answered lacks one token. Only the youngest can lack more: a
+            # prompt that is cut up takes all of the budget, so nobody comes in behind it. The
+            # youngest is the last of this loop, so the budget has a token left for each: n > 0.
             n = min(len(state.tokens) - state.cache.length, budget)
+            # Without enough blocks, the youngest request loses its own. It may be `state` itself.
+            # If not, its turn in this loop would be later, so nothing in work is its own.
             while state in self.running and not state.cache.fits(n):
-                # The youngest comes last in the loop, so it is not in work yet. It may be `state`.
                 self.preempt(self.running[-1])
             if state in self.running:
                 state.cache.reserve(n)
@@ -1263,7 +1267,7 @@ class CacheStep(NamedTuple):
 
 
 def show_cache(trace, knobs) -> None:
-    """The same text generated twice, and the multiplications of every step."""
+    """Show a text generated twice, and the multiplications of every step."""
     lab = knobs.lab
     n_prompt = len(knobs.prompt_ids)
     n_new = knobs.max_new_tokens
@@ -1317,7 +1321,7 @@ def price_phase(phase: str, requests: int, tokens_each: int, cached_each: int) -
 
 
 def show_intensity(trace, knobs) -> None:
-    """A prefill and decode steps for batches of all sizes, of a real model on a real card."""
+    """Show the times of a prefill and of decode steps, of a real model on a real card."""
     prefill = price_phase("prefill", 1, 1024, 1024)
     decode = [price_phase("decode", batch, 1, 1024) for batch in (1, 8, 32, 128)]
     longer = decode[-1].reading / decode[0].reading
@@ -1407,7 +1411,7 @@ def print_tables(trace, caches: Sequence[PagedKVCache]) -> None:
 
 
 def show_paging(trace, knobs) -> None:
-    """Draw two requests that grow in one pool, and say where one of their tokens is."""
+    """Show two requests that grow in one pool, and where one of their tokens is."""
     model = knobs.lab.model
     size = knobs.block_size
     prompts = [knobs.prompt_ids, knobs.lab.tokenizer.encode("This is the man all tattered and "
@@ -1449,11 +1453,11 @@ def fork_prompt(
     logits = model.forward(prompt, first)[-1]
     likeliest = sorted(range(len(logits)), key=lambda token: -logits[token])[:4]
     texts = [[*prompt, token] for token in likeliest]
-    return texts, [first, first.fork(), first.fork(), first.fork()]
+    return texts, [first, fork(first), fork(first), fork(first)]
 
 
 def show_sharing(trace, knobs) -> None:
-    """Four continuations of one prompt: blocks with and without sharing."""
+    """Show the blocks of four answers to one prompt, with sharing and without."""
     model = knobs.lab.model
     size = knobs.block_size
     prompt = knobs.lab.text_ids[:22]
@@ -1534,7 +1538,7 @@ def conversation(tokenizer: Tokenizer) -> list[Request]:
 
 
 def show_prefix_caching(trace, knobs) -> None:
-    """A conversation that grows by a verse per turn, and a stranger."""
+    """Show what a conversation that grows by a verse per turn finds in the pool."""
     size = knobs.block_size
     requests = conversation(knobs.lab.tokenizer)
     needed = sum(slots_needed(requests))
@@ -1609,7 +1613,7 @@ def timeline(report: Report, width: int = 66) -> list[str]:
 
 
 def show_continuous(trace, knobs) -> None:
-    """The same requests in static batches, and continuously."""
+    """Show the same requests in static batches and in continuous ones."""
     requests = knobs.requests
     places = knobs.max_num_seqs
     static = serve_plenty(knobs.lab.model, requests, "static", max_num_seqs=places)
@@ -1687,7 +1691,7 @@ def clock_line(report: Report, width: int = 67) -> list[str]:
 
 
 def show_chunked(trace, knobs) -> None:
-    """Three requests are being answered when a long prompt comes in."""
+    """Show what a long prompt does to three requests that are being answered."""
     requests = long_prompt_requests(knobs.lab.tokenizer)
     budget = max(knobs.max_num_batched_tokens, len(requests))
     whole = serve_plenty(knobs.lab.model, requests)
@@ -1716,7 +1720,7 @@ def show_chunked(trace, knobs) -> None:
 
 
 def show_budgets(trace, requests: Sequence[Request], budget: int, whole: BudgetRow) -> None:
-    """The same requests with other budgets, and the rule for a good one."""
+    """Show the same requests with other budgets, and the rule for a good one."""
     free = priced_free_tokens()
     rows = []
     for n in sorted({8, free, 96, budget}):
@@ -1778,7 +1782,7 @@ def waste_of_two_requests() -> Waste:
 
 
 def show_waste(trace, knobs) -> None:
-    """The waste of a piece for each request and of blocks, and the price of paging."""
+    """Show the waste of one piece per request and of blocks, and the price of paging."""
     requests = [request._replace(arrival=0.0) for request in knobs.requests] * 2
     needed = slots_needed(requests)
     rows = [memory_row(requests, 128, size) for size in sorted({64, 16, 4, knobs.block_size})]
@@ -1843,7 +1847,7 @@ def youngest_lost(report: Report) -> bool:
 
 
 def show_preemption(trace, knobs) -> None:
-    """The requests of section 6 in a small pool, with both ways of coming back."""
+    """Show the requests of section 6 in a small pool, with both ways of coming back."""
     requests = knobs.requests
     needed = sum(slots_needed(requests))
     blocks = [blocks_for(request, knobs.block_size) for request in requests]
@@ -1908,7 +1912,7 @@ def price_come_back(tokens: int, decoding: int) -> tuple[float, float]:
 
 
 def show_come_back(trace) -> None:
-    """What recomputing and swapping cost, and where they cross."""
+    """Show what recomputing and swapping cost, and where they cross."""
     costs = {tokens: price_come_back(tokens, 3) for tokens in range(1, 129)}
     free = max(tokens for tokens, (recompute, _) in costs.items() if recompute == 0)
     crossing = min(tokens for tokens, (recompute, swap) in costs.items() if swap < recompute)
@@ -1967,7 +1971,7 @@ def waits_after_crossing(report: Report, seconds_per_token: float) -> list[float
 
 
 def show_split(trace, knobs) -> None:
-    """The same requests on one card, on two alike, and on one for prefill and one for decode."""
+    """Show the same requests on one card, on two alike, and on two with a phase each."""
     requests = long_prompt_requests(knobs.lab.tokenizer)
     prompt_tokens = sum(len(request.prompt) for request in requests)
     ways = [("chunked", 1), ("continuous", 2), ("chunked", 2), *((link, 2) for link in LINKS)]
@@ -2037,7 +2041,7 @@ def goodput(rows: Sequence[Latency]) -> int:
 
 
 def show_load(trace, knobs) -> None:
-    """First token and gaps under growing load, in four ways."""
+    """Show first tokens and gaps under growing load, in four ways."""
     curves = {}
     for way in ("static", "continuous", "chunked", "split"):
         curves[way] = measure_load(way, (5, 10, 20, 40, 80), 80, knobs.seed)
@@ -2121,7 +2125,7 @@ def shuffled_verses(n: int, rng: random.Random) -> list[str]:
 
 
 def show_small_cache(trace, knobs) -> None:
-    """How far a cache in FP8 moves the logits."""
+    """Show how far a cache in FP8 moves the logits."""
     model = knobs.lab.model
     verses = shuffled_verses(3, random.Random(knobs.seed))
     texts = [knobs.lab.tokenizer.encode(verse) for verse in verses]
@@ -3211,7 +3215,7 @@ SECTIONS = [
             [step_seconds, batch_at_ridge, kv_bytes_per_token]),
     Section("Paged attention", show_paging, [BlockPool, PagedKVCache]),
     Section("Sharing: reference counts and copy on write", show_sharing,
-            [PagedKVCache, BlockPool]),
+            [fork, copy_last_block, BlockPool]),
     Section("Prefix caching", show_prefix_caching,
             [hash_block, register_blocks, adopt_prefix, CachingEngine]),
     Section("Continuous batching", show_continuous, [serve, Engine]),

@@ -233,10 +233,13 @@ def test_the_model_reads_through_the_table(move, fix_table):
     a = cache.block_table[0]
     b = other.block_table[0]
     for i in range(2):
-        pool.slots[2 * a + i], pool.slots[2 * b + i] = pool.slots[2 * b + i], pool.slots[2 * a + i]
+        content = pool.slots[2 * a + i]
+        pool.slots[2 * a + i] = pool.slots[2 * b + i]
+        pool.slots[2 * b + i] = content
     if fix_table:
         cache.block_table[0] = b
-    gap = max(abs(x - y) for x, y in zip(model.forward([7], cache)[0], expected))
+    [logits] = model.forward([7], cache)
+    gap = np.abs(np.subtract(logits, expected)).max()
     assert gap < 1e-12 if fix_table else gap > 1e-3
 
 
@@ -306,7 +309,7 @@ def test_fork_and_copy_on_write_disturb_nobody(n, block_size):
     caches = [m.PagedKVCache(pool, model.config)]
     model.forward(prompt, caches[0])
     for _ in range(3):
-        caches.append(caches[0].fork())
+        caches.append(m.fork(caches[0]))
     plain = [m.KVCache(model.config) for _ in caches]
     for cache in plain:
         model.forward(prompt, cache)
@@ -330,7 +333,7 @@ def test_a_copy_on_write_shares_nothing_with_what_it_was_copied_from():
     pool = m.BlockPool(8, 4)
     a = m.PagedKVCache(pool, model.config)
     model.forward([1, 2], a)
-    b = a.fork()
+    b = m.fork(a)
     assert b.blocks_needed(0) == 0
     assert b.blocks_needed(1) == 1
     b.reserve(0)
@@ -352,7 +355,7 @@ def test_a_fork_shares_no_block_that_was_only_reserved():
     a = m.PagedKVCache(pool, model.config)
     a.reserve(6)
     model.forward([1, 2, 3], a)
-    b = a.fork()
+    b = m.fork(a)
     assert pool.ref_count[:3] == [2, 2, 1]
     model.forward([4, 5, 6], a)
     model.forward([7, 8, 9], b)
@@ -368,7 +371,7 @@ def test_a_fork_knows_its_hashes_and_keeps_them_to_itself():
     a = m.PagedKVCache(pool, model.config)
     model.forward([1, 2, 3], a)
     m.register_blocks(a, [1, 2, 3])
-    b = a.fork()
+    b = m.fork(a)
     model.forward([4], b)
     m.register_blocks(b, [1, 2, 3, 4])
     assert a.hashes == m.block_hashes([1, 2], 2)
@@ -446,7 +449,12 @@ def test_the_last_token_is_never_adopted():
     model.forward([1, 2, 3, 4], cache)
     m.register_blocks(cache, [1, 2, 3, 4])
     table = list(cache.block_table)
-    for tokens, expected in (([1, 2, 3, 4, 5], table), ([1, 2, 3, 4], table[:1]), ([1, 3], [])):
+    cases = [  # a prompt, and the blocks that it finds
+        ([1, 2, 3, 4, 5], table),
+        ([1, 2, 3, 4], table[:1]),
+        ([1, 3], []),
+    ]
+    for tokens, expected in cases:
         other = m.PagedKVCache(pool, model.config)
         assert m.adopt_prefix(other, tokens) == 2 * len(expected)
         assert other.block_table == expected
@@ -625,13 +633,18 @@ def run_steps(requests, **settings):
     return m.serve(m.StandIn(), requests, **(defaults | settings))
 
 
+def request_of(prompt_length, max_new_tokens, arrival=0.0):
+    """Return a request whose prompt has so many tokens; which tokens does not matter."""
+    return m.Request((1,) * prompt_length, max_new_tokens, arrival)
+
+
 def members(report):
     """Return who was in each step."""
     return [sorted(step.tokens) for step in report.steps]
 
 
 def test_static_batches_start_and_end_together():
-    requests = [m.Request((1,), n) for n in (2, 5, 3, 4)]
+    requests = [request_of(1, n) for n in (2, 5, 3, 4)]
     report = run_steps(requests, policy="static")
     assert members(report) == [[0, 1]] * 2 + [[1]] * 3 + [[2, 3]] * 3 + [[3]]
     assert [step.waiting for step in report.steps] == [2] * 5 + [0] * 4
@@ -640,23 +653,23 @@ def test_static_batches_start_and_end_together():
 
 
 def test_static_batches_are_closed_and_the_clock_waits_only_for_work():
-    report = run_steps([m.Request((1,), 5), m.Request((1,), 2, 1e-9)], policy="static")
+    report = run_steps([request_of(1, 5), request_of(1, 2, 1e-9)], policy="static")
     assert members(report) == [[0]] * 5 + [[1]] * 2
-    report = run_steps([m.Request((1,), 5), m.Request((2,), 1, 1.0)])
+    report = run_steps([request_of(1, 5), request_of(1, 1, 1.0)])
     first, second = times_of(report)
     assert first[-1] < 1 < second[0]
 
 
 def test_nobody_overtakes():
     """A long prompt at the head of the queue is not passed by a short one behind it."""
-    requests = [m.Request((1,) * 8, 4), m.Request((2,) * 8, 2), m.Request((3,), 1)]
+    requests = [request_of(8, 4), request_of(8, 2), request_of(1, 1)]
     times = times_of(run_steps(requests, num_blocks=8, max_num_seqs=3))
     assert times[2][0] >= times[1][0]
 
 
 def test_the_step_of_the_comment_of_section_6():
     """One block is free: A takes it, B needs none, C waits."""
-    requests = [m.Request((1,) * 8, 4), m.Request((2,) * 5, 2), m.Request((3,) * 6, 1, 1e-9)]
+    requests = [request_of(8, 4), request_of(5, 2), request_of(6, 1, 1e-9)]
     report = run_steps(requests, num_blocks=5, block_size=4, max_num_seqs=3)
     assert report.steps[0].cached == {0: 8, 1: 5}
     assert report.steps[1].tokens == {0: 1, 1: 1}
@@ -665,7 +678,7 @@ def test_the_step_of_the_comment_of_section_6():
 
 def test_the_preemption_of_the_comment_of_section_6():
     """No block is free: B gives back its two, A takes one, and one is too few for B or for C."""
-    requests = [m.Request((1,) * 8, 4), m.Request((2,) * 5, 2), m.Request((3,) * 6, 1, 1e-9)]
+    requests = [request_of(8, 4), request_of(5, 2), request_of(6, 1, 1e-9)]
     report = run_steps(requests, num_blocks=4, block_size=4, max_num_seqs=3)
     assert report.steps[0].cached == {0: 8, 1: 5}
     assert report.preempted == [(1, 1)]
@@ -686,7 +699,7 @@ def test_prefix_caching_in_the_engine():
 
 
 def test_the_clock_is_the_cost_model():
-    report = run_steps([m.Request((1,) * 10, 3, 5.0)])
+    report = run_steps([request_of(10, 3, 5.0)])
 
     def seconds(new, cached):
         return m.step_seconds(m.PRICED_GPU, m.PRICED_MODEL, new, cached, 0.5).seconds
@@ -698,7 +711,7 @@ def test_the_clock_is_the_cost_model():
 
 
 def test_a_scheduler_that_is_stuck_is_noticed(monkeypatch):
-    engine = m.Engine(m.StandIn(), [m.Request((1,), 2)], num_blocks=9, block_size=2, max_num_seqs=1,
+    engine = m.Engine(m.StandIn(), [request_of(1, 2)], num_blocks=9, block_size=2, max_num_seqs=1,
                       max_num_batched_tokens=64)
     engine.step()
     monkeypatch.setattr(engine, "schedule", lambda: [])
@@ -708,7 +721,7 @@ def test_a_scheduler_that_is_stuck_is_noticed(monkeypatch):
 
 
 def test_more_seats_than_budget_is_fine_where_prompts_are_whole():
-    report = run_steps([m.Request((1,), 3)], max_num_seqs=20, max_num_batched_tokens=10)
+    report = run_steps([request_of(1, 3)], max_num_seqs=20, max_num_batched_tokens=10)
     assert len(report.steps) == 3
 
 
@@ -721,21 +734,21 @@ def test_more_seats_than_budget_is_fine_where_prompts_are_whole():
     ({"block_size": 0}, "block_size"),
 ])
 def test_settings_that_cannot_work_are_refused(change, word):
-    requests = [m.Request((1, 2, 3), 7), m.Request((1,), 1)]
+    requests = [request_of(3, 7), request_of(1, 1)]
     settings = {"num_blocks": 5, "block_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 9}
     m.serve(m.StandIn(), requests, **settings)
     with pytest.raises(ValueError, match=word):
         m.serve(m.StandIn(), requests, **(settings | change))
 
 
-@pytest.mark.parametrize("request_", [m.Request((), 3), m.Request((1,), 0)])
+@pytest.mark.parametrize("request_", [request_of(0, 3), request_of(1, 0)])
 def test_empty_requests_are_refused(request_):
     with pytest.raises(ValueError, match="request 0 must have"):
         run_steps([request_])
 
 
 def test_gaps_and_first_tokens_by_hand():
-    report = run_steps([m.Request((1,), 3), m.Request((1,), 1, 0.5)])
+    report = run_steps([request_of(1, 3), request_of(1, 1, 0.5)])
     step = (report.steps[0].end - report.steps[0].start) * 1e3
     gaps = m.token_gaps(report.states)
     assert gaps == pytest.approx([step, step], rel=1e-3)
@@ -745,7 +758,7 @@ def test_gaps_and_first_tokens_by_hand():
 
 
 def test_the_timeline_by_hand():
-    requests = [m.Request((1, 2, 3), 4), m.Request((4, 5, 6), 4), m.Request((7,), 2)]
+    requests = [request_of(3, 4), request_of(3, 4), request_of(1, 2)]
     report = run_steps(requests, num_blocks=4)
     assert [line[10:].rstrip() for line in m.timeline(report)] == [
         "█▒▒▒",
@@ -784,7 +797,7 @@ def test_chunked_prefill_keeps_the_budget_and_decodes_first():
 
 
 def test_the_chunks_of_the_comment_of_section_7():
-    requests = [m.Request((1,), 9)] * 3 + [m.Request((2,) * 100, 2, 1e-9)]
+    requests = [request_of(1, 9)] * 3 + [request_of(100, 2, 1e-9)]
     report = run_steps(requests, policy="chunked", num_blocks=60, max_num_seqs=4,
                        max_num_batched_tokens=38)
     assert [sum(step.tokens.values()) for step in report.steps[:5]] == [3, 38, 38, 33, 4]
@@ -806,7 +819,7 @@ def test_chunks_close_the_gap_that_a_long_prompt_tears():
 
 
 def test_clock_line_by_hand():
-    report = run_steps([m.Request((1,), 2), m.Request((1,), 1, 0.0025)])
+    report = run_steps([request_of(1, 2), request_of(1, 1, 0.0025)])
     ms = report.steps[0].end * 1e3
     assert 1.5 < ms < 2
     first, second = [line[11:] for line in m.clock_line(report)]
@@ -820,7 +833,7 @@ def test_clock_line_by_hand():
 
 def test_slot_waste_by_hand():
     """Two requests in a pool of 2 blocks of 2, one at a time; the last token is never stored."""
-    requests = [m.Request((1,), 3), m.Request((1, 2, 3), 2)]
+    requests = [request_of(1, 3), request_of(3, 2)]
     report = run_steps(requests, num_blocks=2)
     # While the second waits, the first has 1 token in a block, 2 in one, 3 in two.
     assert m.slot_waste(report, 4, 2) == m.Waste(used=6, reserved=1, internal=1, free=4)
@@ -828,11 +841,19 @@ def test_slot_waste_by_hand():
 
 def test_the_request_of_the_comment_of_section_8():
     """3 tokens now, 5 at its end: in a piece of 8, and in blocks of 2."""
-    requests = [m.Request((1, 2, 3), 3), m.Request((1,) * 5, 1)]
-    for block_size, first in ((8, m.Waste(3, 2, 3, 0)), (2, m.Waste(3, 1, 0, 4))):
+    requests = [request_of(3, 3), request_of(5, 1)]
+    in_pieces = m.Waste(used=3, reserved=2, internal=3, free=0)
+    in_blocks = m.Waste(used=3, reserved=1, internal=0, free=4)
+    for block_size, first in ((8, in_pieces), (2, in_blocks)):
         report = run_steps(requests, num_blocks=8 // block_size, block_size=block_size)
         report.steps = report.steps[:1]
         assert m.slot_waste(report, 8, block_size) == first
+
+
+def requests_at_once(seed):
+    """Return the 18 requests of the trace, all of which come at time 0."""
+    requests = m.make_requests(TOKENIZER, random.Random(seed))
+    return [request._replace(arrival=0.0) for request in requests] * 2
 
 
 def unused_in_pieces(requests, n_pieces, piece):
@@ -857,7 +878,7 @@ def unused_in_pieces(requests, n_pieces, piece):
 @pytest.mark.parametrize("block_size", [1, 3, 4, 7, 16, 64])
 def test_the_shares_of_memory_by_another_count(block_size):
     """All come at time 0. The shares are all of the memory, whether blocks divide it or not."""
-    requests = [r._replace(arrival=0.0) for r in m.make_requests(TOKENIZER, random.Random(1))] * 2
+    requests = requests_at_once(1)
     row = m.memory_row(requests, 128, block_size)
     assert sum(row[1:5]) == pytest.approx(1, abs=1e-9)
     report = m.serve(m.StandIn(), requests, num_blocks=128 // block_size, block_size=block_size,
@@ -869,7 +890,7 @@ def test_the_shares_of_memory_by_another_count(block_size):
 
 
 def test_the_default_row():
-    requests = [r._replace(arrival=0.0) for r in m.make_requests(TOKENIZER, random.Random(0))] * 2
+    requests = requests_at_once(0)
     row = m.memory_row(requests, 128, 4)
     shares = [row.used, row.reserved, row.internal, row.free]
     assert [round(100 * share) for share in shares] == [88, 9, 1, 3]
@@ -882,8 +903,7 @@ def test_the_default_row():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_paging_uses_more_of_the_memory(seed):
-    requests = m.make_requests(TOKENIZER, random.Random(seed))
-    requests = [r._replace(arrival=0.0) for r in requests] * 2
+    requests = requests_at_once(seed)
     rows = [m.memory_row(requests, 128, block_size) for block_size in (1, 4, 16, 64)]
     used = [row.used for row in rows]
     steps = [row.steps for row in rows]
@@ -970,7 +990,7 @@ def test_recomputing_and_swapping_cross_once_where_tokens_are_not_free(decoding)
 
 def test_a_request_that_comes_back_runs_its_newest_token_too():
     """The table's price is that of the engine's step: 8 tokens were cached, 9 are run."""
-    requests = [m.Request((1,) * 4, 9), m.Request((1,) * 4, 9)]
+    requests = [request_of(4, 9), request_of(4, 9)]
     report = run_steps(requests, num_blocks=5, block_size=4)
     i, number = report.preempted[0]
     cached = report.steps[i - 1].cached[number]
@@ -1044,7 +1064,7 @@ def test_the_split_has_the_first_token_of_whole_prompts_and_the_gaps_of_chunks()
 
 def test_latency_by_hand():
     """Two cards, a request for each: all first tokens after one step, all gaps a step long."""
-    requests = [m.Request((1,), 3), m.Request((1,), 3)]
+    requests = [request_of(1, 3), request_of(1, 3)]
     row = m.measure_latency(m.StandIn(), requests, "continuous", 2, 7)
     step = m.priced_step(1, 1).seconds * 1e3
     assert row[:3] == (2, "continuous", 7)
@@ -1053,9 +1073,10 @@ def test_latency_by_hand():
 
 def test_the_longest_waits_are_what_is_shown():
     """Of 10 requests, 9 have their first token sooner than the one that is shown."""
-    requests = [m.Request((1,) * (10 * (i + 1)), 2, float(i)) for i in range(10)]
+    lengths = range(10, 110, 10)
+    requests = [request_of(n, 2, arrival=float(n)) for n in lengths]  # each is alone
     row = m.measure_latency(m.StandIn(), requests, "continuous", 1)
-    waits = sorted(m.priced_step(10 * (i + 1), 10 * (i + 1)).seconds * 1e3 for i in range(10))
+    waits = sorted(m.priced_step(n, n).seconds * 1e3 for n in lengths)
     assert row.first_token == pytest.approx(waits[9], rel=1e-9)
     assert row.later_gap == 0.0  # there is none
 
@@ -1071,8 +1092,12 @@ def test_poisson_requests():
 
 
 def test_goodput_by_hand():
-    rows = [m.Latency(2, "x", rate, first, 0.0, gap)
-            for rate, first, gap in ((1, 40.0, 4.0), (2, 60.0, 5.0), (3, 61.0, 4.0), (4, 9.0, 6.0))]
+    rows = [
+        m.Latency(2, "x", rate=1, first_token=40.0, second_gap=0.0, later_gap=4.0),
+        m.Latency(2, "x", rate=2, first_token=60.0, second_gap=0.0, later_gap=5.0),  # just kept
+        m.Latency(2, "x", rate=3, first_token=61.0, second_gap=0.0, later_gap=4.0),
+        m.Latency(2, "x", rate=4, first_token=9.0, second_gap=0.0, later_gap=6.0),
+    ]
     assert m.goodput(rows) == 2
     assert m.goodput(rows[2:]) == 0
 
@@ -1115,8 +1140,8 @@ def test_nearest_e4m3_finds_the_nearest():
     values = e4m3_values()
     assert values.max() == 448
     rng = np.random.default_rng(0)
-    inputs = [*rng.normal(size=300), *rng.normal(size=300) * 1e-3, *rng.normal(size=300) * 200]
-    for x in inputs:
+    sizes = np.repeat([1, 1e-3, 200], 300)
+    for x in rng.normal(size=900) * sizes:
         nearest = np.abs(values - x).min()
         assert abs(m.nearest_e4m3(x) - x) == pytest.approx(nearest, abs=1e-15)
         assert m.nearest_e4m3(x) in values
@@ -1233,7 +1258,7 @@ def test_gradients_are_finite_differences_for_every_weight(config):
         rows = m.as_rows(w)
         slopes = m.as_rows(gradients[name])
         assert np.shape(slopes) == np.shape(rows)
-        places = [(i, j) for i in range(len(rows)) for j in range(len(rows[0]))]
+        places = list(np.ndindex(np.shape(rows)))
         for i, j in rng.sample(places, min(3, len(places))):
             kept = rows[i][j]
             losses = []
@@ -1260,7 +1285,9 @@ def test_adam_is_adam():
     adam = m.Adam(w, beta1=0.8, beta2=0.9)
     for t in range(1, 6):
         gradient = np.array([0.3 * t, -0.2, 2.0 / t])
-        adam.step({"a": [gradient[:2].tolist()], "g": gradient[2:].tolist()}, 0.1)
+        d_a = [gradient[:2].tolist()]
+        d_g = gradient[2:].tolist()
+        adam.step({"a": d_a, "g": d_g}, 0.1)
         first = 0.8 * first + 0.2 * gradient
         second = 0.9 * second + 0.1 * gradient ** 2
         mean = first / (1 - 0.8 ** t)
@@ -1283,7 +1310,8 @@ def test_training_reads_the_text_in_order_and_starts_again():
     ids = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
     model, losses = m.train(config, ids, random.Random(0), steps=5, length=5, learning_rate=0.0)
     assert model.weights == m.init_weights(config, random.Random(0))
-    for loss, start in zip(losses, (0, 5, 10 - 7, 15 - 14, 20 - 14), strict=True):
+    starts = [0, 5, 10 - 7, 15 - 14, 20 - 14]  # 5 further each time, and 7 = 12 - 5 is 0 again
+    for loss, start in zip(losses, starts, strict=True):
         logits = reference_logits(config, model.weights, ids[start:start + 5])
         chosen = logits[range(5), ids[start + 1:start + 6]]
         expected = (np.log(np.exp(logits).sum(axis=1)) - chosen).mean()
@@ -1314,7 +1342,10 @@ def test_weights_begin_at_their_sizes():
 
 
 @pytest.mark.parametrize("sizes", [
-    (0, 8, 1, 2, 1, 4), (5, 6, 1, 2, 1, 4), (5, 8, 1, 2, 3, 4), (5, 8, 0, 2, 1, 4),
+    (0, 8, 1, 2, 1, 4),  # no vocabulary
+    (5, 6, 1, 2, 1, 4),  # heads of 3 channels, which make no pairs
+    (5, 8, 1, 2, 3, 4),  # 2 heads share 3 KV heads
+    (5, 8, 0, 2, 1, 4),  # no layer
 ])
 def test_impossible_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="must be"):

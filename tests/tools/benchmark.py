@@ -1,6 +1,6 @@
 """Measure how near the scripts come to Python's own limit, and print one table.
 
-    python tests/tools/benchmark.py
+    python3 tests/tools/benchmark.py
 
 The limit, called the floor here, is the time of one multiply-add in a long dot(). The last column
 says how many floors each multiply-add takes. Times are of the fastest of some runs, in seconds of

@@ -1,17 +1,17 @@
 """Make an exercise: a copy of a script without its techniques, for the learner to write.
 
-    python tests/tools/exercise.py microflash my/                  without all techniques
-    python tests/tools/exercise.py microflash.flash_attention my/  without this function
-    python tests/tools/exercise.py microkv.BlockPool.allocate my/  without this method
-    python tests/tools/exercise.py --hint microflash my/           with a hint in each body
-    python tests/tools/exercise.py --list microflash               list its techniques
+    python3 tests/tools/exercise.py microflash my/                  without all techniques
+    python3 tests/tools/exercise.py microflash.flash_attention my/  without this function
+    python3 tests/tools/exercise.py microkv.BlockPool.allocate my/  without this method
+    python3 tests/tools/exercise.py --hint microflash my/           with a hint in each body
+    python3 tests/tools/exercise.py --list microflash               list its techniques
 
 The exercise is written to my/microflash.py. Docstrings and prose stay in it, and so does everything
 that is not a technique. If there is a my/microflash.py already, a technique that you name is taken
 out of it, unless you have written it yourself; nothing else in it changes.
 
-`python -m pytest --impl=my` grades the scripts in my/. `python my/microflash.py` prints its trace;
-a section whose technique is not written yet says so.
+`python3 -m pytest --impl=my` grades the scripts in my/. `python3 my/microflash.py` prints its
+trace; a section whose technique is not written yet says so.
 
 --list prints, section by section, each technique with its test, and the section's papers. The test
 is one that fails if the technique is broken (tests/tools/find_tests.py tries it).
@@ -253,11 +253,12 @@ def taken_out(source: str, chosen: list[Technique], hints: bool = False) -> str:
         node = nodes[technique.name]
         where = body_lines(node)
         indent = " " * (node.col_offset + 4)
-        new_lines = [f'{indent}raise NotImplementedError("{technique.name}")\n']
+        line_end = "\r\n" if lines[where.start - 1].endswith("\r\n") else "\n"
+        new_lines = [f'{indent}raise NotImplementedError("{technique.name}"){line_end}']
         if hints:
             clue = hint(technique)
             if clue:
-                new_lines.insert(0, f"{indent}{clue}\n")
+                new_lines.insert(0, f"{indent}{clue}{line_end}")
         lines[where.start - 1:where.stop - 1] = new_lines
     return "".join(lines)
 
@@ -265,6 +266,7 @@ def taken_out(source: str, chosen: list[Technique], hints: bool = False) -> str:
 # -------------------------------------------------------------------- the files of an exercise
 
 TAKEN_OUT = ".exercises"  # the file in a learner's folder that says what was taken out
+MARK = "\ufeff"  # which some editors put at the beginning of a file
 
 
 def taken_out_before(folder: Path) -> list[str]:
@@ -274,10 +276,10 @@ def taken_out_before(folder: Path) -> list[str]:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all, even if the disk is full."""
+    """Write a file as a whole or not at all, even if the disk is full. Its line ends are text's."""
     new = path.with_name(path.name + ".new")
     try:
-        new.write_text(text, encoding="utf-8")
+        new.write_text(text, encoding="utf-8", newline="")
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
@@ -321,15 +323,21 @@ def exercise_in(target: Path, script: str, wanted: str, hints: bool) -> tuple[st
             raise Refusal(f"{target} exists and is left alone; choose another folder, move the "
                           f"file, or name one technique, as in {script}.{chosen[0].name}")
         source = learners_source(target)
-        check_unwritten(source, chosen, target)
-    return taken_out(source, chosen, hints), [technique.name for technique in chosen]
+        check_unwritten(source.removeprefix(MARK), chosen, target)
+    text = taken_out(source.removeprefix(MARK), chosen, hints)
+    if source.startswith(MARK):
+        text = MARK + text
+    return text, [technique.name for technique in chosen]
 
 
 def learners_source(target: Path) -> str:
-    """Return the source of a learner's script. Refusal if it has an error."""
+    """Return the source of a learner's script, with its line ends and the mark at its beginning.
+
+    Refusal if it has an error.
+    """
     try:
-        source = read(target)
-        ast.parse(source)
+        source = target.read_bytes().decode("utf-8")
+        ast.parse(source.removeprefix(MARK))
     except SyntaxError as error:
         raise Refusal(f"{target} line {error.lineno}: {type(error).__name__}: {error.msg}; mend it "
                       "first") from None
@@ -451,22 +459,38 @@ def answer(arguments: argparse.Namespace) -> str:
     text, names = exercise_in(target, script, wanted, arguments.hint)
     write_exercise(target, text, [f"{script}.{name}" for name in names])
     to_write = textwrap.fill(f"{target}: {len(names)} to write: {', '.join(names)}.", 96)
-    return f"{to_write}\n{how_to_grade(arguments.folder)}\n"
+    return f"{to_write}\n{how_to_grade(script, names, arguments.folder)}"
 
 
-def how_to_grade(folder: Path) -> str:
-    """Return a sentence with the command that grades the exercises in a folder."""
-    if Path.cwd() == ROOT:
-        return f"Grade it with: python -m pytest --impl={folder}"
-    absolute = folder.resolve()
-    if absolute.is_relative_to(ROOT):
-        absolute = absolute.relative_to(ROOT)
-    return f"Grade it, in the folder {ROOT}, with: python -m pytest --impl={absolute}"
+def how_to_grade(script: str, names: list[str], folder: Path) -> str:
+    """Return the lines with the commands that grade the techniques of a script in a folder."""
+    where = ""
+    if Path.cwd() != ROOT:
+        where = f", in the folder {ROOT},"
+        folder = folder.resolve()
+        if folder.is_relative_to(ROOT):
+            folder = folder.relative_to(ROOT)
+    command = f"{python_with_pytest()} -m pytest --impl={folder}"
+    lines = f"Grade it{where} with: {command}\n"
+    tests = listed_tests()
+    for name in names:
+        test = tests.get(f"{script}.{name}")
+        if test:
+            return f"{lines}One test of {name} alone is quicker: {command} -k {test}\n"
+    return lines
 
 
-def main() -> int:
+def python_with_pytest() -> str:
+    """Return how to start Python in the environment that the README makes, or else python3."""
+    for path in (Path(".venv/bin/python"), Path(".venv/Scripts/python.exe")):
+        if (ROOT / path).exists():
+            return str(path)
+    return "python3"
+
+
+def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    arguments = make_parser().parse_args()
+    arguments = make_parser().parse_args(argv)
     try:
         text = answer(arguments)
     except Refusal as refusal:

@@ -1,15 +1,15 @@
 """Find for each technique a test that fails if it is broken, and write the list of them.
 
-    python tests/tools/find_tests.py                  all five scripts, in two or three minutes
-    python tests/tools/find_tests.py microflash       one script
-    python tests/tools/find_tests.py --check          say which tests of the list do not fail
+    python3 tests/tools/find_tests.py                  all five scripts, in two or three minutes
+    python3 tests/tools/find_tests.py microflash       one script
+    python3 tests/tools/find_tests.py --check          say which tests of the list do not fail
 
 Each test runs once as it is, to see which techniques it calls. Then it runs with each of these
 broken, one at a time: what the technique returns is changed a little, or it does nothing if it
 returns nothing. A test that passes all the same is not a test of this technique. Of those that
 fail, the list has the one whose name says most of the technique's name; of equals, one that is not
 about a finding, and then the one that calls the fewest techniques. The list is
-tests/tools/tests_of_techniques.txt, and `python tests/tools/exercise.py --list` shows it.
+tests/tools/tests_of_techniques.txt, and `python3 tests/tools/exercise.py --list` shows it.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def check(scripts):
     wrong = [key for key in only if not found.get(key)]
     for script, name in wrong:
         print(f"{script}.{name}: {only[script, name]} does not fail if it is broken; "
-              f"run python tests/tools/find_tests.py {script}")
+              f"run python3 tests/tools/find_tests.py {script}")
     return 1 if wrong else 0
 
 

@@ -1,4 +1,4 @@
-"""The pytest plugin of this project: `python -m pytest --impl=my` grades the scripts in my/.
+"""The pytest plugin of this project: `python3 -m pytest --impl=my` grades the scripts in my/.
 
 The parity tests run on the learner's scripts (tests/tools/exercise.py makes them) instead of the
 originals. What is printed is a grade of each technique that the learner has to write, one a line:
@@ -8,13 +8,15 @@ originals. What is printed is a grade of each technique that the learner has to 
     not yet  not written yet
     no test  written, but no test that ran calls it, such as with -k
 
-The last line says what to mend or to write next, in the order of the file.
+The last line says what to mend or to write next, in the order of the file. Where only some tests
+ran, as with -k, the first line says so: what is done by those may still fail in the others.
 
 A mistake in one technique, or one that is not written yet, makes no other one wrong. For a test
 runs first with all that the learner has written, and with the original's techniques for the rest.
-If it fails, it runs with the original's techniques alone, and each call of one is repeated with the
-learner's on a copy of the arguments. Where both give the same, the learner's is not to blame. Each
-of the others is tried alone: the test runs with it and with the original's for the rest.
+If it fails, or takes long, it runs with the original's techniques alone, and each call of one is
+repeated with the learner's on a copy of the arguments. Where both give the same, the learner's is
+not to blame. Each of the others is tried alone: the test runs with it and with the original's for
+the rest.
 
 Without --impl, two workers of pytest-xdist share the tests, where it is installed.
 
@@ -60,8 +62,9 @@ from tests.tools.importing import compiled, imported, is_property, missing, prob
 MOST_CALLS = 60         # of one technique in one test that are repeated
 LONGEST_REPEATS = 0.2   # seconds that the repeated calls of one technique in one test may take
 MOST_ITEMS = 1000       # of a generator that are compared
-LONGEST_FIRST = 3       # seconds that a test may take with all that the learner has written
-LONGEST = 5             # seconds that a call, or a test with one technique, may take, or ...
+LONGEST_FIRST = 1       # seconds that a test may take with all that the learner has written, or
+                        # else its techniques are tried one by one
+LONGEST = 3             # seconds that a call, or a test with one technique, may take, or ...
 TIMES_AS_LONG = 20      # ... this many times what the original's takes, if that is more
 LONGEST_ORIGINAL = 120  # seconds that a test may take with the original's techniques
 WIDTH = 88              # columns of a line of a counterexample
@@ -97,7 +100,7 @@ def pytest_configure(config):
     scripts = [name for name in NAMES if (folder / f"{name}.py").is_file()]
     if not scripts:
         raise pytest.UsageError(f"--impl={impl}: this is no folder with one of the scripts in it; "
-                                "make one with python tests/tools/exercise.py microattention my")
+                                "make one with python3 tests/tools/exercise.py microattention my")
     if folder == ROOT:
         raise pytest.UsageError(f"--impl={impl}: these are the originals; give the folder of your "
                                 "exercise, as in --impl=my")
@@ -132,8 +135,8 @@ def pytest_xdist_make_scheduler(config, log):
     """Keep on one worker the tests of a file, or those that name the same script.
 
     What is expensive, such as the whole trace of a script, is then made only once. The tests of the
-    exercises share nothing, so each may go to any worker. xdist starts the largest groups first:
-    those single tests come last, and keep both workers busy to the end.
+    exercises share nothing, but for those of a class, so each may go to any worker. xdist starts
+    the largest groups first: those single tests come last, and keep both workers busy to the end.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -141,7 +144,8 @@ def pytest_xdist_make_scheduler(config, log):
         def _split_scope(self, nodeid):
             file, _, test = nodeid.partition("::")
             if file.endswith("test_exercise.py"):
-                return nodeid
+                in_class, _, _ = test.rpartition("::")
+                return file + in_class if in_class else nodeid
             script = next((name for name in NAMES if name in test), "")
             return file + script
 
@@ -230,6 +234,8 @@ class Grader:
         self.grades = {}     # key: Grade, in the order of the files
         self.originals = {}  # key: the original's function, in the learner's module
         self.broken_tests = []  # that fail with the original's techniques
+        self.n_tests = 0        # that run
+        self.n_left_out = 0     # tests that do not run, as with -k
 
         self.whose = lambda key: "original's"  # or "learner's": which function a call goes to
         self.repeats = False        # whether calls are repeated with the learner's technique
@@ -303,6 +309,14 @@ class Grader:
         scripts = NAMES if self.tests_were_named else self.scripts
         wanted = [f"test_{name}" for name in scripts if not self.problems.get(name)]
         return None if collection_path.stem in wanted else True
+
+    def pytest_deselected(self, items):
+        """Count the tests that do not run."""
+        self.n_left_out += len(items)
+
+    def pytest_collection_finish(self, session):
+        """Count the tests that run."""
+        self.n_tests = len(session.items)
 
     # ----------------------------------------------------------------------- while the tests run
 
@@ -520,10 +534,25 @@ class Grader:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter):
+        """Write the grades."""
+        self.write_what_ran(terminalreporter)
         for script in self.scripts:
             self.write_grades(script, terminalreporter)
         if self.broken_tests:
             self.write_broken_tests(terminalreporter)
+
+    def write_what_ran(self, reporter):
+        """Write how many tests the grades rest on, if these are not all."""
+        if self.n_left_out:
+            ran = f"{self.n_tests} of {self.n_tests + self.n_left_out} tests"
+        elif self.tests_were_named:
+            ran = f"the {self.n_tests} tests that you named, and no others"
+        else:
+            return
+        text = (f"Graded by {ran}. A function that is done here may still fail in the others; in "
+                "the end, grade it by all of them.")
+        reporter.ensure_newline()
+        reporter.write_line(textwrap.fill(text, WIDTH))
 
     def write_grades(self, script, reporter):
         """Write the grades of one script."""
@@ -564,8 +593,9 @@ class Grader:
                     reporter.write_line(f"Next: {verb} {grade.name}, {where}.", bold=True)
                     return
         if not grades:
-            reporter.write_line("Every technique is the original's own. Take one out with: "
-                                f"python tests/tools/exercise.py {script}.NAME {self.shown_folder}")
+            command = f"python3 tests/tools/exercise.py {script}.NAME {self.shown_folder}"
+            reporter.write_line("Every technique is the original's own. Take one out with:\n"
+                                f"    {command}")
 
     def write_broken_tests(self, reporter):
         """Write that tests fail whatever the techniques are, and what may be the reason."""

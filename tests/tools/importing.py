@@ -2,7 +2,7 @@
 
 A script may end Python or never end while it is imported. So it is tried in a process of its own:
 
-    python tests/tools/importing.py microflash my/microflash.py 5
+    python3 tests/tools/importing.py microflash my/microflash.py 5
 
 The last argument is how many seconds importing it may take. That process ends with status 0, or
 with status 1 and one line, such as
@@ -138,7 +138,7 @@ def stop_after(seconds: float, path: Path) -> None:
         while frame is not None and frame.f_code.co_filename != str(path):
             frame = frame.f_back
         where = f"line {frame.f_lineno}: " if frame else ""
-        leave(1, f"{where}importing it takes more than {seconds:.0f} seconds; does this loop end?")
+        leave(1, f"{where}importing it takes more than {seconds:g} seconds; does this loop end?")
 
     timer = threading.Timer(seconds, stop)
     timer.daemon = True

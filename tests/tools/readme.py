@@ -1,6 +1,6 @@
 """Refresh the parts of README.md that come from the scripts.
 
-    python tests/tools/readme.py
+    python3 tests/tools/readme.py
 
 These parts are the excerpts of traces, the scripts' times, and the number of tests.
 
