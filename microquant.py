@@ -1999,8 +1999,8 @@ def show_channels(trace: Trace, before: Vector, after: Vector, alpha: float) -> 
     trace.say("A column for each channel that wq reads, as high as its largest activation. "
               f"SmoothQuant with α = {alpha:g} divides large channels, and multiplies the weights "
               "that meet them.")
-    for title, sizes in (("as it is", before), ("after SmoothQuant", after)):
-        trace.say(f"{title}; the highest is {max(sizes):.1f}:")
+    for title, sizes in (("As it is", before), ("After SmoothQuant", after)):
+        trace.say(f"{title}, up to {max(sizes):.1f}:")
         trace.lines(["  " + line for line in columns_picture(sizes, 4)])
 
 
@@ -2139,10 +2139,10 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
     trace.check("the example: 0, 0, 7 to nearest, and 0, 1, 7 by GPTQ",
                 [row.codes for row in example] == ["", "[0, 0, 7]", "[0, 1, 7]"], "by hand")
     name = "layers.0.feed_forward.w2"
-    check_gptq(trace, lab.model.weights[name], lab.inputs[name], bits, g)
+    check_gptq(trace, lab.model.weights[name], lab.inputs[name], bits)
 
 
-def check_gptq(trace: Trace, w: Matrix, x: Matrix, bits: int, group_size: int) -> None:
+def check_gptq(trace: Trace, w: Matrix, x: Matrix, bits: int) -> None:
     """Check what must hold of GPTQ, on the matrix w2 and its inputs x."""
     identity = [[float(i == j) for j in range(len(w[0]))] for i in range(len(w[0]))]
     h = hessian_of(x)
@@ -2152,12 +2152,13 @@ def check_gptq(trace: Trace, w: Matrix, x: Matrix, bits: int, group_size: int) -
                       identity, 1e-9)
     trace.check("H of the inputs (1, 2) and (3, 4) = (20, 28), (28, 40)",
                 hessian_of([[1.0, 2.0], [3.0, 4.0]]) == [[20.0, 28.0], [28.0, 40.0]], "by hand")
-    plain = quantize(w, bits, granularity=group_size)
+    plain = quantize(w, bits, granularity=8)
     trace.check("with uncorrelated inputs GPTQ = rounding to nearest, act-order or not",
-                gptq(w, identity, bits, granularity=group_size) == plain
-                == gptq(w, identity, bits, granularity=group_size, act_order=True), "equal")
-    repaired = gptq(w, h, bits, granularity=group_size)
-    errors = [relative_distance(linear(x, q.dequantize()), linear(x, w)) for q in (plain, repaired)]
+                gptq(w, identity, bits, granularity=8) == plain
+                == gptq(w, identity, bits, granularity=8, act_order=True), "equal")
+    repaired = gptq(w, h, 4, granularity="channel")
+    errors = [relative_distance(linear(x, q.dequantize()), linear(x, w))
+              for q in (quantize(w, 4, granularity="channel"), repaired)]
     trace.check("on the calibration text GPTQ moves w2's output less than rounding to nearest",
                 errors[1] < errors[0], f"{errors[1]:.2%} against {errors[0]:.2%}")
     order = sorted(range(len(h)), key=lambda j: -h[j][j])
@@ -2489,6 +2490,8 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
     weights = init_weights(config, random.Random(0))
     file = gguf_file(config, weights, word_tokenizer())
 
+    trace.ask(f"a file holds {n_numbers(config):,} weights in Q8_0 and the tokenizer. How many "
+              "bytes?", len(file))
     trace.say(f"A GGUF file of a model of this size, of {len(file):,} bytes, begins with the "
               "magic, the version, the number of tensors and the number of metadata entries. The "
               "first key follows, its length before it:")
