@@ -93,7 +93,7 @@ Matrix = list[Vector]  # row-major: m[row][column]
 
 SENTENCE = "This is the cat that killed the rat that ate the malt"
 VOCAB_SIZE = 96    # tokens; the words of SENTENCE are then one token each
-DIM = 32           # channels of an embedding
+DIM = 32           # channels of a token where weights are random
 N_HEADS = 4        # query heads
 WINDOW = 4         # keys that a query sees in section 4, itself included
 SINKS = 1          # first tokens that stay visible outside the window
@@ -1066,9 +1066,8 @@ def show_grouped(trace: Trace, knobs: Namespace) -> None:
               "heads?", gqa.kept)
     trace.table(rows, {"variant": "", "kv_heads as KV heads": "d",
                        "kept as kept per token": "d bar 24", "multiplications": ",d"})
-    trace.say(f"GQA keeps 1/{mha.kept // gqa.kept} of MHA's numbers, and MQA "
-              f"1/{mha.kept // mqa.kept}. The work on the cache is the same for all three: every "
-              "query head still meets every key.")
+    trace.say(f"GQA keeps {gqa.kept} of MHA's {mha.kept} numbers, and MQA {mqa.kept}. The work on "
+              "the cache is the same for all three: every query head still meets every key.")
     trace.check("all three = every head attending densely to the KV head of its group",
                 max(row.error for row in rows) < 1e-12, "|Δ| < 1e-12")
     trace.check("sharing does not change the work on the cache: pairs × 2·head_dim × query heads",
@@ -1242,7 +1241,7 @@ def show_reach(trace: Trace, window: int) -> None:
     width = 64
     local = spread_marker([window] * 4, width)
     mixed = spread_marker([window] * 3 + [None], width)
-    trace.say(f"Layers see further together. Token 0 of {width} starts with a marker. In each "
+    trace.say(f"How far do layers see together? Token 0 of {width} starts with a marker. In each "
               "layer, a token that sees a marked one gets the marker as well (█). 4 layers of "
               f"window {window}; and what the 4th reaches if it is global, without a window:")
     names = ["layer 1", "layer 2", "layer 3", "layer 4", "global "]

@@ -414,17 +414,8 @@ def test_rolling_cache_is_the_masked_computation(window, sinks):
         np.testing.assert_allclose(cache.attend(q[i].tolist()), expected[i], **TIGHT)
         kept = {position for position, _, _ in cache.slots.values()}
         assert kept == {p for p in range(i + 1) if p > i - window or p < sinks}
-
-
-def test_a_rolling_cache_takes_another_scale():
-    q = numbers(0, 5, 3)
-    k = numbers(1, 5, 3)
-    v = numbers(2, 5, 2)
-    cache = m.RollingKVCache(3, 1)
-    for i in range(5):
-        cache.append(k[i].tolist(), v[i].tolist())
-    expected = dense_weights(q, k, window=3, sinks=1, scale=0.25) @ v
-    np.testing.assert_allclose(cache.attend(q[4].tolist(), scale=0.25), expected[4], **TIGHT)
+    rescaled = dense_weights(q, k, window=window, sinks=sinks, scale=0.25) @ v
+    np.testing.assert_allclose(cache.attend(q[-1].tolist(), scale=0.25), rescaled[-1], **TIGHT)
 
 
 @pytest.mark.parametrize("arguments", [(0,), (-1, 0), (3, -1)])
@@ -630,28 +621,19 @@ def test_pair_32_of_llama_3_1_is_slowed_as_worked_out_in_the_source():
 
 
 def test_alibi_slopes_are_the_published_ones():
-    """The slopes of 8 heads stand in section 3 of the paper."""
+    # Section 3 of the paper has those of 8 heads, and says how others are made.
     assert m.alibi_slopes(8) == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
-    assert m.alibi_slopes(16)[:2] == pytest.approx([2 ** -0.5, 2 ** -1], abs=1e-15)
+    assert m.alibi_slopes(4) == [1 / 4, 1 / 16, 1 / 64, 1 / 256]
     assert m.alibi_slopes(1) == [2 ** -8]
-
-
-def test_alibi_slopes_of_12_heads_are_those_of_the_authors_code():
-    """They are the 8 slopes of 8 heads, and then every other one of 16 heads."""
+    assert m.alibi_slopes(16)[:2] == pytest.approx([2 ** -0.5, 2 ** -1], abs=1e-15)
+    # For 12 heads the authors' code takes the 8 of 8 heads, then every other one of 16 heads.
     every_other = m.alibi_slopes(16)[0::2]
-    expected = m.alibi_slopes(8) + every_other[:4]
-    assert m.alibi_slopes(12) == pytest.approx(expected, abs=1e-15)
-
-
-def test_every_number_of_heads_has_its_slopes():
+    twelve = m.alibi_slopes(8) + every_other[:4]
+    assert m.alibi_slopes(12) == pytest.approx(twelve, abs=1e-15)
     for n_heads in range(1, 40):
         assert len(m.alibi_slopes(n_heads)) == n_heads
     with pytest.raises(ValueError, match="n_heads"):
         m.alibi_slopes(0)
-
-
-def test_alibi_slopes_of_4_heads():
-    assert m.alibi_slopes(4) == [1 / 4, 1 / 16, 1 / 64, 1 / 256]
 
 
 @pytest.mark.parametrize("n_q, n_k", [(5, 5), (2, 6), (1, 1)])
@@ -817,7 +799,7 @@ def model_named(name):
     ("Falcon 7B", 8 * 1024),
     ("DeepSeek-V3", 70272),
 ])
-def test_bytes_of_real_models(name, size):
+def test_cache_bytes_of_real_models(name, size):
     """The figures were worked out elsewhere; DeepSeek-V3's are published."""
     assert m.cache_bytes(model_named(name), 1) == size
 
@@ -862,7 +844,9 @@ def test_a_window_in_every_second_layer_slows_the_cache():
     assert m.cache_bytes(gpt_oss, 1001) - m.cache_bytes(gpt_oss, 1000) == 18 * of_one_layer
 
 
-def test_decode_multiplications_of_mla():
+def test_decode_multiplications_by_hand():
+    llama = model_named("Llama 3.1 8B")
+    assert m.decode_multiplications(llama, 10) == 32 * 32 * 10 * (128 + 128)
     deepseek = model_named("DeepSeek-V3")
     assert m.decode_multiplications(deepseek, 10) == 61 * 128 * 10 * (512 + 64 + 512)
 

@@ -324,7 +324,7 @@ def assert_gradients(got, expected, atol=1e-12):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"scale": 0.7}], ids=str)
-def test_backward_is_the_dense_backward(shape, options):
+def test_flash_attention_backward_is_the_dense_backward(shape, options):
     arrays = inputs(*shape)
     n_q, _, _, d_v = shape
     d_out = numbers(9, n_q, d_v)
@@ -883,7 +883,7 @@ def e4m3_values():
     return values
 
 
-def test_e4m3_is_the_nearest_of_the_format():
+def test_round_to_e4m3_is_the_nearest_of_the_format():
     """Halfway between two numbers, the one with the even pattern is taken."""
     values = e4m3_values()
     for bits, (below, above) in enumerate(zip(values, values[1:])):
@@ -904,7 +904,7 @@ def test_e4m3_ends_at_448():
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7])
-def test_block_quantization(block):
+def test_quantize_blocks(block):
     x = numbers(0, 7, 4) * np.logspace(0, 9, 7)[:, None]
     values = np.array(e4m3_values())
     grid = np.concatenate([-values, values])
@@ -915,10 +915,7 @@ def test_block_quantization(block):
         distances = np.abs(x[rows, :, None] / scale - grid)
         expected = grid[distances.argmin(axis=2)] * scale
         np.testing.assert_allclose(got[rows], expected, rtol=1e-14, atol=0)
-
-
-def test_zeros_are_quantized_to_zeros():
-    assert m.quantize_blocks([[0.0, 0.0]], 1) == [[0.0, 0.0]]
+    assert m.quantize_blocks([[0.0, 0.0]], block) == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize("d", [1, 2, 8, 64])
@@ -943,7 +940,7 @@ def test_the_rotation_of_section_9_by_hand():
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 5.0, m.RESCALE_THRESHOLD, 100.0])
 @pytest.mark.parametrize("tile", [1, 3, 40])
 @pytest.mark.parametrize("size", [1.0, 30.0])
-def test_a_threshold_changes_nothing_but_the_reference(threshold, tile, size):
+def test_absorb_lazily_changes_nothing_but_the_reference(threshold, tile, size):
     scores = numbers(0, 40, size=size)
     v = numbers(1, 40, 3)
     state = m.empty_state(3)
@@ -1135,7 +1132,7 @@ def test_flash_moves_less_at_the_default_sizes(seed):
 
 
 @seeds
-def test_the_flash_backward_pass_moves_and_keeps_less_at_the_default_sizes(seed):
+def test_going_back_moves_and_keeps_less_at_the_default_sizes(seed):
     block_q, block_k = m.backward_blocks(m.BLOCK_Q, m.BLOCK_K, m.HEAD_DIM, m.HEAD_DIM, m.SRAM)
     sizes = m.Sizes(m.SEQ_LEN, m.HEAD_DIM, block_q, block_k, m.SRAM, seed)
     run = m.run_backward(sizes, causal=False)
