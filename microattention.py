@@ -922,7 +922,9 @@ def show_attention(trace: Trace, knobs: Namespace) -> None:
     """Show who looks at whom, one row worked out, and what √d is for."""
     x = embed(knobs.tokens, knobs.seed)
     wq, wk, wv, _ = build_heads(["same word"])
-    q, k, v = linear(x, wq), linear(x, wk), linear(x, wv)
+    q = linear(x, wq)
+    k = linear(x, wk)
+    v = linear(x, wv)
     weights = attention_weights(q, k)
     trace.say("Each token makes a query, a key and a value. A query is compared with the keys of "
               "the tokens that it may see, itself and those before it. The comparison gives "
@@ -1141,7 +1143,8 @@ def compare_windowed(x: Matrix, window: int, sinks: int, rng: random.Random) -> 
     rows = []
     for name, job, sink_logit in heads:
         wq, wk, _, _ = build_heads([job])
-        q, k = linear(x, wq), linear(x, wk)
+        q = linear(x, wq)
+        k = linear(x, wk)
         full, cut, kept = [attention(q, k, values, sink_logit=sink_logit, **mask)
                            for mask in masks_of(window, sinks).values()]
         rows.append(MovedRow(name, length_of(full) / scale, distance(cut, full) / scale,
@@ -1255,7 +1258,8 @@ def show_reach(trace: Trace, window: int) -> None:
 
 def show_rolling(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
     """Show a rolling cache, slot by slot."""
-    window, sinks = knobs.window, knobs.sinks
+    window = knobs.window
+    sinks = knobs.sinks
     q, k, v = (random_matrix(rng, len(knobs.tokens), 4) for _ in range(3))
     rolled, rows = roll_cache(q, k, v, window, sinks)
     trace.say(f"The cache that a window allows: {plural(sinks, 'slot')} for sinks and "
@@ -1334,7 +1338,8 @@ def show_positions(trace: Trace, knobs: Namespace) -> None:
     """Show scores under a shift, stretched angles, and ALiBi's penalties."""
     d = 16
     q, k = random_matrix(random.Random(knobs.seed), 2, d)
-    places, distances = (0, 7, 100, 5000), (0, 1, 2, 8, 32)
+    places = (0, 7, 100, 5000)
+    distances = (0, 1, 2, 8, 32)
     scores = [[score_at(q, k, place + far, place) for far in distances] for place in places]
     trace.say("RoPE turns q and k by angles proportional to their positions. One random q and k "
               f"of {d} channels, put at different places. Read down a column: where they stand "
@@ -1636,7 +1641,8 @@ def show_parallel(trace: Trace, knobs: Namespace) -> None:
 
 def show_tensor_parallel(trace: Trace, knobs: Namespace) -> None:
     """Show heads on several ranks."""
-    n_heads, n_kv_heads = knobs.n_heads, knobs.n_kv_heads
+    n_heads = knobs.n_heads
+    n_kv_heads = knobs.n_kv_heads
     rng = random.Random(knobs.seed)
     x = random_matrix(rng, 12, knobs.dim)
     weights = random_weights(rng, knobs.dim, n_kv_heads * knobs.dim // n_heads)
@@ -1665,7 +1671,8 @@ def show_tensor_parallel(trace: Trace, knobs: Namespace) -> None:
 
 def show_pipeline(trace: Trace, knobs: Namespace) -> None:
     """Show layers on several stages."""
-    p, m = knobs.stages, knobs.micro_batches
+    p = knobs.stages
+    m = knobs.micro_batches
     rng = random.Random(knobs.seed)
     stages = [partial(linear, w=random_matrix(rng, 4, 4)) for _ in range(p)]
     batch = [random_matrix(rng, 2, 4) for _ in range(m)]

@@ -856,6 +856,29 @@ def test_the_bill_brackets_what_a_model_was_not_made_for():
     assert (llama.kib, llama.at_4k, llama.at_128k) == (512.0, "2.00 ", "(64.00)")
 
 
+@pytest.mark.parametrize("model", m.REAL_MODELS, ids=lambda model: model.name)
+def test_finding_flops_per_byte_are_the_query_heads_of_a_kv_head(model):
+    """MLA's are those of one KV head of 576 numbers, of which 512 are a value as well."""
+    (row,) = m.bill([model])
+    if model.d_c:
+        assert row.flops_per_byte == pytest.approx(128 * (576 + 512) / 576)
+    else:
+        assert row.flops_per_byte == model.n_heads / model.n_kv_heads
+
+
+def test_the_sizes_of_section_6():
+    """576 numbers of a latent and its key for 32,768 of MHA, 57 times; 170 queries at most."""
+    model = model_named("DeepSeek-V3")
+    latent = model.d_c + model.d_rope
+    mha = 2 * model.n_heads * model.head_dim
+    assert latent == 576
+    assert mha == 32768
+    assert round(mha / latent) == 57
+    decompress = 2 * model.d_c * model.head_dim
+    dearer = (latent + model.d_c) - (model.head_dim + model.d_rope + model.head_dim)
+    assert decompress // dearer == 170
+
+
 def test_a_bill_by_hand():
     """2 layers, 2 KV heads of 3 channels: 48 bytes a token; 4 query heads, 48 multiplications."""
     tiny = m.RealModel("tiny", "GQA", 2, 4, 2, 3, 2 ** 20, "here")
