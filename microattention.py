@@ -1684,8 +1684,7 @@ def show_pipeline(trace: Trace, knobs: Namespace) -> None:
         cells = ["·" if tick[stage] is None else str(tick[stage]) for tick in schedule]
         trace.lines([f"stage {stage}  " + " ".join(f"{cell:>2}" for cell in cells)])
     rows = compare_micro_batches(p, (1, 2, 4, 8, 16))
-    trace.say("The idle cells are the bubble. Its share, counted in the schedule, for other "
-              "numbers of micro-batches:")
+    trace.say("The idle cells are the bubble. Its share for other numbers of micro-batches:")
     trace.ask(f"with {plural(p, 'stage')} and 1 micro-batch, what share of the cells is idle?",
               rows[0].idle)
     trace.table(rows, {"micro_batches": "d", "ticks": "d", "idle as idle, counted": ".0%",
