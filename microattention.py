@@ -1556,7 +1556,7 @@ def show_bill(trace: Trace, knobs: Namespace) -> None:
               "of one new token in QKᵀ and weights·V (2 FLOPs a multiplication; MLA absorbed) for "
               "each byte of cache.")
     rows = bill(REAL_MODELS)
-    trace.ask("a Llama 3.1 70B has 80 layers, each with 8 KV heads of 128 channels. How many KiB "
+    trace.ask("Llama 3.1 70B has 80 layers, each with 8 KV heads of 128 channels. How many KiB "
               "does it keep for a token?", rows[5].kib)
     trace.table(rows, {"model": "", "attention": "", "kib as KiB/token": ",.1f",
                        "at_4k as GiB at 4K": "", "at_128k as GiB at 128K": "",
