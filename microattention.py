@@ -81,6 +81,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import NamedTuple
 
@@ -92,7 +93,7 @@ Matrix = list[Vector]  # row-major: m[row][column]
 
 SENTENCE = "This is the cat that killed the rat that ate the malt"
 VOCAB_SIZE = 96    # tokens; the words of SENTENCE are then one token each
-DIM = 32           # channels of an embedding
+DIM = 32           # channels of a token where weights are random
 N_HEADS = 4        # query heads
 WINDOW = 4         # keys that a query sees in section 4, itself included
 SINKS = 1          # first tokens that stay visible outside the window
@@ -675,7 +676,8 @@ def mla_attention_absorbed(x: Matrix, c: Matrix, k_rope: Matrix, w: MLAWeights) 
 # A layer with a window keeps the latest `window` tokens and no more. The formula that is often
 # quoted, 2 · n_layers · width · bytes for every token, uses the width of the model where
 # n_kv_heads · head_dim belongs, and forgets windows and latents. It is right only for MHA whose
-# heads together are as wide as the model.
+# heads together are as wide as the model. Llama 3.1 8B is 4,096 wide and has 8 KV heads of 128
+# channels: there it says 4,096 / 1,024 = 4 times too much.
 #
 # In production: v1/kv_cache_interface.py in vLLM computes these sizes for each kind of layer, and
 # the engine fills the memory that the weights leave with blocks of them.
@@ -864,33 +866,6 @@ def run_pipeline(
 # 1. Scaled dot-product attention
 
 
-class ScaleRow(NamedTuple):
-    """Random queries and keys of d channels, compared."""
-
-    d: int
-    spread: float   # root mean square of q·k
-    root_d: float   # √d
-    raw: float      # the largest weight of a query, mean, scores not scaled
-    scaled: float   # the same with scores divided by √d
-
-
-def compare_scales(
-    sizes: Sequence[int], n_queries: int, n_keys: int, rng: random.Random
-) -> list[ScaleRow]:
-    """Return for each d what random queries [n_queries][d] and keys [n_keys][d] do."""
-    rows = []
-    for d in sizes:
-        q = random_matrix(rng, n_queries, d)
-        k = random_matrix(rng, n_keys, d)
-        products = list(itertools.chain(*linear(q, k)))
-        spread = math.sqrt(dot(products, products) / len(products))
-        raw = attention_weights(q, k, causal=False, scale=1.0)
-        scaled = attention_weights(q, k, causal=False)
-        rows.append(ScaleRow(d, spread, math.sqrt(d), fmean(map(max, raw)),
-                             fmean(map(max, scaled))))
-    return rows
-
-
 class KeyRow(NamedTuple):
     """One key, as a query sees it."""
 
@@ -899,7 +874,7 @@ class KeyRow(NamedTuple):
     product: float
     score: float
     weight: float
-    value: str
+    value: str  # the signs of its channels
 
 
 def work_out_row(q: Matrix, k: Matrix, v: Matrix, labels: Sequence[str], i: int) -> list[KeyRow]:
@@ -909,56 +884,93 @@ def work_out_row(q: Matrix, k: Matrix, v: Matrix, labels: Sequence[str], i: int)
     for j in range(i + 1):
         product = dot(q[i], k[j])
         score = product / math.sqrt(len(k[0]))
-        rows.append(KeyRow(j, labels[j], product, score, weights[j], signs(v[j])))
+        value = "".join("+" if number > 0 else "-" for number in v[j])
+        rows.append(KeyRow(j, labels[j], product, score, weights[j], value))
+    return rows
+
+
+def last_repeated(tokens: Sequence[str]) -> int:
+    """Return the last place of a token that came before, or the last place if there is none."""
+    repeated = [i for i, token in enumerate(tokens) if token in tokens[:i]]
+    return max(repeated, default=len(tokens) - 1)
+
+
+class ScaleRow(NamedTuple):
+    """Random queries and keys of d channels, compared."""
+
+    d: int
+    spread: float   # root mean square of q·k
+    raw: float      # the largest weight of a query, mean, scores not scaled
+    scaled: float   # the same with scores divided by √d
+
+
+def compare_scales(sizes: Sequence[int], n: int, rng: random.Random) -> list[ScaleRow]:
+    """Return for each d what random queries and keys, [n][d] each, do."""
+    rows = []
+    for d in sizes:
+        q = random_matrix(rng, n, d)
+        k = random_matrix(rng, n, d)
+        products = list(itertools.chain(*linear(q, k)))
+        spread = math.sqrt(dot(products, products) / len(products))
+        raw = attention_weights(q, k, causal=False, scale=1.0)
+        scaled = attention_weights(q, k, causal=False)
+        rows.append(ScaleRow(d, spread, fmean(map(max, raw)), fmean(map(max, scaled))))
     return rows
 
 
 def show_attention(trace: Trace, knobs: Namespace) -> None:
-    """A head that looks for its own word, one of its rows worked out, and why √d."""
-    x = embed(knobs.tokens, knobs.dim, knobs.seed)
-    wq, wk, wv, _ = build_heads(["same word"], knobs.dim // len(BLOCKS), knobs.dim)
-    q, k, v = linear(x, wq), linear(x, wk), linear(x, wv)
-    shown = min(len(x), MAP_TOKENS)
+    """Show who looks at whom, one row worked out, and what √d is for."""
+    x = embed(knobs.tokens, knobs.seed)
+    wq, wk, wv, _ = build_heads(["same word"])
+    q = linear(x, wq)
+    k = linear(x, wk)
+    v = linear(x, wv)
+    weights = attention_weights(q, k)
     trace.say("Each token makes a query, a key and a value. A query is compared with the keys of "
               "the tokens that it may see, itself and those before it. The comparison gives "
               "weights, and the output is the average of the values by these weights. Each row "
               "below is a token that looks, each column a token it may look at. All this is one "
               "head; it was built to look for its own word." + knobs.cut)
-    trace.lines(heat_map(attention_weights(q, k)[:shown], labels=knobs.labels[:shown], cell=2))
-    trace.note(SHADES_LEGEND + limits_of_heads(x, knobs.tokens, len(k[0])))
-
-    repeated = [i for i in range(shown) if knobs.tokens[i] in knobs.tokens[:i]]
-    i = max(repeated, default=shown - 1)
-    rows = work_out_row(q, k, v, knobs.labels, i)
-    gain = SHARPNESS / math.sqrt(len(k[0]))
-    trace.say(f"One row worked out: token {i}, {knobs.labels[i]!r}, with d = {len(k[0])} channels. "
-              "Every word has a code of +1 and -1, which is its key and its value (column v). The "
-              f"query is the code of its own word times {gain:.2f}, so that a perfect match scores "
-              f"{SHARPNESS:.0f}. A word whose code differs in most channels scores below 0.")
-    largest = sorted(rows, key=lambda row: -row.weight)[:3]
-    trace.ask("how large is its largest weight? (They sum to 1.)", largest[0].weight)
-    trace.table(rows, {"j": "d", "key": "", "product as q·k": "z.2f", "score as q·k/√d": "z.2f",
-                       "weight": ".3f bar 16 of 1", "value as v": ""})
-    out = attention(q, k, v)
-    terms = " + ".join(f"{row.weight:.3f}·v[{row.j}]" for row in sorted(largest))
-    trace.lines([f"out = {terms}" + (" + …" if len(rows) > 3 else ""),
-                 f"    = ({', '.join(f'{y:z.2f}' for y in out[i][:8])}"
-                 + (", …)" if len(out[i]) > 8 else ")")])
-    dense = dense_attention(q, k, v, lambda i, j: j <= i)
-    trace.check_close("attention() = softmax(QKᵀ/√d)V over the dense masked matrix", out, dense,
-                      1e-12)
+    trace.lines(side_by_side([knobs.labels[:MAP_TOKENS], heat_map(weights)]))
+    trace.note(SHADES_LEGEND)
+    show_row(trace, q, k, v, knobs)
+    dense = dense_attention(q, k, v)
+    trace.check_close("attention() = softmax(QKᵀ/√d)V over the dense masked matrix",
+                      attention(q, k, v), dense, 1e-12)
+    trace.check_close("the weights in the picture, times the values, are the same",
+                      linear(weights, list(zip(*v))), dense, 1e-12)
     half = len(x) // 2
     trace.check_close("the second half of the queries, with all keys so far, gets the same",
                       attention(q[half:], k, v), dense[half:], 1e-12)
     show_scaling(trace, random.Random(knobs.seed))
 
 
+def show_row(trace: Trace, q: Matrix, k: Matrix, v: Matrix, knobs: Namespace) -> None:
+    """Show one row of the picture worked out, from q·k to the output."""
+    i = last_repeated(knobs.tokens[:MAP_TOKENS])
+    rows = work_out_row(q, k, v, knobs.labels, i)
+    trace.say(f"One row worked out: token {i}, {knobs.labels[i]!r}, with d = {CODE} channels. "
+              "Every word has a code of +1 and -1, which is its key and its value (column v). The "
+              f"query is the code of its own word times {SHARPNESS / math.sqrt(CODE)}, so that a "
+              f"perfect match scores {SHARPNESS:.0f}. A word whose code differs in most channels "
+              "scores below 0.")
+    largest = sorted(rows, key=lambda row: -row.weight)[:3]
+    trace.ask("how large is its largest weight? (They sum to 1.)", largest[0].weight)
+    trace.table(rows, {"j": "d", "key": "", "product as q·k": "z.2f", "score as q·k/√d": "z.2f",
+                       "weight": ".3f bar 16 of 1", "value as v": ""})
+    terms = [f"{row.weight:.3f}·v[{row.j}]" for row in sorted(largest)]
+    if len(rows) > 3:
+        terms.append("…")
+    channels = ", ".join(f"{y:z.2f}" for y in attention(q, k, v)[i][:8])
+    trace.lines(["out = " + " + ".join(terms), f"    = ({channels}, …)"])
+
+
 def show_scaling(trace: Trace, rng: random.Random) -> None:
-    """What scores do to softmax that are not divided by √d."""
-    rows = compare_scales((4, 16, 64, 256), 32, 32, rng)
+    """Show what softmax makes of scores that are not divided by √d."""
+    rows = compare_scales((4, 16, 64, 256), 32, rng)
     trace.say("Why divide by √d? 32 random queries meet 32 random keys. q·k is a sum of d terms, "
               "so it spreads like √d. The largest weight of a query, mean of 32:")
-    trace.table(rows, {"d": "d", "spread as spread of q·k": ".1f", "root_d as √d": ".1f",
+    trace.table(rows, {"d": "d", "spread as spread of q·k": ".1f",
                        "raw as largest weight": ".2f", "scaled as divided by √d": ".2f"})
     trace.say("Undivided, one key gets nearly all the weight once d is large: at 256 the mean is "
               f"{rows[-1].raw:.2f}. Divided, d makes no such difference.")
@@ -971,40 +983,31 @@ def show_scaling(trace: Trace, rng: random.Random) -> None:
 # 2. Multi-head attention (MHA)
 
 
+def look_with_each_head(x: Matrix, wq: Matrix, wk: Matrix, n_heads: int) -> list[Matrix]:
+    """Return each head's weights [n][n] for x [n][dim]."""
+    heads = zip(split_heads(linear(x, wq), n_heads), split_heads(linear(x, wk), n_heads))
+    return [attention_weights(q, k) for q, k in heads]
+
+
 def show_multi_head(trace: Trace, knobs: Namespace) -> None:
-    """Four jobs on one sentence, and where a token looks."""
-    n_heads = knobs.n_heads
-    head_dim = knobs.dim // n_heads
-    x = embed(knobs.tokens, knobs.dim, knobs.seed)
-    jobs = [job_of(h) for h in range(n_heads)]
-    wq, wk, wv, wo = build_heads(jobs, head_dim, knobs.dim)
-    q = split_heads(linear(x, wq), n_heads)
-    k = split_heads(linear(x, wk), n_heads)
-    weights = [attention_weights(q[h], k[h]) for h in range(n_heads)]
-    first_four = f" (The first 4 of {n_heads} heads.)" if n_heads > 4 else ""
+    """Show four heads with four jobs on one text."""
+    x = embed(knobs.tokens, knobs.seed)
+    weights = build_heads(list(JOBS))
+    maps = look_with_each_head(x, weights[0], weights[1], len(JOBS))
     trace.say("A layer has many heads, which look at the same tokens, each with queries, keys and "
               "values of its own. One that looks one back draws a line below the diagonal. One "
               "that looks everywhere fades downwards, because each row has more keys to share its "
-              "weight among." + knobs.cut + first_four)
-    h = min(1, n_heads - 1)
+              "weight among." + knobs.cut)
     last = min(len(x), MAP_TOKENS) - 1
-    favourite = weights[h][last].index(max(weights[h][last]))
-    trace.ask(f"head {h} looks for {jobs[h]!r}. Which token does token {last}, "
-              f"{knobs.labels[last]!r}, look at most?", knobs.labels[favourite])
-    maps = []
-    for h in range(min(n_heads, 4)):
-        labels = knobs.labels[:MAP_TOKENS] if h == 0 else ()
-        maps.append(heat_map(weights[h][:MAP_TOKENS], labels, jobs[h]))
-    trace.lines(side_by_side(maps))
-    limits = limits_of_heads(x, knobs.tokens, head_dim)
-    trace.note(SHADES_LEGEND + limits)
-    if not limits:
-        trace.check("every head looks where it was built to look",
-                    all(does_its_job(job, weights[h], knobs.tokens) for h, job in enumerate(jobs)),
-                    f"{len(x)} tokens")
+    row = maps[1][last]
+    trace.ask(f"the second head looks one back. Which token does token {last}, "
+              f"{knobs.labels[last]!r}, look at most?", knobs.labels[row.index(max(row))])
+    pictures = [[job, *heat_map(head)] for job, head in zip(JOBS, maps)]
+    trace.lines(side_by_side([["", *knobs.labels[:MAP_TOKENS]], *pictures]))
+    trace.note(SHADES_LEGEND)
     trace.check_close("all heads at once = each head alone and dense, through its columns of wo",
-                      multi_head_attention(x, wq, wk, wv, wo, n_heads),
-                      dense_heads(x, wq, wk, wv, wo, n_heads, n_heads), 1e-12)
+                      multi_head_attention(x, *weights, len(JOBS)),
+                      dense_heads(x, *weights, len(JOBS), len(JOBS)), 1e-12)
 
 
 # 3. Shared keys and values: MQA and GQA
@@ -1025,11 +1028,11 @@ def compare_sharing(
 ) -> list[SharingRow]:
     """Return a row for MHA, GQA and MQA with the same random queries; x [n][dim]."""
     dim = len(x[0])
-    head_dim = dim // n_heads
-    wq, wk, wv, wo = (random_matrix(rng, dim, dim, 1 / math.sqrt(dim)) for _ in range(4))
+    wq, wk, wv, wo = random_weights(rng, dim, dim)
     rows = []
     for variant, n_kv in (("MHA", n_heads), ("GQA", n_kv_heads), ("MQA", 1)):
-        weights = (wq, wk[:n_kv * head_dim], wv[:n_kv * head_dim], wo)
+        kept_rows = n_kv * dim // n_heads
+        weights = (wq, wk[:kept_rows], wv[:kept_rows], wo)
         with counted_dots() as count:
             if variant == "MQA":
                 out = multi_query_attention(x, *weights, n_heads)
@@ -1037,54 +1040,26 @@ def compare_sharing(
                 out = grouped_query_attention(x, *weights, n_heads, n_kv)
         projections = len(x) * sum(len(row) for w in weights for row in w)
         error = distance(out, dense_heads(x, *weights, n_heads, n_kv))
-        kept = len(linear(x[:1], weights[1])[0]) + len(linear(x[:1], weights[2])[0])
-        rows.append(SharingRow(variant, n_kv, kept, count.products - projections, error))
+        rows.append(SharingRow(variant, n_kv, len(weights[1]) + len(weights[2]),
+                               count.products - projections, error))
     return rows
 
 
-class ConversionRow(NamedTuple):
-    """How far an MHA model's output moves when it becomes GQA: |GQA - MHA| / |MHA|."""
-
-    heads_of_a_group: str
-    averaged: float    # by the mean of the group's KV heads
-    first_kept: float  # by the first of them
-
-
-def compare_conversions(
-    x: Matrix, n_heads: int, n_kv_heads: int, rng: random.Random
-) -> list[ConversionRow]:
-    """Return a row for groups of identical heads, of nearly identical, and of different ones."""
-    dim = len(x[0])
-    group = group_size(n_heads, n_kv_heads)
-    same_jobs = [job_of(h // group) for h in range(n_heads)]
-    different_jobs = [job_of(h) for h in range(n_heads)]
-    rows = []
-    kinds = [("identical", same_jobs, 0.0), ("same job, 10% noise", same_jobs, 0.1),
-             ("different jobs", different_jobs, 0.0)]
-    for kind, jobs, noise in kinds:
-        wq, wk, wv, wo = build_heads(jobs, dim // n_heads, dim, noise, rng)
-        exact = multi_head_attention(x, wq, wk, wv, wo, n_heads)
-        moved = []
-        for convert in (mean_pool_kv_heads, first_of_group):
-            weights = (wq, convert(wk, n_heads, n_kv_heads), convert(wv, n_heads, n_kv_heads), wo)
-            out = grouped_query_attention(x, *weights, n_heads, n_kv_heads)
-            moved.append(distance(out, exact) / length_of(exact))
-        rows.append(ConversionRow(kind, *moved))
-    return rows
-
-
-def first_of_group(w: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
-    """Return the first KV head of each group: what averaging is compared with."""
-    head_dim = len(w) // n_heads
-    group = group_size(n_heads, n_kv_heads)
-    return [row for r, row in enumerate(w) if r // head_dim % group == 0]
+def convert_to_gqa(x: Matrix, jobs: Sequence[str], n_kv_heads: int) -> float:
+    """Return how far MHA with these jobs moves when it becomes GQA, |GQA - MHA| / |MHA|."""
+    n_heads = len(jobs)
+    wq, wk, wv, wo = build_heads(jobs)
+    mha = multi_head_attention(x, wq, wk, wv, wo, n_heads)
+    pooled = [mean_pool_kv_heads(w, n_heads, n_kv_heads) for w in (wk, wv)]
+    gqa = grouped_query_attention(x, wq, *pooled, wo, n_heads, n_kv_heads)
+    return distance(gqa, mha) / length_of(mha)
 
 
 def show_grouped(trace: Trace, knobs: Namespace) -> None:
-    """What each variant keeps and computes, and what converting a model does to its output."""
-    x = embed(knobs.tokens, knobs.dim, knobs.seed)[:12]
-    mha, gqa, mqa = rows = compare_sharing(x, knobs.n_heads, knobs.n_kv_heads,
-                                           random.Random(knobs.seed))
+    """Show what each variant keeps and computes, and how a model is converted."""
+    rng = random.Random(knobs.seed)
+    x = random_matrix(rng, 12, knobs.dim)
+    mha, gqa, mqa = rows = compare_sharing(x, knobs.n_heads, knobs.n_kv_heads, rng)
     trace.say("While a model writes, the KV cache holds a key and a value of every KV head for "
               "every token. If several query heads share a KV head, it is smaller. "
               f"{plural(knobs.n_heads, 'query head')}; counted: the numbers kept for one token, "
@@ -1093,57 +1068,56 @@ def show_grouped(trace: Trace, knobs: Namespace) -> None:
               "heads?", gqa.kept)
     trace.table(rows, {"variant": "", "kv_heads as KV heads": "d",
                        "kept as kept per token": "d bar 24", "multiplications": ",d"})
-    if mqa.kept < mha.kept:
-        trace.say(f"GQA keeps 1/{mha.kept // gqa.kept} of MHA's numbers, and MQA "
-                  f"1/{mha.kept // mqa.kept}. The work on the cache is the same for all three: "
-                  "every query head still meets every key.")
+    trace.say(f"GQA keeps {gqa.kept} of MHA's {mha.kept} numbers, and MQA {mqa.kept}. The work on "
+              "the cache is the same for all three: every query head still meets every key.")
     trace.check("all three = every head attending densely to the KV head of its group",
                 max(row.error for row in rows) < 1e-12, "|Δ| < 1e-12")
     trace.check("sharing does not change the work on the cache: pairs × 2·head_dim × query heads",
                 {row.multiplications for row in rows} == {len(x) * (len(x) + 1) * knobs.dim},
                 f"{mha.multiplications:,} multiplications each")
-
-    group = group_size(knobs.n_heads, knobs.n_kv_heads)
-    if group == 1:
-        trace.say("To turn a trained MHA model into a GQA model, the KV heads of each group are "
-                  "averaged. Here every group has one head, so nothing changes.")
-        return
-    trace.say(f"A trained MHA model becomes a GQA model by averaging the KV heads of each group of "
-              f"{group}. How far does the output move, |GQA - MHA| / |MHA|? Beside it, what "
-              "happens if the first KV head of each group is kept instead.")
-    converted = compare_conversions(x, knobs.n_heads, knobs.n_kv_heads, random.Random(knobs.seed))
-    trace.table(converted, {"heads_of_a_group": "", "averaged": ".1%",
-                            "first_kept as first kept": ".1%"})
-    limits = limits_of_heads(x, knobs.tokens, knobs.dim // knobs.n_heads)
-    if limits:
-        trace.note("where" + limits.removeprefix(";") + ", these figures are accidents")
-    identical, noisy, different = converted
-    if noisy.averaged < noisy.first_kept and 2 * noisy.averaged < different.averaged:
-        trace.say("Where the heads of a group are alike, averaging costs less than keeping one of "
-                  "them. Where they did different jobs either costs much, and the training "
-                  "afterwards has to make up for it.")
+    x = embed(knobs.tokens, knobs.seed)
+    alike = convert_to_gqa(x, ["same word", "same word", "one back", "one back"], 2)
+    different = convert_to_gqa(x, list(JOBS), 2)
+    trace.say("A trained MHA model becomes a GQA model by averaging the KV heads of each group. "
+              "Where the heads of a group do the same, this changes nothing. 4 heads with 4 "
+              f"different jobs, averaged to 2: the output moves by {different:.0%} of its size. "
+              "The training afterwards has to make up for that.")
     trace.check("heads of 1 and 3 are averaged to 2, and identical heads do not move the output",
-                mean_pool_kv_heads([[1.0], [3.0]], 2, 1) == [[2.0]]
-                and identical.averaged < 1e-12, "relative error < 1e-12")
+                mean_pool_kv_heads([[1.0], [3.0]], 2, 1) == [[2.0]] and alike < 1e-12,
+                "relative error < 1e-12")
 
 
 # 4. Sliding windows and attention sinks
 
 
+Masks = dict[str, dict[str, int]]  # options of attention(), by a name
+
+
+def masks_of(window: int, sinks: int) -> Masks:
+    """Return three masks: causal, with a window, and with sinks as well."""
+    return {"causal": {}, f"window {window}": {"window": window},
+            f"with {plural(sinks, 'sink')}": {"window": window, "sinks": sinks}}
+
+
 def compare_work(
-    lengths: Sequence[int], masks: dict[str, dict], d: int, rng: random.Random
-) -> list[dict]:
+    lengths: Sequence[int], d: int, masks: Masks, rng: random.Random
+) -> list[dict[str, int]]:
     """Return for each length the multiplications of attention() under each mask, counted."""
     rows = []
     for n in lengths:
-        q, k, v = (random_matrix(rng, n, d) for _ in range(3))
+        x = random_matrix(rng, n, d)
         row = {"tokens": n}
         for name, mask in masks.items():
             with counted_dots() as count:
-                attention(q, k, v, **mask)
+                attention(x, x, x, **mask)
             row[name] = count.products
         rows.append(row)
     return rows
+
+
+def count_pairs(n_tokens: int, most: int) -> int:
+    """Return the pairs of a query and a key it sees, if each sees up to `most`."""
+    return sum(min(i + 1, most) for i in range(n_tokens))
 
 
 class MovedRow(NamedTuple):
@@ -1156,25 +1130,23 @@ class MovedRow(NamedTuple):
 
 
 def compare_windowed(x: Matrix, window: int, sinks: int, rng: random.Random) -> list[MovedRow]:
-    """Return a row for each kind of head on x [n][dim], all with the same random values.
+    """Return a row for each kind of head on x, all with the same random values.
 
     Only the value of token 0 is 0: a head that rests there says nothing.
     """
-    dim = len(x[0])
-    size = dim // len(BLOCKS)
-    values = [[0.0] * 16] + random_matrix(rng, len(x) - 1, 16)
+    values = [[0.0] * CODE] + random_matrix(rng, len(x) - 1, CODE)
+    scale = length_of(values) or 1.0  # a text of one token has no other value than 0
     heads = [("its own word", "same word", None), ("one back", "one back", None),
              ("everything alike", "everywhere", None),
              ("nothing: rests on token 0", "first token", None),
              ("nothing: learned sink", "everywhere", SHARPNESS)]
     rows = []
     for name, job, sink_logit in heads:
-        wq, wk, _, _ = build_heads([job], size, dim)
-        q, k = linear(x, wq), linear(x, wk)
-        full = attention(q, k, values, sink_logit=sink_logit)
-        cut = attention(q, k, values, window=window, sink_logit=sink_logit)
-        kept = attention(q, k, values, window=window, sinks=sinks, sink_logit=sink_logit)
-        scale = length_of(values) or 1.0  # a text of one token has no other value than 0
+        wq, wk, _, _ = build_heads([job])
+        q = linear(x, wq)
+        k = linear(x, wk)
+        full, cut, kept = [attention(q, k, values, sink_logit=sink_logit, **mask)
+                           for mask in masks_of(window, sinks).values()]
         rows.append(MovedRow(name, length_of(full) / scale, distance(cut, full) / scale,
                              distance(kept, full) / scale))
     return rows
@@ -1196,25 +1168,22 @@ def spread_marker(windows: Sequence[int | None], n_tokens: int) -> list[list[boo
 
 def roll_cache(
     q: Matrix, k: Matrix, v: Matrix, window: int, sinks: int
-) -> tuple[Matrix, list[str]]:
-    """Return each token's output from a RollingKVCache, and a picture of its slots after it."""
-    cache = RollingKVCache(window, sinks) if sinks else RollingKVCache(window)
+) -> tuple[Matrix, list[dict]]:
+    """Return each token's output from a RollingKVCache, and which positions it then holds."""
+    cache = RollingKVCache(window, sinks)
     outputs = []
-    pictures = []
+    rows = []
     for i in range(len(q)):
-        newest = cache.append(k[i], v[i])
+        slot = cache.append(k[i], v[i])
         outputs.append(cache.attend(q[i]))
-        cells = [f"{position:>3}" + ("*" if slot == newest else " ")
-                 for slot, (position, _, _) in sorted(cache.slots.items())]
-        if len(cells) > 10:  # the slots around the newest
-            first = min(max(0, newest - 5), len(cells) - 10)
-            cells = [" …", *cells[first:first + 10], " …"]
-        pictures.append(f"token {i:>3} → slot {newest:>3}  │{'│'.join(cells)}│")
-    return outputs, pictures
+        positions = [f"{cache.slots[s][0]:>3}" for s in sorted(cache.slots)]
+        rows.append({"token": i, "goes to slot": slot,
+                     "positions, slot by slot": " ".join(positions[:12])})
+    return outputs, rows
 
 
 def show_window(trace: Trace, knobs: Namespace) -> None:
-    """The masks and the work; what a window hides; the reach of a stack; the rolling cache."""
+    """Show the masks and the work, what a window hides, a stack's reach, the rolling cache."""
     rng = random.Random(knobs.seed)
     show_masks(trace, knobs, rng)
     show_hidden(trace, knobs, rng)
@@ -1223,43 +1192,37 @@ def show_window(trace: Trace, knobs: Namespace) -> None:
 
 
 def show_masks(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
-    """Who sees whom, and the work."""
-    window = f"window {knobs.window}"
-    masks = {"causal": {}, window: {"window": knobs.window}}
-    if knobs.sinks:
-        name = f"with {plural(knobs.sinks, 'sink')}"
-        masks[name] = {"window": knobs.window, "sinks": knobs.sinks}
+    """Show who sees whom, and the work."""
+    window = knobs.window
+    masks = masks_of(window, knobs.sinks)
+    windowed = list(masks)[1]
     trace.say("With a window, a token sees only the latest keys, itself included. Sinks are first "
               "tokens that stay visible all the same. Row: who looks; column: at whom; blank: "
               "hidden." + knobs.cut)
-    trace.lines(draw_masks(masks, min(len(knobs.tokens), MAP_TOKENS)))
+    trace.lines(draw_masks(masks, len(knobs.tokens)))
     trace.say("The work, in multiplications counted while attention runs. Without a window it "
-              f"grows with the square of the text. A window of {knobs.window} lets a query meet "
-              f"{plural(knobs.window, 'key')} at most, and the sinks.")
-    work = compare_work((32, 64, 128), masks, 4, rng)
+              f"grows with the square of the text. A window of {window} lets a query meet "
+              f"{plural(window, 'key')} at most, and the sinks.")
+    work = compare_work((32, 64, 128), 4, masks, rng)
     trace.ask("twice the text is four times the work without a window. How many times is it with "
-              f"a window of {knobs.window}, from 64 to 128 tokens?",
-              work[2][window] / work[1][window])
+              f"a window of {window}, from 64 to 128 tokens?",
+              work[2][windowed] / work[1][windowed])
     trace.table(work, {"tokens": "d", **dict.fromkeys(masks, ",d")})
-    n = work[2]["tokens"]
-    most_seen = dict(zip(masks, (n, knobs.window, knobs.window + knobs.sinks)))
-    pairs = {name: sum(min(i + 1, most) for i in range(n)) for name, most in most_seen.items()}
+    pairs = [count_pairs(128, most) for most in (128, window, window + knobs.sinks)]
     trace.check("multiplications = pairs of a query and a key it sees × 2·d, with d = 4",
-                all(work[2][name] == 8 * pairs[name] for name in masks),
-                ", ".join(f"{count:,}" for count in pairs.values()) + " pairs")
+                list(work[2].values()) == [128, *(8 * count for count in pairs)],
+                ", ".join(f"{count:,}" for count in pairs) + " pairs")
 
 
 def show_hidden(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
-    """How far the outputs of heads move when a window hides keys."""
-    x = embed(knobs.tokens, knobs.dim, knobs.seed)
+    """Show how far the outputs of heads move when a window hides keys."""
+    x = embed(knobs.tokens, knobs.seed)
     rows = compare_windowed(x, knobs.window, knobs.sinks, rng)
     trace.say("What a window costs depends on what a head looks for. Five heads, built by hand, "
               "with random values, but 0 at token 0. How far does the output move when the window "
               "hides keys, as a share of the values' size?")
-    columns = {"head_looks_for": "", "window": ".2f bar 16 of 1"}
-    if knobs.sinks:
-        columns[f"with_sinks as with {plural(knobs.sinks, 'sink')}"] = ".2f bar 16 of 1"
-    trace.table(rows, columns)
+    trace.table(rows, {"head_looks_for": "", "window": ".2f bar 10 of 1",
+                       f"with_sinks as with {plural(knobs.sinks, 'sink')}": ".2f bar 10 of 1"})
     trace.say("The weights of a head must sum to 1. One that finds nothing can rest on token 0, "
               "whose value is 0, and so say nothing. If a window hides that token, the weights "
               "fall on tokens that the head did not mean to read, and it speaks; if the token is "
@@ -1277,63 +1240,58 @@ def show_hidden(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
 
 
 def show_reach(trace: Trace, window: int) -> None:
-    """How far layers with windows reach together, alone and below a global one."""
+    """Show how far layers with windows reach together, and how far a global one does."""
     width = 64
-    heard = spread_marker([window] * 4, width)
+    local = spread_marker([window] * 4, width)
     mixed = spread_marker([window] * 3 + [None], width)
-    trace.say(f"Layers see further together. Token 0 of {width} starts with a marker. In each "
+    trace.say(f"How far do layers see together? Token 0 of {width} starts with a marker. In each "
               "layer, a token that sees a marked one gets the marker as well (█). 4 layers of "
               f"window {window}; and what the 4th reaches if it is global, without a window:")
     names = ["layer 1", "layer 2", "layer 3", "layer 4", "global "]
-    for name, row in zip(names, [*heard, mixed[-1]]):
+    for name, row in zip(names, [*local, mixed[3]]):
         trace.lines([f"{name}  " + "".join("█" if has else "·" for has in row)])
-    reach = [sum(row) - 1 for row in heard]
+    reach = [sum(row) - 1 for row in local]
     trace.check("L local layers reach L·(w - 1) tokens or all, a global one the whole text",
                 reach == [min(layer * (window - 1), width - 1) for layer in range(1, 5)]
-                and all(mixed[-1]), ", ".join(map(str, reach)))
+                and all(mixed[3]), ", ".join(map(str, reach)))
 
 
 def show_rolling(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
-    """The rolling cache, slot by slot."""
-    window, sinks = knobs.window, knobs.sinks
+    """Show a rolling cache, slot by slot."""
+    window = knobs.window
+    sinks = knobs.sinks
     q, k, v = (random_matrix(rng, len(knobs.tokens), 4) for _ in range(3))
-    rolled, pictures = roll_cache(q, k, v, window, sinks)
+    rolled, rows = roll_cache(q, k, v, window, sinks)
     trace.say(f"The cache that a window allows: {plural(sinks, 'slot')} for sinks and "
               f"{plural(window, 'slot')} for the window, with the position that each holds. Once "
-              "it is full, each new position (*) takes the slot of one that nobody can see any "
-              "more.")
-    trace.lines(pictures[-5:])
+              "it is full, each new position takes the slot of one that nobody can see any more.")
+    trace.table(rows[-5:], {"token": "d", "goes to slot": "d", "positions, slot by slot": ""})
     dense = dense_attention(q, k, v, lambda i, j: j <= i and (j > i - window or j < sinks))
     trace.check_close("attention() with window and sinks = the dense masked matrix",
                       attention(q, k, v, window=window, sinks=sinks), dense, 1e-12)
     trace.check_close("rolling cache = the same", rolled, dense, 1e-12)
     trace.check_close("with a learned sink = the dense matrix with one more term in its sums",
                       attention(q, k, v, sink_logit=1.5),
-                      dense_attention(q, k, v, lambda i, j: j <= i, 1.5), 1e-12)
+                      dense_attention(q, k, v, sink_logit=1.5), 1e-12)
 
 
-def draw_masks(masks: dict[str, dict], n: int) -> list[str]:
+def draw_masks(masks: Masks, n: int) -> list[str]:
     """Return pictures of who sees whom under each mask, side by side."""
     blank = [[0.0]] * n
     pictures = []
     for name, mask in masks.items():
-        lines = [name.ljust(MAP_TOKENS)]
-        for row in attention_weights(blank, blank, **mask):
-            lines.append("".join("█" if weight else " " for weight in row))
-        pictures.append(lines)
-    return side_by_side(pictures, gap=6)
+        weights = attention_weights(blank, blank, **mask)
+        seen = [[float(weight > 0) for weight in row] for row in weights]
+        pictures.append([name, *heat_map(seen)])
+    return side_by_side(pictures)
 
 
 # 5. Positions: RoPE and ALiBi
 
 
-def compare_shifts(
-    rotate: Callable[[Vector, int], Vector], places: Sequence[int], distances: Sequence[int],
-    q: Vector, k: Vector,
-) -> Matrix:
-    """Return q·k, [places][distances]: k rotated to a place, q to a place that far behind it."""
-    return [[dot(rotate(q, place + far), rotate(k, place)) for far in distances]
-            for place in places]
+def score_at(q: Vector, k: Vector, q_position: int, k_position: int) -> float:
+    """Return q·k, both rotated to their positions."""
+    return dot(rope([q], [q_position])[0], rope([k], [k_position])[0])
 
 
 def rotate_by_hand(x: Vector, position: int) -> Vector:
@@ -1351,31 +1309,38 @@ class StretchRow(NamedTuple):
     """A pair of channels before and after RoPE is stretched."""
 
     pair: int
-    before: float   # tokens in a full turn
-    turns: float    # full turns within the original context
-    after: float    # tokens in a full turn
-    slowed: float   # after / before
+    before: float   # tokens in a full turn, before
+    turns: float    # full turns within the original context, before
+    slowed: float   # how many times as many tokens a turn takes after the stretching
 
 
-def compare_stretched(head_dim: int, base: float, original_context: int) -> list[StretchRow]:
-    """Return what Llama 3.1's rule does to each pair of channels."""
-    thetas = [base ** (-2 * m / head_dim) for m in range(head_dim // 2)]
+def compare_stretched(
+    pairs: Sequence[int], head_dim: int, base: float, original_context: int
+) -> list[StretchRow]:
+    """Return what Llama 3.1's rule does to these pairs of channels."""
+    thetas = [base ** (-2 * m / head_dim) for m in pairs]
     stretched = llama3_thetas(thetas, original_context=original_context)
     rows = []
-    for m in range(head_dim // 2):
-        before = 2 * math.pi / thetas[m]
-        after = 2 * math.pi / stretched[m]
-        rows.append(StretchRow(m, before, original_context / before, after, after / before))
+    for m, old, new in zip(pairs, thetas, stretched):
+        turns = original_context * old / (2 * math.pi)
+        rows.append(StretchRow(m, 2 * math.pi / old, turns, old / new))
     return rows
 
 
+def look_back(slopes: Vector, n_keys: int) -> Matrix:
+    """Return the last token's weights for each slope, all scores equal but for ALiBi's bias."""
+    blank = [[0.0]] * n_keys
+    return [attention_weights(blank[:1], blank, bias=alibi_bias(1, n_keys, slope))[0]
+            for slope in slopes]
+
+
 def show_positions(trace: Trace, knobs: Namespace) -> None:
-    """Scores under a shift, stretched angles, and ALiBi's penalties."""
+    """Show scores under a shift, stretched angles, and ALiBi's penalties."""
     d = 16
-    rng = random.Random(knobs.seed)
-    q, k = random_matrix(rng, 2, d)
-    places, distances = (0, 7, 100, 5000), (0, 1, 2, 8, 32)
-    scores = compare_shifts(lambda x, p: rope([x], [p])[0], places, distances, q, k)
+    q, k = random_matrix(random.Random(knobs.seed), 2, d)
+    places = (0, 7, 100, 5000)
+    distances = (0, 1, 2, 8, 32)
+    scores = [[score_at(q, k, place + far, place) for far in distances] for place in places]
     trace.say("RoPE turns q and k by angles proportional to their positions. One random q and k "
               f"of {d} channels, put at different places. Read down a column: where they stand "
               "does not matter, only how far apart. A key's own rotation depends on its own "
@@ -1385,63 +1350,55 @@ def show_positions(trace: Trace, knobs: Namespace) -> None:
     columns = [f"{far} apart" for far in distances]
     rows = [{"key at": place, **dict(zip(columns, row))} for place, row in zip(places, scores)]
     trace.table(rows, {"key at": "d", **dict.fromkeys(columns, "z.4f")})
-    trace.check_close("the scores are those of the paper's sines and cosines", scores,
-                      compare_shifts(rotate_by_hand, places, distances, q, k), 1e-9)
+    trace.check_close("q turns to these places as by the paper's sines and cosines",
+                      rope([q] * len(places), places),
+                      [rotate_by_hand(q, place) for place in places], 1e-9)
     trace.check_close("a score stays when both positions are shifted", scores[1:],
                       scores[:1] * (len(places) - 1), 1e-9)
     show_stretched(trace)
-    show_alibi(trace, knobs.n_heads)
+    show_alibi(trace)
 
 
 def show_stretched(trace: Trace) -> None:
-    """What Llama 3.1's rule does to the angles."""
-    rows = compare_stretched(head_dim=128, base=500_000.0, original_context=8192)
+    """Show what Llama 3.1's rule does to the angles."""
+    rows = compare_stretched((0, 16, 26, 29, 32, 35, 48, 63), 128, 500_000.0, 8192)
     trace.say("For texts longer than the 8,192 tokens that it first learned on, Llama 3.1 slows "
               "down some rotations (and it was trained further on long texts). Its rule, at its "
               "own sizes (128 channels, base 500,000), for some of the 64 pairs of channels. "
-              "Tokens in a full turn, before and after:")
-    trace.table([rows[m] for m in (0, 16, 26, 29, 32, 35, 48, 63)],
-                {"pair": "d", "before": ",.0f", "turns as turns in 8,192 tokens": ",.3f",
-                 "after": ",.0f", "slowed as slowed by": "{:.2f}×"})
+              "How fast they turn before, and how much they are slowed:")
+    trace.table(rows, {"pair": "d", "before as tokens in a full turn": ",.0f",
+                       "turns as turns in 8,192 tokens": ",.3f",
+                       "slowed as slowed by": "{:.2f}×"})
     trace.say("Fast pairs, which tell neighbours apart, are left alone. Pairs that make less than "
               "one turn in 8,192 tokens are slowed by 8. Those between get something in between.")
-    trace.check("more than 4 turns: kept; fewer than 1: slowed by 8; in order",
-                all(abs(row.slowed - 1) < 1e-12 for row in rows if row.turns > 4)
-                and all(abs(row.slowed - 8) < 1e-12 for row in rows if row.turns < 1)
-                and all(a.after < b.after for a, b in itertools.pairwise(rows)),
-                f"{sum(1 < row.turns < 4 for row in rows)} of {len(rows)} pairs between")
     # Pair 32 by hand: θ = 1/√500,000, a turn takes 4,443 tokens, 8,192 tokens make 1.844 turns; so
     # .2813 of its angle is kept as it is, and .7187 of it is divided by 8: .3711 of it is left.
-    trace.check("pair 32 is slowed as worked out by hand in the source",
-                abs(rows[32].slowed - 1 / 0.3711) < 1e-3, f"{rows[32].slowed:.3f}×")
+    # Pair 26 makes more than 4 turns and keeps its angle; pair 35 makes less than one.
+    trace.check_close("pairs 26, 32 and 35 are slowed as worked out by hand, by 1, 2.695 and 8",
+                      [[row.slowed for row in rows if row.pair in (26, 32, 35)]],
+                      [[1.0, 1 / 0.3711, 8.0]], 1e-3)
 
 
-def show_alibi(trace: Trace, n_heads: int) -> None:
-    """Where heads look whose scores are all equal but for ALiBi's penalty."""
+def show_alibi(trace: Trace) -> None:
+    """Show where heads look if all scores are equal but for ALiBi's penalty."""
     n_keys = 40
-    blank = [[0.0]] * n_keys
-    weights, by_hand, lines = [], [], []
-    for slope in sorted(alibi_slopes(n_heads), reverse=True):
-        weights += attention_weights(blank[:1], blank, bias=alibi_bias(1, n_keys, slope))
-        by_hand.append(softmax([slope * j for j in range(n_keys)]))
-        picture = "".join(shade(weight / max(weights[-1])) for weight in weights[-1])
-        lines.append(f"slope {slope:.4f}  {picture}")
+    slopes = alibi_slopes(8)
+    weights = look_back(slopes, n_keys)
     trace.say("ALiBi takes slope × distance off each score. All scores equal but for that, the "
               f"last of {n_keys} tokens looks back, oldest key to newest. The steeper the slope, "
-              "the nearer it looks.")
-    trace.lines(lines[:8])
-    trace.note("darker: nearer to the row's largest weight"
-               + (f"; the 8 steepest of {n_heads} slopes" if n_heads > 8 else ""))
+              "the nearer it looks. The slopes of 8 heads:")
+    for slope, row in zip(slopes, weights):
+        picture = "".join(shade(weight / max(row)) for weight in row)
+        trace.lines([f"slope {slope:.4f}  {picture}"])
+    trace.note("darker: nearer to the row's largest weight")
     trace.check("the bias is -slope × distance, the queries at the last positions",
                 alibi_bias(2, 4, 0.5) == [[-1.0, -0.5, 0.0, 0.5], [-1.5, -1.0, -0.5, 0.0]],
                 "2 queries, 4 keys")
     trace.check_close("each key's weight is e^slope times that of the key before it", weights,
-                      by_hand, 1e-12)
-    published = [2.0 ** -h for h in range(1, 9)]
-    of_twelve = published + [2.0 ** -(h + 0.5) for h in range(4)]
-    trace.check_close("8 heads have the published slopes, 1/2 to 1/256; 12 heads have these and "
-                      "every other slope of 16 heads",
-                      [alibi_slopes(8), alibi_slopes(12)], [published, of_twelve], 1e-12)
+                      [softmax([slope * j for j in range(n_keys)]) for slope in slopes], 1e-12)
+    published = [2.0 ** -h for h in range(1, 9)] + [2.0 ** -(h + 0.5) for h in range(4)]
+    trace.check_close("12 heads have the published slopes of 8 heads, 1/2 to 1/256, and every "
+                      "other slope of 16 heads", [alibi_slopes(12)], [published], 1e-12)
 
 
 # 6. Multi-head latent attention (MLA)
@@ -1456,11 +1413,13 @@ class CacheRow(NamedTuple):
 
 def compare_mla_caches(w: MLAWeights, n_kv_heads: int) -> list[CacheRow]:
     """Return what a token leaves for MHA, GQA and MQA with heads like w's, and for MLA."""
-    c, k_rope = mla_compress([[1.0] * len(w.w_down[0])], w)
+    n_heads = len(w.wq)
     kv_head = len(w.wk_up[0]) + len(w.wv_up[0])
-    rows = [CacheRow(f"{name}, {plural(n, 'KV head')}", n * kv_head)
-            for name, n in (("MHA", len(w.wq)), ("GQA", n_kv_heads), ("MQA", 1))]
-    return [*rows, CacheRow("MLA", len(c[0]) + len(k_rope[0]))]
+    c, k_rope = mla_compress([[1.0] * len(w.w_down[0])], w)
+    return [CacheRow(f"MHA, {plural(n_heads, 'KV head')}", n_heads * kv_head),
+            CacheRow(f"GQA, {plural(n_kv_heads, 'KV head')}", n_kv_heads * kv_head),
+            CacheRow("MQA, 1 KV head", kv_head),
+            CacheRow("MLA", len(c[0]) + len(k_rope[0]))]
 
 
 class FormRow(NamedTuple):
@@ -1491,59 +1450,47 @@ def compare_forms(
     return rows
 
 
-def show_mla(trace: Trace, knobs: Namespace) -> None:
-    """What is cached; when each form does less work; that both are right."""
-    head_dim = knobs.dim // knobs.n_heads
-    w = random_mla_weights(random.Random(knobs.seed), knobs.dim, knobs.n_heads, head_dim, head_dim,
-                           d_c=4 * head_dim, d_rope=2 * ceil_div(head_dim, 4))
-    show_latent(trace, w, knobs.n_kv_heads)
-    show_forms(trace, w, random.Random(knobs.seed))
-
-    x = embed(knobs.tokens, knobs.dim, knobs.seed)[:32]
-    c, k_rope = mla_compress(x, w)
-    expected = dense_mla(x, w)
-    trace.check_close("plain form = DeepSeek-V2's equations, dense and without a cache",
-                      mla_attention(x, c, k_rope, w), expected, 1e-12)
+def attend_in_halves(form: Callable, x: Matrix, w: MLAWeights) -> Matrix:
+    """Return MLA of x in a form, read in two halves, the second on the cache of both."""
     half = len(x) // 2
+    c, k_rope = mla_compress(x[:half], w)
+    first = form(x[:half], c, k_rope, w)
+    new_c, new_k_rope = mla_compress(x[half:], w, start=half)
+    return first + form(x[half:], c + new_c, k_rope + new_k_rope, w)
+
+
+def show_mla(trace: Trace, knobs: Namespace) -> None:
+    """Show what is cached, when each form does less work, and that both are right."""
+    rng = random.Random(knobs.seed)
+    w = random_mla_weights(rng, knobs.dim, knobs.n_heads, knobs.dim // knobs.n_heads)
+    show_latent(trace, w, knobs.n_kv_heads)
+    show_forms(trace, w, rng)
+    x = random_matrix(rng, 12, knobs.dim)
     for name, form in (("plain", mla_attention), ("absorbed", mla_attention_absorbed)):
-        trace.check_close(f"{name} form, the second half of the text on the cache of all = the "
-                          "same", form(x[half:], c, k_rope, w), expected[half:], 1e-12)
-    steps, c, k_rope = [], [], []
-    for i in range(len(x)):
-        new_c, new_k_rope = mla_compress(x[i:i + 1], w, start=i)
-        c += new_c
-        k_rope += new_k_rope
-        steps += mla_attention_absorbed(x[i:i + 1], c, k_rope, w)
-    trace.check_close("absorbed form, token by token from the cache = the same", steps, expected,
-                      1e-12)
+        trace.check_close(f"{name} form, in two halves with a cache = DeepSeek-V2's equations, "
+                          "dense and without one", attend_in_halves(form, x, w), dense_mla(x, w),
+                          1e-12)
 
 
 def show_latent(trace: Trace, w: MLAWeights, n_kv_heads: int) -> None:
-    """What one token takes in the cache."""
+    """Show what one token takes in the cache."""
     rows = compare_mla_caches(w, n_kv_heads)
-    mha, _, mqa, mla = rows
+    kv_heads_worth = rows[3].numbers / rows[2].numbers
     trace.say("Instead of keys and values, cache a latent: a short vector from which every head's "
               f"keys and values are computed again. Here it has {len(w.w_down)} numbers (4 · "
               f"head_dim, as in DeepSeek-V2), and one rotated key of {len(w.wk_rope)} stands "
               "beside it. In the cache, one token takes:")
-    trace.ask(f"a KV head takes {mqa.numbers} numbers. How many KV heads' worth does MLA take?",
-              mla.numbers / mqa.numbers)
+    trace.ask(f"a KV head takes {rows[2].numbers} numbers. How many KV heads' worth does MLA take?",
+              kv_heads_worth)
     trace.table(rows, {"attention": "", "numbers": "d bar 40"})
-    if mla.numbers >= mha.numbers:
-        saving = "With so few heads that is no less than MHA"
-    else:
-        times = mha.numbers / mla.numbers
-        saving = f"With {len(w.wq)} heads MHA keeps {times:.1f} times as much"
-    big = REAL_MODELS[-1]
-    trace.say(f"MLA takes {mla.numbers / mqa.numbers:.2f} KV heads' worth, and more heads of this "
-              f"size would change nothing. {saving}; with the {big.n_heads} heads of {big.name}, "
-              f"{2 * big.n_heads * big.head_dim / (big.d_c + big.d_rope):.0f} times. GQA with 2 KV "
-              "heads keeps less, but all its query heads share those 2, where every head of MLA "
-              "has keys and values of its own.")
+    trace.say(f"MLA takes {kv_heads_worth:.2f} KV heads' worth, and more heads of this size would "
+              "change nothing: with the 128 heads of DeepSeek-V3 MHA would keep 57 times as much. "
+              "GQA with 2 KV heads keeps less than MLA, but all its query heads share those 2, "
+              "where every head of MLA has keys and values of its own.")
 
 
 def show_forms(trace: Trace, w: MLAWeights, rng: random.Random) -> None:
-    """The work of the plain and of the absorbed form."""
+    """Show the work of the plain and of the absorbed form."""
     rows = compare_forms(w, ((1, 32), (1, 64), (8, 64), (64, 64)), rng)
     trace.say("Two ways to use that cache. The plain form multiplies all cached latents by the "
               "matrices that make keys and values. The absorbed form multiplies the query and the "
@@ -1551,22 +1498,10 @@ def show_forms(trace: Trace, w: MLAWeights, rng: random.Random) -> None:
               "Multiplications, counted:")
     trace.table(rows, {"new_tokens": "d", "cached_tokens as all tokens": "d",
                        "plain": ",d", "absorbed": ",d", "ratio as plain / absorbed": ".2f"})
-    d_c, d_rope, head_dim = len(w.w_down), len(w.wk_rope), len(w.wk_up[0])
-    plain = d_rope + 2 * head_dim + 2 * d_c * head_dim
-    absorbed = d_rope + 2 * d_c
-    if rows[0].ratio > 1 > rows[-1].ratio:
-        break_even = 2 * d_c * head_dim / (2 * d_c - 2 * head_dim)
-        trace.say("For one new token the absorbed form does less, for a whole prompt more. So "
-                  "decoding is done absorbed, and a prompt is read in the plain form. On a long "
-                  f"cache the absorbed form does less for up to {break_even:.0f} new tokens at "
-                  "these sizes (170 at DeepSeek-V3's).")
-    else:
-        trace.say("At these sizes one form does less for a new token and for a whole prompt.")
-    trace.check("one more cached token costs d_rope + 2·head_dim + 2·d_c·head_dim a head in the "
-                "plain form, d_rope + 2·d_c in the absorbed one",
-                rows[1].plain - rows[0].plain == 32 * len(w.wq) * plain
-                and rows[1].absorbed - rows[0].absorbed == 32 * len(w.wq) * absorbed,
-                f"{plain} and {absorbed}")
+    trace.say("For one new token the absorbed form does less, for a whole prompt more. So decoding "
+              "is done absorbed, and a prompt is read in the plain form.")
+    trace.check("absorbed takes fewer multiplications for one new token, plain for a whole text",
+                rows[1].ratio > 1 > rows[3].ratio, f"{rows[1].ratio:.2f} and {rows[3].ratio:.2f}")
 
 
 # 7. The bill: cache and work of real models
@@ -1577,19 +1512,10 @@ class BillRow(NamedTuple):
 
     model: str
     attention: str
-    kib: float       # one token's KiB while nothing has left a window
-    at_4k: str       # GiB of one request, in parentheses beyond the model's context
-    at_32k: str
+    kib: float     # one token's KiB while nothing has left a window
+    at_4k: str     # GiB of one request, in parentheses beyond the model's context
     at_128k: str
-
-
-class WorkRow(NamedTuple):
-    """What one new token costs after 32K tokens."""
-
-    model: str
-    times_too_much: float  # the popular formula over the bytes of the cache
-    gflop: float           # in QKᵀ and weights·V
-    flops_per_byte: float  # of cache read
+    flops_per_byte: float  # work of a new token in QKᵀ and weights·V, for each byte of cache
 
 
 def bill(models: Sequence[RealModel]) -> list[BillRow]:
@@ -1597,70 +1523,55 @@ def bill(models: Sequence[RealModel]) -> list[BillRow]:
     rows = []
     for model in models:
         sizes = []
-        for n_tokens in (4096, 32768, 131072):
+        for n_tokens in (4096, 131072):
             gib = cache_bytes(model, n_tokens) / 2**30
             sizes.append(f"{gib:.2f} " if n_tokens <= model.context else f"({gib:.2f})")
-        rows.append(BillRow(model.name, model.kind, cache_bytes(model, 1) / 1024, *sizes))
+        of_one = cache_bytes(model, 1)
+        flops = 2 * decode_multiplications(model, 1)
+        rows.append(BillRow(model.name, model.kind, of_one / 1024, *sizes, flops / of_one))
     return rows
 
 
-def decode_work(models: Sequence[RealModel], n_tokens: int) -> list[WorkRow]:
-    """Return a row per model that was made for n_tokens, for one new token after so many."""
-    rows = []
-    for model in models:
-        if n_tokens > model.context:
-            continue
-        true_bytes = cache_bytes(model, n_tokens)
-        popular_bytes = 2 * model.n_layers * model.width * n_tokens * 2
-        flops = 2 * decode_multiplications(model, n_tokens)
-        rows.append(WorkRow(model.name, popular_bytes / true_bytes, flops / 1e9,
-                            flops / true_bytes))
-    return rows
+def count_step(model: RealModel, n_tokens: int, rng: random.Random) -> tuple[int, int]:
+    """Return the multiplications of the last of n_tokens, and the numbers in its cache, counted."""
+    multiplications = 0
+    numbers = 0
+    for layer in range(model.n_layers):
+        cache = RollingKVCache(model.window if layer < model.n_local_layers else n_tokens)
+        for key in random_matrix(rng, n_tokens, model.head_dim):
+            cache.append(key, key)
+        with counted_dots() as count:
+            cache.attend(key)
+        multiplications += model.n_heads * count.products
+        numbers += model.n_kv_heads * 2 * model.head_dim * len(cache.slots)
+    return multiplications, numbers
 
 
 def show_bill(trace: Trace, knobs: Namespace) -> None:
-    """The table of real models: cache, popular formula, work."""
-    trace.say("The KV cache of one request in GiB, 16 bits a number, computed from published "
-              "configurations. In parentheses: longer than the model was made for. \"5:1 local\" "
-              "means that of six layers five have a window. The column \"one token\" counts all "
-              "layers, as long as no window has dropped the token.")
-    trace.table(bill(REAL_MODELS), {
-        "model": "", "attention": "", "kib as one token": "{:,.1f} KiB",
-        "at_4k as 4K tokens": "", "at_32k as 32K tokens": "", "at_128k as 128K tokens": ""})
-    trace.say("An often quoted formula multiplies by the width of the model where n_kv_heads · "
-              "head_dim belongs, and forgets windows and latents. For models that can read 32K "
-              "tokens, after so many: the formula's bytes over the true ones; the work of one more "
-              "token in QKᵀ and weights·V (2 FLOPs a multiplication; MLA absorbed); and that work "
-              "for each byte of cache.")
-    rows = decode_work(REAL_MODELS, 32768)
-    llama = next(row for row in rows if row.model == "Llama 3.1 8B")
-    trace.ask("Llama 3.1 8B has 32 query heads and 8 KV heads. How many times too much does the "
-              "popular formula say?", llama.times_too_much)
-    trace.table(rows, {
-        "model": "", "times_too_much as popular / true": "{:.1f}×",
-        "gflop as work": "{:,.1f} GFLOP", "flops_per_byte as FLOPs per byte of cache": ",.0f"})
-    most = max(rows, key=lambda row: row.flops_per_byte)
+    """Show the cache of real models, and the work on it."""
+    trace.say("The KV cache of one request after 4K and after 128K tokens, 16 bits a number, "
+              "computed from published configurations. In parentheses: longer than the model was "
+              "made for. \"5:1 local\" means that of six layers five have a window. KiB/token "
+              "counts all layers, as long as no window has dropped the token. FLOPs/byte: the work "
+              "of one new token in QKᵀ and weights·V (2 FLOPs a multiplication; MLA absorbed) for "
+              "each byte of cache.")
+    rows = bill(REAL_MODELS)
+    trace.ask("Llama 3.1 70B has 80 layers, each with 8 KV heads of 128 channels. How many KiB "
+              "does it keep for a token?", rows[5].kib)
+    trace.table(rows, {"model": "", "attention": "", "kib as KiB/token": ",.1f",
+                       "at_4k as GiB at 4K": "", "at_128k as GiB at 128K": "",
+                       "flops_per_byte as FLOPs/byte": ",.0f"})
     trace.say("Sharing KV heads saves bytes and no work. That is a good trade where reading is "
-              f"what takes the time. {most.model} goes furthest: all its query heads read the "
-              f"same latent, {most.flops_per_byte:.0f} FLOPs for each byte.")
-    # One layer without a window and one with: 3 query heads that share a KV head of 6 channels.
-    x = random_matrix(random.Random(knobs.seed), 8, 6)
-    tiny = RealModel("tiny", "GQA", 2, 18, 3, 1, 6, 8, "here", window=4, n_local_layers=1)
-    with counted_dots() as count:
-        attention(x[-1:], x, x)
-        attention(x[-1:], x, x, window=4)
-    trace.check("the formulas give the work of one token and the bytes of 8 real keys and values",
-                count.products * 3 == decode_multiplications(tiny, 8)
-                and 2 * sum(len(row) for row in x + x + x[-4:] + x[-4:]) == cache_bytes(tiny, 8),
-                f"{count.products * 3} multiplications, {cache_bytes(tiny, 8):.0f} bytes")
-    # A latent of 4 channels with a rotated key of 2.
-    with counted_dots() as count:
-        attention(x[-1:], x, [row[:4] for row in x])
-    tiny = RealModel("tiny", "MLA", 1, 18, 3, 3, 6, 8, "here", d_c=4, d_rope=2)
-    trace.check("they do so for MLA, absorbed",
-                count.products * 3 == decode_multiplications(tiny, 8)
-                and 2 * sum(len(row) for row in x) == cache_bytes(tiny, 8),
-                f"{count.products * 3} multiplications, {cache_bytes(tiny, 8):.0f} bytes")
+              f"what takes the time. {rows[-1].model} goes furthest: all its query heads read the "
+              f"same latent, {rows[-1].flops_per_byte:.0f} FLOPs for each byte.")
+    multiplications, numbers = count_step(TINY_MODEL, 8, random.Random(knobs.seed))
+    trace.check("the formulas give what is counted in a tiny model, one of whose two layers has a "
+                "window: the work of one token, and the bytes of 8 keys and values",
+                (multiplications, 2 * numbers)
+                == (decode_multiplications(TINY_MODEL, 8), cache_bytes(TINY_MODEL, 8)),
+                f"{multiplications} multiplications, {2 * numbers} bytes")
+    trace.check("DeepSeek-V3 takes 1,088 multiplications a token, head and layer, as in section 6",
+                decode_multiplications(REAL_MODELS[-1], 1) == 1088 * 128 * 61, "absorbed form")
     trace.check("DeepSeek-V3's bytes a token are the published ones",
                 cache_bytes(REAL_MODELS[-1], 1) == PUBLISHED_DEEPSEEK_V3_BYTES,
                 f"{PUBLISHED_DEEPSEEK_V3_BYTES:,}, Zhao et al. 2025, table 1")
@@ -1675,7 +1586,6 @@ class RanksRow(NamedTuple):
     ranks: int
     query_heads: int  # on each
     kv_heads: int     # on each
-    weights: int      # numbers in the matrices of each
     cache: int        # numbers that one token leaves on each
     copies: float     # of every KV head, on all ranks together
 
@@ -1684,12 +1594,10 @@ def compare_ranks(weights: Sequence[Matrix], n_heads: int, n_kv_heads: int) -> l
     """Return a row for each possible number of ranks; weights: wq, wk, wv and wo of all heads."""
     rows = []
     for n_ranks in possible_ranks(n_heads, n_kv_heads):
-        heads = heads_of_ranks(n_heads, n_kv_heads, n_ranks)
+        query_heads, kv_heads = heads_of_ranks(n_heads, n_kv_heads, n_ranks)[0]
         shard = shard_weights(*weights, n_heads, n_kv_heads, n_ranks)[0]
-        held = sum(len(row) for w in shard for row in w)
-        copies = sum(len(kv_heads) for _, kv_heads in heads) / n_kv_heads
-        rows.append(RanksRow(n_ranks, len(heads[0][0]), len(heads[0][1]), held,
-                             len(shard[1]) + len(shard[2]), copies))
+        rows.append(RanksRow(n_ranks, len(query_heads), len(kv_heads),
+                             len(shard[1]) + len(shard[2]), n_ranks * len(kv_heads) / n_kv_heads))
     return rows
 
 
@@ -1700,45 +1608,44 @@ class PipelineRow(NamedTuple):
     ticks: int
     idle: float     # share of idle cells in the schedule, counted
     formula: float  # (p - 1) / (m + p - 1)
-    faster: float   # times as fast as one card on the same micro-batches, if handing on is free
 
 
-def make_stages(n_stages: int, dim: int, rng: random.Random) -> list[Callable[[Matrix], Matrix]]:
-    """Return n_stages functions, each one layer: x + multi-head attention of x, random weights."""
-    def make_stage() -> Callable[[Matrix], Matrix]:
-        weights = [random_matrix(rng, dim, dim, 1 / math.sqrt(dim)) for _ in range(4)]
-        return lambda x: add_matrices([x, multi_head_attention(x, *weights, 2)])
+def run_one_by_one(
+    stages: Sequence[Callable[[Matrix], Matrix]], batch: Sequence[Matrix]
+) -> list[Matrix]:
+    """Return what one machine makes of each micro-batch in turn."""
+    outputs = []
+    for x in batch:
+        for stage in stages:
+            x = stage(x)
+        outputs.append(x)
+    return outputs
 
-    return [make_stage() for _ in range(n_stages)]
 
-
-def compare_micro_batches(
-    stages: Sequence[Callable[[Matrix], Matrix]], counts: Sequence[int], rng: random.Random
-) -> list[PipelineRow]:
-    """Return a row for each number of micro-batches, counted in the schedule of a real run."""
+def compare_micro_batches(p: int, counts: Sequence[int]) -> list[PipelineRow]:
+    """Return a row for each number m of micro-batches in p stages, counted in the schedule."""
     rows = []
-    p = len(stages)
     for m in counts:
-        _, schedule = run_pipeline(stages, [random_matrix(rng, 2, 4) for _ in range(m)])
+        _, schedule = run_pipeline([lambda x: x] * p, [[[0.0]]] * m)
         idle = sum(cell is None for tick in schedule for cell in tick)
-        share = idle / (p * len(schedule))
-        rows.append(PipelineRow(m, len(schedule), share, (p - 1) / (m + p - 1), p * (1 - share)))
+        rows.append(PipelineRow(m, len(schedule), idle / (p * len(schedule)),
+                                (p - 1) / (m + p - 1)))
     return rows
 
 
 def show_parallel(trace: Trace, knobs: Namespace) -> None:
-    """Who holds what, what more ranks than KV heads cost, and the bubble of a pipeline."""
+    """Show who holds what, what more ranks than KV heads cost, and a pipeline's bubble."""
     show_tensor_parallel(trace, knobs)
     show_pipeline(trace, knobs)
 
 
 def show_tensor_parallel(trace: Trace, knobs: Namespace) -> None:
-    """Heads on several ranks."""
-    n_heads, n_kv_heads = knobs.n_heads, knobs.n_kv_heads
-    head_dim = knobs.dim // n_heads
+    """Show heads on several ranks."""
+    n_heads = knobs.n_heads
+    n_kv_heads = knobs.n_kv_heads
     rng = random.Random(knobs.seed)
-    weights = [random_matrix(rng, rows, knobs.dim, 1 / math.sqrt(knobs.dim))
-               for rows in (knobs.dim, n_kv_heads * head_dim, n_kv_heads * head_dim, knobs.dim)]
+    x = random_matrix(rng, 12, knobs.dim)
+    weights = random_weights(rng, knobs.dim, n_kv_heads * knobs.dim // n_heads)
     trace.say("Tensor parallelism: each rank (one of the cards) holds the weights of some heads, "
               "and their keys and values. It returns one term of the output; an all-reduce adds "
               f"the terms up. {plural(n_heads, 'query head')} and {plural(n_kv_heads, 'KV head')}; "
@@ -1747,59 +1654,48 @@ def show_tensor_parallel(trace: Trace, knobs: Namespace) -> None:
     trace.ask(f"with {rows[-1].ranks} ranks, how many copies of each KV head are there?",
               rows[-1].copies)
     trace.table(rows, {"ranks": "d", "query_heads": "d", "kv_heads as KV heads": "d",
-                       "weights": ",d", "cache as cache for a token": "d bar 10",
-                       "copies": "{:.0f}×"})
-    if n_kv_heads < n_heads:
-        trace.say("With more ranks each keeps less of the cache, until there are more ranks than "
-                  "KV heads. From there on the same KV head is kept on several.")
-    x = embed(knobs.tokens, knobs.dim, knobs.seed)
+                       "cache as cache for a token": "d bar 16", "copies": "{:.0f}×"})
+    trace.say("With more ranks each keeps less of the cache, until there are more ranks than KV "
+              "heads. From there on the same KV head is kept on several.")
     parts = tensor_parallel_attention(x, *weights, n_heads, n_kv_heads, knobs.ranks)
     trace.check_close(f"the sum of the outputs of {plural(knobs.ranks, 'rank')} = all heads on one "
                       "machine, densely", add_matrices(parts),
                       dense_heads(x, *weights, n_heads, n_kv_heads), 1e-12)
-    trace.check("at most one rank per query head; no rank keeps less than one KV head",
-                rows[-1].ranks == n_heads
+    head_dim = knobs.dim // n_heads
+    trace.check("from one rank to one for each query head; none keeps less than one KV head",
+                (rows[0].ranks, rows[-1].ranks) == (1, n_heads)
                 and all(row.cache == 2 * head_dim * max(1, n_kv_heads // row.ranks)
                         for row in rows),
                 f"{plural(rows[-1].ranks, 'rank')}, {rows[-1].cache} numbers")
 
 
 def show_pipeline(trace: Trace, knobs: Namespace) -> None:
-    """Layers on several stages."""
-    p, m = knobs.stages, knobs.micro_batches
+    """Show layers on several stages."""
+    p = knobs.stages
+    m = knobs.micro_batches
     rng = random.Random(knobs.seed)
-    stages = make_stages(p, 4, rng)
+    stages = [partial(linear, w=random_matrix(rng, 4, 4)) for _ in range(p)]
     batch = [random_matrix(rng, 2, 4) for _ in range(m)]
     outputs, schedule = run_pipeline(stages, batch)
-    trace.say(f"Pipeline parallelism: {plural(p, 'stage')}, one layer each, and a batch cut into "
-              f"{plural(m, 'micro-batch', 'micro-batches')}. A row is a stage, a column a tick, a "
-              "number the micro-batch that the stage works on, a dot an idle stage.")
+    trace.say(f"Pipeline parallelism: {plural(p, 'stage')}, a linear layer each, and a batch cut "
+              f"into {plural(m, 'micro-batch', 'micro-batches')}. A row is a stage, a column a "
+              "tick, a number the micro-batch that the stage works on, a dot an idle stage.")
     for stage in range(p):
         cells = ["·" if tick[stage] is None else str(tick[stage]) for tick in schedule]
         trace.lines([f"stage {stage}  " + " ".join(f"{cell:>2}" for cell in cells)])
-    rows = compare_micro_batches(stages, (1, 2, 4, 8, 16), rng)
-    trace.say("The idle cells are the bubble. Its share, counted in the schedule, for other "
-              "numbers of micro-batches:")
+    rows = compare_micro_batches(p, (1, 2, 4, 8, 16))
+    trace.say("The idle cells are the bubble. Its share for other numbers of micro-batches:")
     trace.ask(f"with {plural(p, 'stage')} and 1 micro-batch, what share of the cells is idle?",
               rows[0].idle)
     trace.table(rows, {"micro_batches": "d", "ticks": "d", "idle as idle, counted": ".0%",
-                       "formula as (p-1)/(m+p-1)": ".0%",
-                       "faster as times one card's speed": ".1f"})
-    trace.note("one card's speed: doing the same micro-batches one by one, if a tick takes the "
-               "time of one of them and handing on takes none. (In decoding a small batch takes "
-               "nearly as long as a large one, so that cutting it up gains less.)")
+                       "formula as (p-1)/(m+p-1)": ".0%"})
     if p > 1:
-        trace.say(f"With one micro-batch the {p} cards are no faster than one: a pipeline makes no "
-                  "single request faster; it shares out the memory. At most a fifth is idle from "
-                  f"{4 * (p - 1)} micro-batches on.")
-
-    one_machine = []
-    for x in batch:
-        for stage in stages:
-            x = stage(x)
-        one_machine.append(x)
-    trace.check("the pipeline's outputs = one machine's, in order", outputs == one_machine,
-                "to the bit")
+        trace.say(f"With one micro-batch only one of the {p} cards works at a time: a pipeline "
+                  "makes no single request faster; it shares out the memory. At most a fifth is "
+                  f"idle from {4 * (p - 1)} micro-batches on. (In decoding a small batch takes "
+                  "nearly as long as a large one, so that cutting it up gains less.)")
+    trace.check("the pipeline's outputs = one machine's, in order",
+                outputs == run_one_by_one(stages, batch), "to the bit")
     trace.check("idle cells, counted = (p - 1) / (m + p - 1)",
                 all(abs(row.idle - row.formula) < 1e-12 for row in rows),
                 ", ".join(f"{row.idle:.0%}" for row in rows))
@@ -1809,139 +1705,83 @@ def show_pipeline(trace: Trace, knobs: Namespace) -> None:
 # THE MODEL AND THE BENCH: heads built by hand, a dense reference, real models, pictures
 # =============================================================================================
 
-# Nothing is trained here. An embedding is four blocks of channels:
+# Nothing is trained here. An embedding is four blocks of CODE channels:
 #
 #     word     a code of ±1 for the token
 #     here     its position, told as the hands of clocks tell time: (cos, sin) of clocks that go
-#              round in 4, 8, 16, … tokens
+#              round in 2, 4, 6, … tokens
 #     before   the position one earlier, told the same way
 #     first    1 at position 0, and -1 elsewhere
 #
-# A head's query reads one block and its key another. Its score is SHARPNESS where the two agree
-# (if a block has an even number of channels).
+# A head's query reads one block and its key another. Its score is SHARPNESS where the two agree.
 
+CODE = 16  # channels of a block, and of a head that reads it
 BLOCKS = ["word", "here", "before", "first"]
-JOBS = {  # what a head looks for: (block that q reads, block that k reads, sign)
+JOBS = {  # what a head looks for: (block that q reads, block that k reads, factor of q)
     "same word": ("word", "word", 1),
     "one back": ("before", "here", 1),
-    "everywhere": (None, "word", 1),
+    "everywhere": ("word", "word", 0),
     "first token": ("first", "first", -1),  # a later token, -1, wants the one that is +1
 }
 SHARPNESS = 10.0  # the score of a key that is just what a head looks for
 
 
-def embed(tokens: Sequence[str], dim: int, seed: int) -> Matrix:
-    """Return embeddings [n][dim], in four BLOCKS of dim / 4 channels each."""
-    size = dim // len(BLOCKS)
-    codes = word_codes(list(dict.fromkeys(tokens)), size, random.Random(seed))
+def embed(tokens: Sequence[str], seed: int) -> Matrix:
+    """Return embeddings [n][4·CODE] of the tokens."""
+    words = list(dict.fromkeys(tokens))
+    codes = random.Random(seed).sample(range(2 ** CODE), len(words))  # no two words have the same
     rows = []
     for position, token in enumerate(tokens):
-        first = [1.0 if position == 0 else -1.0] * size
-        rows.append(codes[token] + clocks(position, size) + clocks(position - 1, size) + first)
+        code = codes[words.index(token)]
+        word = [1.0 if code >> bit & 1 else -1.0 for bit in range(CODE)]
+        first = [1.0 if position == 0 else -1.0] * CODE
+        rows.append(word + clocks(position) + clocks(position - 1) + first)
     return rows
 
 
-def word_codes(words: Sequence[str], size: int, rng: random.Random) -> dict[str, Vector]:
-    """Return a code of `size` numbers ±1 for each word, as unlike the others as 20 tries find."""
-    codes: dict[str, Vector] = {}
-    for word in words:
-        tries = [[rng.choice((-1.0, 1.0)) for _ in range(size)] for _ in range(20)]
-        closest = [max((dot(code, other) for other in codes.values()), default=0.0)
-                   for code in tries]
-        codes[word] = tries[closest.index(min(closest))]
-    return codes
-
-
-def clocks(position: int, size: int) -> Vector:
-    """Return `size` channels that tell the position, their mean square 1 if size is even."""
+def clocks(position: int) -> Vector:
+    """Return CODE channels that tell the position, their mean square 1."""
     hands = []
-    for c in range(ceil_div(size, 2)):
-        angle = position * math.pi / 2 ** (c + 1)
+    for c in range(1, CODE // 2 + 1):
+        angle = position * math.pi / c
         hands += [math.sqrt(2) * math.cos(angle), math.sqrt(2) * math.sin(angle)]
-    return hands[:size]
+    return hands
 
 
-def build_heads(
-    jobs: Sequence[str],
-    head_dim: int,
-    dim: int,
-    noise: float = 0.0,
-    rng: random.Random | None = None,
-) -> tuple[Matrix, Matrix, Matrix, Matrix]:
+def build_heads(jobs: Sequence[str]) -> tuple[Matrix, Matrix, Matrix, Matrix]:
     """Return wq, wk, wv and wo with one head per job of JOBS, for the channels of embed().
 
-    A head hands over the block that its key reads. noise: the length of a random vector that is
-    added to each row of wk and wv, which have length 1.
+    A head hands over the block that its key reads. wo adds the heads to the channels in turn.
     """
-    size = dim // len(BLOCKS)
-    gain = SHARPNESS / math.sqrt(head_dim)
+    gain = SHARPNESS / math.sqrt(CODE)
     wq, wk, wv = [], [], []
     for job in jobs:
-        q_block, k_block, sign = JOBS[job]
-        wq += read_block(q_block, gain * sign, head_dim, size)
-        wk += read_block(k_block, 1.0, head_dim, size)
-        wv += read_block(k_block, 1.0, head_dim, size)
-    if noise:
-        for w in (wk, wv):
-            for row in w:
-                row[:] = [value + rng.gauss(0, noise / math.sqrt(dim)) for value in row]
-    wo = [[float(i == j) for j in range(len(wq))] for i in range(dim)]
+        q_block, k_block, factor = JOBS[job]
+        wq += read_block(q_block, gain * factor)
+        wk += read_block(k_block, 1.0)
+        wv += read_block(k_block, 1.0)
+    dim = CODE * len(BLOCKS)
+    wo = [[float(j % dim == i) for j in range(len(wq))] for i in range(dim)]
     return wq, wk, wv, wo
 
 
-def read_block(block: str | None, gain: float, head_dim: int, size: int) -> Matrix:
-    """Return [head_dim][dim]: row r passes on channel r of that block, times gain.
-
-    If the block has fewer channels, it starts again. None: nothing is passed on.
-    """
+def read_block(block: str, gain: float) -> Matrix:
+    """Return [CODE][4·CODE]: row r passes on channel r of that block, times gain."""
     rows = []
-    for r in range(head_dim):
-        row = [0.0] * (size * len(BLOCKS))
-        if block is not None:
-            row[BLOCKS.index(block) * size + r % size] = gain
+    for r in range(CODE):
+        row = [0.0] * (CODE * len(BLOCKS))
+        row[BLOCKS.index(block) * CODE + r] = gain
         rows.append(row)
     return rows
 
 
-def limits_of_heads(x: Matrix, tokens: Sequence[str], head_dim: int) -> str:
-    """Return what heads cannot tell apart in embeddings x of these tokens, as a note, or ""."""
-    size = len(x[0]) // len(BLOCKS)
-    if head_dim < size:
-        return f"; a head reads {head_dim} of the {size} channels of its code only, and errs"
-    codes = {tuple(row[:size]) for row in x}
-    if len(codes) < len(set(tokens)):
-        return f"; in {size} channels some words have the same code"
-    if len(tokens) > 2 ** (ceil_div(size, 2) + 1):
-        return f"; in {size} channels positions far apart look alike"
-    return ""
-
-
-def does_its_job(job: str, weights: Matrix, tokens: Sequence[str]) -> bool:
-    """Return whether the largest weight of every token is where a head with this job looks."""
-    for i, row in enumerate(weights):
-        largest = [j for j, weight in enumerate(row) if weight > max(row) - 1e-9]
-        if job == "same word":
-            expected = [j for j in range(i + 1) if tokens[j] == tokens[i]]
-        elif job == "one back":
-            expected = [max(i - 1, 0)]
-        elif job == "first token":
-            expected = [0]
-        else:
-            expected = list(range(i + 1))
-        if largest != expected:
-            return False
-    return True
-
-
-def job_of(h: int) -> str:
-    """Return head h's job: those of JOBS in turn."""
-    return list(JOBS)[h % len(JOBS)]
-
-
 def random_mla_weights(
-    rng: random.Random, dim: int, n_heads: int, head_dim: int, v_dim: int, d_c: int, d_rope: int
+    rng: random.Random, dim: int, n_heads: int, head_dim: int
 ) -> MLAWeights:
-    """Return random weights of these sizes; d_rope must be even."""
+    """Return random weights of DeepSeek's proportions: d_c = 4·head_dim, d_rope = head_dim / 2."""
+    d_c = 4 * head_dim
+    d_rope = 2 * ceil_div(head_dim, 4)  # even, as pairs of channels rotate
+
     def weight(rows: int, columns: int) -> Matrix:
         return random_matrix(rng, rows, columns, 1 / math.sqrt(columns))
 
@@ -1950,8 +1790,8 @@ def random_mla_weights(
 
     return MLAWeights(
         w_down=weight(d_c, dim), wk_rope=weight(d_rope, dim), wq=heads(head_dim, dim),
-        wq_rope=heads(d_rope, dim), wk_up=heads(head_dim, d_c), wv_up=heads(v_dim, d_c),
-        wo=weight(dim, n_heads * v_dim))
+        wq_rope=heads(d_rope, dim), wk_up=heads(head_dim, d_c), wv_up=heads(head_dim, d_c),
+        wo=weight(dim, n_heads * head_dim))
 
 
 @dataclass(frozen=True)
@@ -1961,7 +1801,6 @@ class RealModel:
     name: str
     kind: str
     n_layers: int
-    width: int                 # channels of the residual stream
     n_heads: int
     n_kv_heads: int
     head_dim: int
@@ -1979,27 +1818,29 @@ class RealModel:
 
 
 REAL_MODELS = [
-    RealModel("GPT-3 175B", "MHA", 96, 12288, 96, 96, 128, 2048,
+    RealModel("GPT-3 175B", "MHA", 96, 96, 96, 128, 2048,
               "Brown et al. 2020, arXiv:2005.14165, table 2.1; every second layer was sparse, "
               "and is counted as dense"),
-    RealModel("Llama 2 7B", "MHA", 32, 4096, 32, 32, 128, 4096,
+    RealModel("Llama 2 7B", "MHA", 32, 32, 32, 128, 4096,
               "Touvron et al. 2023, arXiv:2307.09288; config.json"),
-    RealModel("Falcon 7B", "MQA", 32, 4544, 71, 1, 64, 2048,
+    RealModel("Falcon 7B", "MQA", 32, 71, 1, 64, 2048,
               "Almazrouei et al. 2023, arXiv:2311.16867; config.json"),
-    RealModel("Mistral 7B v0.1", "GQA, window", 32, 4096, 32, 8, 128, 8192,
+    RealModel("Mistral 7B v0.1", "GQA, window", 32, 32, 8, 128, 8192,
               "Jiang et al. 2023, arXiv:2310.06825, table 1; v0.2 has no window",
               window=4096, n_local_layers=32),
-    RealModel("Llama 3.1 8B", "GQA", 32, 4096, 32, 8, 128, 131072,
+    RealModel("Llama 3.1 8B", "GQA", 32, 32, 8, 128, 131072,
               "Llama team 2024, arXiv:2407.21783, table 3"),
-    RealModel("Llama 3.1 70B", "GQA", 80, 8192, 64, 8, 128, 131072,
+    RealModel("Llama 3.1 70B", "GQA", 80, 64, 8, 128, 131072,
               "Llama team 2024, arXiv:2407.21783, table 3"),
-    RealModel("Gemma 3 27B", "GQA, 5:1 local", 62, 5376, 32, 16, 128, 131072,
+    RealModel("Gemma 3 27B", "GQA, 5:1 local", 62, 32, 16, 128, 131072,
               "Gemma Team 2025, arXiv:2503.19786; config.json", window=1024, n_local_layers=52),
-    RealModel("gpt-oss-120b", "GQA, 1:1 local", 36, 2880, 64, 8, 64, 131072,
+    RealModel("gpt-oss-120b", "GQA, 1:1 local", 36, 64, 8, 64, 131072,
               "OpenAI 2025, arXiv:2508.10925; config.json", window=128, n_local_layers=18),
-    RealModel("DeepSeek-V3", "MLA", 61, 7168, 128, 128, 128, 131072,
+    RealModel("DeepSeek-V3", "MLA", 61, 128, 128, 128, 131072,
               "DeepSeek-AI 2024, arXiv:2412.19437, section 4.2", d_c=512, d_rope=64),
 ]
+TINY_MODEL = RealModel("tiny", "GQA, 1:1 local", 2, 3, 1, 6, 8, "small enough to count",
+                       window=4, n_local_layers=1)
 # Bytes per token, from Zhao et al., Insights into DeepSeek-V3, 2025, arXiv:2505.09343, table 1.
 PUBLISHED_DEEPSEEK_V3_BYTES = 70_272
 
@@ -2008,12 +1849,13 @@ def dense_attention(
     q: Matrix,
     k: Matrix,
     v: Matrix,
-    sees: Callable[[int, int], bool],
+    sees: Callable[[int, int], bool] = lambda i, j: j <= i,
     sink_logit: float = -math.inf,
 ) -> Matrix:
     """Return attention as in a textbook: all scores, no weight where hidden, all values.
 
-    sees(i, j): does query i see key j? It shares no code with attention().
+    sees(i, j): does query i see key j? By default all up to its own. It shares no code with
+    attention().
     """
     out = []
     for i, query in enumerate(q):
@@ -2031,15 +1873,13 @@ def dense_heads(
     x: Matrix, wq: Matrix, wk: Matrix, wv: Matrix, wo: Matrix, n_heads: int, n_kv_heads: int
 ) -> Matrix:
     """Return causal grouped-query attention: each head densely, through its own columns of wo."""
-    q, k, v = (linear(x, w) for w in (wq, wk, wv))
     head_dim = len(wq) // n_heads
     parts = []
     for h in range(n_heads):
         g = h * n_kv_heads // n_heads
         mine = slice(h * head_dim, (h + 1) * head_dim)
         shared = slice(g * head_dim, (g + 1) * head_dim)
-        head = dense_attention([row[mine] for row in q], [row[shared] for row in k],
-                               [row[shared] for row in v], lambda i, j: j <= i)
+        head = dense_attention(linear(x, wq[mine]), linear(x, wk[shared]), linear(x, wv[shared]))
         parts.append(linear(head, [row[mine] for row in wo]))
     return add_matrices(parts)
 
@@ -2049,15 +1889,16 @@ def dense_mla(x: Matrix, w: MLAWeights) -> Matrix:
     latents = linear(x, w.w_down)
     heads = []
     for h in range(len(w.wq)):
-        q, k = [], []
-        for position, (row, latent) in enumerate(zip(x, latents)):
-            plain_q, turned_q = linear([row], w.wq[h])[0], linear([row], w.wq_rope[h])[0]
-            plain_k, turned_k = linear([latent], w.wk_up[h])[0], linear([row], w.wk_rope)[0]
-            q.append(plain_q + rotate_by_hand(turned_q, position))
-            k.append(plain_k + rotate_by_hand(turned_k, position))
+        q = beside_rotated(linear(x, w.wq[h]), linear(x, w.wq_rope[h]))
+        k = beside_rotated(linear(latents, w.wk_up[h]), linear(x, w.wk_rope))
         v = linear(latents, w.wv_up[h])
-        heads.append(dense_attention(q, k, v, lambda i, j: j <= i))
-    return linear([sum(rows, []) for rows in zip(*heads)], w.wo)
+        heads.append(dense_attention(q, k, v))
+    return linear(concat(*heads), w.wo)
+
+
+def beside_rotated(plain: Matrix, turned: Matrix) -> Matrix:
+    """Return the plain rows, each with its turned row beside it, rotated to its position."""
+    return [row + rotate_by_hand(turned[position], position) for position, row in enumerate(plain)]
 
 
 def check_attention_arguments(
@@ -2096,6 +1937,12 @@ def random_matrix(rng: random.Random, rows: int, columns: int, spread: float = 1
     return [[rng.gauss(0, spread) for _ in range(columns)] for _ in range(rows)]
 
 
+def random_weights(rng: random.Random, dim: int, kv_channels: int) -> list[Matrix]:
+    """Return random wq, wk, wv and wo for x [n][dim]; wk and wv have kv_channels rows."""
+    return [random_matrix(rng, rows, dim, 1 / math.sqrt(dim))
+            for rows in (dim, kv_channels, kv_channels, dim)]
+
+
 def length_of(m: Matrix) -> float:
     """Return |m|, the square root of the sum of all squares (the Frobenius norm)."""
     return math.sqrt(sum(dot(row, row) for row in m))
@@ -2130,12 +1977,6 @@ def plural(count: int, noun: str, nouns: str = "") -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {nouns or noun + 's'}"
 
 
-def signs(code: Vector) -> str:
-    """Return a code of ±1 as text, + and -, at most 16 of them."""
-    text = "".join("+" if value > 0 else "-" for value in code)
-    return text if len(text) <= 16 else text[:15] + "…"
-
-
 SHADES = " ·░▒▓█"
 SHADES_LEGEND = ("blank: hidden   · under 2%   ░ 2 to 10%   ▒ 10 to 30%   ▓ 30 to 60%   "
                  "█ more")
@@ -2155,29 +1996,18 @@ def shade(weight: float) -> str:
     return SHADES[sum(weight > step for step in (0, 0.02, 0.1, 0.3, 0.6))]
 
 
-def heat_map(
-    weights: Matrix, labels: Sequence[str] = (), title: str = "", cell: int = 1
-) -> list[str]:
-    """Return a square of weights as shaded cells, `cell` characters wide, with labels."""
-    margin = max(map(display_width, labels), default=-1) + 1
-    lines = []
-    if title:
-        lines.append(" " * margin + title.ljust(cell * len(weights)))
-    for i, row in enumerate(weights):
-        label = labels[i] if labels else ""
-        shades = "".join(shade(weight) * cell for weight in row[:len(weights)])
-        lines.append(label + " " * (margin - display_width(label)) + shades)
-    return lines
+def heat_map(weights: Matrix) -> list[str]:
+    """Return the first MAP_TOKENS rows and columns as shaded cells."""
+    return ["".join(shade(weight) for weight in row[:MAP_TOKENS]) for row in weights[:MAP_TOKENS]]
 
 
-def side_by_side(blocks: Sequence[list[str]], gap: int = 3) -> list[str]:
+def side_by_side(blocks: Sequence[list[str]]) -> list[str]:
     """Return pictures of the same height next to each other."""
-    widths = [max(map(display_width, block)) for block in blocks]
-    lines = []
-    for parts in zip(*blocks):
-        padded = [part + " " * (width - display_width(part)) for part, width in zip(parts, widths)]
-        lines.append((" " * gap).join(padded))
-    return lines
+    padded = []
+    for block in blocks:
+        width = max(map(display_width, block))
+        padded.append([line + " " * (width - display_width(line)) for line in block])
+    return ["   ".join(lines) for lines in zip(*padded)]
 
 
 # =============================================================================================
@@ -2643,34 +2473,32 @@ def make_parser() -> OneLineParser:
                            len(SECTIONS))
     parser.add_argument("--text", default=SENTENCE,
                         help=f"the sentence to look at (default: {SENTENCE!r})")
-    parser.add_argument("--dim", metavar="N", type=whole_number(8, 128), default=DIM,
-                        help=f"channels of an embedding, a multiple of 4 (default {DIM})")
-    parser.add_argument("--n-heads", metavar="N", type=whole_number(1, 64), default=N_HEADS,
-                        help=f"query heads; divides dim (default {N_HEADS})")
-    parser.add_argument("--n-kv-heads", metavar="N", type=whole_number(1, 64),
-                        help="KV heads; divides n-heads (default: half of them, or the most below)")
-    parser.add_argument("--window", metavar="N", type=whole_number(1, 9999), default=WINDOW,
-                        help="keys a query sees in section 4, itself included "
-                             f"(default {WINDOW})")
-    parser.add_argument("--sinks", metavar="N", type=whole_number(0, 9999), default=SINKS,
-                        help=f"first tokens that stay visible there (default {SINKS})")
-    parser.add_argument("--ranks", metavar="N", type=whole_number(1, 64),
-                        help="cards that share the heads in section 8 (default: 2 if possible)")
-    parser.add_argument("--stages", metavar="N", type=whole_number(1, 8), default=STAGES,
-                        help=f"cards that share the layers in section 8 (default {STAGES})")
-    parser.add_argument("--micro-batches", metavar="N", type=whole_number(1, 16),
-                        default=MICRO_BATCHES,
-                        help=f"pieces of the batch in that pipeline (default {MICRO_BATCHES})")
+    options = [  # name, least, most, default, meaning
+        ("--dim", 8, 128, DIM, "channels of a token where weights are random"),
+        ("--n-heads", 1, 64, N_HEADS, "query heads; divides dim"),
+        ("--n-kv-heads", 1, 64, None,
+         "KV heads; divides n-heads (default: half of them, or the most below)"),
+        ("--window", 1, 9999, WINDOW, "keys a query sees in section 4, itself included"),
+        ("--sinks", 0, 9999, SINKS, "first tokens that stay visible there"),
+        ("--ranks", 1, 64, None,
+         "cards that share the heads in section 8 (default: 2 if possible)"),
+        ("--stages", 1, 8, STAGES, "cards that share the layers in section 8"),
+        ("--micro-batches", 1, 16, MICRO_BATCHES, "pieces of the batch in that pipeline"),
+    ]
+    for name, least, most, default, meaning in options:
+        if default is not None:
+            meaning += f" (default {default})"
+        parser.add_argument(name, metavar="N", type=whole_number(least, most), default=default,
+                            help=meaning)
     return parser
 
 
 def check_heads(parser: OneLineParser, knobs: Namespace) -> None:
     """Fill in the numbers of KV heads and ranks, and refuse what does not divide."""
     n_heads = knobs.n_heads
-    step = math.lcm(len(BLOCKS), n_heads)
-    if knobs.dim % step:
-        parser.error(f"argument --dim: {knobs.dim} must be a multiple of {len(BLOCKS)} and of "
-                     f"--n-heads, {n_heads}; {step * max(1, round(knobs.dim / step))} would do")
+    if knobs.dim % n_heads:
+        parser.error(f"argument --dim: {knobs.dim} must be a multiple of --n-heads, {n_heads}; "
+                     f"{n_heads * ceil_div(knobs.dim, n_heads)} would do")
     divisors = [d for d in range(1, n_heads + 1) if n_heads % d == 0]
     if knobs.n_kv_heads is None:
         knobs.n_kv_heads = divisors[-2] if n_heads > 1 else 1

@@ -385,6 +385,7 @@ def tiles(whole: range, block: int) -> list[range]:
 # what it has gathered so far: o, m and l. The tile of scores is made in SRAM, absorbed and dropped.
 # Then o, m and l go back to HBM, because the next block of queries needs the room.
 #
+#     for each block of queries:     store o = 0, m = -inf, l = 0
 #     for each block of keys:        load k, v
 #         for each block of queries: load q, o, m, l
 #                                    S = q kᵀ · scale        (a tile, in SRAM only)
@@ -1100,7 +1101,7 @@ def move_and_compute(n: int, d: int, block_q: int) -> list[dict]:
 
 
 def show_standard(trace: Trace, knobs: Namespace) -> None:
-    """What crosses, by count; and what that means on real cards."""
+    """Show what crosses, by count, and what that means on real cards."""
     n = knobs.sizes.n
     lengths = sorted({max(1, n // 4), max(1, n // 2), n})
     runs = [run_attention("standard", knobs.sizes._replace(n=length), knobs.causal)
@@ -1166,7 +1167,7 @@ def follow_online(scores: Vector, labels: Sequence[str], tile: int) -> list[Onli
 
 
 def show_online(trace: Trace, knobs: Namespace) -> None:
-    """A row of scores from the text, three at a time, and what is read."""
+    """Show a row of scores from the text, absorbed three at a time, and what is read."""
     scores = text_scores(knobs.tokens, knobs.seed)[-1]
     n = len(scores)
     steps = follow_online(scores, knobs.labels, 3)
@@ -1179,10 +1180,14 @@ def show_online(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"How the last token of the text, {knobs.labels[-1]!r}, scores all tokens, 3 at a "
               "time. (Each different token has a random code of 16 numbers, which is its query and "
               "its key, so equal tokens score high.)")
-    trace.table(shorten(steps), {"keys": "", "largest": "", "scores": "", "m": ".4f", "c": ".4f",
-                 "kept as c·l_old": ".4f", "l": ".4f"})
+    shown = shorten(steps)
+    left_out = ""
+    if len(shown) < len(steps):
+        left_out = f" {len(steps) - len(shown)} tiles in the middle are left out."
+    trace.table(shown, {"keys": "", "largest": "", "scores": "", "m": ".4f", "c": ".4f",
+                        "kept as c·l_old": ".4f", "l": ".4f"})
     trace.note("Largest: the token with the tile's largest score. Where c is below 1, m has grown, "
-               "and the old sum shrinks to c·l_old; at first there is none. (Ten rows at most.)")
+               "and the old sum shrinks to c·l_old; at first there is none." + left_out)
     trace.ask(f"textbook softmax reads {n} scores three times, for m, for l and for the weights. "
               "How many numbers does online softmax read?", traffic.reads)
     trace.say(f"Textbook softmax reads {n} scores three times. Online softmax read them twice, "
@@ -1198,7 +1203,7 @@ def show_online(trace: Trace, knobs: Namespace) -> None:
 
 
 def show_flash_v1(trace: Trace, knobs: Namespace) -> None:
-    """What SRAM holds, and what crosses."""
+    """Show what SRAM holds, and what crosses."""
     sizes = knobs.sizes
     runs = [run_attention(name, sizes, knobs.causal) for name in ("standard", "version 1")]
     standard, flash = runs
@@ -1229,19 +1234,19 @@ def show_flash_v1(trace: Trace, knobs: Namespace) -> None:
 
 
 def show_flash_v2(trace: Trace, knobs: Namespace) -> None:
-    """The two walks over the tiles, and what the exchange of the loops saves."""
+    """Show the two walks over the tiles, and what the exchange of the loops saves."""
     sizes = knobs.sizes
     runs = [run_attention(version, sizes, causal)
             for version in ("version 1", "version 2") for causal in (False, True)]
     first, first_causal, second, causal = runs
     trace.say("Version 2 exchanges the two loops: a block of queries stays in SRAM with its o, m "
               "and l while the blocks of keys come past. In the pictures a row is a block of "
-              "queries and a column a block of keys; the numbers say when a tile is visited, under "
-              "a causal mask.")
+              "queries and a column a block of keys, up to 8 × 6 of them. The numbers say when a "
+              "tile is visited, under a causal mask.")
     trace.ask(f"without a mask {second.tiles} tiles are visited. How many with a causal mask?",
               causal.tiles)
     trace.lines(draw_walks(sizes, first_causal, causal))
-    trace.note("█ full tile   ▒ masked tile   · skipped: no scores made   (8 × 6 tiles at most)")
+    trace.note("█ full tile   ▒ masked tile   · skipped: no scores made")
     trace.say(f"What crosses, n = {sizes.n}, d = {sizes.d}:")
     trace.table(runs, {"attention as flash attention": "", "mask": "", "tiles": ",d", "read": ",d",
                        "written": ",d", "crossed": ",d bar 18"})
@@ -1260,7 +1265,7 @@ def show_flash_v2(trace: Trace, knobs: Namespace) -> None:
 
 
 def show_traffic(trace: Trace, knobs: Namespace) -> None:
-    """Traffic by the size of SRAM; tiles in use."""
+    """Show the traffic by the size of SRAM, and the tiles of real kernels."""
     small = Sizes(48, 16, 0, 0, seed=knobs.seed)
     squares = [run_attention("version 2", small._replace(block_q=block, block_k=block))
                for block in (2, 4, 6, 8, 12, 24)]
@@ -1356,7 +1361,7 @@ def slope_error(seed: int) -> float:
 
 
 def show_backward(trace: Trace, knobs: Namespace) -> None:
-    """What each backward pass keeps, moves and computes, and whether the gradients are right."""
+    """Show what each backward pass keeps, moves and computes, and that the gradients are right."""
     d, sram = knobs.sizes.d, knobs.sizes.sram
     block_q, block_k = backward_blocks(knobs.sizes.block_q, knobs.sizes.block_k, d, d, sram)
     sizes = knobs.sizes._replace(block_q=block_q, block_k=block_k)
@@ -1463,7 +1468,7 @@ def compare_splits(requests: Sequence[tuple[int, int]]) -> list[SplitChoice]:
 
 
 def show_decode(trace: Trace, knobs: Namespace) -> None:
-    """Partial results and their merge; how long a decoding step waits, split and not."""
+    """Show partial results and their merge, and how long a decoding step waits, split and not."""
     run = run_decode(knobs.sizes, knobs.n_splits)
     trace.say("While a model generates, each head has one query and many keys. Flash-Decoding cuts "
               "the keys into splits that different SMs take at the same time. Each split leaves "
@@ -1547,7 +1552,7 @@ def run_variants(
 
 
 def show_family(trace: Trace, knobs: Namespace) -> None:
-    """GQA, a window, pages and a sink: traffic, and equality with attention's definition."""
+    """Show the traffic of GQA, a window, pages and a sink, and that each is still attention."""
     sizes = knobs.sizes
     window = max(1, sizes.n // 4)
     page_size = sizes.block_k // 2 + 1  # not that of a tile, so that tiles cross pages
@@ -1566,7 +1571,7 @@ def show_family(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"Causal attention, n = {sizes.n}: as it is; with a window of {window}, where tiles "
               "too far back are skipped as well; with a learned sink of score 1, one more term in "
               f"each query's l; and with k and v scattered in pages of {page_size}. The "
-              "block table says where each page lies (here the first 12 at most): "
+              "block table says where each page lies (up to 12 pages are listed): "
               f"{' '.join(map(str, block_table[:12]))}.")
     trace.table(variants, {"variant": "", **columns})
     trace.check("each of them = attention by its definition",
@@ -1618,7 +1623,7 @@ def compare_fp8(inputs: str, widths: Vector, seed: int) -> Fp8Row:
 
 
 def show_fp8(trace: Trace, knobs: Namespace) -> None:
-    """The output's error with q and k in FP8, with and without rotation."""
+    """Show the output's error with q and k in FP8, with and without rotation."""
     normal = compare_fp8("all channels alike", [1.0] * 32, knobs.seed)
     wide = compare_fp8("2 channels 5 times as wide", [5.0] * 2 + [1.0] * 30, knobs.seed)
     gain = wide.tile_scale / wide.rotated
@@ -1707,7 +1712,7 @@ def rescaled_rows(seed: int) -> list[Rescalings]:
 
 
 def show_fa4(trace: Trace, knobs: Namespace) -> None:
-    """Rescaling by threshold; exp2 by polynomial."""
+    """Show rescaling by threshold, and exp2 by polynomial."""
     rows = rescaled_rows(knobs.seed)
     error = polynomial_error()
     trace.say("On a B200 the tensor cores multiply so fast that exp takes as long as the products: "
