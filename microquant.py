@@ -305,7 +305,8 @@ def group_columns(w: Matrix, bits: int, granularity: str | int) -> int:
                          f"not {granularity!r}")
     if not w or not w[0] or any(len(row) != len(w[0]) for row in w):
         raise ValueError("w must have at least one row and one column, and rows of one length")
-    if not all(abs(value) <= fp16.largest for value in flatten(w)):  # false for NaN, too
+    values = flatten(w)
+    if any(map(math.isnan, values)) or max(map(abs, values)) > fp16.largest:
         raise ValueError(f"w must hold finite numbers of at most {fp16.largest:.0f}, "
                          f"as its scales are stored in FP16")
     return granularity if is_size else len(w[0])
@@ -331,9 +332,10 @@ def pack_bits(codes: Sequence[int], bits: int) -> bytes:
     Codes 1 and 2 of 4 bits are the byte 0x21. A negative code is stored as two's complement: in 4
     bits, -1 is 1111. Zeros fill the last byte.
     """
+    # A negative index counts from a list's end, so digits[-1] is 1111 in 4 bits, as it should be.
+    digits = [f"{code:0{bits}b}" for code in range(2**bits)]
     # One long binary number, whose last digits are the first code.
-    digits = [f"{code % 2**bits:0{bits}b}" for code in reversed(codes)]
-    number = int("".join(digits) or "0", 2)
+    number = int("".join([digits[code] for code in reversed(codes)]) or "0", 2)
     return number.to_bytes(ceil_div(len(codes) * bits, 8), "little")
 
 
