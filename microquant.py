@@ -8,8 +8,8 @@ in which a few channels are much larger than the others, as in real models. It c
 by the methods that people deploy, and measures each on text that no method has seen.
 
 How to read it
-  1. Read the words below (2 minutes), run `python microquant.py` and read what it prints
-     (20 minutes). `python microquant.py --gguf tiny.gguf` writes the model as a file that
+  1. Read the words below (2 minutes), run `python3 microquant.py` and read what it prints
+     (20 minutes). `python3 microquant.py --gguf tiny.gguf` writes the model as a file that
      llama.cpp runs.
   2. Read THE TECHNIQUES, in order: sections 1 to 9 are the core of the chapter (60 minutes).
      Sections 10 to 17 can wait (55 minutes).
@@ -121,8 +121,8 @@ OUTLIERS = (2, 24.0)       # channels that begin as outliers, and the gain that 
 #     zero_point = 0
 #
 # An asymmetric grid runs from the smallest weight to the largest, which pays if the weights lean to
-# one side. 0 always stays on the grid, so that a weight of 0 remains 0: it counts as a weight where
-# min and max are taken.
+# one side. A weight of 0 has to remain 0. So min is at most 0 and max at least 0, whatever the
+# weights are.
 #
 #     scale = (max - min) / (2^b - 1)
 #     zero_point = -2^(b-1) + round(-min / scale)
@@ -211,8 +211,7 @@ def quantize(
 def make_grid(values: Sequence[float], bits: int, symmetric: bool) -> tuple[float, int]:
     """Return (scale, zero_point) of the finest grid that clips no value.
 
-    The scale is rounded up to a number of FP16, in which it is stored. If all values are 0, it is
-    1.
+    The scale is rounded up to a number of FP16, in which it is stored; if all values are 0, to 1.
     """
     low, high = code_range(bits)
     if symmetric:
@@ -222,9 +221,6 @@ def make_grid(values: Sequence[float], bits: int, symmetric: bool) -> tuple[floa
     most = max(0.0, *values)
     scale = fp16_up((most - least) / (high - low)) or 1.0
     return scale, low + round(-least / scale)
-
-
-
 
 
 def to_codes(values: Sequence[float], scale: float, zero_point: float, bits: int) -> list[int]:
@@ -332,11 +328,13 @@ def pack_bits(codes: Sequence[int], bits: int) -> bytes:
     Codes 1 and 2 of 4 bits are the byte 0x21. A negative code is stored as two's complement: in 4
     bits, -1 is 1111. Zeros fill the last byte.
     """
-    # A negative index counts from a list's end, so digits[-1] is 1111 in 4 bits, as it should be.
-    digits = [f"{code:0{bits}b}" for code in range(2**bits)]
-    # One long binary number, whose last digits are the first code.
-    number = int("".join([digits[code] for code in reversed(codes)]) or "0", 2)
-    return number.to_bytes(ceil_div(len(codes) * bits, 8), "little")
+    data = b""
+    for start in range(0, len(codes), 8):  # eight codes fill as many bytes as a code has bits
+        number = 0
+        for place, code in enumerate(codes[start:start + 8]):
+            number += code % 2**bits << place * bits
+        data += number.to_bytes(bits, "little")
+    return data[:ceil_div(len(codes) * bits, 8)]
 
 
 # 3. llama.cpp's blocks
@@ -355,8 +353,8 @@ def pack_bits(codes: Sequence[int], bits: int) -> bytes:
 #               d  d   16|0  17|1  …  31|15      (high half | low half)
 #
 # The encoders do what ggml does, bit for bit. It computes in FP32, multiplies by 1 / d instead of
-# dividing, and only then stores d in FP16. A file keeps the codes, so a difference in the last bit
-# of one product would show.
+# dividing, and only then stores d in FP16. A tiny difference can tip a code to its neighbour; then
+# the file would differ from ggml's.
 #
 # In production: ggml/src/ggml-quants.c (quantize_row_q4_0_ref, dequantize_row_q4_0). Section 10
 # writes a file of such blocks.
@@ -402,8 +400,9 @@ def q4_0_encode(row: Sequence[float]) -> bytes:
     for block in blocks_of_weights(row, 32):
         d = max(block, key=abs) / -8  # exact in FP32: 8 is a power of two
         inverse = inverse_scale(d)
-        # The code is w / d + 8, to nearest: add 0.5 and cut off what is behind the point. (The
-        # product and the sum are rounded once, as by a processor's one instruction for both.)
+        # The code is w / d + 8, to nearest: add 0.5 and cut off what is behind the point. 16, at
+        # the other end, becomes 15. (The product and the sum are rounded once, as by a processor's
+        # one instruction for both.)
         codes = [min(15, int(fp32(value * inverse + 8.5))) for value in block]
         pairs = [low | high << 4 for low, high in zip(codes[:16], codes[16:])]
         data += struct.pack("<e16B", d, *pairs)
@@ -415,16 +414,15 @@ def q4_0_encode(row: Sequence[float]) -> bytes:
 # Trained weights are bell-shaped: most are small. An even grid spends most of its codes where few
 # weights are. NormalFloat puts its 16 values at quantiles of the normal distribution instead, so
 # that the steps are fine where the weights are many. (The quantile of 0.9 is the number that 90% of
-# all numbers are below. The values do not get equal shares of the weights: those are divided by the
-# largest of a block, which changes their distribution; Yoshida 2023, arXiv:2306.06965.)
+# all numbers are below.)
 #
 #     w ≈ codebook[code] · absmax            absmax: the largest |w| of a block of 64, in FP32
 #
 # Plain quantiles would have no exact 0. So the two sides are cut separately, into 8 even steps of
-# probability above 0 and 7 below; with 0 itself these are 16 values. A probability of 1 would lie
-# at infinity, so both sides begin a little inside, at 0.968. Then all are divided by the outermost,
-# so that they end at ±1. (0.968 is 1 - (1/32 + 1/30) / 2, between the middle of the last of 16
-# equal shares, which is at 1 - 1/32, and that of 15.)
+# probability above 0 and 7 below; with 0 itself these are 16 values. The quantile of 1 is infinite,
+# so both sides begin a little inside, at 1 - (1/32 + 1/30) / 2 = 0.968, the authors' choice. Then
+# all are divided by the outermost, so that they end at ±1. (They do not get equal shares of the
+# weights, since these are divided by the largest of a block; Yoshida 2023, arXiv:2306.06965.)
 #
 # An absmax in FP32 costs 32 / 64 = 0.5 bits a weight, as much as INT4 pays in groups of 32. Double
 # quantization stores the absmaxes in 8 bits as well. All are positive, so it takes off their mean
@@ -508,10 +506,12 @@ def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, by
 #
 # A scale may differ from token to token (a row of x) and from output to output (a row of W), as it
 # stands before the sum. It must not differ from input channel to input channel (j): that scale
-# would stand inside the sum, where integer units cannot apply it. (Groups, as in section 2, lie in
-# between: the sum of each group is finished in integers, then scaled. llama.cpp does so with
-# activations in Q8_0. Most kernels for GPTQ and AWQ turn weights into FP16 before the product. Our
-# tables are made so: activations are exact unless the format says otherwise.)
+# would stand inside the sum, where integer units cannot apply it.
+#
+# Groups, as in section 2, lie in between: the sum of each group is finished in integers, then
+# scaled. llama.cpp does so, with activations in Q8_0. Most kernels for GPTQ and AWQ turn the
+# weights into FP16 before the product. In our tables, too, activations are not rounded, unless the
+# name of a method says so.
 #
 # But it is input channels that have outliers. In every token, the same few channels are many times
 # larger than the others, and on a grid that reaches to them the others get only a few codes. An
@@ -530,14 +530,15 @@ def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, by
 # same. The channels of x come closer to each other in size, and the columns of W, which were close,
 # move apart:
 #
-#     s_j = max|x_j|^α / max|w_j|^(1-α)
+#     s_j = max|x_j|^α / max|w_j|^(1-α)         w_j: column j of W; max|x_j|: on calibration text
 #     y   = (W · s) (x / s)
 #
 # s is a factor, not the step of a grid. Dividing x costs nothing: the gain of the norm that makes x
-# is divided by s once. At α = 1, s is max|x|: all channels of x become equally large. At α = 0, s
-# is 1 / max|w|: all columns of W become equally large. That helps, too, since columns that meet
-# large channels usually have small weights, and so a large s. In between both have a part. An
-# example: max|x| = 16 and max|w| = 1. With α = 1/2, s is 4: x then reaches to 4, and w too.
+# is divided by s once. (wo and w2 read no norm, and are rounded as they are.) At α = 1, s is
+# max|x|: all channels of x become equally large. At α = 0, s is 1 / max|w|: all columns of W do.
+# That helps, too: where x is large, a trained model usually has small weights, and so a large s.
+# In between both have a part. An example: max|x| = 16 and max|w| = 1. With α = 1/2, s is 4: x then
+# reaches to 4, and w too.
 #
 # FP8 is the format. Its steps grow with the numbers, so outliers cost small activations little. But
 # it has 3 bits of mantissa where INT8 has 7 bits: whatever is not small is rounded more coarsely.
@@ -659,25 +660,24 @@ def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
 # If they are uncorrelated, H is diagonal and nothing can be repaired: GPTQ is rounding to nearest.
 #
 # Which repairs are best for an error in column j? The columns before j are rounded already, so only
-# the part of H from j on counts. The error of the output is least where its slope in every column
-# that may still move is 0. Solved for the moves, that is the first row of the inverse of this part,
-# divided by its first number (Hassibi et al. 1993, Optimal Brain Surgeon). Inverting anew for every
-# j would take too long. The GPTQ paper found that one factorization holds the answers for every j
-# in its rows:
+# the part of H from j on counts. Invert it. The first row of the inverse, divided by its first
+# number, says how far each column moves for each unit of error (Hassibi et al. 1993, Optimal Brain
+# Surgeon: there the output's error is least). In the example, suppose that calibration gave this H
+# for the first two inputs (the third moves by itself):
+#
+#     H =  4     3.99        H⁻¹ =   50.1  -49.9        -49.9 / 50.1 is about -1
+#          3.99  4                  -49.9   50.1
+#
+# The error of the first weight is 0.4 - 0 = 0.4, so the second one rises by 0.4. Inverting anew for
+# every j would take too long. The GPTQ paper found that one factorization holds the answers for
+# every j in its rows:
 #
 #     Uᵀ U = H⁻¹                     U upper triangular
-#     error_j = w_j - quant(w_j)
+#     error_j = w_j - quant(w_j)                  w_j: the weight of column j, in every row
 #     w_k -= error_j · U[j][k] / U[j][j]          for every k > j
 #
-# quant(w) is the nearest grid point. U[j][k] / U[j][j] says how far column k moves for each unit of
-# error in column j. In the example, suppose that calibration gave this H for the first two inputs
-# (the third moves by itself):
-#
-#     H =  4     3.99        H⁻¹ =   50.1  -49.9        U =  7.08  -7.06
-#          3.99  4                  -49.9   50.1             0      0.5
-#
-# U[0][1] / U[0][0] is about -1. The error of the first weight is 0.4 - 0 = 0.4, so the second one
-# rises by 0.4. (How upper_factor() finds U may be skipped.)
+# quant(w) is the nearest grid point. In the example, the first row of U is 7.08 and -7.06: again
+# about -1. (How upper_factor() finds U may be skipped.)
 #
 # Before that, a little is added to H's diagonal (damping: 1% of its mean). Damping keeps H
 # invertible, and where there is little text it also keeps the repairs small. One token of
@@ -755,8 +755,9 @@ def round_and_repair(
             scales.append(scale)
         scale = scales[j // group]
         codes[j] = to_codes(rest[:1], scale, 0, bits)[0]
-        error = (rest[0] - codes[j] * scale) / u[i][i]  # error_j / U[j][j]
-        rest = [value - error * factor for value, factor in zip(rest[1:], u[i][i + 1:])]
+        error = rest[0] - codes[j] * scale
+        share = error / u[i][i]
+        rest = [value - share * factor for value, factor in zip(rest[1:], u[i][i + 1:])]
     return codes, scales
 
 
@@ -818,10 +819,9 @@ def check_hessian(hessian: Matrix, n: int, damp: float) -> None:
 # input is now x / 2: on average, the error of the output is halved.
 #
 # As in SmoothQuant, x / s is folded into what makes x: a norm's gain, or the rows of w3, which make
-# the channels that w2 reads. wo reads what the rows of wv
-# make. Where several query heads share a key-value head (grouped queries), a row of wv makes
-# several of wo's channels, and cannot be divided by the s of each. So wo is rounded to nearest, as
-# in the authors' code.
+# the channels that w2 reads. wo is left out. Our four query heads share one key-value head, so a
+# row of wv makes four of the channels that wo reads, and cannot be divided by the s of each. The
+# authors' code leaves it out then, too.
 #
 # In production: llm-compressor's AWQModifier (the successor of AutoAWQ), run by vLLM's AWQ-Marlin
 # kernels. It compares the output of the whole attention or feed-forward block, where we compare
@@ -884,9 +884,9 @@ def awq_scales(x: Matrix, alpha: float) -> Vector:
 #
 # For a matrix of 4096 × 4096, rank 16 trains 131,072 numbers instead of 16.8 million: 0.8%.
 #
-# QLoRA stores W in NF4, frozen: with_adapter(quantize_nf4(w).dequantize(), adapter). It is turned
-# back into numbers for each use; gradients flow through it to A and B. (Real kernels never form W +
-# B A or dW; they multiply by A, then by B, and have gradients for those alone.)
+# QLoRA stores W in NF4 with double quantization, frozen. It is turned back into numbers for each
+# use: with_adapter(q.dequantize(), adapter). Gradients flow through it to A and B. (Real kernels
+# never form W + B A or dW; they multiply by A, then by B, and have gradients for those alone.)
 #
 # In production: peft (tuners/lora/bnb.py) with bitsandbytes' Linear4bit. Adapters are served in 16
 # bits beside the frozen weights; merging them into NF4 would round them away.
@@ -924,7 +924,7 @@ def adapter_gradient(d_w: Matrix, adapter: Adapter) -> Adapter:
 #
 # All methods on one page. What to take follows from what there is:
 #
-#     no data, no time            8 bits; NF4, NVFP4, MXFP4, Q4_K or HQQ; FP8 or LLM.int8() for
+#     no data, no time            8 bits; NF4, NVFP4, MXFP4 or Q4_K; FP8 or LLM.int8() for
 #                                 activations as well
 #     some text, some minutes     GPTQ or AWQ in 4 bits; SmoothQuant for activations as well
 #     training                    QLoRA on a frozen model; one bit by training that way (section 14)
@@ -1695,7 +1695,7 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"The model under test is a Llama of {n_numbers(lab.config):,} weights. It learned "
               f"verses made of the clauses of a nursery rhyme in another order: \"{verse}\" It is "
               f"measured on {EVALUATION_VERSES} verses that nothing was trained or calibrated on. "
-              "The table shows the loss per token. Nobody can get below the first one, since "
+              "The table shows the loss per token. No model can get below the first row, since "
               "which clause follows is partly chance. Guessing takes all tokens as equally likely.")
     trace.table(losses, {"who as of": "", "loss": ".3f", "perplexity": ".2f"})
     if lab.outliers:
@@ -1712,8 +1712,8 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     trace.table([*rows[:5], furthest], {"weight": "+.4f", "code": "d", "back": "+.4f"})
     show_formats(trace)
 
-    trace.check("no verse that is measured on stands in any other text", shared_verses(lab) == 0,
-                "compared verse by verse")
+    trace.check("the verses that are measured on are in no text that anything learns from",
+                shared_verses(lab) == 0, "compared verse by verse")
     trace.check("the model's loss lies between the least one and that of guessing",
                 least.loss < model.loss < guessing.loss, "the first table")
     half = abs(furthest.weight) / (2 ** (knobs.bits - 1) - 1) / 2
@@ -1742,7 +1742,7 @@ def check_rounding_by_hand(trace: Trace) -> None:
     lean = [quantize([row], 4, symmetric=False).codes[0] for row in ([-0.5, 0.0, 0.25], [0.5, 1.5])]
     trace.check("asymmetric INT4 of -0.5, 0, 0.25, and of 0.5, 1.5 = -8, 2, 7, and -3, 7",
                 lean == [[-8, 2, 7], [-3, 7]], "by hand")
-    trace.check("E4M3 of pi, 500 and 0.0009, E5M2 and BF16 of pi = 3.25, 448, 0, 3 and 3.140625",
+    trace.check("E4M3 makes pi 3.25, 500 448, 0.0009 0; E5M2 makes pi 3, and BF16 3.140625",
                 [*map(fp8_e4m3, (math.pi, 500.0, 0.0009)), fp8_e5m2(math.pi), bf16(math.pi)]
                 == [3.25, 448.0, 0.0, 3.0, 3.140625], "by hand")
 
@@ -1821,8 +1821,8 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
               "from those of the model in FP32, and ± is its standard error over the verses. "
               "(Perplexity would not do: a damaged model can have a better one by luck.)")
     trace.say("All methods read the same verses. This page calls one better than another only if "
-              "it is better on each of the five verses; if not, it is a tie. (Where both are "
-              "equally good, one of them wins all five by luck in 1 of 16 cases.)")
+              "it is better on each of the five verses; if not, it is a tie. (Of two equally good "
+              "ones, one wins all five by luck in 2 · (1/2)^5 = 1 of 16 cases.)")
     q8_0 = score(lab, "Q8_0", knobs.setting)
     q4_0 = score(lab, "Q4_0", knobs.setting)
     trace.table([tensor, channel, group, q4_0, q8_0], SCORES)
@@ -1833,7 +1833,8 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
     trace.say("One model proves little. So the same was measured on 20 models, of seeds 0 to 19, "
               "at the default settings. A scale per tensor had 1.3 to 6.4 times the KL of groups "
               "of 32. Groups had less than a scale per channel on 12 of the 20. They gain little "
-              "here, as a row of 64 weights has only two groups.")
+              "here, as a row of 64 weights has only two groups. The rows of real models have "
+              "thousands of weights, and groups are usual there. So this page measures by them.")
     show_real_sizes(trace)
 
     scales = [1, 8, 8 * ceil_div(64, g)]
@@ -2004,9 +2005,9 @@ def channels_of_wq(lab: Lab, weights: Weights) -> tuple[Vector, Vector]:
 def show_channels(trace: Trace, before: Vector, after: Vector, alpha: float) -> None:
     """Show the size of each input channel of wq, before and after SmoothQuant."""
     trace.say("A column for each channel that wq reads, as high as its largest activation. "
-              f"SmoothQuant with α = {alpha:g} divides large channels, and multiplies the weights "
-              "that meet them.")
-    for title, sizes in (("As it is", before), ("After SmoothQuant", after)):
+              "SmoothQuant divides large channels, and multiplies the weights that meet them. How "
+              "strongly, its α says: at 1, all channels become equally large.")
+    for title, sizes in (("As it is", before), (f"After SmoothQuant with α = {alpha:g}", after)):
         trace.say(f"{title}, up to {max(sizes):.1f}:")
         trace.lines(["  " + line for line in columns_picture(sizes, 4)])
 
@@ -2029,8 +2030,8 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
               f"point?", channels[0].kept)
     trace.say("LLM.int8() multiplies in floating point the channels that reach 6.0, and keeps "
               "their weights in FP16. That threshold is made for large models, whose other "
-              "activations are small; w2's inputs here are not. The last two columns are the "
-              "largest activation of all channels, and that of the median channel.")
+              "activations are small; w2's inputs here are not. Largest: the largest activation. "
+              "Median: half of the channels never exceed it.")
     trace.table(channels, {"matrix": "", "channels": "d", "kept as in FP16": "d", "largest": ".1f",
                            "typical as median": ".1f"})
     trace.say("The model with weights and activations in 8 bits. Each row of W has a scale. "
@@ -2089,7 +2090,7 @@ def check_8_bit_products(trace: Trace, x: Matrix, w: Matrix) -> None:
     trace.check("the static scale of activations 1, 0 and -254 is 254 / 127",
                 static_scale([[1.0, 0.0, -254.0]]) == 2.0, "by hand")
     # The scale of (1, 1.06) is 1.06 / 448. 448 / 1.06 = 422.6 becomes 416, which is 13 steps of 32.
-    trace.check("in FP8, 1 · 1 beside a weight of 1.06 = 416 · 1.06 / 448",
+    trace.check("FP8 rounds a weight of 1 beside one of 1.06 to 416/448 of the latter",
                 abs(fp8_matmul([[1.0, 0.0]], *fp8_rows([[1.0, 1.06]]))[0][0] - 416 * 1.06 / 448)
                 < 1e-12, "by hand")
 
@@ -2126,8 +2127,8 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
         "INT in groups", "GPTQ", "GPTQ act-order", "GPTQ one token"))
 
     trace.say("GPTQ rounds column after column, and lets the columns still to come repair what "
-              "rounding broke, as far as their inputs move together. An example: the weights 0.4, "
-              "0.4 and 7, of which the first two have nearly equal inputs.")
+              "rounding broke, as far as their inputs move together. An example with scale 1: the "
+              "weights 0.4, 0.4 and 7, of which the first two have nearly equal inputs.")
     example = work_example()
     trace.table(example, {"way": "", "codes": "",
                           "output as output for (2, 2.1, -0.3)": "+.2f"})
@@ -2137,10 +2138,10 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
               "calibration text; in the last row, one.")
     trace.table([nearest_score, plain, ordered, starved], SCORES)
     trace.say(f"GPTQ {compare(plain, nearest_score)} rounding to nearest, with the same bytes. "
-              f"act-order {compare(ordered, plain)} GPTQ in the order of the columns. (It changes "
-              "two things: the order, and that all grids are laid at the start.) Calibrated on a "
-              f"single token, GPTQ {compare(starved, nearest_score)} rounding to nearest. Its "
-              "repairs fit that token, and no other.")
+              f"act-order {compare(ordered, plain)} GPTQ in the order of the columns. (It also "
+              "fixes all scales before it starts, so this does not say which of the two helps.) "
+              f"Calibrated on a single token, whose repairs suit no other, GPTQ "
+              f"{compare(starved, nearest_score)} rounding to nearest.")
     trace.say("On 20 models at the defaults, the KL divided by that of rounding to nearest was "
               "0.08 to 0.60 for GPTQ, 0.04 to 0.19 with act-order, and 0.4 to 3.8 with one token, "
               "which did harm on 16 of the 20.")
@@ -2229,7 +2230,8 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
     trace.say("On 20 models at the defaults, the KL divided by that of rounding to nearest was "
               "0.22 to 0.67 with a column by its inputs, and 0.05 to 0.37 for AWQ.")
     trace.say(f"The search for {source}: the output error of the matrices that read it, on "
-              f"{AWQ_TOKENS} tokens of the calibration text. α = 0 is rounding to nearest.")
+              f"{AWQ_TOKENS} tokens of the calibration text (few, to save time). α = 0 is rounding "
+              "to nearest.")
     trace.table(tried, {"exponent as α": ".1f", "error": ".2%bar 40"})
     trace.note("The search tries 0, 0.1, …, 0.9. It finds " + ", ".join(
         f"{alpha:.1f} for {name}" for name, (_, alpha, _) in found.items())
@@ -2364,8 +2366,8 @@ def show_qlora(trace: Trace, knobs: Namespace) -> None:
     trace.ask(f"wq has {len(wq)} rows and {len(wq[0])} columns. How many numbers does an adapter "
               f"of rank {RANK} beside it have?", RANK * (len(wq) + len(wq[0])))
     verse = lab.tokenizer.decode(split_verses(lab.dialect_training)[0]).strip()
-    trace.say("LoRA leaves the model as it is and trains a correction of low rank beside each "
-              "matrix. QLoRA does so on a model in NF4.")
+    trace.say(f"LoRA leaves the model as it is and trains a correction of low rank, here {RANK}, "
+              "beside each matrix. QLoRA does so on a model in NF4.")
     trace.say(f"The task is a dialect: \"{verse}\" Each way trains for {steps} steps of {length} "
               "tokens on the same verses, at a learning rate chosen on others, and is measured on "
               "others again. The columns: how many numbers are trained; the bytes of the weights "
@@ -2456,11 +2458,12 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
     trace.ask("which method under 5 bits a weight has the least KL? ("
               + "; ".join(row.method for row in small) + ")", best.method)
     trace.say("The methods that need no training, on one model and one text; the worst come "
-              "first. The bits are those of a weight of the matrices, scales included. The bytes "
-              "are those of the whole file, in which the embedding, large in so small a model, "
-              "stays in FP16. NF4 with double quantization takes 4.16 bits instead of 4.13, since "
-              "each of these small matrices stores a mean in 4 bytes. The last column is what a "
-              "method needs: text to calibrate on, gradients on it.")
+              "first. (What only served to compare is left in its section.) The bits are those of "
+              "a weight of the matrices, scales included. The bytes are those of the whole file, "
+              "in which the embedding, large in so small a model, stays in FP16. NF4 with double "
+              "quantization takes 4.16 bits instead of 4.13, since each of these small matrices "
+              "has a mean and a scale of its own, and w2 has blocks of 32. The last column is what "
+              "a method needs: text to calibrate on, gradients on it.")
     columns = {"method": "", "section": "d", "bits": ".2f", "nbytes as bytes": ",d",
                "kl as KL": ".5f", "error as ±": ".5f", "needs": ""}
     trace.table(rows, columns)
@@ -2471,9 +2474,9 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
               "sections 8, 14 and 15: after training, a KL would also count what was learned.")
     trace.say("NF4 and NVFP4 do better than INT4 in groups, although they are hardly more exact on "
               "the whole. The reason is the outliers. The weights that meet them have become "
-              "small, and these formats have the finest steps near 0. (On 20 models at the "
-              "defaults, INT4 with NF4's values in these columns alone had 0.24 to 0.87 of its "
-              "KL.)")
+              "small, and these formats have the finest steps near 0. (Take NF4's values for the "
+              "columns that meet outliers, and INT4's for all others: on 20 models at the "
+              "defaults, this had 0.24 to 0.87 of the KL of INT4.)")
     trace.check("KL is nowhere negative", min(row.kl for row in rows + with_activations) > -1e-12,
                 f"{len(rows + with_activations)} methods")
     p, q = log_softmax([0.0, 0.0]), log_softmax([math.log(3), 0.0])
@@ -2507,7 +2510,7 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
         line = file[start:start + 16]
         text = "".join(chr(b) if 32 <= b < 127 else "·" for b in line)
         trace.lines([f"  {line.hex(' ')}  {text}"])
-    trace.say("`python microquant.py --gguf tiny.gguf` writes the trained model with its "
+    trace.say("`python3 microquant.py --gguf tiny.gguf` writes the trained model with its "
               "tokenizer. `llama-completion -m tiny.gguf -no-cnv --temp 0 -p \"This is\"` goes on "
               "from there.")
     check_gguf_file(trace, file, config, weights["output"])
@@ -4452,7 +4455,8 @@ class Trace:
         else:
             shown = f"{answer:.3g}"
         self.say(f"Predict: {question}")
-        reply = self.hear("  your answer (Enter: pass) > ")
+        kind = "answer" if isinstance(answer, str) else "number, within a tenth"
+        reply = self.hear(f"  your {kind} (Enter: pass) > ")
         verdict = ""
         if reply:
             right = reply.casefold() == shown.casefold() or (
@@ -4692,7 +4696,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             parser.error(f"argument --gguf: cannot write {knobs.gguf!r}: {reason}")
-    return run_sections(SECTIONS, knobs, "python microquant.py --section 2,6,7 --bits 3")
+    return run_sections(SECTIONS, knobs, "python3 microquant.py --section 2,6,7 --bits 3")
 
 
 if __name__ == "__main__":
