@@ -9,67 +9,92 @@ import os
 import random
 import re
 import struct
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 import microquant as m
 
-TIGHT = {"rtol": 0, "atol": 1e-12}
-
 
 def numbers(seed, *shape, size=1.0):
-    """Normal numbers."""
+    """Return normal random numbers with the standard deviation size."""
     return np.random.default_rng(seed).normal(size=shape) * size
 
 
-def same(got, expected):
+def assert_same(got, expected):
     """Assert that all numbers are equal."""
     np.testing.assert_array_equal(np.array(got, float), np.array(expected, float))
+
+
+def assert_close(got, expected, tolerance=1e-12):
+    """Assert that no number is farther from the expected one than the tolerance."""
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
+
+
+def assert_close_relatively(got, expected, tolerance=1e-12):
+    """Assert that no number is farther off than this share of the expected one."""
+    np.testing.assert_allclose(got, expected, rtol=tolerance)
 
 
 # ------------------------------------------------------------------- rounding to grids
 
 
 def half_up(x):
-    """The smallest float16 that is not below x."""
-    near = np.float16(x)
-    return float(near if float(near) >= x else np.nextafter(near, np.float16(np.inf)))
+    """Return the smallest float16 that is not below x."""
+    half = np.float16(x)
+    if float(half) < x:
+        half = np.nextafter(half, np.float16(np.inf))
+    return float(half)
 
 
 def reference_grid(values, bits, symmetric):
-    """(scale, zero point) of a flat array."""
+    """Return (scale, zero point) of the grid for these values."""
     if symmetric:
-        return half_up(np.abs(values).max() / (2 ** (bits - 1) - 1)) or 1.0, 0
-    low, high = min(values.min(), 0.0), max(values.max(), 0.0)
+        largest = np.abs(values).max()
+        scale = half_up(largest / (2 ** (bits - 1) - 1))
+        return scale or 1.0, 0
+    low = min(values.min(), 0.0)
+    high = max(values.max(), 0.0)
     scale = half_up((high - low) / (2**bits - 1)) or 1.0
-    return scale, -(2 ** (bits - 1)) + int(np.rint(-low / scale))
+    zero_point = -(2 ** (bits - 1)) + np.rint(-low / scale)
+    return scale, int(zero_point)
+
+
+def reference_codes(values, scale, zero_point, bits):
+    """Return the nearest code of each value, of those that fit into bits."""
+    lowest = -(2 ** (bits - 1))
+    highest = 2 ** (bits - 1) - 1
+    return np.clip(np.rint(values / scale + zero_point), lowest, highest)
+
+
+def values_of_grid(w, r, c, granularity):
+    """Return the key and the values of the grid that w[r, c] belongs to."""
+    if granularity == "tensor":
+        return "tensor", w
+    if granularity == "channel":
+        return r, w[r]
+    start = c // granularity * granularity
+    return (r, start), w[r, start:start + granularity]
 
 
 def reference_quantize(w, bits, symmetric, granularity):
-    """(codes, what they decode to, number of scales), cell by cell."""
+    """Return the codes and the weights that they decode to, cell by cell."""
     codes = np.zeros(w.shape, int)
-    back = np.zeros(w.shape)
+    decoded = np.zeros(w.shape)
     grids = {}
     for r, c in np.ndindex(w.shape):
-        if granularity == "tensor":
-            key, values = 0, w
-        elif granularity == "channel":
-            key, values = r, w[r]
-        else:
-            first = c // granularity * granularity
-            key, values = (r, first), w[r, first:first + granularity]
+        key, values = values_of_grid(w, r, c, granularity)
         if key not in grids:
             grids[key] = reference_grid(values, bits, symmetric)
-        scale, zero = grids[key]
-        codes[r, c] = np.clip(np.rint(w[r, c] / scale + zero),
-                              -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        back[r, c] = (codes[r, c] - zero) * scale
-    return codes, back, len(grids)
+        scale, zero_point = grids[key]
+        codes[r, c] = reference_codes(w[r, c], scale, zero_point, bits)
+        decoded[r, c] = (codes[r, c] - zero_point) * scale
+    return codes, decoded
 
 
 def special_matrices():
-    """Matrices of all sorts: one column, one sign, zeros, an outlier, tiny, and ties."""
+    """Yield matrices of all sorts: one column, one sign, zeros, an outlier, tiny, and ties."""
     yield numbers(0, 5, 64, size=0.1)
     yield numbers(1, 3, 7)
     yield numbers(2, 1, 1)
@@ -82,52 +107,92 @@ def special_matrices():
     yield np.array([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 7.0, 127.0]])
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("granularity", ["tensor", "channel", 1, 3, 4, 32, 100])
-def test_quantize(bits, symmetric, granularity):
+EVERY_WIDTH = pytest.mark.parametrize("bits", range(2, 9))
+BOTH_GRIDS = pytest.mark.parametrize("symmetric", [True, False])
+GRANULARITIES = ["tensor", "channel", 1, 3, 4, 32, 100]
+EVERY_GRANULARITY = pytest.mark.parametrize("granularity", GRANULARITIES)
+
+
+@EVERY_WIDTH
+@BOTH_GRIDS
+@EVERY_GRANULARITY
+def test_quantize_takes_the_nearest_codes(bits, symmetric, granularity):
     for w in special_matrices():
-        codes, back, n_scales = reference_quantize(w, bits, symmetric, granularity)
         q = m.quantize(w.tolist(), bits, symmetric=symmetric, granularity=granularity)
+        codes, decoded = reference_quantize(w, bits, symmetric, granularity)
         assert q.codes == codes.tolist()
-        same(q.dequantize(), back)
-        n_bytes = math.ceil(w.size * bits / 8) + 2 * n_scales
+        assert_same(q.dequantize(), decoded)
+
+
+def count_grids(n_rows, n_columns, granularity):
+    """Return how many grids a matrix has."""
+    if granularity == "tensor":
+        return 1
+    if granularity == "channel":
+        return n_rows
+    return n_rows * math.ceil(n_columns / granularity)
+
+
+@EVERY_WIDTH
+@BOTH_GRIDS
+@EVERY_GRANULARITY
+def test_bits_per_weight_count_codes_scales_and_zero_points(bits, symmetric, granularity):
+    for w in special_matrices():
+        q = m.quantize(w.tolist(), bits, symmetric=symmetric, granularity=granularity)
+        n_grids = count_grids(*w.shape, granularity)
+        n_bytes = math.ceil(w.size * bits / 8) + 2 * n_grids
         if not symmetric:
-            n_bytes += math.ceil(n_scales * bits / 8)
-        assert q.nbytes == len(q.to_bytes()) == n_bytes
+            n_bytes += math.ceil(n_grids * bits / 8)
+        assert q.nbytes == n_bytes
+        assert len(q.to_bytes()) == n_bytes
         assert q.bits_per_weight == 8 * n_bytes / w.size
 
 
-def signed(number, bits):
-    """Two's complement."""
-    return number - 2**bits if number >= 2 ** (bits - 1) else number
+def unpack(data, bits, count):
+    """Return the whole numbers of these bits that data holds, the lowest bits first."""
+    packed = int.from_bytes(data, "little")
+    return [packed >> (i * bits) & (2**bits - 1) for i in range(count)]
+
+
+def unpack_signed(data, bits, count):
+    """Return the numbers in two's complement that data holds, the lowest bits first."""
+    half = 2 ** (bits - 1)
+    # Adding a half and taking it away turns 0, 1, ... 2^bits - 1 into 0, 1, ... -2, -1.
+    return [(number + half) % 2**bits - half for number in unpack(data, bits, count)]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_to_bytes_holds_the_codes_and_the_grids(bits):
     q = m.quantize(numbers(0, 3, 10).tolist(), bits, granularity=4, symmetric=False)
     data = q.to_bytes()
-    n_codes = math.ceil(30 * bits / 8)
-    packed = int.from_bytes(data[:n_codes], "little")
-    codes = [signed(packed >> i * bits & 2**bits - 1, bits) for i in range(30)]
-    assert codes == [code for row in q.codes for code in row]
-    scales = struct.unpack("<9e", data[n_codes:n_codes + 18])
-    assert list(scales) == [scale for row in q.scales for scale in row]
-    packed = int.from_bytes(data[n_codes + 18:], "little")
-    zeros = [signed(packed >> i * bits & 2**bits - 1, bits) for i in range(9)]
-    assert zeros == [zero for row in q.zero_points for zero in row]
+    scales_start = math.ceil(30 * bits / 8)
+    zeros_start = scales_start + 9 * 2
+    codes = unpack_signed(data[:scales_start], bits, 30)
+    scales = struct.unpack("<9e", data[scales_start:zeros_start])
+    zero_points = unpack_signed(data[zeros_start:], bits, 9)
+    assert codes == np.ravel(q.codes).tolist()
+    assert list(scales) == np.ravel(q.scales).tolist()
+    assert zero_points == np.ravel(q.zero_points).tolist()
 
 
 @pytest.mark.parametrize("bits, granularity, word", [
-    (1, 4, "bits"), (9, 4, "bits"), (0, 4, "bits"), (4.5, 4, "bits"), (4, 0, "granularity"),
-    (4, -1, "granularity"), (4, "row", "granularity"), (4, 2.0, "granularity"),
-    (4, True, "granularity")])
+    (1, 4, "bits"),
+    (9, 4, "bits"),
+    (0, 4, "bits"),
+    (4.5, 4, "bits"),
+    (4, 0, "granularity"),
+    (4, -1, "granularity"),
+    (4, "row", "granularity"),
+    (4, 2.0, "granularity"),
+    (4, True, "granularity"),
+])
 def test_bad_bits_and_granularities_are_named(bits, granularity, word):
-    w, h = [[1.0, 2.0]], [[1.0, 0.0], [0.0, 1.0]]
+    w = [[1.0, 2.0]]
+    hessian = [[1.0, 0.0], [0.0, 1.0]]
     with pytest.raises(ValueError, match=word):
         m.quantize(w, bits, granularity=granularity)
     with pytest.raises(ValueError, match=word):
-        m.gptq(w, h, bits, granularity=granularity)
+        m.gptq(w, hessian, bits, granularity=granularity)
     with pytest.raises(ValueError, match=word):
         m.awq_search(w, w, bits, granularity=granularity)
     with pytest.raises(ValueError, match=word):
@@ -136,96 +201,182 @@ def test_bad_bits_and_granularities_are_named(bits, granularity, word):
 
 @pytest.mark.parametrize("w", [[], [[]], [[1.0], [1.0, 2.0]], [[math.nan]], [[math.inf]], [[1e6]]])
 def test_matrices_that_cannot_be_quantized_are_refused(w):
-    for call in (lambda: m.quantize(w, 4), lambda: m.quantize_nf4(w), lambda: m.quantize_nvfp4(w),
-                 lambda: m.gptq(w, [[1.0]], 4, granularity="tensor")):
-        with pytest.raises(ValueError, match="w must"):
-            call()
+    with pytest.raises(ValueError, match="w must"):
+        m.quantize(w, 4)
+    with pytest.raises(ValueError, match="w must"):
+        m.quantize_nf4(w)
+    with pytest.raises(ValueError, match="w must"):
+        m.quantize_nvfp4(w)
+    with pytest.raises(ValueError, match="w must"):
+        m.gptq(w, [[1.0]], 4, granularity="tensor")
 
 
 def test_arguments_are_left_as_they_were():
-    w, x, h = numbers(0, 4, 8).tolist(), numbers(1, 6, 8).tolist(), (np.eye(8) + 0.1).tolist()
-    before = repr((w, x, h))
+    w = numbers(0, 4, 8).tolist()
+    x = numbers(1, 6, 8).tolist()
+    hessian = (np.eye(8) + 0.1).tolist()
+    before = repr((w, x, hessian))
     m.quantize(w, 4, granularity=4)
     m.quantize_nf4(w, double_quant=True)
     m.quantize_nvfp4(w)
-    m.gptq(w, h, 4, granularity=4, act_order=True)
+    m.gptq(w, hessian, 4, granularity=4, act_order=True)
     m.awq_search(w, x, 4, granularity=4, grid=3)
     m.hqq(w, 4, granularity=4)
-    m.squeezellm(w, h[:4], 2)
+    m.squeezellm(w, hessian[:4], 2)
     m.llm_int8_matmul(x, w)
     m.fp8_matmul(x, *m.fp8_rows(w))
     m.ternary_weights(w)
     m.subspace(w, 2, random.Random(0))
     m.with_adapter(w, m.new_adapter(w, 2, random.Random(0)))
-    assert repr((w, x, h)) == before
+    assert repr((w, x, hessian)) == before
 
 
 # ---------------------------------------------------------------------- floating point
 
-FORMATS = {"fp16": (5, 10, 65504.0, math.inf), "bf16": (8, 7, 2.0**127 * (2 - 2**-7), math.inf),
-           "fp8_e4m3": (4, 3, 448.0, 448.0), "fp8_e5m2": (5, 2, 57344.0, math.inf),
-           "fp4_e2m1": (2, 1, 6.0, 6.0)}
+
+class Form(NamedTuple):
+    """A floating-point format."""
+
+    exponent_bits: int
+    mantissa_bits: int
+    largest: float  # of its finite values
+    overflow: float  # what larger numbers become
 
 
-def float_table(exponent_bits, mantissa_bits, largest):
-    """Every finite value from 0 up, from the bit patterns; the index is the pattern."""
-    bias = 2 ** (exponent_bits - 1) - 1
+FORMS = {
+    "fp16": Form(5, 10, 65504.0, math.inf),
+    "bf16": Form(8, 7, 2.0**127 * (2 - 2**-7), math.inf),
+    "fp8_e4m3": Form(4, 3, 448.0, 448.0),
+    "fp8_e5m2": Form(5, 2, 57344.0, math.inf),
+    "fp4_e2m1": Form(2, 1, 6.0, 6.0),
+}
+EVERY_FORM = pytest.mark.parametrize("name", FORMS)
+
+
+def float_table(name):
+    """Return every finite value from 0 up; the index is the bit pattern."""
+    form = FORMS[name]
+    bias = 2 ** (form.exponent_bits - 1) - 1
     values = []
-    for pattern in range(2 ** (exponent_bits + mantissa_bits)):
-        exponent, fraction = divmod(pattern, 2**mantissa_bits)
+    for pattern in range(2 ** (form.exponent_bits + form.mantissa_bits)):
+        exponent, fraction = divmod(pattern, 2**form.mantissa_bits)
         if exponent == 0:
-            value = math.ldexp(fraction, 1 - bias - mantissa_bits)
+            exponent = 1  # a subnormal number: it has no leading 1
         else:
-            value = math.ldexp(fraction + 2**mantissa_bits, exponent - bias - mantissa_bits)
-        if value <= largest:
+            fraction += 2**form.mantissa_bits
+        value = math.ldexp(fraction, exponent - bias - form.mantissa_bits)
+        if value <= form.largest:
             values.append(value)
     return values
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_value_every_midpoint_and_their_neighbours(name):
-    exponent_bits, mantissa_bits, largest, overflow = FORMATS[name]
+def nearest_of_table(values, x):
+    """Return the nearest of a table's values and their negatives; of two, the even pattern's."""
+    gaps = np.abs(np.array(values) - abs(x))
+    nearest = np.flatnonzero(gaps == gaps.min())
+    pattern = min(nearest, key=lambda pattern: pattern % 2)
+    return math.copysign(values[pattern], x)
+
+
+@EVERY_FORM
+def test_a_format_keeps_its_own_values(name):
     nearest = getattr(m, name)
-    values = float_table(exponent_bits, mantissa_bits, largest)
-    for i, (a, b) in enumerate(itertools.pairwise(values)):
-        middle = (a + b) / 2
-        even = a if i % 2 == 0 else b
-        for x, expected in ((a, a), (middle, even), (math.nextafter(middle, 0), a),
-                            (math.nextafter(middle, math.inf), b)):
-            assert nearest(x) == expected and nearest(-x) == -expected
+    for value in float_table(name):
+        assert nearest(value) == value
+        assert nearest(-value) == -value
+
+
+@EVERY_FORM
+def test_a_format_rounds_halves_to_the_even_pattern(name):
+    nearest = getattr(m, name)
+    values = float_table(name)
+    for i, (lower, upper) in enumerate(itertools.pairwise(values)):
+        even = lower if i % 2 == 0 else upper
+        middle = (lower + upper) / 2
+        assert nearest(middle) == even
+        assert nearest(-middle) == -even
+
+
+@EVERY_FORM
+def test_a_format_rounds_to_the_nearest_value(name):
+    nearest = getattr(m, name)
+    for lower, upper in itertools.pairwise(float_table(name)):
+        middle = (lower + upper) / 2
+        below = math.nextafter(middle, 0)
+        above = math.nextafter(middle, math.inf)
+        assert nearest(below) == lower
+        assert nearest(-below) == -lower
+        assert nearest(above) == upper
+        assert nearest(-above) == -upper
+
+
+@EVERY_FORM
+def test_a_format_overflows_half_a_step_above_its_largest_value(name):
+    nearest = getattr(m, name)
+    values = float_table(name)
+    form = FORMS[name]
     step = values[-1] - values[-2]
-    assert nearest(math.nextafter(largest + step / 2, 0)) == nearest(largest) == largest
-    for x in (largest + step, 1e39, 1e300, math.inf):
-        assert nearest(x) == overflow and nearest(-x) == -overflow
+    assert values[-1] == form.largest
+    assert nearest(math.nextafter(form.largest + step / 2, 0)) == form.largest
+    for x in (form.largest + step, 1e39, 1e300, math.inf):
+        assert nearest(x) == form.overflow
+        assert nearest(-x) == -form.overflow
+
+
+@EVERY_FORM
+def test_a_format_keeps_nan_and_the_sign_of_zero(name):
+    nearest = getattr(m, name)
     assert math.isnan(nearest(math.nan))
-    assert math.copysign(1, nearest(-0.0)) == math.copysign(1, nearest(-1e-300)) == -1
+    assert math.copysign(1, nearest(-0.0)) == -1
+    assert math.copysign(1, nearest(-1e-300)) == -1
 
 
-def test_halves_as_numpy_has_them():
-    x = np.concatenate([numbers(0, 500, size=s) for s in (1e-8, 1e-4, 1, 1e4)])
+def numbers_of_all_sizes():
+    """Return 2,000 numbers, from subnormal halves to some that overflow."""
+    return np.concatenate([numbers(0, 500, size=size) for size in (1e-8, 1e-4, 1, 1e4)])
+
+
+def test_fp16_and_fp32_are_those_of_numpy():
+    x = numbers_of_all_sizes()
     with np.errstate(over="ignore"):
-        same([m.fp16(v) for v in x], x.astype(np.float16))
-    same([m.fp32(v) for v in x], x.astype(np.float32))
-    for v in np.abs(x[np.abs(x) < 6e4]):
-        assert m.fp16_up(float(v)) == half_up(float(v))
+        halves = x.astype(np.float16)
+    assert_same([m.fp16(value) for value in x], halves)
+    assert_same([m.fp32(value) for value in x], x.astype(np.float32))
+
+
+def test_fp16_up_never_rounds_down():
+    for value in np.abs(numbers_of_all_sizes()):
+        if value < 6e4:
+            assert m.fp16_up(float(value)) == half_up(float(value))
 
 
 def test_e4m3_bytes_are_the_bit_patterns():
-    for pattern, value in enumerate(float_table(4, 3, 448.0)):
+    for pattern, value in enumerate(float_table("fp8_e4m3")):
         assert m.e4m3_byte(value) == pattern
         assert m.e4m3_byte(-value) == pattern + 128
 
 
 @pytest.mark.parametrize("name", m.REAL_LLAMAS)
-def test_parameters_of_real_models(name):
-    """Counted without Config: q and o, k and v, three of the feed-forward, two norms a layer."""
-    (vocab, dim, layers, heads, kv, hidden), published = m.REAL_LLAMAS[name]
-    layer = 2 * dim * dim + 2 * dim * dim * kv // heads + 3 * dim * hidden + 2 * dim
-    assert layers * layer + 2 * vocab * dim + dim == published
+def test_parameters_of_real_models_are_the_published_ones(name):
+    sizes, published = m.REAL_LLAMAS[name]
+    vocab_size, dim, n_layers, n_heads, n_kv_heads, hidden_dim = sizes
+    # Counted without Config: q and o, k and v, three of the feed-forward, two norms a layer.
+    queries = 2 * dim * dim
+    keys = 2 * dim * dim * n_kv_heads // n_heads
+    layer = queries + keys + 3 * dim * hidden_dim + 2 * dim
+    embeddings = 2 * vocab_size * dim
+    assert n_layers * layer + embeddings + dim == published
     row, = [row for row in m.real_sizes() if row.model == name]
     assert row.parameters == published
-    assert row.usual == pytest.approx((32 * vocab * dim
-                                       + 4.125 * (published - 2 * vocab * dim)) / 8 / 2**30)
+
+
+@pytest.mark.parametrize("name", m.REAL_LLAMAS)
+def test_the_usual_file_of_a_real_model_keeps_fp16_embeddings(name):
+    (vocab_size, dim, *_), published = m.REAL_LLAMAS[name]
+    embeddings = 2 * vocab_size * dim
+    bits = 16 * embeddings + 4.125 * (published - embeddings)
+    row, = [row for row in m.real_sizes() if row.model == name]
+    assert row.usual == pytest.approx(bits / 8 / 2**30)
 
 
 # --------------------------------------------------------------------------------- NF4
@@ -238,62 +389,95 @@ NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
 
 def test_nf4_codebook_is_the_published_one():
     codebook = m.nf4_codebook()
-    np.testing.assert_allclose(codebook, NF4, rtol=0, atol=1e-6)
-    assert (codebook[0], codebook[7], codebook[15]) == (-1, 0, 1)
+    assert_close(codebook, NF4, 1e-6)
+    assert codebook[0] == -1
+    assert codebook[7] == 0
+    assert codebook[15] == 1
 
 
-@pytest.mark.parametrize("block", [1, 3, 64])
-def test_nf4_takes_the_nearest_value(block):
+EVERY_BLOCK_SIZE = pytest.mark.parametrize("block_size", [1, 3, 64])
+
+
+@EVERY_BLOCK_SIZE
+def test_nf4_takes_the_nearest_value(block_size):
     codebook = np.array(m.nf4_codebook())
     for w in special_matrices():
-        q = m.quantize_nf4(w.tolist(), block_size=block)
-        back = q.dequantize()
+        q = m.quantize_nf4(w.tolist(), block_size=block_size)
+        decoded = q.dequantize()
         for r, c in np.ndindex(w.shape):
-            first = c // block * block
-            absmax = np.float64(np.float32(np.abs(w[r, first:first + block]).max()))
-            assert q.scales[r][c // block] == absmax
-            if absmax:
-                gaps = np.abs(codebook - w[r, c] / absmax)
-                assert gaps[q.codes[r][c]] <= gaps.min() + 1e-15
-            assert back[r][c] == codebook[q.codes[r][c]] * absmax
-        n_blocks = w.shape[0] * math.ceil(w.shape[1] / block)
+            start = c // block_size * block_size
+            absmax = np.abs(w[r, start:start + block_size]).max()
+            scale = float(np.float32(absmax))
+            assert q.scales[r][c // block_size] == scale
+            code = q.codes[r][c]
+            assert decoded[r][c] == codebook[code] * scale
+            if scale != 0:
+                gaps = np.abs(codebook - w[r, c] / scale)
+                assert gaps[code] <= gaps.min() + 1e-15
+
+
+@EVERY_BLOCK_SIZE
+def test_nf4_has_four_bits_a_weight_and_32_a_block(block_size):
+    for w in special_matrices():
+        q = m.quantize_nf4(w.tolist(), block_size=block_size)
+        n_rows, n_columns = w.shape
+        n_blocks = n_rows * math.ceil(n_columns / block_size)
         assert q.nbytes == math.ceil(w.size / 2) + 4 * n_blocks
 
 
-def test_nf4_blocks_are_of_64_and_halfway_goes_to_the_upper_value():
+def test_nf4_blocks_are_of_64_unless_told():
     q = m.quantize_nf4(numbers(0, 2, 130).tolist())
-    assert q.group == 64 and [len(scales) for scales in q.scales] == [3, 3]
+    assert q.group == 64
+    assert np.shape(q.scales) == (2, 3)
+
+
+def test_nearest_takes_the_upper_value_halfway():
+    values = [-1.0, 0.5, 1.0, 1.5, 3.0, 9.0]
     levels = [0.0, 1.0, 2.0, 4.0]
-    assert m.nearest([-1.0, 0.5, 1.0, 1.5, 3.0, 9.0], levels) == [0, 1, 1, 2, 3, 3]
+    assert m.nearest(values, levels) == [0, 1, 1, 2, 3, 3]
 
 
-def test_double_quantization_decodes_from_its_own_bytes():
+def decode_absmaxes(data, absmaxes):
+    """Decode double quantization by its layout, and check its mean and scales on the way."""
+    table = np.array(float_table("fp8_e4m3"))
+    mean, = struct.unpack("<f", data[:4])
+    assert mean == np.float32(absmaxes.mean())
+    decoded = []
+    place = 4
+    for start in range(0, len(absmaxes), 256):
+        block = absmaxes[start:start + 256]
+        scale, = struct.unpack("<f", data[place:place + 4])
+        assert scale == np.float32(np.abs(block - mean).max() / 448)
+        place += 4
+        codes = np.frombuffer(data[place:place + len(block)], np.uint8)
+        place += len(block)
+        signs = np.where(codes & 128, -1, 1)
+        decoded += list(mean + scale * (signs * table[codes & 127]))
+    assert len(data) == place
+    return np.array(decoded)
+
+
+@pytest.mark.parametrize("small_rows", [False, True])
+@pytest.mark.parametrize("block_size", [64, 10])
+def test_double_quantization_decodes_from_its_own_bytes(small_rows, block_size):
     w = numbers(0, 40, 130)
-    # Most blocks are so far below the mean that some decode to less than 0.
-    small = w * np.where(np.arange(40) % 5, 1e-3, 1.0)[:, None]
-    table = float_table(4, 3, 448.0)
-    for matrix, block in itertools.product((w, small), (64, 10)):
-        plain = m.quantize_nf4(matrix.tolist(), block_size=block)
-        q = m.quantize_nf4(matrix.tolist(), block_size=block, double_quant=True)
-        n = 40 * math.ceil(130 / block)
-        data = q.to_bytes()[matrix.size // 2:]
-        assert len(data) == 4 + n + 4 * math.ceil(n / 256)
-        mean, = struct.unpack("<f", data[:4])
-        assert mean == np.float32(np.mean(plain.scales))
-        scales = []
-        place = 4
-        for start in range(0, n, 256):
-            count = min(256, n - start)
-            scale, = struct.unpack("<f", data[place:place + 4])
-            centred = np.abs(np.array(plain.scales).ravel()[start:start + count] - mean)
-            assert scale == np.float32(centred.max() / 448)
-            for byte in data[place + 4:place + 4 + count]:
-                value = table[byte & 127]
-                scales.append(mean + scale * (-value if byte & 128 else value))
-            place += 4 + count
-        same(np.array(q.scales).ravel(), np.maximum(scales, 0))
-    for value in (0.0, -3.0):  # every absmax is the mean
-        assert m.quantize_nf4([[value] * 130], double_quant=True).dequantize() == [[value] * 130]
+    if small_rows:
+        # Most blocks are so far below the mean that some decode to less than 0.
+        is_small = np.arange(40) % 5 != 0
+        w[is_small] *= 1e-3
+    plain = m.quantize_nf4(w.tolist(), block_size=block_size)
+    q = m.quantize_nf4(w.tolist(), block_size=block_size, double_quant=True)
+    absmaxes = np.ravel(plain.scales)
+    assert len(absmaxes) == 40 * math.ceil(130 / block_size)
+    decoded = decode_absmaxes(q.to_bytes()[w.size // 2:], absmaxes)
+    assert_same(np.ravel(q.scales), np.maximum(decoded, 0))
+
+
+@pytest.mark.parametrize("value", [0.0, -3.0])
+def test_double_quantization_of_equal_weights_is_exact(value):
+    w = [[value] * 130]
+    q = m.quantize_nf4(w, double_quant=True)
+    assert q.dequantize() == w
 
 
 # ------------------------------------------------------------------------ blocks and GGUF
@@ -311,74 +495,111 @@ def test_q8_0_and_q4_0_bytes_as_gguf_has_them():
 
 
 def gguf_rows():
-    """Rows of 256 or 512: sizes, zeros, constants, and weights as near to halves as can be."""
+    """Yield rows of 256 or 512: all sizes, zeros, constants, and weights close to halves."""
     for seed, size in enumerate((1e-3, 0.1, 1.0, 30.0)):
-        yield numbers(seed, 512, size=size).astype(np.float32)
+        yield np.float32(numbers(seed, 512, size=size))
     yield np.zeros(256, np.float32)
     yield np.full(256, 0.37, np.float32)
     yield np.float32(np.arange(256) % 17 - 8)
-    yield np.concatenate([np.zeros(32), numbers(9, 224)]).astype(np.float32)
-    yield np.float32(np.tile(np.append(np.arange(31) - 15.5, 127.0), 8))
+    yield np.float32(np.concatenate([np.zeros(32), numbers(9, 224)]))
+    steps = np.arange(31)
+    yield blocks_that_end_in(127.0, steps - 15.5)
     for extreme in numbers(13, 8):
-        yield np.float32(np.tile(np.append((np.arange(31) * 4 - 60.5) * abs(extreme) / 127,
-                                           extreme), 8))
-        yield np.float32(np.tile(np.append((np.arange(31) % 15 - 7.5) * extreme / -8, extreme), 8))
-    yield -np.abs(numbers(10, 256)).astype(np.float32)
-    yield np.abs(numbers(11, 256)).astype(np.float32) + 1
+        yield blocks_that_end_in(extreme, (steps * 4 - 60.5) * abs(extreme) / 127)
+        yield blocks_that_end_in(extreme, (steps % 15 - 7.5) * extreme / -8)
+    yield -np.abs(np.float32(numbers(10, 256)))
+    yield np.abs(np.float32(numbers(11, 256))) + 1
 
 
-def test_q8_0_from_its_layout():
+def blocks_that_end_in(extreme, others):
+    """Return eight times the same block: 31 values and the extreme one, which sets the scale."""
+    return np.float32(np.tile(np.append(others, extreme), 8))
+
+
+def inverse_of(d):
+    """Return 1 / d in float32, or 0 if d is 0."""
+    if d == 0:
+        return np.float32(0)
+    return np.float32(1) / d
+
+
+def round_as_c(x):
+    """Return the nearest whole numbers; halves go away from 0, as with C's roundf."""
+    whole = np.trunc(x)
+    return whole + np.trunc(2 * (x - whole))
+
+
+def test_q8_0_encode_follows_the_layout():
     for row in gguf_rows():
         expected = b""
         for block in row.reshape(-1, 32):
             d = np.abs(block).max() / np.float32(127)
-            scaled = block * (np.float32(1) / d if d else np.float32(0))
-            whole = np.trunc(scaled)
-            q = whole + np.trunc(2 * (scaled - whole))  # halves go away from 0, as C's roundf
+            q = round_as_c(block * inverse_of(d))
             expected += np.float16(d).tobytes() + q.astype(np.int8).tobytes()
+        assert m.q8_0_encode(row.tolist()) == expected
+
+
+def test_q8_0_decode_follows_the_layout():
+    for row in gguf_rows():
         data = m.q8_0_encode(row.tolist())
-        assert data == expected
-        blocks = np.frombuffer(data, np.dtype([("d", "<f2"), ("q", "i1", 32)]))
-        same(m.q8_0_decode(data, len(row)),
-             (blocks["d"][:, None].astype(float) * blocks["q"]).ravel())
+        expected = []
+        for start in range(0, len(data), 34):
+            d = np.frombuffer(data[start:start + 2], "<f2").astype(float)
+            q = np.frombuffer(data[start + 2:start + 34], np.int8)
+            expected += list(d * q)
+        assert_same(m.q8_0_decode(data, len(row)), expected)
 
 
-def test_q4_0_from_its_layout():
+def test_q4_0_encode_follows_the_layout():
     for row in gguf_rows():
         expected = b""
-        back = []
         for block in row.reshape(-1, 32):
-            d = block[np.abs(block).argmax()] / np.float32(-8)
-            inverse = np.float32(1) / d if d else np.float32(0)
-            shifted = np.float32(np.float64(block) * np.float64(inverse) + 8.5)
+            largest = np.abs(block).argmax()
+            d = block[largest] / np.float32(-8)
+            shifted = np.float32(np.float64(block) * np.float64(inverse_of(d)) + 8.5)
             q = np.minimum(shifted.astype(np.uint8), 15)
-            packed = (q[:16] | q[16:] << 4).astype(np.uint8)
+            packed = q[:16] | q[16:] << 4
             expected += np.float16(d).tobytes() + packed.tobytes()
-            back += list(float(np.float16(d)) * (q.astype(int) - 8))
+        assert m.q4_0_encode(row.tolist()) == expected
+
+
+def test_q4_0_decode_follows_the_layout():
+    for row in gguf_rows():
         data = m.q4_0_encode(row.tolist())
-        assert data == expected
-        same(m.q4_0_decode(data, len(row)), back)
+        expected = []
+        for start in range(0, len(data), 18):
+            d = np.frombuffer(data[start:start + 2], "<f2").astype(float)
+            packed = np.frombuffer(data[start + 2:start + 18], np.uint8)
+            q = np.append(packed & 15, packed >> 4).astype(int)
+            expected += list(d * (q - 8))
+        assert_same(m.q4_0_decode(data, len(row)), expected)
 
 
 def test_the_smallest_scale_that_is_inverted():
     """d = 2^-126, the smallest normal FP32, is 0 in FP16; the codes are those of w / d."""
     tiny = 2.0**-126
-    assert m.q8_0_encode([i * tiny for i in range(96, 128)]) == b"\0\0" + bytes(range(96, 128))
-    assert m.q4_0_encode([i * tiny for i in [*range(-8, 8)] * 2]) == (
-        b"\0\0" + bytes(range(0, 256, 17)))
+    codes = range(96, 128)
+    assert m.q8_0_encode([code * tiny for code in codes]) == b"\0\0" + bytes(codes)
+    codes = [*range(-8, 8), *range(-8, 8)]
+    both_halves = bytes(range(0, 256, 17))  # 0x00, 0x11, ... 0xFF
+    assert m.q4_0_encode([code * tiny for code in codes]) == b"\0\0" + both_halves
+
+
+def q4_k_scale_and_low(q, j):
+    """Return the six-bit scale and minimum of sub-block j (ggml-quants.c, get_scale_min_k4)."""
+    if j < 4:
+        return q[j] & 63, q[j + 4] & 63
+    scale = (q[j + 4] & 0xF) | ((q[j - 4] >> 6) << 4)
+    low = (q[j + 4] >> 4) | ((q[j] >> 6) << 4)
+    return scale, low
 
 
 def reference_q4_k(block):
-    """One super-block, by the published layout (ggml-quants.c, get_scale_min_k4)."""
+    """Decode one super-block, by the published layout."""
     d, dmin = np.frombuffer(block[:4], "<f2").astype(float)
-    q = block[4:16]
     out = np.zeros(256)
     for j in range(8):
-        if j < 4:
-            scale, low = q[j] & 63, q[j + 4] & 63
-        else:
-            scale = (q[j + 4] & 0xF) | ((q[j - 4] >> 6) << 4)
-            low = (q[j + 4] >> 4) | ((q[j] >> 6) << 4)
+        scale, low = q4_k_scale_and_low(block[4:16], j)
         for i in range(32):
             byte = block[16 + 32 * (j // 2) + i]
             code = byte & 15 if j % 2 == 0 else byte >> 4
@@ -392,97 +613,150 @@ def test_q4_k_decodes_any_super_block():
         block = bytearray(rng.integers(0, 256, 144, dtype=np.uint8).tobytes())
         block[1] &= 0x3B  # so that neither FP16 is infinite or NaN
         block[3] &= 0x3B
-        same(m.q4_k_decode(bytes(block), 256), reference_q4_k(block))
+        assert_same(m.q4_k_decode(bytes(block), 256), reference_q4_k(block))
 
 
 def hard_q4_k_rows():
-    """Sub-blocks narrower than their minimum's step; weights so small that d is subnormal."""
+    """Yield sub-blocks narrower than their minimum's step, and weights with a subnormal d."""
     yield np.float32(-10 - 7.3 * np.repeat(np.arange(8), 32) + 0.01 * numbers(12, 256))
     yield np.float32(np.tile(np.linspace(-4e-5, 3.9e-5, 32), 8))
     yield np.float32(np.tile(np.linspace(-5.2e-6, 0.1, 32), 8))
 
 
 def reference_six_bits(values):
-    """(unit, codes) for eight values of at least 0."""
+    """Return eight values of at least 0 as they are stored: a unit times codes of six bits."""
     unit = float(np.float16(values.max() / 63))
-    return unit, np.minimum(np.rint(values / unit), 63) if unit else np.zeros(8)
+    if unit == 0:
+        return np.zeros(8)
+    return unit * np.minimum(np.rint(values / unit), 63)
+
+
+def reference_q4_k_rounding(block):
+    """Return the 256 weights after rounding to the nearest of what Q4_K can store."""
+    block = block.reshape(8, 32)
+    lows = np.maximum(-block.min(1), 0)
+    steps = reference_six_bits((block.max(1) + lows) / 15)
+    lows = reference_six_bits(lows)
+    out = np.zeros((8, 32))
+    for j in range(8):
+        codes = np.zeros(32)
+        if steps[j] != 0:
+            codes = np.clip(np.rint((block[j] + lows[j]) / steps[j]), 0, 15)
+        out[j] = steps[j] * codes - lows[j]
+    return out.ravel()
 
 
 def test_q4_k_takes_the_nearest_of_what_it_can_store():
     for row in itertools.chain(gguf_rows(), hard_q4_k_rows()):
         data = m.q4_k_encode(row.tolist())
         assert len(data) == len(row) // 256 * 144
-        for i, block in enumerate(row.astype(float).reshape(-1, 8, 32)):
-            lows = np.maximum(-block.min(1), 0)
-            d, scales = reference_six_bits((block.max(1) + lows) / 15)
-            dmin, mins = reference_six_bits(lows)
-            step, low = (d * scales)[:, None], (dmin * mins)[:, None]
-            codes = np.clip(np.rint((block + low) / np.where(step, step, np.inf)), 0, 15)
-            same(reference_q4_k(data[144 * i:144 * i + 144]), (step * codes - low).ravel())
+        for i, block in enumerate(row.astype(float).reshape(-1, 256)):
+            stored = data[144 * i:144 * i + 144]
+            assert_same(reference_q4_k(stored), reference_q4_k_rounding(block))
 
 
-def reference_mxfp4(row):
-    """What MXFP4 decodes to, by the OCP specification."""
-    values = np.array(float_table(2, 1, 6.0))
+def reference_mxfp4_rounding(row):
+    """Return the weights after rounding to MXFP4, by the OCP specification."""
+    table = float_table("fp4_e2m1")
     out = []
-    for block in row.reshape(-1, 32).astype(float):
+    for block in row.astype(float).reshape(-1, 32):
         largest = np.abs(block).max()
-        scale = 2.0 ** max(math.floor(math.log2(largest)) - 2, -127) if largest else 2.0**-127
-        for value in block:
-            gaps = np.abs(values - abs(value) / scale)
-            best = np.flatnonzero(gaps == gaps.min())
-            code = next((c for c in best if c % 2 == 0), best[0])
-            out.append(math.copysign(values[code], value) * scale)
+        exponent = -127
+        if largest != 0:
+            exponent = max(math.floor(math.log2(largest)) - 2, -127)
+        scale = 2.0**exponent
+        out += [nearest_of_table(table, value / scale) * scale for value in block]
     return out
 
 
-def test_mxfp4_is_the_nearest_and_decodes_from_its_bytes():
-    values = float_table(2, 1, 6.0)
+def reference_mxfp4_decode(data):
+    """Decode blocks of 17 bytes: an exponent, then 32 codes of four bits."""
+    table = np.array(float_table("fp4_e2m1"))
+    out = []
+    for start in range(0, len(data), 17):
+        scale = 2.0 ** (data[start] - 127)
+        packed = np.frombuffer(data[start + 1:start + 17], np.uint8)
+        codes = np.append(packed & 15, packed >> 4)
+        signs = np.where(codes & 8, -1, 1)
+        out += list(signs * table[codes & 7] * scale)
+    return out
+
+
+def test_mxfp4_takes_the_nearest_value():
+    for row in gguf_rows():
+        data = m.mxfp4_encode(row.tolist())
+        assert_same(reference_mxfp4_decode(data), reference_mxfp4_rounding(row))
+
+
+def test_mxfp4_decodes_from_its_bytes():
     for row in gguf_rows():
         data = m.mxfp4_encode(row.tolist())
         assert len(data) == len(row) // 32 * 17
-        back = []
-        for start in range(0, len(data), 17):
-            codes = [data[start + 1 + i % 16] >> (i // 16 * 4) & 15 for i in range(32)]
-            scale = 2.0 ** (data[start] - 127)
-            back += [(-values[c & 7] if c & 8 else values[c]) * scale for c in codes]
-        same(m.mxfp4_decode(data, len(row)), back)
-        same(np.abs(back), np.abs(reference_mxfp4(row)))
+        assert_same(m.mxfp4_decode(data, len(row)), reference_mxfp4_decode(data))
 
 
-def test_nvfp4():
-    values = np.array(float_table(2, 1, 6.0))
+def test_nvfp4_takes_the_nearest_value():
+    fp4_table = np.array(float_table("fp4_e2m1"))
+    fp8_table = float_table("fp8_e4m3")
     for w in special_matrices():
         q = m.quantize_nvfp4(w.tolist())
+        decoded = q.dequantize()
         overall = float(np.float32(np.abs(w).max() / 2688)) or 1.0
-        back = np.array(q.dequantize())
         for r, c in np.ndindex(w.shape):
-            block = w[r, c // 16 * 16:c // 16 * 16 + 16]
-            scale = m.fp8_e4m3(np.abs(block).max() / 6 / overall) * overall
+            start = c // 16 * 16
+            largest = np.abs(w[r, start:start + 16]).max()
+            scale = nearest_of_table(fp8_table, largest / 6 / overall) * overall
             assert q.scales[r][c // 16] == scale
-            if scale:
-                gaps = np.abs(values - min(abs(w[r, c]) / scale, 6.0))
-                assert abs(abs(back[r, c]) / scale - abs(w[r, c]) / scale) <= max(
-                    gaps.min(), abs(w[r, c]) / scale - 6) + 1e-12
-        n_blocks = w.shape[0] * math.ceil(w.shape[1] / 16)
+            if scale != 0:
+                gap = abs(decoded[r][c] - w[r, c]) / scale
+                gaps = np.abs(fp4_table - abs(w[r, c]) / scale)
+                assert gap <= gaps.min() + 1e-12
+
+
+def test_nvfp4_has_four_bits_a_weight_and_eight_a_block():
+    for w in special_matrices():
+        q = m.quantize_nvfp4(w.tolist())
+        n_rows, n_columns = w.shape
+        n_blocks = n_rows * math.ceil(n_columns / 16)
         assert q.nbytes == math.ceil(w.size / 2) + n_blocks + 4
 
 
-@pytest.mark.parametrize("form, size, nbytes", [("q8_0", 32, 34), ("q4_0", 32, 18),
-                                                ("q4_k", 256, 144), ("mxfp4", 32, 17)])
-def test_block_refusals(form, size, nbytes):
-    encode, decode = getattr(m, form + "_encode"), getattr(m, form + "_decode")
-    for row in ([], [1.0] * (size - 1), [math.nan] * size, [1.0] * (size - 1) + [-math.inf],
-                [1.0] * (size - 1) + [65505.0]):
+# The name of a format, the weights of a block, and its bytes.
+BLOCK_FORMATS = [("q8_0", 32, 34), ("q4_0", 32, 18), ("q4_k", 256, 144), ("mxfp4", 32, 17)]
+EVERY_BLOCK_FORMAT = pytest.mark.parametrize("name, size, nbytes", BLOCK_FORMATS)
+
+
+@EVERY_BLOCK_FORMAT
+def test_rows_that_cannot_be_encoded_are_refused(name, size, nbytes):
+    encode = getattr(m, name + "_encode")
+    ones = [1.0] * (size - 1)
+    for row in ([], ones, [math.nan] * size, [*ones, -math.inf], [*ones, 65505.0]):
         with pytest.raises(ValueError, match="row"):
             encode(row)
-    for data, n in ((b"", size), (bytes(nbytes), size - 1), (bytes(nbytes + 1), size),
-                    (bytes(nbytes), 2 * size)):
-        with pytest.raises(ValueError, match="data"):
-            decode(data, n)
-    assert decode(encode([0.0] * size), size) == [0.0] * size
+
+
+@EVERY_BLOCK_FORMAT
+def test_data_of_another_length_is_refused(name, size, nbytes):
+    decode = getattr(m, name + "_decode")
+    with pytest.raises(ValueError, match="data"):
+        decode(b"", size)
+    with pytest.raises(ValueError, match="data"):
+        decode(bytes(nbytes), size - 1)
+    with pytest.raises(ValueError, match="data"):
+        decode(bytes(nbytes + 1), size)
+    with pytest.raises(ValueError, match="data"):
+        decode(bytes(nbytes), 2 * size)
+
+
+@EVERY_BLOCK_FORMAT
+def test_blocks_of_zeros_and_of_tiny_weights(name, size, nbytes):
+    encode = getattr(m, name + "_encode")
+    decode = getattr(m, name + "_decode")
+    zeros = [0.0] * size
+    assert decode(encode(zeros), size) == zeros
     for tiny in (1e-42, -1e-40, 1e-38, 1e-30):
-        assert max(map(abs, decode(encode([tiny] + [0.0] * (size - 1)), size))) <= 1e-7
+        decoded = decode(encode([tiny, *zeros[1:]]), size)
+        assert np.abs(decoded).max() <= 1e-7
 
 
 class Reader:
@@ -493,90 +767,170 @@ class Reader:
     def __init__(self, data):
         self.data = data
         self.place = 0
-        assert self.take(4) == b"GGUF" and self.number("<I") == 3
-        n_tensors, n_entries = self.number("<Q"), self.number("<Q")
+        assert self.take(4) == b"GGUF"
+        assert self.number("<I") == 3  # the version
+        n_tensors = self.number("<Q")
+        n_entries = self.number("<Q")
         self.metadata = {}
         for _ in range(n_entries):
             key = self.string()
-            self.metadata[key] = self.value(self.number("<I"))
+            kind = self.number("<I")
+            self.metadata[key] = self.value(kind)
         self.tensors = {}
         for _ in range(n_tensors):
             name = self.string()
-            shape = [self.number("<Q") for _ in range(self.number("<I"))]
-            self.tensors[name] = shape, self.number("<I"), self.number("<Q")
-        self.start = -(-self.place // 32) * 32
+            n_dims = self.number("<I")
+            shape = [self.number("<Q") for _ in range(n_dims)]
+            kind = self.number("<I")
+            offset = self.number("<Q")
+            self.tensors[name] = TensorInfo(shape, kind, offset)
+        self.start = math.ceil(self.place / 32) * 32
 
     def take(self, n):
         self.place += n
         return self.data[self.place - n:self.place]
 
     def number(self, form):
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        data = self.take(struct.calcsize(form))
+        return struct.unpack(form, data)[0]
 
     def string(self):
-        return self.take(self.number("<Q")).decode("utf-8")
+        length = self.number("<Q")
+        return self.take(length).decode("utf-8")
 
     def value(self, kind):
         if kind == 8:
             return self.string()
         if kind == 9:
-            item = self.number("<I")
-            return [self.value(item) for _ in range(self.number("<Q"))]
+            return self.array()
         return self.number(self.FORMS[kind])
 
+    def array(self):
+        kind = self.number("<I")
+        length = self.number("<Q")
+        return [self.value(kind) for _ in range(length)]
+
+
+class TensorInfo(NamedTuple):
+    """What a GGUF file says of a tensor: the shape begins with the length of a row."""
+
+    shape: list
+    kind: int
+    offset: int  # from the start of the tensors' data
+
+
+class Kind(NamedTuple):
+    """How a GGUF file stores the numbers of a tensor."""
+
+    number: int
+    nbytes: float  # of one weight
+    error: float  # the largest, as a share of the largest weight
+
+
+KINDS = {
+    "F32": Kind(0, 4, 1e-6),
+    "Q4_0": Kind(2, 18 / 32, 0.14),
+    "Q8_0": Kind(8, 34 / 32, 0.005),
+}
 
 GGML_NAMES = {
-    "tok_embeddings": "token_embd.weight", "layers.0.attention_norm": "blk.0.attn_norm.weight",
-    "layers.0.attention.wq": "blk.0.attn_q.weight", "layers.0.attention.wk": "blk.0.attn_k.weight",
+    "tok_embeddings": "token_embd.weight",
+    "layers.0.attention_norm": "blk.0.attn_norm.weight",
+    "layers.0.attention.wq": "blk.0.attn_q.weight",
+    "layers.0.attention.wk": "blk.0.attn_k.weight",
     "layers.0.attention.wv": "blk.0.attn_v.weight",
     "layers.0.attention.wo": "blk.0.attn_output.weight",
     "layers.0.ffn_norm": "blk.0.ffn_norm.weight",
     "layers.0.feed_forward.w1": "blk.0.ffn_gate.weight",
     "layers.0.feed_forward.w2": "blk.0.ffn_down.weight",
     "layers.0.feed_forward.w3": "blk.0.ffn_up.weight",
-    "norm": "output_norm.weight", "output": "output.weight"}
+    "norm": "output_norm.weight",
+    "output": "output.weight",
+}
 
 
-@pytest.mark.parametrize("kind, number, row_bytes", [("F32", 0, 4), ("Q4_0", 2, 18 / 32),
-                                                     ("Q8_0", 8, 34 / 32)])
-def test_a_gguf_file_holds_the_model_and_the_tokenizer(kind, number, row_bytes):
-    tokenizer = m.word_tokenizer()
+def decode_tensor(data, kind, n):
+    """Return the n numbers of a tensor in a GGUF file."""
+    if kind == "F32":
+        return np.frombuffer(data, "<f4")
+    if kind == "Q4_0":
+        return np.array(m.q4_0_decode(data, n))
+    return np.array(m.q8_0_decode(data, n))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gguf_file_holds_the_weights(kind):
     config = m.lab_config()
     weights = m.init_weights(config, random.Random(0))
-    data = m.gguf_file(config, weights, tokenizer, kind=kind)
+    data = m.gguf_file(config, weights, m.word_tokenizer(), kind=kind)
     reader = Reader(data)
     assert set(reader.tensors) == set(GGML_NAMES.values())
-    decoders = {0: lambda part, n: struct.unpack(f"<{n}f", part), 2: m.q4_0_decode,
-                8: m.q8_0_decode}
-    ends = []
+    last_end = 0
     for name, ggml_name in GGML_NAMES.items():
-        shape, kind_number, offset = reader.tensors[ggml_name]
         w = np.array(weights[name])
-        assert shape == list(reversed(w.shape)) and offset % 32 == 0
-        assert kind_number == (number if w.ndim == 2 else 0)
-        nbytes = int(w.size * (row_bytes if w.ndim == 2 else 4))
-        start = reader.start + offset
-        back = np.array(decoders[kind_number](data[start:start + nbytes], w.size))
-        bound = {0: 1e-6, 2: 0.14, 8: 0.005}[kind_number]
-        assert np.abs(back - w.ravel()).max() <= bound * np.abs(w).max()
-        ends.append(start + nbytes)
-    assert 0 <= len(data) - max(ends) < 32
-    meta = reader.metadata
-    assert meta["general.architecture"] == "llama"
-    assert meta["llama.embedding_length"] == 64 and meta["llama.feed_forward_length"] == 32
-    assert meta["llama.block_count"] == 1 and meta["llama.attention.head_count"] == 4
-    assert meta["llama.attention.head_count_kv"] == 1
-    assert meta["llama.rope.dimension_count"] == 16 and meta["llama.rope.freq_base"] == 10000
-    assert meta["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
-    assert meta["tokenizer.ggml.model"] == "gpt2" and meta["tokenizer.ggml.pre"] == "gpt-2"
-    tokens = meta["tokenizer.ggml.tokens"]
-    assert [t.replace("Ġ", " ").replace("Ċ", "\n") for t in tokens] == tokenizer.vocab
-    merges = [tuple(pair.split(" ")) for pair in meta["tokenizer.ggml.merges"]]
-    assert [(a.replace("Ġ", " "), b.replace("Ġ", " ")) for a, b in merges] == tokenizer.merges
-    assert tokenizer.vocab[meta["tokenizer.ggml.eos_token_id"]] == "\n"
+        info = reader.tensors[ggml_name]
+        stored_as = kind if w.ndim == 2 else "F32"  # the gains of a norm stay as they are
+        assert info.shape == list(reversed(w.shape))
+        assert info.kind == KINDS[stored_as].number
+        assert info.offset % 32 == 0
+        start = reader.start + info.offset
+        end = start + int(w.size * KINDS[stored_as].nbytes)
+        decoded = decode_tensor(data[start:end], stored_as, w.size)
+        assert_close(decoded, w.ravel(), KINDS[stored_as].error * np.abs(w).max())
+        last_end = max(last_end, end)
+    assert 0 <= len(data) - last_end < 32
 
 
-def test_gguf_refusals():
+METADATA = {
+    "general.architecture": "llama",
+    "llama.embedding_length": 64,
+    "llama.feed_forward_length": 32,
+    "llama.block_count": 1,
+    "llama.attention.head_count": 4,
+    "llama.attention.head_count_kv": 1,
+    "llama.rope.dimension_count": 16,
+    "llama.rope.freq_base": 10000,
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+}
+
+
+def read_gguf_metadata(kind):
+    """Return what a GGUF file of a random model says of the model and the tokenizer."""
+    config = m.lab_config()
+    weights = m.init_weights(config, random.Random(0))
+    return Reader(m.gguf_file(config, weights, m.word_tokenizer(), kind=kind)).metadata
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gguf_metadata_describe_the_model(kind):
+    metadata = read_gguf_metadata(kind)
+    for key, value in METADATA.items():
+        assert metadata[key] == value
+    assert metadata["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gguf_metadata_hold_the_tokenizer(kind):
+    metadata = read_gguf_metadata(kind)
+    tokenizer = m.word_tokenizer()
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert [spaces_back(token) for token in tokens] == tokenizer.vocab
+    merges = []
+    for line in metadata["tokenizer.ggml.merges"]:
+        first, second = line.split(" ")
+        merges.append((spaces_back(first), spaces_back(second)))
+    assert merges == tokenizer.merges
+    end_of_text = metadata["tokenizer.ggml.eos_token_id"]
+    assert tokenizer.vocab[end_of_text] == "\n"
+
+
+def spaces_back(token):
+    """Return a token of GPT-2's alphabet with its spaces and line ends."""
+    return token.replace("Ġ", " ").replace("Ċ", "\n")
+
+
+def test_gguf_file_refuses_kinds_and_shapes_that_it_cannot_hold():
     tokenizer = m.word_tokenizer()
     config = m.Config(len(tokenizer.vocab), 32, 1, 2, 1, 16)
     weights = m.init_weights(config, random.Random(0))
@@ -586,18 +940,30 @@ def test_gguf_refusals():
         m.gguf_file(config, weights, tokenizer)
 
 
-def test_writing_a_gguf_file(tmp_path, capsys, labs):
+def test_main_writes_a_gguf_file(tmp_path, capsys, labs):
     path = tmp_path / "tiny.gguf"
     assert m.main(["--gguf", str(path), "--gguf-type", "F32"]) == 0
     assert "tiny.gguf" in capsys.readouterr().out
-    data = path.read_bytes()
-    assert Reader(data).tensors["output.weight"][1] == 0
-    for bad in (path, tmp_path / "none" / "x.gguf", tmp_path):  # exists; no folder; a folder
+    output = Reader(path.read_bytes()).tensors["output.weight"]
+    assert output.kind == KINDS["F32"].number
+
+
+def test_main_refuses_paths_that_it_cannot_write(tmp_path, capsys):
+    existing = tmp_path / "existing.gguf"
+    existing.write_bytes(b"as it was")
+    in_no_folder = tmp_path / "none" / "x.gguf"
+    for path in (existing, in_no_folder, tmp_path):
         with pytest.raises(SystemExit) as stop:
-            m.main(["--gguf", str(bad)])
+            m.main(["--gguf", str(path)])
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1 and "--gguf" in error
-    assert path.read_bytes() == data
+        assert stop.value.code == 2
+        assert "--gguf" in error
+        assert error.count("\n") == 1
+    assert existing.read_bytes() == b"as it was"
+
+
+TIGHT = {"rtol": 0, "atol": 1e-12}
+same = assert_same
 
 
 # ---------------------------------------------------------------- activations in 8 bits
@@ -605,7 +971,7 @@ def test_writing_a_gguf_file(tmp_path, capsys, labs):
 
 def reference_int8(x, w, x_scale=None):
     """W x with both rounded to INT8 by row."""
-    codes, _, _ = reference_quantize(w, 8, True, "channel")
+    codes, _ = reference_quantize(w, 8, True, "channel")
     scales = np.array([half_up(np.abs(row).max() / 127) or 1.0 for row in w])
     out = np.zeros((len(x), len(w)))
     for i, row in enumerate(x):
