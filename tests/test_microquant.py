@@ -962,66 +962,89 @@ def test_main_refuses_paths_that_it_cannot_write(tmp_path, capsys):
     assert existing.read_bytes() == b"as it was"
 
 
-TIGHT = {"rtol": 0, "atol": 1e-12}
-same = assert_same
-
-
 # ---------------------------------------------------------------- activations in 8 bits
 
 
 def reference_int8(x, w, x_scale=None):
-    """W x with both rounded to INT8 by row."""
-    codes, _ = reference_quantize(w, 8, True, "channel")
-    scales = np.array([half_up(np.abs(row).max() / 127) or 1.0 for row in w])
+    """Return W x for every row of x, both rounded to INT8: w by rows, x by rows or x_scale."""
     out = np.zeros((len(x), len(w)))
-    for i, row in enumerate(x):
-        s = x_scale or np.abs(row).max() / 127 or 1.0
-        out[i] = (codes @ np.clip(np.rint(row / s), -128, 127)) * s * scales
+    for r, weights in enumerate(w):
+        w_scale, _ = reference_grid(weights, 8, symmetric=True)
+        w_codes = reference_codes(weights, w_scale, 0, 8)
+        for i, inputs in enumerate(x):
+            scale = x_scale or np.abs(inputs).max() / 127 or 1.0
+            x_codes = reference_codes(inputs, scale, 0, 8)
+            out[i, r] = (w_codes @ x_codes) * scale * w_scale
     return out
 
 
-@pytest.mark.parametrize("n, rows, columns", [(1, 1, 1), (5, 3, 7), (4, 6, 64)])
+@pytest.mark.parametrize("n, rows, columns", [
+    (1, 1, 1),
+    (5, 3, 7),
+    (4, 6, 64),
+])
 @pytest.mark.parametrize("x_scale", [None, 0.02])
 def test_int8_matmul(n, rows, columns, x_scale):
-    x, w = numbers(0, n, columns), numbers(1, rows, columns, size=0.1)
+    x = numbers(0, n, columns)
     x[0] = 0
+    w = numbers(1, rows, columns, size=0.1)
     q = m.quantize(w.tolist(), 8, granularity="channel")
-    np.testing.assert_allclose(m.int8_matmul(x.tolist(), q, x_scale),
-                               reference_int8(x, w, x_scale), **TIGHT)
+    y = m.int8_matmul(x.tolist(), q, x_scale)
+    assert_close(y, reference_int8(x, w, x_scale))
+
+
+def layer_with_outliers():
+    """Return (x, w), where column 3 of x is large and column 7 reaches the threshold exactly."""
+    x = numbers(0, 6, 20)
+    x[:, 3] *= 40
+    x[2, 7] = -6.0
+    return x, numbers(1, 5, 20, size=0.2)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.5, 3.0, 6.0, math.inf])
-def test_llm_int8(threshold):
-    x, w = numbers(0, 6, 20), numbers(1, 5, 20, size=0.2)
-    x[:, 3] *= 40
-    x[2, 7] = -6.0  # exactly at the default threshold: an outlier
-    exact = np.abs(x).max(0) >= threshold
-    expected = x[:, exact] @ w[:, exact].T
-    if not exact.all():
-        expected = expected + reference_int8(x[:, ~exact], w[:, ~exact])
-    got = m.llm_int8_matmul(x.tolist(), w.tolist(), threshold=threshold)
-    np.testing.assert_allclose(got, expected, **TIGHT)
-    if threshold == 6:
-        assert exact[7] and exact[3]
-        same(m.llm_int8_matmul(x.tolist(), w.tolist()), got)
+def test_llm_int8_multiplies_outliers_apart(threshold):
+    x, w = layer_with_outliers()
+    is_outlier = np.abs(x).max(0) >= threshold
+    expected = x[:, is_outlier] @ w[:, is_outlier].T
+    if not is_outlier.all():
+        rest = ~is_outlier
+        expected = expected + reference_int8(x[:, rest], w[:, rest])
+    y = m.llm_int8_matmul(x.tolist(), w.tolist(), threshold=threshold)
+    assert_close(y, expected)
+
+
+def test_llm_int8_has_a_threshold_of_6_unless_told():
+    x, w = layer_with_outliers()
+    largest = np.abs(x).max(0)
+    assert list(np.flatnonzero(largest >= 6)) == [3, 7]
+    plain = m.llm_int8_matmul(x.tolist(), w.tolist())
+    told = m.llm_int8_matmul(x.tolist(), w.tolist(), threshold=6.0)
+    assert_same(plain, told)
 
 
 @pytest.mark.parametrize("threshold", [-1.0, math.nan])
-def test_llm_int8_refuses(threshold):
+def test_llm_int8_refuses_thresholds_that_are_no_size(threshold):
     with pytest.raises(ValueError, match="threshold"):
         m.llm_int8_matmul([[1.0]], [[1.0]], threshold=threshold)
 
 
-def test_fp8_matmul():
-    x, w = numbers(0, 4, 9), numbers(1, 3, 9, size=0.1)
-    x[1] = 0
+def reference_fp8(matrix):
+    """Return a matrix with every number rounded to E4M3, with one scale a row."""
+    table = float_table("fp8_e4m3")
+    rounded = np.zeros(matrix.shape)
+    for r, c in np.ndindex(matrix.shape):
+        scale = np.abs(matrix[r]).max() / 448 or 1.0
+        rounded[r, c] = nearest_of_table(table, matrix[r, c] / scale) * scale
+    return rounded
 
-    def rounded(a):
-        scales = np.array([np.abs(row).max() / 448 or 1.0 for row in a])[:, None]
-        return np.vectorize(m.fp8_e4m3)(a / scales) * scales
-    y = m.fp8_matmul(x.tolist(), *m.fp8_rows(w.tolist()))
-    np.testing.assert_allclose(y, rounded(x) @ rounded(w).T,
-                               **TIGHT)
+
+def test_fp8_matmul():
+    x = numbers(0, 4, 9)
+    x[1] = 0
+    w = numbers(1, 3, 9, size=0.1)
+    w_codes, w_scales = m.fp8_rows(w.tolist())
+    y = m.fp8_matmul(x.tolist(), w_codes, w_scales)
+    assert_close(y, reference_fp8(x) @ reference_fp8(w).T)
 
 
 def test_static_scale_reaches_the_largest():
@@ -1031,293 +1054,599 @@ def test_static_scale_reaches_the_largest():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
 def test_smoothquant_scales(alpha):
-    x, w = [1.0, 4.0, 0.0, 9.0], [2.0, 0.25, 1.0, 0.0]
-    expected = [1.0 / 2.0 ** (1 - alpha), 4.0**alpha / 0.25 ** (1 - alpha), 1.0, 1.0]
-    np.testing.assert_allclose(m.smoothquant_scales(x, w, alpha), expected, **TIGHT)
+    x_absmax = [1.0, 4.0, 0.0, 9.0]
+    w_absmax = [2.0, 0.25, 1.0, 0.0]
+    first = 1.0 / 2.0 ** (1 - alpha)
+    second = 4.0**alpha / 0.25 ** (1 - alpha)
+    scales = m.smoothquant_scales(x_absmax, w_absmax, alpha)
+    # A channel that nothing enters, or that nobody reads, stays as it is.
+    assert_close(scales, [first, second, 1.0, 1.0])
+
+
+def test_smoothquant_shares_evenly_unless_told():
     assert m.smoothquant_scales([4.0], [1.0]) == [2.0]
 
 
-@pytest.mark.parametrize("arguments", [([1.0], [1.0], -0.1), ([1.0], [1.0], 1.1),
-                                       ([1.0, 2.0], [1.0], 0.5)])
-def test_smoothquant_refuses(arguments):
+@pytest.mark.parametrize("x_absmax, w_absmax, alpha", [
+    ([1.0], [1.0], -0.1),
+    ([1.0], [1.0], 1.1),
+    ([1.0, 2.0], [1.0], 0.5),
+])
+def test_smoothquant_refuses_other_shares_and_lengths(x_absmax, w_absmax, alpha):
     with pytest.raises(ValueError, match="alpha"):
-        m.smoothquant_scales(*arguments)
+        m.smoothquant_scales(x_absmax, w_absmax, alpha)
 
 
 # ------------------------------------------------------------------------ GPTQ and AWQ
 
 
 def reference_obq(w, hessian, bits, granularity, act_order, damp):
-    """Optimal Brain Quantization in a fixed order; H of the rest is inverted each time."""
-    rows, n = w.shape
-    order = sorted(range(n), key=lambda j: -hessian[j, j]) if act_order else list(range(n))
-    h = hessian + (damp * np.diag(hessian).mean() or 1.0) * np.eye(n)
-    group = granularity if isinstance(granularity, int) else n
-    now, codes, back, grids = w.copy(), np.zeros(w.shape, int), np.zeros(w.shape), {}
+    """Return the codes and the weights of Optimal Brain Quantization in a fixed order.
+
+    The Hessian of the columns that are left is inverted anew for each column.
+    """
+    n = w.shape[1]
+    damping = damp * np.diag(hessian).mean() or 1.0
+    damped = hessian + damping * np.eye(n)
+    order = list(range(n))
+    if act_order:
+        order.sort(key=lambda j: -hessian[j, j])
+    repaired = w.copy()
+    codes = np.zeros(w.shape, int)
+    decoded = np.zeros(w.shape)
+    grids = {}
     for i, j in enumerate(order):
-        source = w if act_order else now
-        for r in range(rows):
-            key = 0 if granularity == "tensor" else (r, j // group)
-            if key not in grids:
-                first = j // group * group
-                values = source if granularity == "tensor" else source[r, first:first + group]
-                grids[key] = reference_grid(values, bits, True)
         left = order[i:]
-        inverse = np.linalg.inv(h[np.ix_(left, left)])
-        for r in range(rows):
-            scale = grids[0 if granularity == "tensor" else (r, j // group)][0]
-            codes[r, j] = np.clip(np.rint(now[r, j] / scale),
-                                  -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-            back[r, j] = codes[r, j] * scale
-            now[r, left] -= (now[r, j] - back[r, j]) / inverse[0, 0] * inverse[0]
-    return codes, back
+        inverse = np.linalg.inv(damped[np.ix_(left, left)])
+        for r in range(len(w)):
+            # A grid is laid when its first column is rounded; with act_order, before everything.
+            source = w if act_order else repaired
+            key, values = values_of_grid(source, r, j, granularity)
+            if key not in grids:
+                grids[key] = reference_grid(values, bits, symmetric=True)
+            scale, _ = grids[key]
+            codes[r, j] = reference_codes(repaired[r, j], scale, 0, bits)
+            decoded[r, j] = codes[r, j] * scale
+            error = repaired[r, j] - decoded[r, j]
+            repaired[r, left] -= error / inverse[0, 0] * inverse[0]
+    return codes, decoded
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("granularity", ["tensor", "channel", 4, 5, 1])
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("damp", [0.01, 0.3])
-def test_gptq_is_obq_in_a_fixed_order(bits, granularity, act_order, damp):
-    for seed, (rows, n, samples) in enumerate([(3, 13, 40), (4, 8, 5), (1, 1, 3)]):
-        w = numbers(seed, rows, n)
-        x = numbers(seed + 9, samples, n) @ (np.eye(n) + 0.5) * (1 + np.arange(n) % 5)
+def layers_to_calibrate():
+    """Yield (w, x): weights, and inputs that are correlated and of different sizes."""
+    yield numbers(0, 3, 13), correlated_inputs(9, 40, 13)
+    yield numbers(1, 4, 8), correlated_inputs(10, 5, 8)
+    yield numbers(2, 1, 1), correlated_inputs(11, 3, 1)
+
+
+def correlated_inputs(seed, n, channels):
+    """Return n rows of inputs to channels of which every fifth is of the same size."""
+    mixing = np.eye(channels) + 0.5
+    sizes = 1 + np.arange(channels) % 5
+    return numbers(seed, n, channels) @ mixing * sizes
+
+
+def test_hessian_is_twice_the_product_of_the_inputs():
+    for _, x in layers_to_calibrate():
         hessian = m.hessian_of(x.tolist())
         np.testing.assert_allclose(hessian, 2 * x.T @ x, rtol=1e-12, atol=1e-9)
-        q = m.gptq(w.tolist(), hessian, bits, granularity=granularity, act_order=act_order,
-                   damp=damp)
-        codes, back = reference_obq(w, 2 * x.T @ x, bits, granularity, act_order, damp)
+
+
+GPTQ_GRANULARITIES = pytest.mark.parametrize("granularity", ["tensor", "channel", 4, 5, 1])
+GPTQ_BITS = pytest.mark.parametrize("bits", [2, 3, 4])
+BOTH_ORDERS = pytest.mark.parametrize("act_order", [False, True])
+
+
+@GPTQ_BITS
+@GPTQ_GRANULARITIES
+@BOTH_ORDERS
+@pytest.mark.parametrize("damp", [0.01, 0.3])
+def test_gptq_is_obq_in_a_fixed_order(bits, granularity, act_order, damp):
+    for w, x in layers_to_calibrate():
+        hessian = 2 * x.T @ x
+        q = m.gptq(w.tolist(), hessian.tolist(), bits, granularity=granularity,
+                   act_order=act_order, damp=damp)
+        codes, decoded = reference_obq(w, hessian, bits, granularity, act_order, damp)
         assert q.codes == codes.tolist()
-        np.testing.assert_allclose(q.dequantize(), back, **TIGHT)
-        assert q.nbytes == m.quantize(w.tolist(), bits, granularity=granularity).nbytes
+        assert_close(q.dequantize(), decoded)
+
+
+@GPTQ_BITS
+@GPTQ_GRANULARITIES
+@BOTH_ORDERS
+def test_gptq_takes_as_many_bytes_as_rounding_to_nearest(bits, granularity, act_order):
+    for w, x in layers_to_calibrate():
+        hessian = m.hessian_of(x.tolist())
+        q = m.gptq(w.tolist(), hessian, bits, granularity=granularity, act_order=act_order)
+        plain = m.quantize(w.tolist(), bits, granularity=granularity)
+        assert q.nbytes == plain.nbytes
 
 
 def test_gptq_damps_by_a_hundredth_unless_told():
     w = numbers(0, 40, 30).tolist()
-    x = numbers(1, 40, 5) @ numbers(2, 5, 30) + 0.3 * numbers(3, 40, 30)
-    h = (2 * x.T @ x).tolist()
-    plain = m.gptq(w, h, 3, granularity=4)
-    assert plain == m.gptq(w, h, 3, granularity=4, damp=0.01)
-    assert plain != m.gptq(w, h, 3, granularity=4, damp=0.011)
+    x = numbers(1, 40, 5) @ numbers(2, 5, 30)
+    x += 0.3 * numbers(3, 40, 30)
+    hessian = (2 * x.T @ x).tolist()
+    plain = m.gptq(w, hessian, 3, granularity=4)
+    assert plain == m.gptq(w, hessian, 3, granularity=4, damp=0.01)
+    assert plain != m.gptq(w, hessian, 3, granularity=4, damp=0.011)
 
 
 def test_gptq_of_dead_inputs_rounds_to_nearest():
     w = numbers(0, 3, 6).tolist()
     dead = np.zeros((6, 6)).tolist()
-    assert m.gptq(w, dead, 3, granularity=4) == m.quantize(w, 3, granularity=4)
+    q = m.gptq(w, dead, 3, granularity=4)
+    assert q == m.quantize(w, 3, granularity=4)
+
+
+IDENTITY = [[1.0, 0.0], [0.0, 1.0]]
 
 
 @pytest.mark.parametrize("hessian, damp, word", [
-    ([[1.0]], 0.01, "hessian"), ([[1.0, 0.0], [0.0, math.nan]], 0.01, "hessian"),
-    ([[1.0, 0.0], [0.0]], 0.01, "hessian"), ([[1.0, 0.0], [0.0, 1.0]], 0.0, "damp"),
-    ([[1.0, 0.0], [0.0, 1.0]], math.inf, "damp")])
-def test_gptq_refuses(hessian, damp, word):
+    ([[1.0]], 0.01, "hessian"),
+    ([[1.0, 0.0], [0.0, math.nan]], 0.01, "hessian"),
+    ([[1.0, 0.0], [0.0]], 0.01, "hessian"),
+    (IDENTITY, 0.0, "damp"),
+    (IDENTITY, math.inf, "damp"),
+])
+def test_gptq_refuses_other_hessians_and_damps(hessian, damp, word):
     with pytest.raises(ValueError, match=word):
         m.gptq([[1.0, 2.0]], hessian, 4, granularity="tensor", damp=damp)
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 20])
-def test_upper_factor(n):
+def positive_definite_matrix(n):
+    """Return a symmetric matrix with eigenvalues of at least 1."""
     a = numbers(0, n, n)
-    a = a @ a.T + np.eye(n)
-    u = np.array(m.upper_factor(a.tolist()))
-    np.testing.assert_allclose(u, np.linalg.cholesky(np.linalg.inv(a)).T, rtol=0, atol=1e-11)
-    assert (u == np.triu(u)).all()
+    return a @ a.T + np.eye(n)
+
+
+EVERY_SIZE = pytest.mark.parametrize("n", [1, 2, 7, 20])
+
+
+@EVERY_SIZE
+def test_upper_factor_is_that_of_the_inverse(n):
+    h = positive_definite_matrix(n)
+    factor = np.array(m.upper_factor(h.tolist()))
+    lower = np.linalg.cholesky(np.linalg.inv(h))
+    assert_close(factor, lower.T, 1e-11)
+    assert_same(factor, np.triu(factor))
+
+
+@EVERY_SIZE
+def test_upper_factor_refuses_matrices_that_are_not_positive_definite(n):
+    h = positive_definite_matrix(n) - 100 * np.eye(n)
     with pytest.raises(ValueError, match="definite"):
-        m.upper_factor((a - 100 * np.eye(n)).tolist())
+        m.upper_factor(h.tolist())
 
 
-@pytest.mark.parametrize("h", [[[0.0]], [[1.0, 1.0], [1.0, 1.0]], [[1.0, 1.1], [1.1, 1.0]]])
-def test_factors_of_matrices_at_the_edge_are_refused(h):
+@pytest.mark.parametrize("h", [
+    [[0.0]],
+    [[1.0, 1.0], [1.0, 1.0]],
+    [[1.0, 1.1], [1.1, 1.0]],
+])
+def test_upper_factor_refuses_matrices_at_the_edge(h):
     with pytest.raises(ValueError, match="definite"):
         m.upper_factor(h)
 
 
-@pytest.mark.parametrize("bits, granularity, grid", [(3, "channel", 20), (4, 4, 20),
-                                                     (4, "tensor", 7), (2, 3, 1)])
-def test_awq_is_brute_force_over_its_grid(bits, granularity, grid):
-    w, x = numbers(0, 5, 10, size=0.3), numbers(1, 12, 10)
+def reference_awq_scales(x, alpha):
+    """Return the scale of every channel: its mean size to the power of alpha, made central."""
+    sizes = np.maximum(np.abs(x).mean(0), 1e-4)
+    powers = sizes**alpha
+    return powers / math.sqrt(powers.max() * powers.min())
+
+
+def reference_awq_loss(w, x, scales, bits, granularity):
+    """Return the squared error of the outputs with columns scaled before they are rounded."""
+    _, decoded = reference_quantize(w * scales, bits, True, granularity)
+    errors = x / scales @ decoded.T - x @ w.T
+    return (errors**2).sum()
+
+
+def layer_for_awq():
+    """Return (w, x) with an input channel that is large and one that is always 0."""
+    x = numbers(1, 12, 10)
     x[:, 4] *= 30
     x[:, 7] = 0
+    return numbers(0, 5, 10, size=0.3), x
+
+
+def search_awq(w, x, bits, granularity, grid):
+    """Return what awq_search() finds for arrays."""
+    return m.awq_search(w.tolist(), x.tolist(), bits, granularity=granularity, grid=grid)
+
+
+AWQ_CASES = pytest.mark.parametrize("bits, granularity, grid", [
+    (3, "channel", 20),
+    (4, 4, 20),
+    (4, "tensor", 7),
+    (2, 3, 1),
+])
+
+
+@AWQ_CASES
+def test_awq_search_takes_the_best_alpha_of_its_grid(bits, granularity, grid):
+    w, x = layer_for_awq()
     losses = []
-    tried = []
     for i in range(grid):
-        s = np.maximum(np.abs(x).mean(0), 1e-4) ** (i / grid)
-        s = s / math.sqrt(s.max() * s.min())
-        back = reference_quantize(w * s, bits, True, granularity)[1]
-        losses.append(((x / s @ back.T - x @ w.T) ** 2).sum())
-        tried.append(s)
-    best = int(np.argmin(losses))
-    scales, alpha, q = m.awq_search(w.tolist(), x.tolist(), bits, granularity=granularity,
-                                    grid=grid)
-    assert alpha == best / grid
+        scales = reference_awq_scales(x, i / grid)
+        losses.append(reference_awq_loss(w, x, scales, bits, granularity))
+    scales, alpha, _ = search_awq(w, x, bits, granularity, grid)
+    assert alpha == np.argmin(losses) / grid
+    assert_close_relatively(scales, reference_awq_scales(x, alpha))
+
+
+@AWQ_CASES
+def test_awq_search_rounds_the_scaled_weights(bits, granularity, grid):
+    w, x = layer_for_awq()
+    scales, _, q = search_awq(w, x, bits, granularity, grid)
+    scaled = w * np.array(scales)
+    _, decoded = reference_quantize(scaled, bits, True, granularity)
+    assert_same(q.dequantize(), decoded)
+
+
+@AWQ_CASES
+def test_output_error_is_a_share_of_the_exact_outputs(bits, granularity, grid):
+    w, x = layer_for_awq()
+    scales, alpha, q = search_awq(w, x, bits, granularity, grid)
     exact = x @ w.T
     error = m.output_error(q, scales, x.tolist(), exact.tolist())
-    assert error == pytest.approx(math.sqrt(losses[best]) / np.linalg.norm(exact), rel=1e-9)
-    np.testing.assert_allclose(scales, tried[best], rtol=1e-12)
-    same(q.dequantize(), reference_quantize(w * np.array(scales), bits, True, granularity)[1])
+    expected_scales = reference_awq_scales(x, alpha)
+    loss = reference_awq_loss(w, x, expected_scales, bits, granularity)
+    share = math.sqrt(loss) / np.linalg.norm(exact)
+    assert_close_relatively(error, share, 1e-9)
 
 
-def test_awq_exponent_0_is_round_to_nearest_and_refusals():
-    w, x = numbers(0, 5, 10).tolist(), numbers(1, 12, 10).tolist()
-    plain = m.quantize(w, 4, granularity=5)
-    assert m.awq_search(w, x, 4, granularity=5, grid=1) == ([1.0] * 10, 0.0, plain)
-    for grid, rows in ((0, x), (5, []), (5, [[1.0]])):
-        with pytest.raises(ValueError, match="grid"):
-            m.awq_search(w, rows, 4, granularity=5, grid=grid)
+def test_awq_search_with_exponent_0_rounds_to_nearest():
+    w = numbers(0, 5, 10).tolist()
+    x = numbers(1, 12, 10).tolist()
+    scales, alpha, q = m.awq_search(w, x, 4, granularity=5, grid=1)
+    assert alpha == 0
+    assert scales == [1.0] * 10
+    assert q == m.quantize(w, 4, granularity=5)
+
+
+def test_awq_search_refuses_an_empty_grid_and_other_inputs():
+    w = numbers(0, 5, 10).tolist()
+    x = numbers(1, 12, 10).tolist()
+    with pytest.raises(ValueError, match="grid"):
+        m.awq_search(w, x, 4, granularity=5, grid=0)
+    with pytest.raises(ValueError, match="grid"):
+        m.awq_search(w, [], 4, granularity=5, grid=5)
+    with pytest.raises(ValueError, match="grid"):
+        m.awq_search(w, [[1.0]], 4, granularity=5, grid=5)
 
 
 # ---------------------------------------------------------------- HQQ, SqueezeLLM, bits
 
 
 def hqq_matrices():
-    """Normal ones, one with an outlier, and two that take all 20 turns."""
+    """Yield normal weights, the same with an outlier, and two matrices that take all 20 turns."""
     yield numbers(0, 3, 10)
-    yield np.where(np.arange(30).reshape(3, 10) == 13, 9.0, numbers(0, 3, 10))
+    with_outlier = numbers(0, 3, 10)
+    with_outlier[1, 3] = 9.0
+    yield with_outlier
     for seed in (323, 330):
         w = np.random.default_rng(seed).standard_t(2, size=(3, 10))
-        yield np.where(np.abs(w) < 0.3, 0.0, w)
+        w[np.abs(w) < 0.3] = 0.0
+        yield w
+
+
+def reference_shrink(rest, p, beta):
+    """Return the rest with every number moved towards 0, the small ones to 0."""
+    with np.errstate(divide="ignore"):
+        sizes = np.abs(rest) - np.abs(rest) ** (p - 1) / beta
+    return np.sign(rest) * np.maximum(sizes, 0)
 
 
 def reference_zero_point(values, bits, p, beta):
-    """HQQ's search, turn by turn."""
-    scale, zero = reference_grid(values, bits, False)
-    least, best = np.inf, zero
+    """Return the zero point that HQQ finds, turn by turn, and the mean error that it leaves."""
+    scale, zero_point = reference_grid(values, bits, symmetric=False)
+    best = zero_point
+    least = np.inf
     for _ in range(20):
-        zero = float(np.float16(zero))
-        codes = np.clip(np.rint(values / scale + zero), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        rest = values - (codes - zero) * scale
-        if np.abs(rest).mean() >= least:
+        zero_point = float(np.float16(zero_point))
+        codes = reference_codes(values, scale, zero_point, bits)
+        rest = values - (codes - zero_point) * scale
+        error = np.abs(rest).mean()
+        if error >= least:
             break
-        least, best = np.abs(rest).mean(), zero
-        with np.errstate(divide="ignore"):
-            shrunk = np.abs(rest) - np.abs(rest) ** (p - 1) / beta
-        e = np.sign(rest) * np.maximum(np.nan_to_num(shrunk, neginf=0), 0)
-        zero = (codes - (values - e) / scale).mean()
+        best = zero_point
+        least = error
+        outliers = reference_shrink(rest, p, beta)
+        zero_point = (codes - (values - outliers) / scale).mean()
         beta *= 1.01
     return best, least
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel", 4])
-@pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("p, beta", [(0.7, 10.0), (0.4, 3.0)])
-def test_hqq(bits, granularity, p, beta):
-    group = granularity if isinstance(granularity, int) else 10
-    places = [(slice(r, r + 1), slice(c, c + group)) for r in range(3) for c in range(0, 10, group)]
-    if granularity == "tensor":
-        places = [(slice(0, 3), slice(0, 10))]
+HQQ_BITS = pytest.mark.parametrize("bits", [2, 4])
+HQQ_GRANULARITIES = pytest.mark.parametrize("granularity", ["tensor", "channel", 4])
+HQQ_SHRINKING = pytest.mark.parametrize("p, beta", [(0.7, 10.0), (0.4, 3.0)])
+
+
+@HQQ_BITS
+@HQQ_GRANULARITIES
+@HQQ_SHRINKING
+def test_hqq_finds_the_zero_points(bits, granularity, p, beta):
     for w in hqq_matrices():
         q = m.hqq(w.tolist(), bits, granularity=granularity, p=p, beta=beta)
-        for rows, columns in places:
-            best, least = reference_zero_point(w[rows, columns].ravel(), bits, p, beta)
-            error = np.abs(np.array(q.dequantize()) - w)[rows, columns].mean()
-            assert error == pytest.approx(least, abs=1e-12)
-            assert q.zero_points[rows.start][columns.start // group] == best
-        assert q.nbytes == math.ceil(30 * bits / 8) + 4 * len(places)
+        all_errors = np.abs(q.dequantize() - w)
+        for r, zero_points in enumerate(q.zero_points):
+            for g, zero_point in enumerate(zero_points):
+                _, values = values_of_grid(w, r, g * q.group, granularity)
+                _, errors = values_of_grid(all_errors, r, g * q.group, granularity)
+                best, least = reference_zero_point(values, bits, p, beta)
+                assert zero_point == best
+                assert_close(errors.mean(), least)
 
 
-def test_weighted_kmeans_stands_where_lloyd_stands():
-    for n in (200, 3001):
-        values, weights = numbers(0, n), np.abs(numbers(1, n))
-        ours = np.array(m.weighted_kmeans(values.tolist(), weights.tolist(), 8))
-        centroids = np.sort(values)[[(2 * i + 1) * n // 16 for i in range(8)]]
-        for _ in range(500):
-            nearest = np.abs(values[:, None] - centroids).argmin(1)
-            centroids = np.array([np.average(values[nearest == k], weights=weights[nearest == k])
-                                  for k in range(8)])
-        np.testing.assert_allclose(ours, centroids, rtol=0, atol=1e-9)
+@HQQ_BITS
+@HQQ_GRANULARITIES
+@HQQ_SHRINKING
+def test_hqq_takes_two_bytes_for_a_scale_and_two_for_a_zero_point(bits, granularity, p, beta):
+    for w in hqq_matrices():
+        q = m.hqq(w.tolist(), bits, granularity=granularity, p=p, beta=beta)
+        n_grids = count_grids(3, 10, granularity)
+        assert q.nbytes == math.ceil(30 * bits / 8) + 4 * n_grids
+
+
+def reference_kmeans(values, weights, k):
+    """Return the centroids that Lloyd's algorithm ends at: it starts at quantiles."""
+    n = len(values)
+    quantiles = [(2 * i + 1) * n // (2 * k) for i in range(k)]
+    centroids = np.sort(values)[quantiles]
+    while True:
+        nearest = np.abs(values[:, None] - centroids).argmin(1)
+        moved = []
+        for i in range(k):
+            members = nearest == i
+            total = (weights * values)[members].sum()
+            moved.append(total / weights[members].sum())
+        if np.array_equal(moved, centroids):
+            return centroids
+        centroids = np.array(moved)
+
+
+@pytest.mark.parametrize("n", [200, 3001])
+def test_weighted_kmeans_stands_where_lloyd_stands(n):
+    values = numbers(0, n)
+    weights = np.abs(numbers(1, n))
+    centroids = m.weighted_kmeans(values.tolist(), weights.tolist(), 8)
+    assert_close(centroids, reference_kmeans(values, weights, 8), 1e-9)
+
+
+def test_weighted_kmeans_of_few_values():
     assert m.weighted_kmeans([1.0, 1.0, 5.0], [1.0, 1.0, 3.0], 2) == [1.0, 5.0]
     assert m.weighted_kmeans([], [], 2) == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("rows, columns, important, large", [(20, 50, 1, 4), (40, 100, 2, 16),
-                                                             (31, 30, 1, 4)])
-def test_squeezellm_keeps_what_matters_apart_and_decodes_from_its_bytes(
-        rows, columns, important, large):
-    """0.05% and 0.4% of 1,000 weights, of 4,000, and of 930, rounded up."""
-    n = rows * columns
-    w, s = numbers(0, rows, columns, size=0.1), np.abs(numbers(1, rows, columns))
-    back, data = m.squeezellm(w.tolist(), s.tolist(), 3)
-    back = np.array(back)
-    apart = {*np.argsort(-s.ravel())[:important], *np.argsort(-np.abs(w).ravel())[:large]}
-    for i in apart:
-        assert back.ravel()[i] == np.float16(w.ravel()[i])
-    n_packed = math.ceil(n * 3 / 8)
-    assert len(data) == n_packed + 8 * 2 + len(apart) * 4 + (rows + 1) * 2
-    packed = int.from_bytes(data[:n_packed], "little")
-    halves = np.frombuffer(data[n_packed:n_packed + 16 + 2 * len(apart)], "<f2")
-    shorts = np.frombuffer(data[n_packed + 16 + 2 * len(apart):], "<u2")
-    decoded = np.array([float(halves[packed >> 3 * i & 7]) for i in range(n)])
-    dense = [i for i in range(n) if i not in apart]
-    gaps = np.abs(w.ravel()[dense][:, None] - halves[:8].astype(float))
-    assert (np.abs(decoded[dense] - w.ravel()[dense]) <= gaps.min(1) + 1e-15).all()
-    decoded = decoded.reshape(rows, columns)
-    places, before = shorts[:len(apart)], shorts[len(apart):]
-    for r in range(rows):
-        decoded[r, places[before[r]:before[r + 1]]] = halves[8:][before[r]:before[r + 1]]
-    same(back, decoded)
+class Layer(NamedTuple):
+    """A layer's weights, their sensitivities, and how many weights SqueezeLLM keeps apart."""
+
+    w: np.ndarray
+    sensitivity: np.ndarray
+    n_important: int
+    n_large: int
+
+    def apart(self):
+        """Return the places of the weights that are kept apart, in order."""
+        by_sensitivity = np.argsort(-self.sensitivity.ravel())
+        by_size = np.argsort(-np.abs(self.w).ravel())
+        return sorted({*by_sensitivity[:self.n_important], *by_size[:self.n_large]})
+
+    def squeezed(self):
+        """Return what SqueezeLLM makes of it with codes of 3 bits: the weights and the bytes."""
+        decoded, data = m.squeezellm(self.w.tolist(), self.sensitivity.tolist(), 3)
+        return np.array(decoded), data
+
+
+@pytest.fixture(params=[
+    (20, 50, 1, 4),
+    (40, 100, 2, 16),
+    (31, 30, 1, 4),
+])
+def layer(request):
+    """A layer of 1,000, of 4,000 or of 930 weights: 0.05% and 0.4% of them, rounded up."""
+    rows, columns, n_important, n_large = request.param
+    w = numbers(0, rows, columns, size=0.1)
+    sensitivity = np.abs(numbers(1, rows, columns))
+    return Layer(w, sensitivity, n_important, n_large)
+
+
+class Squeezed(NamedTuple):
+    """What the bytes of SqueezeLLM hold."""
+
+    dense: np.ndarray  # [out][in] what the codes decode to
+    codebook: np.ndarray
+    apart: np.ndarray  # the weights kept apart, row by row
+    columns: np.ndarray  # where they stand in their rows
+    before: np.ndarray  # for every row and the end, how many come before
+
+
+def unpack_squeezed(data, layer):
+    """Take the bytes apart by the layout: codes, codebook, weights apart, columns, and rows."""
+    n_apart = len(layer.apart())
+    codebook_start = math.ceil(layer.w.size * 3 / 8)
+    columns_start = codebook_start + 2 * (8 + n_apart)
+    codes = unpack(data[:codebook_start], 3, layer.w.size)
+    halves = np.frombuffer(data[codebook_start:columns_start], "<f2").astype(float)
+    shorts = np.frombuffer(data[columns_start:], "<u2")
+    codebook = halves[:8]
+    dense = codebook[codes].reshape(layer.w.shape)
+    apart = halves[8:]
+    columns = shorts[:n_apart]
+    before = shorts[n_apart:]
+    return Squeezed(dense, codebook, apart, columns, before)
+
+
+def test_squeezellm_keeps_what_matters_in_fp16(layer):
+    decoded, _ = layer.squeezed()
+    apart = layer.apart()
+    weights = layer.w.ravel()[apart]
+    assert_same(decoded.ravel()[apart], np.float16(weights))
+
+
+def test_squeezellm_counts_codes_codebook_and_weights_apart(layer):
+    _, data = layer.squeezed()
+    n_codes = math.ceil(layer.w.size * 3 / 8)
+    n_rows = len(layer.w)
+    n_apart = len(layer.apart())
+    n_codebook = 2 * 8
+    n_before = 2 * (n_rows + 1)
+    assert len(data) == n_codes + n_codebook + 4 * n_apart + n_before
+
+
+def test_squeezellm_takes_the_nearest_of_its_codebook(layer):
+    _, data = layer.squeezed()
+    squeezed = unpack_squeezed(data, layer)
+    values = np.delete(layer.w, layer.apart())  # delete() makes one row of it
+    dense = np.delete(squeezed.dense, layer.apart())
+    gaps = np.abs(values[:, None] - squeezed.codebook)
+    errors = np.abs(dense - values)
+    assert (errors - gaps.min(1)).max() <= 1e-15
+
+
+def test_squeezellm_decodes_from_its_bytes(layer):
+    decoded, data = layer.squeezed()
+    squeezed = unpack_squeezed(data, layer)
+    expected = squeezed.dense
+    for r, row in enumerate(expected):
+        start = squeezed.before[r]
+        end = squeezed.before[r + 1]
+        row[squeezed.columns[start:end]] = squeezed.apart[start:end]
+    assert_same(decoded, expected)
 
 
 def test_expected_damage_is_half_the_weighted_square():
-    w, back, s = numbers(0, 3, 5), numbers(1, 3, 5), np.abs(numbers(2, 3, 5))
-    assert m.expected_damage(w.tolist(), back.tolist(), s.tolist()) == pytest.approx(
-        (s * (w - back) ** 2).sum() / 2, rel=1e-12)
+    w = numbers(0, 3, 5)
+    decoded = numbers(1, 3, 5)
+    sensitivity = np.abs(numbers(2, 3, 5))
+    damage = m.expected_damage(w.tolist(), decoded.tolist(), sensitivity.tolist())
+    squares = sensitivity * (w - decoded) ** 2
+    expected = squares.sum() / 2
+    assert_close_relatively(damage, expected)
 
 
-def test_bits_are_assigned_as_brute_force_does():
+def bit_choices():
+    """Return for five matrices the choices of 2, 3 and 4 bits, with damages by chance."""
     rng = random.Random(0)
-    choices = {name: [m.Choice(b, rng.random() / b, 10 * b) for b in (2, 3, 4)] for name in "abcde"}
-    for budget in (100, 130, 151, 200):
-        best = min(sum(c.damage for c in pick) for pick in itertools.product(*choices.values())
-                    if sum(c.nbytes for c in pick) <= budget)
-        chosen = m.assign_bits(choices, budget)
-        picked = [next(c for c in choices[name] if c.bits == b) for name, b in chosen.items()]
-        assert sum(c.damage for c in picked) == best
-        assert sum(c.nbytes for c in picked) <= budget
+    choices = {}
+    for name in "abcde":
+        choices[name] = []
+        for bits in (2, 3, 4):
+            damage = rng.random() / bits
+            choices[name].append(m.Choice(bits, damage, nbytes=10 * bits))
+    return choices
+
+
+def least_damage(choices, budget):
+    """Return the least sum of damages that the budget allows, of all combinations."""
+    least = math.inf
+    for combination in itertools.product(*choices.values()):
+        nbytes = sum(choice.nbytes for choice in combination)
+        if nbytes <= budget:
+            least = min(least, sum(choice.damage for choice in combination))
+    return least
+
+
+@pytest.mark.parametrize("budget", [100, 130, 151, 200])
+def test_assign_bits_does_the_least_damage_within_the_budget(budget):
+    choices = bit_choices()
+    assigned = m.assign_bits(choices, budget)
+    picked = []
+    for name, bits in assigned.items():
+        picked += [choice for choice in choices[name] if choice.bits == bits]
+    assert list(assigned) == list(choices)
+    assert sum(choice.damage for choice in picked) == least_damage(choices, budget)
+    assert sum(choice.nbytes for choice in picked) <= budget
+
+
+def test_assign_bits_refuses_a_budget_below_the_smallest_choices():
     with pytest.raises(ValueError, match="budget"):
-        m.assign_bits(choices, 99)
+        m.assign_bits(bit_choices(), 99)
 
 
 # ---------------------------------------------------------------------- one bit, training
 
 
-def test_bitnet_and_ternary():
+def weights_with_a_mean():
+    """Return weights of which one is exactly the mean, which is not 0."""
     w = numbers(0, 4, 9) + 0.2
     w[0, 0] = w.mean()
+    return w
+
+
+def reference_ternary(w):
+    """Return the codes -1, 0 and 1 of b1.58, and their scale."""
+    gamma = np.abs(w).mean()
+    return np.clip(np.rint(w / gamma), -1, 1), gamma
+
+
+def test_bitnet_signs_are_those_of_w_less_its_mean():
+    w = weights_with_a_mean()
     size = np.abs(w).mean()
-    np.testing.assert_allclose(m.bitnet_signs(w.tolist()), np.where(w > w.mean(), size, -size),
-                               **TIGHT)
+    expected = np.where(w > w.mean(), size, -size)
+    assert_close(m.bitnet_signs(w.tolist()), expected)
+
+
+def test_ternary_codes_are_the_nearest():
+    w = weights_with_a_mean()
     codes, gamma = m.ternary_codes(w.tolist())
-    assert gamma == pytest.approx(size, abs=1e-15)
-    same(codes, np.clip(np.rint(w / size), -1, 1))
-    np.testing.assert_allclose(m.ternary_weights(w.tolist()), np.array(codes) * size, **TIGHT)
+    expected_codes, expected_gamma = reference_ternary(w)
+    assert_same(codes, expected_codes)
+    assert_close(gamma, expected_gamma, 1e-15)
+
+
+def test_ternary_codes_of_halves_are_even():
+    codes, gamma = m.ternary_codes([[0.5, -0.5, 1.0, 2.0]])
+    assert gamma == 1.0
+    assert codes == [[0, 0, 1, 1]]
+
+
+def test_ternary_weights_are_codes_times_their_scale():
+    w = weights_with_a_mean()
+    codes, gamma = reference_ternary(w)
+    assert_close(m.ternary_weights(w.tolist()), codes * gamma)
     assert m.ternary_weights([[0.0, 0.0]]) == [[0.0, 0.0]]
-    assert m.ternary_codes([[0.5, -0.5, 1.0, 2.0]]) == ([[0, 0, 1, 1]], 1.0)
-    best = (w * codes).sum() / np.abs(codes).sum()
-    assert m.least_squares_scale(w.tolist(), codes) == pytest.approx(best, rel=1e-12)
+
+
+def test_least_squares_scale():
+    w = weights_with_a_mean()
+    codes, _ = m.ternary_codes(w.tolist())
+    column = np.reshape(codes, (-1, 1))
+    [best], *_ = np.linalg.lstsq(column, w.ravel(), rcond=None)
+    assert_close(m.least_squares_scale(w.tolist(), codes), best)
+
+
+def test_ternary_product_multiplies_once_a_row():
+    codes, gamma = m.ternary_codes(weights_with_a_mean().tolist())
     x = numbers(1, 9)
     y, additions, multiplications = m.ternary_product(x.tolist(), codes, gamma)
-    np.testing.assert_allclose(y, np.array(codes) @ x * gamma, **TIGHT)
-    assert (additions, multiplications) == (np.count_nonzero(codes), 4)
+    assert_close(y, np.array(codes) @ x * gamma)
+    assert additions == np.count_nonzero(codes)
+    assert multiplications == len(codes)
 
 
 @pytest.mark.parametrize("n", [0, 1, 4, 5, 6, 23])
-def test_pack_ternary(n):
+def test_pack_ternary_puts_five_codes_in_a_byte(n):
     codes = [(i * 5 + i * i) % 3 - 1 for i in range(n)]
     data = m.pack_ternary(codes)
     assert len(data) == math.ceil(n / 5)
-    assert [byte // 3**i % 3 - 1 for byte in data for i in range(5)][:n] == codes
+    unpacked = []
+    for byte in data:
+        unpacked += [byte // 3**i % 3 - 1 for i in range(5)]
+    assert unpacked[:n] == codes
 
 
 CONFIG = m.Config(vocab_size=11, dim=8, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=12)
+TOKENS = [1, 7, 3, 3, 9, 0, 10]
 
 
 @pytest.fixture
 def model():
     """A tiny random model."""
-    return m.Llama(CONFIG, m.init_weights(CONFIG, random.Random(5)))
-
-
-TOKENS = [1, 7, 3, 3, 9, 0, 10]
+    weights = m.init_weights(CONFIG, random.Random(5))
+    return m.Llama(CONFIG, weights)
 
 
 def test_straight_through_takes_the_gradient_at_the_ternary_weights(model):
@@ -1325,102 +1654,159 @@ def test_straight_through_takes_the_gradient_at_the_ternary_weights(model):
     loss, gradients = m.straight_through(CONFIG, model.weights, TOKENS, names)
     ternary = dict(model.weights)
     for name in names:
-        w = np.array(model.weights[name])
-        size = np.abs(w).mean()
-        ternary[name] = (np.clip(np.rint(w / size), -1, 1) * size).tolist()
+        codes, gamma = reference_ternary(np.array(model.weights[name]))
+        ternary[name] = (codes * gamma).tolist()
     expected_loss, expected = m.loss_and_gradients(CONFIG, ternary, TOKENS)
-    assert loss == pytest.approx(expected_loss, abs=1e-12)
+    assert_close(loss, expected_loss)
     for name in CONFIG.shapes():
-        np.testing.assert_allclose(gradients[name], expected[name], **TIGHT)
+        assert_close(gradients[name], expected[name])
 
 
-def test_adapters():
-    w, d = numbers(0, 5, 7), numbers(1, 5, 7)
-    a, b = numbers(2, 3, 7), numbers(3, 5, 3)
+def test_with_adapter_adds_the_product_of_its_matrices():
+    w = numbers(0, 5, 7)
+    a = numbers(2, 3, 7)
+    b = numbers(3, 5, 3)
     adapter = m.Adapter(a.tolist(), b.tolist())
-    np.testing.assert_allclose(m.with_adapter(w.tolist(), adapter), w + b @ a, **TIGHT)
-    d_a, d_b = m.adapter_gradient(d.tolist(), adapter)
-    np.testing.assert_allclose(d_a, b.T @ d, **TIGHT)
-    np.testing.assert_allclose(d_b, d @ a.T, **TIGHT)
-    wide = m.new_adapter(numbers(4, 3, 400).tolist(), 20, random.Random(0))
-    assert np.std(wide.a) == pytest.approx(1 / 20, rel=0.05) and not np.any(wide.b)
-    assert np.shape(wide.a) == (20, 400) and np.shape(wide.b) == (3, 20)
+    assert_close(m.with_adapter(w.tolist(), adapter), w + b @ a)
+
+
+def test_adapter_gradient_is_that_of_the_product():
+    d_w = numbers(1, 5, 7)
+    a = numbers(2, 3, 7)
+    b = numbers(3, 5, 3)
+    adapter = m.Adapter(a.tolist(), b.tolist())
+    d_a, d_b = m.adapter_gradient(d_w.tolist(), adapter)
+    assert_close(d_a, b.T @ d_w)
+    assert_close(d_b, d_w @ a.T)
+
+
+def test_new_adapter_begins_at_0():
+    w = numbers(4, 3, 400).tolist()
+    adapter = m.new_adapter(w, 20, random.Random(0))
+    assert np.shape(adapter.a) == (20, 400)
+    assert np.std(adapter.a) == pytest.approx(1 / 20, rel=0.05)
+    assert adapter.b == [[0.0] * 20] * 3
 
 
 def test_moving_scales_leaves_the_function(model):
     expected = model.forward(TOKENS)
     for source, readers in m.sources_and_readers(CONFIG).items():
-        scales = np.exp(numbers(1, len(model.weights[readers[0]][0]))).tolist()
+        n_channels = len(model.weights[readers[0]][0])
+        scales = np.exp(numbers(1, n_channels)).tolist()
         moved = m.move_scales(model.weights, source, readers, scales)
         assert moved[source] != model.weights[source]
-        np.testing.assert_allclose(m.Llama(CONFIG, moved).forward(TOKENS), expected, rtol=0,
-                                   atol=1e-9)
+        assert_close(m.Llama(CONFIG, moved).forward(TOKENS), expected, 1e-9)
 
 
 def test_subspace_is_that_of_the_svd():
-    g = numbers(0, 6, 4) @ np.diag([50.0, 20.0, 1.0, 0.1]) @ numbers(1, 4, 9)
-    p = np.array(m.subspace(g.tolist(), 2, random.Random(0)))
-    np.testing.assert_allclose(p @ p.T, np.eye(2), **TIGHT)
-    u = np.linalg.svd(g)[0][:, :2]
-    np.testing.assert_allclose(p.T @ p, u @ u.T, rtol=0, atol=1e-6)
+    strengths = np.diag([50.0, 20.0, 1.0, 0.1])
+    gradient = numbers(0, 6, 4) @ strengths @ numbers(1, 4, 9)
+    basis = m.subspace(gradient.tolist(), 2, random.Random(0))
+    p = np.array(basis)
+    assert_close(p @ p.T, np.eye(2))
+    left_vectors, _, _ = np.linalg.svd(gradient)
+    first_two = left_vectors[:, :2]
+    assert_close(p.T @ p, first_two @ first_two.T, 1e-6)
 
 
-@pytest.mark.parametrize("stochastic", [True, False])
-def test_a_step_of_q_galore(stochastic):
-    w, g = numbers(0, 6, 10), numbers(1, 6, 10)
-    optimizer = m.QGaLore(w.tolist(), 2, random.Random(0), stochastic)
+# The most that an update may miss by, in steps of the grid.
+@pytest.mark.parametrize("stochastic, most_steps", [(True, 1.0), (False, 0.5)])
+def test_a_step_of_q_galore_is_adams_in_the_subspace(stochastic, most_steps):
+    w = numbers(0, 6, 10).tolist()
+    gradient = numbers(1, 6, 10)
+    optimizer = m.QGaLore(w, 2, random.Random(0), stochastic)
     before = np.array(optimizer.q.dequantize())
-    optimizer.step(g.tolist(), 0.05)
+    optimizer.step(gradient.tolist(), 0.05)
     after = np.array(optimizer.q.dequantize())
     p = np.array(optimizer.projection.dequantize())
-    assert optimizer.projection.bits == 4 and p.shape == (2, 6) and optimizer.q.bits == 8
-    r = p @ g
-    wanted = before - 0.05 * p.T @ (r / (np.abs(r) + 1e-8))  # Adam's first step is the sign
-    scales = np.array(optimizer.q.scales)
-    share = 1.0 if stochastic else 0.5
-    assert (np.abs(after - wanted) <= share * scales * (1 + 1e-6)).all()
+    projected = p @ gradient
+    update = projected / (np.abs(projected) + 1e-8)  # Adam's first step is the sign
+    wanted = before - 0.05 * p.T @ update
+    steps = (after - wanted) / np.array(optimizer.q.scales)
+    assert np.abs(steps).max() <= most_steps * (1 + 1e-6)
     assert not np.allclose(after, before)
 
 
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_q_galore_keeps_weights_in_8_bits_and_the_projection_in_4(stochastic):
+    w = numbers(0, 6, 10).tolist()
+    gradient = numbers(1, 6, 10).tolist()
+    optimizer = m.QGaLore(w, 2, random.Random(0), stochastic)
+    optimizer.step(gradient, 0.05)
+    assert optimizer.q.bits == 8
+    assert optimizer.projection.bits == 4
+    assert np.shape(optimizer.projection.dequantize()) == (2, 6)
+
+
 def test_projections_that_agree_are_refreshed_less_often():
-    g = (numbers(0, 6, 1) @ numbers(1, 1, 9)).tolist()
-    steady = m.QGaLore(numbers(2, 6, 9).tolist(), 1, random.Random(0))
-    moving = m.QGaLore(numbers(2, 6, 9).tolist(), 1, random.Random(0))
+    w = numbers(2, 6, 9).tolist()
+    optimizer = m.QGaLore(w, 1, random.Random(0))
+    gradient = numbers(0, 6, 1) @ numbers(1, 1, 9)
+    for _ in range(20):
+        optimizer.step(gradient.tolist(), 0.01)
+    assert optimizer.refreshed == 4  # at steps 0, 2, 6 and 14
+    assert optimizer.interval == 16
+
+
+def test_projections_that_turn_are_refreshed_every_time():
+    w = numbers(2, 6, 9).tolist()
+    optimizer = m.QGaLore(w, 1, random.Random(0))
     for i in range(20):
-        steady.step(g, 0.01)
-        moving.step([[float(r == i // 2 % 6) for _ in range(9)] for r in range(6)], 0.01)
-    assert (steady.refreshed, steady.interval) == (4, 16)  # at steps 0, 2, 6 and 14
-    assert (moving.refreshed, moving.interval) == (10, 2)
+        gradient = np.zeros((6, 9))
+        gradient[i // 2 % 6] = 1.0
+        optimizer.step(gradient.tolist(), 0.01)
+    assert optimizer.refreshed == 10
+    assert optimizer.interval == 2
 
 
-def test_stochastic_rounding_is_right_on_average():
+def test_stochastic_codes_are_right_on_average():
     rng = random.Random(0)
     values = [0.25, -0.25, 3.0, 500.0, -1.9]
-    seen = np.array([m.stochastic_codes(values, 0.5, rng) for _ in range(2000)])
-    assert [set(column) for column in seen.T] == [{0, 1}, {-1, 0}, {6}, {127}, {-4, -3}]
-    np.testing.assert_allclose(seen.mean(0), [0.5, -0.5, 6, 127, -3.8], rtol=0, atol=0.05)
+    codes = np.array([m.stochastic_codes(values, 0.5, rng) for _ in range(2000)])
+    seen = [set(column) for column in codes.T]
+    assert seen == [{0, 1}, {-1, 0}, {6}, {127}, {-4, -3}]
+    assert_close(codes.mean(0), [0.5, -0.5, 6, 127, -3.8], 0.05)
 
 
 def test_alignment_is_the_cosine_whatever_the_sign():
-    u, v = numbers(0, 5), numbers(1, 5)
-    cosine = abs(u @ v) / np.linalg.norm(u) / np.linalg.norm(v)
-    assert m.alignment(u.tolist(), v.tolist()) == pytest.approx(cosine, abs=1e-15)
-    assert m.alignment((-3 * u).tolist(), u.tolist()) == pytest.approx(1, abs=1e-15)
+    u = numbers(0, 5)
+    v = numbers(1, 5)
+    lengths = np.linalg.norm(u) * np.linalg.norm(v)
+    cosine = abs(u @ v) / lengths
+    assert_close(m.alignment(u.tolist(), v.tolist()), cosine, 1e-15)
+    opposite = -3 * u
+    assert_close(m.alignment(opposite.tolist(), u.tolist()), 1, 1e-15)
+
+
+def test_alignment_with_zeros_is_0():
     assert m.alignment([0.0, 0.0], [1.0, 2.0]) == 0
 
 
-def test_loss_scale():
-    scale = m.LossScale()
-    assert scale.scale == 65536 and scale.patience == 2000
-    scale.update(True)
+def test_loss_scale_begins_as_that_of_pytorch():
+    scaler = m.LossScale()
+    assert scaler.scale == 65536
+    assert scaler.patience == 2000
+
+
+def test_loss_scale_halves_at_once_and_doubles_with_patience():
+    scaler = m.LossScale()
+    scaler.update(True)
     for _ in range(1999):
-        scale.update(False)
-    assert scale.scale == 32768
-    scale.update(False)
-    assert scale.scale == 65536
-    x = numbers(0, 50, size=1e-7)
-    same(m.through_format(x.tolist(), 1024.0, m.fp16),
-         (x * 1024).astype(np.float16).astype(float) / 1024)
+        scaler.update(False)
+    assert scaler.scale == 32768
+    scaler.update(False)
+    assert scaler.scale == 65536
+
+
+def test_through_format_rounds_the_scaled_gradient():
+    gradient = numbers(0, 50, size=1e-7)
+    halves = (gradient * 1024).astype(np.float16)
+    rounded = m.through_format(gradient.tolist(), 1024.0, m.fp16)
+    assert_same(rounded, halves.astype(float) / 1024)
+
+
+TIGHT = {"rtol": 0, "atol": 1e-12}
+same = assert_same
 
 
 # --------------------------------------------------------------- the lab and its measures
