@@ -163,7 +163,8 @@ def unpack_signed(data, bits, count):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_to_bytes_holds_the_codes_and_the_grids(bits):
-    q = m.quantize(numbers(0, 3, 10).tolist(), bits, granularity=4, symmetric=False)
+    w = numbers(0, 3, 10).tolist()
+    q = m.quantize(w, bits, granularity=4, symmetric=False)
     data = q.to_bytes()
     scales_start = math.ceil(30 * bits / 8)
     zeros_start = scales_start + 9 * 2
@@ -333,7 +334,8 @@ def test_a_format_keeps_nan_and_the_sign_of_zero(name):
 
 def numbers_of_all_sizes():
     """Return 2,000 numbers, from subnormal halves to some that overflow."""
-    return np.concatenate([numbers(0, 500, size=size) for size in (1e-8, 1e-4, 1, 1e4)])
+    sizes = (1e-8, 1e-4, 1, 1e4)
+    return np.concatenate([numbers(0, 500, size=size) for size in sizes])
 
 
 def test_fp16_and_fp32_are_those_of_numpy():
@@ -534,8 +536,8 @@ def test_q8_0_encode_follows_the_layout():
         expected = b""
         for block in row.reshape(-1, 32):
             d = np.abs(block).max() / np.float32(127)
-            q = round_as_c(block * inverse_of(d))
-            expected += np.float16(d).tobytes() + q.astype(np.int8).tobytes()
+            q = round_as_c(block * inverse_of(d)).astype(np.int8)
+            expected += np.float16(d).tobytes() + q.tobytes()
         assert m.q8_0_encode(row.tolist()) == expected
 
 
@@ -556,7 +558,8 @@ def test_q4_0_encode_follows_the_layout():
         for block in row.reshape(-1, 32):
             largest = np.abs(block).argmax()
             d = block[largest] / np.float32(-8)
-            shifted = np.float32(np.float64(block) * np.float64(inverse_of(d)) + 8.5)
+            scaled = np.float64(block) * np.float64(inverse_of(d))
+            shifted = np.float32(scaled + 8.5)
             q = np.minimum(shifted.astype(np.uint8), 15)
             packed = q[:16] | q[16:] << 4
             expected += np.float16(d).tobytes() + packed.tobytes()
@@ -618,7 +621,8 @@ def test_q4_k_decodes_any_super_block():
 
 def hard_q4_k_rows():
     """Yield sub-blocks narrower than their minimum's step, and weights with a subnormal d."""
-    yield np.float32(-10 - 7.3 * np.repeat(np.arange(8), 32) + 0.01 * numbers(12, 256))
+    falling = -10 - 7.3 * np.repeat(np.arange(8), 32)
+    yield np.float32(falling + 0.01 * numbers(12, 256))
     yield np.float32(np.tile(np.linspace(-4e-5, 3.9e-5, 32), 8))
     yield np.float32(np.tile(np.linspace(-5.2e-6, 0.1, 32), 8))
 
@@ -641,7 +645,8 @@ def reference_q4_k_rounding(block):
     for j in range(8):
         codes = np.zeros(32)
         if steps[j] != 0:
-            codes = np.clip(np.rint((block[j] + lows[j]) / steps[j]), 0, 15)
+            heights = (block[j] + lows[j]) / steps[j]
+            codes = np.clip(np.rint(heights), 0, 15)
         out[j] = steps[j] * codes - lows[j]
     return out.ravel()
 
@@ -730,7 +735,8 @@ EVERY_BLOCK_FORMAT = pytest.mark.parametrize("name, size, nbytes", BLOCK_FORMATS
 def test_rows_that_cannot_be_encoded_are_refused(name, size, nbytes):
     encode = getattr(m, name + "_encode")
     ones = [1.0] * (size - 1)
-    for row in ([], ones, [math.nan] * size, [*ones, -math.inf], [*ones, 65505.0]):
+    bad_rows = [[], ones, [math.nan] * size, [*ones, -math.inf], [*ones, 65505.0]]
+    for row in bad_rows:
         with pytest.raises(ValueError, match="row"):
             encode(row)
 
@@ -757,6 +763,14 @@ def test_blocks_of_zeros_and_of_tiny_weights(name, size, nbytes):
     for tiny in (1e-42, -1e-40, 1e-38, 1e-30):
         decoded = decode(encode([tiny, *zeros[1:]]), size)
         assert np.abs(decoded).max() <= 1e-7
+
+
+class TensorInfo(NamedTuple):
+    """What a GGUF file says of a tensor: the shape begins with the length of a row."""
+
+    shape: list
+    kind: int
+    offset: int  # from the start of the tensors' data
 
 
 class Reader:
@@ -809,14 +823,6 @@ class Reader:
         kind = self.number("<I")
         length = self.number("<Q")
         return [self.value(kind) for _ in range(length)]
-
-
-class TensorInfo(NamedTuple):
-    """What a GGUF file says of a tensor: the shape begins with the length of a row."""
-
-    shape: list
-    kind: int
-    offset: int  # from the start of the tensors' data
 
 
 class Kind(NamedTuple):
@@ -876,7 +882,8 @@ def test_a_gguf_file_holds_the_weights(kind):
         start = reader.start + info.offset
         end = start + int(w.size * KINDS[stored_as].nbytes)
         decoded = decode_tensor(data[start:end], stored_as, w.size)
-        assert_close(decoded, w.ravel(), KINDS[stored_as].error * np.abs(w).max())
+        bound = KINDS[stored_as].error * np.abs(w).max()
+        assert_close(decoded, w.ravel(), bound)
         last_end = max(last_end, end)
     assert 0 <= len(data) - last_end < 32
 
@@ -899,7 +906,8 @@ def read_gguf_metadata(kind):
     """Return what a GGUF file of a random model says of the model and the tokenizer."""
     config = m.lab_config()
     weights = m.init_weights(config, random.Random(0))
-    return Reader(m.gguf_file(config, weights, m.word_tokenizer(), kind=kind)).metadata
+    data = m.gguf_file(config, weights, m.word_tokenizer(), kind=kind)
+    return Reader(data).metadata
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -984,7 +992,7 @@ def reference_int8(x, w, x_scale=None):
     (4, 6, 64),
 ])
 @pytest.mark.parametrize("x_scale", [None, 0.02])
-def test_int8_matmul(n, rows, columns, x_scale):
+def test_int8_matmul_multiplies_codes_and_scales(n, rows, columns, x_scale):
     x = numbers(0, n, columns)
     x[0] = 0
     w = numbers(1, rows, columns, size=0.1)
@@ -1038,7 +1046,7 @@ def reference_fp8(matrix):
     return rounded
 
 
-def test_fp8_matmul():
+def test_fp8_matmul_multiplies_what_e4m3_makes_of_the_numbers():
     x = numbers(0, 4, 9)
     x[1] = 0
     w = numbers(1, 3, 9, size=0.1)
@@ -1053,7 +1061,7 @@ def test_static_scale_reaches_the_largest():
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
-def test_smoothquant_scales(alpha):
+def test_smoothquant_scales_share_the_sizes_by_alpha(alpha):
     x_absmax = [1.0, 4.0, 0.0, 9.0]
     w_absmax = [2.0, 0.25, 1.0, 0.0]
     first = 1.0 / 2.0 ** (1 - alpha)
@@ -1334,8 +1342,9 @@ def hqq_matrices():
 
 def reference_shrink(rest, p, beta):
     """Return the rest with every number moved towards 0, the small ones to 0."""
+    sizes = np.abs(rest)
     with np.errstate(divide="ignore"):
-        sizes = np.abs(rest) - np.abs(rest) ** (p - 1) / beta
+        sizes = sizes - sizes ** (p - 1) / beta
     return np.sign(rest) * np.maximum(sizes, 0)
 
 
@@ -1610,7 +1619,7 @@ def test_ternary_weights_are_codes_times_their_scale():
     assert m.ternary_weights([[0.0, 0.0]]) == [[0.0, 0.0]]
 
 
-def test_least_squares_scale():
+def test_least_squares_scale_fits_the_codes_best():
     w = weights_with_a_mean()
     codes, _ = m.ternary_codes(w.tolist())
     column = np.reshape(codes, (-1, 1))
@@ -1819,12 +1828,14 @@ def fast_linear(x, w):
 def fast_step(adam, gradients, learning_rate):
     """Do what Adam.step() does, by numpy."""
     adam.steps += 1
-    rate = learning_rate / (1 - adam.beta1**adam.steps)
-    unbias = 1 / (1 - adam.beta2**adam.steps)
+    b1 = adam.beta1
+    b2 = adam.beta2
+    rate = learning_rate / (1 - b1**adam.steps)
+    unbias = 1 / (1 - b2**adam.steps)
     for name, gradient in gradients.items():
         slope = np.array(m.as_rows(gradient))
-        mean = adam.beta1 * np.array(adam.mean[name]) + (1 - adam.beta1) * slope
-        square = adam.beta2 * np.array(adam.square[name]) + (1 - adam.beta2) * slope * slope
+        mean = b1 * np.array(adam.mean[name]) + (1 - b1) * slope
+        square = b2 * np.array(adam.square[name]) + (1 - b2) * slope * slope
         adam.mean[name] = mean
         adam.square[name] = square
         change = rate * mean / (np.sqrt(square * unbias) + 1e-8)
@@ -2000,8 +2011,14 @@ def probabilities(model, ids):
     return powers / powers.sum(1, keepdims=True)
 
 
-def kl_of_verses(lab, compressed):
-    """Return for each verse of the evaluation text the KL divergence of its tokens."""
+def score_in_3_bits(lab):
+    """Return the score of the model with one scale a matrix, measured anew."""
+    return m.score.__wrapped__(lab, "INT per tensor", m.Setting(bits=3))
+
+
+def kl_of_verses_in_3_bits(lab):
+    """Return for each verse of the evaluation text the KL divergences of its tokens."""
+    compressed, _ = m.compress(lab, "INT per tensor", m.Setting(bits=3))
     kls = []
     for verse in verses_of(lab.evaluation):
         ids = lab.tokenizer.encode(verse)
@@ -2012,23 +2029,19 @@ def kl_of_verses(lab, compressed):
 
 
 def test_a_score_is_the_mean_kl_of_a_token(lab):
-    setting = m.Setting(bits=3)
-    compressed, _ = m.compress(lab, "INT per tensor", setting)
-    score = m.score.__wrapped__(lab, "INT per tensor", setting)  # not from the cache
-    kls = kl_of_verses(lab, compressed)
-    assert_close_relatively(score.kl, np.concatenate(kls).mean(), 1e-9)
+    kls = np.concatenate(kl_of_verses_in_3_bits(lab))
+    assert_close_relatively(score_in_3_bits(lab).kl, kls.mean(), 1e-9)
 
 
 def test_the_error_of_a_score_is_that_of_a_ratio(lab):
-    setting = m.Setting(bits=3)
-    compressed, _ = m.compress(lab, "INT per tensor", setting)
-    score = m.score.__wrapped__(lab, "INT per tensor", setting)
-    kls = kl_of_verses(lab, compressed)
+    kls = kl_of_verses_in_3_bits(lab)
     all_kls = np.concatenate(kls)
-    residuals = np.array([kl.sum() - all_kls.mean() * len(kl) for kl in kls])
+    mean = all_kls.mean()
+    squares = [(kl.sum() - mean * len(kl)) ** 2 for kl in kls]
     n = len(kls)
-    variance = (residuals**2).sum() * n / (n - 1)
-    assert_close_relatively(score.error, math.sqrt(variance) / len(all_kls), 1e-9)
+    variance = sum(squares) * n / (n - 1)
+    error = math.sqrt(variance) / len(all_kls)
+    assert_close_relatively(score_in_3_bits(lab).error, error, 1e-9)
 
 
 def test_mean_and_error_by_hand():
@@ -2173,7 +2186,8 @@ def test_the_kept_column_is_the_one_of_the_largest_inputs():
 def test_models_in_8_bits_multiply_as_they_are_called(lab):
     name = "layers.0.feed_forward.w2"
     w = lab.model.weights[name]
-    x = (2 * np.array(lab.inputs[name][:5])).tolist()  # some exceed the static scale
+    inputs = np.array(lab.inputs[name][:5])
+    x = (2 * inputs).tolist()  # some exceed the static scale
     q = m.quantize(w, 8, granularity="channel")
     scale = m.static_scale(lab.inputs[name])
     w_codes, w_scales = m.fp8_rows(w)
