@@ -401,7 +401,7 @@ EVERY_BLOCK_SIZE = pytest.mark.parametrize("block_size", [1, 3, 64])
 
 
 @EVERY_BLOCK_SIZE
-def test_nf4_takes_the_nearest_value(block_size):
+def test_quantize_nf4_takes_the_nearest_value(block_size):
     codebook = np.array(m.nf4_codebook())
     for w in special_matrices():
         q = m.quantize_nf4(w.tolist(), block_size=block_size)
@@ -460,7 +460,7 @@ def decode_absmaxes(data, absmaxes):
 
 @pytest.mark.parametrize("small_rows", [False, True])
 @pytest.mark.parametrize("block_size", [64, 10])
-def test_double_quantization_decodes_from_its_own_bytes(small_rows, block_size):
+def test_double_quantize_decodes_from_its_own_bytes(small_rows, block_size):
     w = numbers(0, 40, 130)
     if small_rows:
         # Most blocks are so far below the mean that some decode to less than 0.
@@ -1287,7 +1287,7 @@ def test_awq_search_takes_the_best_alpha_of_its_grid(bits, granularity, grid):
 
 
 @AWQ_CASES
-def test_awq_search_rounds_the_scaled_weights(bits, granularity, grid):
+def test_awq_rounds_the_scaled_weights(bits, granularity, grid):
     w, x = layer_for_awq()
     scales, _, q = search_awq(w, x, bits, granularity, grid)
     scaled = w * np.array(scales)
@@ -2030,7 +2030,7 @@ def kl_of_verses_in_3_bits(lab):
     return kls
 
 
-def test_a_score_is_the_mean_kl_of_a_token(lab):
+def test_a_score_is_the_mean_kl_divergence_of_a_token(lab):
     kls = np.concatenate(kl_of_verses_in_3_bits(lab))
     assert_close_relatively(score_in_3_bits(lab).kl, kls.mean(), 1e-9)
 
