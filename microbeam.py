@@ -431,9 +431,10 @@ def every_outcome(run: Callable[[EveryBranch], object]) -> dict[object, float]:
 #
 # Likelier is not better, either. Stahlberg & Byrne searched exactly, and for more than half of
 # their sentences the likeliest translation of all was the empty one: the errors of the model had
-# been hidden by the errors of the search. (Exact search here extends the likeliest text first. This
-# is cheap, since the tiny Llama is sure of most tokens. A large model is less sure over longer
-# texts, and the number of texts that are likelier than the best complete one grows without bound.)
+# been hidden by the errors of the search. (Exact search here extends the likeliest text first. For
+# most prompts this is cheap: the tiny Llama is sure of most tokens. A large model is less sure over
+# longer texts, and the number of texts that are likelier than the best complete one grows without
+# bound.)
 #
 # The texts in a beam tend to be nearly the same. Diverse beam search lets several beams take turns,
 # and charges a token `diversity` for every beam that has just chosen this token.
