@@ -1513,7 +1513,7 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
               "token lowers log p, so a short text that ends can be the likeliest, whether it is "
               "wanted or not.")
     trace.say("On 20 models, width 4 had a higher mean log p than width 1 on all 20. Its texts "
-              "were shorter on 18, and as long on 2. But on 18, exact search found a "
+              "were shorter on 18, and as long on 2. But on 18 of the 20, exact search found a "
               "still likelier text for at least one of the prompts. On one model width 2 did worse "
               "than width 1, as in toy 2.")
     trace.say("So texts are scored by log p / tokens^penalty: a larger penalty favours longer "
@@ -1908,7 +1908,7 @@ def fewer_passes(row: Way, other: Way) -> str:
             f"standard errors (together {limit:.2f})")
 
 
-def show_ways(trace: Trace, rows: Sequence[Way], n: int, finding: str) -> None:
+def show_ways(trace: Trace, rows: Sequence[Way], n: int, *findings: str) -> None:
     """Print the rows and what was found, and check that all texts are the target's own."""
     trace.table(rows, {"way": "", "c": ".2f", "passes": ".1f", "nodes": ".1f",
                        "rolled_back": ".0%", "speed_up": "{:.2f}×"})
@@ -1916,7 +1916,8 @@ def show_ways(trace: Trace, rows: Sequence[Way], n: int, finding: str) -> None:
                "nodes: tokens that the target reads, per token of the final text. rolled back: "
                f"share of the nodes that leaves the cache again. speed up over greedy: {n} / "
                "(passes + c · runs), if arithmetic costs nothing.")
-    trace.say(finding[0].upper() + finding[1:])
+    for finding in findings:
+        trace.say(finding[0].upper() + finding[1:])
     texts = len(rows[0].per_text)
     trace.check("every text is the target's own, by one plain pass over it; the cache holds as "
                 "many tokens as the counts say", all(row.right == texts for row in rows),
@@ -1937,10 +1938,10 @@ def show_prompt_lookup(trace: Trace, knobs: Namespace) -> None:
     trace.ask("Which is faster, prompt lookup or a smaller Llama?",
               max(lookup, smaller, key=lambda row: row.speed_up).way)
     show_ways(trace, [lookup, smaller], n, f"{fewer_passes(smaller, lookup)}. Only the Llama's "
-              "guesses have a price. On 20 models, the Llama took fewer passes on all 20, but "
-              "prompt lookup was faster on all 20: 1.09 to 2.00 times as fast as greedy, and the "
-              "Llama 0.78 to 1.27 times. A rhyme that repeats its clauses is the best case of "
-              "prompt lookup; of text that says new things this shows nothing.")
+              "guesses have a price. A rhyme that repeats its clauses is the best case of prompt "
+              "lookup; of text that says new things this shows nothing.",
+              "On 20 models, the Llama took fewer passes on all 20, but prompt lookup was faster "
+              "on all 20: 1.09 to 2.00 times as fast as greedy, and the Llama 0.78 to 1.27 times.")
     found = [prompt_lookup([7, 1, 2, 3, 8, 2, 3], 2), prompt_lookup([5, 6, 5], 1)]
     trace.check("by hand: the two tokens after the earlier 2 3 in 7 1 2 3 8 2 3, and the one after "
                 "the earlier 5 in 5 6 5", found == [[8, 2], [6]], "8 2, and 6")
@@ -2034,10 +2035,11 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
               "the passes are counted. The chain has the best guess of each head and no other. "
               "Both ways run two heads per pass: their c · runs is 2 · c · passes.")
     show_ways(trace, [chain, tree], n, f"{fewer_passes(tree, chain)}. Per token of the text, the "
-              f"tree reads {tree.nodes:.1f} nodes, and the chain {chain.nodes:.1f}. On 20 models, "
-              "the tree took fewer passes on all 20 (by more than two standard errors on 14), and "
-              "read 2.5 to 3.3 times as many nodes. It was 1.03 to 1.26 times as fast as greedy, "
-              "and the chain 0.85 to 1.15 times. On a busy server the nodes are the price.")
+              f"tree reads {tree.nodes:.1f} nodes, and the chain {chain.nodes:.1f}. On a busy "
+              "server the nodes are the price.",
+              "On 20 models, the tree took fewer passes on all 20 (by more than two standard "
+              "errors on 14), and read 2.5 to 3.3 times as many nodes. It was 1.03 to 1.26 times "
+              "as fast as greedy, and the chain 0.85 to 1.15 times.")
     a = knobs.tokens[-1]
     paths = [(a,), (a, lab.eos), (a, lab.eos, a), (a, a), (lab.eos,), (lab.eos, a)]
     trace.check("logits of a tree read in one pass = of each path read alone, without a cache",
@@ -2078,13 +2080,13 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
     trace.ask("Which takes fewest passes: Medusa chain; EAGLE; a smaller Llama?",
               min(rows, key=lambda row: row.passes).way)
     show_ways(trace, rows, n, f"{fewer_passes(eagle, medusa)}; {fewer_passes(smaller, medusa)}. "
-              "On 20 models, EAGLE took 0.28 passes fewer than the Medusa chain on average "
-              "(standard error 0.10): fewer on 12, as many on 5, more on 3. The smaller Llama "
-              "took 0.44 fewer (standard error 0.14): fewer on 15, as many on 1, more on 4. So "
-              "which guesses best on one model is partly chance. "
               "c includes the output matrix that Medusa and EAGLE read for every guess. Here this "
               "matrix is most of what they read, and in a large model it is a small part, so the "
-              "speed-ups here do not carry over.")
+              "speed-ups here do not carry over.",
+              "On 20 models, EAGLE took 0.28 passes fewer than the Medusa chain on average "
+              "(standard error 0.10): fewer on 12, as many on 5, more on 3. The smaller Llama took "
+              "0.44 fewer (standard error 0.14): fewer on 15, as many on 1, more on 4. So which of "
+              "them guesses best on one model is partly chance.")
     target = CachedModel(lab.target)
     target(knobs.tokens)
     chosen = likeliest(lab.target.forward(knobs.tokens)[-1], 12)
@@ -2116,8 +2118,9 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
     show_ways(trace, [lookahead], n, f"lookahead saves {n - lookahead.passes:.1f} of {n} passes on "
               f"average. It reads {lookahead.nodes:.0f} nodes per token of the text and rolls back "
               f"{lookahead.rolled_back:.0%} of them, so it needs a processor that waits for "
-              "the weights. On 20 models, it saved 7 to 11 of 24 passes and rolled back 84% to 89% "
-              "of the nodes.")
+              "the weights.",
+              "On 20 models, lookahead saved 7 to 11 of 24 passes, and rolled back 84% to 89% of "
+              "the nodes.")
     _, counts = lookahead_greedy(ToyTarget(in_circle), [0, 3], 16, window=4)
     windows = [guesses for guesses, _ in counts.rounds[:2]]
     kept = [kept for _, kept in counts.rounds]
