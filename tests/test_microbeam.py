@@ -1352,7 +1352,7 @@ def test_text_probabilities():
 # The findings, of 20 models of seeds 0 to 19
 #
 # What the trace says of 20 models. The suite measures the first five of them; all are measured by
-#     FINDING_SEEDS=20 python3 -m pytest -k findings tests/test_microbeam.py
+#     FINDING_SEEDS=20 python3 -m pytest -k finding tests/test_microbeam.py
 
 SEEDS = pytest.mark.parametrize("seed", range(int(os.environ.get("FINDING_SEEDS", 5))))
 ALL = set(range(20))
@@ -1533,7 +1533,7 @@ def fast_linear(x, w):
 
 
 @SEEDS
-def test_the_findings(seed, monkeypatch):
+def test_finding_about_20_models(seed, monkeypatch):
     """All findings in one test, so that the models of a seed are trained once."""
     monkeypatch.setattr(m, "linear", fast_linear)
     lab = m.DecodingLab(seed, m.STEPS)
@@ -1547,7 +1547,7 @@ def test_the_findings(seed, monkeypatch):
     assert holds == {name: seed in seeds for name, seeds in HOLDS.items()}
 
 
-def test_the_sum_of_the_findings_about_forced_texts():
+def test_finding_about_forced_texts():
     assert (sum(ENDED), 5 * len(ENDED)) == (93, 100)
 
 
@@ -1555,7 +1555,7 @@ def test_the_sum_of_the_findings_about_forced_texts():
     ("EAGLE", 0.28, 0.10, 12, 3),
     ("a smaller Llama", 0.44, 0.14, 15, 4),
 ])
-def test_the_mean_findings(way, mean, error, fewer, more):
+def test_finding_about_the_mean(way, mean, error, fewer, more):
     """What the trace says of FEWER_PASSES, for one text."""
     gaps = np.array(FEWER_PASSES[way]) / m.COMPARED_TEXTS
     assert len(gaps) == 20
@@ -1566,7 +1566,7 @@ def test_the_mean_findings(way, mean, error, fewer, more):
 
 
 @SEEDS
-def test_the_findings_about_the_bug(seed):
+def test_finding_about_the_bug(seed):
     rows = m.enumerate_speculation(*m.random_pair(seed), 5, 2)
     bias = sum(abs(row.argmax_by_q - row.target) for row in rows) / 2
     assert 0.08 <= round(bias, 2) <= 0.36

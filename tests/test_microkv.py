@@ -1137,7 +1137,7 @@ def test_the_move_of_the_logits_by_another_count(monkeypatch):
 # The findings, of 20 sets of requests and 20 models, of seeds 0 to 19
 #
 # What the trace says of the 20. The suite measures the first five of them; all are measured by
-#     FINDING_SEEDS=20 python3 -m pytest -k findings tests/test_microkv.py
+#     FINDING_SEEDS=20 python3 -m pytest -k finding tests/test_microkv.py
 
 SEEDS = pytest.mark.parametrize("seed", range(int(os.environ.get("FINDING_SEEDS", 5))))
 
@@ -1184,7 +1184,7 @@ def fast_linear(x, w):
 
 
 @SEEDS
-def test_findings_about_batches(seed):
+def test_finding_about_batches(seed):
     requests = m.make_requests(TOKENIZER, random.Random(seed))
     for max_num_seqs in (1, 2, 9, m.MAX_NUM_SEQS):
         static, continuous = (
@@ -1199,7 +1199,7 @@ def test_findings_about_batches(seed):
 
 
 @SEEDS
-def test_findings_about_blocks(seed):
+def test_finding_about_blocks(seed):
     requests = requests_at_once(seed)
     rows = [m.memory_row(requests, 128, block_size) for block_size in (1, 4, 16, 64)]
     used = [row.used for row in rows]
@@ -1218,7 +1218,7 @@ def test_findings_about_blocks(seed):
 
 
 @SEEDS
-def test_findings_about_preemption(seed):
+def test_finding_about_a_small_pool(seed):
     requests = m.make_requests(TOKENIZER, random.Random(seed))
     num_blocks = 2 * max(m.blocks_for(request, m.BLOCK_SIZE) for request in requests)
     again, swap = (
@@ -1237,7 +1237,7 @@ def test_findings_about_preemption(seed):
 
 
 @SEEDS
-def test_findings_about_load(seed):
+def test_finding_about_load(seed):
     curves = {way: m.measure_load(way, (5, 10, 20, 40, 80), 80, seed) for way in GOODPUT}
     for way, (goodput, others) in GOODPUT.items():
         assert m.goodput(curves[way]) == others.get(seed, goodput), way
@@ -1249,7 +1249,7 @@ def test_findings_about_load(seed):
 
 
 @SEEDS
-def test_findings_about_the_small_cache(seed, monkeypatch):
+def test_finding_about_the_small_cache(seed, monkeypatch):
     monkeypatch.setattr(m, "linear", fast_linear)
     verses = m.shuffled_verses(3, random.Random(seed))
     assert all(verse not in m.TEXT for verse in verses)
