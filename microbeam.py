@@ -2210,8 +2210,8 @@ def show_constrained(trace: Trace, knobs: Namespace) -> None:
     trace.ask(f"{widest.text!r} has probability {widest.local:.3f} under the local mask. Given "
               "that the text fits, is it higher or lower?",
               compare_words(widest.given, widest.local, "higher", "lower", "the same"))
-    trace.table(found.rows, {"text": "", "local as local mask": ".3f bar 20 of 1",
-                             "given as given that it fits": ".3f bar 20 of 1"})
+    trace.table(found.rows, {"text": "", "local as local mask": ".3f bar 18 of 1",
+                             "given as given that it fits": ".3f bar 18 of 1"})
     trace.say(f"{found.moved:.0%} of the probability would have to move from one text to another "
               "to make the two columns equal. On 20 models it was 9% to 91%.")
     trace.check("all forced texts match the shape, by Python's re",
