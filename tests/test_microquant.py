@@ -2373,6 +2373,7 @@ def test_findings_of_one_bit(seed, labs):
     _, longer, signs, mean, fitted, trained = m.compare_one_bit(labs(seed))
     without_training = min(mean.loss, fitted.loss)
     assert longer.loss < trained.loss < without_training
+    assert fitted.loss > mean.loss + 0.04
     assert fitted.loss < signs.loss - 0.2
 
 
