@@ -9,7 +9,7 @@ Nothing is trained. The heads that are drawn are built by hand, so that you can 
 them looks for; where only sizes and sums count, the weights are random.
 
 How to read it
-  1. Read the words below (2 minutes), run `python microattention.py` and read what it prints
+  1. Read the words below (2 minutes), run `python3 microattention.py` and read what it prints
      (10 minutes).
   2. Read THE TECHNIQUES, in order (30 minutes). Sections 1 to 6 and 8 are the core of the chapter.
      Section 7, the memory of real models, can wait.
@@ -2297,7 +2297,8 @@ class Trace:
         else:
             shown = f"{answer:.3g}"
         self.say(f"Predict: {question}")
-        reply = self.hear("  your answer (Enter: pass) > ")
+        kind = "answer" if isinstance(answer, str) else "number, within a tenth"
+        reply = self.hear(f"  your {kind} (Enter: pass) > ")
         verdict = ""
         if reply:
             right = reply.casefold() == shown.casefold() or (
@@ -2537,7 +2538,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_heads(parser, knobs)
     read_text(parser, knobs)
     return run_sections(SECTIONS, knobs,
-                        "python microattention.py --section 4 --window 2 --sinks 4")
+                        "python3 microattention.py --section 4 --window 2 --sinks 4")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ first learns a nursery rhyme, and the trace checks what is usually only said: th
 decoding changes the speed and not the texts, or how likely each text is when they are drawn.
 
 How to read it
-  1. Read the words below (2 minutes), run `python microbeam.py` and read what it prints
+  1. Read the words below (2 minutes), run `python3 microbeam.py` and read what it prints
      (20 minutes).
   2. Read THE TECHNIQUES, in order: sections 1 to 6, 8 and 11 are the core of the chapter
      (60 minutes). Sections 7, 9 and 10 can wait (20 minutes).
@@ -3313,7 +3313,8 @@ class Trace:
         else:
             shown = f"{answer:.3g}"
         self.say(f"Predict: {question}")
-        reply = self.hear("  your answer (Enter: pass) > ")
+        kind = "answer" if isinstance(answer, str) else "number, within a tenth"
+        reply = self.hear(f"  your {kind} (Enter: pass) > ")
         verdict = ""
         if reply:
             right = reply.casefold() == shown.casefold() or (
@@ -3527,7 +3528,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 < len(knobs.tokens) <= MAX_PROMPT:
         parser.error(f"argument --prompt: must have from 1 to {MAX_PROMPT} tokens, "
                      f"not {len(knobs.tokens)}")
-    return run_sections(SECTIONS, knobs, "python microbeam.py --section 5,6 --gamma 8")
+    return run_sections(SECTIONS, knobs, "python3 microbeam.py --section 5,6 --gamma 8")
 
 
 if __name__ == "__main__":

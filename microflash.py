@@ -12,7 +12,7 @@ forward and backward. It counts traffic and not time: pure Python has no SRAM th
 faster.
 
 How to read it
-  1. Read the words below (2 minutes), run `python microflash.py` and read what it prints
+  1. Read the words below (2 minutes), run `python3 microflash.py` and read what it prints
      (15 minutes).
   2. Read THE TECHNIQUES, in order: sections 1 to 4, 6 and 7 are the core of the chapter
      (40 minutes). Sections 5, 8, 9 and 10 can wait (20 minutes).
@@ -2344,7 +2344,8 @@ class Trace:
         else:
             shown = f"{answer:.3g}"
         self.say(f"Predict: {question}")
-        reply = self.hear("  your answer (Enter: pass) > ")
+        kind = "answer" if isinstance(answer, str) else "number, within a tenth"
+        reply = self.hear(f"  your {kind} (Enter: pass) > ")
         verdict = ""
         if reply:
             right = reply.casefold() == shown.casefold() or (
@@ -2581,7 +2582,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     knobs.sizes = read_sizes(parser, knobs)
     read_tokens(parser, knobs)
     return run_sections(SECTIONS, knobs,
-                        "python microflash.py --section 3,4,6 --causal --block-q 8 --block-k 32")
+                        "python3 microflash.py --section 3,4 --causal --block-q 8 --block-k 32")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ Keeping the keys and values of all tokens, the KV cache, saves nearly all of the
 cache itself becomes the problem: it grows with every token, it is read for every token, and its
 size decides how many people one card can serve.
 
-Run it (`python microkv.py`): it trains a tiny Llama in seconds and does with it what vLLM does with
-a large one. It pages the cache, shares blocks, batches continuously, cuts up long prompts, and
+Run it (`python3 microkv.py`): it trains a tiny Llama in seconds and serves it as vLLM serves a
+large one. It pages the cache, shares blocks, batches continuously, cuts up long prompts, and
 survives running out of memory. Every request must get the very tokens that it gets alone.
 
 Not everything is run through the model. Figures of real models, and all milliseconds, are computed
@@ -16,7 +16,7 @@ most tables of sections 7 to 11, the scheduler runs for real and a stand-in take
 model.
 
 How to read it
-  1. Read the words below (2 minutes), run `python microkv.py` and read what it prints
+  1. Read the words below (2 minutes), run `python3 microkv.py` and read what it prints
      (15 minutes). A line that begins with "ok" is a claim that was checked, and its brackets
      say on what.
   2. Read THE TECHNIQUES, in order: sections 1 to 7 are the core of the chapter (45 minutes).
@@ -3074,7 +3074,8 @@ class Trace:
         else:
             shown = f"{answer:.3g}"
         self.say(f"Predict: {question}")
-        reply = self.hear("  your answer (Enter: pass) > ")
+        kind = "answer" if isinstance(answer, str) else "number, within a tenth"
+        reply = self.hear(f"  your {kind} (Enter: pass) > ")
         verdict = ""
         if reply:
             right = reply.casefold() == shown.casefold() or (
@@ -3283,7 +3284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"argument --num-blocks: the largest request needs {smallest} blocks of "
                      f"{knobs.block_size}, so {smallest} or more, not {knobs.num_blocks}")
     return run_sections(SECTIONS, knobs,
-                        "python microkv.py --section 9 --num-blocks 8 --max-num-seqs 8")
+                        "python3 microkv.py --section 9 --num-blocks 8 --max-num-seqs 8")
 
 
 if __name__ == "__main__":

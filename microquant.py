@@ -8,11 +8,11 @@ in which a few channels are much larger than the others, as in real models. It c
 by the methods that people deploy, and measures each on text that no method has seen.
 
 How to read it
-  1. Read the words below (2 minutes), run `python microquant.py` and read what it prints
-     (20 minutes). `python microquant.py --gguf tiny.gguf` writes the model as a file that
+  1. Read the words below (2 minutes), run `python3 microquant.py` and read what it prints
+     (20 minutes). `python3 microquant.py --gguf tiny.gguf` writes the model as a file that
      llama.cpp runs.
-  2. Read THE TECHNIQUES, in order: sections 1 to 9 are the core of the chapter (60 minutes). In
-     section 3, the writer of the file may be skipped. Sections 10 to 16 can wait (50 minutes).
+  2. Read THE TECHNIQUES, in order: sections 1 to 9 are the core of the chapter (60 minutes).
+     Sections 10 to 17 can wait (55 minutes).
   3. THE EXPERIMENTS say how each number of the trace was measured. THE MODEL AND THE BENCH has the
      Llama, its training and its texts. SHARED BY THE FIVE, which the five scripts of this
      collection have in common, reads text, prints and parses the command line.
@@ -25,14 +25,14 @@ The papers
   Frantar et al., GPTQ, 2022, arXiv:2210.17323                                     section 6
   Lin et al., AWQ, 2023, arXiv:2306.00978                                          section 7
   Hu et al., LoRA, 2021, arXiv:2106.09685                                          section 8
-  Rouhani et al., Microscaling Data Formats, 2023, arXiv:2310.10537                section 10
-  Badri and Shaji, Half-Quadratic Quantization, 2023, mobiusml.github.io/hqq_blog  section 12
-  Kim et al., SqueezeLLM, 2023, arXiv:2306.07629                                   section 12
-  Wang et al., BitNet, 2023, arXiv:2310.11453; Ma et al., 2024, arXiv:2402.17764   section 13
-  Zhao et al., GaLore, 2024, arXiv:2403.03507                                      section 14
-  Zhang et al., Q-GaLore, 2024, arXiv:2407.08296                                   section 14
-  Micikevicius et al., Mixed Precision Training, 2017, arXiv:1710.03740            section 15
-  Dong et al., HAWQ-V2, 2019, arXiv:1911.03852                                     section 16
+  Rouhani et al., Microscaling Data Formats, 2023, arXiv:2310.10537                section 11
+  Badri and Shaji, Half-Quadratic Quantization, 2023, mobiusml.github.io/hqq_blog  section 13
+  Kim et al., SqueezeLLM, 2023, arXiv:2306.07629                                   section 13
+  Wang et al., BitNet, 2023, arXiv:2310.11453; Ma et al., 2024, arXiv:2402.17764   section 14
+  Zhao et al., GaLore, 2024, arXiv:2403.03507                                      section 15
+  Zhang et al., Q-GaLore, 2024, arXiv:2407.08296                                   section 15
+  Micikevicius et al., Mixed Precision Training, 2017, arXiv:1710.03740            section 16
+  Dong et al., HAWQ-V2, 2019, arXiv:1911.03852                                     section 17
 """
 
 # The words. What is not explained here is explained in the section that uses it.
@@ -44,8 +44,8 @@ The papers
 # input channel   a column of W, which reads one number of the input
 # gain            the factor that an RMSNorm multiplies each of its channels by
 # logits          the model's scores for the next token; softmax makes probabilities of them
-# loss            -log of the probability that the model gave to the token that came; with the
-#                 natural logarithm its unit is the nat
+# loss            -log of the probability that the model gave to the token that came, the mean of
+#                 all tokens; with the natural logarithm its unit is the nat
 # perplexity      e to the mean loss; 4 means "as unsure as between 4 equally likely tokens"
 # KL              how far a model's probabilities are from the uncompressed model's, in nats a
 #                 token; 0 if they are equal
@@ -58,8 +58,8 @@ The papers
 # rank            a matrix of rank r is a product of one with r columns and one with r rows
 # block, group    numbers that share a scale
 #
-# linear(x, w) is y = W x for every row of x: the product of the matrices x and wᵀ. dot and add do
-# what they say; ceil_div rounds up. Llama.forward(tokens) returns logits; it applies every
+# linear(x, w) is y = W x for every row of x, and matmul(a, b) the product A B. dot and add do what
+# they say; ceil_div rounds up. Llama.forward(tokens) returns logits; it applies every
 # matrix by its method linear(name, x), which a subclass may replace. build_lab(seed) trains the
 # model under test and draws its texts. They stand under THE MODEL AND THE BENCH, with the small
 # helpers: flatten, in_rows, transpose, scale_columns, pick_columns, relative_distance; fp32 and
@@ -99,7 +99,7 @@ Weights = dict[str, Matrix | Vector]  # of a Llama, under Meta's names
 BITS = 4                   # of the low-bit formats
 GROUP_SIZE = 32            # weights that share a scale, where there are groups
 CALIBRATION_TOKENS = 128   # at least so many; whole verses are taken
-ALPHA = 0.5                # SmoothQuant's: how much of the difficulty moves to the weights
+ALPHA = 0.5                # SmoothQuant's: 0 makes the columns of W equally large, 1 those of x
 OUTLIERS = (2, 24.0)       # channels that begin as outliers, and the gain that they begin with
 
 # =============================================================================================
@@ -121,8 +121,8 @@ OUTLIERS = (2, 24.0)       # channels that begin as outliers, and the gain that 
 #     zero_point = 0
 #
 # An asymmetric grid runs from the smallest weight to the largest, which pays if the weights lean to
-# one side. 0 always stays on the grid, so that a weight of 0 remains 0: it counts as a weight where
-# min and max are taken.
+# one side. A weight of 0 has to remain 0. So min is at most 0 and max at least 0, whatever the
+# weights are.
 #
 #     scale = (max - min) / (2^b - 1)
 #     zero_point = -2^(b-1) + round(-min / scale)
@@ -191,37 +191,28 @@ def quantize(
     """Return w [out][in] rounded to the nearest points of grids of 2^bits values.
 
     granularity: one grid for the "tensor", one per "channel" (row), or one per that many columns of
-    a row. Scales are stored in FP16, rounded up so that nothing is clipped.
+    a row.
     ValueError for bits that are not 2 to 8, for ragged or empty w, and for NaN or infinity in it.
     """
-    def make(values: Sequence[float]) -> tuple[float, float]:
-        return make_grid(values, bits, symmetric)
-    return on_grids(w, bits, granularity, symmetric, make)
-
-
-def on_grids(
-    w: Matrix, bits: int, granularity: str | int, symmetric: bool, make: Callable
-) -> Quantized:
-    """Return w rounded to the grids (scale, zero_point) that make(values) lays for each group.
-
-    quantize() and hqq() differ in make alone.
-    """
     group = group_columns(w, bits, granularity)
-    whole = make(flatten(w)) if granularity == "tensor" else None
+    shared = make_grid(flatten(w), bits, symmetric) if granularity == "tensor" else None
     codes, scales, zero_points = [], [], []
     for row in w:
         groups = in_rows(row, group)
-        grids = [whole or make(values) for values in groups]
-        codes.append(flatten(to_codes(values, scale, zero, bits)
-                             for values, (scale, zero) in zip(groups, grids)))
+        grids = [shared or make_grid(values, bits, symmetric) for values in groups]
+        codes.append(flatten(to_codes(values, scale, zero_point, bits)
+                             for values, (scale, zero_point) in zip(groups, grids)))
         scales.append([scale for scale, _ in grids])
-        zero_points.append([zero for _, zero in grids])
+        zero_points.append([zero_point for _, zero_point in grids])
     overhead = grid_bytes(scales, zero_points, bits, granularity, symmetric)
     return Quantized(codes, scales, zero_points, bits, group, overhead)
 
 
 def make_grid(values: Sequence[float], bits: int, symmetric: bool) -> tuple[float, int]:
-    """Return (scale, zero_point) of the finest grid that clips no value; zeros get the scale 1."""
+    """Return (scale, zero_point) of the finest grid that clips no value.
+
+    The scale is rounded up to a number of FP16, in which it is stored; if all values are 0, to 1.
+    """
     low, high = code_range(bits)
     if symmetric:
         scale = fp16_up(max(map(abs, values)) / high) or 1.0
@@ -262,10 +253,11 @@ class FloatFormat:
             return x
         if math.isinf(x):
             return math.copysign(self.overflow, x)
-        # Between 2^e and 2^(e+1) the steps are 2^(e - mantissa bits). Below the smallest normal
-        # number they shrink no further: such numbers are called subnormal.
-        smallest = 2 - 2 ** (self.exponent_bits - 1)  # of the normal numbers; -14 in FP16
-        exponent = max(math.frexp(x)[1] - 1, smallest)
+        # Between 2^e and 2^(e+1) the steps are 2^(e - mantissa bits): for 3.14 in E4M3 e is 1, the
+        # step is 2^-2, and the nearest number is 3.25. Below the smallest normal number the steps
+        # shrink no further; such numbers are called subnormal.
+        smallest = 2 - 2 ** (self.exponent_bits - 1)  # exponent of a normal number: -14 in FP16
+        exponent = max(math.frexp(x)[1] - 1, smallest)  # e of 2^e <= |x| < 2^(e+1)
         step = 2.0 ** (exponent - self.mantissa_bits)
         y = round(x / step) * step
         return math.copysign(self.overflow if abs(y) > self.largest else y, x)
@@ -309,7 +301,8 @@ def group_columns(w: Matrix, bits: int, granularity: str | int) -> int:
                          f"not {granularity!r}")
     if not w or not w[0] or any(len(row) != len(w[0]) for row in w):
         raise ValueError("w must have at least one row and one column, and rows of one length")
-    if not all(abs(value) <= fp16.largest for value in flatten(w)):  # false for NaN, too
+    values = flatten(w)
+    if any(map(math.isnan, values)) or max(map(abs, values)) > fp16.largest:
         raise ValueError(f"w must hold finite numbers of at most {fp16.largest:.0f}, "
                          f"as its scales are stored in FP16")
     return granularity if is_size else len(w[0])
@@ -335,13 +328,16 @@ def pack_bits(codes: Sequence[int], bits: int) -> bytes:
     Codes 1 and 2 of 4 bits are the byte 0x21. A negative code is stored as two's complement: in 4
     bits, -1 is 1111. Zeros fill the last byte.
     """
-    # One long binary number, whose last digits are the first code.
-    digits = [f"{code % 2**bits:0{bits}b}" for code in reversed(codes)]
-    number = int("".join(digits) or "0", 2)
-    return number.to_bytes(ceil_div(len(codes) * bits, 8), "little")
+    data = b""
+    for start in range(0, len(codes), 8):  # eight codes fill as many bytes as a code has bits
+        number = 0
+        for place, code in enumerate(codes[start:start + 8]):
+            number += code % 2**bits << place * bits
+        data += number.to_bytes(bits, "little")
+    return data[:ceil_div(len(codes) * bits, 8)]
 
 
-# 3. llama.cpp's blocks and a file that it runs
+# 3. llama.cpp's blocks
 #
 # llama.cpp cuts each row of a matrix into blocks of 32 weights. A block starts with its scale d, in
 # FP16, and its codes follow:
@@ -357,20 +353,12 @@ def pack_bits(codes: Sequence[int], bits: int) -> bytes:
 #               d  d   16|0  17|1  …  31|15      (high half | low half)
 #
 # The encoders do what ggml does, bit for bit. It computes in FP32, multiplies by 1 / d instead of
-# dividing, and only then stores d in FP16. A file keeps the codes, so a difference in the last bit
-# of one product would show.
+# dividing, and only then stores d in FP16. A tiny difference can tip a code to its neighbour; then
+# the file would differ from ggml's.
 #
-# A GGUF file is such blocks with a table of contents in front (docs/gguf.md in the ggml
-# repository):
-#
-#     "GGUF", version, number of tensors, number of metadata entries
-#     metadata: key, type, value         the sizes of the model, the tokenizer's tokens and merges
-#     tensors:  name, shape, type, offset
-#     the data of the tensors, each at a multiple of 32 bytes
-#
-# In production: ggml/src/ggml-quants.c (quantize_row_q4_0_ref, dequantize_row_q4_0), and
-# gguf-py/gguf/gguf_writer.py. llama.cpp keeps norms in F32, as we do.
-# Measured by show_gguf().
+# In production: ggml/src/ggml-quants.c (quantize_row_q4_0_ref, dequantize_row_q4_0). Section 10
+# writes a file of such blocks.
+# Measured by show_blocks().
 
 
 def q8_0_decode(data: bytes, n: int) -> Vector:
@@ -412,11 +400,572 @@ def q4_0_encode(row: Sequence[float]) -> bytes:
     for block in blocks_of_weights(row, 32):
         d = max(block, key=abs) / -8  # exact in FP32: 8 is a power of two
         inverse = inverse_scale(d)
-        # w / d + 8.5 is rounded once (processors have one instruction for both) and then cut off.
+        # The code is w / d + 8, to nearest: add 0.5 and cut off what is behind the point. 16, at
+        # the other end, becomes 15. (The product and the sum are rounded once, as by a processor's
+        # one instruction for both.)
         codes = [min(15, int(fp32(value * inverse + 8.5))) for value in block]
         pairs = [low | high << 4 for low, high in zip(codes[:16], codes[16:])]
         data += struct.pack("<e16B", d, *pairs)
     return data
+
+
+# 4. NF4 and double quantization
+#
+# Trained weights are bell-shaped: most are small. An even grid spends most of its codes where few
+# weights are. NormalFloat puts its 16 values at quantiles of the normal distribution instead, so
+# that the steps are fine where the weights are many. (The quantile of 0.9 is the number that 90% of
+# all numbers are below.)
+#
+#     w ≈ codebook[code] · absmax            absmax: the largest |w| of a block of 64, in FP32
+#
+# Plain quantiles would have no exact 0. So the two sides are cut separately, into 8 even steps of
+# probability above 0 and 7 below; with 0 itself these are 16 values. The quantile of 1 is infinite,
+# so both sides begin a little inside, at 1 - (1/32 + 1/30) / 2 = 0.968, the authors' choice. Then
+# all are divided by the outermost, so that they end at ±1. (They do not get equal shares of the
+# weights, since these are divided by the largest of a block; Yoshida 2023, arXiv:2306.06965.)
+#
+# An absmax in FP32 costs 32 / 64 = 0.5 bits a weight, as much as INT4 pays in groups of 32. Double
+# quantization stores the absmaxes in 8 bits as well. All are positive, so it takes off their mean
+# first, which leaves smaller numbers; then each 256 of them get one scale in FP32.
+#
+#     4 + 8/64 + 32/(64 · 256) = 4.127 bits a weight
+#
+# An example: the largest |w| of a block is 2, and a weight is 0.35. Divided by 2 it is 0.175. The
+# nearest value is 0.161, the second above 0, so the weight becomes 0.322.
+#
+# In production: bitsandbytes (functional.py: quantize_4bit, get_4bit_type). It uses an 8-bit
+# float of its own for the absmaxes; E4M3 does the same job here. NF4 needs no data and is the
+# usual format under adapters (section 8). Formats with even grids are faster to decode, as they
+# need no look-up for each weight.
+# Measured by show_nf4().
+
+
+def nf4_codebook() -> Vector:
+    """Return the 16 values of NF4, ascending from -1 to 1, with 0 among them."""
+    quantile = NormalDist().inv_cdf
+    outermost = 1 - (1 / 32 + 1 / 30) / 2
+    above = [quantile(outermost + (0.5 - outermost) * i / 8) for i in range(8)]
+    below = [-quantile(outermost + (0.5 - outermost) * i / 7) for i in range(7)]
+    return [value / above[0] for value in sorted([*below, 0.0, *above])]
+
+
+def quantize_nf4(w: Matrix, *, block_size: int = 64, double_quant: bool = False) -> Quantized:
+    """Return w [out][in] in NF4, with one absmax per block_size columns of a row.
+
+    The last block of a row may be shorter. A block of zeros gets the code of 0. With double_quant
+    the absmaxes are stored by double_quantize(), otherwise in FP32. ValueError as for quantize().
+    """
+    group_columns(w, 4, block_size)
+    codebook = tuple(nf4_codebook())
+    codes, absmaxes = [], []
+    for row in w:
+        blocks = in_rows(row, block_size)
+        absmaxes.append([fp32(max(map(abs, block))) for block in blocks])
+        codes.append(flatten(nearest([value / (absmax or 1.0) for value in block], codebook)
+                             for block, absmax in zip(blocks, absmaxes[-1])))
+    if double_quant:
+        absmaxes, overhead = double_quantize(absmaxes)
+    else:
+        overhead = pack_floats(flatten(absmaxes))
+    no_zero_points = [[0] * len(row) for row in absmaxes]
+    return Quantized(codes, absmaxes, no_zero_points, 4, block_size, overhead, codebook)
+
+
+def nearest(values: Sequence[float], levels: Sequence[float]) -> list[int]:
+    """Return which of the ascending levels is nearest to each value; halfway, the upper one."""
+    middles = [(a + b) / 2 for a, b in zip(levels, levels[1:])]
+    return [bisect(middles, value) for value in values]
+
+
+def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, bytes]:
+    """Return (the absmaxes as they decode, none below 0; their bytes).
+
+    The bytes: the mean in FP32, then for every block_size absmaxes a scale in FP32 and each one's
+    difference from the mean, divided by the scale, in E4M3. The furthest one becomes ±448, the
+    largest number of E4M3.
+    """
+    flat = flatten(absmaxes)
+    mean = fp32(fmean(flat))
+    data = pack_floats([mean])
+    decoded: Vector = []
+    for start in range(0, len(flat), block_size):
+        differences = [absmax - mean for absmax in flat[start:start + block_size]]
+        scale = fp32(max(map(abs, differences)) / fp8_e4m3.largest) or 1.0
+        small = [fp8_e4m3(difference / scale) for difference in differences]
+        data += pack_floats([scale]) + bytes(map(e4m3_byte, small))
+        decoded += [max(mean + value * scale, 0.0) for value in small]
+    return in_rows(decoded, len(absmaxes[0])), data
+
+
+# 5. Activations too
+#
+# With weights alone in INT8, every product is still made in floating point. If the activations are
+# in INT8 as well (W8A8), integer units do the work, twice as fast as those for FP16:
+#
+#     y = scale_x · scale_w · Σ_j (code of x_j) · (code of w_j)          the sum is exact
+#
+# A scale may differ from token to token (a row of x) and from output to output (a row of W), as it
+# stands before the sum. It must not differ from input channel to input channel (j): that scale
+# would stand inside the sum, where integer units cannot apply it.
+#
+# Groups, as in section 2, lie in between: the sum of each group is finished in integers, then
+# scaled. llama.cpp does so, with activations in Q8_0. Most kernels for GPTQ and AWQ turn the
+# weights into FP16 before the product. In our tables, too, activations are not rounded, unless the
+# name of a method says so.
+#
+# But it is input channels that have outliers. In every token, the same few channels are many times
+# larger than the others, and on a grid that reaches to them the others get only a few codes. An
+# example: x = (0.5, -0.3, 16). The scale is 16 / 127 = 0.126, the codes are 4, -2 and 127, and they
+# stand for 0.504, -0.252 and 16: the -0.3 is off by 16%. In large models such channels are up to
+# 100 times larger than the others (SmoothQuant paper), and the output is ruined. Ours survives it
+# with dynamic scales. A static scale, chosen once from calibration, must reach to the largest
+# token; a dynamic one is each token's own, and suffers less. There are two ways out, and a format
+# that has less of the problem.
+#
+# LLM.int8() takes the outlier channels out and multiplies them in floating point, the rest in INT8.
+# (The paper keeps these columns of W in FP16, and so do we. bitsandbytes stores all of W in INT8
+# and takes them from there.)
+#
+# SmoothQuant divides each channel of x by s and multiplies the column of W by s. The product is the
+# same. The channels of x come closer to each other in size, and the columns of W, which were close,
+# move apart:
+#
+#     s_j = max|x_j|^α / max|w_j|^(1-α)         w_j: column j of W; max|x_j|: on calibration text
+#     y   = (W · s) (x / s)
+#
+# s is a factor, not the step of a grid. Dividing x costs nothing: the gain of the norm that makes x
+# is divided by s once. (wo and w2 read no norm, and are rounded as they are.) At α = 1, s is
+# max|x|: all channels of x become equally large. At α = 0, s is 1 / max|w|: all columns of W do.
+# That helps, too: where x is large, a trained model usually has small weights, and so a large s.
+# In between both have a part. An example: max|x| = 16 and max|w| = 1. With α = 1/2, s is 4: x then
+# reaches to 4, and w too.
+#
+# FP8 is the format. Its steps grow with the numbers, so outliers cost small activations little. But
+# it has 3 bits of mantissa where INT8 has 7 bits: whatever is not small is rounded more coarsely.
+# It has hardware since the H100.
+#
+# In production: vLLM runs W8A8 and FP8 (compressed-tensors checkpoints, made by llm-compressor,
+# whose SmoothQuantModifier and FP8 schemes are these). bitsandbytes' Linear8bitLt is LLM.int8() if
+# it is given a threshold, as transformers gives it 6.0; its own default, 0, switches the outliers
+# off, while here 0 takes all channels out.
+# Measured by show_activations().
+
+
+def int8_matmul(x: Matrix, q: Quantized, x_scale: float | None = None) -> Matrix:
+    """Return W x [n][out] in integers. q: W [out][in] in INT8 with a scale per row.
+
+    x [n][in] is rounded with x_scale, or each row by its own absmax / 127 (1 if that is 0).
+    """
+    y = []
+    for row in x:
+        scale = x_scale or max(map(abs, row)) / 127 or 1.0
+        codes = to_codes(row, scale, 0, 8)
+        y.append([dot(codes, w_codes) * scale * w_scale
+                  for w_codes, (w_scale,) in zip(q.codes, q.scales)])
+    return y
+
+
+def static_scale(x: Matrix) -> float:
+    """Return the INT8 scale that clips no activation of x [n][in]: its absmax / 127, or 1."""
+    return max(map(abs, flatten(x))) / 127 or 1.0
+
+
+def llm_int8_matmul(x: Matrix, w: Matrix, *, threshold: float = 6.0) -> Matrix:
+    """Return W x [n][out]: the columns of x that reach threshold in floating point, others in INT8.
+
+    x [n][in], w [out][in]. A threshold of 0 leaves nothing in INT8, one of infinity everything.
+    ValueError if it is negative or NaN. Dettmers et al. 2022, section 3.2.
+    """
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be 0 or more, not {threshold}")
+    sizes = [max(map(abs, column)) for column in zip(*x)]
+    outliers = [c for c, size in enumerate(sizes) if size >= threshold]
+    others = [c for c, size in enumerate(sizes) if size < threshold]
+    y = linear(pick_columns(x, outliers), pick_columns(w, outliers))  # zeros if there are none
+    if others:
+        q = quantize(pick_columns(w, others), 8, granularity="channel")
+        y = add(y, int8_matmul(pick_columns(x, others), q))
+    return y
+
+
+def smoothquant_scales(x_absmax: Vector, w_absmax: Vector, alpha: float = 0.5) -> Vector:
+    """Return s_j = max|x_j|^α / max|w_j|^(1-α) of each input channel; 1 where either is 0.
+
+    ValueError if alpha is not from 0 to 1, or the lengths differ. Xiao et al. 2022, equation 4.
+    """
+    if not 0 <= alpha <= 1 or len(x_absmax) != len(w_absmax):
+        raise ValueError(f"alpha must be from 0 to 1, and x_absmax as long as w_absmax; got "
+                         f"{alpha}, {len(x_absmax)} and {len(w_absmax)}")
+    scales = []
+    for x_max, w_max in zip(x_absmax, w_absmax):
+        scales.append(x_max ** alpha / w_max ** (1 - alpha) if x_max and w_max else 1.0)
+    return scales
+
+
+def move_scales(weights: Weights, source: str, readers: Sequence[str], scales: Vector) -> Weights:
+    """Return new weights: source's channels / scales, readers' columns · scales.
+
+    The model computes the same as before. source is a gain, or a matrix whose rows make the
+    channels that the readers read.
+    """
+    moved = dict(weights)
+    if isinstance(weights[source][0], list):
+        moved[source] = [[value / s for value in row] for row, s in zip(weights[source], scales)]
+    else:
+        moved[source] = [value / s for value, s in zip(weights[source], scales)]
+    for name in readers:
+        moved[name] = scale_columns(weights[name], scales)
+    return moved
+
+
+def fp8_matmul(x: Matrix, w_codes: Matrix, w_scales: Vector) -> Matrix:
+    """Return W x [n][out] in FP8 E4M3, given x [n][in] and what fp8_rows() makes of W [out][in]."""
+    x_codes, x_scales = fp8_rows(x)
+    return [[value * x_scale * w_scale for value, w_scale in zip(row, w_scales)]
+            for row, x_scale in zip(linear(x_codes, w_codes), x_scales)]
+
+
+def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
+    """Return (m in E4M3, the scale of each row), where the largest of each row becomes ±448."""
+    scales = [max(map(abs, row)) / fp8_e4m3.largest or 1.0 for row in m]
+    codes = [[fp8_e4m3(value / scale) for value in row] for row, scale in zip(m, scales)]
+    return codes, scales
+
+
+# 6. GPTQ
+#
+# Rounding every weight to the nearest is best for the weights, but not for what comes out. Suppose
+# two inputs are always equal. If rounding lowers the first one's weight by 0.1, raise the second
+# one's by 0.1 before it is rounded, and the output stays what it was. GPTQ goes through the columns
+# from left to right and lets the columns that are still to come repair what rounding broke.
+#
+# An example. w = (0.4, 0.4, 7), where the 7 makes the scale 1. The first two inputs are nearly
+# equal.
+#
+#                    codes        output for x = (2, 2.1, -0.3)
+#     exact          -            0.8 + 0.84 - 2.1 = -0.46
+#     to nearest     0, 0, 7                  -2.1 = -2.10
+#     GPTQ           0, 1, 7            2.1 - 2.1  =  0.00
+#
+# GPTQ rounded the first 0.4 to 0, so it raised the second to about 0.8, which is nearest to 1.
+#
+# Which inputs move together is measured on calibration text. (We take about 128 tokens of it,
+# GPTQ's authors took 128 texts of 2,048.) X has a row per input channel and a column per token:
+#
+#     H = 2 X Xᵀ                     [in][in]; H[j][k] is large where inputs j and k move together
+#
+# (The squared error of the output is a quadratic in the weights, and H its second derivative: the
+# Hessian.)
+#
+# If they are uncorrelated, H is diagonal and nothing can be repaired: GPTQ is rounding to nearest.
+#
+# Which repairs are best for an error in column j? The columns before j are rounded already, so only
+# the part of H from j on counts. Invert it. The first row of the inverse, divided by its first
+# number, says how far each column moves for each unit of error (Hassibi et al. 1993, Optimal Brain
+# Surgeon: there the output's error is least). In the example, suppose that calibration gave this H
+# for the first two inputs (the third moves by itself):
+#
+#     H =  4     3.99        H⁻¹ =   50.1  -49.9        -49.9 / 50.1 is about -1
+#          3.99  4                  -49.9   50.1
+#
+# The error of the first weight is 0.4 - 0 = 0.4, so the second one rises by 0.4. Inverting anew for
+# every j would take too long. The GPTQ paper found that one factorization holds the answers for
+# every j in its rows:
+#
+#     Uᵀ U = H⁻¹                     U upper triangular
+#     error_j = w_j - quant(w_j)                  w_j: the weight of column j, in every row
+#     w_k -= error_j · U[j][k] / U[j][j]          for every k > j
+#
+# quant(w) is the nearest grid point. In the example, the first row of U is 7.08 and -7.06: again
+# about -1. (How upper_factor() finds U may be skipped.)
+#
+# Before that, a little is added to H's diagonal (damping: 1% of its mean). Damping keeps H
+# invertible, and where there is little text it also keeps the repairs small. One token of
+# calibration is far too little: then all inputs move together, and the repairs are nonsense on any
+# other token.
+#
+# act-order takes the columns with the largest inputs first, while many others can still repair.
+#
+# In production: GPTQModel and llm-compressor's GPTQModifier. They update 128 columns at a time and
+# the rest of the matrix after each such block ("lazy batches"), which makes the same repairs with
+# less memory traffic. The grids of groups smaller than that are laid before the repairs.
+# llm-compressor does act-order unless it is told not to. They take a layer's inputs from the layers
+# already quantized; we take all from the original model. Use GPTQ if you have a few hundred texts
+# of the kind that the model will see.
+# Measured by show_gptq().
+
+
+def hessian_of(x: Matrix) -> Matrix:
+    """Return H = 2 X Xᵀ [in][in] of inputs x [n][in]. (The factor 2 cancels out of GPTQ.)"""
+    channels = transpose(x)
+    return [[2 * dot(a, b) for b in channels] for a in channels]
+
+
+def gptq(
+    w: Matrix,
+    hessian: Matrix,
+    bits: int,
+    *,
+    granularity: str | int,
+    act_order: bool = False,
+    damp: float = 0.01,
+) -> Quantized:
+    """Return w [out][in] on symmetric grids like quantize()'s, with codes by Frantar et al. 2022.
+
+    A group's grid is laid when its first column comes up, on the weights as they then are. With
+    act_order the columns of a group come at different times, so grids are laid on w as given.
+    damp times the mean of hessian's diagonal is added to it, or 1 if that mean is 0.
+    ValueError if hessian is not [in][in] or not finite, if it is not positive definite with the
+    damping added, or if damp is not positive.
+    """
+    group = group_columns(w, bits, granularity)
+    check_hessian(hessian, len(w[0]), damp)
+    n = len(w[0])
+    order = list(range(n))
+    if act_order:
+        order.sort(key=lambda j: -hessian[j][j])
+    ridge = damp * fmean(hessian[j][j] for j in range(n)) or 1.0
+    damped = [[hessian[i][j] + (ridge if i == j else 0.0) for j in order] for i in order]
+    u = upper_factor(damped)
+
+    grids_come_first = act_order or granularity == "tensor"
+    codes, scales = [], []
+    for row, given in zip(w, quantize(w, bits, granularity=granularity).scales):
+        row_codes, row_scales = round_and_repair(
+            row, u, order, bits, group, given if grids_come_first else None)
+        codes.append(row_codes)
+        scales.append(row_scales)
+    zeros = [[0] * len(row) for row in scales]
+    overhead = grid_bytes(scales, zeros, bits, granularity, symmetric=True)
+    return Quantized(codes, scales, zeros, bits, group, overhead)
+
+
+def round_and_repair(
+    row: Vector, u: Matrix, order: list[int], bits: int, group: int, given: Vector | None
+) -> tuple[list[int], Vector]:
+    """Return (the codes, the scales) of one row.
+
+    given: the scales of the row's groups. If None, each is laid when its first column comes up.
+    """
+    codes = [0] * len(row)
+    scales = list(given or [])
+    rest = [row[j] for j in order]  # the weights still to come, as they are by now
+    for i, j in enumerate(order):
+        if given is None and j % group == 0:  # then the next weights are those of a group
+            scale, _ = make_grid(rest[:group], bits, symmetric=True)
+            scales.append(scale)
+        scale = scales[j // group]
+        codes[j] = to_codes(rest[:1], scale, 0, bits)[0]
+        error = rest[0] - codes[j] * scale
+        share = error / u[i][i]
+        rest = [value - share * factor for value, factor in zip(rest[1:], u[i][i + 1:])]
+    return codes, scales
+
+
+def upper_factor(h: Matrix) -> Matrix:
+    """Return U, upper triangular, with Uᵀ U = h⁻¹. ValueError if h is not positive definite.
+
+    Row by row from the last: with b the part of h's row j to the right of the diagonal, V the part
+    of U below and right of U[j][j], and t = V b, row j from the diagonal on is
+    (1, -Vᵀ t) / √(h[j][j] - t·t).
+    """
+    u: Matrix = []
+    for j in reversed(range(len(h))):
+        t = [dot(row, h[j][j + 1:]) for row in u]
+        rest = h[j][j] - dot(t, t)
+        if rest <= 0:
+            raise ValueError("h must be positive definite; more damping would make it so")
+        top = [1.0] + [-dot(column, t) for column in zip(*u)]
+        u = [[value / math.sqrt(rest) for value in top]] + [[0.0] + row for row in u]
+    return u
+
+
+def check_hessian(hessian: Matrix, n: int, damp: float) -> None:
+    """Raise ValueError where gptq() cannot work."""
+    finite = all(len(row) == n and all(map(math.isfinite, row)) for row in hessian)
+    if len(hessian) != n or not finite:
+        raise ValueError(f"hessian must hold {n} × {n} finite numbers, a row and a column for each "
+                         f"column of w")
+    if not 0 < damp < math.inf:
+        raise ValueError(f"damp must be positive, not {damp}")
+
+
+# 7. AWQ
+#
+# A weight matters as much as the activations that it multiplies. In large models, most of the
+# damage of INT3 is gone if 1% of the input channels, those with the largest activations (the
+# salient ones), stay in FP16 (AWQ paper, table 1). But a matrix in two formats is slow. AWQ
+# protects these channels within one format: multiply a column of W by s > 1 before rounding, and
+# divide its input by s. The grid of the group hardly changes, so the rounding error of that column
+# remains about the same; but it is then multiplied by x / s instead of x. The output error of this
+# channel shrinks by s.
+#
+# How strongly is found by trying, for all channels of a matrix at once:
+#
+#     s = (mean|x|)^α / √(max · min)                max, min: of (mean|x|)^α over the channels
+#     take the α of 0, 0.05, …, 0.95 with the least |W x - Q(W · s) (x / s)|²
+#
+# Q(W · s) is W with its columns multiplied by s, rounded and decoded. Matrices that read the same x
+# are stacked for this. (The trace tries 0, 0.1, …, 0.9, to save time.)
+#
+# The division by √(max · min) puts the largest and the smallest s equally far above and below 1, so
+# that the matrix as a whole neither grows nor shrinks. α is an exponent as in SmoothQuant, but with
+# another meaning: with α = 0, s is 1, which is rounding to nearest. With a large α, the columns of
+# small inputs have a small s and are rounded coarsely. And the columns of large inputs become the
+# largest of their groups, so that the steps of these groups grow. The best α lies in between.
+#
+# An example in INT4: a group's largest weight is 1.05, so its scale is 0.15, and weights are off by
+# 0.0375 on average, a quarter of it. Multiply the weights of a salient column by s = 2. As long as
+# they stay below 1.05, the scale is still 0.15, so they are off by as much on average. But their
+# input is now x / 2: on average, the error of the output is halved.
+#
+# As in SmoothQuant, x / s is folded into what makes x: a norm's gain, or the rows of w3, which make
+# the channels that w2 reads. wo is left out. Our four query heads share one key-value head, so a
+# row of wv makes four of the channels that wo reads, and cannot be divided by the s of each. The
+# authors' code leaves it out then, too.
+#
+# In production: llm-compressor's AWQModifier (the successor of AutoAWQ), run by vLLM's Marlin
+# kernels. By default its s is also divided by mean|w|^(1-α). It compares the output of the whole
+# attention or feed-forward block, where we compare that of the matrices. AWQ needs little
+# calibration and does not fit to it as closely as GPTQ does.
+# Measured by show_awq().
+
+
+def awq_search(
+    w: Matrix, x: Matrix, bits: int, *, granularity: str | int, grid: int = 20
+) -> tuple[Vector, float, Quantized]:
+    """Return (scales [in], α, Q(w · scales)) of the least output error on inputs x [n][in].
+
+    w [out][in]. α is tried at 0, 1/grid, …, (grid - 1)/grid; of equal ones the first is taken.
+    ValueError if grid is below 1, or the rows of x are not as long as w's. Lin et al. 2023, eq. 5.
+    """
+    if grid < 1 or not x or len(x[0]) != len(w[0]):
+        raise ValueError(f"grid must be at least 1, and x have rows of {len(w[0])}; got {grid} and "
+                         f"{len(x)} rows")
+    exact = linear(x, w)
+    best = None
+    least = math.inf
+    for step in range(grid):
+        alpha = step / grid
+        scales = awq_scales(x, alpha)
+        q = quantize(scale_columns(w, scales), bits, granularity=granularity)
+        error = output_error(q, scales, x, exact)
+        if best is None or error < least:
+            least = error
+            best = scales, alpha, q
+    return best
+
+
+def output_error(q: Quantized, scales: Vector, x: Matrix, exact: Matrix) -> float:
+    """Return |W x - Q(W · s) (x / s)| / |W x|, given q = Q(W · s) and exact = W x."""
+    y = linear(scale_columns(x, [1 / s for s in scales]), q.dequantize())
+    return relative_distance(y, exact)
+
+
+def awq_scales(x: Matrix, alpha: float) -> Vector:
+    """Return s of each input channel of x [n][in]; a mean |x| below 1e-4 counts as 1e-4."""
+    sizes = [max(fmean(map(abs, channel)), 1e-4) ** alpha for channel in zip(*x)]
+    middle = math.sqrt(max(sizes) * min(sizes))
+    return [size / middle for size in sizes]
+
+
+# 8. QLoRA: training on top of a compressed model
+#
+# Adam, the usual optimizer, keeps a running mean of each gradient and of its square: two more
+# numbers for each weight, in FP32. LoRA leaves the matrix W as it is and trains a correction of low
+# rank r beside it:
+#
+#     y = W x + (α/r) · B (A x)                A [r][in], B [out][r]; α here is LoRA's own constant
+#
+# (Our adapters have α = r, so the factor is 1.) A starts random and B starts at zero, so that
+# training starts from the model as it is: B A = 0. If both were zero, both gradients would be
+# zero, too, and nothing would ever move. With dW the gradient that W would have:
+#
+#     dA = (α/r) · Bᵀ dW                       dB = (α/r) · dW Aᵀ
+#
+# For a matrix of 4096 × 4096, rank 16 trains 131,072 numbers instead of 16.8 million: 0.8%.
+#
+# QLoRA stores W in NF4 with double quantization, frozen. It is turned back into numbers for each
+# use: with_adapter(q.dequantize(), adapter). Gradients flow through it to A and B. (Real kernels
+# never form W + B A or dW; they multiply by A, then by B, and have gradients for those alone.)
+#
+# In production: peft (tuners/lora/bnb.py) with bitsandbytes' Linear4bit. Adapters are served in 16
+# bits beside the frozen weights; merging them into NF4 would round them away.
+# Measured by show_qlora().
+
+
+class Adapter(NamedTuple):
+    """A correction B A of low rank to a matrix W [out][in]."""
+
+    a: Matrix  # [r][in]
+    b: Matrix  # [out][r]
+
+
+def new_adapter(w: Matrix, rank: int, rng: random.Random) -> Adapter:
+    """Return an adapter for w that changes nothing yet: A random of size 1/√in, B zero."""
+    n_in = len(w[0])
+    a = [[rng.gauss(0, n_in ** -0.5) for _ in range(n_in)] for _ in range(rank)]
+    b = [[0.0] * rank for _ in w]
+    return Adapter(a, b)
+
+
+def with_adapter(w: Matrix, adapter: Adapter) -> Matrix:
+    """Return W + B A, with α = r."""
+    return add(w, matmul(adapter.b, adapter.a))
+
+
+def adapter_gradient(d_w: Matrix, adapter: Adapter) -> Adapter:
+    """Return the gradients of A and B, given that of W + B A: dA = Bᵀ dW, dB = dW Aᵀ."""
+    d_a = matmul(transpose(adapter.b), d_w)
+    d_b = matmul(d_w, transpose(adapter.a))
+    return Adapter(d_a, d_b)
+
+
+# 9. The table
+#
+# All methods on one page. What to take follows from what there is:
+#
+#     no data, no time            8 bits; NF4, NVFP4, MXFP4 or Q4_K; FP8 or LLM.int8() for
+#                                 activations as well
+#     some text, some minutes     GPTQ or AWQ in 4 bits; SmoothQuant for activations as well
+#     training                    QLoRA on a frozen model; one bit by training that way (section 14)
+#
+# The measure is the KL divergence from the uncompressed model's predictions p:
+#
+#     KL(p, q) = Σ p · log(p / q)              over all tokens that might come next
+#
+# It is 0 only if the predictions q are the same. Perplexity alone would not do: a damaged model can
+# by luck have the better one on a short text.
+#
+# In production: llama.cpp's llama-perplexity --kl-divergence prints the same measure.
+# Measured by show_table().
+
+
+def log_softmax(logits: Vector) -> Vector:
+    """Return log softmax(logits) = logits - log Σ exp(logits), without overflow."""
+    largest = max(logits)
+    total = largest + math.log(math.fsum(math.exp(value - largest) for value in logits))
+    return [value - total for value in logits]
+
+
+def kl_divergence(log_p: Vector, log_q: Vector) -> float:
+    """Return Σ p · log(p / q) in nats, of log-probabilities."""
+    return sum(math.exp(a) * (a - b) for a, b in zip(log_p, log_q))
+
+
+# 10. A file that llama.cpp runs
+#
+# A GGUF file is blocks as in section 3, with a table of contents in front (docs/gguf.md in the ggml
+# repository):
+#
+#     "GGUF", version, number of tensors, number of metadata entries
+#     metadata: key, type, value         the sizes of the model, the tokenizer's tokens and merges
+#     tensors:  name, shape, type, offset
+#     the data of the tensors, each at a multiple of 32 bytes
+#
+# In production: gguf-py/gguf/gguf_writer.py in the llama.cpp repository. llama.cpp keeps norms in
+# F32, as we do.
+# Measured by show_gguf().
 
 
 def gguf_file(
@@ -514,536 +1063,7 @@ def ggml_name(name: str) -> str:
     return ("output_norm" if name == "norm" else name) + ".weight"
 
 
-# 4. NF4 and double quantization
-#
-# Trained weights are bell-shaped: most are small. An even grid spends most of its codes where few
-# weights are. NormalFloat puts its 16 values at quantiles of the normal distribution instead, so
-# that the steps are fine where the weights are many. (The quantile of 0.9 is the number that 90% of
-# all numbers are below. The values do not get equal shares of the weights: those are divided by the
-# largest of a block, which changes their distribution; Yoshida 2023, arXiv:2306.06965.)
-#
-#     w ≈ codebook[code] · absmax            absmax: the largest |w| of a block of 64, in FP32
-#
-# Plain quantiles would have no exact 0. So the two sides are cut separately, into 8 even steps of
-# probability above 0 and 7 below; with 0 itself these are 16 values. The quantiles of 0 and 1 lie
-# at infinity. So both sides start a little inside, at the probability 1 - (1/32 + 1/30) / 2 =
-# 0.968. (The middle of the last of 16 equal shares is at 1 - 1/32, and of 15 at 1 - 1/30. NF4 takes
-# the mean of the two.) Then all are divided by the outermost, so that they end at ±1.
-#
-# An absmax in FP32 costs 32 / 64 = 0.5 bits a weight, as much as INT4 pays in groups of 32. Double
-# quantization stores the absmaxes in 8 bits as well: take off their mean, and give each 256 of them
-# one scale in FP32.
-#
-#     4 + 8/64 + 32/(64 · 256) = 4.127 bits a weight
-#
-# In production: bitsandbytes (functional.py: quantize_4bit, get_4bit_type). It uses an 8-bit
-# float of its own for the absmaxes; E4M3 does the same job here. NF4 needs no data and is the
-# usual format under adapters (section 8). Formats with even grids are faster to decode, as they
-# need no look-up for each weight.
-# Measured by show_nf4().
-
-
-def nf4_codebook() -> Vector:
-    """Return the 16 values of NF4, ascending from -1 to 1, with 0 among them."""
-    quantile = NormalDist().inv_cdf
-    outermost = 1 - (1 / 32 + 1 / 30) / 2
-    above = [quantile(outermost + (0.5 - outermost) * i / 8) for i in range(8)]
-    below = [-quantile(outermost + (0.5 - outermost) * i / 7) for i in range(7)]
-    return [value / above[0] for value in sorted([*below, 0.0, *above])]
-
-
-def quantize_nf4(w: Matrix, *, block_size: int = 64, double_quant: bool = False) -> Quantized:
-    """Return w [out][in] in NF4, with one absmax per block_size columns of a row.
-
-    The last block of a row may be shorter. A block of zeros gets the code of 0. With double_quant
-    the absmaxes are stored by double_quantize(), otherwise in FP32. ValueError as for quantize().
-    """
-    group_columns(w, 4, block_size)
-    codebook = tuple(nf4_codebook())
-    codes, absmaxes = [], []
-    for row in w:
-        blocks = in_rows(row, block_size)
-        absmaxes.append([fp32(max(map(abs, block))) for block in blocks])
-        codes.append(flatten(nearest([value / (absmax or 1.0) for value in block], codebook)
-                             for block, absmax in zip(blocks, absmaxes[-1])))
-    if double_quant:
-        absmaxes, overhead = double_quantize(absmaxes)
-    else:
-        overhead = pack_floats(flatten(absmaxes))
-    no_zero_points = [[0] * len(row) for row in absmaxes]
-    return Quantized(codes, absmaxes, no_zero_points, 4, block_size, overhead, codebook)
-
-
-def nearest(values: Sequence[float], levels: Sequence[float]) -> list[int]:
-    """Return which of the ascending levels is nearest to each value; halfway, the upper one."""
-    middles = [(a + b) / 2 for a, b in zip(levels, levels[1:])]
-    return [bisect(middles, value) for value in values]
-
-
-def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, bytes]:
-    """Return (the absmaxes as they decode, none below 0; their bytes).
-
-    The bytes: the mean in FP32, then for every block_size absmaxes a scale in FP32 and each one's
-    difference from the mean, divided by the scale, in E4M3. The furthest one becomes ±448.
-    """
-    flat = flatten(absmaxes)
-    mean = fp32(fmean(flat))
-    data = pack_floats([mean])
-    decoded: Vector = []
-    for start in range(0, len(flat), block_size):
-        differences = [absmax - mean for absmax in flat[start:start + block_size]]
-        scale = fp32(max(map(abs, differences)) / fp8_e4m3.largest) or 1.0
-        small = [fp8_e4m3(difference / scale) for difference in differences]
-        data += pack_floats([scale]) + bytes(map(e4m3_byte, small))
-        decoded += [max(mean + value * scale, 0.0) for value in small]
-    return in_rows(decoded, len(absmaxes[0])), data
-
-
-# 5. Activations too
-#
-# With weights alone in INT8, every product is still made in floating point. If the activations are
-# in INT8 as well (W8A8), integer units do the work, twice as fast as those for FP16:
-#
-#     y = (codes of x) · (codes of w) · scale_x · scale_w          the sum in between is exact
-#
-# A scale may differ from token to token (a row of x) and from output to output (a row of W), for it
-# multiplies a finished sum. It must not differ from input channel to input channel: that scale
-# would stand inside the sum, where integer units cannot apply it. (The groups of section 2 have
-# such scales. They are for weights alone, which become floating-point numbers again before the
-# product.)
-#
-# But it is input channels that have outliers. In every token, the same few channels are many times
-# larger than the others, and on a grid that reaches to them the others get only a few codes. An
-# example: x = (0.5, -0.3, 16). The scale is 16 / 127 = 0.126, the codes are 4, -2 and 127, and they
-# stand for 0.504, -0.252 and 16: the -0.3 is off by 16%. In large models such channels are up to
-# 100 times larger than the others (SmoothQuant paper), and the output is ruined. Ours survives it
-# with dynamic scales. A static scale, chosen once from calibration, must reach to the largest
-# token; a dynamic one is each token's own, and suffers less. There are two ways out.
-#
-# LLM.int8() takes the outlier channels out and multiplies them in floating point, the rest in INT8.
-# (The paper keeps these columns of W in FP16, and so do we. bitsandbytes stores all of W in INT8
-# and takes them from there.)
-#
-# SmoothQuant divides each channel of x by s and multiplies the column of W by s. The product is the
-# same. Some of the difficulty moves into the weights, which had less of it:
-#
-#     s_j = max|x_j|^α / max|w_j|^(1-α)
-#     y   = (W · s) (x / s)
-#
-# s is a factor, not the step of a grid. Dividing x costs nothing: the gain of the norm that makes x
-# is divided by s once. At α = 1 all channels of x are made equally large, and the weights have all
-# of the difficulty. At α = 0 all columns of W are made equally large. That helps, too, since
-# columns that meet large channels usually have small weights: s is large there. In between both
-# share the difficulty. An example: max|x| = 16 and max|w| = 1. With α = 1/2, s is 4: x then reaches
-# to 4, and w too.
-#
-# FP8 has steps that grow with the numbers, so that outliers cost small activations nothing. But it
-# has 3 bits of mantissa where INT8 has 7 bits: whatever is not small is rounded more coarsely. It
-# has hardware since the H100.
-#
-# In production: vLLM runs W8A8 and FP8 (compressed-tensors checkpoints, made by llm-compressor,
-# whose SmoothQuantModifier and FP8 schemes are these). bitsandbytes' Linear8bitLt is LLM.int8(),
-# with the threshold 6.0; there, threshold 0 switches the outliers off, while here it takes all
-# channels out.
-# Measured by show_activations().
-
-
-def int8_matmul(x: Matrix, q: Quantized, x_scale: float | None = None) -> Matrix:
-    """Return W x [n][out] in integers. q: W [out][in] in INT8 with a scale per row.
-
-    x [n][in] is rounded with x_scale, or each row by its own absmax / 127 (1 if that is 0).
-    """
-    y = []
-    for row in x:
-        scale = x_scale or max(map(abs, row)) / 127 or 1.0
-        codes = to_codes(row, scale, 0, 8)
-        y.append([dot(codes, w_codes) * scale * w_scale
-                  for w_codes, (w_scale,) in zip(q.codes, q.scales)])
-    return y
-
-
-def static_scale(x: Matrix) -> float:
-    """Return the INT8 scale that clips no activation of x [n][in]: its absmax / 127, or 1."""
-    return max(map(abs, flatten(x))) / 127 or 1.0
-
-
-def llm_int8_matmul(x: Matrix, w: Matrix, *, threshold: float = 6.0) -> Matrix:
-    """Return W x [n][out]: the columns of x that reach threshold in floating point, others in INT8.
-
-    x [n][in], w [out][in]. A threshold of 0 leaves nothing in INT8, one of infinity everything.
-    ValueError if it is negative or NaN. Dettmers et al. 2022, section 3.2.
-    """
-    if not threshold >= 0:
-        raise ValueError(f"threshold must be 0 or more, not {threshold}")
-    sizes = [max(map(abs, column)) for column in zip(*x)]
-    outliers = [c for c, size in enumerate(sizes) if size >= threshold]
-    others = [c for c, size in enumerate(sizes) if size < threshold]
-    y = linear(pick_columns(x, outliers), pick_columns(w, outliers))  # zeros if there are none
-    if others:
-        q = quantize(pick_columns(w, others), 8, granularity="channel")
-        y = add(y, int8_matmul(pick_columns(x, others), q))
-    return y
-
-
-def smoothquant_scales(x_absmax: Vector, w_absmax: Vector, alpha: float = 0.5) -> Vector:
-    """Return s_j = max|x_j|^α / max|w_j|^(1-α) of each input channel; 1 where either is 0.
-
-    ValueError if alpha is not from 0 to 1, or the lengths differ. Xiao et al. 2022, equation 4.
-    """
-    if not 0 <= alpha <= 1 or len(x_absmax) != len(w_absmax):
-        raise ValueError(f"alpha must be from 0 to 1, and x_absmax as long as w_absmax; got "
-                         f"{alpha}, {len(x_absmax)} and {len(w_absmax)}")
-    scales = []
-    for x_max, w_max in zip(x_absmax, w_absmax):
-        scales.append(x_max ** alpha / w_max ** (1 - alpha) if x_max and w_max else 1.0)
-    return scales
-
-
-def move_scales(weights: Weights, source: str, readers: Sequence[str], scales: Vector) -> Weights:
-    """Return weights of the same function: source's channels / scales, readers' columns · scales.
-
-    source is a gain, or a matrix whose rows make the channels that the readers read.
-    """
-    moved = dict(weights)
-    if isinstance(weights[source][0], list):
-        moved[source] = [[value / s for value in row] for row, s in zip(weights[source], scales)]
-    else:
-        moved[source] = [value / s for value, s in zip(weights[source], scales)]
-    for name in readers:
-        moved[name] = scale_columns(weights[name], scales)
-    return moved
-
-
-def fp8_matmul(x: Matrix, w: Matrix) -> Matrix:
-    """Return W x [n][out] with both in FP8 E4M3, a scale for each row of x and of w."""
-    x_codes, x_scales = fp8_rows(x)
-    w_codes, w_scales = fp8_rows(w)
-    return [[value * x_scale * w_scale for value, w_scale in zip(row, w_scales)]
-            for row, x_scale in zip(linear(x_codes, w_codes), x_scales)]
-
-
-def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
-    """Return (m in E4M3, the scale of each row), where the largest of each row becomes ±448."""
-    scales = [max(map(abs, row)) / fp8_e4m3.largest or 1.0 for row in m]
-    codes = [[fp8_e4m3(value / scale) for value in row] for row, scale in zip(m, scales)]
-    return codes, scales
-
-
-# 6. GPTQ
-#
-# Rounding every weight to the nearest is best for the weights, but not for what comes out. Suppose
-# two inputs are always equal. If rounding lowers the first one's weight by 0.1, raise the second
-# one's by 0.1 before it is rounded, and the output stays what it was. GPTQ goes through the columns
-# from left to right and lets the columns that are still to come repair what rounding broke.
-#
-# An example. The scale is 1, and w = (0.4, 0.4, 7). The first two inputs are nearly equal.
-#
-#                    codes        output for x = (2, 2.1, -0.3)
-#     exact          -            0.8 + 0.84 - 2.1 = -0.46
-#     to nearest     0, 0, 7                  -2.1 = -2.10
-#     GPTQ           0, 1, 7            2.1 - 2.1  =  0.00
-#
-# GPTQ rounded the first 0.4 to 0, so it raised the second to about 0.8, which is nearest to 1.
-#
-# Which inputs move together is measured on calibration text. (We take about 128 tokens of it,
-# GPTQ's authors took 128 texts of 2,048.) X has a row per input channel and a column per token:
-#
-#     H = 2 X Xᵀ                     [in][in]; H[j][k] is large where inputs j and k move together
-#
-# (The squared error of the output is a quadratic in the weights, and H its second derivative: the
-# Hessian.)
-#
-# If they are uncorrelated, H is diagonal and nothing can be repaired: GPTQ is rounding to nearest.
-# To find the best repairs for an error in column j, restrict H to the columns from j on, and invert
-# it. The first row of the inverse, divided by its first number, says how far each column moves (a
-# result of Hassibi et al. 1993, Optimal Brain Surgeon). Inverting anew for every j would take too
-# long. The GPTQ paper found that one factorization holds the answers for every j in its rows:
-#
-#     Uᵀ U = H⁻¹                     U upper triangular
-#     error_j = w_j - quant(w_j)
-#     w_k -= error_j · U[j][k] / U[j][j]          for every k > j
-#
-# quant(w) is the nearest grid point. U[j][k] / U[j][j] says how far column k moves for each unit of
-# error in column j. In the example, suppose that calibration gave this H for the first two inputs
-# (the third moves by itself):
-#
-#     H =  4     3.99        H⁻¹ =   50.1  -49.9        U =  7.08  -7.06
-#          3.99  4                  -49.9   50.1             0      0.5
-#
-# U[0][1] / U[0][0] is about -1. The error of the first weight is 0.4 - 0 = 0.4, so the second one
-# rises by 0.4. (How upper_factor() finds U may be skipped.)
-#
-# Before that, a little is added to H's diagonal (damping: 1% of its mean). Damping keeps H
-# invertible, and where there is little text it also keeps the repairs small. One token of
-# calibration is far too little: then all inputs move together, and the repairs are nonsense on any
-# other token.
-#
-# act-order takes the columns with the largest inputs first, while many others can still repair.
-#
-# In production: GPTQModel and llm-compressor's GPTQModifier. They update 128 columns at a time
-# and the rest of the matrix after each such block ("lazy batches"), which gives the same numbers
-# with less memory traffic. They take a layer's inputs from the layers already quantized; we take
-# all from the original model. Use GPTQ if you have a few hundred texts of the kind that the model
-# will see.
-# Measured by show_gptq().
-
-
-def hessian_of(x: Matrix) -> Matrix:
-    """Return H = 2 X Xᵀ [in][in] of inputs x [n][in]. (The factor 2 cancels out of GPTQ.)"""
-    channels = transpose(x)
-    return [[2 * dot(a, b) for b in channels] for a in channels]
-
-
-def gptq(
-    w: Matrix,
-    hessian: Matrix,
-    bits: int,
-    *,
-    granularity: str | int,
-    act_order: bool = False,
-    damp: float = 0.01,
-) -> Quantized:
-    """Return w [out][in] on symmetric grids like quantize()'s, with codes by Frantar et al. 2022.
-
-    A group's grid is laid when its first column comes up, on the weights as they then are. With
-    act_order the columns of a group come at different times, so grids are laid on w as given.
-    damp times the mean of hessian's diagonal is added to it, or 1 if that mean is 0.
-    ValueError if hessian is not [in][in] or not finite, if it is not positive definite with the
-    damping added, or if damp is not positive.
-    """
-    group = group_columns(w, bits, granularity)
-    check_hessian(hessian, len(w[0]), damp)
-    n = len(w[0])
-    order = list(range(n))
-    if act_order:
-        order.sort(key=lambda j: -hessian[j][j])
-    ridge = damp * fmean(hessian[j][j] for j in range(n)) or 1.0
-    damped = [[hessian[i][j] + (ridge if i == j else 0.0) for j in order] for i in order]
-    u = upper_factor(damped)
-
-    codes, scales = [], []
-    for row in w:
-        row_scales = []  # of the groups; those that are missing are laid on the way
-        if granularity == "tensor":
-            row_scales = [make_grid(flatten(w), bits, symmetric=True)[0]]
-        elif act_order:
-            row_scales = [make_grid(values, bits, symmetric=True)[0]
-                          for values in in_rows(row, group)]
-        codes.append(round_and_repair(row, u, order, bits, group, row_scales))
-        scales.append(row_scales)
-    zeros = [[0] * len(row) for row in scales]
-    overhead = grid_bytes(scales, zeros, bits, granularity, symmetric=True)
-    return Quantized(codes, scales, zeros, bits, group, overhead)
-
-
-def round_and_repair(
-    row: Vector, u: Matrix, order: list[int], bits: int, group: int, scales: Vector
-) -> list[int]:
-    """Return the codes of one row. Scales that are missing are appended to `scales`."""
-    codes = [0] * len(row)
-    rest = [row[j] for j in order]  # the weights still to come, as they are by now
-    for i, j in enumerate(order):
-        if j // group == len(scales):  # a group begins, and its weights are the next ones
-            scales.append(make_grid(rest[:group], bits, symmetric=True)[0])
-        scale = scales[j // group]
-        [codes[j]] = to_codes(rest[:1], scale, 0, bits)
-        error = (rest[0] - codes[j] * scale) / u[i][i]  # error_j / U[j][j]
-        rest = [value - error * factor for value, factor in zip(rest[1:], u[i][i + 1:])]
-    return codes
-
-
-def upper_factor(h: Matrix) -> Matrix:
-    """Return U, upper triangular, with Uᵀ U = h⁻¹. ValueError if h is not positive definite.
-
-    Row by row from the last: with b the part of h's row j to the right of the diagonal, V the part
-    of U below and right of U[j][j], and t = V b, row j from the diagonal on is
-    (1, -Vᵀ t) / √(h[j][j] - t·t).
-    """
-    u: Matrix = []
-    for j in reversed(range(len(h))):
-        t = [dot(row, h[j][j + 1:]) for row in u]
-        rest = h[j][j] - dot(t, t)
-        if rest <= 0:
-            raise ValueError("h must be positive definite; more damping would make it so")
-        top = [1.0] + [-dot(column, t) for column in zip(*u)]
-        u = [[value / math.sqrt(rest) for value in top]] + [[0.0] + row for row in u]
-    return u
-
-
-def check_hessian(hessian: Matrix, n: int, damp: float) -> None:
-    """Raise ValueError where gptq() cannot work."""
-    finite = all(len(row) == n and all(map(math.isfinite, row)) for row in hessian)
-    if len(hessian) != n or not finite:
-        raise ValueError(f"hessian must hold {n} × {n} finite numbers, a row and a column for each "
-                         f"column of w")
-    if not 0 < damp < math.inf:
-        raise ValueError(f"damp must be positive, not {damp}")
-
-
-# 7. AWQ
-#
-# A weight matters as much as the activations that it multiplies. In large models, most of the
-# damage of INT4 would be gone if 1% of the input channels, those with the largest activations (the
-# salient ones), stayed in FP16. But a matrix in two formats is slow. AWQ protects these channels
-# within one format: multiply a column of W by s > 1 before rounding, and divide its input by s. The
-# grid of the group hardly changes, so the rounding error of that column remains about the same; but
-# it is then multiplied by x / s instead of x. The output error of this channel shrinks by s.
-#
-# How strongly is found by trying, for all channels of a matrix at once:
-#
-#     s = (mean|x|)^α / √(max · min)                max, min: of (mean|x|)^α over the channels
-#     take the α of 0, 0.05, …, 0.95 with the least |W x - Q(W · s) (x / s)|²
-#
-# (The trace tries 0, 0.1, …, 0.9, to save time.)
-#
-# The division by √(max · min) puts the largest and the smallest s equally far above and below 1, so
-# that the matrix as a whole neither grows nor shrinks. α is an exponent as in SmoothQuant, but with
-# another meaning: with α = 0, s is 1, which is rounding to nearest. With a large α, the columns of
-# small inputs have a small s and are rounded coarsely. And the columns of large inputs become the
-# largest of their groups, so that the steps of these groups grow. The best α lies in between.
-#
-# An example in INT4: a group's largest weight is 1.05, so its scale is 0.15, and weights are off by
-# 0.0375 on average, a quarter of it. A salient weight of 0.22 becomes 0.44 with s = 2. The scale is
-# still 0.15, as 1.05 is still the largest, so the weight is off by as much on average. But its
-# input is now x / 2: the error of the output is halved.
-#
-# As in SmoothQuant, x / s is folded into what makes x: a norm's gain, or the rows of w3, which make
-# the channels that w2 reads. Matrices that read the same x share s. wo reads what the rows of wv
-# make. Where several query heads share a key-value head (grouped queries), a row of wv makes
-# several of wo's channels, and cannot be divided by the s of each. So wo is rounded to nearest, as
-# in the authors' code.
-#
-# In production: llm-compressor's AWQModifier (the successor of AutoAWQ), run by vLLM's AWQ-Marlin
-# kernels. It compares the output of the whole attention or feed-forward block, where we compare
-# that of the matrices. AWQ needs little calibration and does not fit to it as closely as GPTQ
-# does.
-# Measured by show_awq().
-
-
-def awq_search(
-    w: Matrix, x: Matrix, bits: int, *, granularity: str | int, grid: int = 20
-) -> tuple[Vector, float, Quantized]:
-    """Return (scales [in], α, Q(w · scales)) of the least output error on inputs x [n][in].
-
-    w [out][in]. α is tried at 0, 1/grid, …, (grid - 1)/grid; of equal ones the first is taken.
-    ValueError if grid is below 1, or the rows of x are not as long as w's. Lin et al. 2023, eq. 5.
-    """
-    if grid < 1 or not x or len(x[0]) != len(w[0]):
-        raise ValueError(f"grid must be at least 1, and x have rows of {len(w[0])}; got {grid} and "
-                         f"{len(x)} rows")
-    exact = linear(x, w)
-    best = None
-    least = math.inf
-    for step in range(grid):
-        alpha = step / grid
-        scales = awq_scales(x, alpha)
-        q = quantize(scale_columns(w, scales), bits, granularity=granularity)
-        error = output_error(q, scales, x, exact)
-        if best is None or error < least:
-            least = error
-            best = scales, alpha, q
-    return best
-
-
-def output_error(q: Quantized, scales: Vector, x: Matrix, exact: Matrix) -> float:
-    """Return |W x - Q(W · s) (x / s)| / |W x|, given q = Q(W · s) and exact = W x."""
-    y = linear(scale_columns(x, [1 / s for s in scales]), q.dequantize())
-    return relative_distance(y, exact)
-
-
-def awq_scales(x: Matrix, alpha: float) -> Vector:
-    """Return s of each input channel of x [n][in]; a mean |x| below 1e-4 counts as 1e-4."""
-    sizes = [max(fmean(map(abs, channel)), 1e-4) ** alpha for channel in zip(*x)]
-    middle = math.sqrt(max(sizes) * min(sizes))
-    return [size / middle for size in sizes]
-
-
-# 8. QLoRA: training on top of a compressed model
-#
-# Adam, the usual optimizer, keeps a running mean of each gradient and of its square: two more
-# numbers for each weight, in FP32. LoRA leaves the matrix W as it is and trains a correction of low
-# rank r beside it:
-#
-#     y = W x + (α/r) · B (A x)                A [r][in], B [out][r]; α here is LoRA's own constant
-#
-# (Our adapters have α = r, so the factor is 1.) A starts random and B starts at zero, so that
-# training starts from the model as it is: B A = 0. If both were zero, both gradients would be
-# zero, too, and nothing would ever move. With dW the gradient that W would have:
-#
-#     dA = (α/r) · Bᵀ dW                       dB = (α/r) · dW Aᵀ
-#
-# For a matrix of 4096 × 4096, rank 16 trains 131,072 numbers instead of 16.8 million: 0.8%.
-#
-# QLoRA stores W in NF4, frozen: with_adapter(quantize_nf4(w).dequantize(), adapter). It is turned
-# back into numbers for each use; gradients flow through it to A and B. (Real kernels never form W +
-# B A or dW; they multiply by A, then by B, and have gradients for those alone.)
-#
-# In production: peft (tuners/lora/bnb.py) with bitsandbytes' Linear4bit. Adapters are served in 16
-# bits beside the frozen weights; merging them into NF4 would round them away.
-# Measured by show_qlora().
-
-
-class Adapter(NamedTuple):
-    """A correction B A of low rank to a matrix W [out][in]."""
-
-    a: Matrix  # [r][in]
-    b: Matrix  # [out][r]
-
-
-def new_adapter(w: Matrix, rank: int, rng: random.Random) -> Adapter:
-    """Return an adapter for w that changes nothing yet: A random of size 1/√in, B zero."""
-    n_in = len(w[0])
-    a = [[rng.gauss(0, n_in ** -0.5) for _ in range(n_in)] for _ in range(rank)]
-    b = [[0.0] * rank for _ in w]
-    return Adapter(a, b)
-
-
-def with_adapter(w: Matrix, adapter: Adapter) -> Matrix:
-    """Return W + B A, with α = r."""
-    b_times_a = linear(adapter.b, transpose(adapter.a))
-    return add(w, b_times_a)
-
-
-def adapter_gradient(d_w: Matrix, adapter: Adapter) -> Adapter:
-    """Return the gradients of A and B, given that of W + B A: dA = Bᵀ dW, dB = dW Aᵀ."""
-    d_a = linear(transpose(adapter.b), transpose(d_w))
-    d_b = linear(d_w, adapter.a)
-    return Adapter(d_a, d_b)
-
-
-# 9. The table
-#
-# All methods on one page. What to take follows from what there is:
-#
-#     no data, no time            8 bits; NF4, Q4_K, HQQ, MXFP4 or NVFP4; FP8 or LLM.int8() for
-#                                 activations as well
-#     some text, some minutes     GPTQ or AWQ in 4 bits; SmoothQuant for activations as well
-#     training                    QLoRA on a frozen model; one bit by training that way (section 13)
-#
-# The measure is the KL divergence from the uncompressed model's predictions p:
-#
-#     KL(p, q) = Σ p · log(p / q)              over all tokens that might come next
-#
-# It is 0 only if the predictions q are the same. Perplexity alone would not do: a damaged model can
-# by luck have the better one on a short text.
-#
-# In production: llama.cpp's llama-perplexity --kl-divergence prints the same measure.
-# Measured by show_table().
-
-
-def log_softmax(logits: Vector) -> Vector:
-    """Return log softmax(logits) = logits - log Σ exp(logits), without overflow."""
-    largest = max(logits)
-    total = largest + math.log(math.fsum(math.exp(value - largest) for value in logits))
-    return [value - total for value in logits]
-
-
-def kl_divergence(log_p: Vector, log_q: Vector) -> float:
-    """Return Σ p · log(p / q) in nats, of log-probabilities."""
-    return sum(math.exp(a) * (a - b) for a, b in zip(log_p, log_q))
-
-
-# 10. MXFP4 and NVFP4
+# 11. MXFP4 and NVFP4
 #
 # The newest hardware multiplies 4-bit floating point: E2M1, whose values are 0, 0.5, 1, 1.5, 2,
 # 3, 4 and 6 with either sign. Close to 0 the steps are fine, as in NF4. The two formats differ in
@@ -1119,7 +1139,7 @@ def quantize_nvfp4(w: Matrix) -> Quantized:
     return Quantized(codes, scales, zeros, 4, 16, scale_bytes + pack_floats([overall]), codebook)
 
 
-# 11. Q4_K
+# 12. Q4_K
 #
 # Q4_0 has no zero point: weights that lean to one side waste codes. Q4_K gives each 32 weights a
 # scale and a minimum, and quantizes those as well, to 6 bits, for 256 weights together:
@@ -1138,7 +1158,7 @@ def quantize_nvfp4(w: Matrix) -> Quantized:
 # In production: ggml-quants.c (quantize_row_q4_K_ref, get_scale_min_k4). The layout is the same.
 # ggml's encoder tries 21 scales for each 32 weights and keeps the best; ours is the simple encoder,
 # which takes the range from the smallest to the largest weight. "Q4_K_M" is Q4_K for most matrices
-# and more bits for a few (section 16).
+# and more bits for a few (section 17).
 # Measured by show_q4_k().
 
 
@@ -1202,7 +1222,7 @@ def six_bits(values: Vector) -> tuple[float, list[int]]:
     return unit, [min(63, round(value / unit)) for value in values]
 
 
-# 12. HQQ and SqueezeLLM
+# 13. HQQ and SqueezeLLM
 #
 # HQQ needs no data. It keeps the scales of round to nearest and moves the zero point z of each
 # group to where the errors are smallest. In practice: take the codes, set z so that the mean
@@ -1232,12 +1252,22 @@ def hqq(
 ) -> Quantized:
     """Return w [out][in] on the asymmetric grids of quantize(), with zero points moved, in FP16.
 
-    ValueError as for quantize().
+    granularity: "channel" or a group size. ValueError for "tensor", and as for quantize().
     """
-    def make(values: Sequence[float]) -> tuple[float, float]:
-        scale, zero = make_grid(values, bits, symmetric=False)
-        return scale, best_zero_point(values, scale, zero, bits, p, beta)
-    return on_grids(w, bits, granularity, False, make)
+    if granularity == "tensor":
+        raise ValueError("granularity must be 'channel' or a group size, not 'tensor'")
+    start = quantize(w, bits, symmetric=False, granularity=granularity)
+    codes, zero_points = [], []
+    for row, scales, zeros in zip(w, start.scales, start.zero_points):
+        row_codes, row_zeros = [], []
+        for values, scale, zero in zip(in_rows(row, start.group), scales, zeros):
+            moved = best_zero_point(values, scale, zero, bits, p, beta)
+            row_codes += to_codes(values, scale, moved, bits)
+            row_zeros.append(moved)
+        codes.append(row_codes)
+        zero_points.append(row_zeros)
+    overhead = grid_bytes(start.scales, zero_points, bits, granularity, symmetric=False)
+    return replace(start, codes=codes, zero_points=zero_points, overhead=overhead)
 
 
 def best_zero_point(
@@ -1317,17 +1347,19 @@ def squeezellm(
     centroids = weighted_kmeans([values[i] for i in dense], [weights[i] for i in dense], 2 ** bits)
     codebook = sorted(map(fp16, centroids))
     codes = nearest(values, codebook)
+    data = pack_bits(codes, bits) + pack_halves(codebook)
 
     columns = len(w[0])
-    places = [i % columns for i in apart]
-    before = [bisect_left(apart, r * columns) for r in range(len(w) + 1)]
-    data = pack_bits(codes, bits) + pack_halves(codebook) + pack_halves(list(exact.values()))
-    data += struct.pack(f"<{len(places) + len(before)}H", *places, *before)
+    if apart:
+        places = [i % columns for i in apart]
+        before = [bisect_left(apart, r * columns) for r in range(len(w) + 1)]
+        data += pack_halves(list(exact.values()))
+        data += struct.pack(f"<{len(places) + len(before)}H", *places, *before)
     decoded = [exact.get(i, codebook[code]) for i, code in enumerate(codes)]
     return in_rows(decoded, columns), data
 
 
-# 13. One bit and a bit
+# 14. One bit and a bit
 #
 # BitNet's weights are signs, with one scale for the matrix. Those of b1.58 are -1, 0 or 1, which is
 # log2(3) = 1.58 bits:
@@ -1347,11 +1379,12 @@ def squeezellm(
 #
 # Small steps add up in w until ŵ flips. The same rule trains any format ("quantization-aware").
 #
-# Without training, the scale that fits best is not the mean of |W|, but the mean of |w| over the
-# weights that are not rounded to 0 (least squares).
+# The scale that fits W best is not the mean of |W|, but the mean of |w| over the weights that are
+# not rounded to 0 (least squares). Which of the two fits the model is another question.
 #
 # In production: microsoft/BitNet (bitnet.cpp), llama.cpp's TQ1_0 and TQ2_0. The papers train so
-# from the first step and keep embedding and output matrix in 16 bits.
+# from the first step, round the activations to 8 bits as well, and keep embedding and output matrix
+# in 16 bits.
 # Measured by show_one_bit().
 
 
@@ -1410,7 +1443,7 @@ def straight_through(
     return loss_and_gradients(config, rounded, tokens)
 
 
-# 14. Q-GaLore: training all weights, in INT8
+# 15. Q-GaLore: training all weights, in INT8
 #
 # GaLore trains every weight, not an adapter, but spares most of Adam's memory. A gradient G
 # [m][n] (a tall one is transposed first) is nearly of low rank. So project it on its top r left
@@ -1437,10 +1470,10 @@ def subspace(g: Matrix, rank: int, rng: random.Random, turns: int = 30) -> Matri
 
     Orthogonal iteration: multiply by g gᵀ, make the vectors orthogonal and of length 1, repeat.
     """
-    squared = linear(g, g)  # g gᵀ, [m][m]
-    vectors = [[rng.gauss(0, 1) for _ in g] for _ in range(rank)]
+    squared = matmul(g, transpose(g))  # [m][m]
+    vectors = normal_matrix(rng, rank, len(g))
     for _ in range(turns):
-        vectors = linear(vectors, squared)
+        vectors = matmul(vectors, squared)
         for i, v in enumerate(vectors):
             for u in vectors[:i]:
                 share = dot(u, v)
@@ -1462,7 +1495,8 @@ class QGaLore:
         self.interval = 2                         # steps between two projections
         self.wait = 0                             # steps until the next one
         self.refreshed = 0
-        self.adam = Adam({"R": [[0.0] * len(w[0]) for _ in range(rank)]})
+        self.step_in_r = [[0.0] * len(w[0]) for _ in range(rank)]  # Adam moves it from 0
+        self.adam = Adam({"R": self.step_in_r})
 
     def step(self, gradient: Matrix, learning_rate: float) -> None:
         """Take one step against the gradient [m][n], and round to INT8."""
@@ -1470,12 +1504,10 @@ class QGaLore:
             self.refresh(gradient)
         self.wait -= 1
         p = self.projection.dequantize()
-        r = linear(p, transpose(gradient))
-        # Adam adds its step to zeros: then they are the step.
-        step = [[0.0] * len(row) for row in r]
-        self.adam.rows["R"] = step
-        self.adam.step({"R": r}, learning_rate)
-        w = add(self.q.dequantize(), linear(transpose(p), transpose(step)))
+        for row in self.step_in_r:
+            row[:] = [0.0] * len(row)
+        self.adam.step({"R": matmul(p, gradient)}, learning_rate)
+        w = add(self.q.dequantize(), matmul(transpose(p), self.step_in_r))
         self.q = quantize(w, 8, granularity="channel")
         if self.stochastic:
             codes = [stochastic_codes(row, scale, self.rng)
@@ -1504,7 +1536,7 @@ def alignment(u: Vector, v: Vector) -> float:
     return abs(dot(u, v)) / math.sqrt(dot(u, u) * dot(v, v) or 1.0)
 
 
-# 15. Training in 16 bits
+# 16. Training in 16 bits
 #
 # Hardware multiplies FP16 and BF16 many times faster than FP32. Three things make training in 16
 # bits work. Master weights in FP32 take the steps, for a step is often too small to change a
@@ -1550,7 +1582,7 @@ def through_format(gradient: Vector, scale: float, form: Callable[[float], float
     return [form(g * scale) / scale for g in gradient]
 
 
-# 16. Mixed bits
+# 17. Mixed bits
 #
 # Not every matrix minds rounding as much. Estimate what rounding costs each one, at several widths,
 # and give the bits to those that mind. To second order, the loss grows by
@@ -1558,11 +1590,12 @@ def through_format(gradient: Vector, scale: float, form: Callable[[float], float
 #     ½ Σ F_i · (w_i - Q(w_i))²
 #
 # with F the curvature. HAWQ takes the Hessian's trace for it; we take the squared gradients of
-# section 12 (the Fisher diagonal), which are already there. With 8 matrices and 3 widths, all 6,561
+# section 13 (the Fisher diagonal), which are already there. With 8 matrices and 3 widths, all 6,561
 # assignments can be tried, and the best that is no larger than uniform bits is taken.
 #
 # In production: llama.cpp's Q4_K_M gives more bits to half of attn_v and ffn_down, by rule
-# (src/llama-quant.cpp). ModelOpt's auto_quantize searches with a gradient-based score as here.
+# (src/llama-quant.cpp). ModelOpt's auto_quantize searches with a score from gradients, too, but
+# multiplies them with the errors of the outputs, in which a matrix's errors have worked together.
 # Measured by show_mixed().
 
 
@@ -1653,7 +1686,7 @@ def round_and_back(w: Matrix, bits: int) -> list[Rounded]:
 
 
 def show_numbers(trace: Trace, knobs: Namespace) -> None:
-    """The model under test, weights to codes and back, and the float formats."""
+    """Show the model under test, weights to codes and back, and the float formats."""
     lab = lab_of(knobs)
     least, model, silent, guessing = losses = compare_losses(lab)
     name = "layers.0.attention.wv"
@@ -1664,15 +1697,16 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"The model under test is a Llama of {n_numbers(lab.config):,} weights. It learned "
               f"verses made of the clauses of a nursery rhyme in another order: \"{verse}\" It is "
               f"measured on {EVALUATION_VERSES} verses that nothing was trained or calibrated on. "
-              "The loss on them, in nats a token; the least possible is that of someone who knows "
-              "how likely each clause is to follow another.")
+              "The table shows the loss per token. No model can get below the first row, since "
+              "which clause follows is partly chance. Guessing takes all tokens as equally likely.")
     trace.table(losses, {"who as of": "", "loss": ".3f", "perplexity": ".2f"})
     if lab.outliers:
         uses = "It uses them." if silent.loss > model.loss else "It hardly uses them."
         trace.say(f"As in large models, a few channels (numbers "
                   f"{' and '.join(map(str, lab.outliers))} of {lab.config.dim}) are many times "
-                  f"larger than the others: their gains began at {knobs.outliers[1]:g}, the others "
-                  f"at 1, and the model learned with them. {uses}")
+                  f"larger than the others: the norms multiply them by a factor that began at "
+                  f"{knobs.outliers[1]:g}, the others by one that began at 1. The model learned "
+                  f"with them. {uses}")
     trace.ask(f"the weight of {name} furthest from 0 is {furthest.weight:+.4f}. Which code is it "
               f"in INT{knobs.bits}?", furthest.code)
     trace.say(f"Five weights of {name} and the one furthest from 0, rounded to INT{knobs.bits} and "
@@ -1680,8 +1714,8 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     trace.table([*rows[:5], furthest], {"weight": "+.4f", "code": "d", "back": "+.4f"})
     show_formats(trace)
 
-    trace.check("no verse that is measured on stands in any other text", shared_verses(lab) == 0,
-                "compared verse by verse")
+    trace.check("the verses that are measured on are in no text that anything learns from",
+                shared_verses(lab) == 0, "compared verse by verse")
     trace.check("the model's loss lies between the least one and that of guessing",
                 least.loss < model.loss < guessing.loss, "the first table")
     half = abs(furthest.weight) / (2 ** (knobs.bits - 1) - 1) / 2
@@ -1692,12 +1726,12 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
 
 
 def show_formats(trace: Trace) -> None:
-    """Four numbers in the float formats."""
+    """Show four numbers in the float formats."""
     formats = [fp16, bf16, fp8_e4m3, fp8_e5m2]
-    trace.say("Floating point has steps that halve with each smaller power of two, down to the "
-              "smallest that its exponent can write. (That is 2^-6 for FP8 E4M3, so 0.001 is "
-              "rounded as coarsely as 0.016 is.) Beyond its largest number it has infinity, or "
-              "stays there.")
+    trace.say("Floating point has finer steps for smaller numbers: half as large from one power "
+              "of two to the next lower one. Close to 0 they shrink no further. (In FP8 E4M3 that "
+              "is below 2^-6, so 0.001 is rounded as coarsely as 0.016.) What is too large "
+              "becomes infinity, or the largest number.")
     trace.table([{"number": x, **{form.name: form(x) for form in formats}}
                  for x in (math.pi, 0.001, 300.0, 70000.0)],
                 {"number": ".6g", **{form.name: ".6g" for form in formats}})
@@ -1710,9 +1744,9 @@ def check_rounding_by_hand(trace: Trace) -> None:
     lean = [quantize([row], 4, symmetric=False).codes[0] for row in ([-0.5, 0.0, 0.25], [0.5, 1.5])]
     trace.check("asymmetric INT4 of -0.5, 0, 0.25, and of 0.5, 1.5 = -8, 2, 7, and -3, 7",
                 lean == [[-8, 2, 7], [-3, 7]], "by hand")
-    trace.check("FP8 of pi, pi, 500 and 0.0009 = 3.25, 3, 448 and 0, as their bits allow",
-                [fp8_e4m3(math.pi), fp8_e5m2(math.pi), fp8_e4m3(500.0), fp8_e4m3(0.0009)]
-                == [3.25, 3.0, 448.0, 0.0], "by hand")
+    trace.check("E4M3 makes pi 3.25, 500 448, 0.0009 0; E5M2 makes pi 3, and BF16 3.140625",
+                [*map(fp8_e4m3, (math.pi, 500.0, 0.0009)), fp8_e5m2(math.pi), bf16(math.pi)]
+                == [3.25, 448.0, 0.0, 3.0, 3.140625], "by hand")
 
 
 # 2. Granularity
@@ -1729,13 +1763,15 @@ class OneOutlier(NamedTuple):
 def plant_one_outlier(bits: int, group_size: int, seed: int) -> list[OneOutlier]:
     """Return the damage in 8 rows of 64 normal weights, one of which is made 20."""
     w = normal_matrix(random.Random(seed), 8, 64)
+    others = list(map(list, w))
     w[2][20] = 20.0
+    others[2][20] = 0.0
     rows = []
     for granularity in ("tensor", "channel", group_size):
         q = quantize(w, bits, granularity=granularity)
         back = q.dequantize()
-        back[2][20] = 20.0
-        rows.append(OneOutlier(granularity, q.bits_per_weight, relative_distance(back, w)))
+        back[2][20] = 0.0
+        rows.append(OneOutlier(granularity, q.bits_per_weight, relative_distance(back, others)))
     return rows
 
 
@@ -1762,7 +1798,7 @@ def real_sizes() -> list[RealSize]:
 
 
 def show_real_sizes(trace: Trace) -> None:
-    """The sizes of real models."""
+    """Show the sizes of real models."""
     trace.say("Real models in GiB: in 16 bits; at 4.125 bits (INT4 in groups of 128); and as "
               "usual, which is 4.125 bits, but 16 for the embedding and the output matrix.")
     trace.table(real_sizes(), {"model": "", "parameters": ",d", "fp16 as 16 bits": ".1f",
@@ -1770,33 +1806,39 @@ def show_real_sizes(trace: Trace) -> None:
 
 
 def show_granularity(trace: Trace, knobs: Namespace) -> None:
-    """One outlier's reach, the model at each granularity, and the sizes of real models."""
+    """Show one outlier's reach, the model at each granularity, and the sizes of real models."""
     lab = lab_of(knobs)
     bits, g, _ = knobs.setting
     tensor, channel, group = (score(lab, method, knobs.setting) for method in (
         "INT per tensor", "INT per channel", "INT in groups"))
     planted = plant_one_outlier(bits, g, knobs.seed)
 
-    trace.say("One of 512 weights is made 20 times the typical size. What happens to the others if "
-              "they share its scale? Error: of all others, as a share of their size.")
+    trace.say("A matrix has 8 rows of 64 weights. One weight is made 20 times the typical size. "
+              "What happens to the others if they share its scale? The error is that of all "
+              "others, as a share of their size.")
     trace.table(planted, {"granularity as a scale per": ">", "bits as bits/weight": ".3f",
                           "error": ".1%bar 30"})
     trace.ask(f"INT{bits} with a scale in FP16 for every {g} weights: how many bits a weight?",
               planted[2].bits)
-    trace.say("The model, rounded to nearest; the embedding and the norms stay in FP16. Bits: of a "
-              "weight, with its share of the scales (a row has 64 weights, in w2 32). KL: how far "
-              "its predictions moved from those of the model in FP32, with the standard error (±) "
-              "over the verses. (Not perplexity: a damaged model can have a better one by luck.)")
-    trace.say("All methods read the same verses, so two KLs are compared verse by verse. Where the "
-              f"mean of the differences is less than {T_95} of its standard errors (which five "
-              "verses exceed by chance in 5% of all cases), it is called a tie.")
-    int8, q4_0 = score(lab, "INT per channel", Setting(bits=8)), score(lab, "Q4_0")
-    trace.table([int8, tensor, channel, group, q4_0], SCORES)
+    trace.say("Now the model, rounded to nearest. The embedding and the norms stay in FP16. The "
+              "bits are those of a weight, scales included. KL says how far the predictions moved "
+              "from those of the model in FP32, and ± is its standard error over the verses. "
+              "(Perplexity would not do: a damaged model can have a better one by luck.)")
+    trace.say("All methods read the same verses. This page calls one better than another only if "
+              "it is better on each of the five verses; if not, it is a tie. (Of two equally good "
+              "ones, one wins all five by luck in 2 · (1/2)^5 = 1 of 16 cases.)")
+    q8_0 = score(lab, "Q8_0", knobs.setting)
+    q4_0 = score(lab, "Q4_0", knobs.setting)
+    trace.table([tensor, channel, group, q4_0, q8_0], SCORES)
     trace.say(f"A scale per channel {compare(channel, tensor)} one per tensor. A scale per group "
               f"of {g} {compare(group, channel)} one per channel, and {compare(group, tensor)} one "
-              "per tensor. (At the default settings, over seeds 0 to 4, a scale per tensor has 1.7 "
-              "to 4.4 times the KL of groups of 32.) Q4_0 (section 3) has groups of 32 and uses "
-              "all 16 codes of 4 bits instead of 15; that makes its steps an eighth smaller.")
+              "per tensor. Q4_0 and Q8_0 (section 3) have groups of 32. Q4_0 uses all 16 codes of "
+              "4 bits instead of 15; that makes its steps an eighth smaller.")
+    trace.say("One model proves little. So the same was measured on 20 models, of seeds 0 to 19, "
+              "at the default settings. A scale per tensor had 1.3 to 6.4 times the KL of groups "
+              "of 32. Groups had less than a scale per channel on 12 of the 20. They gain little "
+              "here, as a row of 64 weights has only two groups. The rows of real models have "
+              "thousands of weights, and groups are usual there. So this page measures by them.")
     show_real_sizes(trace)
 
     scales = [1, 8, 8 * ceil_div(64, g)]
@@ -1804,14 +1846,27 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
                 all(row.bits == bits + 16 * n / 512 for row, n in zip(planted, scales)),
                 "the first table")
     trace.check("the fewer weights share the outlier's scale, the less the others move",
-                planted[0].error > planted[1].error > planted[2].error or g == 64,
-                "the first table")
+                planted[0].error > planted[1].error
+                and (planted[1].error > planted[2].error or g == 64), "the first table")
+    check_comparisons(trace)
     trace.check("parameters from the configurations = the published counts",
                 [row.parameters for row in real_sizes()] == [n for _, n in REAL_LLAMAS.values()],
                 "equal")
 
 
-# 3. llama.cpp's blocks and a file that it runs
+def check_comparisons(trace: Trace) -> None:
+    """Check how rows are compared, and the standard error, by hand."""
+    def row(*sums: float) -> Score:
+        return Score("", 0.0, 0, 0.0, 0.0, tuple((total, 1) for total in sums))
+    trace.check("1, 2, 3 is better than 2, 3, 4, worse than 0, 1, 2, and ties with 2, 1, 4",
+                [compare(row(1, 2, 3), other) for other in (row(2, 3, 4), row(0, 1, 2),
+                                                            row(2, 1, 4))]
+                == ["is better than", "is worse than", "is in a tie with"], "verse by verse")
+    trace.check("the mean of 1 and 3 is 2, its standard error 1",
+                mean_and_error([(1.0, 1), (3.0, 1)]) == (2.0, 1.0), "by hand")
+
+
+# 3. llama.cpp's blocks
 
 
 class BlockWeight(NamedTuple):
@@ -1836,15 +1891,11 @@ def take_apart(row: Vector, block: bytes, places: Sequence[int]) -> list[BlockWe
     return rows
 
 
-def show_gguf(trace: Trace, knobs: Namespace) -> None:
-    """A Q4_0 block taken apart, and the first bytes of a GGUF file."""
+def show_blocks(trace: Trace, knobs: Namespace) -> None:
+    """Show a Q4_0 block taken apart."""
     [row] = normal_matrix(random.Random(knobs.seed), 1, 32, 0.1)
     block = q4_0_encode(row)
     extreme = max(range(32), key=lambda i: abs(row[i]))
-    # A file's layout does not depend on the weights: an untrained model will do.
-    config = lab_config()
-    weights = init_weights(config, random.Random(0))
-    file = gguf_file(config, weights, word_tokenizer())
 
     trace.ask("a Q4_0 block is an FP16 scale and 32 codes of 4 bits. How many bytes?", len(block))
     trace.say("llama.cpp cuts each row of a matrix into blocks of 32 weights that share a scale, "
@@ -1856,37 +1907,6 @@ def show_gguf(trace: Trace, knobs: Namespace) -> None:
                  "back as (code - 8) · d": "+.4f"})
     trace.note(f"d = {struct.unpack('<e', block[:2])[0]:.5f}: weight {extreme}, the extreme one, "
                f"divided by -8")
-    trace.say(f"A GGUF file of a model of this size, of {len(file):,} bytes, begins with the "
-              "magic, the version, the number of tensors and the number of metadata entries. The "
-              "first key follows, its length before it:")
-    for start in range(0, 64, 16):
-        line = file[start:start + 16]
-        text = "".join(chr(b) if 32 <= b < 127 else "·" for b in line)
-        trace.lines([f"  {line.hex(' ')}  {text}"])
-    trace.say("`python microquant.py --gguf tiny.gguf` writes the trained model with its "
-              "tokenizer. `llama-completion -m tiny.gguf -no-cnv --temp 0 -p \"This is\"` goes on "
-              "from there.")
-    check_gguf_file(trace, file, config, weights["output"])
-    check_blocks_by_hand(trace)
-
-
-def check_gguf_file(trace: Trace, file: bytes, config: Config, output: Matrix) -> None:
-    """Check the file's head, an entry of its table, and the last of its tensors."""
-    counts = struct.unpack("<IQQ", file[4:24])
-    trace.check("the file's first numbers = version 3, its tensors, its metadata entries",
-                counts == (3, len(config.shapes()), 19), ", ".join(map(str, counts)))
-    # Eight tensors stand before it: 56 · 68, 256, 4352, 1088, 1088, 4352 and 256 bytes, in order.
-    entry = struct.pack("<Q21sI2QIQ", 21, b"blk.0.ffn_gate.weight", 2, 64, 32, 8, 15200)
-    trace.check("the entry of w1 = its name in ggml, its row and rows, Q8_0's number, its offset",
-                entry in file, f"{len(entry)} bytes, by hand")
-    n = math.prod(config.shapes()["output"])
-    stored = q8_0_decode(file[-n // 32 * 34:], n)
-    trace.check_close("the file's last bytes = the output matrix, but for rounding",
-                      [stored], [flatten(output)], 0.003)
-
-
-def check_blocks_by_hand(trace: Trace) -> None:
-    """Check two blocks, and metadata, whose bytes follow from the specification."""
     # 1, 2, …, 32: d = 32/127, so weight i has the code round(127 · i / 32).
     codes = bytes(math.floor(127 * i / 32 + 0.5) for i in range(1, 33))
     trace.check("Q8_0 of 1, 2, …, 32 = the block worked out by hand",
@@ -1896,10 +1916,6 @@ def check_blocks_by_hand(trace: Trace) -> None:
     trace.check("Q4_0 of -8, …, 7, twice = the block worked out by hand, and back",
                 q4_0_encode([*range(-8, 8)] * 2) == block
                 and q4_0_decode(block, 32) == [*range(-8, 8)] * 2, "18 bytes")
-    values = b"".join(map(gguf_value, (7, 0.5, True, "ab", [7])))
-    expected = struct.pack("<2IIfI?IQ2sIIQI", 4, 7, 6, 0.5, 7, True, 8, 2, b"ab", 9, 4, 1, 7)
-    trace.check("metadata 7, 0.5, true, ab and [7] = types and values by the specification",
-                values == expected, f"{len(values)} bytes")
 
 
 # 4. NF4 and double quantization
@@ -1936,7 +1952,7 @@ def compare_codebooks(seed: int) -> list[CodebookRow]:
 
 
 def show_nf4(trace: Trace, knobs: Namespace) -> None:
-    """The codebook over a bell, and NF4 against INT4 at equal bits."""
+    """Show the codebook over a bell, and NF4 against INT4 at equal bits."""
     codebook = nf4_codebook()
     symmetric, asymmetric, int4, nf4, double = rows = compare_codebooks(knobs.seed)
     blocks = normal_matrix(random.Random(knobs.seed), 64, 64)
@@ -1954,7 +1970,7 @@ def show_nf4(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"At 4.5 bits NF4 has an error of {nf4.normal:.2%}, INT4 of {int4.normal:.2%}; "
               f"asymmetric INT4 has {asymmetric.normal:.2%} at {asymmetric.bits:.2f}. So plain "
               f"NF4 is no bargain. Double quantization makes it one: {double.normal:.2%} at "
-              f"{double.bits:.2f} bits.")
+              f"{double.bits:.2f} bits. (INT4 could store its scales so, too; it is not done.)")
     trace.check_close("the codebook derived = the 16 published values", [codebook], [PUBLISHED_NF4],
                       1e-6)
     trace.check("NF4 beats INT4 in the same blocks on normal numbers, and loses on uniform ones",
@@ -2004,67 +2020,73 @@ def channels_of_wq(lab: Lab, weights: Weights) -> tuple[Vector, Vector]:
 
 
 def show_channels(trace: Trace, before: Vector, after: Vector, alpha: float) -> None:
-    """The size of each input channel of wq, before and after SmoothQuant."""
-    trace.say(f"The largest activation of each channel that wq reads, from left to right. "
-              f"First as it is, then after SmoothQuant with α = {alpha:g}, which divides "
-              "large channels and multiplies the weights that meet them. Before each: the "
-              "largest.")
-    for sizes in (before, after):
-        first, *others = columns_picture(sizes, 4)
-        trace.lines([f"{max(sizes):7.1f} {first}", *(" " * 8 + line for line in others)])
+    """Show the size of each input channel of wq, before and after SmoothQuant."""
+    trace.say("A column for each channel that wq reads, as high as its largest activation. "
+              "SmoothQuant divides large channels, and multiplies the weights that meet them. How "
+              "strongly, its α says: at 1, all channels become equally large.")
+    for title, sizes in (("As it is", before), (f"After SmoothQuant with α = {alpha:g}", after)):
+        trace.say(f"{title}, up to {max(sizes):.1f}:")
+        trace.lines(["  " + line for line in columns_picture(sizes, 4)])
 
 
 def show_activations(trace: Trace, knobs: Namespace) -> None:
-    """The sizes of activations, and the ways to have them in 8 bits."""
+    """Show the sizes of activations, and the ways to have them in 8 bits."""
     lab = lab_of(knobs)
     channels = compare_channels(lab)
-    static, dynamic, fp8, mixed = (score(lab, method) for method in EIGHT_BITS[:4])
-    smooth = [score(lab, "SmoothQuant", Setting(alpha=alpha)) for alpha in ALPHAS]
+    static, dynamic, fp8, mixed = (score(lab, method, knobs.setting) for method in EIGHT_BITS[:4])
+    smooth = [score(lab, "SmoothQuant", knobs.setting._replace(alpha=alpha)) for alpha in ALPHAS]
     name = "layers.0.attention.wq"
     weights = smoothed(lab, knobs.alpha)
     before, after = channels_of_wq(lab, weights)
 
-    trace.say("If activations are in 8 bits, too, integer units can make the products. But a few "
-              "channels are much larger than the others, and a scale that reaches to them leaves "
+    trace.say("If activations are in 8 bits, too, integer units can make the products. But where "
+              "a few channels are much larger than the others, a scale that reaches to them leaves "
               "few codes for the rest. In large models, this can ruin the output.")
     show_channels(trace, before, after, knobs.alpha)
     trace.ask(f"how many of these {channels[0].channels} channels will LLM.int8() keep in floating "
               f"point?", channels[0].kept)
     trace.say("LLM.int8() multiplies in floating point the channels that reach 6.0, and keeps "
               "their weights in FP16. That threshold is made for large models, whose other "
-              "activations are small; w2's inputs here are not. Median: of the channels' largest "
-              "activations.")
+              "activations are small; w2's inputs here are not. Largest: the largest activation. "
+              "Median: half of the channels never exceed it.")
     trace.table(channels, {"matrix": "", "channels": "d", "kept as in FP16": "d", "largest": ".1f",
                            "typical as median": ".1f"})
-    trace.say("The model with weights and activations in 8 bits, a scale per row of W. Static: one "
-              "scale for all tokens. Dynamic, as also after SmoothQuant: one for each token.")
+    trace.say("The model with weights and activations in 8 bits. Each row of W has a scale. "
+              "Activations have one scale for all tokens (static), or one per token (dynamic, and "
+              "all others).")
     trace.table([static, dynamic, fp8, mixed, *smooth], SCORES)
     best = min(smooth, key=lambda row: row.kl)
-    inside = "inside" if best is smooth[1] else "at an end of"
     trace.say(f"Static INT8 {compare(static, dynamic)} dynamic INT8. LLM.int8() "
-              f"{compare(mixed, dynamic)} dynamic INT8. SmoothQuant at the best of three α "
-              f"{compare(best, dynamic)} dynamic INT8, and that α lies {inside} their range. "
-              f"FP8, without calibration, {compare(fp8, static)} static INT8, and "
-              f"{compare(fp8, dynamic)} dynamic INT8.")
+              f"{compare(mixed, dynamic)} dynamic INT8. {best.method}, the best of the three, "
+              f"{compare(best, dynamic)} dynamic INT8. FP8, without calibration, "
+              f"{compare(fp8, static)} static INT8, and {compare(fp8, dynamic)} dynamic INT8.")
+    trace.say("On 20 models at the defaults, the KL divided by that of dynamic INT8 was 3.2 to 8.3 "
+              "for static INT8, 0.5 to 1.5 for FP8, and at most 0.05 for LLM.int8() and 0.08 for "
+              "SmoothQuant with α = 0.5. This α was the best of the three on all 20.")
 
     verse = split_verses(lab.evaluation)[0]
     trace.check_close("SmoothQuant left the FP32 logits where they were",
                       Llama(lab.config, weights).forward(verse), lab.model.forward(verse), 1e-9)
+    trace.check("three values of α make three models", len({row.kl for row in smooth}) == 3,
+                "their KLs")
+    _, equal = channels_of_wq(lab, smoothed(lab, 1.0))
+    trace.check_close("at α = 1, all channels of x have the size 1", [equal], [[1.0] * len(equal)],
+                      1e-9)
     x = lab.inputs[name][:8]
-    check_8_bit_models(trace, lab, name, x, weights[name], knobs.alpha)
+    check_8_bit_models(trace, lab, name, x, weights[name], knobs.setting)
     check_8_bit_products(trace, x, lab.model.weights[name])
 
 
 def check_8_bit_models(
-    trace: Trace, lab: Lab, name: str, x: Matrix, smooth_w: Matrix, alpha: float
+    trace: Trace, lab: Lab, name: str, x: Matrix, smooth_w: Matrix, setting: Setting
 ) -> None:
     """Check that each model multiplies x by its matrix of that name as its name says."""
     w = lab.model.weights[name]
     q = quantize(w, 8, granularity="channel")
     smooth_q = quantize(smooth_w, 8, granularity="channel")
     expected = [int8_matmul(x, q, static_scale(lab.inputs[name])), int8_matmul(x, q),
-                fp8_matmul(x, w), llm_int8_matmul(x, w), int8_matmul(x, smooth_q)]
-    models = [compress(lab, method, Setting(alpha=alpha))[0] for method in EIGHT_BITS]
+                fp8_matmul(x, *fp8_rows(w)), llm_int8_matmul(x, w), int8_matmul(x, smooth_q)]
+    models = [compress(lab, method, setting)[0] for method in EIGHT_BITS]
     products = [model.linear(name, x) for model in models]
     trace.check("each of the five models multiplies as its name says", products == expected, name)
 
@@ -2078,18 +2100,19 @@ def check_8_bit_products(trace: Trace, x: Matrix, w: Matrix) -> None:
                       llm_int8_matmul(x, w, threshold=math.inf), linear(rounded_x, int8_w), 1e-9)
     trace.check_close("LLM.int8() with threshold 0 = the exact product",
                       llm_int8_matmul(x, w, threshold=0.0), linear(x, w), 1e-9)
-    errors = [relative_distance(y, linear(x, w)) for y in (llm_int8_matmul(x, w), fp8_matmul(x, w))]
+    errors = [relative_distance(y, linear(x, w))
+              for y in (llm_int8_matmul(x, w), fp8_matmul(x, *fp8_rows(w)))]
     trace.check("LLM.int8()'s product is off by less than 2%, FP8's by less than 5%",
                 errors[0] < 0.02 and errors[1] < 0.05, f"{errors[0]:.2%} and {errors[1]:.2%}")
     trace.check("s of max|x| = 256 and max|w| = 16 is 4 at α = 1/2, and 32 at α = 3/4",
                 smoothquant_scales([256.0], [16.0]) + smoothquant_scales([256.0], [16.0], 0.75)
                 == [4.0, 32.0], "by hand")
-    trace.check("a static scale of 1, 0, -254 is 2", static_scale([[1.0, 0.0, -254.0]]) == 2.0,
-                "by hand")
+    trace.check("the static scale of activations 1, 0 and -254 is 254 / 127",
+                static_scale([[1.0, 0.0, -254.0]]) == 2.0, "by hand")
     # The scale of (1, 1.06) is 1.06 / 448. 448 / 1.06 = 422.6 becomes 416, which is 13 steps of 32.
-    trace.check("FP8: (1, 0) times (1, 1.06) = 416 · 1.06 / 448",
-                abs(fp8_matmul([[1.0, 0.0]], [[1.0, 1.06]])[0][0] - 416 * 1.06 / 448) < 1e-12,
-                "by hand")
+    trace.check("FP8 rounds a weight of 1 beside one of 1.06 to 416/448 of the latter",
+                abs(fp8_matmul([[1.0, 0.0]], *fp8_rows([[1.0, 1.06]]))[0][0] - 416 * 1.06 / 448)
+                < 1e-12, "by hand")
 
 
 # 6. GPTQ
@@ -2117,15 +2140,15 @@ def work_example() -> list[Example]:
 
 
 def show_gptq(trace: Trace, knobs: Namespace) -> None:
-    """The example, and the model."""
+    """Show the example of three weights, then the model by GPTQ."""
     lab = lab_of(knobs)
     bits, g, _ = knobs.setting
     nearest_score, plain, ordered, starved = (score(lab, method, knobs.setting) for method in (
         "INT in groups", "GPTQ", "GPTQ act-order", "GPTQ one token"))
 
     trace.say("GPTQ rounds column after column, and lets the columns still to come repair what "
-              "rounding broke, as far as their inputs move together. An example: the weights 0.4, "
-              "0.4 and 7, of which the first two have nearly equal inputs.")
+              "rounding broke, as far as their inputs move together. An example with scale 1: the "
+              "weights 0.4, 0.4 and 7, of which the first two have nearly equal inputs.")
     example = work_example()
     trace.table(example, {"way": "", "codes": "",
                           "output as output for (2, 2.1, -0.3)": "+.2f"})
@@ -2135,18 +2158,30 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
               "calibration text; in the last row, one.")
     trace.table([nearest_score, plain, ordered, starved], SCORES)
     trace.say(f"GPTQ {compare(plain, nearest_score)} rounding to nearest, with the same bytes. "
-              f"act-order {compare(ordered, plain)} GPTQ in the order of the columns. (It changes "
-              "two things: the order, and that all grids are laid at the start.) Calibrated on a "
-              f"single token, GPTQ {compare(starved, nearest_score)} rounding to nearest. Its "
-              "repairs fit that token, and no other.")
+              f"act-order {compare(ordered, plain)} GPTQ in the order of the columns. (It also "
+              "fixes all scales before it starts, so this does not say which of the two helps.) "
+              f"Calibrated on a single token, GPTQ {compare(starved, nearest_score)} rounding to "
+              "nearest. (Its repairs are made for that token.)")
+    trace.say("On 20 models at the defaults, the KL divided by that of rounding to nearest was "
+              "0.08 to 0.60 for GPTQ, 0.04 to 0.19 with act-order, and 0.4 to 3.8 with one token, "
+              "which did harm on 16 of the 20.")
 
+    trace.check("each of the four ways makes another model",
+                len({row.kl for row in (nearest_score, plain, ordered, starved)}) == 4, "their KLs")
     trace.check("the example: 0, 0, 7 to nearest, and 0, 1, 7 by GPTQ",
                 [row.codes for row in example] == ["", "[0, 0, 7]", "[0, 1, 7]"], "by hand")
     name = "layers.0.feed_forward.w2"
-    check_gptq(trace, lab.model.weights[name], lab.inputs[name], bits, g)
+    w = lab.model.weights[name]
+    h = hessian_of(lab.inputs[name])
+    made = [compress(lab, method, knobs.setting)[0].weights[name]
+            for method in ("GPTQ", "GPTQ act-order")]
+    trace.check("the two models have what GPTQ makes of w2, without and with act-order",
+                made == [gptq(w, h, bits, granularity=g, act_order=by_size).dequantize()
+                         for by_size in (False, True)], name)
+    check_gptq(trace, w, lab.inputs[name], bits)
 
 
-def check_gptq(trace: Trace, w: Matrix, x: Matrix, bits: int, group_size: int) -> None:
+def check_gptq(trace: Trace, w: Matrix, x: Matrix, bits: int) -> None:
     """Check what must hold of GPTQ, on the matrix w2 and its inputs x."""
     identity = [[float(i == j) for j in range(len(w[0]))] for i in range(len(w[0]))]
     h = hessian_of(x)
@@ -2156,12 +2191,13 @@ def check_gptq(trace: Trace, w: Matrix, x: Matrix, bits: int, group_size: int) -
                       identity, 1e-9)
     trace.check("H of the inputs (1, 2) and (3, 4) = (20, 28), (28, 40)",
                 hessian_of([[1.0, 2.0], [3.0, 4.0]]) == [[20.0, 28.0], [28.0, 40.0]], "by hand")
-    plain = quantize(w, bits, granularity=group_size)
+    plain = quantize(w, bits, granularity=8)
     trace.check("with uncorrelated inputs GPTQ = rounding to nearest, act-order or not",
-                gptq(w, identity, bits, granularity=group_size) == plain
-                == gptq(w, identity, bits, granularity=group_size, act_order=True), "equal")
-    repaired = gptq(w, h, bits, granularity=group_size)
-    errors = [relative_distance(linear(x, q.dequantize()), linear(x, w)) for q in (plain, repaired)]
+                gptq(w, identity, bits, granularity=8) == plain
+                == gptq(w, identity, bits, granularity=8, act_order=True), "equal")
+    repaired = gptq(w, h, 4, granularity="channel")
+    errors = [relative_distance(linear(x, q.dequantize()), linear(x, w))
+              for q in (quantize(w, 4, granularity="channel"), repaired)]
     trace.check("on the calibration text GPTQ moves w2's output less than rounding to nearest",
                 errors[1] < errors[0], f"{errors[1]:.2%} against {errors[0]:.2%}")
     order = sorted(range(len(h)), key=lambda j: -h[j][j])
@@ -2195,7 +2231,7 @@ def try_exponents(lab: Lab, source: str, bits: int, group_size: int) -> list[Exp
 
 
 def show_awq(trace: Trace, knobs: Namespace) -> None:
-    """Which channels to protect, the search for the exponent, and the model."""
+    """Show which channels to protect, and the search for the exponent."""
     lab = lab_of(knobs)
     bits, g, _ = knobs.setting
     nearest_score = score(lab, "INT in groups", knobs.setting)
@@ -2210,16 +2246,20 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
               "one of the largest weights, or of the largest inputs?",
               min(kept, key=lambda row: row.kl).method.split()[-1])
     trace.say("A weight matters as much as the inputs that it meets. The first row is INT"
-              f"{bits} in groups of {g}. In the next three, one column of each matrix is stored in "
-              "FP16 as well: one by chance, the one of the largest weights, or the one that meets "
-              "the largest inputs. AWQ stores no column twice. It multiplies the columns that meet "
-              "large inputs before rounding, and divides these inputs by as much.")
+              f"{bits} in groups of {g}. In the next three, one column of each matrix is stored a "
+              "second time, in FP16: one by chance, the one of the largest weights, or the one "
+              "that meets the largest inputs. AWQ stores nothing twice. It multiplies the columns "
+              "that meet large inputs before rounding, and divides these inputs by as much.")
     trace.table([nearest_score, *kept, awq], SCORES)
     trace.say(f"A column chosen by its inputs {compare(by_inputs, by_weights)} one by its weights, "
               f"and {compare(by_inputs, chance)} one by chance (one draw). AWQ "
               f"{compare(awq, nearest_score)} rounding to nearest, with the same bytes.")
-    trace.say(f"The search for {source}: the output error of the matrices that read it, on the "
-              f"calibration text. α = 0 is rounding to nearest.")
+    trace.say("On 20 models at the defaults, the KL divided by that of rounding to nearest was "
+              "0.22 to 0.67 with a column by its inputs, and 0.05 to 0.37 for AWQ.")
+    _, x = awq_task(lab, source)
+    trace.say(f"The search for {source}: the output error of the matrices that read it, on "
+              f"{len(x)} tokens of the calibration text (few, to save time). α = 0 is rounding to "
+              "nearest.")
     trace.table(tried, {"exponent as α": ".1f", "error": ".2%bar 40"})
     trace.note("The search tries 0, 0.1, …, 0.9. It finds " + ", ".join(
         f"{alpha:.1f} for {name}" for name, (_, alpha, _) in found.items())
@@ -2241,32 +2281,31 @@ def check_awq(
                       [awq_scales([[2.0, -5.0, 0.0], [0.0, 3.0, 32.0]], 0.5)], [[0.5, 1.0, 2.0]],
                       1e-12)
     w, x = awq_task(lab, source)
-    exact = linear(x, w)
-    row = tried[2]
-    scales = awq_scales(x, row.exponent)
-    q = quantize(scale_columns(w, scales), setting.bits, granularity=setting.group_size)
-    y = linear(scale_columns(x, [1 / scale for scale in scales]), q.dequantize())
-    trace.check(f"the table's error at α = {row.exponent:g} = |W x - Q(W · s) (x / s)| / |W x|",
-                abs(row.error - relative_distance(y, exact)) < 1e-12, "worked out anew")
     scales, alpha, q = found[source]
-    error = output_error(q, scales, x, exact)
-    trace.check("the α that was found leaves no larger error than those in the table",
-                error <= min(row.error for row in tried) + 1e-12, f"{alpha:g}: {error:.2%}")
+    y = linear(scale_columns(x, [1 / s for s in scales]), q.dequantize())
+    error = relative_distance(y, linear(x, w))
+    trace.check("with the s found, |W x - Q(W · s) (x / s)| is no larger than in the table",
+                error <= min(row.error for row in tried) + 1e-12, f"α = {alpha:g}: {error:.2%}")
     name = "layers.0.attention.wq"
     scaled = scale_columns(lab.model.weights[name], found[source][0])
     rounded = quantize(scaled, setting.bits, granularity=setting.group_size)
     model, _ = compress(lab, "AWQ", setting)
     trace.check("AWQ's model rounds the columns multiplied by s",
                 model.weights[name] == rounded.dequantize(), name)
+    decoded, data = keep_column([[0.7, 0.1]], [[1.0, -5.0], [2.0, 0.0]], 4, 2)
+    trace.check("of 0.7 and 0.1, the one with inputs -5 and 0 is kept, in 2 bytes more",
+                decoded[0][1] == fp16(0.1) and len(data) == 1 + 2 + 2, "by hand")
 
 
 # 8. QLoRA: training on top of a compressed model
 
 RANK = 4
-FINE_TUNING = (4, 32)  # steps, tokens a step: the whole text
-# Those of the least mean loss on the validation text, over seeds 0 to 4: of 0.005 to 0.02 for
-# full training, of 0.03 to 0.08 for adapters.
-RATES = {"full": 0.013, "LoRA": 0.05, "QLoRA": 0.05}
+FINE_TUNING = (4, 28)  # steps, tokens a step: the whole text
+# Those of the least mean loss on the validation text, over seeds 0 to 4. Tried were 0.006, 0.008,
+# 0.01, 0.013, 0.016 and 0.02 in full; 0.03, 0.04, 0.05, 0.06, 0.07 and 0.08 for adapters. LoRA and
+# QLoRA have one rate, so that they differ in nothing but their base. (For them 0.07 is better by
+# 0.017, but one of 20 LoRA runs diverges then.)
+RATES = {"full": 0.016, "adapters": 0.06}
 
 
 class FineTuned(NamedTuple):
@@ -2281,8 +2320,11 @@ class FineTuned(NamedTuple):
     verses: list[tuple[float, int]]
 
 
-def train_adapters(lab: Lab, base: Weights, learning_rate: float) -> Weights:
-    """Return base with adapters trained on the dialect beside every matrix, stored in FP16."""
+def train_adapters(lab: Lab, base: Weights, learning_rate: float) -> tuple[Weights, int]:
+    """Return (base with adapters trained on the dialect beside every matrix, their numbers).
+
+    The adapters are stored in FP16.
+    """
     rng = random.Random(1)
     adapters = {name: new_adapter(base[name], RANK, rng) for name in lab.linears}
     # Adam trains what is in `parameters`; the adapters hold the same lists.
@@ -2305,35 +2347,38 @@ def train_adapters(lab: Lab, base: Weights, learning_rate: float) -> Weights:
             gradients_of)
     for matrix in parameters.values():
         matrix[:] = map(halves, matrix)
-    return adapted()
+    return adapted(), len(all_numbers(parameters))
 
 
-def fine_tune(lab: Lab, way: str, learning_rate: float) -> Weights:
-    """Return the weights after training on the dialect: in "full", by "LoRA" or by "QLoRA"."""
+def fine_tune(lab: Lab, way: str, learning_rate: float) -> tuple[Weights, int]:
+    """Return (the weights after training on the dialect, how many numbers were trained).
+
+    way: in "full", by "LoRA" or by "QLoRA".
+    """
     if way == "full":
         weights = copy_weights(lab.model.weights)
         descend(lab.config, weights, lab.dialect_training, *FINE_TUNING, learning_rate)
-        return weights
-    base, _ = compress(lab, "NF4" if way == "QLoRA" else "FP16")
+        return weights, len(all_numbers(weights))
+    base, _ = compress(lab, "NF4" if way == "QLoRA" else "FP16", DEFAULTS)
     return train_adapters(lab, base.weights, learning_rate)
 
 
 def compare_fine_tuning(lab: Lab) -> list[FineTuned]:
     """Return both bases and the three ways to train, at equal steps on the same text."""
-    n_all = n_numbers(lab.config)
-    n_adapters = RANK * sum(sum(lab.config.shapes()[name]) for name in lab.linears)
-    nf4, nf4_bytes = compress(lab, "NF4")
-    nf4_bytes += 2 * (n_all - lab.n_weights)
-    # {way: (weights, numbers that are trained, bytes of those that are frozen, in FP16 or NF4)}
-    ways = {
-        "before": (compress(lab, "FP16")[0].weights, 0, 2 * n_all),
-        "before, in NF4": (nf4.weights, 0, nf4_bytes),
-        "full": (fine_tune(lab, "full", RATES["full"]), n_all, 0),
-        "LoRA": (fine_tune(lab, "LoRA", RATES["LoRA"]), n_adapters, 2 * n_all),
-        "QLoRA": (fine_tune(lab, "QLoRA", RATES["QLoRA"]), n_adapters, nf4_bytes),
-    }
+    fp16_bytes = 2 * n_numbers(lab.config)
+    nf4, nf4_bytes = compress(lab, "NF4", DEFAULTS)
+    nf4_bytes += fp16_bytes - 2 * lab.n_weights
+    fp16_model, _ = compress(lab, "FP16", DEFAULTS)
+    # (way, (weights, how many of them are trained), the bytes of those that are frozen)
+    ways = [
+        ("before", (fp16_model.weights, 0), fp16_bytes),
+        ("before, in NF4", (nf4.weights, 0), nf4_bytes),
+        ("full", fine_tune(lab, "full", RATES["full"]), 0),
+        ("LoRA", fine_tune(lab, "LoRA", RATES["adapters"]), fp16_bytes),
+        ("QLoRA", fine_tune(lab, "QLoRA", RATES["adapters"]), nf4_bytes),
+    ]
     rows = []
-    for way, (weights, trained, frozen) in ways.items():
+    for way, (weights, trained), frozen in ways:
         verses = losses_on(Llama(lab.config, weights), lab.dialect_evaluation)
         # Each number that is trained is in FP32, and Adam keeps two FP32 numbers for it.
         rows.append(FineTuned(way, trained, frozen + 4 * trained, 8 * trained,
@@ -2341,15 +2386,9 @@ def compare_fine_tuning(lab: Lab) -> list[FineTuned]:
     return rows
 
 
-def count_adapters(lab: Lab) -> int:
-    """Return how many numbers new adapters for all matrices have, counted."""
-    rng = random.Random(0)
-    adapters = [new_adapter(lab.model.weights[name], RANK, rng) for name in lab.linears]
-    return sum(len(flatten(a)) + len(flatten(b)) for a, b in adapters)
-
 
 def show_qlora(trace: Trace, knobs: Namespace) -> None:
-    """Fine-tuning on a dialect: everything, adapters, and adapters on NF4."""
+    """Show fine-tuning on a dialect: of everything, of adapters, and of adapters on NF4."""
     lab = lab_of(knobs)
     before, nf4, full, lora, qlora = rows = compare_fine_tuning(lab)
     steps, length = FINE_TUNING
@@ -2358,12 +2397,13 @@ def show_qlora(trace: Trace, knobs: Namespace) -> None:
     trace.ask(f"wq has {len(wq)} rows and {len(wq[0])} columns. How many numbers does an adapter "
               f"of rank {RANK} beside it have?", RANK * (len(wq) + len(wq[0])))
     verse = lab.tokenizer.decode(split_verses(lab.dialect_training)[0]).strip()
-    trace.say("LoRA leaves the model as it is and trains a correction of low rank beside each "
-              "matrix. QLoRA does so on a model in NF4.")
+    trace.say(f"LoRA leaves the model as it is and trains a correction of low rank, here {RANK}, "
+              "beside each matrix. QLoRA does so on a model in NF4.")
     trace.say(f"The task is a dialect: \"{verse}\" Each way trains for {steps} steps of {length} "
-              "tokens on the same verses, at its own best learning rate, and is measured on "
-              "others. Trained: numbers. Weights and optimizer: bytes while training (what is "
-              "trained is in FP32, what is frozen in FP16 or NF4). Loss: in nats a token.")
+              "tokens on the same verses, at a learning rate chosen on others, and is measured on "
+              "others again. The columns: how many numbers are trained; the bytes of the weights "
+              "and of the optimizer while training (what is trained is in FP32, what is frozen in "
+              "FP16 or NF4); the loss per token.")
     trace.table(rows, {"way": "", "trained": ",d", "weights": ",d", "optimizer": ",d",
                        "loss": ".3f", "error as ±": ".3f"})
     share = (qlora.weights + qlora.optimizer) / (full.weights + full.optimizer)
@@ -2372,9 +2412,9 @@ def show_qlora(trace: Trace, knobs: Namespace) -> None:
               f"{compare(qlora, nf4)} that of its base, {compare(qlora, lora)} LoRA's and "
               f"{compare(qlora, full)} full training's.")
     rates = ", ".join(f"{way} {rate:g}" for way, rate in RATES.items())
-    trace.note(f"Learning rates, chosen on verses of the dialect that are in no other text: "
-               f"{rates}. Adapters are measured as they are stored, in FP16. At the default "
-               "settings, over seeds 0 to 4, QLoRA's loss is 0.87 to 1.22 times full training's.")
+    trace.note(f"Learning rates: {rates}. Adapters are measured as they are stored, in FP16.")
+    trace.say("On 20 models at the defaults, QLoRA's loss was 0.84 to 1.41 times full training's "
+              "(less on 6 of the 20), and 0.69 to 1.25 times LoRA's (less on 10).")
     trace.check("a new adapter changes nothing",
                 with_adapter(wq, new_adapter(wq, RANK, random.Random(0))) == wq, "equal")
     w = [[1.0, 2.0], [3.0, 4.0]]
@@ -2382,10 +2422,11 @@ def show_qlora(trace: Trace, knobs: Namespace) -> None:
     trace.check("W + B A, dA and dB of a 2 × 2 matrix at rank 1 = worked out by hand",
                 with_adapter(w, adapter) == [[36.0, 44.0], [43.0, 52.0]]
                 and adapter_gradient(w, adapter) == ([[31.0, 46.0]], [[17.0], [39.0]]), "equal")
-    trace.check("QLoRA trains r · (in + out) numbers a matrix",
-                qlora.trained == count_adapters(lab), f"{qlora.trained:,} counted")
-    trace.check("LoRA and QLoRA trained on different bases", lora.loss != qlora.loss,
-                "their losses")
+    expected = RANK * sum(sum(lab.config.shapes()[name]) for name in lab.linears)
+    trace.check("QLoRA trained r · (in + out) numbers a matrix", qlora.trained == expected,
+                f"{qlora.trained:,} counted")
+    trace.check("LoRA and QLoRA, at one rate, trained on different bases",
+                lora.loss != qlora.loss, "their losses")
     trace.check("each of the three lowered the loss of its base",
                 max(full.loss, lora.loss) < before.loss and qlora.loss < nf4.loss, "the table")
 
@@ -2408,8 +2449,8 @@ class TableRow(NamedTuple):
 
 WEIGHTS_ONLY = [
     ("FP16", 1, ""), ("Q8_0", 3, ""), ("INT in groups", 2, ""), ("Q4_0", 3, ""), ("NF4", 4, ""),
-    ("GPTQ act-order", 6, "text"), ("AWQ", 7, "text"), ("MXFP4", 10, ""), ("NVFP4", 10, ""),
-    ("Q4_K simple", 11, ""), ("HQQ", 12, ""), ("SqueezeLLM", 12, "text, gradients"),
+    ("GPTQ act-order", 6, "text"), ("AWQ", 7, "text"), ("MXFP4", 11, ""), ("NVFP4", 11, ""),
+    ("Q4_K simple", 12, ""), ("HQQ", 13, ""), ("SqueezeLLM", 13, "text, gradients"),
 ]
 ACTIVATIONS_TOO = [("INT8 dynamic", 5, ""), ("FP8", 5, ""), ("LLM.int8()", 5, ""),
                    ("SmoothQuant", 5, "text")]
@@ -2437,30 +2478,38 @@ def kl_of_first_verse(lab: Lab, method: str, setting: Setting) -> float:
 
 
 def show_table(trace: Trace, knobs: Namespace) -> None:
-    """Every method on one page."""
+    """Show every method on one page."""
     lab = lab_of(knobs)
     rows = compare_everything(lab, WEIGHTS_ONLY, knobs.setting)
     with_activations = compare_everything(lab, ACTIVATIONS_TOO, knobs.setting)
     small = [row for row in rows if row.bits < 5]
     best = small[-1]
+    kl_of = {row.method: row.kl for row in rows}
     ties = [row.method for row in small[:-1] if compare(row, best) == "is in a tie with"]
 
     trace.ask("which method under 5 bits a weight has the least KL? ("
               + "; ".join(row.method for row in small) + ")", best.method)
     trace.say("The methods that need no training, on one model and one text; the worst come "
-              "first. Bits: of a weight of the matrices, scales included. Bytes: of the whole "
-              "file, in which the embedding, large in so small a model, stays in FP16. NF4 has "
-              "double quantization, whose mean weighs more in matrices as small as these. Needs: "
-              "text to calibrate on, gradients on it.")
+              "first. (What only served to compare is left in its section.) The bits are those of "
+              "a weight of the matrices, scales included. The bytes are those of the whole file, "
+              "in which the embedding, large in so small a model, stays in FP16. NF4 with double "
+              "quantization takes 4.16 bits instead of 4.13, since each of these small matrices "
+              "has a mean and a scale of its own, and w2 has blocks of 32. The last column is what "
+              "a method needs: text to calibrate on, gradients on it.")
     columns = {"method": "", "section": "d", "bits": ".2f", "nbytes as bytes": ",d",
                "kl as KL": ".5f", "error as ±": ".5f", "needs": ""}
     trace.table(rows, columns)
     trace.say("With activations in 8 bits, too:")
     trace.table(with_activations, columns)
-    also = f"in a tie with {', '.join(ties)}" if ties else "and no other is in a tie with it"
-    trace.say(f"Under 5 bits, {best.method} stays closest to the model, {also}. Methods that train "
-              "are in sections 8, 13 and 14: after training, a KL would also count what was "
-              "learned.")
+    also = f"; it ties with {', '.join(ties)}" if ties else ", and ties with no other"
+    trace.say(f"Under 5 bits, {best.method} has the least KL{also}. Methods that train are in "
+              "sections 8, 14 and 15: after training, a KL would also count what was learned.")
+    if lab.outliers and max(kl_of["NF4"], kl_of["NVFP4"]) < kl_of.get("INT4 in groups", 0.0):
+        trace.say("NF4 and NVFP4 do better than INT4 in groups, although they are hardly more "
+                  "exact on the whole. The reason is the outliers. The weights that meet them have "
+                  "become small, and these formats have the finest steps near 0. (Take NF4's "
+                  "values for the columns that meet outliers, and INT4's for all others: on 20 "
+                  "models at the defaults, this had 0.24 to 0.87 of the KL of INT4.)")
     trace.check("KL is nowhere negative", min(row.kl for row in rows + with_activations) > -1e-12,
                 f"{len(rows + with_activations)} methods")
     p, q = log_softmax([0.0, 0.0]), log_softmax([math.log(3), 0.0])
@@ -2475,7 +2524,51 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
                 score(lab, "Q8_0", knobs.setting).nbytes == expected, f"{expected:,}")
 
 
-# 10. MXFP4 and NVFP4
+# 10. A file that llama.cpp runs
+
+
+def show_gguf(trace: Trace, knobs: Namespace) -> None:
+    """Show the first bytes of a GGUF file."""
+    # A file's layout does not depend on the weights: an untrained model will do.
+    config = lab_config()
+    weights = init_weights(config, random.Random(0))
+    file = gguf_file(config, weights, word_tokenizer())
+
+    trace.ask(f"a file holds {n_numbers(config):,} weights in Q8_0 and the tokenizer. How many "
+              "bytes?", len(file))
+    trace.say(f"A GGUF file of a model of this size, of {len(file):,} bytes, begins with the "
+              "magic, the version, the number of tensors and the number of metadata entries. The "
+              "first key follows, its length before it:")
+    for start in range(0, 64, 16):
+        line = file[start:start + 16]
+        text = "".join(chr(b) if 32 <= b < 127 else "·" for b in line)
+        trace.lines([f"  {line.hex(' ')}  {text}"])
+    trace.say("`python3 microquant.py --gguf tiny.gguf` writes the trained model with its "
+              "tokenizer. `llama-completion -m tiny.gguf -no-cnv --temp 0 -p \"This is\"` goes on "
+              "from there.")
+    check_gguf_file(trace, file, config, weights["output"])
+
+
+def check_gguf_file(trace: Trace, file: bytes, config: Config, output: Matrix) -> None:
+    """Check the file's head, an entry of its table, and the last of its tensors."""
+    counts = struct.unpack("<IQQ", file[4:24])
+    trace.check("the file's first numbers = version 3, its tensors, its metadata entries",
+                counts == (3, len(config.shapes()), 19), ", ".join(map(str, counts)))
+    # Eight tensors stand before it: 56 · 68, 256, 4352, 1088, 1088, 4352 and 256 bytes, in order.
+    entry = struct.pack("<Q21sI2QIQ", 21, b"blk.0.ffn_gate.weight", 2, 64, 32, 8, 15200)
+    trace.check("the entry of w1 = its name in ggml, its shape, the number of Q8_0, its offset",
+                entry in file, f"{len(entry)} bytes, by hand")
+    n = math.prod(config.shapes()["output"])
+    stored = q8_0_decode(file[-n // 32 * 34:], n)
+    trace.check_close("the file's last bytes = the output matrix, but for rounding",
+                      [stored], [flatten(output)], 0.003)
+    values = b"".join(map(gguf_value, (7, 0.5, True, "ab", [7])))
+    expected = struct.pack("<2IIfI?IQ2sIIQI", 4, 7, 6, 0.5, 7, True, 8, 2, b"ab", 9, 4, 1, 7)
+    trace.check("metadata 7, 0.5, true, ab and [7] = types and values by the specification",
+                values == expected, f"{len(values)} bytes")
+
+
+# 11. MXFP4 and NVFP4
 
 
 class Fp4Weight(NamedTuple):
@@ -2493,9 +2586,10 @@ def through_fp4(row: Vector) -> list[Fp4Weight]:
 
 
 def show_fp4(trace: Trace, knobs: Namespace) -> None:
-    """A block of each, and the model beside Q4_0 and NF4."""
+    """Show a block of each, and the model beside Q4_0 and NF4."""
     lab = lab_of(knobs)
-    mx, nv, q4_0, nf4 = (score(lab, method) for method in ("MXFP4", "NVFP4", "Q4_0", "NF4"))
+    mx, nv, q4_0, nf4 = (score(lab, method, knobs.setting)
+                         for method in ("MXFP4", "NVFP4", "Q4_0", "NF4"))
     row = [0.79, -0.3, 0.11, 0.05] * 8
     data = mxfp4_encode(row)
 
@@ -2508,7 +2602,10 @@ def show_fp4(trace: Trace, knobs: Namespace) -> None:
     trace.say("The model:")
     trace.table([mx, nv, q4_0, nf4], SCORES)
     trace.say(f"NVFP4, with a quarter of a bit more, {compare(nv, mx)} MXFP4. MXFP4, with a "
-              f"quarter of a bit less, {compare(mx, q4_0)} Q4_0.")
+              f"quarter of a bit less, {compare(mx, q4_0)} Q4_0. On 20 models at the defaults, "
+              "NVFP4's KL was less than MXFP4's on 17, and MXFP4's less than Q4_0's on 18. Both "
+              "gain by their fine steps near 0, where the weights that meet outliers are (section "
+              "9): on 20 models without outliers, MXFP4 had 1.0 to 3.9 times Q4_0's KL.")
     # All 16 values, twice: the scale is 1, and the codes are 0 to 15.
     values = [fp4_value(code) for code in range(16)]
     trace.check("MXFP4 of all its values, twice = the block worked out by hand",
@@ -2517,6 +2614,12 @@ def show_fp4(trace: Trace, knobs: Namespace) -> None:
     trace.check("both give back weights that lie on their grids",
                 quantize_nvfp4(blocks).dequantize() == blocks
                 and mxfp4_decode(mxfp4_encode(values * 2), 32) == values * 2, "equal")
+    off_grid = through_fp4([7.9, 0.7, 0.8, 4.9] * 8)
+    trace.check("in MXFP4, 7.9, 0.7, 0.8 and 4.9 beside each other = 6, 0.5, 1 and 4",
+                [row.mxfp4 for row in off_grid[:4]] == [6.0, 0.5, 1.0, 4.0], "by hand")
+    small = through_fp4([6e-6, -2e-6] * 16)
+    trace.check("NVFP4 holds small weights, 6e-6 and -2e-6, by its scale in FP32",
+                all(abs(row.nvfp4 - row.weight) < 1e-9 for row in small), "32 weights")
     # The FP32 scale is 1; E4M3 has 0.5 and 0.5625, and nothing between.
     blocks = [[value * scale for value in values] for scale in (448.0, 0.53)]
     trace.check("NVFP4's scales of blocks up to 6 · 448 and 6 · 0.53 = 448 and 0.5, as in E4M3",
@@ -2525,7 +2628,7 @@ def show_fp4(trace: Trace, knobs: Namespace) -> None:
                 (mx.bits, nv.bits) == (4.25, 4.5 + 32 * len(lab.linears) / lab.n_weights), "equal")
 
 
-# 11. Q4_K
+# 12. Q4_K
 
 
 class BlockRow(NamedTuple):
@@ -2551,11 +2654,12 @@ def compare_blocks(seed: int) -> list[BlockRow]:
 
 
 def show_q4_k(trace: Trace, knobs: Namespace) -> None:
-    """A super-block's first 16 bytes, and Q4_K beside Q4_0."""
+    """Show a super-block's first 16 bytes, and Q4_K beside Q4_0."""
     lab = lab_of(knobs)
     data = q4_k_encode(normal_matrix(random.Random(knobs.seed), 1, 256, 0.1)[0])
     scales, mins = q4_k_scales(data[4:16])
-    q4_0, q4_k = score(lab, "Q4_0"), score(lab, "Q4_K simple")
+    q4_0 = score(lab, "Q4_0", knobs.setting)
+    q4_k = score(lab, "Q4_K simple", knobs.setting)
     rows = compare_blocks(knobs.seed)
 
     trace.ask("a Q4_K super-block has 144 bytes for 256 weights. How many bits a weight?",
@@ -2570,9 +2674,10 @@ def show_q4_k(trace: Trace, knobs: Namespace) -> None:
     trace.table(rows, {"form as format": "", "bits": ".2f", "error as around 0": ".2%",
                        "aside as moved aside": ".2%"})
     trace.table([q4_0, q4_k], SCORES)
-    trace.say(f"Q4_K {compare(q4_k, q4_0)} Q4_0, with the same bits.")
-    # Weights that lie on a grid of 6-bit scales and minimums, d and dmin both 1.
-    grid = [float((63 - j) * q - (56 + j)) for j in range(8) for q in [*range(16)] * 2]
+    trace.say(f"Q4_K {compare(q4_k, q4_0)} Q4_0, with the same bits. On 20 models at the defaults "
+              "its KL was less on 12.")
+    # Weights that lie on a grid of 6-bit scales and minimums; d is 1 and dmin 2.
+    grid = [float((63 - j) * q - 2 * (56 + j)) for j in range(8) for q in [*range(16)] * 2]
     trace.check("Q4_K gives back weights that lie on its grid",
                 q4_k_decode(q4_k_encode(grid), 256) == grid, "256 equal")
     pattern = bytes([65, 66, 67, 68, 129, 130, 131, 132, 0x21, 0x43, 0x65, 0x87])
@@ -2583,19 +2688,17 @@ def show_q4_k(trace: Trace, knobs: Namespace) -> None:
                 f"{rows[1].aside:.2%} against {rows[0].aside:.2%}")
 
 
-# 12. HQQ and SqueezeLLM
+# 13. HQQ and SqueezeLLM
 
 
 def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
-    """Each beside what it improves on, at the same or nearly the same bits."""
+    """Show each beside what it improves on, at the same or nearly the same bits."""
     lab = lab_of(knobs)
     bits, g, _ = knobs.setting
     rows = [score(lab, method, knobs.setting) for method in (
         "INT asymmetric", "HQQ", "INT per tensor", "k-means", "k-means weighted", "SqueezeLLM")]
     start, moved, even, plain, weighted, whole = rows
     name = "layers.0.attention.wo"
-    w = lab.model.weights[name]
-    weights = flatten(w)
 
     trace.ask(f"at {bits} bits, does k-means lose more or less with each weight counted by its "
               f"sensitivity? (more; less)", "less" if weighted.kl < plain.kl else "more")
@@ -2604,19 +2707,17 @@ def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
               "percent of the weights apart; here one step at a time, beside an even grid.")
     trace.table(rows, SCORES)
     trace.say(f"HQQ {compare(moved, start)} the grids that it started from, and its zero points in "
-              "FP16 take more bits. (At the default settings, over seeds 0 to 4, its KL is smaller "
-              f"than theirs on four and larger on one.) k-means, with {plain.bits - even.bits:.2f} "
-              f"bits more, {compare(plain, even)} an even grid. With weighting it "
-              f"{compare(weighted, plain)} k-means without, and with weights apart it "
-              f"{compare(whole, weighted)} that. (At the default settings, over seeds 0 to 4, "
-              "SqueezeLLM's KL is 0.45 to 0.98 times that of plain k-means.)")
-    few = 2 ** min(bits, 4)
-    centroids = weighted_kmeans(weights, flatten(lab.sensitivities[name]), few)
-    trace.say(f"Where weighted k-means puts {few} values in {name}:")
-    trace.lines(histogram(weights, {"": centroids}))
+              f"FP16 take more bits. k-means, with {plain.bits - even.bits:.2f} bits more, "
+              f"{compare(plain, even)} an even grid. With weighting it {compare(weighted, plain)} "
+              f"k-means without, and with weights apart it {compare(whole, weighted)} that.")
+    trace.say("On 20 models at the defaults, HQQ's KL was 0.5 to 1.7 times that of its first "
+              "grids, and less on 13: it makes the errors of the weights smaller, but does not "
+              "know which of them matter. k-means had 0.07 to 0.30 of an even grid's KL, and "
+              "SqueezeLLM had less than plain k-means on 18.")
+
     trace.check("each step makes another model",
                 len({row.kl for row in rows[2:]}) == 4, "the last four KLs")
-    check_hqq_squeezellm(trace, w, lab.sensitivities[name], bits, g)
+    check_hqq_squeezellm(trace, lab.model.weights[name], lab.sensitivities[name], bits, g)
 
 
 def check_hqq_squeezellm(
@@ -2644,9 +2745,9 @@ def check_hqq_squeezellm(
                 and shrink(0.1, 0.7, 10.0) == 0, "by hand")
 
 
-# 13. One bit and a bit
+# 14. One bit and a bit
 
-TERNARY_TRAINING = (8, 24, 0.005)  # steps, tokens a step, learning rate at its highest
+TERNARY_TRAINING = (6, 24, 0.005)  # steps, tokens a step, learning rate at its highest
 
 
 class OneBit(NamedTuple):
@@ -2664,14 +2765,14 @@ def compare_one_bit(lab: Lab) -> list[OneBit]:
     rows = []
     for method in ("FP16", "FP16 trained", "BitNet", "b1.58", "b1.58 least squares",
                    "b1.58 trained"):
-        model, nbytes = compress(lab, method)
+        model, nbytes = compress(lab, method, DEFAULTS)
         verses = losses_on(model, lab.evaluation)
         rows.append(OneBit(method, 8 * nbytes / lab.n_weights, *mean_and_error(verses), verses))
     return rows
 
 
 def show_one_bit(trace: Trace, knobs: Namespace) -> None:
-    """What is left of the model, before and after training that way."""
+    """Show what is left of the model, before and after training that way."""
     lab = lab_of(knobs)
     name = "layers.0.attention.wq"
     w = lab.model.weights[name]
@@ -2692,7 +2793,10 @@ def show_one_bit(trace: Trace, knobs: Namespace) -> None:
     untrained = min(fitted, mean, key=lambda row: row.loss)
     trace.say(f"The scale with the least squared error {compare(fitted, mean)} the mean of |W|. "
               f"The trained ternary model {compare(trained, untrained)} the better of the two, and "
-              f"{compare(trained, longer)} the model that was trained as long in full.")
+              f"{compare(trained, longer)} the model that was trained as long in full. (On 20 "
+              "models at the defaults, its loss was less than the former's and more than the "
+              "latter's on all. The scale with the least squared error had a higher loss than the "
+              "mean of |W| on all: it does not know which weights matter.)")
     trace.say(f"{name} times one token, counted while it is done: {additions:,} additions and "
               f"{multiplications} multiplications, where the matrix in full has {n:,} of each. A "
               f"corner of its codes:")
@@ -2715,62 +2819,72 @@ def check_one_bit(trace: Trace, lab: Lab, name: str) -> None:
                 abs(least_squares_scale(w, codes) - fmean(kept)) < 1e-12,
                 f"{fmean(kept):.4f}; γ is {gamma:.4f}")
     verse = split_verses(lab.training)[0]
-    loss, _ = straight_through(lab.config, lab.model.weights, verse, [name])
-    ternary = Llama(lab.config, lab.model.weights | {name: ternary_weights(w)})
-    trace.check("straight through: the loss = that of the model with ternary weights",
-                abs(loss - cross_entropy(ternary.forward(verse[:-1]), verse[1:])[0]) < 1e-12, name)
+    ternary = lab.model.weights | {name: ternary_weights(w)}
+    trace.check("straight through: loss and gradients = those of the model with ternary weights",
+                straight_through(lab.config, lab.model.weights, verse, [name])
+                == loss_and_gradients(lab.config, ternary, verse), name)
+    trace.check("1, -1, 0, 1, 1 in one byte = 2 + 0 · 3 + 1 · 9 + 2 · 27 + 2 · 81",
+                pack_ternary([1, -1, 0, 1, 1]) == bytes([227]), "by hand")
 
 
-# 14. Q-GaLore: training all weights, in INT8
+# 15. Q-GaLore: training all weights, in INT8
 
 
 class OneLayer(NamedTuple):
-    """One row: a way to train one layer; means over some layers."""
+    """One row: a way to train one layer."""
 
     way: str
-    loss: float        # after the training, as a share of that before
-    refreshed: float   # how often the projection was made
+    loss: float      # after the training, as a share of that before
+    refreshed: int   # how often the projection was made
 
 
-def train_one_layer(way: str, seed: int, steps: int = 30, layers: int = 2) -> OneLayer:
+def train_one_layer(way: str, seed: int, steps: int = 30) -> OneLayer:
     """Train a layer of 16 × 24 to be like another one, from which it differs by a matrix of rank 4.
 
     way: "Adam in full", "to nearest", "stochastic", or "on noise", whose gradients are noise. The
     learning rate is a fifth of INT8's grid step.
     """
-    shares, refreshed = [], []
-    for layer in range(layers):
-        rng = random.Random(1000 * seed + layer)
-        w = normal_matrix(rng, 16, 24)
-        goal = add(w, linear(normal_matrix(rng, 16, 4, 0.15), normal_matrix(rng, 24, 4, 0.5)))
-        x = normal_matrix(rng, 40, 24)
-        galore = QGaLore(w, 4, rng, stochastic=way != "to nearest")
-        rate = galore.q.scales[0][0] / 5
-        full = copy_weights({"w": w})
-        adam = Adam(full)
-        for _ in range(steps):
-            if way == "Adam in full":
-                adam.step({"w": layer_loss(full["w"], goal, x)[1]}, rate)
-            elif way == "on noise":
-                galore.step(normal_matrix(rng, 16, 24), rate)
-            else:
-                galore.step(layer_loss(galore.q.dequantize(), goal, x)[1], rate)
-        now = full["w"] if way == "Adam in full" else galore.q.dequantize()
-        shares.append(layer_loss(now, goal, x)[0] / layer_loss(w, goal, x)[0])
-        refreshed.append(galore.refreshed)
-    return OneLayer(way, fmean(shares), fmean(refreshed))
+    rng = random.Random(seed)
+    start = normal_matrix(rng, 16, 24)
+    change = matmul(normal_matrix(rng, 16, 4, 0.15), normal_matrix(rng, 4, 24, 0.5))
+    goal = add(start, change)
+    x = normal_matrix(rng, 32, 24)
+    galore = QGaLore(start, 4, rng, stochastic=way != "to nearest")
+    rate = galore.q.scales[0][0] / 5
+    w = list(map(list, start))
+    adam = Adam({"w": w})
+    for _ in range(steps):
+        _, gradient = layer_loss(w, goal, x)
+        if way == "on noise":
+            gradient = normal_matrix(rng, 16, 24)
+        if way == "Adam in full":
+            adam.step({"w": gradient}, rate)
+        else:
+            galore.step(gradient, rate)
+            w = galore.q.dequantize()
+    share = layer_loss(w, goal, x)[0] / layer_loss(start, goal, x)[0]
+    return OneLayer(way, share, galore.refreshed)
+
+
+def count_projections(turning: bool) -> int:
+    """Return how often 15 steps make one; the row of a gradient that turns changes every 2."""
+    galore = QGaLore([[1.0, 2.0, 3.0]] * 3, 1, random.Random(0))
+    for step in range(15):
+        here = step // 2 % 3 if turning else 0
+        galore.step([[float(row == here)] * 3 for row in range(3)], 0.01)
+    return galore.refreshed
 
 
 def layer_loss(w: Matrix, goal: Matrix, x: Matrix) -> tuple[float, Matrix]:
     """Return (the mean of |W x - goal x|², its gradient in W)."""
     gaps = linear(x, [list(map(operator.sub, a, b)) for a, b in zip(w, goal)])
-    gradient = linear(transpose(gaps), transpose(x))
+    gradient = matmul(transpose(gaps), x)
     return (sum(dot(gap, gap) for gap in gaps) / len(x),
             [[2 * value / len(x) for value in row] for row in gradient])
 
 
 def show_q_galore(trace: Trace, knobs: Namespace) -> None:
-    """One layer trained by Adam in full, and by Q-GaLore."""
+    """Show one layer trained by Adam in full, and by Q-GaLore."""
     full, to_nearest, galore, noise = (
         train_one_layer(way, knobs.seed)
         for way in ("Adam in full", "to nearest", "stochastic", "on noise"))
@@ -2778,15 +2892,16 @@ def show_q_galore(trace: Trace, knobs: Namespace) -> None:
               "projected gradient?", 2 * 4 * 24)
     trace.say("A layer of 16 × 24 weights learns to be like another one, by Adam in full "
               "precision and by Q-GaLore with rounding to nearest and by chance. The learning "
-              "rate is a fifth of INT8's grid step. What is left of the loss after 30 steps, in "
-              "the mean of 2 layers:")
+              "rate is a fifth of INT8's grid step. What is left of the loss after 30 steps:")
     trace.table([full, to_nearest, galore], {"way": "", "loss as loss left": ".1%bar 30"})
+    trace.say("Rounded to nearest the layer learns little or nothing, since most steps are "
+              "rounded away. Rounded by chance it learns. (On 20 layers, of seeds 0 to 19, 43% to "
+              "71% of the loss was left, and 16% to 39% by Adam in full. The rounding is not what "
+              "makes the difference: with weights in full precision, but the same projection, 38% "
+              "to 71% was left.)")
     trace.note(f"Q-GaLore keeps {2 * 4 * 24} numbers for Adam instead of {2 * 16 * 24}. It made "
-               f"its projection {galore.refreshed:.1f} times; of gradients that are noise, "
-               f"{noise.refreshed:.1f} times.")
-    stands = "stands still" if to_nearest.loss > 0.9 else "lags behind"
-    trace.say(f"With rounding to nearest the layer {stands}, since most steps are rounded away. "
-              f"Rounding by chance, it learns.")
+               f"its projection {galore.refreshed} times; where gradients are noise, "
+               f"{noise.refreshed} times.")
     g = [[3.0, 0.0, 0.0], [0.0, 0.0, 2.5], [0.0, 1.0, 0.0]]
     vectors = subspace(g, 2, random.Random(knobs.seed))
     trace.check_close("the top singular vectors of a matrix = the known ones, but for their signs",
@@ -2794,21 +2909,18 @@ def show_q_galore(trace: Trace, knobs: Namespace) -> None:
                       0.01)
     codes = [stochastic_codes([0.5, -1.5], 2.0, random.Random(i)) for i in range(2000)]
     means = [fmean(column) for column in zip(*codes)]
-    layer = QGaLore(g, 1, random.Random(knobs.seed))
-    layer.step(g, 0.01)
-    trace.check("after a step, the weights are whole numbers of 8 bits",
-                all(code in range(-128, 128) for code in flatten(layer.q.codes)), "9 codes")
     trace.check("stochastic rounding is right on average",
                 abs(means[0] - 0.25) < 0.05 and abs(means[1] + 0.75) < 0.05, "2,000 draws")
     trace.check("|cosine| of (3, 4) and (-4, -3) = 0.96",
                 abs(alignment([3.0, 4.0], [-4.0, -3.0]) - 0.96) < 1e-12, "by hand")
-    trace.check("it learns where rounding to nearest stands still",
-                full.loss < galore.loss < 0.8 * to_nearest.loss, "the table")
-    trace.check("a subspace that has settled is made anew less often than one of noise",
-                1 < galore.refreshed < noise.refreshed, "30 steps")
+    trace.check("rounding by chance it learns, and less than Adam in full",
+                full.loss < galore.loss < 0.85 * to_nearest.loss, "the table")
+    trace.check("in 15 steps a steady gradient is projected anew 4 times, one that turns 8 times",
+                (count_projections(turning=False), count_projections(turning=True)) == (4, 8),
+                "by hand")
 
 
-# 15. Training in 16 bits
+# 16. Training in 16 bits
 
 BATCH_SHARE = 2.0**-20  # of a piece of 16 tokens in a batch of 16 million, as Llama 3 405B had
 
@@ -2843,25 +2955,26 @@ def train_in_format(
         return list(map(form, row))
 
     def handed_on(row: Vector) -> Vector:
-        out = through_format(row, BATCH_SHARE * scale.scale, form)
-        counts["all"] += sum(g != 0 for g in row)
-        counts["kept"] += sum(g != 0 for g in out)
-        return out
+        return through_format(row, BATCH_SHARE * scale.scale, form)
 
     def gradients_of(config: Config, weights: dict, tokens: Sequence[int]) -> tuple[float, dict]:
-        loss, gradients = loss_and_gradients(config, map_rows(in_format, weights), tokens)
-        gradients = map_rows(handed_on, gradients)
-        overflow = not all(map(math.isfinite, flatten(flatten(map(as_rows, gradients.values())))))
+        loss, exact = loss_and_gradients(config, map_rows(in_format, weights), tokens)
+        gradients = map_rows(handed_on, exact)
+        sent = all_numbers(exact)
+        arrived = all_numbers(gradients)
+        counts["sent"] += len(sent) - sent.count(0.0)
+        counts["arrived"] += len(arrived) - arrived.count(0.0)
+        overflow = not all(map(math.isfinite, arrived))
         scale.update(overflow)
         return loss, {} if overflow else gradients
 
     descend(config, master, ids, steps, 16, 0.04, gradients_of)
     loss, _ = mean_and_error(losses_on(Llama(config, master), test))
-    return HalfRun(way, 1 - counts["kept"] / counts["all"], loss)
+    return HalfRun(way, 1 - counts["arrived"] / counts["sent"], loss)
 
 
 def show_half_precision(trace: Trace, knobs: Namespace) -> None:
-    """A small model trained in FP16 with and without loss scaling, and in BF16."""
+    """Show a small model trained in FP16 with and without loss scaling, and in BF16."""
     full, half, scaled, brain = rows = [
         train_in_format(way, form, LossScale(scale), knobs.seed)
         for way, form, scale in (("full precision", float, 1.0), ("FP16", fp16, 1.0),
@@ -2870,15 +2983,17 @@ def show_half_precision(trace: Trace, knobs: Namespace) -> None:
               "too small for FP16?", half.lost)
     trace.say("A smaller model (16 channels) is trained from the start for 8 steps. Each step's "
               "gradient is one of a million equal shares of a batch's. Weights are rounded to the "
-              "format for both passes; master weights, sums and Adam are not. Lost: gradients that "
-              "became 0. Loss: on other verses.")
+              "format for both passes, and so are the gradients that come out; activations, sums, "
+              "master weights and Adam are not. Lost: gradients that became 0. Loss: on other "
+              "verses.")
     trace.table(rows, {"way": "", "lost": ".1%", "loss": ".3f"})
     trace.say(f"FP16 loses {half.lost:.0%} of the gradients, and ends at {half.loss:.2f} where "
               f"full precision ends at {full.loss:.2f}. With the loss scaled by about a million "
               f"it ends at {scaled.loss:.2f}; BF16, without scaling, at {brain.loss:.2f}.")
     trace.check("loss scaling saves gradients from becoming 0", scaled.lost < half.lost / 4,
                 f"{scaled.lost:.2%} lost, and {half.lost:.0%}")
-    trace.check("BF16 needs no scaling", brain.lost < 1e-3, f"{brain.lost:.2%} lost")
+    trace.check("BF16 needs no scaling, and rounds", brain.lost < 1e-3
+                and brain.loss != full.loss, f"{brain.lost:.2%} lost")
     trace.check("2^-26 is 0 in FP16, and itself with S = 4",
                 through_format([2.0**-26], 1.0, fp16) == [0.0]
                 and through_format([2.0**-26], 4.0, fp16) == [2.0**-26], "by hand")
@@ -2891,11 +3006,20 @@ def show_half_precision(trace: Trace, knobs: Namespace) -> None:
                 history == [4, 4, 8, 8, 4, 4], "by hand")
 
 
-# 16. Mixed bits
+# 17. Mixed bits
+
+
+def bytes_saved(choices: dict[str, list[Choice]], widths: dict[str, int], bits: int) -> int:
+    """Return how many bytes fewer these widths take than `bits` throughout."""
+    saved = 0
+    for name, row in choices.items():
+        nbytes = {choice.bits: choice.nbytes for choice in row}
+        saved += nbytes[bits] - nbytes[widths[name]]
+    return saved
 
 
 def show_mixed(trace: Trace, knobs: Namespace) -> None:
-    """Each matrix's expected damage, the assignment, and the model against uniform bits."""
+    """Show each matrix's expected damage, the assignment, and the model."""
     lab = lab_of(knobs)
     bits = knobs.bits
     choices, widths = mixed_widths(lab, knobs.setting)
@@ -2914,13 +3038,14 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
     trace.table(rows, {"matrix": "", **dict.fromkeys(damage["output"], ".3f"), "gets": "d"})
     trace.table([uniform, mixed], SCORES)
     if set(widths.values()) == {bits}:
-        trace.say("No other assignment fits into these bytes.")
-    trace.say(f"The model in mixed bits {compare(mixed, uniform)} the one in uniform bits. The "
-              "estimate is rough: it adds up the weights one by one, as if their errors did not "
-              "work together, and it saw little text. (At the default settings, over seeds 0 to 4, "
-              "mixed bits have 0.4 to 0.8 times the KL of uniform ones.)")
-    trace.check("mixed is no larger, in encoded bytes", mixed.nbytes <= uniform.nbytes,
-                f"{mixed.nbytes:,} of {uniform.nbytes:,}")
+        trace.say("No better assignment fits into these bytes.")
+    trace.say(f"The model in mixed bits {compare(mixed, uniform)} the one in uniform bits. On 20 "
+              "models at the defaults its KL was 0.35 to 1.10 times the other's, and less on 17. "
+              "The estimate is rough: it adds up the weights one by one, as if their errors did "
+              "not work together, and it saw little text.")
+    saved = bytes_saved(choices, widths, bits)
+    trace.check("the file of mixed bits is smaller by what the choices save, and never larger",
+                0 <= saved == uniform.nbytes - mixed.nbytes, f"{mixed.nbytes:,} bytes")
     by_hand = {"a": [Choice(2, 5.0, 10), Choice(3, 1.0, 20)],
                "b": [Choice(2, 3.0, 10), Choice(3, 2.0, 20)]}
     trace.check("two matrices of two widths in 30 bytes get 3 and 2 bits",
@@ -3413,10 +3538,10 @@ def draw_text(
     language: ClauseLanguage, rng: random.Random, used: set[str], *, verses: int = 0,
     tokens: int = 0
 ) -> tuple[list[int], float]:
-    """Return (the ids of at least so many verses and tokens, the log of their probability).
+    """Return (the ids of so many different verses, the log of their probability).
 
-    No verse in `used` is drawn, and all that are drawn are added to it. Within a text they may
-    repeat.
+    Or of at least so many tokens: then verses may repeat. No verse in `used` is drawn, and all that
+    are drawn are added to it.
     """
     tokenizer = word_tokenizer()
     lines: list[str] = []
@@ -3424,7 +3549,8 @@ def draw_text(
     log_probability = 0.0
     while len(lines) < verses or len(ids) < tokens:
         line, log_p = language.draw(rng)
-        if line not in used:
+        repeats = verses > 0 and line in lines
+        if line not in used and not repeats:
             lines.append(line)
             ids += tokenizer.encode(line)
             log_probability += log_p
@@ -3434,7 +3560,7 @@ def draw_text(
 
 # The lab: the model under test and its texts
 
-TRAINING = (24, 36, 0.02)  # steps, tokens a step, learning rate at its highest
+TRAINING = (20, 34, 0.02)  # steps, tokens a step, learning rate at its highest
 EVALUATION_VERSES = 5
 
 
@@ -3724,10 +3850,11 @@ class EightBitLlama(Llama):
     def __init__(self, lab: Lab, method: str, weights: Weights):
         super().__init__(lab.config, weights)
         self.method = method
-        self.codes = {name: quantize(weights[name], 8, granularity="channel")
-                      for name in lab.linears}
+        self.int8 = {name: quantize(weights[name], 8, granularity="channel")
+                     for name in lab.linears}
+        self.fp8 = {name: fp8_rows(weights[name]) for name in lab.linears if method == "FP8"}
         self.static_scales = {name: static_scale(x) for name, x in lab.inputs.items()}
-        self.nbytes = sum(q.nbytes for q in self.codes.values())
+        self.nbytes = sum(q.nbytes for q in self.int8.values())
         if method == "LLM.int8()":
             self.nbytes += sum(2 * row.kept * len(weights[row.matrix])
                                for row in compare_channels(lab))
@@ -3736,9 +3863,9 @@ class EightBitLlama(Llama):
         if self.method == "LLM.int8()":
             return llm_int8_matmul(x, self.weights[name])
         if self.method == "FP8":
-            return fp8_matmul(x, self.weights[name])
+            return fp8_matmul(x, *self.fp8[name])
         scale = self.static_scales[name] if self.method == "INT8 static" else None
-        return int8_matmul(x, self.codes[name], scale)
+        return int8_matmul(x, self.int8[name], scale)
 
 
 EIGHT_BITS = ("INT8 static", "INT8 dynamic", "FP8", "LLM.int8()", "SmoothQuant")
@@ -3761,10 +3888,10 @@ def starting_weights(lab: Lab, method: str, setting: Setting) -> Weights:
 
 
 @cache
-def compress(lab: Lab, method: str, setting: Setting = DEFAULTS) -> tuple[Llama, int]:
+def compress(lab: Lab, method: str, setting: Setting) -> tuple[Llama, int]:
     """Return (the model by a method, the bytes of its matrices), made once; the rest is in FP16."""
     start = starting_weights(lab, method, setting)
-    weights = map_rows(halves, start)
+    weights = map_rows(halves, {name: w for name, w in start.items() if name not in lab.linears})
     if method in EIGHT_BITS:
         model = EightBitLlama(lab, method, weights | {name: start[name] for name in lab.linears})
         return model, model.nbytes
@@ -3789,7 +3916,7 @@ def smoothed(lab: Lab, alpha: float) -> Weights:
     return weights
 
 
-AWQ_TOKENS = 64  # of the calibration text: a little will do, and saves time
+AWQ_TOKENS = 48  # of the calibration text: a little will do, and saves time
 
 
 def awq_task(lab: Lab, source: str) -> tuple[Matrix, Matrix]:
@@ -3858,7 +3985,7 @@ SCORES = {"method": "", "bits": ".2f", "kl as KL": ".5f", "error as ±": ".5f"}
 
 
 @cache
-def score(lab: Lab, method: str, setting: Setting = DEFAULTS) -> Score:
+def score(lab: Lab, method: str, setting: Setting) -> Score:
     """Return the score of the model by a method on the evaluation text, measured once."""
     model, nbytes = compress(lab, method, setting)
     verses = []
@@ -3894,18 +4021,18 @@ def mean_and_error(verses: Sequence[tuple[float, int]]) -> tuple[float, float]:
     return mean, math.sqrt(spread * n / (n - 1)) / tokens
 
 
-# Two values from the same five verses: of the differences that are due to the choice of verses
-# alone, 95% are within so many standard errors (Student's t with 4 degrees of freedom).
-T_95 = 2.78
-
-
 def compare(a, b) -> str:
-    """Return in words how row a compares with row b, whose verses are the same: less is better."""
-    differences = [(x - y, count) for (x, count), (y, _) in zip(a.verses, b.verses)]
-    mean, error = mean_and_error(differences)
-    if abs(mean) <= T_95 * error:
-        return "is in a tie with"
-    return "is better than" if mean < 0 else "is worse than"
+    """Return in words how row a compares with row b, which read the same verses: less is better.
+
+    One is better only if it is better on every verse. Of two that are equally good, one is so by
+    luck in 2 of 2^n cases; with five verses, in 1 of 16.
+    """
+    pairs = list(zip(a.verses, b.verses))
+    if all(x < y for (x, _), (y, _) in pairs):
+        return "is better than"
+    if all(x > y for (x, _), (y, _) in pairs):
+        return "is worse than"
+    return "is in a tie with"
 
 
 # Small helpers
@@ -3922,6 +4049,11 @@ def copy_weights(weights: Weights) -> Weights:
     return map_rows(list, weights)
 
 
+def all_numbers(weights: Weights) -> Vector:
+    """Return all numbers of all weights, or of their gradients."""
+    return flatten(row for w in weights.values() for row in as_rows(w))
+
+
 def n_numbers(config: Config) -> int:
     """Return how many weights a model has in all."""
     return sum(map(math.prod, config.shapes().values()))
@@ -3935,6 +4067,11 @@ def flatten(rows: Iterable[Sequence]) -> list:
 def in_rows(values: Sequence[float], width: int) -> Matrix:
     """Return values cut into rows."""
     return [list(values[i:i + width]) for i in range(0, len(values), width)]
+
+
+def matmul(a: Matrix, b: Matrix) -> Matrix:
+    """Return the product A B: a [n][k], b [k][m] -> [n][m]."""
+    return linear(a, transpose(b))
 
 
 def scale_columns(m: Matrix, scales: Vector) -> Matrix:
@@ -4354,7 +4491,8 @@ class Trace:
         else:
             shown = f"{answer:.3g}"
         self.say(f"Predict: {question}")
-        reply = self.hear("  your answer (Enter: pass) > ")
+        kind = "answer" if isinstance(answer, str) else "number, within a tenth"
+        reply = self.hear(f"  your {kind} (Enter: pass) > ")
         verdict = ""
         if reply:
             right = reply.casefold() == shown.casefold() or (
@@ -4506,7 +4644,7 @@ def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment:
 SECTIONS = [
     Section("Numbers in few bits", show_numbers, [quantize, Quantized, FloatFormat]),
     Section("Granularity", show_granularity, [quantize, group_columns, pack_bits]),
-    Section("llama.cpp's blocks and a file that it runs", show_gguf,
+    Section("llama.cpp's blocks", show_blocks,
             [q8_0_encode, q8_0_decode, q4_0_encode, q4_0_decode]),
     Section("NF4 and double quantization", show_nf4, [nf4_codebook, quantize_nf4, double_quantize]),
     Section("Activations too", show_activations,
@@ -4517,6 +4655,8 @@ SECTIONS = [
     Section("QLoRA: training on top of a compressed model", show_qlora,
             [new_adapter, with_adapter, adapter_gradient]),
     Section("The table", show_table, [kl_divergence, log_softmax]),
+    Section("A file that llama.cpp runs", show_gguf, [gguf_file, gguf_metadata, gguf_value],
+            core=False),
     Section("MXFP4 and NVFP4", show_fp4, [mxfp4_encode, mxfp4_decode, quantize_nvfp4], core=False),
     Section("Q4_K", show_q4_k, [q4_k_encode, q4_k_decode, q4_k_scales], core=False),
     Section("HQQ and SqueezeLLM", show_hqq_squeezellm,
@@ -4592,7 +4732,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             parser.error(f"argument --gguf: cannot write {knobs.gguf!r}: {reason}")
-    return run_sections(SECTIONS, knobs, "python microquant.py --section 2,6,7 --bits 3")
+    return run_sections(SECTIONS, knobs, "python3 microquant.py --section 2,6,7 --bits 3")
 
 
 if __name__ == "__main__":

@@ -385,7 +385,7 @@ def test_the_whole_trace_ends_well(script):
     assert "\x1b" not in text
     held = int(re.search(r"^All (\d+) checks held\.$", text, re.M)[1])
     assert held == len(re.findall(r"^ok    ", text, re.M)) > 0
-    assert re.search(rf"^Try next: python {script.stem}\.py .+\n\Z", text, re.M)
+    assert re.search(rf"^Try next: python3 {script.stem}\.py .+\n\Z", text, re.M)
     assert max(map(len, text.splitlines())) <= 80
     assert [line for line in text.splitlines() if line != line.rstrip()] == []
 
@@ -601,7 +601,7 @@ def test_predict_listens_to_a_real_terminal():
     out, errors = process.communicate(timeout=100)
     os.close(ours)
     assert (process.returncode, errors) == (0, b"")
-    assert out.count(b"your answer") == 2
+    assert out.count(b"(Enter: pass)") == 2
     assert b"\nPredictions: 0 of 1 right.\n" in out
 
 
@@ -613,7 +613,7 @@ def test_control_c_at_a_question(script):
                                stderr=subprocess.PIPE, preexec_fn=allow_interrupts)
     os.close(theirs)
     output = b""
-    while b"your answer" not in output:
+    while b"(Enter: pass)" not in output:
         chunk = os.read(process.stdout.fileno(), 4096)
         assert chunk
         output += chunk
@@ -776,11 +776,11 @@ EDGES = {
         "--text=Ünïcödé—日本語🙂 --section 2",
         "--text=" + "the\nrat\n" * 60 + " --section 2", "--text=\udcffbroken --section 2"],
     "microquant": [
-        "--bits 2 --group-size 4 --section 2,6,12", "--bits 2 --group-size 7 --section 1,7,16",
-        "--bits 8 --group-size 64 --section 2,7,9,12",
-        "--calibration-tokens 1 --section 6,7,12,16",
+        "--bits 2 --group-size 4 --section 2,6,13", "--bits 2 --group-size 7 --section 1,7,17",
+        "--bits 8 --group-size 64 --section 2,7,9,13",
+        "--calibration-tokens 1 --section 6,7,13,17",
         "--calibration-tokens 256 --alpha 1 --outliers 0,1 --section 1,2,5",
-        "--alpha 0 --outliers 8,64 --section 1,2,5", "--seed 1000000000 --section 4,14,15"],
+        "--alpha 0 --outliers 8,64 --section 1,2,5", "--seed 1000000000 --section 3,4,15,16"],
     "microbeam": [
         "--steps 2 --max-new-tokens 1 --section 1,4,5,7,8,9,10",
         "--steps 1 --gamma 16 --max-new-tokens 9 --width 16 --length-penalty 4 --section 4,5,6,7",
@@ -804,8 +804,8 @@ def test_every_check_holds_with_a_knob_at_its_edge(script, arguments, run_small,
 
 
 def test_the_gguf_file_holds_with_the_highest_seed():
-    """In full size: a check of section 3 works out by hand where a matrix begins in the file."""
-    done = run(ROOT / "microquant.py", "--seed", "1000000000", "--section", "3")
+    """In full size: a check of section 10 works out by hand where a matrix begins in the file."""
+    done = run(ROOT / "microquant.py", "--seed", "1000000000", "--section", "10")
     assert done.returncode == 0
 
 
