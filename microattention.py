@@ -127,10 +127,10 @@ MAP_TOKENS = 14    # tokens drawn in a map, so that four maps fit side by side
 #     out = .665 · 10 + .090 · 20 + .245 · 30 = 15.8
 #
 # Why divide by √d? If the channels of q and k are random with variance 1, q·k is a sum of d
-# terms, and its standard deviation is √d. With d = 128 the scores would lie about 11 apart, and
-# softmax would give nearly all the weight to one key. Such a head hardly learns any more: if a
-# score changes a little, its weight changes by weight · (1 - weight) times that, and this is 0 for
-# a weight of 0 and for a weight of 1.
+# terms, and its standard deviation is √d. Without the division, the scores of d = 128 channels
+# would spread by about 11, and softmax would give nearly all the weight to one key. Such a head
+# hardly learns any more: if a score changes a little, its weight changes by weight · (1 - weight)
+# times that. For a weight of 0.5 this is 0.25, for one of 0.99 it is 0.01.
 #
 # In a causal model query i stops at its own position. While a model writes, there is one new
 # query for all the keys so far. So the queries are the last positions of the text: with 1 query
@@ -454,8 +454,8 @@ class RollingKVCache:
 #
 #     (x[2m], x[2m+1])  ->  (x[2m] + i·x[2m+1]) · e^(i·p·θ_m)        θ_m = base^(-2m/d)
 #
-# Of two complex numbers a and b, the dot product of their parts is the real part of a · conj(b).
-# Conjugating turns an angle round, so in q·k the two angles meet as a difference:
+# Of two complex numbers a and b, the dot product of their parts is the real part of a · conj(b),
+# where conj(b) has the opposite angle. So in q·k the two angles meet as a difference:
 #
 #     e^(i·p_q·θ) · conj(e^(i·p_k·θ)) = e^(i·(p_q - p_k)·θ)
 #
@@ -546,7 +546,7 @@ def alibi_slopes(n_heads: int) -> Vector:
         raise ValueError(f"n_heads must be at least 1, not {n_heads}")
     power = 2 ** (n_heads.bit_length() - 1)
     slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
-    slopes_of_twice_as_many = [2 ** (-4 * (h + 1) / power) for h in range(2 * power)]
+    slopes_of_twice_as_many = [2 ** (-8 * (h + 1) / (2 * power)) for h in range(2 * power)]
     every_other = slopes_of_twice_as_many[::2]
     return slopes + every_other[:n_heads - power]
 
@@ -575,35 +575,35 @@ def alibi_bias(n_q: int, n_k: int, slope: float) -> Matrix:
 #     wk_up       W_UK           [head_dim][d_c]     128 × 512, for each head
 #     wv_up       W_UV           [v_dim][d_c]        128 × 512, for each head
 #
-#     c      = W_DKV x                          cached
-#     k_rope = RoPE(W_KR x)                     cached
-#     k_h    = concat(W_UK_h c, k_rope)
-#     v_h    = W_UV_h c
-#     q_h    = concat(W_Q_h x, RoPE(W_QR_h x))
+#     c      = w_down x                         cached
+#     k_rope = RoPE(wk_rope x)                  cached
+#     k_h    = concat(wk_up_h c, k_rope)
+#     v_h    = wv_up_h c
+#     q_h    = concat(wq_h x, RoPE(wq_rope_h x))
 #
 # A token leaves 512 + 64 = 576 numbers per layer. MHA would leave 2 · 128 · 128 = 32,768.
 #
 # The plain form computes the keys and values of all cached tokens again, at every step. The
-# absorbed form does not. It moves W_UK to the query, and W_UV behind the average:
+# absorbed form does not. It moves wk_up to the query, and wv_up behind the average:
 #
-#     q·(W_UK c)         = (W_UKᵀ q)·c           once per query instead of once per cached token
-#     Σ_j w_j (W_UV c_j) = W_UV (Σ_j w_j c_j)
+#     q·(wk_up c)         = (wk_upᵀ q)·c          once per query instead of once per cached token
+#     Σ_j w_j (wv_up c_j) = wv_up (Σ_j w_j c_j)
 #
-# In numbers: c = (3, 1), q = (1, 2), and W_UK has the rows (1, 2) and (0, 1). Plain: the key is
-# W_UK c = (5, 1), and q·key = 5 + 2 = 7. Absorbed: W_UKᵀ q = (1, 4), and (1, 4)·(3, 1) = 7.
+# In numbers: c = (3, 1), q = (1, 2), and wk_up has the rows (1, 2) and (0, 1). Plain: the key is
+# wk_up c = (5, 1), and q·key = 5 + 2 = 7. Absorbed: wk_upᵀ q = (1, 4), and (1, 4)·(3, 1) = 7.
 #
 # So the query meets the latent itself, and the absorbed form is multi-query attention with the key
-# concat(c, k_rope) and the value c. (RoPE could not be absorbed: its rotation, another one for each
-# token, would stand between q and W_UK. Hence the separate k_rope.)
+# concat(c, k_rope) and the value c. Why is there a separate k_rope? RoPE's rotation, another one
+# for each token, would stand between q and wk_up, and could not be absorbed.
 #
-# When does it pay? Per pair of query and key the absorbed form is dearer, because the latent is
-# longer than a head's key. At DeepSeek's sizes it takes 576 + 512 = 1,088 multiplications, and the
-# plain form 192 + 128 = 320. What the absorbed form saves is the decompression of the cached
-# tokens, 512 · (128 + 128) = 131,072 multiplications for each token and head. On a long cache that
-# pays for up to 131,072 / (1,088 - 320) = 170 queries. So the absorbed form is used for few queries
-# on many cached tokens, as in decoding, and the plain form for a whole prompt at once.
+# When does it pay? For every cached token and head, the plain form pays 512 · (128 + 128) = 131,072
+# multiplications once, to compute key and value again. For every pair of query and key it then
+# pays (128 + 64) + 128 = 320, and the absorbed form (512 + 64) + 512 = 1,088, since the latent is
+# longer than a head's key. So the absorbed form takes less for up to 131,072 / (1,088 - 320) = 170
+# queries. It is used for few queries on many cached tokens, as in decoding, and the plain form for
+# a whole prompt at once.
 #
-# Left out: DeepSeek makes the queries, W_Q and W_QR alike, from a latent of their own (1,536
+# Left out: DeepSeek makes the queries, by wq and wq_rope alike, from a latent of their own (1,536
 # numbers in V3, by a matrix that all heads share). That saves memory in training and none in the
 # cache. It also normalizes c before it is cached.
 #
@@ -698,8 +698,8 @@ def cache_bytes(model: RealModel, n_tokens: int, bytes_per_value: float = 2) -> 
     else:
         per_layer = kv_bytes_per_token(1, model.n_kv_heads, model.head_dim, bytes_per_value)
     n_local = model.n_layers - model.n_global_layers  # 0 if the model has no window
-    kept_tokens = model.n_global_layers * n_tokens + n_local * min(n_tokens, model.window)
-    return kept_tokens * per_layer
+    kept_entries = model.n_global_layers * n_tokens + n_local * min(n_tokens, model.window)
+    return kept_entries * per_layer
 
 
 def decode_multiplications(model: RealModel, n_tokens: int) -> int:
@@ -786,9 +786,9 @@ def shard_weights(
     head_dim = len(wq) // n_heads
     shards = []
     for query_heads, kv_heads in heads_of_ranks(n_heads, n_kv_heads, n_ranks):
-        q_rows = slice(query_heads[0] * head_dim, (query_heads[-1] + 1) * head_dim)
+        channels = slice(query_heads[0] * head_dim, (query_heads[-1] + 1) * head_dim)
         kv_rows = slice(kv_heads[0] * head_dim, (kv_heads[-1] + 1) * head_dim)
-        shards.append((wq[q_rows], wk[kv_rows], wv[kv_rows], [row[q_rows] for row in wo]))
+        shards.append((wq[channels], wk[kv_rows], wv[kv_rows], [row[channels] for row in wo]))
     return shards
 
 
@@ -1219,8 +1219,9 @@ def show_hidden(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
     x = embed(knobs.tokens, knobs.seed)
     rows = compare_windowed(x, knobs.window, knobs.sinks, rng)
     trace.say("What a window costs depends on what a head looks for. Five heads, built by hand, "
-              "with random values, but 0 at token 0. How far does the output move when the window "
-              "hides keys, as a share of the values' size?")
+              "run with all keys and with the window. The table shows how far apart the two "
+              "outputs are, divided by the size of the values; 0 means that the window changed "
+              "nothing. (The values are random, but that of token 0 is 0.)")
     trace.table(rows, {"head_looks_for": "", "window": ".2f bar 10 of 1",
                        f"with_sinks as with {plural(knobs.sinks, 'sink')}": ".2f bar 10 of 1"})
     trace.say("The weights of a head must sum to 1. One that finds nothing can rest on token 0, "
@@ -1245,8 +1246,8 @@ def show_reach(trace: Trace, window: int) -> None:
     local = spread_marker([window] * 4, width)
     mixed = spread_marker([window] * 3 + [None], width)
     trace.say(f"How far do layers see together? Token 0 of {width} starts with a marker. In each "
-              "layer, a token that sees a marked one gets the marker as well (█). 4 layers of "
-              f"window {window}; and what the 4th reaches if it is global, without a window:")
+              f"layer, a token that sees a marked one gets the marker as well (█). All 4 layers "
+              f"have the window {window}. The last row is the 4th layer again, but without one:")
     names = ["layer 1", "layer 2", "layer 3", "layer 4", "global "]
     for name, row in zip(names, [*local, mixed[3]]):
         trace.lines([f"{name}  " + "".join("█" if has else "·" for has in row)])
@@ -1269,7 +1270,7 @@ def show_rolling(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
     dense = dense_attention(q, k, v, lambda i, j: j <= i and (j > i - window or j < sinks))
     trace.check_close("attention() with window and sinks = the dense masked matrix",
                       attention(q, k, v, window=window, sinks=sinks), dense, 1e-12)
-    trace.check_close("rolling cache = the same", rolled, dense, 1e-12)
+    trace.check_close("with the rolling cache = the dense masked matrix", rolled, dense, 1e-12)
     trace.check_close("with a learned sink = the dense matrix with one more term in its sums",
                       attention(q, k, v, sink_logit=1.5),
                       dense_attention(q, k, v, sink_logit=1.5), 1e-12)
@@ -1341,10 +1342,11 @@ def show_positions(trace: Trace, knobs: Namespace) -> None:
     places = (0, 7, 100, 5000)
     distances = (0, 1, 2, 8, 32)
     scores = [[score_at(q, k, place + far, place) for far in distances] for place in places]
-    trace.say("RoPE turns q and k by angles proportional to their positions. One random q and k "
-              f"of {d} channels, put at different places. Read down a column: where they stand "
-              "does not matter, only how far apart. A key's own rotation depends on its own "
-              "position alone, so it is done once, and the key is cached that way.")
+    trace.say("RoPE takes the channels of q and k two by two, as points in a plane, and turns each "
+              "point by an angle in proportion to the position. Here are the scores of one random "
+              f"q and k of {d} channels at different places. Read down a column: where they stand "
+              "does not matter, only how far apart. A key turns by its own position alone. So that "
+              "is done once, and the key is cached that way.")
     trace.ask(f"a query 8 tokens after a key at 0 scores {scores[0][3]:.4f}. What does it score 8 "
               f"tokens after the same key at {places[-1]}?", scores[-1][3])
     columns = [f"{far} apart" for far in distances]
@@ -1366,11 +1368,12 @@ def show_stretched(trace: Trace) -> None:
               "down some rotations (and it was trained further on long texts). Its rule, at its "
               "own sizes (128 channels, base 500,000), for some of the 64 pairs of channels. "
               "How fast they turn before, and how much they are slowed:")
-    trace.table(rows, {"pair": "d", "before as tokens in a full turn": ",.0f",
+    trace.table(rows, {"pair": "d", "before as tokens in a full turn": ",.1f",
                        "turns as turns in 8,192 tokens": ",.3f",
                        "slowed as slowed by": "{:.2f}×"})
-    trace.say("Fast pairs, which tell neighbours apart, are left alone. Pairs that make less than "
-              "one turn in 8,192 tokens are slowed by 8. Those between get something in between.")
+    trace.say("Fast pairs, which tell neighbours apart, are left alone: those of more than four "
+              "turns in 8,192 tokens. Pairs of less than one turn are slowed by 8. Those between "
+              "are slowed the more, the fewer turns they make.")
     # Pair 32 by hand: θ = 1/√500,000, a turn takes 4,443 tokens, 8,192 tokens make 1.844 turns; so
     # .2813 of its angle is kept as it is, and .7187 of it is divided by 8: .3711 of it is left.
     # Pair 26 makes more than 4 turns and keeps its angle; pair 35 makes less than one.
@@ -1384,9 +1387,9 @@ def show_alibi(trace: Trace) -> None:
     n_keys = 40
     slopes = alibi_slopes(8)
     weights = look_back(slopes, n_keys)
-    trace.say("ALiBi takes slope × distance off each score. All scores equal but for that, the "
-              f"last of {n_keys} tokens looks back, oldest key to newest. The steeper the slope, "
-              "the nearer it looks. The slopes of 8 heads:")
+    trace.say("ALiBi takes slope × distance off each score. Suppose that all scores were equal "
+              f"before, and the last of {n_keys} tokens looks back (oldest key on the left). The "
+              "steeper the slope, the nearer it looks. The slopes of 8 heads:")
     for slope, row in zip(slopes, weights):
         picture = "".join(shade(weight / max(row)) for weight in row)
         trace.lines([f"slope {slope:.4f}  {picture}"])
@@ -1397,8 +1400,9 @@ def show_alibi(trace: Trace) -> None:
     trace.check_close("each key's weight is e^slope times that of the key before it", weights,
                       [softmax([slope * j for j in range(n_keys)]) for slope in slopes], 1e-12)
     published = [2.0 ** -h for h in range(1, 9)] + [2.0 ** -(h + 0.5) for h in range(4)]
-    trace.check_close("12 heads have the published slopes of 8 heads, 1/2 to 1/256, and every "
-                      "other slope of 16 heads", [alibi_slopes(12)], [published], 1e-12)
+    trace.check_close("12 heads have the published slopes of 8 heads, 1/2 to 1/256, and the first "
+                      "four of every other slope of 16 heads", [alibi_slopes(12)], [published],
+                      1e-12)
 
 
 # 6. Multi-head latent attention (MLA)
@@ -1483,8 +1487,8 @@ def show_latent(trace: Trace, w: MLAWeights, n_kv_heads: int) -> None:
     trace.ask(f"a KV head takes {rows[2].numbers} numbers. How many KV heads' worth does MLA take?",
               kv_heads_worth)
     trace.table(rows, {"attention": "", "numbers": "d bar 40"})
-    trace.say(f"MLA takes {kv_heads_worth:.2f} KV heads' worth, and more heads of this size would "
-              "change nothing: with the 128 heads of DeepSeek-V3 MHA would keep 57 times as much. "
+    trace.say(f"MLA takes {kv_heads_worth:.2f} KV heads' worth, whatever the number of heads. "
+              "DeepSeek-V3 has 128 of them: MHA would keep 32,768 numbers, and MLA keeps 576. "
               "GQA with 2 KV heads keeps less than MLA, but all its query heads share those 2, "
               "where every head of MLA has keys and values of its own.")
 
@@ -1562,8 +1566,8 @@ def show_bill(trace: Trace, knobs: Namespace) -> None:
                        "at_4k as GiB at 4K": "", "at_128k as GiB at 128K": "",
                        "flops_per_byte as FLOPs/byte": ",.0f"})
     trace.say("Sharing KV heads saves bytes and no work. That is a good trade where reading is "
-              f"what takes the time. {rows[-1].model} goes furthest: all its query heads read the "
-              f"same latent, {rows[-1].flops_per_byte:.0f} FLOPs for each byte.")
+              f"what takes the time. {rows[-1].model} does the most work for a byte, "
+              f"{rows[-1].flops_per_byte:.0f} FLOPs, as all its query heads read the same latent.")
     multiplications, numbers = count_step(TINY_MODEL, 8, random.Random(knobs.seed))
     trace.check("the formulas give what is counted in a tiny model, one of whose two layers has a "
                 "window: the work of one token, and the bytes of 8 keys and values",
@@ -1647,9 +1651,9 @@ def show_tensor_parallel(trace: Trace, knobs: Namespace) -> None:
     x = random_matrix(rng, 12, knobs.dim)
     weights = random_weights(rng, knobs.dim, n_kv_heads * knobs.dim // n_heads)
     trace.say("Tensor parallelism: each rank (one of the cards) holds the weights of some heads, "
-              "and their keys and values. It returns one term of the output; an all-reduce adds "
-              f"the terms up. {plural(n_heads, 'query head')} and {plural(n_kv_heads, 'KV head')}; "
-              "what each rank holds, in numbers:")
+              "and their keys and values. It returns a vector, and an all-reduce adds up the "
+              f"vectors of all ranks. With {plural(n_heads, 'query head')} and "
+              f"{plural(n_kv_heads, 'KV head')}, each rank holds, in numbers:")
     rows = compare_ranks(weights, n_heads, n_kv_heads)
     trace.ask(f"with {rows[-1].ranks} ranks, how many copies of each KV head are there?",
               rows[-1].copies)
@@ -1662,7 +1666,7 @@ def show_tensor_parallel(trace: Trace, knobs: Namespace) -> None:
                       "machine, densely", add_matrices(parts),
                       dense_heads(x, *weights, n_heads, n_kv_heads), 1e-12)
     head_dim = knobs.dim // n_heads
-    trace.check("from one rank to one for each query head; none keeps less than one KV head",
+    trace.check("no rank keeps less than one KV head, with one rank up to one per query head",
                 (rows[0].ranks, rows[-1].ranks) == (1, n_heads)
                 and all(row.cache == 2 * head_dim * max(1, n_kv_heads // row.ranks)
                         for row in rows),
@@ -1684,7 +1688,7 @@ def show_pipeline(trace: Trace, knobs: Namespace) -> None:
         cells = ["·" if tick[stage] is None else str(tick[stage]) for tick in schedule]
         trace.lines([f"stage {stage}  " + " ".join(f"{cell:>2}" for cell in cells)])
     rows = compare_micro_batches(p, (1, 2, 4, 8, 16))
-    trace.say("The idle cells are the bubble. Its share for other numbers of micro-batches:")
+    trace.say("The idle cells are the bubble. Its share for p stages and m micro-batches:")
     trace.ask(f"with {plural(p, 'stage')} and 1 micro-batch, what share of the cells is idle?",
               rows[0].idle)
     trace.table(rows, {"micro_batches": "d", "ticks": "d", "idle as idle, counted": ".0%",
@@ -1692,8 +1696,9 @@ def show_pipeline(trace: Trace, knobs: Namespace) -> None:
     if p > 1:
         trace.say(f"With one micro-batch only one of the {p} cards works at a time: a pipeline "
                   "makes no single request faster; it shares out the memory. At most a fifth is "
-                  f"idle from {4 * (p - 1)} micro-batches on. (In decoding a small batch takes "
-                  "nearly as long as a large one, so that cutting it up gains less.)")
+                  f"idle from {4 * (p - 1)} micro-batches on. (In decoding, reading the weights is "
+                  "what takes the time, for a small batch as for a large one. So cutting it up "
+                  "gains less.)")
     trace.check("the pipeline's outputs = one machine's, in order",
                 outputs == run_one_by_one(stages, batch), "to the bit")
     trace.check("idle cells, counted = (p - 1) / (m + p - 1)",
