@@ -1809,8 +1809,6 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
     """Show one outlier's reach, the model at each granularity, and the sizes of real models."""
     lab = lab_of(knobs)
     bits, g, _ = knobs.setting
-    tensor, channel, group = (score(lab, method, knobs.setting) for method in (
-        "INT per tensor", "INT per channel", "INT in groups"))
     planted = plant_one_outlier(bits, g, knobs.seed)
 
     trace.say("A matrix has 8 rows of 64 weights. One weight is made 20 times the typical size. "
@@ -1820,25 +1818,7 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
                           "error": ".1%bar 30"})
     trace.ask(f"INT{bits} with a scale in FP16 for every {g} weights: how many bits a weight?",
               planted[2].bits)
-    trace.say("Now the model, rounded to nearest. The embedding and the norms stay in FP16. The "
-              "bits are those of a weight, scales included. KL says how far the predictions moved "
-              "from those of the model in FP32, and ± is its standard error over the verses. "
-              "(Perplexity would not do: a damaged model can have a better one by luck.)")
-    trace.say("All methods read the same verses. This page calls one better than another only if "
-              "it is better on each of the five verses; if not, it is a tie. (Of two equally good "
-              "ones, one wins all five by luck in 2 · (1/2)^5 = 1 of 16 cases.)")
-    q8_0 = score(lab, "Q8_0", knobs.setting)
-    q4_0 = score(lab, "Q4_0", knobs.setting)
-    trace.table([tensor, channel, group, q4_0, q8_0], SCORES)
-    trace.say(f"A scale per channel {compare(channel, tensor)} one per tensor. A scale per group "
-              f"of {g} {compare(group, channel)} one per channel, and {compare(group, tensor)} one "
-              "per tensor. Q4_0 and Q8_0 (section 3) have groups of 32. Q4_0 uses all 16 codes of "
-              "4 bits instead of 15; that makes its steps an eighth smaller.")
-    trace.say("One model proves little. So the same was measured on 20 models, of seeds 0 to 19, "
-              "at the default settings. A scale per tensor had 1.3 to 6.4 times the KL of groups "
-              "of 32. Groups had less than a scale per channel on 12 of the 20. They gain little "
-              "here, as a row of 64 weights has only two groups. The rows of real models have "
-              "thousands of weights, and groups are usual there. So this page measures by them.")
+    show_rounded_models(trace, lab, knobs.setting)
     show_real_sizes(trace)
 
     scales = [1, 8, 8 * ceil_div(64, g)]
@@ -1852,6 +1832,32 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
     trace.check("parameters from the configurations = the published counts",
                 [row.parameters for row in real_sizes()] == [n for _, n in REAL_LLAMAS.values()],
                 "equal")
+
+
+def show_rounded_models(trace: Trace, lab: Lab, setting: Setting) -> None:
+    """Show the model with a scale per tensor, per channel and per group."""
+    g = setting.group_size
+    tensor, channel, group = (score(lab, method, setting) for method in (
+        "INT per tensor", "INT per channel", "INT in groups"))
+    trace.say("Now the model, rounded to nearest. The embedding and the norms stay in FP16. The "
+              "bits are those of a weight, scales included. KL says how far the predictions moved "
+              "from those of the model in FP32, and ± is its standard error over the verses. "
+              "(Perplexity would not do: a damaged model can have a better one by luck.)")
+    trace.say("All methods read the same verses. This page calls one better than another only if "
+              "it is better on each of the five verses; if not, it is a tie. (Of two equally good "
+              "ones, one wins all five by luck in 2 · (1/2)^5 = 1 of 16 cases.)")
+    q8_0 = score(lab, "Q8_0", setting)
+    q4_0 = score(lab, "Q4_0", setting)
+    trace.table([tensor, channel, group, q4_0, q8_0], SCORES)
+    trace.say(f"A scale per channel {compare(channel, tensor)} one per tensor. A scale per group "
+              f"of {g} {compare(group, channel)} one per channel, and {compare(group, tensor)} one "
+              "per tensor. Q4_0 and Q8_0 (section 3) have groups of 32. Q4_0 uses all 16 codes of "
+              "4 bits instead of 15; that makes its steps an eighth smaller.")
+    trace.say("One model proves little. So the same was measured on 20 models, of seeds 0 to 19, "
+              "at the default settings. A scale per tensor had 1.3 to 6.4 times the KL of groups "
+              "of 32. Groups had less than a scale per channel on 12 of the 20. They gain little "
+              "here, as a row of 64 weights has only two groups. The rows of real models have "
+              "thousands of weights, and groups are usual there. So this page measures by them.")
 
 
 def check_comparisons(trace: Trace) -> None:
@@ -2033,8 +2039,6 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     """Show the sizes of activations, and the ways to have them in 8 bits."""
     lab = lab_of(knobs)
     channels = compare_channels(lab)
-    static, dynamic, fp8, mixed = (score(lab, method, knobs.setting) for method in EIGHT_BITS[:4])
-    smooth = [score(lab, "SmoothQuant", knobs.setting._replace(alpha=alpha)) for alpha in ALPHAS]
     name = "layers.0.attention.wq"
     weights = smoothed(lab, knobs.alpha)
     before, after = channels_of_wq(lab, weights)
@@ -2051,6 +2055,23 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
               "Median: half of the channels never exceed it.")
     trace.table(channels, {"matrix": "", "channels": "d", "kept as in FP16": "d", "largest": ".1f",
                            "typical as median": ".1f"})
+    show_8_bit_models(trace, lab, knobs.setting)
+
+    verse = split_verses(lab.evaluation)[0]
+    trace.check_close("SmoothQuant left the FP32 logits where they were",
+                      Llama(lab.config, weights).forward(verse), lab.model.forward(verse), 1e-9)
+    _, equal = channels_of_wq(lab, smoothed(lab, 1.0))
+    trace.check_close("at α = 1, all channels of x have the size 1", [equal], [[1.0] * len(equal)],
+                      1e-9)
+    x = lab.inputs[name][:8]
+    check_8_bit_models(trace, lab, name, x, weights[name], knobs.setting)
+    check_8_bit_products(trace, x, lab.model.weights[name])
+
+
+def show_8_bit_models(trace: Trace, lab: Lab, setting: Setting) -> None:
+    """Show the model with weights and activations in 8 bits."""
+    static, dynamic, fp8, mixed = (score(lab, method, setting) for method in EIGHT_BITS[:4])
+    smooth = [score(lab, "SmoothQuant", setting._replace(alpha=alpha)) for alpha in ALPHAS]
     trace.say("The model with weights and activations in 8 bits. Each row of W has a scale. "
               "Activations have one scale for all tokens (static), or one per token (dynamic, and "
               "all others).")
@@ -2063,18 +2084,6 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     trace.say("On 20 models at the defaults, the KL divided by that of dynamic INT8 was 3.2 to 8.3 "
               "for static INT8, 0.5 to 1.5 for FP8, and at most 0.05 for LLM.int8() and 0.08 for "
               "SmoothQuant with α = 0.5. This α was the best of the three on all 20.")
-
-    verse = split_verses(lab.evaluation)[0]
-    trace.check_close("SmoothQuant left the FP32 logits where they were",
-                      Llama(lab.config, weights).forward(verse), lab.model.forward(verse), 1e-9)
-    trace.check("three values of α make three models", len({row.kl for row in smooth}) == 3,
-                "their KLs")
-    _, equal = channels_of_wq(lab, smoothed(lab, 1.0))
-    trace.check_close("at α = 1, all channels of x have the size 1", [equal], [[1.0] * len(equal)],
-                      1e-9)
-    x = lab.inputs[name][:8]
-    check_8_bit_models(trace, lab, name, x, weights[name], knobs.setting)
-    check_8_bit_products(trace, x, lab.model.weights[name])
 
 
 def check_8_bit_models(
@@ -2166,8 +2175,7 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
               "0.08 to 0.60 for GPTQ, 0.04 to 0.19 with act-order, and 0.4 to 3.8 with one token, "
               "which did harm on 16 of the 20.")
 
-    trace.check("each of the four ways makes another model",
-                len({row.kl for row in (nearest_score, plain, ordered, starved)}) == 4, "their KLs")
+    trace.check("one token of calibration makes another model", starved.kl != plain.kl, "their KLs")
     trace.check("the example: 0, 0, 7 to nearest, and 0, 1, 7 by GPTQ",
                 [row.codes for row in example] == ["", "[0, 0, 7]", "[0, 1, 7]"], "by hand")
     name = "layers.0.feed_forward.w2"
@@ -2415,6 +2423,13 @@ def show_qlora(trace: Trace, knobs: Namespace) -> None:
     trace.note(f"Learning rates: {rates}. Adapters are measured as they are stored, in FP16.")
     trace.say("On 20 models at the defaults, QLoRA's loss was 0.84 to 1.41 times full training's "
               "(less on 6 of the 20), and 0.69 to 1.25 times LoRA's (less on 10).")
+    check_qlora(trace, lab, rows)
+
+
+def check_qlora(trace: Trace, lab: Lab, rows: list[FineTuned]) -> None:
+    """Check an adapter by hand, and that each way to train was what its name says."""
+    before, nf4, full, lora, qlora = rows
+    wq = lab.model.weights["layers.0.attention.wq"]
     trace.check("a new adapter changes nothing",
                 with_adapter(wq, new_adapter(wq, RANK, random.Random(0))) == wq, "equal")
     w = [[1.0, 2.0], [3.0, 4.0]]
@@ -2510,18 +2525,23 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
                   "become small, and these formats have the finest steps near 0. (Take NF4's "
                   "values for the columns that meet outliers, and INT4's for all others: on 20 "
                   "models at the defaults, this had 0.24 to 0.87 of the KL of INT4.)")
-    trace.check("KL is nowhere negative", min(row.kl for row in rows + with_activations) > -1e-12,
-                f"{len(rows + with_activations)} methods")
+    check_table(trace, lab, rows + with_activations, knobs.setting)
+
+
+def check_table(trace: Trace, lab: Lab, rows: list[TableRow], setting: Setting) -> None:
+    """Check the measure, and the bytes of one file."""
+    trace.check("KL is nowhere negative", min(row.kl for row in rows) > -1e-12,
+                f"{len(rows)} methods")
     p, q = log_softmax([0.0, 0.0]), log_softmax([math.log(3), 0.0])
     trace.check("KL of (1/2, 1/2) from (3/4, 1/4) = log(4/3) / 2",
                 abs(kl_divergence(p, q) - math.log(4 / 3) / 2) < 1e-12, "by hand")
-    total = kl_of_first_verse(lab, "Q4_0", knobs.setting)
-    got, _ = score(lab, "Q4_0", knobs.setting).verses[0]
+    total = kl_of_first_verse(lab, "Q4_0", setting)
+    got, _ = score(lab, "Q4_0", setting).verses[0]
     trace.check("Q4_0's KL on the first verse = Σ p · log(p / q), from the probabilities",
                 abs(got - total) < 1e-9, "summed over its tokens")
     expected = 2 * n_numbers(lab.config) - lab.n_weights * 2 + lab.n_weights // 32 * 34
     trace.check("Q8_0's bytes = 34 for every 32 weights, and 2 for each number beside the matrices",
-                score(lab, "Q8_0", knobs.setting).nbytes == expected, f"{expected:,}")
+                score(lab, "Q8_0", setting).nbytes == expected, f"{expected:,}")
 
 
 # 10. A file that llama.cpp runs
@@ -2606,6 +2626,11 @@ def show_fp4(trace: Trace, knobs: Namespace) -> None:
               "NVFP4's KL was less than MXFP4's on 17, and MXFP4's less than Q4_0's on 18. Both "
               "gain by their fine steps near 0, where the weights that meet outliers are (section "
               "9): on 20 models without outliers, MXFP4 had 1.0 to 3.9 times Q4_0's KL.")
+    check_fp4(trace, lab, mx.bits, nv.bits)
+
+
+def check_fp4(trace: Trace, lab: Lab, mx_bits: float, nv_bits: float) -> None:
+    """Check both formats on weights whose codes can be worked out by hand."""
     # All 16 values, twice: the scale is 1, and the codes are 0 to 15.
     values = [fp4_value(code) for code in range(16)]
     trace.check("MXFP4 of all its values, twice = the block worked out by hand",
@@ -2625,7 +2650,7 @@ def show_fp4(trace: Trace, knobs: Namespace) -> None:
     trace.check("NVFP4's scales of blocks up to 6 · 448 and 6 · 0.53 = 448 and 0.5, as in E4M3",
                 quantize_nvfp4(blocks).scales == [[448.0], [0.5]], "by hand")
     trace.check("bits counted = 4 + 8/32, and 4 + 8/16 + 32 over each matrix",
-                (mx.bits, nv.bits) == (4.25, 4.5 + 32 * len(lab.linears) / lab.n_weights), "equal")
+                (mx_bits, nv_bits) == (4.25, 4.5 + 32 * len(lab.linears) / lab.n_weights), "equal")
 
 
 # 12. Q4_K
