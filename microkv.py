@@ -1439,6 +1439,13 @@ def show_paging(trace, knobs) -> None:
               f"slot is {block} · {size} + {offset} = {slot}.")
     trace.check_close("keys and values read through the tables = those of caches in one piece",
                       contents(caches), contents_alone(model, texts), 1e-9)
+    three = BlockPool(3, size)
+    handed_out = [three.allocate(), three.allocate()]
+    for block in reversed(handed_out):
+        three.free(block)
+    handed_out += [three.allocate(), three.allocate(), three.allocate()]
+    trace.check("a pool hands out the block that has been free longest: 0, 1; freed 1, 0; 2, 1, 0",
+                handed_out == [0, 1, 2, 1, 0], "3 blocks")
     empty = [len(cache.block_table) * size - cache.length for cache in caches]
     trace.check("the empty slots of a request are fewer than the slots of a block",
                 max(empty) < size, f"A {empty[0]}, B {empty[1]}, a block {size}")
@@ -1574,6 +1581,12 @@ def show_prefix_caching(trace, knobs) -> None:
                 f"{sum(found)} found")
     trace.check("the answers are what each request gets alone",
                 report.tokens == knobs.lab.solo_tokens(requests), f"{len(requests)} requests")
+    pool = cache.pool
+    named = len(pool.block_of)
+    while pool.num_free_blocks:
+        pool.allocate()
+    trace.check("blocks that are handed out again are found no more",
+                not pool.block_of and not pool.hash_of, f"{named} names before")
 
 
 # 6. Continuous batching
@@ -3099,10 +3112,11 @@ class Trace:
 
 
 def is_near(reply: str, answer: float) -> bool:
-    """Return whether reply is a number within a tenth of answer; 1,234 and 33% are numbers."""
+    """Return whether reply is a number within a tenth of answer; 1,234, 33% and 1/3 are numbers."""
+    above, _, below = reply.rstrip("%×x ").replace(",", "").partition("/")
     try:
-        number = float(reply.rstrip("%×x ").replace(",", ""))
-    except ValueError:
+        number = float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
         return False
     if reply.endswith("%"):
         number /= 100

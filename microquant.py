@@ -4541,10 +4541,11 @@ class Trace:
 
 
 def is_near(reply: str, answer: float) -> bool:
-    """Return whether reply is a number within a tenth of answer; 1,234 and 33% are numbers."""
+    """Return whether reply is a number within a tenth of answer; 1,234, 33% and 1/3 are numbers."""
+    above, _, below = reply.rstrip("%×x ").replace(",", "").partition("/")
     try:
-        number = float(reply.rstrip("%×x ").replace(",", ""))
-    except ValueError:
+        number = float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
         return False
     if reply.endswith("%"):
         number /= 100
