@@ -176,8 +176,9 @@ class Quantized:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file, scales included."""
-        return len(self.to_bytes())
+        """How many bytes to_bytes() would return."""
+        n_codes = sum(map(len, self.codes))
+        return ceil_div(n_codes * self.bits, 8) + len(self.overhead)
 
     @property
     def bits_per_weight(self) -> float:
@@ -1771,7 +1772,8 @@ def plant_one_outlier(bits: int, group_size: int, seed: int) -> list[OneOutlier]
         q = quantize(w, bits, granularity=granularity)
         back = q.dequantize()
         back[2][20] = 0.0
-        rows.append(OneOutlier(granularity, q.bits_per_weight, relative_distance(back, others)))
+        bits_counted = 8 * len(q.to_bytes()) / 512
+        rows.append(OneOutlier(granularity, bits_counted, relative_distance(back, others)))
     return rows
 
 
@@ -2843,7 +2845,7 @@ def check_one_bit(trace: Trace, lab: Lab, name: str) -> None:
     trace.check("the least-squares scale = the mean |w| of the weights that are not 0",
                 abs(least_squares_scale(w, codes) - fmean(kept)) < 1e-12,
                 f"{fmean(kept):.4f}; γ is {gamma:.4f}")
-    verse = split_verses(lab.training)[0]
+    verse = lab.training[:8]
     ternary = lab.model.weights | {name: ternary_weights(w)}
     trace.check("straight through: loss and gradients = those of the model with ternary weights",
                 straight_through(lab.config, lab.model.weights, verse, [name])
@@ -2959,7 +2961,7 @@ class HalfRun(NamedTuple):
 
 
 def train_in_format(
-    way: str, form: Callable, scale: LossScale, seed: int, steps: int = 8
+    way: str, form: Callable, scale: LossScale, seed: int, steps: int = 6
 ) -> HalfRun:
     """Train a small Llama, with its weights and gradients in a format, and measure it.
 
@@ -3006,7 +3008,7 @@ def show_half_precision(trace: Trace, knobs: Namespace) -> None:
                                  ("FP16, loss scaled", fp16, 2.0**20), ("BF16", bf16, 1.0))]
     trace.ask("the gradients of one piece in a batch of 16 million tokens: which share of them is "
               "too small for FP16?", half.lost)
-    trace.say("A smaller model (16 channels) is trained from the start for 8 steps. Each step's "
+    trace.say("A smaller model (16 channels) is trained from the start for 6 steps. Each step's "
               "gradient is one of a million equal shares of a batch's. Weights are rounded to the "
               "format for both passes, and so are the gradients that come out; activations, sums, "
               "master weights and Adam are not. Lost: gradients that became 0. Loss: on other "
@@ -3631,6 +3633,11 @@ class Lab:
         return inputs
 
     @cached_property
+    def hessians(self) -> dict[str, Matrix]:
+        """H of each matrix's inputs, [in][in]."""
+        return {name: hessian_of(x) for name, x in self.inputs.items()}
+
+    @cached_property
     def sensitivities(self) -> dict[str, Matrix]:
         """Each weight's squared gradient, summed over the verses of the calibration text."""
         total = {name: zeros_like(self.model.weights[name]) for name in self.linears}
@@ -3800,8 +3807,7 @@ def encode_matrix(
     if method == "NVFP4":
         return quantize_nvfp4(w)
     if method in ("GPTQ", "GPTQ act-order"):
-        hessian = hessian_of(lab.inputs[name])
-        return gptq(w, hessian, bits, granularity=group, act_order=method != "GPTQ")
+        return gptq(w, lab.hessians[name], bits, granularity=group, act_order=method != "GPTQ")
     if method == "GPTQ one token":
         return gptq(w, hessian_of(lab.inputs[name][:1]), bits, granularity=group)
     if method == "column by inputs":
@@ -3924,9 +3930,11 @@ def compress(lab: Lab, method: str, setting: Setting) -> tuple[Llama, int]:
     for name in lab.linears:
         found = encode_matrix(lab, method, name, start[name], setting)
         if isinstance(found, Quantized):
-            found = found.dequantize(), found.to_bytes()
-        weights[name], data = found
-        nbytes += len(data)
+            weights[name] = found.dequantize()
+            nbytes += found.nbytes
+        else:
+            weights[name], data = found
+            nbytes += len(data)
     return Llama(lab.config, weights), nbytes
 
 
