@@ -2239,7 +2239,9 @@ def show_constrained(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"{found.moved:.0%} of the probability would have to move from one text to another "
               "to make the two columns equal. (On 20 models at the defaults: 9% to 91%.) At the "
               "animal, the mask cannot see how seldom or often the model would go on with "
-              "\"that\" and end the line there. The column on the right counts this.")
+              "\"that\" and end the line there. The column on the right "
+              f"counts this: it has {widest.given:.3f} for {widest.text!r}, and the mask "
+              f"{widest.local:.3f}.")
     trace.check("all forced texts match the shape, by Python's re",
                 all(re.fullmatch(STORY_RE, text) for text in texts)
                 and [row.text for row in found.rows] == ["cat that", "cow that", "rat that"],
