@@ -588,7 +588,7 @@ def exact_search(
 # independent of all earlier ones. Either a guess
 # waits at the next place: it was drawn from q after exactly this text, and the rule makes the
 # token's distribution p. Or none waits: the token is drawn from p. Guesses behind a wrong one are
-# thrown away unseen, since they continue another text. So the longer text has the target's
+# thrown away, since they continue another text. So the longer text has the target's
 # distribution too. (The trace enumerates all texts of small models, which checks the code; the
 # proof is this paragraph.)
 #
@@ -1277,11 +1277,14 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
     trace.say("A filter removes unlikely tokens before one is drawn. Top-k keeps the k likeliest; "
               "top-p the shortest list of best tokens that has probability p together; min-p "
               "those with at least min-p times the best one's probability. Typical keeps those "
-              "whose surprise, -log p, is nearest to the mean surprise. A temperature t below 1 "
-              "sharpens the distribution, and above 1 flattens it.")
+              "whose surprise, -log p, is nearest to the mean surprise, until they have "
+              f"probability {TYPICAL_P:g} together. Of tokens that tie for the last place, top-k "
+              "keeps all, and top-p no more than it needs. A temperature t below 1 sharpens the "
+              "distribution, and above 1 flattens it.")
     trace.say(f"What may follow {lab.tail(knobs.tokens)!r}:")
     trace.table(shapes, {"token": "", "as is": f".2f bar 6 of {most}"}
                 | dict.fromkeys(list(drawn)[1:], f"bar 7 of {most}"))
+    trace.note("·: too unlikely for a bar. Empty: the filter has removed the token.")
 
     rows = lab.target.forward(lab.ids[-FILTER_PLACES:])
     kept = count_kept(rows, settings)
@@ -1301,10 +1304,10 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
               "filter flattens what top-p and min-p choose from, and they keep "
               f"{p_after_t.mean:.0f} and {min_p_after_t.mean:.0f} of {VOCAB_SIZE} tokens on "
               "average. After the filter, a temperature changes nothing about what is kept.")
-    trace.say("One model proves little. So this and what follows was also measured on 20 models, "
-              "of seeds 0 to 19, at the default settings. Here top-p kept 4.4 to 9.1 tokens on "
-              "average, and min-p 2.9 to 4.3. After t 5 they kept 135 to 137, and 131 to "
-              "152. Typical removed the likeliest token at 12 to 24 of the 64 places.")
+    trace.say("One model proves little. On 20 models, of seeds 0 to 19 at the default settings "
+              f"(this page shows seed {lab.seed}), top-p kept 4.4 to 9.1 tokens on average, and "
+              "min-p 2.9 to 4.3. After t 5 they kept 135 to 137, and 131 to 152. Typical removed "
+              "the likeliest token at 12 to 24 of the 64 places.")
     check_filters(trace)
     trace.check("a temperature after the filter changes nothing about what is kept",
                 p_before_t[1:] == top_p[1:] and min_p_before_t[1:] == min_p[1:], "top-p and min-p")
@@ -1327,7 +1330,8 @@ def check_filters(trace: Trace) -> None:
         "min-p 1": min_p_filter(equal, 1.0),
     }, [2, 3, 4])
     logits = [2.0, -2.0, 1.0]
-    trace.check("by hand: temperature 2, and repetition penalty 2 for the first two tokens",
+    trace.check("by hand: temperature 2; and repetition penalty 2 for the first two tokens, which "
+                "divides a logit, or multiplies it where it is below 0",
                 apply_temperature(logits, 2.0) == [1.0, -1.0, 0.5]
                 and repetition_penalty(logits, [0, 1, 1], 2.0) == [1.0, -4.0, 1.0],
                 "2, -2, 1 become 1, -1, 0.5 and 1, -4, 1")
@@ -1511,24 +1515,28 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
     trace.note("not the best: prompts where exact search found a likelier text")
     trace.say(f"The texts of width 4 are {shorter} those of width 1, on average. Every further "
               "token lowers log p, so a short text that ends can be the likeliest, whether it is "
-              "wanted or not.")
-    trace.say("On 20 models, width 4 had a higher mean log p than width 1 on all 20. Its texts "
-              "were shorter on 18, and as long on 2. But on 18 of the 20, exact search found a "
-              "still likelier text for at least one of the prompts. On one model width 2 did worse "
-              "than width 1, as in toy 2.")
+              "wanted or not. Exact search must read every beginning that is likelier than the "
+              "best whole text. For long texts of a large model these are too many, so beams are "
+              "used.")
+    missed = "here too" if four.not_best else "not on this page"
+    trace.say("On 20 models at the defaults, width 4 had a higher mean log p than width 1 on all "
+              "20. Its texts were shorter on 18, and as long on 2. But on 18 of the 20, exact "
+              f"search found a still likelier text for at least one of the prompts ({missed}). On "
+              "one model width 2 did worse than width 1, as in toy 2.")
     trace.say("So texts are scored by log p / tokens^penalty: a larger penalty favours longer "
               f"texts. After {lab.tail(knobs.tokens)!r}, width {knobs.width}:")
     penalties = sorted({0.0, 1.0, 2.0, knobs.length_penalty})
     trace.table(compare_length_penalties(lab, knobs.tokens, n, knobs.width, penalties),
                 {"length penalty": "g", "tokens": "d", "log p": ".2f", "text": ""})
-    trace.say("On 20 models, the text of penalty 2 was longer than that of penalty 0 on 16, and as "
-              "long on 4.")
-    trace.say("The texts of a beam tend to be nearly the same. Four texts of 8 tokens per prompt; "
-              "a bigram is two neighbouring tokens:")
+    trace.say("On 20 models at the defaults, the text of penalty 2 was longer than the text of "
+              "penalty 0 on 16, and both were equally long on 4.")
+    trace.say("The texts of a beam tend to be nearly the same. Diverse beams choose one after the "
+              "other, and a token loses 2 (of log p) for each earlier beam that chose it at this "
+              "step. Four texts of 8 tokens per prompt; a bigram is two neighbouring tokens:")
     trace.table(compare_diversity(lab, prompts, 8),
                 {"texts of": "", "distinct bigrams / all bigrams": ".2f", "log p": ".2f"})
-    trace.say("On each of 20 models, diverse beams had more distinct bigrams (0.57 to 0.83, and "
-              "0.39 to 0.65 without), and a lower log p.")
+    trace.say("On each of 20 models at the defaults, diverse beams had more distinct bigrams (0.57 "
+              "to 0.83, and 0.39 to 0.65 without), and a lower log p.")
     [(tokens, _)] = beam_search(lab.reader, knobs.tokens, n, width=1, eos=lab.eos)
     trace.check("width 1 writes the greedy text", is_greedy(lab.target, knobs.tokens, tokens),
                 f"{len(tokens)} tokens, compared with one plain pass over them")
@@ -1549,11 +1557,12 @@ def check_beams(trace: Trace) -> None:
                 [letters(tokens) for tokens, _ in found] == ["A A", "A B", "B C"]
                 and chances == [0.2, 0.175, 0.36], "probabilities 0.2, 0.175 and 0.36")
     late, score = toy_beam(LATE, 3, 2, eos=1)
-    trace.check("toy 3, where B ends a text: width 2 waits for the best text, although two have "
-                "ended", late == "A A B" and abs(score - math.log(0.45 * 0.5 * 0.9) / 3) < 1e-12,
+    trace.check("toy 3, where B ends a text: two texts have ended, but width 2 goes on as long as "
+                "another can still score better",
+                late == "A A B" and abs(score - math.log(0.45 * 0.5 * 0.9) / 3) < 1e-12,
                 f"{late}, score {score:.3f}")
     early, score = toy_beam(LATE, 3, 2, eos=1, early_stopping=True)
-    trace.check("the same with early_stopping does not wait",
+    trace.check("the same with early_stopping, which stops as soon as two have ended",
                 early == "B" and abs(score - math.log(0.55)) < 1e-12, f"{early}, score {score:.3f}")
 
 
@@ -1642,18 +1651,18 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
     tokens, counts = speculative_greedy(target, CachedModel(lab.draft), knobs.tokens, n,
                                         gamma=knobs.gamma)
     wrong = sum(kept < len(guesses) for guesses, kept in counts.rounds)
-    trace.say(f"A small draft model guesses {knobs.gamma} tokens, and the target checks them all "
-              "in one pass. Greedy first, a line per pass: + a guess that is right, × the first "
-              "wrong one, → the target's own token, in place of the wrong guess or after the last "
-              "right one.")
+    trace.say(f"A small draft model guesses gamma = {knobs.gamma} tokens, and the target checks "
+              "them all in one pass. Greedy first, a line per pass: + a guess that is right, × "
+              "the first wrong one, → the target's own token, in place of the wrong guess or after "
+              "the last right one.")
     trace.ask(f"{n} tokens are wanted, and {counts.accepted} guesses were right. How many passes "
               "did the target make?", counts.target_passes)
     trace.lines(round_lines(lab, tokens, counts)[:14])
     trace.note(f"{n} tokens in {counts.target_passes} passes. Of {counts.drafted} guesses "
                f"{counts.accepted} were kept, {wrong} were wrong, and "
-               f"{counts.drafted - counts.accepted - wrong} stood behind a wrong one and were "
-               "thrown away unseen. (The last passes guess no more tokens than are wanted.) On 20 "
-               "models, 24 tokens took 8 to 11 passes.")
+               f"{counts.drafted - counts.accepted - wrong} stood behind a wrong one: they were "
+               "read, but of no use. (The last passes guess no more tokens than are wanted.) On 20 "
+               "models at the defaults, 24 tokens took 8 to 11 passes.")
 
     p, q = (distribution(llama.forward(knobs.tokens)[-1], knobs.temperature, top_p=knobs.top_p)
             for llama in (lab.target, lab.draft))
@@ -1680,12 +1689,12 @@ def show_proof(trace: Trace, pair: tuple[LogitsFn, LogitsFn]) -> None:
     rows = enumerate_speculation(*pair, 5, 2)
     trace.say("The rule, checked by enumeration: a random target and draft over two tokens, all "
               "32 texts of 5 tokens, gamma 2. Every branch that a decoder can take is taken and "
-              "weighed. To guess the draft's argmax and judge the guess by q is the common bug; "
-              "judged as a point mass (as if q were 1 at the guess), it leaves the target's "
-              "probabilities as they are. The likeliest texts:")
+              "weighed. The common bug: guess the draft's likeliest token, but keep it with "
+              "min(1, p / q), as if it had been drawn from q. Right for such a guess is the point "
+              "mass, q = 1: keep it with p, otherwise draw from p without it. The likeliest texts:")
     trace.table(rows[:6], {"text": "", "target": ".4f", "rule as by the rule": ".4f",
-                           "argmax_by_q as argmax, by q": ".4f",
-                           "point_mass as argmax, point mass": ".4f"})
+                           "argmax_by_q as the bug": ".4f",
+                           "point_mass as point mass": ".4f"})
     bias = sum(abs(row.argmax_by_q - row.target) for row in rows) / 2
     trace.say(f"With the bug, {bias:.1%} of the probability would have to move to other texts; "
               "with the other two, none. With 20 random pairs, of seeds 0 to 19, it was 8% to 36%.")
@@ -1784,8 +1793,9 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
     trace.say("More guesses give more tokens per pass, and cost more passes of the draft. "
               f"{PAY_TEXTS} texts of 24 tokens, drawn from the target at temperature 1. On "
               f"average, a guess is kept with alpha = Σ min(p, q) = {alpha:.2f}. The table has the "
-              "tokens per pass on these texts and by the formula, and the measured speed-up if a "
-              "pass of the draft costs c passes of the target. The last c is this draft's.")
+              "tokens per pass on these texts, and by the formula 1 + alpha + … + alpha^gamma. If "
+              "a pass of the draft costs c passes of the target, the measured speed-up is tokens "
+              "per pass / (1 + gamma · c). The last c is this draft's.")
     trace.ask(f"A pass of the draft costs {own:.2f} of the target's. Which gamma is fastest (0: "
               "none pays)?", best_gamma(speeds[f"c = {own:.2f}"]))
     table = [row._asdict() | {c: speeds[c][row.gamma] for c in speeds} for row in rows]
@@ -1798,11 +1808,11 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
               f"last pass of a text is cut short. At gamma {last.gamma} the formula says "
               f"{last.formula:.2f}, and these texts give {last.measured:.2f} ± {last.error:.2f}. "
               f"From left to right, the best gamma for each c is {', '.join(map(str, best))}.")
-    trace.say("On 20 models, alpha was 0.50 to 0.64. At gamma 8 the texts had 0.95 to 1.01 times "
-              "the tokens per pass of the formula. The best gamma was 8 for c = 0.00, 3 or 4 for "
-              "0.05, 2 for 0.20 (1 on one model), and 1 for this draft's c. With gamma 1 this "
-              "draft was 1.10 to 1.22 times as fast as greedy, and with gamma 8 slower than greedy "
-              "on all 20.")
+    trace.say("On 20 models at the defaults, alpha was 0.50 to 0.64. At gamma 8 the texts had 0.95 "
+              "to 1.01 times the tokens per pass of the formula. The best gamma was 8 for c = "
+              "0.00, 3 or 4 for 0.05, 2 for 0.20 (1 on one model), and 1 for the draft's own c. At "
+              "this c, gamma 1 was 1.10 to 1.22 times as fast as greedy, and gamma 8 was slower "
+              "than greedy on all 20.")
     trace.say("All this counts a pass over gamma + 1 tokens like a pass over one. That is so where "
               "the processor waits for the weights and could compute more meanwhile, but not on a "
               "busy server.")
@@ -1900,28 +1910,34 @@ def fewer_passes(row: Way, other: Way) -> str:
     gaps = list(map(operator.sub, other.per_text, row.per_text))
     gap = fmean(gaps)
     limit = 2 * standard_error(gaps)
+    if gap == limit == 0:
+        return f"{row.way} and {other.way} take equally many passes in each text"
     if abs(gap) <= limit:
-        return (f"{row.way} and {other.way} differ by {abs(gap):.2f} passes, no more than two "
-                f"standard errors (together {limit:.2f}), which shows nothing")
+        return (f"{row.way} and {other.way} differ by {abs(gap):.2f} passes (two standard errors: "
+                f"{limit:.2f}), which shows nothing")
     more = compare_words(gap, 0, "fewer", "more")
-    return (f"{row.way} takes {abs(gap):.2f} passes {more} than {other.way}, more than two "
-            f"standard errors (together {limit:.2f})")
+    spread = f"two standard errors: {limit:.2f}" if limit else "the same in each text"
+    return f"{row.way} takes {abs(gap):.2f} passes {more} than {other.way} ({spread})"
 
 
 def show_ways(trace: Trace, rows: Sequence[Way], n: int, *findings: str) -> None:
     """Print the rows and what was found, and check that all texts are the target's own."""
     trace.table(rows, {"way": "", "c": ".2f", "passes": ".1f", "nodes": ".1f",
                        "rolled_back": ".0%", "speed_up": "{:.2f}×"})
-    trace.note("c: weights that one run of a draft or a head reads, as a share of the target's. "
-               "nodes: tokens that the target reads, per token of the final text. rolled back: "
-               f"share of the nodes that leaves the cache again. speed up over greedy: {n} / "
-               "(passes + c · runs), if arithmetic costs nothing.")
+    if rows[0].way == "prompt lookup":
+        trace.note("c: weights that one run of the guesser reads, as a share of the target's. "
+                   "nodes: tokens that the target reads, per token of the final text. rolled back: "
+                   "share of the nodes that leaves the cache again. speed up over greedy, if "
+                   f"arithmetic costs nothing: {n} / (passes + c · runs).")
+    else:
+        trace.note(f"columns as in section 7; speed up: {n} / (passes + c · runs)")
     for finding in findings:
         trace.say(finding[0].upper() + finding[1:])
     texts = len(rows[0].per_text)
+    compared = f"{texts} texts × {len(rows)} ways" if len(rows) > 1 else f"{texts} texts"
     trace.check("every text is the target's own, by one plain pass over it; the cache holds as "
                 "many tokens as the counts say", all(row.right == texts for row in rows),
-                f"{texts * len(rows)} texts")
+                compared)
 
 
 def show_prompt_lookup(trace: Trace, knobs: Namespace) -> None:
@@ -1934,14 +1950,16 @@ def show_prompt_lookup(trace: Trace, knobs: Namespace) -> None:
     trace.say("Guesses need no model: prompt lookup copies what followed the same words when they "
               f"last came. Gamma {knobs.gamma}, {len(prompts)} greedy texts of {n} tokens. Each "
               "comes after a verse about the rat, so that there is something to look up. The "
-              "prompt has been read before the passes are counted. The Llama runs once per guess.")
+              "prompt has been read before the passes are counted. The Llama runs once per "
+              "guess, and looking up runs nothing.")
     trace.ask("Which is faster, prompt lookup or a smaller Llama?",
               max(lookup, smaller, key=lambda row: row.speed_up).way)
     show_ways(trace, [lookup, smaller], n, f"{fewer_passes(smaller, lookup)}. Only the Llama's "
               "guesses have a price. A rhyme that repeats its clauses is the best case of prompt "
               "lookup; of text that says new things this shows nothing.",
-              "On 20 models, the Llama took fewer passes on all 20, but prompt lookup was faster "
-              "on all 20: 1.09 to 2.00 times as fast as greedy, and the Llama 0.78 to 1.27 times.")
+              "On 20 models at the defaults, the Llama took fewer passes on all 20, but prompt "
+              "lookup was faster on all 20: 1.09 to 2.00 times as fast as greedy, and the Llama "
+              "0.78 to 1.27 times.")
     found = [prompt_lookup([7, 1, 2, 3, 8, 2, 3], 2), prompt_lookup([5, 6, 5], 1)]
     trace.check("by hand: the two tokens after the earlier 2 3 in 7 1 2 3 8 2 3, and the one after "
                 "the earlier 5 in 5 6 5", found == [[8, 2], [6]], "8 2, and 6")
@@ -2016,9 +2034,9 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
     nodes = draw_tree(lab, knobs.tokens)
-    trace.say("The target gives the next token, and two extra heads on it, trained while it was "
-              "frozen, guess the two after that. The 3 best of the first, and under each the 2 "
-              "best of the second, make a tree, and one pass verifies it all.")
+    trace.say("The target gives the next token. Two extra heads read its last state and guess the "
+              "two tokens after. (Only the heads were trained for this.) The 3 best of the first, "
+              "and under each the 2 best of the second, make a tree, and one pass verifies it all.")
     trace.ask("The root is the target's own token. Under the root hang 3 guesses, and under each "
               "of them 2. How many nodes has the tree?", len(nodes))
     trace.say(f"The first tree after {lab.tail(knobs.tokens)!r}. Node 0 is the token that the "
@@ -2033,23 +2051,23 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
     tree = measure_pairs(lab, "Medusa tree", n)
     trace.say(f"Measured on {COMPARED_TEXTS} texts of {n} tokens. The prompt has been read before "
               "the passes are counted. The chain has the best guess of each head and no other. "
-              "Both ways run two heads per pass: their c · runs is 2 · c · passes.")
+              "One run is a run of one head. Both ways run two heads per pass.")
     show_ways(trace, [chain, tree], n, f"{fewer_passes(tree, chain)}. Per token of the text, the "
               f"tree reads {tree.nodes:.1f} nodes, and the chain {chain.nodes:.1f}. On a busy "
               "server the nodes are the price.",
-              "On 20 models, the tree took fewer passes on all 20 (by more than two standard "
-              "errors on 14), and read 2.5 to 3.3 times as many nodes. It was 1.03 to 1.26 times "
-              "as fast as greedy, and the chain 0.85 to 1.15 times.")
+              "On 20 models at the defaults, the tree took fewer passes on all 20 (by more than "
+              "two standard errors on 14), and read 2.5 to 3.3 times as many nodes. It was 1.03 to "
+              "1.26 times as fast as greedy, and the chain 0.85 to 1.15 times.")
     a = knobs.tokens[-1]
     paths = [(a,), (a, lab.eos), (a, lab.eos, a), (a, a), (lab.eos,), (lab.eos, a)]
-    trace.check("logits of a tree read in one pass = of each path read alone, without a cache",
+    trace.check("logits of another tree read in one pass = of each path alone, without a cache",
                 tree_gap(lab, [(*knobs.tokens, *path) for path in paths]) < 1e-12,
                 f"{len(paths)} nodes, max |Δ| < 1e-12")
     trace.check("sampling in a tree: enumerated, every text has the probability of plain sampling",
                 sampled_tree_gap(random_pair(lab.seed)[0]) < 1e-12,
                 "section 5's random target, 3 tokens, max |Δ| < 1e-12")
     trace.check("head 1's guesses in the tree are its three likeliest, by a plain pass",
-                head_sees_last_state(lab, knobs.tokens), f"of {VOCAB_SIZE} tokens")
+                head_sees_last_state(lab, knobs.tokens), f"of the {VOCAB_SIZE} in the vocabulary")
 
 
 # 9. EAGLE
@@ -2076,17 +2094,18 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
     trace.say("EAGLE guesses the next hidden state from the last one and from the token just "
               "chosen, which Medusa's heads do not know. Chains of two guesses, "
               f"{COMPARED_TEXTS} texts of {n} tokens after a prompt that has been read. All "
-              f"three were trained for {lab.draft_steps} steps, and run once per guess.")
+              f"three were trained for {lab.draft_steps} steps, and run once per guess. Medusa "
+              "always guesses two; the others guess no more tokens than are still wanted.")
     trace.ask("Which takes fewest passes: Medusa chain; EAGLE; a smaller Llama?",
               min(rows, key=lambda row: row.passes).way)
     show_ways(trace, rows, n, f"{fewer_passes(eagle, medusa)}; {fewer_passes(smaller, medusa)}. "
-              "c includes the output matrix that Medusa and EAGLE read for every guess. Here this "
-              "matrix is most of what they read, and in a large model it is a small part, so the "
-              "speed-ups here do not carry over.",
-              "On 20 models, EAGLE took 0.28 passes fewer than the Medusa chain on average "
-              "(standard error 0.10): fewer on 12, as many on 5, more on 3. The smaller Llama took "
-              "0.44 fewer (standard error 0.14): fewer on 15, as many on 1, more on 4. So which of "
-              "them guesses best on one model is partly chance.")
+              "c includes the output matrix that Medusa and EAGLE read for every guess. Here it is "
+              "most of what they read, and in a large model a small part, so the speed up here "
+              "does not carry over.",
+              "On 20 models at the defaults, EAGLE took 0.28 passes fewer than the Medusa chain on "
+              "average (standard error 0.10): fewer on 12, as many on 5, more on 3. The smaller "
+              "Llama took 0.44 fewer (standard error 0.14): fewer on 15, as many on 1, more on 4. "
+              "So which of them guesses best on one model is partly chance.")
     target = CachedModel(lab.target)
     target(knobs.tokens)
     chosen = likeliest(lab.target.forward(knobs.tokens)[-1], 12)
@@ -2109,26 +2128,30 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
     lab = knobs.lab
     n = min(knobs.max_new_tokens, 2 * COMPARED_TOKENS)  # its pool has to fill first
     lookahead = measure_way(lab, "lookahead", lab.prompts[:COMPARED_TEXTS // 2], n, 0)
-    trace.say("Without any draft: each pass renews a window of guesses. Chains of three tokens "
-              "that the target puts together there go into a pool. When the text ends in the first "
-              "token of a chain, the other two are guessed. Nothing is trained. "
-              f"{len(lookahead.per_text)} texts of {n} tokens after a prompt that has been read:")
+    trace.say("Nothing is trained, and there is no draft. Beside the text, each pass reads a "
+              "window: a row of guesses, and under each what the target put after it one pass "
+              "ago. Under these the pass puts what the target chooses now, and so each column, "
+              "read downwards, is a chain of three tokens. (At first, both rows are tokens of the "
+              "prompt.) The chains go into a pool. When the text ends in the first token of a "
+              f"chain, the other two are guessed. {len(lookahead.per_text)} texts of {n} tokens "
+              "after a prompt that has been read; the nodes of the window count as well:")
     trace.ask(f"For {n} tokens greedy takes {n} passes. And lookahead, on average?",
               lookahead.passes)
     show_ways(trace, [lookahead], n, f"lookahead saves {n - lookahead.passes:.1f} of {n} passes on "
               f"average. It reads {lookahead.nodes:.0f} nodes per token of the text and rolls back "
               f"{lookahead.rolled_back:.0%} of them, so it needs a processor that waits for "
               "the weights.",
-              "On 20 models, lookahead saved 7 to 11 of 24 passes, and rolled back 84% to 89% of "
-              "the nodes.")
+              "On 20 models at the defaults, lookahead saved 7 to 11 of 24 passes, and rolled back "
+              "84% to 89% of the nodes.")
     _, counts = lookahead_greedy(ToyTarget(in_circle), [0, 3], 16, window=4)
     windows = [guesses for guesses, _ in counts.rounds[:2]]
     kept = [kept for _, kept in counts.rounds]
-    trace.check("by hand, a model that counts 0 to 5 in a circle, prompt 0 3, window 4: columns of "
-                "the first two passes",
+    trace.check("by hand, a model that counts 0 to 5 in a circle, prompt 0 3, window 4: the "
+                "window's four columns in each of the first two passes",
                 windows == [[0, 0, 3, 3, 0, 0, 3, 3], [0, 1, 3, 4, 0, 1, 3, 4]],
                 "0 0, 3 3, 0 0, 3 3; then 0 1, 3 4, 0 1, 3 4")
-    trace.check("once the pool has the circle, a pass keeps two guesses, until 16 tokens are there",
+    trace.check("once the pool has the circle, a pass keeps two guesses; the last pass is cut to "
+                "the one token that is still wanted of 16",
                 kept == [0, 0, 0, 2, 2, 2, 2, 1], "kept: " + " ".join(map(str, kept)))
 
 
@@ -2195,8 +2218,8 @@ def show_constrained(trace: Trace, knobs: Namespace) -> None:
     texts = force_texts(lab, knobs.tokens, 60, 4)
     trace.say("Text can be forced into a shape: every token that the shape does not allow gets "
               f"-inf. Here the shape is the regular expression {STORY_RE!r}, written as a grammar. "
-              f"Of one greedy text and four drawn ones, {len(texts)} ended within 60 tokens (on 20 "
-              "models, 93 of 100 did):")
+              f"One greedy text and four drawn ones: {len(texts)} of these 5 ended within 60 "
+              "tokens. (Of 5 such texts on each of 20 models at the defaults, 93 of 100 ended.)")
     for text in texts:
         trace.lines(quoted("…" + text))
     found = measure_distortion(lab, knobs.tokens, ANIMALS)
@@ -2205,7 +2228,8 @@ def show_constrained(trace: Trace, knobs: Namespace) -> None:
               f"the text fits? A smaller shape, one animal and \"that\", has {len(found.rows)} "
               f"texts and {found.ways} ways to cut them into tokens (a word can be one token or "
               "several shorter ones). All are enumerated. (Without the mask, the model writes one "
-              f"of these texts with probability {found.fits:.1e}.)")
+              "of these texts, and ends the line after \"that\", with probability "
+              f"{found.fits:.1e}.)")
     widest = max(found.rows, key=lambda row: abs(row.local - row.given))
     trace.ask(f"{widest.text!r} has probability {widest.local:.3f} under the local mask. Given "
               "that the text fits, is it higher or lower?",
@@ -2213,7 +2237,11 @@ def show_constrained(trace: Trace, knobs: Namespace) -> None:
     trace.table(found.rows, {"text": "", "local as local mask": ".3f bar 18 of 1",
                              "given as given that it fits": ".3f bar 18 of 1"})
     trace.say(f"{found.moved:.0%} of the probability would have to move from one text to another "
-              "to make the two columns equal. On 20 models it was 9% to 91%.")
+              "to make the two columns equal. (On 20 models at the defaults: 9% to 91%.) At the "
+              "animal, the mask cannot see how seldom or often the model would go on with "
+              "\"that\" and end the line there. The column on the right "
+              f"counts this: it has {widest.given:.3f} for {widest.text!r}, and the mask "
+              f"{widest.local:.3f}.")
     trace.check("all forced texts match the shape, by Python's re",
                 all(re.fullmatch(STORY_RE, text) for text in texts)
                 and [row.text for row in found.rows] == ["cat that", "cow that", "rat that"],
