@@ -490,6 +490,14 @@ def own_body(script, wanted):
     return "pass\n" + " " * (8 if "." in wanted else 4) + body(script, wanted)
 
 
+def without_refusals(script, wanted):
+    """Return a body that does what the original does, but returns [] where that refuses."""
+    original = own_body(script, wanted)
+    changed = re.sub(r"raise ValueError\(.*?\"\)", "return []", original, flags=re.S)
+    assert changed != original
+    return changed
+
+
 EDITS_OF_THREE = {
     "microattention": {
         # Right for powers of two only.
@@ -611,6 +619,39 @@ def is_done(name, report):
     """Return whether a report says that all tests of a technique pass."""
     done = rf"^done     {re.escape(name)}: (\d+) of \1 tests pass$"
     return re.search(done, report, re.M) is not None
+
+
+def test_what_does_not_refuse_is_wrong_if_one_test_calls_it(tmp_path):
+    """The test then fails with an error of pytest's that is no Exception."""
+    edits = {"alibi_slopes": without_refusals("microattention", "alibi_slopes")}
+    done, report = grade(tmp_path, edits, "-k", "test_alibi_slopes")
+    assert done.returncode == 1
+    assert """
+wrong    alibi_slopes: 0 of 1 tests pass; the smallest call that shows it:
+         alibi_slopes(0)
+           yours     []
+           expected  ValueError: n_heads must be at least 1, not 0
+""" in report
+
+
+def test_what_does_not_refuse_is_wrong_if_many_tests_call_it(tmp_path):
+    edits = {"BlockPool.free": without_refusals("microkv", "BlockPool.free")}
+    done, report = grade(tmp_path, edits, "-k", "test_a_pool or copy_on_write", script="microkv")
+    assert done.returncode == 1
+    shown = re.search(r"^wrong    BlockPool\.free: (\d+) of (\d+) tests pass; .*\n"
+                      r" +self = BlockPool\(.*\n +self\.free\(0\)\n"
+                      r" +yours     \[\]\n +expected  ValueError: block 0 is free already\n",
+                      report, re.M)
+    n_passed, n_tests = shown.groups()
+    assert int(n_tests) > 1
+    assert int(n_passed) == int(n_tests) - 1
+
+
+def test_what_ends_python_is_wrong(tmp_path):
+    done, report = grade(tmp_path, {"alibi_slopes": "exit()"}, "-k", "test_alibi_slopes")
+    assert done.returncode == 1
+    assert re.search(r"^wrong    alibi_slopes: 0 of 1 .*\n +alibi_slopes\(\d+\)\n"
+                     r" +yours     SystemExit: .*, in line \d+$", report, re.M)
 
 
 def test_what_never_ends_is_tried_once(tmp_path):

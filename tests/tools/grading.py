@@ -159,6 +159,11 @@ class NeverEnds(BaseException):
     """
 
 
+# What else a call or a test may raise. The last two are no Exception: exit() raises SystemExit, and
+# pytest.raises fails a test with the other one where nothing is raised.
+MISTAKES = (Exception, SystemExit, pytest.fail.Exception)
+
+
 class Counterexample(NamedTuple):
     """A call whose result differs from the original's, as it is shown."""
 
@@ -360,7 +365,7 @@ class Grader:
                 expected = result, arguments, options
             self.compare(key, learners, before, expected, seconds)
         self.time_repeated[key] += time.perf_counter() - start
-        if isinstance(result, Exception):
+        if isinstance(result, MISTAKES):
             raise result
         return result
 
@@ -383,7 +388,7 @@ class Grader:
             self.unchecked.add(key)
         elif not same(outcome, expected):
             self.differed.add(key)
-            rank = isinstance(expected[0], Exception), size_of(shown) + size_of(expected[0])
+            rank = isinstance(expected[0], MISTAKES), size_of(shown) + size_of(expected[0])
             if grade.counterexample is None or rank < grade.counterexample.rank:
                 lines = [*call_as_lines(grade.name, *shown),
                          *difference(outcome, expected, self.path(key[0]))]
@@ -437,7 +442,7 @@ class Grader:
         try:
             with self.using(keys, repeats=False), time_limit(LONGEST_FIRST):
                 run()
-        except (Exception, NeverEnds):
+        except (*MISTAKES, NeverEnds):
             return False
         return True
 
@@ -475,7 +480,7 @@ class Grader:
                 if not repeats:
                     self.unchecked |= self.called
                 return time.perf_counter() - start
-            except (Exception, NeverEnds) as error:
+            except (*MISTAKES, NeverEnds) as error:
                 message = message_of(error, None)
         self.broken_tests.append(Failure(test, message))
         return None
@@ -489,7 +494,7 @@ class Grader:
         except NeverEnds:
             grade.never_ends = [f"in the test {test}"]
             return TimeoutError(f"{grade.name} never ends")
-        except Exception as error:
+        except MISTAKES as error:
             grade.failures.append(Failure(test, message_of(error, self.path(key[0]))))
             return error
         return None
@@ -697,7 +702,7 @@ def attempt(function, arguments, options):
     """Return what a call returns, or the exception that it raises."""
     try:
         return function(*arguments, **options)
-    except Exception as error:
+    except MISTAKES as error:
         return error
 
 
@@ -708,7 +713,7 @@ def attempt_all(function, arguments, options):
         if inspect.isgenerator(result):
             return list(itertools.islice(result, MOST_ITEMS))
         return result
-    except Exception as error:
+    except MISTAKES as error:
         return error
 
 
@@ -765,7 +770,7 @@ def same(a, b):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         return list(a) == list(b) and all(map(same, a.values(), b.values()))
-    if isinstance(a, Exception) or isinstance(b, Exception):
+    if isinstance(a, MISTAKES) or isinstance(b, MISTAKES):
         return type(a) is type(b)
     if hasattr(a, "__dict__") and hasattr(b, "__dict__"):
         return same(sorted(vars(a).items()), sorted(vars(b).items()))
@@ -891,7 +896,7 @@ def as_text(value, path=None):
 
     path: the learner's script, in which the line of an exception is looked up.
     """
-    if isinstance(value, Exception):
+    if isinstance(value, MISTAKES):
         return f"{type(value).__name__}: {value}{line_in(path, value)}"
     return Short().repr(value)
 
