@@ -212,12 +212,19 @@ def test_a_half_done_script_prints_its_trace_all_the_same(name, tmp_path, capsys
 
     assert module.main(QUICK_SECTIONS.get(name, [])) == 1
     out = capsys.readouterr().out
-    n_sections = len(re.findall(r"^── ", out, re.M))
+    sections_in_trace = re.findall(r"^── (\d+) ── ", out, re.M)
+    n_sections = len(sections_in_trace)
     waiting = re.findall(r"^Not written yet: \S+\. This section goes on", out, re.M)
     assert n_sections > 1
     assert len(waiting) == n_sections
-    assert f"\nSections that wait for a function: {n_sections}.\n" in out
+    numbers = ", ".join(sections_in_trace)
+    assert f" {n_sections} sections wait for a function: {numbers}. " in " ".join(out.split())
+    assert all(len(line) <= 80 for line in out.splitlines())
     assert "FAIL" not in out
+
+    assert module.main(["--section", sections_in_trace[-1]]) == 1
+    out = capsys.readouterr().out
+    assert f"\n1 section waits for a function: {sections_in_trace[-1]}.\n" in out
 
 
 @each_name
