@@ -1,4 +1,4 @@
-"""The pytest plugin of this project: `python3 -m pytest --impl=my` grades the scripts in my/.
+"""The pytest plugin of this project: `.venv/bin/python -m pytest --impl=my` grades what is in my/.
 
 The parity tests run on the learner's scripts (tests/tools/exercise.py makes them) instead of the
 originals. What is printed is a grade of each technique that the learner has to write, one a line:
@@ -48,6 +48,7 @@ import pytest
 from tests.tools.exercise import (
     NAMES,
     ROOT,
+    WIDTH,
     code_of,
     functions_of,
     is_written,
@@ -67,7 +68,8 @@ LONGEST_FIRST = 1       # seconds that a test may take with all that the learner
 LONGEST = 3             # seconds that a call, or a test with one technique, may take, or ...
 TIMES_AS_LONG = 20      # ... this many times what the original's takes, if that is more
 LONGEST_ORIGINAL = 120  # seconds that a test may take with the original's techniques
-WIDTH = 88              # columns of a line of a counterexample
+INDENT = " " * 9        # of the details below a grade
+DETAILS = WIDTH - len(INDENT)  # columns of such a line
 
 
 def pytest_addoption(parser):
@@ -557,7 +559,7 @@ class Grader:
         text = (f"Graded by {ran}. A function that is done here may still fail in the others; in "
                 "the end, grade it by all of them.")
         reporter.ensure_newline()
-        reporter.write_line(textwrap.fill(text, WIDTH))
+        reporter.write_line(wrapped(text))
 
     def write_grades(self, script, reporter):
         """Write the grades of one script."""
@@ -574,20 +576,21 @@ class Grader:
         for grade in grades:
             if grade.word() in ("done", "wrong") or grade.state == "missing":
                 self.write_grade(grade, reporter)
-        write_names("no test", [grade.name for grade in grades if grade.word() == "no test"],
-                    " (written, but no test that ran calls them)", reporter)
-        write_names("not yet", [grade.name for grade in grades if grade.state == "not written"],
-                    "", reporter)
+        untested = [grade.name for grade in grades if grade.word() == "no test"]
+        them = "it" if len(untested) == 1 else "them"
+        write_names("no test", untested, f" (written, but no test that ran calls {them})", reporter)
+        unwritten = [grade.name for grade in grades if grade.state == "not written"]
+        write_names("not yet", unwritten, "", reporter)
         self.write_next(script, grades, reporter)
 
     def write_grade(self, grade, reporter):
         """Write the lines of one grade."""
         word = grade.word()
         first, *others = grade.lines()
-        reporter.write_line(f"{word:8} {grade.name}: {first}",
+        reporter.write_line(wrapped(f"{word:8} {grade.name}: {first}", INDENT),
                             green=word == "done", red=word == "wrong")
         for line in others:
-            reporter.write_line(f"         {line}")
+            reporter.write_line(INDENT + line)
 
     def write_next(self, script, grades, reporter):
         """Write what to do next: what is wrong, or else the first that is not written."""
@@ -606,10 +609,10 @@ class Grader:
         """Write that tests fail whatever the techniques are, and what may be the reason."""
         reporter.section("tests that fail with the original's techniques, too")
         simplest = min(self.broken_tests, key=lambda failure: (len(failure.test), failure.test))
-        reporter.write_line(f"{len(self.broken_tests)} tests are not counted, such as "
-                            f"{simplest.test}:")
+        n_tests = len(self.broken_tests)
+        reporter.write_line(wrapped(f"{n_tests} tests are not counted, such as {simplest.test}:"))
         for line in simplest.message:
-            reporter.write_line(f"         {line}")
+            reporter.write_line(INDENT + line)
         for script in self.scripts:
             if self.problems[script]:
                 continue
@@ -623,7 +626,13 @@ def write_names(word, names, ending, reporter):
     """Write the names of techniques that have the same grade, if there are any."""
     if names:
         text = f"{word:8} {', '.join(names)}{ending}"
-        reporter.write_line(textwrap.fill(text, WIDTH, subsequent_indent=" " * 9))
+        reporter.write_line(wrapped(text, INDENT))
+
+
+def wrapped(text, indent=""):
+    """Return a text with line breaks between words. indent: of all lines but the first."""
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False,
+                         break_on_hyphens=False)
 
 
 # ---------------------------------------------------------------------- reading and repeating
@@ -876,16 +885,16 @@ class Short(reprlib.Repr):
             return "{...}"
         items = []
         for key, value in itertools.islice(x.items(), self.maxdict):
-            item = self.repr1(key, level - 1)
-            if value is not None:  # without values, it is an ordered set
-                item += f": {self.repr1(value, level - 1)}"
-            items.append(item)
+            items.append(f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}")
         if len(x) > self.maxdict:
             items.append("...")
         return "{" + ", ".join(items) + "}"
 
     def repr_OrderedDict(self, x, level):  # noqa: N802, reprlib wants this name
-        return self.repr_dict(x, level)
+        """Return it as code that makes it. Without values, it is a set whose order counts."""
+        if set(x.values()) == {None}:
+            return f"OrderedDict.fromkeys({self.repr_list(list(x), level)})"
+        return f"OrderedDict({self.repr_dict(x, level)})"
 
     def repr_float(self, x, level):
         return f"{x + 0.0:.5g}"  # 0 for -0.0
@@ -904,7 +913,12 @@ def as_text(value, path=None):
 def one_line(text):
     """Return a text without line breaks, and without its end if it is too long for a line."""
     text = text.replace("\n", " ")
-    return text if len(text) <= WIDTH else text[:WIDTH - 4] + " ..."
+    return text if len(text) <= DETAILS else text[:DETAILS - 4] + " ..."
+
+
+def few_lines(text):
+    """Return a text as at most three lines, without its end if it is too long for them."""
+    return textwrap.wrap(text, DETAILS, max_lines=3, placeholder=" ...", subsequent_indent="    ")
 
 
 def line_in(path, error):
@@ -926,12 +940,12 @@ def call_as_lines(name, arguments, options):
     """Return a call as one line, or as one for each argument; a method's object comes first."""
     lines = []
     if "." in name:
-        lines = [one_line(f"self = {as_text(arguments[0])}")]
+        lines = few_lines(f"self = {as_text(arguments[0])}")
         arguments = arguments[1:]
         name = f"self.{name.rpartition('.')[2]}"
     texts = [as_text(value) for value in arguments]
     texts += [f"{option}={as_text(value)}" for option, value in options.items()]
     line = f"{name}({', '.join(texts)})"
-    if len(line) <= WIDTH:
+    if len(line) <= DETAILS:
         return [*lines, line]
     return [*lines, f"{name}(", *(one_line(f"    {text}") for text in texts), ")"]
