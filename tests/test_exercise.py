@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import deque
 
 import pytest
 
@@ -30,7 +31,7 @@ from tests.tools.exercise import (
     taken_out_before,
     techniques,
 )
-from tests.tools.grading import line_for
+from tests.tools.grading import difference, line_for
 from tests.tools.importing import problem_of
 
 EXERCISE = ROOT / "tests" / "tools" / "exercise.py"
@@ -621,6 +622,14 @@ wrong    alibi_slopes: 0 of 1 tests pass; the smallest call that shows it:
         assert re.search(r"^wrong    CachingEngine\.admit: ", report, re.M)
         for name in ("CachingEngine.run_model", "SwappingEngine.preempt", "DecodeEngine.admit"):
             assert is_done(name, report)
+
+
+def test_the_place_where_two_queues_differ_is_shown():
+    yours = deque(range(40))
+    expected = deque(range(40))
+    expected[30] = 7
+    lines = difference((yours, (), {}), (expected, (), {}), None)
+    assert lines == ["  yours     at [30]: 30", "  expected  at [30]: 7"]
 
 
 def is_done(name, report):

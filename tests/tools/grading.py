@@ -38,7 +38,7 @@ import sys
 import textwrap
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -70,6 +70,7 @@ TIMES_AS_LONG = 20      # ... this many times what the original's takes, if that
 LONGEST_ORIGINAL = 120  # seconds that a test may take with the original's techniques
 INDENT = " " * 9        # of the details below a grade
 DETAILS = WIDTH - len(INDENT)  # columns of such a line
+ROWS = (list, tuple, deque)    # what has items in places 0, 1, ...
 
 
 def pytest_addoption(parser):
@@ -763,7 +764,7 @@ def size_of(value):
         value = list(value.items())
     elif hasattr(value, "__dict__"):
         value = list(vars(value).values())
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, ROWS):
         return 1 + sum(map(size_of, value))
     return 1
 
@@ -775,7 +776,7 @@ def same(a, b):
     """
     if isinstance(a, float) or isinstance(b, float):
         return same_number(a, b)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+    if isinstance(a, ROWS) and isinstance(b, ROWS):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         return list(a) == list(b) and all(map(same, a.values(), b.values()))
@@ -837,7 +838,7 @@ def first_difference(a, b):
         b = vars(b)
     if isinstance(a, dict) and isinstance(b, dict) and list(a) == list(b):
         pairs = [(key, a[key], b[key]) for key in a]
-    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+    elif isinstance(a, ROWS) and isinstance(b, ROWS) and len(a) == len(b):
         pairs = zip(range(len(a)), a, b)
     else:
         return "", a, b
