@@ -2200,7 +2200,7 @@ class Trace:
         self.listening = sys.stdin is not None and sys.stdin.isatty()  # is there anybody to answer?
         self.held = self.failed = 0    # checks
         self.asked = self.right = 0    # predictions
-        self.unwritten = 0             # sections that wait for a function
+        self.unwritten = []            # numbers of sections that wait for a function
         self.in_checks = False         # was the last line a check?
 
     def plain(self, text: str) -> str:
@@ -2400,7 +2400,7 @@ def run_section(trace: Trace, number: int, section: Section, knobs: Namespace) -
     try:
         section.show(trace, knobs)
     except NotImplementedError as error:
-        trace.unwritten += 1
+        trace.unwritten.append(number)
         trace.say(f"Not written yet: {error}. This section goes on once it is.")
     if knobs.time:
         sys.stdout.flush()
@@ -2417,7 +2417,10 @@ def print_summary(trace: Trace, next_experiment: str) -> None:
     else:
         summary.append("No check was reached.")
     if trace.unwritten:
-        summary.append(f"Sections that wait for a function: {trace.unwritten}.")
+        n_waiting = len(trace.unwritten)
+        waiting = "1 section waits" if n_waiting == 1 else f"{n_waiting} sections wait"
+        numbers = ", ".join(map(str, trace.unwritten))
+        summary += textwrap.wrap(f"{waiting} for a function: {numbers}.", WIDTH)
     if trace.asked:
         summary.append(f"Predictions: {trace.right} of {trace.asked} right.")
     trace.lines([*summary, f"Try next: {next_experiment}"], "1")

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import deque
 
 import pytest
 
@@ -30,7 +31,7 @@ from tests.tools.exercise import (
     taken_out_before,
     techniques,
 )
-from tests.tools.grading import line_for
+from tests.tools.grading import difference, line_for
 from tests.tools.importing import problem_of
 
 EXERCISE = ROOT / "tests" / "tools" / "exercise.py"
@@ -212,12 +213,19 @@ def test_a_half_done_script_prints_its_trace_all_the_same(name, tmp_path, capsys
 
     assert module.main(QUICK_SECTIONS.get(name, [])) == 1
     out = capsys.readouterr().out
-    n_sections = len(re.findall(r"^── ", out, re.M))
+    sections_in_trace = re.findall(r"^── (\d+) ── ", out, re.M)
+    n_sections = len(sections_in_trace)
     waiting = re.findall(r"^Not written yet: \S+\. This section goes on", out, re.M)
     assert n_sections > 1
     assert len(waiting) == n_sections
-    assert f"\nSections that wait for a function: {n_sections}.\n" in out
+    numbers = ", ".join(sections_in_trace)
+    assert f" {n_sections} sections wait for a function: {numbers}. " in " ".join(out.split())
+    assert all(len(line) <= 80 for line in out.splitlines())
     assert "FAIL" not in out
+
+    assert module.main(["--section", sections_in_trace[-1]]) == 1
+    out = capsys.readouterr().out
+    assert f"\n1 section waits for a function: {sections_in_trace[-1]}.\n" in out
 
 
 @each_name
@@ -254,8 +262,8 @@ def test_one_technique_is_taken_out(tmp_path):
     command = f"{python_with_pytest()} -m pytest --impl={folder}"
     test = listed_tests()["microflash.flash_attention"]
     assert done.stdout.endswith(
-        f"\nGrade it with: {command}\n"
-        f"One test of flash_attention alone is quicker: {command} -k {test}\n")
+        f"\nGrade it with:\n    {command}\n"
+        f"One test of flash_attention alone is quicker:\n    {command} -k {test}\n")
     written = (folder / "microflash.py").read_text(encoding="utf-8")
     assert written.count("raise NotImplementedError(") == 1
 
@@ -467,7 +475,7 @@ def graded(folder, *arguments, cwd=ROOT):
     assert "Traceback" not in done.stdout + done.stderr
     assert "INTERNALERROR" not in done.stdout + done.stderr
     assert "FFF" not in done.stdout  # no letters for the tests
-    assert all(len(line) <= 100 or str(folder) in line for line in done.stdout.splitlines())
+    assert all(len(line) <= 80 or str(folder) in line for line in done.stdout.splitlines())
     return done, done.stdout
 
 
@@ -488,6 +496,14 @@ def body(script, wanted):
 def own_body(script, wanted):
     """Return a body that does what the original does, with other code."""
     return "pass\n" + " " * (8 if "." in wanted else 4) + body(script, wanted)
+
+
+def without_refusals(script, wanted):
+    """Return a body that does what the original does, but returns [] where that refuses."""
+    original = own_body(script, wanted)
+    changed = re.sub(r"raise ValueError\(.*?\"\)", "return []", original, flags=re.S)
+    assert changed != original
+    return changed
 
 
 EDITS_OF_THREE = {
@@ -561,7 +577,7 @@ class TestOneReport:
     def test_grades_tell_done_from_wrong_and_unwritten(self, report, three_scripts):
         assert " microattention: 4 of 11 done " in report
         assert "\nnot yet  visible_weights, kv_bytes_per_token, cache_bytes\n" in report
-        assert "\nno test  rope (written, but no test that ran calls them)\n" in report
+        assert "\nno test  rope (written, but no test that ran calls it)\n" in report
         assert is_done("mean_pool_kv_heads", report)
         assert """
 wrong    alibi_slopes: 0 of 1 tests pass; the smallest call that shows it:
@@ -594,9 +610,10 @@ wrong    alibi_slopes: 0 of 1 tests pass; the smallest call that shows it:
         for name in ("allocate", "share", "num_free_blocks"):
             assert is_done(f"BlockPool.{name}", report)
         shown = re.search(r"^wrong    BlockPool\.free: .* the smallest call that shows it:\n"
-                          r" +self = BlockPool\(.*\n +self\.free\((\d+)\)\n"
-                          r" +yours     leaves free_blocks = \{(.*)\}\n"
-                          r" +expected  leaves free_blocks = \{(.*)\}\n", report, re.M)
+                          r" +self = BlockPool\((?:.*\n)+? +self\.free\((\d+)\)\n"
+                          r" +yours     leaves free_blocks = OrderedDict\.fromkeys\(\[(.*)\]\)\n"
+                          r" +expected  leaves free_blocks = OrderedDict\.fromkeys\(\[(.*)\]\)\n",
+                          report, re.M)
         freed, yours, expected = shown.groups()
         assert yours.split(", ")[0] == freed == expected.split(", ")[-1]
 
@@ -607,10 +624,51 @@ wrong    alibi_slopes: 0 of 1 tests pass; the smallest call that shows it:
             assert is_done(name, report)
 
 
+def test_the_place_where_two_queues_differ_is_shown():
+    yours = deque(range(40))
+    expected = deque(range(40))
+    expected[30] = 7
+    lines = difference((yours, (), {}), (expected, (), {}), None)
+    assert lines == ["  yours     at [30]: 30", "  expected  at [30]: 7"]
+
+
 def is_done(name, report):
     """Return whether a report says that all tests of a technique pass."""
     done = rf"^done     {re.escape(name)}: (\d+) of \1 tests pass$"
     return re.search(done, report, re.M) is not None
+
+
+def test_what_does_not_refuse_is_wrong_if_one_test_calls_it(tmp_path):
+    """The test then fails with an error of pytest's that is no Exception."""
+    edits = {"alibi_slopes": without_refusals("microattention", "alibi_slopes")}
+    done, report = grade(tmp_path, edits, "-k", "test_alibi_slopes")
+    assert done.returncode == 1
+    assert """
+wrong    alibi_slopes: 0 of 1 tests pass; the smallest call that shows it:
+         alibi_slopes(0)
+           yours     []
+           expected  ValueError: n_heads must be at least 1, not 0
+""" in report
+
+
+def test_what_does_not_refuse_is_wrong_if_many_tests_call_it(tmp_path):
+    edits = {"BlockPool.free": without_refusals("microkv", "BlockPool.free")}
+    done, report = grade(tmp_path, edits, "-k", "test_a_pool or copy_on_write", script="microkv")
+    assert done.returncode == 1
+    shown = re.search(r"^wrong    BlockPool\.free: (\d+) of (\d+) tests pass; .*\n"
+                      r" +self = BlockPool\((?:.*\n)+? +self\.free\(0\)\n"
+                      r" +yours     \[\]\n +expected  ValueError: block 0 is free already\n",
+                      report, re.M)
+    n_passed, n_tests = shown.groups()
+    assert int(n_tests) > 1
+    assert int(n_passed) == int(n_tests) - 1
+
+
+def test_what_ends_python_is_wrong(tmp_path):
+    done, report = grade(tmp_path, {"alibi_slopes": "exit()"}, "-k", "test_alibi_slopes")
+    assert done.returncode == 1
+    assert re.search(r"^wrong    alibi_slopes: 0 of 1 .*\n +alibi_slopes\(\d+\)\n"
+                     r" +yours     SystemExit: .*, in line \d+$", report, re.M)
 
 
 def test_what_never_ends_is_tried_once(tmp_path):
@@ -619,7 +677,7 @@ def test_what_never_ends_is_tried_once(tmp_path):
         "alibi_bias": own_body("microattention", "alibi_bias"),
     }
     _, report = grade(tmp_path, edits, "-k", "alibi")
-    assert re.search(r"^wrong    alibi_slopes: never ends, .*skipped\n +alibi_slopes\(\d+\)$",
+    assert re.search(r"^wrong    alibi_slopes: never ends, .*\n +.*skipped\n +alibi_slopes\(\d+\)$",
                      report, re.M)
     assert is_done("alibi_bias", report)
 

@@ -256,7 +256,11 @@ def test_a_pool_hands_out_what_it_has_and_no_more():
     pool.free(1)
     pool.free(0)
     assert pool.num_free_blocks == 2
+    pool.hash_of = {0: "of 0", 1: "of 1"}
+    pool.block_of = {"of 0": 0, "of 1": 1}
     assert pool.allocate() == 1  # freed first, handed out first
+    assert pool.hash_of == {0: "of 0"}
+    assert pool.block_of == {"of 0": 0}
     with pytest.raises(ValueError, match="free"):
         pool.free(0)
 

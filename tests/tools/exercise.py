@@ -10,8 +10,8 @@ The exercise is written to my/microflash.py. Docstrings and prose stay in it, an
 that is not a technique. If there is a my/microflash.py already, a technique that you name is taken
 out of it, unless you have written it yourself; nothing else in it changes.
 
-`python3 -m pytest --impl=my` grades the scripts in my/. `python3 my/microflash.py` prints its
-trace; a section whose technique is not written yet says so.
+`.venv/bin/python -m pytest --impl=my` grades the scripts in my/; the README says how to make .venv.
+`python3 my/microflash.py` prints its trace; a section whose technique is not written yet says so.
 
 --list prints, section by section, each technique with its test, and the section's papers. The test
 is one that fails if the technique is broken (tests/tools/find_tests.py tries it).
@@ -38,6 +38,7 @@ NAMES = ["microattention", "microkv", "microflash", "microquant", "microbeam"]
 
 FLOOR = re.compile(
     r"# (THE TECHNIQUES|THE EXPERIMENTS|THE MODEL AND THE BENCH|SHARED BY THE FIVE)\b")
+WIDTH = 80  # columns of what is printed, as in a trace
 SETUP = ("__init__", "__post_init__")  # methods that only set up an object: not exercises
 
 
@@ -458,7 +459,8 @@ def answer(arguments: argparse.Namespace) -> str:
     target = arguments.folder / f"{script}.py"
     text, names = exercise_in(target, script, wanted, arguments.hint)
     write_exercise(target, text, [f"{script}.{name}" for name in names])
-    to_write = textwrap.fill(f"{target}: {len(names)} to write: {', '.join(names)}.", 96)
+    to_write = textwrap.fill(f"{target}: {len(names)} to write: {', '.join(names)}.", WIDTH,
+                             break_long_words=False, break_on_hyphens=False)
     return f"{to_write}\n{how_to_grade(script, names, arguments.folder)}"
 
 
@@ -471,12 +473,12 @@ def how_to_grade(script: str, names: list[str], folder: Path) -> str:
         if folder.is_relative_to(ROOT):
             folder = folder.relative_to(ROOT)
     command = f"{python_with_pytest()} -m pytest --impl={folder}"
-    lines = f"Grade it{where} with: {command}\n"
+    lines = f"Grade it{where} with:\n    {command}\n"
     tests = listed_tests()
     for name in names:
         test = tests.get(f"{script}.{name}")
         if test:
-            return f"{lines}One test of {name} alone is quicker: {command} -k {test}\n"
+            return f"{lines}One test of {name} alone is quicker:\n    {command} -k {test}\n"
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The pytest plugin of this project: `python3 -m pytest --impl=my` grades the scripts in my/.
+"""The pytest plugin of this project: `.venv/bin/python -m pytest --impl=my` grades what is in my/.
 
 The parity tests run on the learner's scripts (tests/tools/exercise.py makes them) instead of the
 originals. What is printed is a grade of each technique that the learner has to write, one a line:
@@ -38,7 +38,7 @@ import sys
 import textwrap
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +48,7 @@ import pytest
 from tests.tools.exercise import (
     NAMES,
     ROOT,
+    WIDTH,
     code_of,
     functions_of,
     is_written,
@@ -67,7 +68,9 @@ LONGEST_FIRST = 1       # seconds that a test may take with all that the learner
 LONGEST = 3             # seconds that a call, or a test with one technique, may take, or ...
 TIMES_AS_LONG = 20      # ... this many times what the original's takes, if that is more
 LONGEST_ORIGINAL = 120  # seconds that a test may take with the original's techniques
-WIDTH = 88              # columns of a line of a counterexample
+INDENT = " " * 9        # of the details below a grade
+DETAILS = WIDTH - len(INDENT)  # columns of such a line
+ROWS = (list, tuple, deque)    # what has items in places 0, 1, ...
 
 
 def pytest_addoption(parser):
@@ -157,6 +160,11 @@ def pytest_xdist_make_scheduler(config, log):
 class NeverEnds(BaseException):
     """A call or a test took too long. (No Exception, so that a learner's code does not catch it.)
     """
+
+
+# What else a call or a test may raise. The last two are no Exception: exit() raises SystemExit, and
+# pytest.raises fails a test with the other one where nothing is raised.
+MISTAKES = (Exception, SystemExit, pytest.fail.Exception)
 
 
 class Counterexample(NamedTuple):
@@ -360,7 +368,7 @@ class Grader:
                 expected = result, arguments, options
             self.compare(key, learners, before, expected, seconds)
         self.time_repeated[key] += time.perf_counter() - start
-        if isinstance(result, Exception):
+        if isinstance(result, MISTAKES):
             raise result
         return result
 
@@ -383,7 +391,7 @@ class Grader:
             self.unchecked.add(key)
         elif not same(outcome, expected):
             self.differed.add(key)
-            rank = isinstance(expected[0], Exception), size_of(shown) + size_of(expected[0])
+            rank = isinstance(expected[0], MISTAKES), size_of(shown) + size_of(expected[0])
             if grade.counterexample is None or rank < grade.counterexample.rank:
                 lines = [*call_as_lines(grade.name, *shown),
                          *difference(outcome, expected, self.path(key[0]))]
@@ -437,7 +445,7 @@ class Grader:
         try:
             with self.using(keys, repeats=False), time_limit(LONGEST_FIRST):
                 run()
-        except (Exception, NeverEnds):
+        except (*MISTAKES, NeverEnds):
             return False
         return True
 
@@ -475,7 +483,7 @@ class Grader:
                 if not repeats:
                     self.unchecked |= self.called
                 return time.perf_counter() - start
-            except (Exception, NeverEnds) as error:
+            except (*MISTAKES, NeverEnds) as error:
                 message = message_of(error, None)
         self.broken_tests.append(Failure(test, message))
         return None
@@ -489,7 +497,7 @@ class Grader:
         except NeverEnds:
             grade.never_ends = [f"in the test {test}"]
             return TimeoutError(f"{grade.name} never ends")
-        except Exception as error:
+        except MISTAKES as error:
             grade.failures.append(Failure(test, message_of(error, self.path(key[0]))))
             return error
         return None
@@ -552,7 +560,7 @@ class Grader:
         text = (f"Graded by {ran}. A function that is done here may still fail in the others; in "
                 "the end, grade it by all of them.")
         reporter.ensure_newline()
-        reporter.write_line(textwrap.fill(text, WIDTH))
+        reporter.write_line(wrapped(text))
 
     def write_grades(self, script, reporter):
         """Write the grades of one script."""
@@ -569,20 +577,21 @@ class Grader:
         for grade in grades:
             if grade.word() in ("done", "wrong") or grade.state == "missing":
                 self.write_grade(grade, reporter)
-        write_names("no test", [grade.name for grade in grades if grade.word() == "no test"],
-                    " (written, but no test that ran calls them)", reporter)
-        write_names("not yet", [grade.name for grade in grades if grade.state == "not written"],
-                    "", reporter)
+        untested = [grade.name for grade in grades if grade.word() == "no test"]
+        them = "it" if len(untested) == 1 else "them"
+        write_names("no test", untested, f" (written, but no test that ran calls {them})", reporter)
+        unwritten = [grade.name for grade in grades if grade.state == "not written"]
+        write_names("not yet", unwritten, "", reporter)
         self.write_next(script, grades, reporter)
 
     def write_grade(self, grade, reporter):
         """Write the lines of one grade."""
         word = grade.word()
         first, *others = grade.lines()
-        reporter.write_line(f"{word:8} {grade.name}: {first}",
+        reporter.write_line(wrapped(f"{word:8} {grade.name}: {first}", INDENT),
                             green=word == "done", red=word == "wrong")
         for line in others:
-            reporter.write_line(f"         {line}")
+            reporter.write_line(INDENT + line)
 
     def write_next(self, script, grades, reporter):
         """Write what to do next: what is wrong, or else the first that is not written."""
@@ -601,10 +610,10 @@ class Grader:
         """Write that tests fail whatever the techniques are, and what may be the reason."""
         reporter.section("tests that fail with the original's techniques, too")
         simplest = min(self.broken_tests, key=lambda failure: (len(failure.test), failure.test))
-        reporter.write_line(f"{len(self.broken_tests)} tests are not counted, such as "
-                            f"{simplest.test}:")
+        n_tests = len(self.broken_tests)
+        reporter.write_line(wrapped(f"{n_tests} tests are not counted, such as {simplest.test}:"))
         for line in simplest.message:
-            reporter.write_line(f"         {line}")
+            reporter.write_line(INDENT + line)
         for script in self.scripts:
             if self.problems[script]:
                 continue
@@ -618,7 +627,13 @@ def write_names(word, names, ending, reporter):
     """Write the names of techniques that have the same grade, if there are any."""
     if names:
         text = f"{word:8} {', '.join(names)}{ending}"
-        reporter.write_line(textwrap.fill(text, WIDTH, subsequent_indent=" " * 9))
+        reporter.write_line(wrapped(text, INDENT))
+
+
+def wrapped(text, indent=""):
+    """Return a text with line breaks between words. indent: of all lines but the first."""
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False,
+                         break_on_hyphens=False)
 
 
 # ---------------------------------------------------------------------- reading and repeating
@@ -697,7 +712,7 @@ def attempt(function, arguments, options):
     """Return what a call returns, or the exception that it raises."""
     try:
         return function(*arguments, **options)
-    except Exception as error:
+    except MISTAKES as error:
         return error
 
 
@@ -708,7 +723,7 @@ def attempt_all(function, arguments, options):
         if inspect.isgenerator(result):
             return list(itertools.islice(result, MOST_ITEMS))
         return result
-    except Exception as error:
+    except MISTAKES as error:
         return error
 
 
@@ -749,7 +764,7 @@ def size_of(value):
         value = list(value.items())
     elif hasattr(value, "__dict__"):
         value = list(vars(value).values())
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, ROWS):
         return 1 + sum(map(size_of, value))
     return 1
 
@@ -761,11 +776,11 @@ def same(a, b):
     """
     if isinstance(a, float) or isinstance(b, float):
         return same_number(a, b)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+    if isinstance(a, ROWS) and isinstance(b, ROWS):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         return list(a) == list(b) and all(map(same, a.values(), b.values()))
-    if isinstance(a, Exception) or isinstance(b, Exception):
+    if isinstance(a, MISTAKES) or isinstance(b, MISTAKES):
         return type(a) is type(b)
     if hasattr(a, "__dict__") and hasattr(b, "__dict__"):
         return same(sorted(vars(a).items()), sorted(vars(b).items()))
@@ -823,7 +838,7 @@ def first_difference(a, b):
         b = vars(b)
     if isinstance(a, dict) and isinstance(b, dict) and list(a) == list(b):
         pairs = [(key, a[key], b[key]) for key in a]
-    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+    elif isinstance(a, ROWS) and isinstance(b, ROWS) and len(a) == len(b):
         pairs = zip(range(len(a)), a, b)
     else:
         return "", a, b
@@ -871,16 +886,16 @@ class Short(reprlib.Repr):
             return "{...}"
         items = []
         for key, value in itertools.islice(x.items(), self.maxdict):
-            item = self.repr1(key, level - 1)
-            if value is not None:  # without values, it is an ordered set
-                item += f": {self.repr1(value, level - 1)}"
-            items.append(item)
+            items.append(f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}")
         if len(x) > self.maxdict:
             items.append("...")
         return "{" + ", ".join(items) + "}"
 
     def repr_OrderedDict(self, x, level):  # noqa: N802, reprlib wants this name
-        return self.repr_dict(x, level)
+        """Return it as code that makes it. Without values, it is a set whose order counts."""
+        if set(x.values()) == {None}:
+            return f"OrderedDict.fromkeys({self.repr_list(list(x), level)})"
+        return f"OrderedDict({self.repr_dict(x, level)})"
 
     def repr_float(self, x, level):
         return f"{x + 0.0:.5g}"  # 0 for -0.0
@@ -891,7 +906,7 @@ def as_text(value, path=None):
 
     path: the learner's script, in which the line of an exception is looked up.
     """
-    if isinstance(value, Exception):
+    if isinstance(value, MISTAKES):
         return f"{type(value).__name__}: {value}{line_in(path, value)}"
     return Short().repr(value)
 
@@ -899,7 +914,12 @@ def as_text(value, path=None):
 def one_line(text):
     """Return a text without line breaks, and without its end if it is too long for a line."""
     text = text.replace("\n", " ")
-    return text if len(text) <= WIDTH else text[:WIDTH - 4] + " ..."
+    return text if len(text) <= DETAILS else text[:DETAILS - 4] + " ..."
+
+
+def few_lines(text):
+    """Return a text as at most three lines, without its end if it is too long for them."""
+    return textwrap.wrap(text, DETAILS, max_lines=3, placeholder=" ...", subsequent_indent="    ")
 
 
 def line_in(path, error):
@@ -921,12 +941,12 @@ def call_as_lines(name, arguments, options):
     """Return a call as one line, or as one for each argument; a method's object comes first."""
     lines = []
     if "." in name:
-        lines = [one_line(f"self = {as_text(arguments[0])}")]
+        lines = few_lines(f"self = {as_text(arguments[0])}")
         arguments = arguments[1:]
         name = f"self.{name.rpartition('.')[2]}"
     texts = [as_text(value) for value in arguments]
     texts += [f"{option}={as_text(value)}" for option, value in options.items()]
     line = f"{name}({', '.join(texts)})"
-    if len(line) <= WIDTH:
+    if len(line) <= DETAILS:
         return [*lines, line]
     return [*lines, f"{name}(", *(one_line(f"    {text}") for text in texts), ")"]
