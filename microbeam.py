@@ -2664,7 +2664,7 @@ def weights_read(weights: Weights) -> int:
 def check_request(
     prompt: Sequence[int], max_new_tokens: int, at_least: int = 0, **at_least_1: int
 ) -> None:
-    """ValueError, saying what would do, where a decoder cannot work."""
+    """Raise ValueError, saying what would do, where a decoder cannot work."""
     if not prompt:
         raise ValueError("prompt must have at least one token: a model predicts what comes after "
                          "something")
@@ -2676,7 +2676,7 @@ def check_request(
 
 
 def check_eos(eos: int | None, vocab_size: int) -> None:
-    """ValueError if the end token is none of the vocabulary."""
+    """Raise ValueError if the end token is none of the vocabulary."""
     if eos is not None and not 0 <= eos < vocab_size:
         raise ValueError(f"eos must be a token id from 0 to {vocab_size - 1}, or None, not {eos}")
 

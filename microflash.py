@@ -1900,7 +1900,7 @@ def default_scale(scale: float | None, k: Matrix) -> float:
 
 
 def check_counts(**counts: int | None) -> None:
-    """ValueError names a count that is less than 1; None passes."""
+    """Raise ValueError for a count that is less than 1; None passes."""
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, not {count}")
@@ -1909,7 +1909,7 @@ def check_counts(**counts: int | None) -> None:
 def check_inputs(
     q: Matrix, k: Matrix, v: Matrix, keys: range | None = None, **counts: int | None
 ) -> None:
-    """ValueError, with what would do, where attention cannot work."""
+    """Raise ValueError, with what would do, where attention cannot work."""
     if len(v) != len(k) or not (len(k) and len(k[0]) and len(v[0])):
         raise ValueError("k and v must have as many rows as each other, at least one, of at least "
                          f"one channel, not {len(k)} and {len(v)} rows")
@@ -1922,7 +1922,7 @@ def check_inputs(
 
 
 def check_rows(n: int, width: int | None, **matrices: Sequence) -> None:
-    """ValueError unless each has n rows, one for each query, of that many channels, if any."""
+    """Raise ValueError unless each has n rows, one for each query, of so many channels."""
     for name, rows in matrices.items():
         if len(rows) != n or width is not None and any(len(row) != width for row in rows):
             channels = "" if width is None else f" of {width} channels"
@@ -1931,7 +1931,7 @@ def check_rows(n: int, width: int | None, **matrices: Sequence) -> None:
 
 
 def check_parts(parts: Sequence[tuple[Matrix, Vector]]) -> None:
-    """ValueError unless there is at least one part, and all have as many rows."""
+    """Raise ValueError unless there is at least one part, and all have as many rows."""
     lengths = {len(rows) for part in parts for rows in part}
     if len(lengths) != 1:
         raise ValueError("parts must be at least one (out, lse), all of as many rows, not "
@@ -1939,7 +1939,7 @@ def check_parts(parts: Sequence[tuple[Matrix, Vector]]) -> None:
 
 
 def check_rotation(m: Matrix, signs: Vector) -> None:
-    """ValueError unless the channels are a power of two, with a sign for each."""
+    """Raise ValueError unless the channels are a power of two, with a sign for each."""
     d = len(signs)
     if d < 1 or d & (d - 1) or any(len(row) != d for row in m):
         raise ValueError("signs must be one for each channel of m, and a power of two of them, "
