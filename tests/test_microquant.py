@@ -2024,11 +2024,14 @@ def score_in_3_bits(lab):
 
 
 def kl_of_verses_in_3_bits(lab):
-    """Return for each verse of the evaluation text the KL divergences of its tokens."""
+    """Return the KL divergences of the tokens of each verse of the evaluation text.
+
+    The house at the end of a verse is not measured.
+    """
     compressed, _ = m.compress(lab, "INT per tensor", m.Setting(bits=3))
     kls = []
     for verse in verses_of(lab.evaluation):
-        ids = lab.tokenizer.encode(verse)
+        ids = lab.tokenizer.encode(verse.removesuffix(" the house that Jack built.\n"))
         p = probabilities(lab.model, ids)
         q = probabilities(compressed, ids)
         kls.append((p * np.log(p / q)).sum(1))
@@ -2264,37 +2267,37 @@ SEEDS = pytest.mark.parametrize("seed", range(N_SEEDS))
 
 # (a method, what its KL is divided by, the least and the most of the quotient)
 RATIOS = [
-    ("INT per tensor", "INT in groups", 1.26, 6.44),
-    ("GPTQ", "INT in groups", 0.077, 0.604),
-    ("GPTQ act-order", "INT in groups", 0.039, 0.195),
-    ("GPTQ act-order", "GPTQ", 0.17, 0.99),
-    ("GPTQ one token", "INT in groups", 0.37, 3.80),
-    ("AWQ", "INT in groups", 0.049, 0.372),
-    ("column by inputs", "INT in groups", 0.21, 0.67),
-    ("column by chance", "INT in groups", 0.93, 1.04),
-    ("column by weights", "INT in groups", 0.95, 1.03),
-    ("mixed bits", "INT in groups", 0.35, 1.10),
-    ("NF4", "INT in groups", 0.25, 1.0),
-    ("NVFP4", "INT in groups", 0.14, 0.73),
-    ("HQQ", "INT asymmetric", 0.54, 1.67),
-    ("k-means", "INT per tensor", 0.07, 0.30),
-    ("INT8 static", "INT8 dynamic", 3.20, 8.28),
-    ("FP8", "INT8 dynamic", 0.46, 1.47),
-    ("LLM.int8()", "INT8 dynamic", 0.0, 0.051),
-    ("SmoothQuant", "INT8 dynamic", 0.0, 0.081),
+    ("INT per tensor", "INT in groups", 1.22, 6.01),
+    ("GPTQ", "INT in groups", 0.072, 0.552),
+    ("GPTQ act-order", "INT in groups", 0.036, 0.201),
+    ("GPTQ act-order", "GPTQ", 0.2, 1.0),
+    ("GPTQ one token", "INT in groups", 0.37, 2.49),
+    ("AWQ", "INT in groups", 0.07, 0.421),
+    ("column by inputs", "INT in groups", 0.2, 0.69),
+    ("column by chance", "INT in groups", 0.93, 1.05),
+    ("column by weights", "INT in groups", 0.95, 1.04),
+    ("mixed bits", "INT in groups", 0.27, 1.15),
+    ("NF4", "INT in groups", 0.23, 0.87),
+    ("NVFP4", "INT in groups", 0.18, 0.9),
+    ("HQQ", "INT asymmetric", 0.63, 1.74),
+    ("k-means", "INT per tensor", 0.07, 0.35),
+    ("INT8 static", "INT8 dynamic", 3.22, 7.62),
+    ("FP8", "INT8 dynamic", 0.47, 1.67),
+    ("LLM.int8()", "INT8 dynamic", 0.0, 0.057),
+    ("SmoothQuant", "INT8 dynamic", 0.0, 0.096),
     ("Q8_0", "INT in groups", 0.0, 0.01),
 ]
 
 # (a method, what it is compared with): the seeds of the 20 on which its KL is the larger one
 LARGER = {
-    ("INT per channel", "INT in groups"): {2, 3, 5, 6, 8, 9, 11, 15, 16, 17, 18, 19},
-    ("GPTQ one token", "INT in groups"): {0, *range(2, 9), *range(10, 16), 18, 19},
-    ("mixed bits", "INT in groups"): {8, 16, 18},
-    ("HQQ", "INT asymmetric"): {0, 3, 8, 10, 14, 15, 17},
+    ("INT per channel", "INT in groups"): {2, 3, 5, 6, 8, 9, 11, 14, 15, 16, 17, 19},
+    ("GPTQ one token", "INT in groups"): {0, *range(2, 16), 18, 19},
+    ("mixed bits", "INT in groups"): {16, 18},
+    ("HQQ", "INT asymmetric"): {0, 3, 8, 9, 10, 14, 15, 17},
     ("SqueezeLLM", "k-means"): {8, 16},
-    ("NVFP4", "MXFP4"): {9, 10, 12},
-    ("MXFP4", "Q4_0"): {16, 19},
-    ("Q4_K simple", "Q4_0"): {2, 8, 11, 12, 14, 15, 16, 19},
+    ("NVFP4", "MXFP4"): {9, 10, 12, 18},
+    ("MXFP4", "Q4_0"): {0, 1, 2, 16, 19},
+    ("Q4_K simple", "Q4_0"): {0, 2, 7, 8, 9, 12, 14, 15, 16, 19},
 }
 
 
@@ -2318,7 +2321,7 @@ def test_findings_without_outliers(seed, labs):
     """MXFP4's advantage over Q4_0 comes from the outliers."""
     lab = labs(seed, outliers=(0, 1.0))
     mxfp4, q4_0 = (m.score(lab, method, m.DEFAULTS).kl for method in ("MXFP4", "Q4_0"))
-    assert 1.02 < mxfp4 / q4_0 < 3.92
+    assert 1.06 < mxfp4 / q4_0 < 3.6
 
 
 @SEEDS
@@ -2339,19 +2342,19 @@ def test_findings_about_nf4_and_the_outliers(seed, labs):
     def kl(weights):
         model = m.Llama(lab.config, weights)
         verses = []
-        for verse, expected in zip(m.split_verses(lab.evaluation), lab.reference):
-            got = map(m.log_softmax, model.forward(verse[:-1]))
-            verses.append((sum(map(m.kl_divergence, expected, got)), len(verse) - 1))
+        for (read, _), expected in zip(m.reading_tasks(lab.evaluation), lab.reference):
+            got = map(m.log_softmax, model.forward(read))
+            verses.append((sum(map(m.kl_divergence, expected, got)), len(read)))
         return m.mean_and_error(verses)[0]
 
-    assert 0.23 < kl(mixed) / kl(in_groups.weights) < 0.88
+    assert 0.22 < kl(mixed) / kl(in_groups.weights) < 0.80
 
 
 @SEEDS
 def test_findings_about_the_model(seed, labs):
     """It has learned, it has not learned everything, and it uses its outliers."""
     least, model, silent, guessing = m.compare_losses(labs(seed))
-    assert least.loss + 0.2 < model.loss < guessing.loss / 3
+    assert least.loss + 0.2 < model.loss < guessing.loss / 2.7
     assert silent.loss > model.loss + 0.1
 
 
@@ -2362,18 +2365,19 @@ def test_findings_of_fine_tuning(seed, labs):
     assert full.loss < before.loss - 0.45
     assert lora.loss < before.loss - 0.45
     assert qlora.loss < nf4.loss - 0.45
-    assert 0.84 <= qlora.loss / full.loss <= 1.42
-    assert (qlora.loss < full.loss) == (seed in {0, 1, 3, 10, 13, 14})
-    assert 0.69 <= qlora.loss / lora.loss <= 1.25
-    assert (qlora.loss < lora.loss) == (seed in {0, 1, 2, 5, 8, 10, 11, 13, 16, 19})
+    assert 0.78 <= qlora.loss / full.loss <= 1.34
+    assert (qlora.loss < full.loss) == (seed in {0, 1, 3, 8, 10, 13, 14, 17})
+    assert 0.70 <= qlora.loss / lora.loss <= 1.23
+    assert (qlora.loss < lora.loss) == (seed in {0, 2, 5, 7, 8, 10, 11, 13, 16, 19})
 
 
 @SEEDS
 def test_findings_of_one_bit(seed, labs):
     _, longer, signs, mean, fitted, trained = m.compare_one_bit(labs(seed))
     without_training = min(mean.loss, fitted.loss)
-    assert longer.loss < trained.loss < without_training
-    assert fitted.loss > mean.loss + 0.04
+    assert longer.loss < trained.loss
+    assert (trained.loss > without_training) == (seed in {8, 17})
+    assert fitted.loss > mean.loss
     assert fitted.loss < signs.loss - 0.2
 
 
