@@ -2455,19 +2455,7 @@ def check_qlora(trace: Trace, lab: Lab, rows: list[FineTuned]) -> None:
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight of a large matrix, with double quantization
 
 
-class TableRow(NamedTuple):
-    """One row: a method, the section that explains it, what it needs, and its score."""
-
-    method: str
-    section: int
-    needs: str
-    bits: float
-    nbytes: int
-    kl: float
-    error: float
-    verses: tuple[tuple[float, int], ...]  # as Score has them
-
-
+# (a method, the section that explains it, what it needs)
 WEIGHTS_ONLY = [
     ("Q8_0", 3, ""), ("INT in groups", 2, ""), ("Q4_0", 3, ""), ("NF4", 4, ""),
     ("GPTQ act-order", 6, "text"), ("AWQ", 7, "text"), ("MXFP4", 11, ""), ("NVFP4", 11, ""),
@@ -2479,13 +2467,20 @@ ACTIVATIONS_TOO = [("INT8 dynamic", 5, ""), ("FP8", 5, ""), ("LLM.int8()", 5, ""
 
 def compare_everything(
     lab: Lab, methods: Sequence[tuple[str, int, str]], setting: Setting
-) -> list[TableRow]:
+) -> list[dict]:
     """Return the methods on the same model and text, the least KL last."""
     rows = []
     for method, section, needs in methods:
-        s = score(lab, method, setting)
-        rows.append(TableRow(s.method, section, needs, s.bits, s.nbytes, s.kl, s.error, s.verses))
-    return sorted(rows, key=lambda row: -row.kl)
+        row = score(lab, method, setting)
+        rows.append({"section": section, "needs": needs, "score": row, **row._asdict()})
+    return sorted(rows, key=lambda row: -row["kl"])
+
+
+def least_kl(scores: Sequence[Score]) -> tuple[Score, list[str]]:
+    """Return (the score with the least KL, the methods that are in a tie with it)."""
+    best = min(scores, key=lambda row: row.kl)
+    ties = [row.method for row in scores if row != best and compare(best, row) == TIE]
+    return best, ties
 
 
 def kl_of_first_verse(lab: Lab, method: str, setting: Setting) -> float:
@@ -2509,22 +2504,18 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
     lab = lab_of(knobs)
     rows = compare_everything(lab, WEIGHTS_ONLY, knobs.setting)
     with_activations = compare_everything(lab, ACTIVATIONS_TOO, knobs.setting)
-    small = [row for row in rows if row.bits < 5]
-    best = small[-1]
-    kl_of = {row.method: row.kl for row in rows}
-    nf4_bits = next(row.bits for row in rows if row.method == "NF4")
-    ties = [row.method for row in small[:-1] if compare(row, best) == "is in a tie with"]
+    scores = {row["method"]: row["score"] for row in rows}
+    small = [row for row in scores.values() if row.bits < 5]
+    best, ties = least_kl(small)
+    int_groups = score(lab, "INT in groups", knobs.setting)
 
     trace.ask("which method under 5 bits a weight has the least KL? ("
               + "; ".join(row.method for row in small) + ")", best.method)
     trace.say("The methods that need no training, on one model and one text; the worst come "
               "first. (What only served to compare is left in its section.) The bits are those of "
-              "a weight of the matrices, scales included. The bytes are those of the whole file, "
-              "in which the embedding, large in so small a model, stays in FP16; with all in FP16 "
-              f"it has {2 * n_numbers(lab.config):,}. NF4 with double "
-              f"quantization takes {nf4_bits:.2f} bits instead of {NF4_BITS:.2f}, since each of "
-              "these small matrices has a mean and a scale of its own, and w2 has blocks of 32. "
-              "The last column is what a method needs: text to calibrate on, gradients on it.")
+              "a weight of the matrices, scales included. The bytes are those of the whole file; "
+              f"in FP16 it has {2 * n_numbers(lab.config):,}. The last column is what a method "
+              "needs: text to calibrate on, gradients on it.")
     columns = {"method": "", "section": "d", "bits": ".2f", "nbytes as bytes": ",d",
                "kl as KL": ".5f", "error as ±": ".5f", "needs": ""}
     trace.table(rows, columns)
@@ -2533,19 +2524,22 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
     also = f"; it ties with {', '.join(ties)}" if ties else ", and ties with no other"
     trace.say(f"Under 5 bits, {best.method} has the least KL{also}. Methods that train are in "
               "sections 8, 14 and 15: after training, a KL would also count what was learned.")
-    if lab.outliers and max(kl_of["NF4"], kl_of["NVFP4"]) < kl_of.get("INT4 in groups", 0.0):
+    trace.note(f"NF4 with double quantization takes {scores['NF4'].bits:.2f} bits instead of "
+               f"{NF4_BITS:.2f}, since each of these small matrices has a mean and a scale of its "
+               "own, and w2 has blocks of 32. The embedding, large in so small a model, stays in "
+               "FP16.")
+    nf4_better = max(scores["NF4"].kl, scores["NVFP4"].kl) < int_groups.kl
+    if knobs.bits == 4 and lab.outliers and nf4_better:
         trace.say("NF4 and NVFP4 do better than INT4 in groups, although they are hardly more "
                   "exact on the whole. The reason is the outliers. The weights that meet them have "
                   "become small, and these formats have the finest steps near 0. (Take NF4's "
                   "values for the columns that meet outliers, and INT4's for all others: on 20 "
                   "models at the defaults, this had 0.22 to 0.80 of the KL of INT4.)")
-    check_table(trace, lab, rows + with_activations, knobs.setting)
+    check_table(trace, lab, knobs.setting)
 
 
-def check_table(trace: Trace, lab: Lab, rows: list[TableRow], setting: Setting) -> None:
-    """Check the measure, and the bytes of one file."""
-    trace.check("KL is nowhere negative", min(row.kl for row in rows) > -1e-12,
-                f"{len(rows)} methods")
+def check_table(trace: Trace, lab: Lab, setting: Setting) -> None:
+    """Check the measure, and the bytes of three files."""
     p, q = log_softmax([0.0, 0.0]), log_softmax([math.log(3), 0.0])
     trace.check("KL of (1/2, 1/2) from (3/4, 1/4) = log(4/3) / 2",
                 abs(kl_divergence(p, q) - math.log(4 / 3) / 2) < 1e-12, "by hand")
@@ -2867,6 +2861,11 @@ def check_one_bit(trace: Trace, lab: Lab, name: str) -> None:
     trace.check("straight through: loss and gradients = those of the model with ternary weights",
                 straight_through(lab.config, lab.model.weights, verse, [name])
                 == loss_and_gradients(lab.config, ternary, verse), name)
+    longer, _ = compress(lab, "FP16 trained", DEFAULTS)
+    trained, _ = compress(lab, "b1.58 trained", DEFAULTS)
+    trace.check("training with ternary weights took other steps than training in full",
+                trained.weights["output"] != longer.weights["output"],
+                "by the output matrix, which both leave in FP16")
     trace.check("1, -1, 0, 1, 1 in one byte = 2 + 0 · 3 + 1 · 9 + 2 · 27 + 2 · 81",
                 pack_ternary([1, -1, 0, 1, 1]) == bytes([227]), "by hand")
 
@@ -3062,6 +3061,24 @@ def bytes_saved(choices: dict[str, list[Choice]], widths: dict[str, int], bits: 
     return saved
 
 
+def slope_of_one_weight(lab: Lab) -> tuple[str, float, float]:
+    """Return (a matrix, the largest squared gradient in its first row, its weight's loss slope).
+
+    The loss is that of eight tokens of the calibration text.
+    """
+    ids = lab.calibration[:8]
+    name = "layers.0.feed_forward.w2"
+    squares = squared_gradients(lab.model, ids)[name][0]
+    column = squares.index(max(squares))
+    losses = []
+    for step in (1e-4, -1e-4):
+        weights = copy_weights(lab.model.weights)
+        weights[name][0][column] += step
+        loss, _ = loss_and_gradients(lab.config, weights, ids)
+        losses.append(loss)
+    return name, squares[column], (losses[0] - losses[1]) / 2e-4
+
+
 def show_mixed(trace: Trace, knobs: Namespace) -> None:
     """Show each matrix's expected damage, the assignment, and the model."""
     lab = lab_of(knobs)
@@ -3097,6 +3114,9 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
     trace.check("the damage of weights off by 0.1 and 0.2 with sensitivities 1 and 2 = 0.045",
                 abs(expected_damage([[1.0, 2.0]], [[1.1, 1.8]], [[1.0, 2.0]]) - 0.045) < 1e-12,
                 "by hand")
+    name, square, slope = slope_of_one_weight(lab)
+    trace.check("a weight's squared gradient = the slope of the loss, measured by moving it, "
+                "squared", abs(square - slope**2) < 1e-5 * square, name)
 
 
 # =============================================================================================
@@ -3662,9 +3682,9 @@ class Lab:
         """Each weight's squared gradient, summed over the verses of the calibration text."""
         total = {name: zeros_like(self.model.weights[name]) for name in self.linears}
         for verse in split_verses(self.calibration):
-            _, gradients = loss_and_gradients(self.config, self.model.weights, verse)
+            squares = squared_gradients(self.model, verse)
             for name in self.linears:
-                total[name] = add(total[name], [[g * g for g in row] for row in gradients[name]])
+                total[name] = add(total[name], squares[name])
         return total
 
     @cached_property
@@ -3680,6 +3700,12 @@ class Lab:
         for (_, targets), rows in zip(reading_tasks(self.evaluation), self.reference):
             verses.append((-sum(row[t] for row, t in zip(rows, targets)), len(targets)))
         return verses
+
+
+def squared_gradients(model: Llama, ids: Sequence[int]) -> Weights:
+    """Return the square of the gradient of the loss on ids, for every number of the model."""
+    _, gradients = loss_and_gradients(model.config, model.weights, ids)
+    return map_rows(lambda row: [g * g for g in row], gradients)
 
 
 def split_verses(ids: Sequence[int]) -> list[list[int]]:
@@ -4091,6 +4117,9 @@ def mean_and_error(verses: Sequence[tuple[float, int]]) -> tuple[float, float]:
     return mean, math.sqrt(spread * n / (n - 1)) / tokens
 
 
+TIE = "is in a tie with"
+
+
 def compare(a, b) -> str:
     """Return in words how row a compares with row b, which read the same verses: less is better.
 
@@ -4102,7 +4131,7 @@ def compare(a, b) -> str:
         return "is better than"
     if all(x > y for (x, _), (y, _) in pairs):
         return "is worse than"
-    return "is in a tie with"
+    return TIE
 
 
 # Small helpers
