@@ -49,7 +49,8 @@ The papers
 # perplexity      e to the mean loss; 4 means "as unsure as between 4 equally likely tokens"
 # KL              how far a model's probabilities are from the uncompressed model's, in nats a
 #                 token; 0 if they are equal
-# calibration     running the model on a little text to see how large its activations are
+# calibration     running the model on a little text to see what its matrices read: how large the
+#                 activations are, and which of them move together
 # INT4            whole numbers of 4 bits
 # W8A8            weights in 8 bits and activations in 8 bits
 # outlier         a number, or a channel, that is many times larger than the others
@@ -58,13 +59,20 @@ The papers
 # rank            a matrix of rank r is a product of one with r columns and one with r rows
 # block, group    numbers that share a scale
 #
-# linear(x, w) is y = W x for every row of x, and matmul(a, b) the product A B. dot and add do what
-# they say; ceil_div rounds up. Llama.forward(tokens) returns logits; it applies every
-# matrix by its method linear(name, x), which a subclass may replace. build_lab(seed) trains the
-# model under test and draws its texts. They stand under THE MODEL AND THE BENCH, with the small
-# helpers: flatten, in_rows, transpose, scale_columns, pick_columns, relative_distance; fp32 and
-# fp16_up (rounded up); pack_floats, pack_halves and e4m3_byte (to bytes); blocks_of_weights and
-# blocks_of_bytes (which cut and check); inverse_scale (1 / d, as ggml has it).
+# What the techniques call stands under THE MODEL AND THE BENCH:
+#
+# linear(x, w)                W x for every row of x: x [n][in], w [out][in] -> [n][out]
+# matmul(a, b)                the product A B
+# dot, add, transpose         what they say; ceil_div(a, b) divides and rounds up
+# flatten, in_rows            rows to a list, and a list to rows of some width
+# scale_columns, pick_columns a matrix with its columns multiplied; some of its columns
+# relative_distance(a, b)     |a - b| / |b|, over all numbers of two matrices
+# fp32, fp16_up               the nearest number of FP32; the next one of FP16 upwards
+# pack_floats, pack_halves    numbers as bytes, in FP32 and in FP16; e4m3_byte is one in FP8
+# blocks_of_weights, blocks_of_bytes    cut a row or its bytes into blocks, and check the length
+# inverse_scale(d)            1 / d, as ggml computes it
+# Llama.forward(tokens)       logits; it applies each matrix by its method linear(name, x)
+# build_lab(seed)             the model under test, trained, and its texts
 
 from __future__ import annotations
 
@@ -145,7 +153,7 @@ class Quantized:
     """A matrix [out][in] in few bits: w ≈ (code - zero_point) · scale, or codebook[code] · scale.
 
     scales[r][c // group] and zero_points[r][c // group] belong to codes[r][c]. overhead is what a
-    file stores beside the codes; a scale that all rows share is in there once.
+    file stores beside the codes. A codebook is a list of values (section 4).
     """
 
     codes: list[list[int]]
@@ -195,7 +203,8 @@ def quantize(
     a row.
     ValueError for bits that are not 2 to 8, for ragged or empty w, and for NaN or infinity in it.
     """
-    group = group_columns(w, bits, granularity)
+    check_quantizable(w, bits, granularity)
+    group = columns_of_a_grid(w, granularity)
     shared = make_grid(flatten(w), bits, symmetric) if granularity == "tensor" else None
     codes, scales, zero_points = [], [], []
     for row in w:
@@ -292,8 +301,13 @@ fp4_e2m1 = FloatFormat("FP4 E2M1", 2, 1, 6.0, 6.0)  # 0, 0.5, 1, 1.5, 2, 3, 4, 6
 # Measured by show_granularity().
 
 
-def group_columns(w: Matrix, bits: int, granularity: str | int) -> int:
-    """Return how many columns share a grid. ValueError where quantize() cannot work."""
+def columns_of_a_grid(w: Matrix, granularity: str | int) -> int:
+    """Return how many columns of a row share a grid."""
+    return granularity if isinstance(granularity, int) else len(w[0])
+
+
+def check_quantizable(w: Matrix, bits: int, granularity: str | int) -> None:
+    """Raise ValueError where quantize() cannot work."""
     if bits not in range(2, 9):
         raise ValueError(f"bits must be a whole number from 2 to 8, not {bits!r}")
     is_size = type(granularity) is int and granularity > 0
@@ -306,7 +320,6 @@ def group_columns(w: Matrix, bits: int, granularity: str | int) -> int:
     if any(map(math.isnan, values)) or max(map(abs, values)) > fp16.largest:
         raise ValueError(f"w must hold finite numbers of at most {fp16.largest:.0f}, "
                          f"as its scales are stored in FP16")
-    return granularity if is_size else len(w[0])
 
 
 def grid_bytes(
@@ -333,7 +346,7 @@ def pack_bits(codes: Sequence[int], bits: int) -> bytes:
     for start in range(0, len(codes), 8):  # eight codes fill as many bytes as a code has bits
         number = 0
         for place, code in enumerate(codes[start:start + 8]):
-            number += code % 2**bits << place * bits
+            number += (code % 2**bits) << (place * bits)
         data += number.to_bytes(bits, "little")
     return data[:ceil_div(len(codes) * bits, 8)]
 
@@ -402,8 +415,8 @@ def q4_0_encode(row: Sequence[float]) -> bytes:
         d = max(block, key=abs) / -8  # exact in FP32: 8 is a power of two
         inverse = inverse_scale(d)
         # The code is w / d + 8, to nearest: add 0.5 and cut off what is behind the point. 16, at
-        # the other end, becomes 15. (The product and the sum are rounded once, as by a processor's
-        # one instruction for both.)
+        # the other end, becomes 15. (The product and the sum are rounded only once, together: a
+        # fused multiply-add.)
         codes = [min(15, int(fp32(value * inverse + 8.5))) for value in block]
         pairs = [low | high << 4 for low, high in zip(codes[:16], codes[16:])]
         data += struct.pack("<e16B", d, *pairs)
@@ -421,9 +434,10 @@ def q4_0_encode(row: Sequence[float]) -> bytes:
 #
 # Plain quantiles would have no exact 0. So the two sides are cut separately, into 8 even steps of
 # probability above 0 and 7 below; with 0 itself these are 16 values. The quantile of 1 is infinite,
-# so both sides begin a little inside, at 1 - (1/32 + 1/30) / 2 = 0.968, the authors' choice. Then
-# all are divided by the outermost, so that they end at ±1. (They do not get equal shares of the
-# weights, since these are divided by the largest of a block; Yoshida 2023, arXiv:2306.06965.)
+# so both sides begin a little inside, at 1 - (1/32 + 1/30) / 2 = 0.968. (The authors chose this
+# number: 1/32 and 1/30 are half a share of 16 and of 15 values.) Then all are divided by the
+# outermost, so that they end at ±1. (The values do not get equal shares of the weights, since
+# these are divided by the largest of a block; Yoshida 2023, arXiv:2306.06965.)
 #
 # An absmax in FP32 costs 32 / 64 = 0.5 bits a weight, as much as INT4 pays in groups of 32. Double
 # quantization stores the absmaxes in 8 bits as well. All are positive, so it takes off their mean
@@ -456,20 +470,23 @@ def quantize_nf4(w: Matrix, *, block_size: int = 64, double_quant: bool = False)
     The last block of a row may be shorter. A block of zeros gets the code of 0. With double_quant
     the absmaxes are stored by double_quantize(), otherwise in FP32. ValueError as for quantize().
     """
-    group_columns(w, 4, block_size)
+    check_quantizable(w, 4, block_size)
     codebook = tuple(nf4_codebook())
     codes, absmaxes = [], []
     for row in w:
-        blocks = in_rows(row, block_size)
-        absmaxes.append([fp32(max(map(abs, block))) for block in blocks])
-        codes.append(flatten(nearest([value / (absmax or 1.0) for value in block], codebook)
-                             for block, absmax in zip(blocks, absmaxes[-1])))
+        row_codes, row_absmaxes = [], []
+        for block in in_rows(row, block_size):
+            absmax = fp32(max(map(abs, block)))
+            row_codes += nearest([value / (absmax or 1.0) for value in block], codebook)
+            row_absmaxes.append(absmax)
+        codes.append(row_codes)
+        absmaxes.append(row_absmaxes)
     if double_quant:
-        absmaxes, overhead = double_quantize(absmaxes)
+        scales, overhead = double_quantize(absmaxes)
     else:
-        overhead = pack_floats(flatten(absmaxes))
-    no_zero_points = [[0] * len(row) for row in absmaxes]
-    return Quantized(codes, absmaxes, no_zero_points, 4, block_size, overhead, codebook)
+        scales, overhead = absmaxes, pack_floats(flatten(absmaxes))
+    no_zero_points = [[0] * len(row) for row in scales]
+    return Quantized(codes, scales, no_zero_points, 4, block_size, overhead, codebook)
 
 
 def nearest(values: Sequence[float], levels: Sequence[float]) -> list[int]:
@@ -509,11 +526,6 @@ def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, by
 # stands before the sum. It must not differ from input channel to input channel (j): that scale
 # would stand inside the sum, where integer units cannot apply it.
 #
-# Groups, as in section 2, lie in between: the sum of each group is finished in integers, then
-# scaled. llama.cpp does so, with activations in Q8_0. Most kernels for GPTQ and AWQ turn the
-# weights into FP16 before the product. In our tables, too, activations are not rounded, unless the
-# name of a method says so.
-#
 # But it is input channels that have outliers. In every token, the same few channels are many times
 # larger than the others, and on a grid that reaches to them the others get only a few codes. An
 # example: x = (0.5, -0.3, 16). The scale is 16 / 127 = 0.126, the codes are 4, -2 and 127, and they
@@ -536,14 +548,19 @@ def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, by
 #
 # s is a factor, not the step of a grid. Dividing x costs nothing: the gain of the norm that makes x
 # is divided by s once. (wo and w2 read no norm, and are rounded as they are.) At α = 1, s is
-# max|x|: all channels of x become equally large. At α = 0, s is 1 / max|w|: all columns of W do.
-# That helps, too: where x is large, a trained model usually has small weights, and so a large s.
-# In between both have a part. An example: max|x| = 16 and max|w| = 1. With α = 1/2, s is 4: x then
-# reaches to 4, and w too.
+# max|x|: all channels of x become equally large. At α = 0, s is 1 / max|w|: all columns of W become
+# equally large. That helps x, too: where x is large, a trained model usually has small weights. So
+# s is large there, and x is divided by it. In between both have a part. An example: max|x| = 16 and
+# max|w| = 1. With α = 1/2, s is 4: x then reaches to 4, and w too.
 #
 # FP8 is the format. Its steps grow with the numbers, so outliers cost small activations little. But
 # it has 3 bits of mantissa where INT8 has 7 bits: whatever is not small is rounded more coarsely.
 # It has hardware since the H100.
+#
+# Groups, as in section 2, are possible here as well: the sum of each group is finished in integers,
+# then scaled. llama.cpp does so, with activations in Q8_0. Most kernels for GPTQ and AWQ turn the
+# weights into FP16 before the product. In our tables, too, activations are not rounded, unless the
+# name of a method says so.
 #
 # In production: vLLM runs W8A8 and FP8 (compressed-tensors checkpoints, made by llm-compressor,
 # whose SmoothQuantModifier and FP8 schemes are these). bitsandbytes' Linear8bitLt is LLM.int8() if
@@ -553,7 +570,7 @@ def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, by
 
 
 def int8_matmul(x: Matrix, q: Quantized, x_scale: float | None = None) -> Matrix:
-    """Return W x [n][out] in integers. q: W [out][in] in INT8 with a scale per row.
+    """Return W x of every row of x, [n][out], in integers. q: W [out][in], INT8, a scale per row.
 
     x [n][in] is rounded with x_scale, or each row by its own absmax / 127 (1 if that is 0).
     """
@@ -572,9 +589,10 @@ def static_scale(x: Matrix) -> float:
 
 
 def llm_int8_matmul(x: Matrix, w: Matrix, *, threshold: float = 6.0) -> Matrix:
-    """Return W x [n][out]: the columns of x that reach threshold in floating point, others in INT8.
+    """Return W x of every row of x, [n][out], in INT8, but in floating point for outliers.
 
-    x [n][in], w [out][in]. A threshold of 0 leaves nothing in INT8, one of infinity everything.
+    These are the columns of x [n][in] in which a number reaches the threshold. w [out][in]. A
+    threshold of 0 leaves nothing in INT8, one of infinity everything.
     ValueError if it is negative or NaN. Dettmers et al. 2022, section 3.2.
     """
     if not threshold >= 0:
@@ -620,7 +638,7 @@ def move_scales(weights: Weights, source: str, readers: Sequence[str], scales: V
 
 
 def fp8_matmul(x: Matrix, w_codes: Matrix, w_scales: Vector) -> Matrix:
-    """Return W x [n][out] in FP8 E4M3, given x [n][in] and what fp8_rows() makes of W [out][in]."""
+    """Return W x of every row of x [n][in], [n][out], in FP8 E4M3. W [out][in] is in E4M3."""
     x_codes, x_scales = fp8_rows(x)
     return [[value * x_scale * w_scale for value, w_scale in zip(row, w_scales)]
             for row, x_scale in zip(linear(x_codes, w_codes), x_scales)]
@@ -651,7 +669,8 @@ def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
 # GPTQ rounded the first 0.4 to 0, so it raised the second to about 0.8, which is nearest to 1.
 #
 # Which inputs move together is measured on calibration text. (We take about 128 tokens of it,
-# GPTQ's authors took 128 texts of 2,048.) X has a row per input channel and a column per token:
+# GPTQ's authors took 128 texts of 2,048.) In the paper, X has a column per token, and x, as the
+# code has it, a row: X = xᵀ.
 #
 #     H = 2 X Xᵀ                     [in][in]; H[j][k] is large where inputs j and k move together
 #
@@ -661,20 +680,20 @@ def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
 # If they are uncorrelated, H is diagonal and nothing can be repaired: GPTQ is rounding to nearest.
 #
 # Which repairs are best for an error in column j? The columns before j are rounded already, so only
-# the part of H from j on counts. Invert it. The first row of the inverse, divided by its first
-# number, says how far each column moves for each unit of error (Hassibi et al. 1993, Optimal Brain
-# Surgeon: there the output's error is least). In the example, suppose that calibration gave this H
-# for the first two inputs (the third moves by itself):
+# the part of H from j on counts. Invert it. Divide the first row of the inverse by its first
+# number, and take the opposite sign: so far each column has to move for each unit of error (Hassibi
+# et al. 1993, Optimal Brain Surgeon: there the output's error is least). In the example, suppose
+# that calibration gave this H for the first two inputs (the third moves by itself):
 #
 #     H =  4     3.99        H⁻¹ =   50.1  -49.9        -49.9 / 50.1 is about -1
 #          3.99  4                  -49.9   50.1
 #
-# The error of the first weight is 0.4 - 0 = 0.4, so the second one rises by 0.4. Inverting anew for
-# every j would take too long. The GPTQ paper found that one factorization holds the answers for
-# every j in its rows:
+# The error of the first weight is 0.4 - 0 = 0.4, so the second one moves by +1 times 0.4: it rises.
+# Inverting anew for every j would take too long. The GPTQ paper found that one factorization holds
+# the answers for every j in its rows. Each row of W is repaired by itself:
 #
 #     Uᵀ U = H⁻¹                     U upper triangular
-#     error_j = w_j - quant(w_j)                  w_j: the weight of column j, in every row
+#     error_j = w_j - quant(w_j)                  w_j: the row's weight in column j
 #     w_k -= error_j · U[j][k] / U[j][j]          for every k > j
 #
 # quant(w) is the nearest grid point. In the example, the first row of U is 7.08 and -7.06: again
@@ -682,8 +701,8 @@ def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
 #
 # Before that, a little is added to H's diagonal (damping: 1% of its mean). Damping keeps H
 # invertible, and where there is little text it also keeps the repairs small. One token of
-# calibration is far too little: then all inputs move together, and the repairs are nonsense on any
-# other token.
+# calibration is far too little: X has a single column then, so all inputs seem to move together,
+# and the repairs are nonsense on any other token.
 #
 # act-order takes the columns with the largest inputs first, while many others can still repair.
 #
@@ -719,7 +738,8 @@ def gptq(
     ValueError if hessian is not [in][in] or not finite, if it is not positive definite with the
     damping added, or if damp is not positive.
     """
-    group = group_columns(w, bits, granularity)
+    check_quantizable(w, bits, granularity)
+    group = columns_of_a_grid(w, granularity)
     check_hessian(hessian, len(w[0]), damp)
     n = len(w[0])
     order = list(range(n))
@@ -744,14 +764,15 @@ def gptq(
 def round_and_repair(
     row: Vector, u: Matrix, order: list[int], bits: int, group: int, given: Vector | None
 ) -> tuple[list[int], Vector]:
-    """Return (the codes, the scales) of one row.
+    """Return (the codes, the scales) of one row, whose columns are rounded in this order.
 
-    given: the scales of the row's groups. If None, each is laid when its first column comes up.
+    The order 2, 0, 1 rounds column 2 first, which has row 0 of U. given: the scales of the row's
+    groups. If None, each is laid when its first column comes up.
     """
     codes = [0] * len(row)
     scales = list(given or [])
-    rest = [row[j] for j in order]  # the weights still to come, as they are by now
-    for i, j in enumerate(order):
+    rest = [row[j] for j in order]  # the weights still to come, repaired so far
+    for i, j in enumerate(order):  # rest[0] is the weight of column j
         if given is None and j % group == 0:  # then the next weights are those of a group
             scale, _ = make_grid(rest[:group], bits, symmetric=True)
             scales.append(scale)
@@ -815,15 +836,15 @@ def check_hessian(hessian: Matrix, n: int, damp: float) -> None:
 # small inputs have a small s and are rounded coarsely. And the columns of large inputs become the
 # largest of their groups, so that the steps of these groups grow. The best α lies in between.
 #
-# An example in INT4: a group's largest weight is 1.05, so its scale is 0.15, and weights are off by
-# 0.0375 on average, a quarter of it. Multiply the weights of a salient column by s = 2. As long as
-# they stay below 1.05, the scale is still 0.15, so they are off by as much on average. But their
-# input is now x / 2: on average, the error of the output is halved.
+# An example in INT4: a group's largest weight is 1.05, so its scale is 0.15. Weights are off by 0
+# to 0.075, half of it; on average by 0.0375. Multiply the weights of a salient column by s = 2. As
+# long as they stay below 1.05, the scale is still 0.15, so they are off by as much on average. But
+# their input is now x / 2: on average, the error of the output is halved.
 #
 # As in SmoothQuant, x / s is folded into what makes x: a norm's gain, or the rows of w3, which make
-# the channels that w2 reads. wo is left out. Our four query heads share one key-value head, so a
-# row of wv makes four of the channels that wo reads, and cannot be divided by the s of each. The
-# authors' code leaves it out then, too.
+# the channels that w2 reads. wo is left out. Our four query heads share one key-value head (this is
+# grouped-query attention), so a row of wv makes four of the channels that wo reads, and cannot be
+# divided by the s of each. The authors' code leaves it out then, too.
 #
 # In production: llm-compressor's AWQModifier (the successor of AutoAWQ), run by vLLM's Marlin
 # kernels. By default its s is also divided by mean|w|^(1-α). It compares the output of the whole
@@ -888,7 +909,7 @@ def awq_scales(x: Matrix, alpha: float) -> Vector:
 #
 # QLoRA stores W in NF4 with double quantization, frozen. It is turned back into numbers for each
 # use: with_adapter(q.dequantize(), adapter). Gradients flow through it to A and B. (Real kernels
-# never form W + B A or dW; they multiply by A, then by B, and have gradients for those alone.)
+# multiply x by A, and that by B. They never form W + B A, nor dW.)
 #
 # In production: peft (tuners/lora/bnb.py) with bitsandbytes' Linear4bit. Adapters are served in 16
 # bits beside the frozen weights; merging them into NF4 would round them away.
@@ -929,7 +950,7 @@ def adapter_gradient(d_w: Matrix, adapter: Adapter) -> Adapter:
 #     no data, no time            8 bits; NF4, NVFP4, MXFP4 or Q4_K; FP8 or LLM.int8() for
 #                                 activations as well
 #     some text, some minutes     GPTQ or AWQ in 4 bits; SmoothQuant for activations as well
-#     training                    QLoRA on a frozen model; one bit by training that way (section 14)
+#     training                    QLoRA on a frozen model; three values a weight (section 14)
 #
 # The measure is the KL divergence from the uncompressed model's predictions p:
 #
@@ -1124,7 +1145,7 @@ def quantize_nvfp4(w: Matrix) -> Quantized:
     The last block of a row may be shorter. The FP32 takes the largest block's scale to 448.
     ValueError as for quantize().
     """
-    group_columns(w, 4, 16)
+    check_quantizable(w, 4, 16)
     overall = fp32(max(map(abs, flatten(w))) / (6 * fp8_e4m3.largest)) or 1.0
     codes, scales = [], []
     scale_bytes = b""
@@ -1731,9 +1752,9 @@ def show_formats(trace: Trace) -> None:
     """Show four numbers in the float formats."""
     formats = [fp16, bf16, fp8_e4m3, fp8_e5m2]
     trace.say("Floating point has finer steps for smaller numbers: half as large from one power "
-              "of two to the next lower one. Close to 0 they shrink no further. (In FP8 E4M3 that "
-              "is below 2^-6, so 0.001 is rounded as coarsely as 0.016.) What is too large "
-              "becomes infinity, or the largest number.")
+              "of two to the next lower one. Close to 0 the steps shrink no further. (In FP8 E4M3 "
+              "they stay the same below 2^-6, so 0.001 is rounded as coarsely as 0.016.) What is "
+              "too large becomes infinity, or the largest number.")
     trace.table([{"number": x, **{form.name: form(x) for form in formats}}
                  for x in (math.pi, 0.001, 300.0, 70000.0)],
                 {"number": ".6g", **{form.name: ".6g" for form in formats}})
@@ -1746,7 +1767,8 @@ def check_rounding_by_hand(trace: Trace) -> None:
     lean = [quantize([row], 4, symmetric=False).codes[0] for row in ([-0.5, 0.0, 0.25], [0.5, 1.5])]
     trace.check("asymmetric INT4 of -0.5, 0, 0.25, and of 0.5, 1.5 = -8, 2, 7, and -3, 7",
                 lean == [[-8, 2, 7], [-3, 7]], "by hand")
-    trace.check("E4M3 makes pi 3.25, 500 448, 0.0009 0; E5M2 makes pi 3, and BF16 3.140625",
+    trace.check("E4M3 turns pi into 3.25, 500 into 448 and 0.0009 into 0; E5M2 turns pi into 3, "
+                "and BF16 into 3.140625",
                 [*map(fp8_e4m3, (math.pi, 500.0, 0.0009)), fp8_e5m2(math.pi), bf16(math.pi)]
                 == [3.25, 448.0, 0.0, 3.0, 3.140625], "by hand")
 
@@ -1846,9 +1868,11 @@ def show_rounded_models(trace: Trace, lab: Lab, setting: Setting) -> None:
               "bits are those of a weight, scales included. KL says how far the predictions moved "
               "from those of the model in FP32, and ± is its standard error over the verses. "
               "(Perplexity would not do: a damaged model can have a better one by luck.)")
-    trace.say("All methods read the same verses. This page calls one better than another only if "
-              "it is better on each of the five verses; if not, it is a tie. (Of two equally good "
-              "ones, one wins all five by luck in 2 · (1/2)^5 = 1 of 16 cases.)")
+    trace.say("± says how far other verses might move a KL. It does not say which method is "
+              "better, since all read the same verses. So this page calls one better than another "
+              "only if it is better on each of the five verses; if not, it is a tie. (Of two "
+              "equally good ones, one wins all five by luck in 2 · (1/2)^5 = 1 of 16 cases. So "
+              "some verdicts here may be luck.)")
     q8_0 = score(lab, "Q8_0", setting)
     q4_0 = score(lab, "Q4_0", setting)
     trace.table([tensor, channel, group, q4_0, q8_0], SCORES)
@@ -1859,15 +1883,17 @@ def show_rounded_models(trace: Trace, lab: Lab, setting: Setting) -> None:
     trace.say("One model proves little. So the same was measured on 20 models, of seeds 0 to 19, "
               "at the default settings. A scale per tensor had 1.2 to 6.0 times the KL of groups "
               "of 32. Groups had less than a scale per channel on 12 of the 20. They gain little "
-              "here, as a row of 64 weights has only two groups. The rows of real models have "
-              "thousands of weights, and groups are usual there. So this page measures by them.")
+              "here, as a row of 64 weights has only two groups, and chance decides which weights "
+              "are hit hardest. The rows of real models have thousands of weights, and groups are "
+              "usual there. So this page measures by them.")
 
 
 def check_comparisons(trace: Trace) -> None:
     """Check how rows are compared, and the standard error, by hand."""
     def row(*sums: float) -> Score:
         return Score("", 0.0, 0, 0.0, 0.0, tuple((total, 1) for total in sums))
-    trace.check("1, 2, 3 is better than 2, 3, 4, worse than 0, 1, 2, and ties with 2, 1, 4",
+    trace.check("KLs of 1, 2, 3 on three verses are better than 2, 3, 4, worse than 0, 1, 2, and "
+                "in a tie with 2, 1, 4",
                 [compare(row(1, 2, 3), other) for other in (row(2, 3, 4), row(0, 1, 2),
                                                             row(2, 1, 4))]
                 == ["is better than", "is worse than", "is in a tie with"], "verse by verse")
@@ -2032,7 +2058,8 @@ def show_channels(trace: Trace, before: Vector, after: Vector, alpha: float) -> 
     """Show the size of each input channel of wq, before and after SmoothQuant."""
     trace.say("A column for each channel that wq reads, as high as its largest activation. "
               "SmoothQuant divides large channels, and multiplies the weights that meet them. How "
-              "strongly, its α says: at 1, all channels become equally large.")
+              "strongly, its α says: at 1, all channels become equally large. (A dot is less than "
+              "half a line.)")
     for title, sizes in (("As it is", before), (f"After SmoothQuant with α = {alpha:g}", after)):
         trace.say(f"{title}, up to {max(sizes):.1f}:")
         trace.lines(["  " + line for line in columns_picture(sizes, 4)])
@@ -2052,10 +2079,11 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     show_channels(trace, before, after, knobs.alpha)
     trace.ask(f"how many of these {channels[0].channels} channels will LLM.int8() keep in floating "
               f"point?", channels[0].kept)
+    w2 = next(row for row in channels if row.matrix.endswith("w2"))
     trace.say("LLM.int8() multiplies in floating point the channels that reach 6.0, and keeps "
-              "their weights in FP16. That threshold is made for large models, whose other "
-              "activations are small; w2's inputs here are not. Largest: the largest activation. "
-              "Median: half of the channels never exceed it.")
+              "their weights in FP16. (Largest is the largest activation; half of the channels "
+              "never exceed the median.) That threshold is made for large models, where only "
+              f"outliers reach it. Here {w2.kept} of w2's {w2.channels} inputs do.")
     trace.table(channels, {"matrix": "", "channels": "d", "kept as in FP16": "d", "largest": ".1f",
                            "typical as median": ".1f"})
     show_8_bit_models(trace, lab, knobs.setting)
@@ -2122,7 +2150,7 @@ def check_8_bit_products(trace: Trace, x: Matrix, w: Matrix) -> None:
     trace.check("the static scale of activations 1, 0 and -254 is 254 / 127",
                 static_scale([[1.0, 0.0, -254.0]]) == 2.0, "by hand")
     # The scale of (1, 1.06) is 1.06 / 448. 448 / 1.06 = 422.6 becomes 416, which is 13 steps of 32.
-    trace.check("FP8 rounds a weight of 1 beside one of 1.06 to 416/448 of the latter",
+    trace.check("FP8 rounds a weight of 1, beside one of 1.06, to 416/448 · 1.06",
                 abs(fp8_matmul([[1.0, 0.0]], *fp8_rows([[1.0, 1.06]]))[0][0] - 416 * 1.06 / 448)
                 < 1e-12, "by hand")
 
@@ -2170,12 +2198,15 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
               "calibration text; in the last row, one.")
     trace.table([nearest_score, plain, ordered, starved], SCORES)
     trace.say(f"GPTQ {compare(plain, nearest_score)} rounding to nearest, with the same bytes. "
-              f"act-order {compare(ordered, plain)} GPTQ in the order of the columns. (It also "
-              "fixes all scales before it starts, so this does not say which of the two helps.) "
-              f"Calibrated on a single token, GPTQ {compare(starved, nearest_score)} rounding to "
-              "nearest. (Its repairs are made for that token.)")
-    trace.say("On 20 models at the defaults, the KL divided by that of rounding to nearest was "
-              "0.07 to 0.55 for GPTQ, 0.04 to 0.20 with act-order, and 0.4 to 2.5 with one token, "
+              f"act-order {compare(ordered, plain)} GPTQ in the order of the columns. Calibrated "
+              f"on a single token, GPTQ {compare(starved, nearest_score)} rounding to nearest. "
+              "(Its repairs are made for that token.)")
+    trace.say("act-order also lays all grids before it starts, where GPTQ lays them on its way. "
+              "That is not what helps: on 20 models at the defaults, grids laid first, without "
+              "the order, had 0.6 to 1.7 times the KL of GPTQ, and less on 11. With the order it "
+              "was 0.14 to 0.99 of that.")
+    trace.say("On the 20 models, the KL divided by that of rounding to nearest was 0.07 to 0.55 "
+              "for GPTQ, 0.04 to 0.20 with act-order, and 0.4 to 2.5 with one token, "
               "which did harm on 17 of the 20.")
 
     trace.check("one token of calibration makes another model", starved.kl != plain.kl, "their KLs")
@@ -2268,9 +2299,10 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
     trace.say("On 20 models at the defaults, the KL divided by that of rounding to nearest was "
               "0.21 to 0.68 with a column by its inputs, and 0.07 to 0.42 for AWQ.")
     _, x = awq_task(lab, source)
-    trace.say(f"The search for {source}: the output error of the matrices that read it, on "
-              f"{len(x)} tokens of the calibration text (few, to save time). α = 0 is rounding to "
-              "nearest.")
+    trace.say("wq, wk and wv read what one norm puts out, so they share one α, and the norm's gain "
+              f"is divided by the factors. The search for {source}: the output error of the three, "
+              f"on {len(x)} tokens of the calibration text (few, to save time). α = 0 is rounding "
+              "to nearest.")
     trace.table(tried, {"exponent as α": ".1f", "error": ".2%bar 40"})
     trace.note("The search tries 0, 0.1, …, 0.9. It finds " + ", ".join(
         f"{alpha:.1f} for {name}" for name, (_, alpha, _) in found.items())
@@ -2443,8 +2475,8 @@ def check_qlora(trace: Trace, lab: Lab, rows: list[FineTuned]) -> None:
     expected = RANK * sum(sum(lab.config.shapes()[name]) for name in lab.linears)
     trace.check("QLoRA trained r · (in + out) numbers a matrix", qlora.trained == expected,
                 f"{qlora.trained:,} counted")
-    trace.check("LoRA and QLoRA, at one rate, trained on different bases",
-                lora.loss != qlora.loss, "their losses")
+    trace.check("LoRA and QLoRA end at different losses, as their bases differ",
+                lora.loss != qlora.loss, "at one learning rate")
     trace.check("each of the three lowered the loss of its base",
                 max(full.loss, lora.loss) < before.loss and qlora.loss < nf4.loss, "the table")
 
@@ -2532,9 +2564,9 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
     if knobs.bits == 4 and lab.outliers and nf4_better:
         trace.say("NF4 and NVFP4 do better than INT4 in groups, although they are hardly more "
                   "exact on the whole. The reason is the outliers. The weights that meet them have "
-                  "become small, and these formats have the finest steps near 0. (Take NF4's "
-                  "values for the columns that meet outliers, and INT4's for all others: on 20 "
-                  "models at the defaults, this had 0.22 to 0.80 of the KL of INT4.)")
+                  "become small, and these formats have the finest steps near 0. (With NF4's "
+                  "values in the columns that meet outliers, and INT4's in all others, 20 models "
+                  "at the defaults had 0.22 to 0.80 of the KL of INT4.)")
     check_table(trace, lab, knobs.setting)
 
 
@@ -4295,11 +4327,15 @@ def histogram(values: Sequence[float], grids: dict[str, Sequence[float]]) -> lis
 
 
 def columns_picture(sizes: Sequence[float], height: int) -> list[str]:
-    """Return sizes as columns side by side, the largest `height` lines high."""
-    largest = max(sizes)
+    """Return sizes as columns side by side, the largest `height` lines high.
+
+    A dot is a size of less than half a line.
+    """
+    heights = [round(size * height / max(sizes)) for size in sizes]
     lines = []
-    for level in reversed(range(height)):
-        lines.append("".join("█" if size > largest * level / height else " " for size in sizes))
+    for level in range(height, 0, -1):
+        low = "·" if level == 1 else " "
+        lines.append("".join("█" if lines_high >= level else low for lines_high in heights))
     return lines
 
 
@@ -4746,7 +4782,7 @@ def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment:
 
 SECTIONS = [
     Section("Numbers in few bits", show_numbers, [quantize, Quantized, FloatFormat]),
-    Section("Granularity", show_granularity, [quantize, group_columns, pack_bits]),
+    Section("Granularity", show_granularity, [quantize, pack_bits]),
     Section("llama.cpp's blocks", show_blocks,
             [q8_0_encode, q8_0_decode, q4_0_encode, q4_0_decode]),
     Section("NF4 and double quantization", show_nf4, [nf4_codebook, quantize_nf4, double_quantize]),
