@@ -1296,11 +1296,12 @@ def test_awq_rounds_the_scaled_weights(bits, granularity, grid):
 
 
 @AWQ_CASES
-def test_output_error_is_a_share_of_the_exact_outputs(bits, granularity, grid):
+def test_a_try_of_awq_has_the_error_as_a_share_of_the_exact_outputs(bits, granularity, grid):
     w, x = layer_for_awq()
     scales, alpha, q = search_awq(w, x, bits, granularity, grid)
     exact = x @ w.T
-    error = m.output_error(q, scales, x.tolist(), exact.tolist())
+    error, *tried = m.awq_try(w.tolist(), x.tolist(), exact.tolist(), alpha, bits, granularity)
+    assert tried == [scales, q]
     expected_scales = reference_awq_scales(x, alpha)
     loss = reference_awq_loss(w, x, expected_scales, bits, granularity)
     share = math.sqrt(loss) / np.linalg.norm(exact)
@@ -1548,17 +1549,15 @@ def bit_choices():
     rng = random.Random(0)
     choices = {}
     for name in "abcde":
-        choices[name] = []
-        for bits in (2, 3, 4):
-            damage = rng.random() / bits
-            choices[name].append(m.Choice(bits, damage, nbytes=10 * bits))
+        choices[name] = {bits: m.Choice(rng.random() / bits, nbytes=10 * bits)
+                         for bits in (2, 3, 4)}
     return choices
 
 
 def least_damage(choices, budget):
     """Return the least sum of damages that the budget allows, of all combinations."""
     least = math.inf
-    for combination in itertools.product(*choices.values()):
+    for combination in itertools.product(*(row.values() for row in choices.values())):
         nbytes = sum(choice.nbytes for choice in combination)
         if nbytes <= budget:
             least = min(least, sum(choice.damage for choice in combination))
@@ -1569,9 +1568,7 @@ def least_damage(choices, budget):
 def test_assign_bits_does_the_least_damage_within_the_budget(budget):
     choices = bit_choices()
     assigned = m.assign_bits(choices, budget)
-    picked = []
-    for name, bits in assigned.items():
-        picked += [choice for choice in choices[name] if choice.bits == bits]
+    picked = [choices[name][bits] for name, bits in assigned.items()]
     assert list(assigned) == list(choices)
     assert sum(choice.damage for choice in picked) == least_damage(choices, budget)
     assert sum(choice.nbytes for choice in picked) <= budget
@@ -2127,22 +2124,25 @@ WQ = "layers.0.attention.wq"
 
 
 def assert_made(lab, method, expected):
-    """Assert that encode_matrix() makes this of wq, in 3 bits and groups of 16."""
+    """Assert that encode_matrix() makes this (what it decodes to, its bytes) of wq.
+
+    In 3 bits and groups of 16.
+    """
     w = lab.model.weights[WQ]
     assert m.encode_matrix(lab, method, WQ, w, m.Setting(3, 16)) == expected
 
 
 def test_matrices_are_rounded_by_the_named_method(lab):
     w = lab.model.weights[WQ]
-    in_groups = m.quantize(w, 3, granularity=16)
-    asymmetric = m.quantize(w, 3, granularity=16, symmetric=False)
-    assert_made(lab, "INT per tensor", m.quantize(w, 3))
-    assert_made(lab, "INT per channel", m.quantize(w, 3, granularity="channel"))
+    in_groups = m.quantize(w, 3, granularity=16).stored()
+    asymmetric = m.quantize(w, 3, granularity=16, symmetric=False).stored()
+    assert_made(lab, "INT per tensor", m.quantize(w, 3).stored())
+    assert_made(lab, "INT per channel", m.quantize(w, 3, granularity="channel").stored())
     assert_made(lab, "INT in groups", in_groups)
     assert_made(lab, "INT asymmetric", asymmetric)
-    assert_made(lab, "HQQ", m.hqq(w, 3, granularity=16))
-    assert_made(lab, "NF4", m.quantize_nf4(w, double_quant=True))
-    assert_made(lab, "NVFP4", m.quantize_nvfp4(w))
+    assert_made(lab, "HQQ", m.hqq(w, 3, granularity=16).stored())
+    assert_made(lab, "NF4", m.quantize_nf4(w, double_quant=True).stored())
+    assert_made(lab, "NVFP4", m.quantize_nvfp4(w).stored())
 
 
 def test_gptq_calibrates_on_all_tokens_or_on_one(lab):
@@ -2150,9 +2150,9 @@ def test_gptq_calibrates_on_all_tokens_or_on_one(lab):
     of_all = m.hessian_of(lab.inputs[WQ])
     of_one = m.hessian_of(lab.inputs[WQ][:1])
     ordered = m.gptq(w, of_all, 3, granularity=16, act_order=True)
-    assert_made(lab, "GPTQ", m.gptq(w, of_all, 3, granularity=16))
-    assert_made(lab, "GPTQ act-order", ordered)
-    assert_made(lab, "GPTQ one token", m.gptq(w, of_one, 3, granularity=16))
+    assert_made(lab, "GPTQ", m.gptq(w, of_all, 3, granularity=16).stored())
+    assert_made(lab, "GPTQ act-order", ordered.stored())
+    assert_made(lab, "GPTQ one token", m.gptq(w, of_one, 3, granularity=16).stored())
 
 
 def test_kmeans_takes_sensitivities_where_it_is_weighted(lab):
@@ -2188,7 +2188,8 @@ def test_the_kept_column_is_the_one_of_the_largest_inputs():
     kept = np.float16(w[:, 3])
     expected = np.array(plain.dequantize())
     expected[:, 3] = kept
-    decoded, data = m.keep_column(w.tolist(), x.tolist(), 4, 4)
+    column = m.largest_column(x.tolist())
+    decoded, data = m.keep_column(w.tolist(), column, 4, 4)
     assert_same(decoded, expected)
     assert data == plain.to_bytes() + kept.tobytes()
 
@@ -2360,7 +2361,7 @@ def gptq_with_grids_first(w, hessian):
     factor = np.linalg.cholesky(np.linalg.inv(damped)).T.tolist()
     decoded = []
     for row, scales in zip(w, m.quantize(w, 4, granularity=32).scales):
-        codes, _ = m.round_and_repair(row, factor, list(range(n)), 4, 32, scales)
+        codes, _ = m.round_and_repair(row, scales, factor, list(range(n)), 4, 32, late=False)
         decoded.append([code * scales[j // 32] for j, code in enumerate(codes)])
     return decoded
 
@@ -2415,6 +2416,17 @@ RATES_TRIED = {"full": (0.006, 0.008, 0.01, 0.013, 0.016, 0.02),
                "adapters": (0.03, 0.04, 0.05, 0.06, 0.07, 0.08)}
 
 
+def fine_tune(lab, way, rate):
+    """Return the lab's weights after training on the dialect: in full, by LoRA or by QLoRA."""
+    if way == "full":
+        weights = m.copy_weights(lab.model.weights)
+        m.descend(lab.config, weights, lab.dialect_training, *m.FINE_TUNING, rate)
+        return weights
+    base, _ = m.compress(lab, "NF4" if way == "QLoRA" else "FP16", m.DEFAULTS)
+    weights, _ = m.train_adapters(lab, base.weights, rate)
+    return weights
+
+
 @pytest.mark.parametrize("ways, trained", [(["full"], "full"), (["LoRA", "QLoRA"], "adapters")])
 def test_rates_are_good_on_the_validation_text(ways, trained, labs):
     """The neighbours of a rate are no better by more than 0.02, in the mean of seeds 0 to 4.
@@ -2426,7 +2438,7 @@ def test_rates_are_good_on_the_validation_text(ways, trained, labs):
         for seed in range(5):
             lab = labs(seed)
             for way in ways:
-                weights, _ = m.fine_tune(lab, way, rate)
+                weights = fine_tune(lab, way, rate)
                 verses = m.losses_on(m.Llama(lab.config, weights), lab.dialect_validation)
                 loss, _ = m.mean_and_error(verses)
                 losses.append(loss)
@@ -2467,11 +2479,10 @@ def test_findings_of_q_galore(seed):
     full = m.train_one_layer("Adam in full", seed)
     to_nearest = m.train_one_layer("to nearest", seed)
     by_chance = m.train_one_layer("stochastic", seed)
-    noise = m.train_one_layer("on noise", seed)
     assert 0.16 < full.loss < 0.39
     assert to_nearest.loss > 0.95
     assert 0.43 < by_chance.loss < 0.71
-    assert noise.refreshed > 1.5 * by_chance.refreshed
+    assert by_chance.refreshed == 4
 
 
 class GaLore(m.QGaLore):
