@@ -66,6 +66,8 @@ The papers
 # dot, add, transpose         what they say; ceil_div(a, b) divides and rounds up
 # flatten, in_rows            rows to a list, and a list to rows of some width
 # scale_columns, pick_columns a matrix with its columns multiplied; some of its columns
+# column_absmax(m)            the largest |number| of each column
+# floor_log2(x)               e, where 2^e <= |x| < 2^(e+1)
 # relative_distance(a, b)     |a - b| / |b|, over all numbers of two matrices
 # fp32, fp16_up               the nearest number of FP32; the next one of FP16 upwards
 # pack_floats, pack_halves    numbers as bytes, in FP32 and in FP16; e4m3_byte is one in FP8
