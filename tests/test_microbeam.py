@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import microbeam as m
+from tests.tools.fast_llama import make_fast
 
 TIGHT = dict(rtol=0, atol=1e-12)
 INF = math.inf
@@ -1527,15 +1528,10 @@ FINDINGS = [find_what_filters_keep, find_what_beams_find, find_when_drafting_pay
             find_what_lookahead_saves, find_what_masks_do]
 
 
-def fast_linear(x, w):
-    """Return what linear() returns, by numpy: the models of five seeds are trained."""
-    return (np.array(x) @ np.array(w).T).tolist()
-
-
 @SEEDS
 def test_finding_about_20_models(seed, monkeypatch):
     """All findings in one test, so that the models of a seed are trained once."""
-    monkeypatch.setattr(m, "linear", fast_linear)
+    make_fast(monkeypatch, m)
     lab = m.DecodingLab(seed, m.STEPS)
     found = {}
     holds = {}

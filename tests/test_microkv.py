@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import microkv as m
+from tests.tools.fast_llama import make_fast
 
 TIGHT = {"rtol": 0, "atol": 1e-12}
 CONFIGS = [
@@ -1182,11 +1183,6 @@ def assert_in_ranges(found):
         assert least <= round(number, digits) <= most, (name, number)
 
 
-def fast_linear(x, w):
-    """Return what linear() returns, by numpy: the models of five seeds are trained."""
-    return (np.array(x) @ np.array(w).T).tolist()
-
-
 @SEEDS
 def test_finding_about_batches(seed):
     requests = m.make_requests(TOKENIZER, random.Random(seed))
@@ -1254,7 +1250,7 @@ def test_finding_about_load(seed):
 
 @SEEDS
 def test_finding_about_the_small_cache(seed, monkeypatch):
-    monkeypatch.setattr(m, "linear", fast_linear)
+    make_fast(monkeypatch, m)
     verses = m.shuffled_verses(3, random.Random(seed))
     assert all(verse not in m.TEXT for verse in verses)
     texts = [TOKENIZER.encode(verse) for verse in verses]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import microquant as m
+from tests.tools.fast_llama import make_fast
 
 
 def numbers(seed, *shape, size=1.0):
@@ -1824,54 +1825,11 @@ def test_through_format_rounds_the_scaled_gradient():
 # --------------------------------------------------------------- the lab and its measures
 
 
-def fast_linear(x, w):
-    """Return what linear() returns, by numpy."""
-    if not x or not x[0]:
-        return [[0.0] * len(w) for _ in x]
-    product = np.array(x) @ np.array(w).T
-    return product.tolist()
-
-
-def fast_step(adam, gradients, learning_rate):
-    """Do what Adam.step() does, by numpy."""
-    adam.steps += 1
-    b1 = adam.beta1
-    b2 = adam.beta2
-    rate = learning_rate / (1 - b1**adam.steps)
-    unbias = 1 / (1 - b2**adam.steps)
-    for name, gradient in gradients.items():
-        slope = np.array(m.as_rows(gradient))
-        mean = b1 * np.array(adam.mean[name]) + (1 - b1) * slope
-        square = b2 * np.array(adam.square[name]) + (1 - b2) * slope * slope
-        adam.mean[name] = mean
-        adam.square[name] = square
-        change = rate * mean / (np.sqrt(square * unbias) + 1e-8)
-        weights = np.array(adam.rows[name]) - change
-        for row, values in zip(adam.rows[name], weights.tolist()):
-            row[:] = values  # in place, as the model holds these rows
-
-
 @pytest.fixture
 def labs(monkeypatch):
-    """build_lab() with numpy behind linear() and Adam: five models are trained here."""
-    monkeypatch.setattr(m, "linear", fast_linear)
-    monkeypatch.setattr(m.Adam, "step", fast_step)
+    """build_lab() with numpy behind the model and Adam: five models are trained here."""
+    make_fast(monkeypatch, m)
     return m.build_lab
-
-
-def test_fast_step_does_what_adam_does():
-    config = m.lab_config()
-    weights = m.init_weights(config, random.Random(0))
-    gradients = m.init_weights(config, random.Random(1))
-    stepped = m.copy_weights(weights)
-    fast_stepped = m.copy_weights(weights)
-    adam = m.Adam(stepped)
-    fast_adam = m.Adam(fast_stepped)
-    for learning_rate in (0.01, 0.02, 0.005):
-        adam.step(gradients, learning_rate)
-        fast_step(fast_adam, gradients, learning_rate)
-    assert fast_stepped == stepped
-    assert stepped != weights
 
 
 @pytest.fixture

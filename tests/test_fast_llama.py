@@ -1,0 +1,139 @@
+"""The numpy functions behind the tests of findings, against the scripts' own."""
+
+import random
+
+import numpy as np
+import pytest
+
+import microbeam
+import microkv
+import microquant
+from tests.tools.fast_llama import make_fast
+
+SIZES = [dict(dim=8, n_layers=1, n_heads=2, n_kv_heads=2, hidden_dim=6),
+         dict(dim=12, n_layers=2, n_heads=3, n_kv_heads=1, hidden_dim=10),
+         dict(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=5)]
+
+
+def assert_close(got, expected):
+    """Assert that two structures of numbers are the same, up to rounding."""
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys()
+        for name in expected:
+            assert_close(got[name], expected[name])
+    else:
+        np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture(params=[microkv, microquant, microbeam], ids=lambda module: module.__name__)
+def module(request):
+    return request.param
+
+
+def model_of(module, sizes):
+    """Return a random Llama of a script, and a text."""
+    config = module.Config(11, **sizes)
+    weights = module.init_weights(config, random.Random(3))
+    for name, weight in weights.items():
+        if name.endswith("norm"):
+            weights[name] = [1 + 0.1 * i for i in range(len(weight))]
+    return module.Llama(config, weights), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+
+
+def loss_and_gradients(module, model, tokens):
+    return module.loss_and_gradients(model.config, model.weights, tokens)
+
+
+class Kept:
+    """A cache that keeps keys and values."""
+
+    def __init__(self):
+        self.length = 0
+        self.layers = {}
+
+    def update(self, layer, k, v):
+        keys, values = self.layers.setdefault(layer, ([], []))
+        keys += k
+        values += v
+        self.length = len(self.layers[0][0])
+        return keys, values
+
+
+def all_forwards(model, tokens):
+    """Return logits: without a cache, in two pieces with one, and of a tree; and what was read."""
+    cache = Kept()
+    first = model.forward(tokens[:4], cache)
+    second = model.forward(tokens[4:], cache)
+    mask = [[True, False, False], [True, True, False], [True, False, True]]
+    tree = model.forward(tokens[:3], positions=[0, 1, 1], mask=mask)
+    plain = model.forward(tokens)
+    kept = {name: x for name, x in model.inputs.items()
+            if not name.endswith(("attention", "feed_forward"))}
+    return {"first": first, "second": second, "tree": tree, "plain": plain} | kept
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: f"dim {sizes['dim']}")
+def test_forward(module, sizes, monkeypatch):
+    model, tokens = model_of(module, sizes)
+    expected = all_forwards(model, tokens)
+    make_fast(monkeypatch, module)
+    assert_close(all_forwards(model, tokens), expected)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: f"dim {sizes['dim']}")
+def test_gradients(module, sizes, monkeypatch):
+    model, tokens = model_of(module, sizes)
+    loss, gradients = loss_and_gradients(module, model, tokens)
+    make_fast(monkeypatch, module)
+    fast_loss, fast_gradients = loss_and_gradients(module, model, tokens)
+    assert_close(fast_loss, loss)
+    assert_close(fast_gradients, gradients)
+
+
+def test_single_operations(module, monkeypatch):
+    rng = random.Random(0)
+    d, x, b = ([[rng.gauss(0, 2) for _ in range(4)] for _ in range(5)] for _ in range(3))
+    w = [[rng.gauss(0, 2) for _ in range(4)] for _ in range(4)]
+
+    def results():
+        loss, d_logits = module.cross_entropy(x, [0, 3, 1, 1, 2])
+        return [[loss], d_logits, module.linear(x, w), *module.linear_backward(d, x, w),
+                *module.swiglu_backward(d, x, b)]
+
+    expected = results()
+    make_fast(monkeypatch, module)
+    for got, numbers in zip(results(), expected, strict=True):
+        assert_close(got, numbers)
+
+
+def test_steps_of_adam(module, monkeypatch):
+    model, _ = model_of(module, SIZES[1])
+    gradients, more = (module.init_weights(model.config, random.Random(i)) for i in (1, 2))
+
+    def stepped():
+        weights = {name: list(map(list, w)) if isinstance(w[0], list) else list(w)
+                   for name, w in model.weights.items()}
+        held = {name: list(w) for name, w in weights.items()}  # the rows that a model may hold
+        adam = module.Adam(weights)
+        for rate in (0.01, 0.02):
+            adam.step(gradients, rate)
+        adam.step({"output": more["output"]}, 0.005)
+        assert all(a is b for a, b in zip(weights["output"], held["output"]))
+        return weights
+
+    expected = stepped()
+    make_fast(monkeypatch, module)
+    assert_close(stepped(), expected)
+    assert expected["norm"] != model.weights["norm"]
+
+
+def test_a_subclass_multiplies_as_it_likes(module, monkeypatch):
+    class Doubled(module.Llama):
+        def linear(self, name, x):
+            return [[2 * value for value in row] for row in super().linear(name, x)]
+
+    plain, tokens = model_of(module, SIZES[1])
+    model = Doubled(plain.config, plain.weights)
+    expected = model.forward(tokens)
+    make_fast(monkeypatch, module)
+    assert_close(model.forward(tokens), expected)
