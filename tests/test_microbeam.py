@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import microbeam as m
-from tests.tools.fast_llama import make_fast
+from tests.tools.fast_llama import keep_arrays, make_fast
 
 TIGHT = dict(rtol=0, atol=1e-12)
 INF = math.inf
@@ -1533,6 +1533,8 @@ def test_finding_about_20_models(seed, monkeypatch):
     """All findings in one test, so that the models of a seed are trained once."""
     make_fast(monkeypatch, m)
     lab = m.DecodingLab(seed, m.STEPS)
+    keep_arrays(lab.target)
+    keep_arrays(lab.draft)
     found = {}
     holds = {}
     for finding in FINDINGS:

@@ -6,6 +6,8 @@ return, up to rounding: tests/test_fast_llama.py compares them with those of eac
 the model. A script's whole trace is made with its own.
 """
 
+import functools
+
 import numpy as np
 
 
@@ -15,6 +17,28 @@ def make_fast(monkeypatch, module):
     monkeypatch.setattr(module.Adam, "step", step)
     for function in (backward, cross_entropy, linear, linear_backward, swiglu_backward):
         monkeypatch.setattr(module, function.__name__, function)
+
+
+def in_arrays(weights):
+    """Return weights as arrays."""
+    return {name: np.array(w) for name, w in weights.items()}
+
+
+def keep_arrays(model):
+    """Let forward() convert the weights once. They must not change any more."""
+    model.arrays = in_arrays(model.weights)
+
+
+class Read(dict):
+    """What each operation read, as lists, each converted when it is first asked for."""
+
+    def __init__(self, arrays):
+        super().__init__()
+        self.arrays = arrays
+
+    def __missing__(self, name):
+        self[name] = self.arrays[name].tolist()
+        return self[name]
 
 
 def linear(x, w):
@@ -62,18 +86,18 @@ def swiglu_gradients(d, a, b):
     return d * b * s * (1 + a * (1 - s)), d * a * s
 
 
+@functools.cache
+def thetas(half, base):
+    """Return by how much each pair of channels turns from one position to the next."""
+    return base ** (-np.arange(half) / half)
+
+
 def turn(x, positions, base, backwards=False):
     """Return heads [n][heads][head_dim] with their pairs of channels rotated to the positions."""
-    half = x.shape[-1] // 2
-    thetas = base ** (-np.arange(half) / half)
-    angles = np.multiply.outer(np.array(positions), thetas)
+    angles = np.multiply.outer(positions, thetas(x.shape[-1] // 2, base))
     rotation = np.exp(-1j * angles if backwards else 1j * angles)
-    pairs = x[..., ::2] + 1j * x[..., 1::2]
-    turned = pairs * rotation[:, None, :]
-    out = np.empty(x.shape)
-    out[..., ::2] = turned.real
-    out[..., 1::2] = turned.imag
-    return out
+    pairs = np.ascontiguousarray(x).view(complex)  # channels 2m and 2m + 1 as one number
+    return (pairs * rotation[:, None, :]).view(float)
 
 
 def in_heads(x, n_heads):
@@ -103,11 +127,12 @@ def forward_of(plain_linear):
     """Return Llama.forward() by numpy, where a subclass may have a linear() of its own."""
     def forward(self, tokens, cache=None, *, positions=None, mask=None):
         c = self.config
-        w = {name: np.array(weight) for name, weight in self.weights.items()}
+        w = getattr(self, "arrays", None) or in_arrays(self.weights)
         read = {}  # by backward(), in arrays
         if positions is None:
             start = cache.length if cache is not None else 0
             positions = range(start, start + len(tokens))
+        positions = np.array(positions)
 
         def apply(name, x):
             read[name] = x
@@ -126,8 +151,9 @@ def forward_of(plain_linear):
             q = in_heads(apply(prefix + "attention.wq", h), c.n_heads)
             k = in_heads(apply(prefix + "attention.wk", h), c.n_kv_heads)
             v = apply(prefix + "attention.wv", h)
-            q = turn(q, positions, c.rope_base)
-            k = turn(k, positions, c.rope_base)
+            turned = turn(np.concatenate([q, k], axis=1), positions, c.rope_base)
+            q = turned[:, :c.n_heads]
+            k = turned[:, c.n_heads:]
             if cache is not None:
                 k, v = cache.update(layer, k.reshape(len(k), -1).tolist(), v.tolist())
                 k = in_heads(np.array(k), c.n_kv_heads)
@@ -142,7 +168,7 @@ def forward_of(plain_linear):
             x = x + apply(prefix + "feed_forward.w2", gate * sigmoid(gate) * up)
         logits = apply("output", norm("norm", x))
         self.read = (w, read)
-        self.inputs = {name: x.tolist() for name, x in read.items() if not isinstance(x, tuple)}
+        self.inputs = Read(read)
         return logits.tolist()
 
     return forward
@@ -152,7 +178,7 @@ def backward(model, tokens, d_logits):
     """Return {weight: its gradient} after forward(tokens), from the gradient of the logits."""
     c = model.config
     w, read = model.read
-    positions = range(len(tokens))
+    positions = np.arange(len(tokens))
     gradients = {}
 
     def linear_back(name, d):
