@@ -2387,7 +2387,8 @@ def test_findings_of_blocks(seed):
 
 
 @SEEDS
-def test_findings_of_q_galore(seed):
+def test_findings_of_q_galore(seed, monkeypatch):
+    make_fast(monkeypatch, m)
     full = m.train_one_layer("Adam in full", seed)
     to_nearest = m.train_one_layer("to nearest", seed)
     by_chance = m.train_one_layer("stochastic", seed)
@@ -2422,6 +2423,7 @@ class Plain(NamedTuple):
 @SEEDS
 def test_findings_about_the_projection_of_galore(seed, monkeypatch):
     """It is the projection that makes GaLore slower than Adam, and hardly the rounding."""
+    make_fast(monkeypatch, m)
     rounded = m.train_one_layer("stochastic", seed).loss
     monkeypatch.setattr(m, "QGaLore", GaLore)
     plain = m.train_one_layer("stochastic", seed).loss
@@ -2430,7 +2432,8 @@ def test_findings_about_the_projection_of_galore(seed, monkeypatch):
 
 
 @SEEDS
-def test_findings_of_half_precision(seed):
+def test_findings_of_half_precision(seed, monkeypatch):
+    make_fast(monkeypatch, m)
     exact = m.train_in_format("", float, m.LossScale(1.0), seed)
     half = m.train_in_format("", m.fp16, m.LossScale(1.0), seed)
     scaled = m.train_in_format("", m.fp16, m.LossScale(2.0**20), seed)
