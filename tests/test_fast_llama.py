@@ -129,6 +129,44 @@ def test_steps_of_adam(module, monkeypatch):
     assert expected["norm"] != model.weights["norm"]
 
 
+def test_training(module, monkeypatch):
+    """Eight steps of a script's own training, from the same first weights."""
+    config = module.Config(11, **SIZES[1])
+    rng = random.Random(7)
+    ids = [rng.randrange(11) for _ in range(50)]
+
+    def trained():
+        if hasattr(module, "train"):
+            return module.train(config, ids, random.Random(0), 8, 12, 0.03)[0].weights
+        weights = module.init_weights(config, random.Random(0))
+        module.descend(config, weights, ids, 8, 12, 0.03)
+        return weights
+
+    expected = trained()
+    make_fast(monkeypatch, module)
+    assert_close(trained(), expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_microbeam_writes_the_same_texts(seed, monkeypatch):
+    """With its cache, which a beam and a tree of texts share."""
+    model, tokens = model_of(microbeam, SIZES[1])
+
+    def texts():
+        return (microbeam.greedy(microbeam.CachedModel(model), tokens, 20),
+                microbeam.beam_search(microbeam.CachedModel(model), tokens[seed:], 9, width=3),
+                microbeam.sample(microbeam.CachedModel(model), tokens, 20,
+                                 rng=random.Random(seed)))
+
+    plain, beams, drawn = texts()
+    make_fast(monkeypatch, microbeam)
+    keep_arrays(model)
+    fast_plain, fast_beams, fast_drawn = texts()
+    assert (fast_plain, fast_drawn) == (plain, drawn)
+    assert [text for text, _ in fast_beams] == [text for text, _ in beams]
+    assert_close([score for _, score in fast_beams], [score for _, score in beams])
+
+
 def test_a_subclass_multiplies_as_it_likes(module, monkeypatch):
     class Doubled(module.Llama):
         def linear(self, name, x):
