@@ -712,20 +712,19 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("script, arguments", [
-    (script, arguments) for script in SCRIPTS
-    for arguments in REFUSED_EVERYWHERE + REFUSED[script.stem]],
-    ids=lambda value: value.stem if isinstance(value, Path) else ascii(value)[1:20])
-def test_a_bad_command_line_is_refused_in_one_line(script, arguments, capfd):
-    with pytest.raises(SystemExit) as stop:
-        module_of(script).main(split_arguments(arguments))
-    out, err = capfd.readouterr()
-    assert stop.value.code == 2
-    assert out == ""
-    assert err.endswith("\n")
-    assert err.count("\n") == 1
-    assert err.startswith(script.stem + ": ")
-    assert err.strip().isprintable()
+@each_script
+def test_a_bad_command_line_is_refused_in_one_line(script, capfd):
+    for arguments in REFUSED_EVERYWHERE + REFUSED[script.stem]:
+        with pytest.raises(SystemExit) as stop:
+            module_of(script).main(split_arguments(arguments))
+            pytest.fail(f"{arguments!r} is not refused")
+        out, err = capfd.readouterr()
+        assert stop.value.code == 2, arguments
+        assert out == "", arguments
+        assert err.endswith("\n"), arguments
+        assert err.count("\n") == 1, arguments
+        assert err.startswith(script.stem + ": "), arguments
+        assert err.strip().isprintable(), arguments
 
 
 def split_arguments(line):
@@ -899,13 +898,16 @@ def test_check_close_compares_shapes_and_every_number(module, got, holds, capsys
     assert capsys.readouterr().out.startswith(f"\n{mark}the same (max |")
 
 
-@pytest.mark.parametrize("reply, answer, near", [
+REPLIES = [
     ("33", 33, True), ("33%", 0.33, True), ("1,234", 1234, True), ("33%", 33, False),
     ("5.3×", 5.3, True), ("36", 33, True), ("1/3", 1 / 3, True), ("1/0", 1, False),
     ("37", 33, False), ("", 0, False), ("many", 3, False),
-    ("-2", 2, False)])
-def test_what_counts_as_near(module, reply, answer, near):
-    assert module.is_near(reply, answer) == near
+    ("-2", 2, False)]
+
+
+def test_what_counts_as_near(module):
+    for reply, answer, near in REPLIES:
+        assert module.is_near(reply, answer) == near, (reply, answer)
 
 
 def test_what_a_terminal_would_obey_is_escaped(module):

@@ -315,10 +315,10 @@ def assert_same_candidates(found, expected):
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("eos", [None, 0, 2])
-@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0, 2.0, -0.7])
-def test_beam_search(seed, eos, length_penalty):
+def test_beam_search(seed, eos):
     model = toy(seed, 4)
-    for width in (1, 2, 3, 5):
+    settings = itertools.product((1, 2, 3, 5), (0.0, 0.6, 1.0, 2.0, -0.7))
+    for width, length_penalty in settings:
         found = m.beam_search(model, [3, 1], 5, width=width, length_penalty=length_penalty, eos=eos)
         assert_same_candidates(found, reference_beam(model, [3, 1], 5, width, length_penalty, eos))
 

@@ -109,16 +109,14 @@ def special_matrices():
 
 
 EVERY_WIDTH = pytest.mark.parametrize("bits", range(2, 9))
-BOTH_GRIDS = pytest.mark.parametrize("symmetric", [True, False])
 GRANULARITIES = ["tensor", "channel", 1, 3, 4, 32, 100]
 EVERY_GRANULARITY = pytest.mark.parametrize("granularity", GRANULARITIES)
 
 
 @EVERY_WIDTH
-@BOTH_GRIDS
 @EVERY_GRANULARITY
-def test_quantize_takes_the_nearest_codes(bits, symmetric, granularity):
-    for w in special_matrices():
+def test_quantize_takes_the_nearest_codes(bits, granularity):
+    for w, symmetric in itertools.product(special_matrices(), (True, False)):
         q = m.quantize(w.tolist(), bits, symmetric=symmetric, granularity=granularity)
         codes, decoded = reference_quantize(w, bits, symmetric, granularity)
         assert q.codes == codes.tolist()
@@ -135,10 +133,9 @@ def count_grids(n_rows, n_columns, granularity):
 
 
 @EVERY_WIDTH
-@BOTH_GRIDS
 @EVERY_GRANULARITY
-def test_bits_per_weight_count_codes_scales_and_zero_points(bits, symmetric, granularity):
-    for w in special_matrices():
+def test_bits_per_weight_count_codes_scales_and_zero_points(bits, granularity):
+    for w, symmetric in itertools.product(special_matrices(), (True, False)):
         q = m.quantize(w.tolist(), bits, symmetric=symmetric, granularity=granularity)
         n_grids = count_grids(*w.shape, granularity)
         n_bytes = math.ceil(w.size * bits / 8) + 2 * n_grids
@@ -1151,9 +1148,8 @@ BOTH_ORDERS = pytest.mark.parametrize("act_order", [False, True])
 @GPTQ_BITS
 @GPTQ_GRANULARITIES
 @BOTH_ORDERS
-@pytest.mark.parametrize("damp", [0.01, 0.3])
-def test_gptq_is_obq_in_a_fixed_order(bits, granularity, act_order, damp):
-    for w, x in layers_to_calibrate():
+def test_gptq_is_obq_in_a_fixed_order(bits, granularity, act_order):
+    for (w, x), damp in itertools.product(layers_to_calibrate(), (0.01, 0.3)):
         hessian = 2 * x.T @ x
         q = m.gptq(w.tolist(), hessian.tolist(), bits, granularity=granularity,
                    act_order=act_order, damp=damp)
