@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import numpy as np
 import pytest
 
 from tests.tools import readme
 from tests.tools.exercise import NAMES, ROOT
+from tests.tools.fast_llama import make_fast
 
 SCRIPTS = [ROOT / f"{name}.py" for name in NAMES]
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -156,18 +156,10 @@ def small_lab_config():
                          n_kv_heads=1, hidden_dim=32)
 
 
-def linear_by_numpy(x, w):
-    """Return what linear() does, up to rounding, but sooner."""
-    if not x or not x[0]:
-        return [[0.0] * len(w) for _ in x]
-    return (np.array(x) @ np.array(w).T).tolist()
-
-
 SMALLER = {
     "microkv": {"SIZES": SMALL_MODEL},
     "microquant": {
         "lab_config": small_lab_config,
-        "linear": linear_by_numpy,
         "TRAINING": (8, 40, 0.02),
         "TERNARY_TRAINING": (2, 24, 0.005),
         "EVALUATION_VERSES": 2,
@@ -187,12 +179,18 @@ SMALLER = {
 
 @pytest.fixture
 def run_small(monkeypatch):
-    """Make the scripts inside this process small, and train their models for few steps."""
+    """Make the scripts inside this process small, and train their models for few steps.
+
+    microquant multiplies by numpy. (The checks of microkv count the products that it makes itself,
+    and microbeam's models here are so small that numpy saves nothing.)
+    """
     for script in SCRIPTS:
         module = module_of(script)
         small = SMALLER.get(script.stem, {}) | little_training(module)
         for name, value in small.items():
             monkeypatch.setattr(module, name, value)
+        if script.stem == "microquant":
+            make_fast(monkeypatch, module)
 
 
 @functools.cache
@@ -231,10 +229,18 @@ def broken_copy(script, folder, old, new):
 # The source
 
 
+parsed = functools.cache(ast.parse)
+
+
+def tree_of(script):
+    """Return the syntax tree of a script; the same text is parsed once."""
+    return parsed(script.read_text(encoding="utf-8"))
+
+
 def imported_modules(script):
     """Return the top-level names of all modules that a script imports, wherever it does."""
     names = set()
-    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(script)):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -259,11 +265,10 @@ def definitions(script):
     The knobs, the table of sections and main are the script's own and are left out. Knobs are the
     constants before the first definition.
     """
-    text = script.read_text(encoding="utf-8")
-    lines = text.splitlines()
+    lines = script.read_text(encoding="utf-8").splitlines()
     found = {}
     defined_something = False
-    for node in ast.parse(text).body:
+    for node in tree_of(script).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             defined_something = True
             names = [node.name]
@@ -348,7 +353,7 @@ def sections_of(script):
 
 @each_script
 def test_everything_public_has_a_docstring(script):
-    for node in ast.parse(script.read_text(encoding="utf-8")).body:
+    for node in tree_of(script).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             assert ast.get_docstring(node), node.name
 
@@ -707,20 +712,19 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("script, arguments", [
-    (script, arguments) for script in SCRIPTS
-    for arguments in REFUSED_EVERYWHERE + REFUSED[script.stem]],
-    ids=lambda value: value.stem if isinstance(value, Path) else ascii(value)[1:20])
-def test_a_bad_command_line_is_refused_in_one_line(script, arguments, capfd):
-    with pytest.raises(SystemExit) as stop:
-        module_of(script).main(split_arguments(arguments))
-    out, err = capfd.readouterr()
-    assert stop.value.code == 2
-    assert out == ""
-    assert err.endswith("\n")
-    assert err.count("\n") == 1
-    assert err.startswith(script.stem + ": ")
-    assert err.strip().isprintable()
+@each_script
+def test_a_bad_command_line_is_refused_in_one_line(script, capfd):
+    for arguments in REFUSED_EVERYWHERE + REFUSED[script.stem]:
+        with pytest.raises(SystemExit) as stop:
+            module_of(script).main(split_arguments(arguments))
+            pytest.fail(f"{arguments!r} is not refused")
+        out, err = capfd.readouterr()
+        assert stop.value.code == 2, arguments
+        assert out == "", arguments
+        assert err.endswith("\n"), arguments
+        assert err.count("\n") == 1, arguments
+        assert err.startswith(script.stem + ": "), arguments
+        assert err.strip().isprintable(), arguments
 
 
 def split_arguments(line):
@@ -737,18 +741,18 @@ def split_arguments(line):
 # where the edges of all together are the harder case.
 EDGES = {
     "microattention": [
-        "--n-heads 1 --section 2,3,5,6,8", "--n-heads 8 --dim 64 --section 2,6,8",
-        "--dim 8 --n-heads 8 --n-kv-heads 8 --section 1,2,3,4,5,6,8",
-        "--dim 20 --n-heads 5 --section 1,3,5,6,8", "--dim 48 --n-heads 6 --section 3,5",
+        "--n-heads 1 --section 3,6,8", "--n-heads 8 --dim 64 --section 6,8",
+        "--dim 8 --n-heads 8 --n-kv-heads 8 --section 3,6,8",
+        "--dim 20 --n-heads 5 --section 3,6,8", "--dim 48 --n-heads 6 --section 3",
         "--n-heads 2 --section 3,6", "--window 1 --sinks 0 --section 4",
         "--window 9999 --sinks 9999 --section 4", "--window 2 --sinks 4 --section 4",
         "--n-heads 32 --n-kv-heads 8 --ranks 16 --section 3,8", "--ranks 4 --section 8",
         "--n-kv-heads 1 --section 3,8",
-        "--dim 48 --n-heads 12 --n-kv-heads 3 --ranks 6 --section 2,3,8",
+        "--dim 48 --n-heads 12 --n-kv-heads 3 --ranks 6 --section 3,8",
         "--stages 1 --micro-batches 1 --section 8", "--stages 8 --micro-batches 16 --section 8",
-        "--text x --section 1,2,3,4,6,8", "--text=a\tb\nc --section 1,2,4",
+        "--text x --section 1,2,3,4", "--text=a\tb\nc --section 1,2,4",
         "--text=Ünïcödé—日本語🙂 --section 1,2,4", "--text=16,16 --section 1,2",
-        "--seed 1000000000", "--seed 3", "--text=\udcffbroken --section 1,2,4"],
+        "--seed 1000000000", "--text=\udcffbroken --section 1,2,4"],
     "microkv": [
         "--block-size 1 --section 3,4,5,8", "--block-size 64 --section 3,4,5,8",
         "--block-size 33 --section 3,8", "--block-size 7 --max-num-seqs 1 --section 5,6,9",
@@ -894,13 +898,16 @@ def test_check_close_compares_shapes_and_every_number(module, got, holds, capsys
     assert capsys.readouterr().out.startswith(f"\n{mark}the same (max |")
 
 
-@pytest.mark.parametrize("reply, answer, near", [
+REPLIES = [
     ("33", 33, True), ("33%", 0.33, True), ("1,234", 1234, True), ("33%", 33, False),
     ("5.3×", 5.3, True), ("36", 33, True), ("1/3", 1 / 3, True), ("1/0", 1, False),
     ("37", 33, False), ("", 0, False), ("many", 3, False),
-    ("-2", 2, False)])
-def test_what_counts_as_near(module, reply, answer, near):
-    assert module.is_near(reply, answer) == near
+    ("-2", 2, False)]
+
+
+def test_what_counts_as_near(module):
+    for reply, answer, near in REPLIES:
+        assert module.is_near(reply, answer) == near, (reply, answer)
 
 
 def test_what_a_terminal_would_obey_is_escaped(module):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import microkv as m
+from tests.tools.fast_llama import make_fast
 
 TIGHT = {"rtol": 0, "atol": 1e-12}
 CONFIGS = [
@@ -199,24 +200,24 @@ def check_pool(pool, caches):
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 15, 16, 17])
-@pytest.mark.parametrize("piece", [1, 2, 5, 100])
-def test_cached_uncached_and_paged_agree(block_size, n, piece):
+def test_cached_uncached_and_paged_agree(block_size, n):
     model = make_model()
     rng = random.Random(7)
     tokens = [rng.randrange(13) for _ in range(n)]
-    plain = m.KVCache(model.config)
-    paged = m.PagedKVCache(scattered_pool(20, block_size), model.config)
-    out = []
-    for start in range(0, n, piece):
-        logits = model.forward(tokens[start:start + piece], plain)
-        assert model.forward(tokens[start:start + piece], paged) == logits  # to the bit
-        out += logits
-    np.testing.assert_allclose(out, model.forward(tokens), **TIGHT)
-    assert plain.length == paged.length == n
-    n_blocks = math.ceil(n / block_size)
-    assert len(paged.block_table) == n_blocks == 20 - paged.pool.num_free_blocks
-    for p in range(n):
-        assert paged.slot(p) == paged.block_table[p // block_size] * block_size + p % block_size
+    for piece in (1, 2, 5, 100):
+        plain = m.KVCache(model.config)
+        paged = m.PagedKVCache(scattered_pool(20, block_size), model.config)
+        out = []
+        for start in range(0, n, piece):
+            logits = model.forward(tokens[start:start + piece], plain)
+            assert model.forward(tokens[start:start + piece], paged) == logits  # to the bit
+            out += logits
+        np.testing.assert_allclose(out, model.forward(tokens), **TIGHT)
+        assert plain.length == paged.length == n
+        n_blocks = math.ceil(n / block_size)
+        assert len(paged.block_table) == n_blocks == 20 - paged.pool.num_free_blocks
+        for p in range(n):
+            assert paged.slot(p) == paged.block_table[p // block_size] * block_size + p % block_size
 
 
 @pytest.mark.parametrize("move, fix_table", [(True, True), (True, False)])
@@ -1182,11 +1183,6 @@ def assert_in_ranges(found):
         assert least <= round(number, digits) <= most, (name, number)
 
 
-def fast_linear(x, w):
-    """Return what linear() returns, by numpy: the models of five seeds are trained."""
-    return (np.array(x) @ np.array(w).T).tolist()
-
-
 @SEEDS
 def test_finding_about_batches(seed):
     requests = m.make_requests(TOKENIZER, random.Random(seed))
@@ -1254,7 +1250,7 @@ def test_finding_about_load(seed):
 
 @SEEDS
 def test_finding_about_the_small_cache(seed, monkeypatch):
-    monkeypatch.setattr(m, "linear", fast_linear)
+    make_fast(monkeypatch, m)
     verses = m.shuffled_verses(3, random.Random(seed))
     assert all(verse not in m.TEXT for verse in verses)
     texts = [TOKENIZER.encode(verse) for verse in verses]
