@@ -249,6 +249,23 @@ class Grade:
 
 # ------------------------------------------------------------------------------------ the grader
 
+class StatusLine:
+    """A line on the terminal that says what is going on, and is gone in the end."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.width = 0  # of what it says now
+
+    def show(self, text):
+        """Say something in place of what it says now, if the stream is a terminal."""
+        if not self.stream.isatty():
+            return
+        text = text[:WIDTH - 1]
+        self.stream.write("\r" + text.ljust(self.width) + "\r" + text)
+        self.stream.flush()
+        self.width = len(text)
+
+
 class Grader:
     """Runs the tests on the learner's techniques and on the original's, and writes the grades.
 
@@ -268,6 +285,8 @@ class Grader:
         self.n_tests = 0        # that run
         self.n_left_out = 0     # tests that do not run, as with -k
         self.n_too_late = 0     # tests that do not run because the others have taken long
+        self.n_begun = 0        # tests that have begun to run
+        self.status = StatusLine(sys.stderr)
         self.seconds = Counter()  # script: what its tests have taken
         self.best_tests = set(listed_tests().values())  # each for one technique
 
@@ -289,6 +308,7 @@ class Grader:
     def take_in(self, script):
         """Import the learner's script and make a Grade of each technique, or note the problem."""
         path = self.path(script)
+        self.status.show(f"grading: reading {path.name}")
         self.problems[script] = problem_of(script, path)
         if self.problems[script]:
             return
@@ -361,6 +381,11 @@ class Grader:
     def pytest_collection_finish(self, session):
         """Count the tests that run."""
         self.n_tests = len(session.items)
+
+    def pytest_runtest_logstart(self):
+        """Say on the terminal which test begins."""
+        self.n_begun += 1
+        self.status.show(f"grading: {self.n_begun} of {self.n_tests} tests")
 
     # ----------------------------------------------------------------------- while the tests run
 
@@ -643,7 +668,8 @@ class Grader:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session, exitstatus):
-        """Set the exit status: 0 if all is done."""
+        """Set the exit status: 0 if all is done. Clear the line that said what is going on."""
+        self.status.show("")
         if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED,
                               pytest.ExitCode.NO_TESTS_COLLECTED):
             return
