@@ -184,7 +184,7 @@ MISTAKES = (Exception, SystemExit, pytest.fail.Exception)
 class Counterexample(NamedTuple):
     """A call whose result differs from the original's, as it is shown."""
 
-    rank: tuple[bool, int]  # whether the original's refuses it, and the size of the call
+    rank: tuple  # what is smaller is shown rather
     lines: list[str]
 
 
@@ -430,41 +430,51 @@ class Grader:
         result = attempt(original, arguments, options)
         seconds = time.process_time() - start_of_call
         with self.using({key}):
-            if inspect.isgenerator(result):  # it has not begun: the arguments are as they were
+            yields = inspect.isgenerator(result)
+            if yields:  # it has not begun: the arguments are as they were
                 after = copied((arguments, options))
-                expected = attempt_all(original, *after), *after
+                expected = attempt_all(original, *after, yields), *after
             else:
                 expected = result, arguments, options
-            self.compare(key, learners, before, expected, seconds)
+            self.compare(key, learners, before, expected, seconds, yields)
         self.time_repeated[key] += time.process_time() - start
         if isinstance(result, MISTAKES):
             raise result
         return result
 
-    def compare(self, key, learners, before, expected, seconds):
+    def compare(self, key, learners, before, expected, seconds, yields):
         """Call the learner's technique, and note whether it does what is expected.
 
         before: (arguments, options). expected: what the original's call has come to, as
-        (result, arguments, options), in the given seconds.
+        (result, arguments, options), in the given seconds. yields: whether it is a generator.
         """
         grade = self.grades[key]
         shown = copied(before)
         try:
             with time_limit(longest_for(seconds)):
-                result = attempt_all(learners, *before)
+                result = attempt_all(learners, *before, yields)
         except NeverEnds:
             grade.never_ends = call_as_lines(grade.name, *shown)
             return
         outcome = result, *before
         if is_opaque(result) and is_opaque(expected[0]):
             self.unchecked.add(key)
-        elif not same(outcome, expected):
-            self.differed.add(key)
-            rank = isinstance(expected[0], MISTAKES), size_of(shown) + size_of(expected[0])
-            if grade.counterexample is None or rank < grade.counterexample.rank:
-                lines = [*call_as_lines(grade.name, *shown),
-                         *difference(outcome, expected, self.path(key[0]))]
-                grade.counterexample = Counterexample(rank, lines)
+            return
+        are_same = same(outcome, expected)
+        if are_same and other_kind(outcome[0], expected[0]) is None:
+            return
+        self.differed.add(key)
+        # A function among the arguments may draw at random, and so give the two calls other values.
+        rank = (any(map(is_opaque, values_of(expected))), isinstance(expected[0], MISTAKES),
+                are_same, size_of(shown) + size_of(expected[0]))
+        if grade.counterexample is None or rank < grade.counterexample.rank:
+            if are_same:
+                lines = lines_of_kinds(*other_kind(outcome[0], expected[0]))
+            else:
+                names = names_of_arguments(self.originals[key], *shown)
+                lines = difference(outcome, expected, self.path(key[0]), shown, names)
+            lines = [*call_as_lines(grade.name, *shown), *lines]
+            grade.counterexample = Counterexample(rank, lines)
 
     @contextmanager
     def using(self, keys, repeats=frozenset()):
@@ -863,13 +873,25 @@ def attempt(function, arguments, options):
         return error
 
 
-def attempt_all(function, arguments, options):
-    """Return what attempt() does, but the items of a generator in a list."""
+class Generator:
+    """Stands for the result of a function that yields where the original's returns."""
+
+    __slots__ = ()
+
+    def __repr__(self):
+        return "a generator: it yields, and should return"
+
+
+def attempt_all(function, arguments, options, yields):
+    """Return what attempt() does, but the items of a generator in a list.
+
+    yields: whether a generator is right.
+    """
     try:
         result = function(*arguments, **options)
-        if inspect.isgenerator(result):
-            return list(itertools.islice(result, MOST_ITEMS))
-        return result
+        if not inspect.isgenerator(result):
+            return result
+        return list(itertools.islice(result, MOST_ITEMS)) if yields else Generator()
     except MISTAKES as error:
         return error
 
@@ -955,17 +977,55 @@ def same_number(a, b):
         return False
 
 
-def difference(learners_call, originals_call, path):
+def other_kind(a, b):
+    """Return the first parts of two results that are the same but of different kinds, or None.
+
+    A list may not do where a tuple is expected, nor a float for an int; but an int for a float.
+    """
+    if isinstance(a, MISTAKES) or isinstance(b, MISTAKES):
+        return None
+    if isinstance(b, (int, *ROWS)) and type(a) is not type(b):
+        return a, b
+    if isinstance(b, ROWS):
+        return next(filter(None, map(other_kind, a, b)), None)
+    return None
+
+
+def lines_of_kinds(a, b):
+    """Return the lines that show two values of different kinds."""
+    return [one_line(f"  yours     {with_kind(a)}"), one_line(f"  expected  {with_kind(b)}")]
+
+
+def with_kind(value):
+    """Return a value as text, and which kind it is."""
+    kind = type(value).__name__
+    article = "an" if kind[0] in "aeiou" else "a"
+    return f"{article} {kind}: {exact(value)}"
+
+
+def names_of_arguments(function, arguments, options):
+    """Return the names of the arguments of a call, in the order of values_of()."""
+    names = list(inspect.signature(function).parameters)
+    return [*(names[i] if i < len(names) else names[-1] for i in range(len(arguments))), *options]
+
+
+def difference(learners_call, originals_call, path, before, names):
     """Return the lines that show how two calls differ.
 
     A call is (result, arguments, options). If the results are the same, the calls differ in what
     they did to an argument; then the first such argument is shown. path: of the learner's script.
+    before: (arguments, options) as they were. names: of the arguments.
     """
     if not same(learners_call[0], originals_call[0]):
         return two_lines("", learners_call[0], originals_call[0], path)
-    for a, b in zip(values_of(learners_call), values_of(originals_call)):
+    values = zip(values_of(learners_call), values_of(originals_call),
+                 values_of((None, *before)), names)
+    for a, b, value_before, argument in values:
         if same(a, b):
             continue
+        if same(b, value_before):
+            return [one_line(f"  yours     changes {argument} to {as_text(a)}"),
+                    one_line(f"  expected  leaves {argument} as it is")]
         if hasattr(a, "__dict__") and hasattr(b, "__dict__"):
             name = next((name for name in vars(b)
                          if not same(vars(a).get(name), vars(b)[name])), None)
@@ -981,6 +1041,8 @@ def two_lines(verb, a, b, path):
     Where they differ is said if the lines would not show it.
     """
     where = ""
+    if a is None and not verb and not isinstance(b, MISTAKES):
+        return ["  yours     None: is a return missing?", one_line(f"  expected  {as_text(b)}")]
     yours = one_line(f"  yours     {verb}{as_text(a, path)}")
     expected = one_line(f"  expected  {verb}{as_text(b)}")
     if yours.removeprefix("  yours     ") == expected.removeprefix("  expected  "):
@@ -1033,9 +1095,9 @@ class Short(reprlib.Repr):
         self.maxlevel = 4
 
     def repr_instance(self, x, level):
-        if hasattr(x, "__dict__"):
-            attributes = [f"{name}={self.repr1(value, level - 1)}"
-                          for name, value in vars(x).items()]
+        if hasattr(x, "__dict__") or hasattr(x, "_asdict"):
+            parts = x._asdict() if hasattr(x, "_asdict") else vars(x)
+            attributes = [f"{name}={self.repr1(value, level - 1)}" for name, value in parts.items()]
             return f"{type(x).__name__}({', '.join(attributes)})"
         return self.repr_str(repr(x), level) if len(repr(x)) > self.maxother else repr(x)
 
@@ -1066,7 +1128,7 @@ def as_text(value, path=None):
     path: the learner's script, in which the line of an exception is looked up.
     """
     if isinstance(value, MISTAKES):
-        return f"{type(value).__name__}: {value}{line_in(path, value)}"
+        return f"{type(value).__name__}{line_in(path, value)}: {value}"
     return Short().repr(value)
 
 
@@ -1082,17 +1144,17 @@ def few_lines(text):
 
 
 def line_in(path, error):
-    """Return where in the learner's script an error came up, as the end of a sentence."""
+    """Return where in the learner's script an error came up, as in " in line 7"."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
              if frame.filename == str(path)]
-    return f", in line {lines[-1]}" if lines else ""
+    return f" in line {lines[-1]}" if lines else ""
 
 
 def message_of(error, path):
     """Return an error as a few lines for the report."""
     lines = [line for line in str(error).splitlines() if line.strip()][:5]
     first = lines[0] if lines else ""
-    return [one_line(f"{type(error).__name__}: {first}{line_in(path, error)}"),
+    return [one_line(f"{type(error).__name__}{line_in(path, error)}: {first}"),
             *map(one_line, lines[1:])]
 
 
