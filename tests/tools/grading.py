@@ -714,7 +714,8 @@ class Grader:
     def write_too_late(self, reporter):
         """Write that tests were left out, and which technique has taken the most time."""
         key = max(self.own_seconds, key=self.own_seconds.get)
-        text = (f"{self.n_too_late} tests were left out, because the others took more than "
+        are = "is" if self.n_too_late == 1 else "are"
+        text = (f"{self.n_too_late} of the tests {are} left out, because the others took more than "
                 f"{LONGEST_GRADE} seconds: {self.own_seconds[key]:.0f} of them in your {key[1]}.")
         reporter.ensure_newline()
         reporter.write_line(wrapped(text))
@@ -1128,7 +1129,8 @@ def as_text(value, path=None):
     path: the learner's script, in which the line of an exception is looked up.
     """
     if isinstance(value, MISTAKES):
-        return f"{type(value).__name__}{line_in(path, value)}: {value}"
+        words = f": {value}" if str(value) else ""
+        return f"{type(value).__name__}{line_in(path, value)}{words}"
     return Short().repr(value)
 
 
