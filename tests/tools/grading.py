@@ -81,7 +81,7 @@ LONGEST_ORIGINAL = 120  # seconds that a test may take with the original's techn
 LONGEST_SEARCH = 5      # seconds that finding out why one test fails may take
 LONGEST_BLAMED = 2      # seconds in which one technique may be found wrong, again and again
 LONGEST_GRADE = 100     # seconds that the tests of one script may take
-OFTEN = 0.25            # seconds after which a time limit that was reached is looked at again
+OFTEN = 0.25            # seconds, at most, between two looks whether a time limit is reached
 INDENT = " " * 9        # of the details below a grade
 DETAILS = WIDTH - len(INDENT)  # columns of such a line
 ROWS = (list, tuple, deque)    # what has items in places 0, 1, ...
@@ -922,7 +922,7 @@ def time_limit(seconds):
 
     outer_stop = signal.signal(signal.SIGALRM, stop)
     # Again and again, should the time not be up, or the learner's code catch it.
-    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds, OFTEN)
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds, min(seconds, OFTEN))
     try:
         yield
     finally:
