@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import copy
+import functools
 import importlib.util
 import io
 import os
@@ -773,17 +774,18 @@ def made_up(folder, **pairs):
     return grader, called
 
 
-def times_run(grader, test):
+def times_run(grader, test, **fixtures):
     """Let a grader run a test, and return how many times it ran."""
     n_times = 0
 
-    def counted():
+    def counted(**fixtures):
         nonlocal n_times
         n_times += 1
-        test()
+        test(**fixtures)
 
     item = SimpleNamespace(name="test_it", originalname="test_it", path=Path("test_made_up.py"),
-                           obj=counted, funcargs={}, _fixtureinfo=SimpleNamespace(argnames=[]))
+                           obj=counted, funcargs=fixtures,
+                           _fixtureinfo=SimpleNamespace(argnames=list(fixtures)))
     with contextlib.suppress(*MISTAKES, pytest.skip.Exception):
         grader.pytest_pyfunc_call(item)
     return n_times
@@ -947,6 +949,22 @@ def test_what_is_wrong_for_long_is_not_tried_again(tmp_path, monkeypatch):
     assert times_run(grader, test) > 1
     assert times_run(grader, test) == 1
     assert lines_of(grader, "half").startswith("0 of 1 tests pass, 1 more is skipped; ")
+
+
+def test_what_a_wrong_technique_has_left_in_a_cache_is_forgotten(tmp_path):
+    grader, made = made_up(tmp_path, half=(lambda x: 0, lambda x: x / 2))
+
+    class Lab:
+        @functools.cached_property
+        def half(self):
+            return made.half(3)
+
+    def test(lab):
+        assert lab.half == 1.5
+
+    times_run(grader, test, lab=Lab())
+    assert grader.broken_tests == []
+    assert lines_of(grader, "half").startswith("0 of 1 tests pass")
 
 
 def test_what_is_not_found_out_in_time_counts_neither_way(tmp_path, monkeypatch):

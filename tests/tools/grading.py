@@ -300,6 +300,9 @@ class Grader:
         self.differed = set()       # keys with a call that differed, in this test
         self.n_repeated = Counter()       # calls of each key, in this test
         self.time_repeated = Counter()    # seconds of each key, in this test
+        self.seconds_repeated = 0.0       # of all keys
+        self.fixtures = {}                # of this test
+        self.has_cached = False     # whether what this test has cached makes a difference
         for script in scripts:
             self.take_in(script)
 
@@ -415,13 +418,14 @@ class Grader:
 
     def call_and_repeat(self, key, original, learners, arguments, options):
         """Call the original's technique, and the learner's on a copy. Compare what they do."""
-        before = None
         may_repeat = (self.n_repeated[key] < MOST_CALLS
                       and self.time_repeated[key] < LONGEST_REPEATS
-                      and self.time_repeated.total() < LONGEST_ALL)
+                      and self.seconds_repeated < LONGEST_ALL)
+        if not may_repeat:
+            self.unchecked.add(key)
+            return original(*arguments, **options)
         start = time.process_time()
-        if may_repeat:
-            before = copied((arguments, options))
+        before = copied((arguments, options))
         if before is None:
             self.unchecked.add(key)
             return original(*arguments, **options)
@@ -437,7 +441,9 @@ class Grader:
             else:
                 expected = result, arguments, options
             self.compare(key, learners, before, expected, seconds, yields)
-        self.time_repeated[key] += time.process_time() - start
+        seconds = time.process_time() - start
+        self.time_repeated[key] += seconds
+        self.seconds_repeated += seconds
         if isinstance(result, MISTAKES):
             raise result
         return result
@@ -510,6 +516,8 @@ class Grader:
             pytest.skip("the other tests have taken long")
         start = time.process_time()
         self.called = set()
+        self.fixtures = fixtures
+        self.has_cached = False
         self.undecided = set()
         was_open = self.open_keys()
         is_best = pyfuncitem.originalname in self.best_tests
@@ -551,6 +559,8 @@ class Grader:
             return None
         start = time.process_time()
         errors = self.errors_of_each(test, run)
+        if self.has_cached:
+            self.forget_what_is_cached()
         for key in errors:
             self.grades[key].seconds_blamed += time.process_time() - start
         return next(iter(errors.values()), None)
@@ -560,6 +570,8 @@ class Grader:
 
         What is not among them is the original's. The error is NeverEnds if that takes longer.
         """
+        if self.has_cached:
+            self.forget_what_is_cached()
         try:
             with self.using(keys), time_limit(seconds):
                 run()
@@ -581,6 +593,7 @@ class Grader:
         self.differed = set()
         self.n_repeated.clear()
         self.time_repeated.clear()
+        self.seconds_repeated = 0.0
         last_start = time.process_time() + LONGEST_SEARCH
         seconds = self.run_with_originals(test, run, keys)
         if seconds is None:
@@ -600,21 +613,38 @@ class Grader:
     def run_with_originals(self, test, run, keys=frozenset()):
         """Run a test with the original's techniques, and repeat the calls of those with these keys.
 
-        If it fails, run it once more without repeating them: it may be one that counts them.
-        Return its seconds, or None if it fails again: then something else in the file is broken.
+        If it fails, run it once more without repeating them: it may be one that counts them. If it
+        fails again, forget what is cached, which a wrong technique may have made. Return its
+        seconds, or None if it fails all the same: then something else in the file is broken.
         """
-        for repeats in dict.fromkeys([frozenset(keys), frozenset()]):
+        for repeats in (frozenset(keys), frozenset(), None):
+            if repeats is None:
+                self.has_cached = True
+                self.forget_what_is_cached()
+                repeats = frozenset()
             start = time.process_time()
             try:
                 with self.using(frozenset(), repeats), time_limit(LONGEST_ORIGINAL):
                     run()
                 if keys and not repeats:
                     self.unchecked |= self.called
-                return time.process_time() - start - self.time_repeated.total()
+                return time.process_time() - start
             except (*MISTAKES, NeverEnds) as error:
                 message = message_of(error, None)
         self.broken_tests.append(Failure(test, message))
         return None
+
+    def forget_what_is_cached(self):
+        """Empty the caches of the scripts' functions, and of the objects that the test is given."""
+        for script in self.scripts:
+            module = sys.modules.get(script)
+            for value in vars(module).values() if module else ():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+        for value in self.fixtures.values():
+            for name in list(getattr(value, "__dict__", ())):
+                if isinstance(getattr(type(value), name, None), functools.cached_property):
+                    del vars(value)[name]
 
     def errors_in(self, keys, test, run, seconds, last_start):
         """Return {key: error} of those of the learner's techniques that alone make a test fail.
