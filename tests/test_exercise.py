@@ -1,25 +1,32 @@
 """The exercise maker, the grades of `pytest --impl`, and the parts of the README that are made."""
 
 import ast
-import builtins
 import contextlib
+import copy
+import functools
 import importlib.util
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections import deque
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.tools import exercise, find_tests, readme
+from tests.tools import exercise, find_tests, grading, readme
 from tests.tools.exercise import (
     NAMES,
     ROOT,
+    Paper,
     code_of,
     floors,
     functions_of,
+    hint,
     listed_tests,
     names_that_main_needs,
     papers,
@@ -31,7 +38,15 @@ from tests.tools.exercise import (
     taken_out_before,
     techniques,
 )
-from tests.tools.grading import difference, line_for
+from tests.tools.grading import (
+    MISTAKES,
+    Grade,
+    Grader,
+    NeverEnds,
+    difference,
+    line_for,
+    time_limit,
+)
 from tests.tools.importing import problem_of
 
 EXERCISE = ROOT / "tests" / "tools" / "exercise.py"
@@ -44,8 +59,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 QUICK_SECTIONS = {
     "microkv": ["--section", "2,11"],
     "microquant": ["--section", "3,4"],
-    "microbeam": ["--section", "1,2", "--steps", "2"],
+    "microbeam": ["--section", "1,2"],
 }
+QUICK_OPTIONS = {"microbeam": ["--steps", "1"]}
 
 each_name = pytest.mark.parametrize("name", NAMES)
 
@@ -211,7 +227,8 @@ def test_a_half_done_script_prints_its_trace_all_the_same(name, tmp_path, capsys
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
 
-    assert module.main(QUICK_SECTIONS.get(name, [])) == 1
+    options = QUICK_OPTIONS.get(name, [])
+    assert module.main([*options, *QUICK_SECTIONS.get(name, [])]) == 1
     out = capsys.readouterr().out
     sections_in_trace = re.findall(r"^── (\d+) ── ", out, re.M)
     n_sections = len(sections_in_trace)
@@ -223,34 +240,72 @@ def test_a_half_done_script_prints_its_trace_all_the_same(name, tmp_path, capsys
     assert all(len(line) <= 80 for line in out.splitlines())
     assert "FAIL" not in out
 
-    assert module.main(["--section", sections_in_trace[-1]]) == 1
+    assert module.main([*options, "--section", sections_in_trace[-1]]) == 1
     out = capsys.readouterr().out
     assert f"\n1 section waits for a function: {sections_in_trace[-1]}.\n" in out
 
 
 @each_name
-def test_a_hint_is_the_first_comment_or_what_the_body_calls(name):
+def test_hints_say_something_and_are_comments(name):
     original = source_of(name)
-    hinted = taken_out(original, techniques(original), hints=True)
+    hinted = taken_out(original, techniques(original), original)
+    nodes = functions_and_methods(hinted)
     for technique in techniques(original):
-        end = hinted.index(f'raise NotImplementedError("{technique.name}")')
-        line_above = hinted[:end].rstrip().splitlines()[-1].strip()
-        if line_above.startswith("# calls"):
-            calls = line_above.removeprefix("# calls ").split(", ")
-            assert not any(hasattr(builtins, call) for call in calls)
-            assert all(call.rpartition(".")[2] in technique.body for call in calls)
-        elif line_above.startswith("#"):
-            assert line_above in technique.body
+        lines = hint(technique, original)
+        assert len(lines) > 1
+        assert all(len(line) <= 80 for line in lines)
+        assert code_of(nodes[technique.name]) == f"raise NotImplementedError('{technique.name}')"
+        above = text_of(nodes[technique.name], hinted)[-1 - len(lines):-1]
+        assert [line.strip() for line in above] == [f"# {line}".strip() for line in lines]
 
 
-def test_attention_s_hint_names_what_it_calls():
-    original = source_of("microattention")
-    hinted = taken_out(original, techniques(original), hints=True)
-    calls = r"# calls .*visible_weights.*\n +raise NotImplementedError\(\"attention\"\)"
-    assert re.search(calls, hinted)
-    # kv_bytes_per_token calls nothing and has no comment, so that there is no hint.
-    no_hint = r'"""\n +raise NotImplementedError\("kv_bytes_per_token"\)'
-    assert re.search(no_hint, hinted)
+HINTED = '''
+import math
+
+# ==================
+# THE TECHNIQUES
+# ==================
+
+# 1. Sums
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b))
+
+def norms(rows, scale=1):
+    """Return how long the rows are."""
+    if scale <= 0:
+        raise ValueError("scale must be positive")
+    found = []
+    for i, row in enumerate(rows):
+        # Half of the work is done twice.
+        square: float = dot(row, row) / scale
+        found.append(math.sqrt(square))
+    found += [x * scale for x in rows[0]]
+    return found, rows[-1] if rows else scale
+
+# ==================
+# THE EXPERIMENTS
+# ==================
+
+SECTIONS = [Section("Sums", show_sums, [dot, norms])]
+'''
+
+
+def test_a_hint_outlines_the_body_and_names_what_it_uses():
+    dot, norms = techniques(HINTED)
+    assert hint(dot, HINTED) == ["1 line in the original", "return sum(…)"]
+    assert hint(norms, HINTED) == [
+        "9 lines in the original, with dot, math.sqrt",
+        "if … of scale:",
+        "    raise ValueError(…)",
+        "found = []",
+        "for i, row in enumerate(…):",
+        "    (Half of the work is done twice.)",
+        "    square = … of row, scale",
+        "    found.append(…)",
+        "found changes by [… of x, scale for x in … of rows]",
+        "return found, … of rows, scale",
+    ]
 
 
 def test_one_technique_is_taken_out(tmp_path):
@@ -322,7 +377,7 @@ def test_a_learner_s_file_keeps_its_line_ends_and_its_mark(mark, line_end, tmp_p
     assert changed.endswith(after)
     inserted = changed[len(before):-len(after)]
     assert inserted.endswith(b'    raise NotImplementedError("absorb")' + line_end)
-    assert inserted.count(b"\n") == inserted.count(line_end) == 2  # a hint, and this
+    assert inserted.count(b"\n") == inserted.count(line_end) > 1  # a hint, and this
 
 
 def refused(done):
@@ -472,8 +527,9 @@ def with_bodies(script, edits):
 def graded(folder, *arguments, cwd=ROOT):
     """Return the process that grades a folder, and its report."""
     done = run(*PYTEST, f"--impl={folder}", *arguments, cwd=cwd)
-    assert "Traceback" not in done.stdout + done.stderr
-    assert "INTERNALERROR" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout
+    assert "INTERNALERROR" not in done.stdout
+    assert done.stderr == ""
     assert "FFF" not in done.stdout  # no letters for the tests
     assert all(len(line) <= 80 or str(folder) in line for line in done.stdout.splitlines())
     return done, done.stdout
@@ -600,7 +656,7 @@ wrong    alibi_slopes: 0 of 1 tests pass; the smallest call that shows it:
         assert is_done("grouped_query_attention", report)
         assert re.search(r"^wrong    visible_keys: ", report, re.M)
         shown = report.partition("\nwrong    attention_weights: ")[2].partition("\nwrong ")[0]
-        assert re.search(r"^ +yours     NameError: .* in line \d+$", shown, re.M)
+        assert re.search(r"^ +yours     NameError in line \d+: ", shown, re.M)
 
     def test_a_method_that_keeps_something_in_its_own_way_is_right(self, report):
         assert is_done("Traffic.load", report)
@@ -628,7 +684,7 @@ def test_the_place_where_two_queues_differ_is_shown():
     yours = deque(range(40))
     expected = deque(range(40))
     expected[30] = 7
-    lines = difference((yours, (), {}), (expected, (), {}), None)
+    lines = difference((yours, (), {}), (expected, (), {}), None, ((), {}), [])
     assert lines == ["  yours     at [30]: 30", "  expected  at [30]: 7"]
 
 
@@ -638,70 +694,60 @@ def is_done(name, report):
     return re.search(done, report, re.M) is not None
 
 
-def test_what_does_not_refuse_is_wrong_if_one_test_calls_it(tmp_path):
-    """The test then fails with an error of pytest's that is no Exception."""
-    edits = {"alibi_slopes": without_refusals("microattention", "alibi_slopes")}
-    done, report = grade(tmp_path, edits, "-k", "test_alibi_slopes")
-    assert done.returncode == 1
-    assert """
-wrong    alibi_slopes: 0 of 1 tests pass; the smallest call that shows it:
-         alibi_slopes(0)
-           yours     []
-           expected  ValueError: n_heads must be at least 1, not 0
-""" in report
-
-
-def test_what_does_not_refuse_is_wrong_if_many_tests_call_it(tmp_path):
-    edits = {"BlockPool.free": without_refusals("microkv", "BlockPool.free")}
-    done, report = grade(tmp_path, edits, "-k", "test_a_pool or copy_on_write", script="microkv")
-    assert done.returncode == 1
-    shown = re.search(r"^wrong    BlockPool\.free: (\d+) of (\d+) tests pass; .*\n"
-                      r" +self = BlockPool\((?:.*\n)+? +self\.free\(0\)\n"
-                      r" +yours     \[\]\n +expected  ValueError: block 0 is free already\n",
-                      report, re.M)
-    n_passed, n_tests = shown.groups()
-    assert int(n_tests) > 1
-    assert int(n_passed) == int(n_tests) - 1
-
-
-def test_what_ends_python_is_wrong(tmp_path):
-    done, report = grade(tmp_path, {"alibi_slopes": "exit()"}, "-k", "test_alibi_slopes")
-    assert done.returncode == 1
-    assert re.search(r"^wrong    alibi_slopes: 0 of 1 .*\n +alibi_slopes\(\d+\)\n"
-                     r" +yours     SystemExit: .*, in line \d+$", report, re.M)
-
-
-def test_what_never_ends_is_tried_once(tmp_path):
-    edits = {
-        "alibi_slopes": "import time\n    time.sleep(1000)",
-        "alibi_bias": own_body("microattention", "alibi_bias"),
-    }
-    _, report = grade(tmp_path, edits, "-k", "alibi")
-    assert re.search(r"^wrong    alibi_slopes: never ends, .*\n +.*skipped\n +alibi_slopes\(\d+\)$",
-                     report, re.M)
-    assert is_done("alibi_bias", report)
-
-
-def test_one_broken_script_does_not_stop_the_others(tmp_path):
+@pytest.fixture(scope="module")
+def broken_scripts(tmp_path_factory):
+    """Return a folder with three scripts, in which more is broken than techniques."""
+    folder = tmp_path_factory.mktemp("broken")
     broken = with_bodies("microflash", {"absorb": None}).replace("import math\n", "import (\n")
-    line = 1 + broken.split("import (")[0].count("\n")
-    (tmp_path / "microflash.py").write_text(broken, encoding="utf-8")
+    (folder / "microflash.py").write_text(broken, encoding="utf-8")
     without_a_constant = source_of("microkv").replace("CONFIGS", "NOTHING")
-    (tmp_path / "microkv.py").write_text(f"{without_a_constant}\nexit()\n", encoding="utf-8")
+    (folder / "microkv.py").write_text(f"{without_a_constant}\nexit()\n", encoding="utf-8")
 
-    deleted = source_of("microattention")
-    start = deleted.index("def alibi_slopes(")
-    deleted = deleted[:start] + deleted[deleted.index("def alibi_bias("):]
-    deleted = deleted.replace("MAP_TOKENS = 14 ", "MAP_TOKENS = 15 ")
-    (tmp_path / "microattention.py").write_text(deleted, encoding="utf-8")
+    # A function is gone, a constant is another, and linear() returns something else.
+    text = source_of("microattention")
+    start = text.index("def alibi_slopes(")
+    text = text[:start] + text[text.index("def alibi_bias("):]
+    text = text.replace("MAP_TOKENS = 14 ", "MAP_TOKENS = 15 ")
+    text = text.replace('def linear(x: Matrix, w: Matrix) -> Matrix:', "def linear(x, w):")
+    start = text.index("def linear(")
+    text = text[:start] + text[start:].replace("return ", "return 1, ", 1)
+    # And what refuses an argument does so in other words.
+    text = text.replace("n_kv_heads must divide n_heads", "no")
+    (folder / "microattention.py").write_text(text, encoding="utf-8")
+    return folder
 
-    done, report = graded(tmp_path, "-k", "alibi")
+
+@pytest.fixture(scope="module")
+def report_of_broken(broken_scripts):
+    """Return the report of one run that grades them, started in their folder."""
+    wanted = "alibi or test_grouped or not_divide"
+    done, report = graded(".", "-c", ROOT / "pyproject.toml", "-k", wanted, cwd=broken_scripts)
     assert done.returncode == 1
-    assert f"\n{tmp_path}/microflash.py line {line}: SyntaxError: invalid syntax\n" in report
-    assert re.search(r"/microkv\.py line \d+: SystemExit: it ends Python", report)
-    assert "\nnot yet  alibi_slopes: not there: your file has no function alibi_slopes; " in report
-    line = deleted[:start].rstrip().count("\n") + 2  # below what stands above it
-    assert f"\nNext: write alibi_slopes, {tmp_path}/microattention.py line {line}.\n" in report
+    return report
+
+
+class TestReportOfBrokenScripts:
+    """Each test reads its part of the report. A class, so that one worker makes the report once."""
+
+    def test_a_script_that_cannot_be_imported_does_not_stop_the_others(self, report_of_broken):
+        line = 1 + source_of("microflash").split("import math\n")[0].count("\n")
+        assert f"\nmicroflash.py line {line}: SyntaxError: invalid syntax\n" in report_of_broken
+        assert re.search(r"\nmicrokv\.py line \d+: SystemExit: it ends Python", report_of_broken)
+
+    def test_a_function_that_is_gone_is_to_be_written_where_it_stood(self, report_of_broken):
+        gone = "\nnot yet  alibi_slopes: not there: your file has no function alibi_slopes; "
+        assert gone in report_of_broken
+        above = source_of("microattention").split("def alibi_slopes")[0]
+        line = above.rstrip().count("\n") + 2
+        assert f"\nNext: write alibi_slopes, microattention.py line {line}.\n" in report_of_broken
+
+    def test_what_else_was_changed_is_named_if_tests_fail_for_it(self, report_of_broken):
+        assert "tests are not counted" in report_of_broken
+        changes = " ".join(report_of_broken.split("What else differs in ")[1].split())
+        assert changes == "microattention.py from the original: linear, MAP_TOKENS."
+
+    def test_refusals_in_other_words_are_right(self, report_of_broken):
+        assert is_done("group_size", report_of_broken)
 
 
 def test_the_line_where_a_missing_definition_belongs():
@@ -712,53 +758,313 @@ def test_the_line_where_a_missing_definition_belongs():
     assert line_for("f", "X = 1\n", original) == 1
 
 
-def test_what_else_was_changed_is_named_if_tests_fail_for_it(tmp_path):
-    text = with_bodies("microattention", {"alibi_slopes": None})
-    text = text.replace('def linear(x: Matrix, w: Matrix) -> Matrix:', "def linear(x, w):")
-    start = text.index("def linear(")
-    text = text[:start] + text[start:].replace("return ", "return 1, ", 1)
-    (tmp_path / "microattention.py").write_text(text, encoding="utf-8")
-    done, report = graded(tmp_path, "-k", "test_grouped or alibi")
-    assert done.returncode == 1
-    assert "tests are not counted" in report
-    assert f"What else differs in {tmp_path}/microattention.py from the original: linear." in report
+# ----------------------------------------------------------- the grades of made-up techniques
+
+def made_up(folder, **pairs):
+    """Return a grader of made-up techniques, and these, whose calls go through it.
+
+    pairs: {name: (the learner's function, the original's)}.
+    """
+    grader = Grader(folder, folder, [], False, False)
+    called = SimpleNamespace()
+    for name, (learners, original) in pairs.items():
+        grader.grades["made_up", name] = Grade("made_up", name, "written", 1)
+        grader.originals["made_up", name] = original
+        setattr(called, name, grader.followed("made_up", name)(learners))
+    return grader, called
 
 
-def test_impl_may_be_the_folder_that_pytest_is_started_in(tmp_path):
-    """And what refuses an argument is right, even if it does it in other words."""
-    original = body("microattention", "alibi_slopes")
-    changed = original.replace("n_heads must be at least 1", "no")
-    assert changed != original
-    text = with_bodies("microattention", {"alibi_slopes": changed})
-    (tmp_path / "microattention.py").write_text(text, encoding="utf-8")
-    done, report = graded(".", "-c", ROOT / "pyproject.toml", "-k", "alibi_slopes", cwd=tmp_path)
-    assert done.returncode == 0
-    assert is_done("alibi_slopes", report)
+def times_run(grader, test, **fixtures):
+    """Let a grader run a test, and return how many times it ran."""
+    n_times = 0
+
+    def counted(**fixtures):
+        nonlocal n_times
+        n_times += 1
+        test(**fixtures)
+
+    item = SimpleNamespace(name="test_it", originalname="test_it", path=Path("test_made_up.py"),
+                           obj=counted, funcargs=fixtures,
+                           _fixtureinfo=SimpleNamespace(argnames=list(fixtures)))
+    with contextlib.suppress(*MISTAKES, pytest.skip.Exception):
+        grader.pytest_pyfunc_call(item)
+    return n_times
 
 
-def test_scripts_that_are_not_in_the_folder_are_the_originals(tmp_path):
-    assert make("microattention.alibi_slopes", tmp_path).returncode == 0
-    done = run(*PYTEST, f"--impl={tmp_path}", "-v", "tests/test_microflash.py",
-               "-k", "online_and_safe")
-    assert re.search(r"\b[1-9]\d* passed", done.stdout)
+def lines_of(grader, name):
+    """Return the lines of a made-up technique's grade, as one text."""
+    return "\n".join(grader.grades["made_up", name].lines())
 
 
-def test_a_folder_without_scripts_is_refused(tmp_path):
-    done = run(*PYTEST, f"--impl={tmp_path / 'none'}")
-    assert done.returncode == 4
-    assert "this is no folder with one of the scripts in it" in done.stderr
-    done = run(*PYTEST, "--impl=.")
-    assert done.returncode == 4
-    assert "these are the originals" in done.stderr
+def positive(x):
+    if x <= 0:
+        raise ValueError("x must be positive")
+    return x
 
 
-def test_two_workers_share_the_tests(tmp_path):
-    pytest.importorskip("xdist")
-    test = tmp_path / "test_nothing.py"
-    test.write_text("def test_nothing():\n    pass\n", encoding="utf-8")
-    done = run(*PYTEST, "-c", ROOT / "pyproject.toml", "-v", test)
-    assert done.returncode == 0
-    assert "2 workers [1 item]" in done.stdout
+@pytest.mark.parametrize("learners, shown", [
+    # The test then fails with an error of pytest's that is no Exception.
+    (lambda x: x, "positive(0)\n  yours     0\n  expected  ValueError: x must be positive"),
+    (lambda x: sys.exit(), "positive(2)\n  yours     SystemExit\n  expected  2"),
+], ids=["does not refuse", "ends Python"])
+def test_what_does_not_refuse_or_ends_python_is_wrong(learners, shown, tmp_path):
+    grader, made = made_up(tmp_path, positive=(learners, positive))
+
+    def refuses():
+        with pytest.raises(ValueError):
+            made.positive(0)
+
+    times_run(grader, lambda: made.positive(2))
+    times_run(grader, refuses)
+    passed = 0 if "Exit" in shown else 1
+    assert lines_of(grader, "positive") == (
+        f"{passed} of 2 tests pass; the smallest call that shows it:\n{shown}")
+
+
+def add_to(x):
+    x.append(1)
+
+
+@pytest.mark.parametrize("learners, original, arguments, shown", [
+    (lambda x: None, lambda x: [x], [1], "yours     None: is a return missing?\nexpected  [1]"),
+    (lambda x: (yield x), lambda x: [x], [1],
+     "yours     a generator: it yields, and should return\nexpected  [1]"),
+    (lambda x: [0, x / 2], lambda x: [0, x // 2], [2],
+     "yours     a float: 1.0\nexpected  an int: 1"),
+    (lambda x: [x], lambda x: (x,), [1], "yours     a list: [1]\nexpected  a tuple: (1,)"),
+    (lambda x: (x, 2), lambda x: Paper(x, 2), ["A"],
+     "yours     a tuple: ('A', 2)\nexpected  a Paper: Paper(text='A', sections=2)"),
+    (add_to, lambda x: None, [[]], "yours     changes x to [1]\nexpected  leaves x as it is"),
+    (lambda x: None, add_to, [[]], "yours     leaves []\nexpected  leaves [1]"),
+], ids=["None", "yields", "float for int", "list for tuple", "tuple for NamedTuple",
+        "changes its argument", "does not change its argument"])
+def test_another_kind_of_result_is_named(learners, original, arguments, shown, tmp_path):
+    grader, made = made_up(tmp_path, make=(learners, original))
+
+    def test():
+        given = copy.deepcopy(arguments)
+        expected = copy.deepcopy(arguments)
+        assert repr(made.make(*given)) == repr(original(*expected))
+        assert given == expected
+
+    times_run(grader, test)
+    lines = [line.strip() for line in lines_of(grader, "make").splitlines()]
+    assert lines[0] == "0 of 1 tests pass; the smallest call that shows it:"
+    assert "\n".join(lines[2:]) == shown
+
+
+def test_an_int_for_a_float_is_right_and_so_is_a_list_for_a_generator(tmp_path):
+    def one_and_two():
+        yield 1.0
+        yield 2.0
+
+    grader, made = made_up(tmp_path, numbers=(lambda: [1, 2], one_and_two), wrong=(int, float))
+
+    def test():
+        assert sum(made.numbers()) == 3
+        assert made.wrong(0.5) == 0.5
+
+    times_run(grader, test)
+    assert lines_of(grader, "numbers") == "1 of 1 tests pass"
+    assert lines_of(grader, "wrong").startswith("0 of 1 tests pass; ")
+
+
+def work(seconds):
+    """Do something for so many seconds of this process."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+needs_alarm = pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no time limits here")
+
+
+@needs_alarm
+@pytest.mark.parametrize("forever", [work, time.sleep], ids=["works", "waits"])
+def test_what_never_ends_is_tried_once(forever, tmp_path, monkeypatch):
+    for name in ("LONGEST_FIRST", "LONGEST_LATER", "LONGEST"):
+        monkeypatch.setattr(grading, name, 0.02)
+    grader, made = made_up(tmp_path, endless=(lambda: forever(1000), lambda: 1),
+                           double=(lambda x: x + x, lambda x: 2 * x))
+
+    def test():
+        assert made.endless() + made.double(1) == 3
+
+    assert times_run(grader, test) > 1
+    assert times_run(grader, test) == 1
+    never_ends, *others = lines_of(grader, "endless").split("\n")
+    assert never_ends.startswith("never ends, or takes more than 0.02 seconds ")
+    assert never_ends.endswith("its other tests are skipped")
+    assert others == ["endless()"]
+    assert lines_of(grader, "double") == "2 of 2 tests pass"
+
+
+@needs_alarm
+def test_a_time_limit_inside_of_another_leaves_that_as_it_is():
+    with pytest.raises(NeverEnds), time_limit(0.02):
+        with time_limit(10):
+            pass
+        time.sleep(10)
+    with time_limit(0.02):
+        pass
+    work(0.04)
+
+
+@needs_alarm
+def test_what_takes_as_long_as_the_original_is_right_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "LONGEST_LATER", 0.01)
+    names = [f"work_{i}" for i in range(8)]
+    grader, made = made_up(tmp_path, **dict.fromkeys(names, (work, work)))
+    n_times = times_run(grader, lambda: [getattr(made, name)(0.004) for name in names])
+    assert n_times == 3  # too long; with the originals; as often as it takes
+    assert all(lines_of(grader, name) == "1 of 1 tests pass" for name in names)
+
+
+def test_the_wrong_one_of_many_is_found_by_halving(tmp_path):
+    """Each is called more often than it is compared, and the last call is wrong."""
+    n_calls = grading.MOST_CALLS + 1
+    names = [f"f{i}" for i in range(16)]
+    pairs = {name: (lambda x: x, lambda x: x) for name in names}
+    pairs["f11"] = (lambda x: min(x, n_calls - 2), lambda x: x)
+    grader, made = made_up(tmp_path, **pairs)
+
+    def test():
+        for name in names:
+            assert [getattr(made, name)(x) for x in range(n_calls)] == list(range(n_calls))
+
+    # Together; with the originals; then the suspects, and two parts of them four times.
+    assert times_run(grader, test) <= 2 + 1 + 2 * 4
+    for name in names:
+        n_passed = 0 if name == "f11" else 1
+        assert lines_of(grader, name).startswith(f"{n_passed} of 1 tests pass")
+
+
+def test_what_is_wrong_for_long_is_not_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "LONGEST_BLAMED", 1e-9)
+    grader, made = made_up(tmp_path, half=(lambda x: 0, lambda x: x / 2))
+
+    def test():
+        assert made.half(3) == 1.5
+
+    assert times_run(grader, test) > 1
+    assert times_run(grader, test) == 1
+    assert lines_of(grader, "half").startswith("0 of 1 tests pass, 1 more is skipped; ")
+
+
+def test_what_a_wrong_technique_has_left_in_a_cache_is_forgotten(tmp_path):
+    grader, made = made_up(tmp_path, half=(lambda x: 0, lambda x: x / 2))
+
+    class Lab:
+        @functools.cached_property
+        def half(self):
+            return made.half(3)
+
+    def test(lab):
+        assert lab.half == 1.5
+
+    times_run(grader, test, lab=Lab())
+    assert grader.broken_tests == []
+    assert lines_of(grader, "half").startswith("0 of 1 tests pass")
+
+
+def test_what_is_not_found_out_in_time_counts_neither_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "LONGEST_SEARCH", -1)
+    grader, made = made_up(tmp_path, half=(lambda x: 0, lambda x: x / 2),
+                           double=(lambda x: x + x, lambda x: 2 * x))
+
+    def test():
+        assert made.double(made.half(3)) == 3
+
+    times_run(grader, test)
+    assert lines_of(grader, "half").startswith("0 of 0 tests pass, 1 more is skipped")
+
+
+def test_tests_are_left_out_when_the_others_have_taken_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "LONGEST_GRADE", 0)
+    grader, made = made_up(tmp_path, double=(lambda x: x + x, lambda x: 2 * x))
+    assert times_run(grader, lambda: made.double(1)) == 1
+    assert times_run(grader, lambda: made.double(1)) == 0
+    grader.n_tests = 2
+    report = []
+    grader.write_what_ran(SimpleNamespace(ensure_newline=lambda: None, write_line=report.append))
+    report = " ".join(" ".join(report).split())
+    assert report.startswith("1 of the tests is left out, because the others took more than 0 "
+                             "seconds: 0 of them in your double. Graded by 1 of 2 tests. ")
+
+
+def test_the_best_tests_of_a_script_run_before_its_others(tmp_path):
+    grader, _ = made_up(tmp_path)
+    grader.best_tests = {"test_b", "test_d"}
+    names = ["test_a", "test_b", "test_c", "test_d"]
+    items = [SimpleNamespace(path=path, originalname=name) for path in "yx" for name in names]
+    grader.pytest_collection_modifyitems(items)
+    assert [item.path + item.originalname[-1] for item in items] == [
+        "yb", "yd", "ya", "yc", "xb", "xd", "xa", "xc"]
+
+
+class Terminal(io.StringIO):
+    """A terminal of one line; `line` is what one sees there."""
+
+    line = ""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        for part in text.split("\r")[1:]:
+            self.line = part + self.line[len(part):]
+
+
+def test_a_terminal_says_how_far_the_grade_is(tmp_path, monkeypatch):
+    for stream, shown in ((Terminal(), "grading: 2 of 41 tests"), (io.StringIO(), "")):
+        monkeypatch.setattr(sys, "stderr", stream)
+        grader, _ = made_up(tmp_path)
+        grader.n_tests = 41
+        grader.status.show("grading: reading microattention.py")
+        grader.pytest_runtest_logstart()
+        grader.pytest_runtest_logstart()
+        seen = stream.line if stream.isatty() else stream.getvalue()
+        assert seen.rstrip() == shown
+        grader.pytest_sessionfinish(SimpleNamespace(), pytest.ExitCode.OK)
+        seen = stream.line if stream.isatty() else stream.getvalue()
+        assert seen.strip() == ""
+
+
+# --------------------------------------------------------------------- how pytest is configured
+
+def test_the_tests_of_scripts_that_are_not_in_the_folder_run_if_they_are_named(tmp_path):
+    """They run on the originals then."""
+    grader, _ = made_up(tmp_path)
+    file = ROOT / "tests" / "test_microflash.py"
+    assert grader.pytest_ignore_collect(file) is True
+    grader.tests_were_named = True
+    assert grader.pytest_ignore_collect(file) is None
+    grader.problems["microflash"] = "line 1: SyntaxError: invalid syntax"
+    assert grader.pytest_ignore_collect(file) is True
+
+
+@pytest.mark.parametrize("folder, why", [
+    ("none", "this is no folder with one of the scripts in it"),
+    (ROOT, "these are the originals"),
+])
+def test_a_folder_without_scripts_is_refused(folder, why, tmp_path):
+    config = SimpleNamespace(option=SimpleNamespace(impl=folder),
+                             invocation_params=SimpleNamespace(dir=tmp_path))
+    with pytest.raises(pytest.UsageError, match=why):
+        grading.pytest_configure(config)
+
+
+@pytest.mark.parametrize("given, impl, n_workers", [
+    (None, None, 2), (4, None, 4), (None, "my", 0), (4, "my", 0),
+])
+def test_two_workers_share_the_tests_and_one_process_grades(given, impl, n_workers, pytestconfig):
+    hooks = pytestconfig.hook.pytest_cmdline_main.get_hookimpls()
+    assert any(hook.plugin is grading and hook.wrapper for hook in hooks)  # before xdist's own
+    config = SimpleNamespace(
+        option=SimpleNamespace(impl=impl, numprocesses=given, usepdb=False),
+        pluginmanager=SimpleNamespace(hasplugin=lambda name: name == "xdist"))
+    next(grading.pytest_cmdline_main(config))
+    assert config.option.numprocesses == n_workers
 
 
 def test_a_trace_fails_where_the_slopes_of_alibi_are_all_alike(tmp_path):

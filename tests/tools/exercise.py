@@ -3,7 +3,7 @@
     python3 tests/tools/exercise.py microflash my/                  without all techniques
     python3 tests/tools/exercise.py microflash.flash_attention my/  without this function
     python3 tests/tools/exercise.py microkv.BlockPool.allocate my/  without this method
-    python3 tests/tools/exercise.py --hint microflash my/           with a hint in each body
+    python3 tests/tools/exercise.py --hint microflash my/           with an outline of each body
     python3 tests/tools/exercise.py --list microflash               list its techniques
 
 The exercise is written to my/microflash.py. Docstrings and prose stay in it, and so does everything
@@ -21,14 +21,11 @@ from __future__ import annotations
 
 import argparse
 import ast
-import builtins
 import functools
-import io
 import os
 import re
 import sys
 import textwrap
-import tokenize
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -222,30 +219,167 @@ def body_lines(node: ast.FunctionDef) -> range:
     return range(first, node.end_lineno + 1)
 
 
-def hint(technique: Technique) -> str:
-    """Return the first comment of a technique's body, or else a comment with what it calls.
+LINES_OF_HINT = 20  # of an outline
 
-    What Python has built in, such as len and ValueError, is no hint. There may be none: "".
+
+def hint(technique: Technique, source: str) -> list[str]:
+    """Return the lines of a hint, without their "# ": what a body uses, and its outline.
+
+    They are made from the original's body. The outline has its statements and comments in their
+    order, with "… of a, b" for what is computed from a and b. source: of the original.
     """
-    # The body is indented, so it needs a line above that opens a block.
-    for token in tokenize.generate_tokens(io.StringIO("if True:\n" + technique.body).readline):
-        if token.type == tokenize.COMMENT:
-            return token.string
-    body = ast.Module(technique.node.body, [])
-    calls = [ast.unparse(part.func) for part in ast.walk(body) if isinstance(part, ast.Call)]
-    names = [call for call in calls if re.fullmatch(r"[\w.]+", call) and not is_built_in(call)]
-    return "# calls " + ", ".join(dict.fromkeys(names)) if names else ""
+    node = technique.node
+    statements = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    lines = technique.body.splitlines()
+    comments = {number: line.strip(" #") for number, line in zip(body_lines(node), lines)
+                if line.strip().startswith("#")}
+    n_lines = len(lines)
+    words = f"{n_lines} line{'s' if n_lines > 1 else ''} in the original"
+    names = used_names(statements, source)
+    if names:
+        words += f", with {', '.join(names)}"
+    first = textwrap.wrap(words, WIDTH, subsequent_indent="    ", break_long_words=False)
+    outline = []
+    for statement in statements:
+        outline += outline_of(statement, "", comments)
+    outline = [line if len(line) <= WIDTH else f"{line[:WIDTH - 2]} …" for line in outline]
+    if len(outline) > LINES_OF_HINT:
+        outline = [*outline[:LINES_OF_HINT], "and so on"]
+    return first + outline
 
 
-def is_built_in(name: str) -> bool:
-    """Return whether a name is that of a function or an exception which Python has built in."""
-    return hasattr(builtins, name)
+def used_names(statements: list[ast.stmt], source: str) -> list[str]:
+    """Return what statements use of the script, of its imports and of an object's attributes.
+
+    What is only an annotation does not count.
+    """
+    defined = names_at_the_top(source)
+    found = []
+    inner = set()  # the beginnings of what is found: `a.b` of `a.b.c`
+    for statement in statements:
+        for part in ast.walk(statement):
+            if isinstance(part, ast.AnnAssign):
+                inner |= set(ast.walk(part.annotation))
+            elif isinstance(part, ast.Attribute) and part not in inner:
+                inner |= set(ast.walk(part.value))
+                text = ast.unparse(part)
+                root = text.partition(".")[0]
+                is_plain = re.fullmatch(r"[\w.]+", text)
+                if is_plain and (root in defined or root == "self"):
+                    found.append(text)
+            elif isinstance(part, ast.Name) and part.id in defined and part not in inner:
+                found.append(part.id)
+    return list(dict.fromkeys(found))
 
 
-def taken_out(source: str, chosen: list[Technique], hints: bool = False) -> str:
+@functools.cache
+def names_at_the_top(source: str) -> set[str]:
+    """Return the names that a script defines or imports for all of its functions."""
+    found = set()
+    for node in parsed(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            found.add(ast.unparse(target))
+    return found
+
+
+def outline_of(statement: ast.stmt, indent: str, comments: dict[int, str]) -> list[str]:
+    """Return the lines that outline a statement and those inside of it.
+
+    comments: {line: text}; those above the statement are taken out, and stand above its outline.
+    """
+    above = sorted(line for line in comments if line < statement.lineno)
+    lines = [f"{indent}({comments.pop(line)})" for line in above]
+    lines.append(indent + outline_of_head(statement))
+    for name in ("body", "orelse", "finalbody"):
+        inner = getattr(statement, name, [])
+        if inner and name == "orelse":
+            lines.append(f"{indent}else:")
+        for part in inner:
+            lines += outline_of(part, indent + "    ", comments)
+    return lines
+
+
+def outline_of_head(statement: ast.stmt) -> str:
+    """Return the outline of a statement without the statements inside of it."""
+    match statement:
+        case ast.Assign():
+            return f"{' = '.join(map(as_target, statement.targets))} = {brief(statement.value)}"
+        case ast.AnnAssign(value=ast.expr()):
+            return f"{ast.unparse(statement.target)} = {brief(statement.value)}"
+        case ast.AugAssign():
+            return f"{ast.unparse(statement.target)} changes by {brief(statement.value)}"
+        case ast.Expr(value=ast.Yield(value=ast.expr())):
+            return f"yield {brief(statement.value.value)}"
+        case ast.Expr(value=ast.Yield()):
+            return "yield"
+        case ast.Expr():
+            return brief(statement.value)
+        case ast.Return(value=ast.expr()):
+            return f"return {brief(statement.value)}"
+        case ast.Raise():
+            return f"raise {brief(statement.exc)}"
+        case ast.For():
+            return f"for {as_target(statement.target)} in {brief(statement.iter)}:"
+        case ast.While():
+            return f"while {brief(statement.test)}:"
+        case ast.If():
+            return f"if {brief(statement.test)}:"
+        case ast.With():
+            return f"with {', '.join(brief(item.context_expr) for item in statement.items)}:"
+    return ast.unparse(statement).splitlines()[0]  # such as break, or the head of a function
+
+
+def brief(value: ast.expr) -> str:
+    """Return an expression as text, but with "… of a, b" for what is computed from a and b."""
+    match value:
+        case ast.Name() | ast.Constant() | ast.List(elts=[]) | ast.Dict(keys=[]):
+            return ast.unparse(value)
+        case ast.Attribute(value=ast.Name()):
+            return ast.unparse(value)
+        case ast.Tuple():
+            return ", ".join(map(brief, value.elts))
+        case ast.Call(func=ast.Name() | ast.Attribute(value=ast.Name())):
+            return f"{ast.unparse(value.func)}(…)" if value.args or value.keywords else (
+                ast.unparse(value))
+        case ast.ListComp(generators=[part]):
+            return f"[{brief(value.elt)} for {as_target(part.target)} in {brief(part.iter)}]"
+    names = variables_in(value)
+    return f"… of {', '.join(names)}" if names else "…"
+
+
+def as_target(target: ast.expr) -> str:
+    """Return what is assigned to as text, a tuple without parentheses."""
+    if isinstance(target, ast.Tuple):
+        return ", ".join(map(ast.unparse, target.elts))
+    return ast.unparse(target)
+
+
+def variables_in(value: ast.expr) -> list[str]:
+    """Return the variables and attributes that an expression computes with, in their order."""
+    called = [part.func for part in ast.walk(value) if isinstance(part, ast.Call)]
+    own = {part.id for part in ast.walk(value)
+           if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    inside = [inner for part in ast.walk(value) if isinstance(part, ast.Attribute)
+              for inner in ast.walk(part.value)]
+    parts = [part for part in ast.walk(value)
+             if isinstance(part, (ast.Name, ast.Attribute))
+             and part not in called and part not in inside]
+    parts.sort(key=lambda part: (part.lineno, part.col_offset))
+    texts = dict.fromkeys(ast.unparse(part) for part in parts)
+    return [text for text in texts
+            if re.fullmatch(r"[\w.]+", text) and text.partition(".")[0] not in own]
+
+
+def taken_out(source: str, chosen: list[Technique], original: str = "") -> str:
     """Return a source with `raise NotImplementedError("name")` for each chosen technique's body.
 
-    source: the original's or a learner's. hints: leave a hint above it.
+    source: the original's or a learner's. original: the source that hints are made from, or "" for
+    no hints.
     """
     lines = source.splitlines(keepends=True)
     nodes = functions_of(parsed(source))
@@ -256,10 +390,8 @@ def taken_out(source: str, chosen: list[Technique], hints: bool = False) -> str:
         indent = " " * (node.col_offset + 4)
         line_end = "\r\n" if lines[where.start - 1].endswith("\r\n") else "\n"
         new_lines = [f'{indent}raise NotImplementedError("{technique.name}"){line_end}']
-        if hints:
-            clue = hint(technique)
-            if clue:
-                new_lines.insert(0, f"{indent}{clue}{line_end}")
+        if original:
+            new_lines[:0] = [f"{indent}# {line}{line_end}" for line in hint(technique, original)]
         lines[where.start - 1:where.stop - 1] = new_lines
     return "".join(lines)
 
@@ -325,7 +457,7 @@ def exercise_in(target: Path, script: str, wanted: str, hints: bool) -> tuple[st
                           f"file, or name one technique, as in {script}.{chosen[0].name}")
         source = learners_source(target)
         check_unwritten(source.removeprefix(MARK), chosen, target)
-    text = taken_out(source.removeprefix(MARK), chosen, hints)
+    text = taken_out(source.removeprefix(MARK), chosen, source_of(script) if hints else "")
     if source.startswith(MARK):
         text = MARK + text
     return text, [technique.name for technique in chosen]
@@ -436,7 +568,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("what", nargs="?", default="", help="a script, or script.technique")
     parser.add_argument("folder", nargs="?", type=Path, help="where the exercise goes")
     parser.add_argument("--hint", action="store_true",
-                        help="leave the first comment of each body, or what the body calls")
+                        help="leave an outline of each body: its steps, and what it uses")
     parser.add_argument("--list", action="store_true",
                         help="list the techniques (of one script, or of all) and stop")
     return parser

@@ -127,6 +127,11 @@ class Finder:
         finally:
             self.inside = False
 
+    def pytest_collection_modifyitems(self, items):
+        """Leave out the tests that are not to be tried with any technique."""
+        if self.only is not None:
+            items[:] = [item for item in items if item.originalname in self.only.values()]
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem):
         """Run a test as it is, and with each technique that it calls broken."""

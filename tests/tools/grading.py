@@ -15,8 +15,14 @@ A mistake in one technique, or one that is not written yet, makes no other one w
 runs first with all that the learner has written, and with the original's techniques for the rest.
 If it fails, or takes long, it runs with the original's techniques alone, and each call of one is
 repeated with the learner's on a copy of the arguments. Where both give the same, the learner's is
-not to blame. Each of the others is tried alone: the test runs with it and with the original's for
-the rest.
+not to blame. The others are tried together, with the original's for the rest; if the test fails,
+each half of them is tried, and so on, until those are found that make it fail alone.
+
+A grade takes about as long as the tests do. A wrong technique is looked into for LONGEST_BLAMED
+seconds; then the original's takes its place, and its other tests are skipped. The tests of a script
+get LONGEST_GRADE seconds. First come those that are best for one technique (exercise.py --list
+names them), so that what is cut off tells least. All these are seconds of this process, not of
+the clock, so that a busy machine makes nobody's code too slow.
 
 Without --impl, two workers of pytest-xdist share the tests, where it is installed.
 
@@ -52,6 +58,7 @@ from tests.tools.exercise import (
     code_of,
     functions_of,
     is_written,
+    listed_tests,
     parsed,
     read,
     source_of,
@@ -62,12 +69,19 @@ from tests.tools.importing import compiled, imported, is_property, missing, prob
 
 MOST_CALLS = 60         # of one technique in one test that are repeated
 LONGEST_REPEATS = 0.2   # seconds that the repeated calls of one technique in one test may take
+LONGEST_ALL = 2         # seconds that all repeated calls in one test may take
 MOST_ITEMS = 1000       # of a generator that are compared
-LONGEST_FIRST = 1       # seconds that a test may take with all that the learner has written, or
-                        # else its techniques are tried one by one
+LONGEST_FIRST = 1       # seconds that a test may take with several techniques of the learner, or
+                        # else they are tried alone; after the best tests have run: ...
+LONGEST_LATER = 5       # ... this many, as what never ends is known then
+TIMES_FIRST = 3         # if the originals take long: this many times what they take
 LONGEST = 3             # seconds that a call, or a test with one technique, may take, or ...
-TIMES_AS_LONG = 20      # ... this many times what the original's takes, if that is more
+TIMES_AS_LONG = 10      # ... this many times what the original's takes, if that is more
 LONGEST_ORIGINAL = 120  # seconds that a test may take with the original's techniques
+LONGEST_SEARCH = 5      # seconds that finding out why one test fails may take
+LONGEST_BLAMED = 2      # seconds in which one technique may be found wrong, again and again
+LONGEST_GRADE = 100     # seconds that the tests of one script may take
+OFTEN = 0.25            # seconds, at most, between two looks whether a time limit is reached
 INDENT = " " * 9        # of the details below a grade
 DETAILS = WIDTH - len(INDENT)  # columns of such a line
 ROWS = (list, tuple, deque)    # what has items in places 0, 1, ...
@@ -170,7 +184,7 @@ MISTAKES = (Exception, SystemExit, pytest.fail.Exception)
 class Counterexample(NamedTuple):
     """A call whose result differs from the original's, as it is shown."""
 
-    rank: tuple[bool, int]  # whether the original's refuses it, and the size of the call
+    rank: tuple  # what is smaller is shown rather
     lines: list[str]
 
 
@@ -193,6 +207,13 @@ class Grade:
         self.failures = []
         self.counterexample = None  # the smallest, if possible one that is not to be refused
         self.never_ends = None     # the lines that show the call or the test
+        self.seconds_blamed = 0.0  # that finding out about its failures has taken
+        self.n_skipped = 0         # tests that call it, after it has used up its time
+
+    def is_open(self):
+        """Return whether the learner has written this, and more tests may tell more about it."""
+        return (self.state == "written" and not self.never_ends
+                and self.seconds_blamed < LONGEST_BLAMED)
 
     def word(self):
         """Return "done", "wrong", "not yet" or "no test"."""
@@ -213,9 +234,11 @@ class Grade:
         if self.state == "missing":
             return [f"not there: your file has no function {self.name}; put its def line back"]
         if self.never_ends:
-            return [f"never ends, or takes more than {LONGEST} seconds; its other tests are "
-                    "skipped", *self.never_ends]
+            return [f"never ends, or takes more than {LONGEST} seconds and {TIMES_AS_LONG} times "
+                    "what the original's takes; its other tests are skipped", *self.never_ends]
         passed = f"{self.n_tests - len(self.failures)} of {self.n_tests} tests pass"
+        if self.n_skipped:
+            passed += f", {self.n_skipped} more {'is' if self.n_skipped == 1 else 'are'} skipped"
         if not self.failures:
             return [passed]
         if self.counterexample:
@@ -225,6 +248,23 @@ class Grade:
 
 
 # ------------------------------------------------------------------------------------ the grader
+
+class StatusLine:
+    """A line on the terminal that says what is going on, and is gone in the end."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.width = 0  # of what it says now
+
+    def show(self, text):
+        """Say something in place of what it says now, if the stream is a terminal."""
+        if not self.stream.isatty():
+            return
+        text = text[:WIDTH - 1]
+        self.stream.write("\r" + text.ljust(self.width) + "\r" + text)
+        self.stream.flush()
+        self.width = len(text)
+
 
 class Grader:
     """Runs the tests on the learner's techniques and on the original's, and writes the grades.
@@ -244,14 +284,25 @@ class Grader:
         self.broken_tests = []  # that fail with the original's techniques
         self.n_tests = 0        # that run
         self.n_left_out = 0     # tests that do not run, as with -k
+        self.n_too_late = 0     # tests that do not run because the others have taken long
+        self.n_begun = 0        # tests that have begun to run
+        self.status = StatusLine(sys.stderr)
+        self.seconds = Counter()  # script: what its tests have taken
+        self.best_tests = set(listed_tests().values())  # each for one technique
 
-        self.whose = lambda key: "original's"  # or "learner's": which function a call goes to
-        self.repeats = False        # whether calls are repeated with the learner's technique
+        self.learners = frozenset()  # keys of the techniques whose calls go to the learner's
+        self.repeats = frozenset()   # keys of those whose calls are repeated with the learner's
+        self.inner_seconds = 0.0     # of the learner's techniques that the running one has called
+        self.own_seconds = Counter()  # of the learner's techniques, without those that they call
         self.called = set()         # keys, in this test
+        self.undecided = set()      # keys of those that may make this test fail, or may not
         self.unchecked = set()      # keys with a call that was not repeated, in this test
         self.differed = set()       # keys with a call that differed, in this test
         self.n_repeated = Counter()       # calls of each key, in this test
         self.time_repeated = Counter()    # seconds of each key, in this test
+        self.seconds_repeated = 0.0       # of all keys
+        self.fixtures = {}                # of this test
+        self.has_cached = False     # whether what this test has cached makes a difference
         for script in scripts:
             self.take_in(script)
 
@@ -260,6 +311,7 @@ class Grader:
     def take_in(self, script):
         """Import the learner's script and make a Grade of each technique, or note the problem."""
         path = self.path(script)
+        self.status.show(f"grading: reading {path.name}")
         self.problems[script] = problem_of(script, path)
         if self.problems[script]:
             return
@@ -322,9 +374,21 @@ class Grader:
         """Count the tests that do not run."""
         self.n_left_out += len(items)
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        """Let the best test of each technique run before the other tests of its script."""
+        files = list(dict.fromkeys(item.path for item in items))
+        items.sort(key=lambda item: (files.index(item.path),
+                                     item.originalname not in self.best_tests))
+
     def pytest_collection_finish(self, session):
         """Count the tests that run."""
         self.n_tests = len(session.items)
+
+    def pytest_runtest_logstart(self):
+        """Say on the terminal which test begins."""
+        self.n_begun += 1
+        self.status.show(f"grading: {self.n_begun} of {self.n_tests} tests")
 
     # ----------------------------------------------------------------------- while the tests run
 
@@ -333,80 +397,104 @@ class Grader:
         if key not in self.originals:  # while the script is imported
             return learners(*arguments, **options)
         self.called.add(key)
-        if self.whose(key) == "learner's":
-            return learners(*arguments, **options)
+        if key in self.learners:
+            return self.timed(key, learners, arguments, options)
         original = self.originals[key]
-        if not self.repeats or not self.is_to_grade(key):
-            return original(*arguments, **options)
-        return self.call_and_repeat(key, original, learners, arguments, options)
+        if key in self.repeats and self.grades[key].is_open():
+            return self.call_and_repeat(key, original, learners, arguments, options)
+        return original(*arguments, **options)
 
-    def is_to_grade(self, key):
-        """Return whether the learner has written this technique, and it may still be right."""
-        grade = self.grades.get(key)
-        return grade is not None and grade.state == "written" and not grade.never_ends
+    def timed(self, key, learners, arguments, options):
+        """Call the learner's technique, and note how long it takes without those that it calls."""
+        others = self.inner_seconds
+        self.inner_seconds = 0.0
+        start = time.perf_counter()
+        try:
+            return learners(*arguments, **options)
+        finally:
+            seconds = time.perf_counter() - start
+            self.own_seconds[key] += seconds - self.inner_seconds
+            self.inner_seconds = others + seconds
 
     def call_and_repeat(self, key, original, learners, arguments, options):
         """Call the original's technique, and the learner's on a copy. Compare what they do."""
-        before = None
         may_repeat = (self.n_repeated[key] < MOST_CALLS
-                      and self.time_repeated[key] < LONGEST_REPEATS)
-        start = time.perf_counter()
-        if may_repeat:
-            before = copied((arguments, options))
+                      and self.time_repeated[key] < LONGEST_REPEATS
+                      and self.seconds_repeated < LONGEST_ALL)
+        if not may_repeat:
+            self.unchecked.add(key)
+            return original(*arguments, **options)
+        start = time.process_time()
+        before = copied((arguments, options))
         if before is None:
             self.unchecked.add(key)
             return original(*arguments, **options)
         self.n_repeated[key] += 1
-        start_of_call = time.perf_counter()
+        start_of_call = time.process_time()
         result = attempt(original, arguments, options)
-        seconds = time.perf_counter() - start_of_call
-        with self.using({key}, repeats=False):
-            if inspect.isgenerator(result):  # it has not begun: the arguments are as they were
+        seconds = time.process_time() - start_of_call
+        with self.using({key}):
+            yields = inspect.isgenerator(result)
+            if yields:  # it has not begun: the arguments are as they were
                 after = copied((arguments, options))
-                expected = attempt_all(original, *after), *after
+                expected = attempt_all(original, *after, yields), *after
             else:
                 expected = result, arguments, options
-            self.compare(key, learners, before, expected, seconds)
-        self.time_repeated[key] += time.perf_counter() - start
+            self.compare(key, learners, before, expected, seconds, yields)
+        seconds = time.process_time() - start
+        self.time_repeated[key] += seconds
+        self.seconds_repeated += seconds
         if isinstance(result, MISTAKES):
             raise result
         return result
 
-    def compare(self, key, learners, before, expected, seconds):
+    def compare(self, key, learners, before, expected, seconds, yields):
         """Call the learner's technique, and note whether it does what is expected.
 
         before: (arguments, options). expected: what the original's call has come to, as
-        (result, arguments, options), in the given seconds.
+        (result, arguments, options), in the given seconds. yields: whether it is a generator.
         """
         grade = self.grades[key]
         shown = copied(before)
         try:
             with time_limit(longest_for(seconds)):
-                result = attempt_all(learners, *before)
+                result = attempt_all(learners, *before, yields)
         except NeverEnds:
             grade.never_ends = call_as_lines(grade.name, *shown)
             return
         outcome = result, *before
         if is_opaque(result) and is_opaque(expected[0]):
             self.unchecked.add(key)
-        elif not same(outcome, expected):
-            self.differed.add(key)
-            rank = isinstance(expected[0], MISTAKES), size_of(shown) + size_of(expected[0])
-            if grade.counterexample is None or rank < grade.counterexample.rank:
-                lines = [*call_as_lines(grade.name, *shown),
-                         *difference(outcome, expected, self.path(key[0]))]
-                grade.counterexample = Counterexample(rank, lines)
+            return
+        are_same = same(outcome, expected)
+        if are_same and other_kind(outcome[0], expected[0]) is None:
+            return
+        self.differed.add(key)
+        # A function among the arguments may draw at random, and so give the two calls other values.
+        rank = (any(map(is_opaque, values_of(expected))), isinstance(expected[0], MISTAKES),
+                are_same, size_of(shown) + size_of(expected[0]))
+        if grade.counterexample is None or rank < grade.counterexample.rank:
+            if are_same:
+                lines = lines_of_kinds(*other_kind(outcome[0], expected[0]))
+            else:
+                names = names_of_arguments(self.originals[key], *shown)
+                lines = difference(outcome, expected, self.path(key[0]), shown, names)
+            lines = [*call_as_lines(grade.name, *shown), *lines]
+            grade.counterexample = Counterexample(rank, lines)
 
     @contextmanager
-    def using(self, keys, repeats):
-        """Use the learner's techniques with these keys, and the original's for all others."""
-        old = self.whose, self.repeats
-        self.whose = lambda key: "learner's" if key in keys else "original's"
-        self.repeats = repeats
+    def using(self, keys, repeats=frozenset()):
+        """Use the learner's techniques with these keys, and the original's for all others.
+
+        repeats: the keys of those whose calls are repeated with the learner's.
+        """
+        old = self.learners, self.repeats
+        self.learners = frozenset(keys)
+        self.repeats = frozenset(repeats)
         try:
             yield
         finally:
-            self.whose, self.repeats = old
+            self.learners, self.repeats = old
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem):
@@ -422,85 +510,172 @@ class Grader:
                 fixtures[name].readouterr()  # forget what an earlier run has printed
             pyfuncitem.obj(**fixtures)
 
+        script = pyfuncitem.path.stem.removeprefix("test_")
+        if self.seconds[script] > LONGEST_GRADE:
+            self.n_too_late += 1
+            pytest.skip("the other tests have taken long")
+        start = time.process_time()
         self.called = set()
-        error = None
-        if not self.passes_with_all(run):
-            error = self.explain(pyfuncitem.name, run)
-        called = [grade for key, grade in self.grades.items() if key in self.called]
-        for grade in called:
-            grade.n_tests += 1
+        self.fixtures = fixtures
+        self.has_cached = False
+        self.undecided = set()
+        was_open = self.open_keys()
+        is_best = pyfuncitem.originalname in self.best_tests
+        longest = LONGEST_FIRST if is_best else LONGEST_LATER
+        error = self.error_of_test(pyfuncitem.name, run, longest)
+        self.seconds[script] += time.process_time() - start
+        for key in self.called & self.grades.keys():
+            grade = self.grades[key]
+            if grade.state == "written" and (key not in was_open or key in self.undecided):
+                grade.n_skipped += 1
+            else:
+                grade.n_tests += 1
         if error is not None:
             raise error
-        unwritten = [grade.name for grade in called if grade.state != "written"]
+        unwritten = [grade.name for key, grade in self.grades.items()
+                     if key in self.called and grade.state != "written"]
         if unwritten:
             pytest.skip(f"not written yet: {', '.join(unwritten)}")
         return True
 
-    def passes_with_all(self, run):
-        """Return whether a test passes with all that the learner has written.
+    def open_keys(self):
+        """Return the keys of the techniques about which more tests may tell more."""
+        return {key for key, grade in self.grades.items() if grade.is_open()}
 
-        What is not written, or never ends, is the original's.
+    def error_of_test(self, test, run, longest):
+        """Return the error of a test that the learner's techniques make fail, or else None.
+
+        longest: how many seconds it may take with all of them, if the originals take less.
         """
-        keys = {key for key in self.grades if self.is_to_grade(key)}
-        try:
-            with self.using(keys, repeats=False), time_limit(LONGEST_FIRST):
-                run()
-        except (*MISTAKES, NeverEnds):
-            return False
-        return True
+        keys = self.open_keys()
+        error = self.error_with(keys, run, longest)
+        if isinstance(error, NeverEnds):  # the original's may take as long
+            seconds = self.run_with_originals(test, run)
+            if seconds is None:
+                return None
+            if seconds * TIMES_FIRST > longest:
+                error = self.error_with(keys, run, seconds * TIMES_FIRST)
+        if error is None:
+            return None
+        start = time.process_time()
+        errors = self.errors_of_each(test, run)
+        if self.has_cached:
+            self.forget_what_is_cached()
+        for key in errors:
+            self.grades[key].seconds_blamed += time.process_time() - start
+        return next(iter(errors.values()), None)
 
-    def explain(self, test, run):
-        """Find out which of the learner's techniques make a test fail. Return an error, or None.
+    def error_with(self, keys, run, seconds):
+        """Return the error of a test with the learner's techniques with these keys, or None.
+
+        What is not among them is the original's. The error is NeverEnds if that takes longer.
+        """
+        if self.has_cached:
+            self.forget_what_is_cached()
+        try:
+            with self.using(keys), time_limit(seconds):
+                run()
+        except (*MISTAKES, NeverEnds) as error:
+            return error
+        return None
+
+    def errors_of_each(self, test, run):
+        """Find out which of the learner's techniques make a test fail, as {key: error}.
 
         Run it with the original's techniques, and repeat their calls; those that agree are not to
-        blame. Then run it with each of the others alone.
+        blame. Those that have failed in other tests may be the only ones to blame.
         """
+        keys = self.open_keys()
+        wrong = {key for key in keys & self.called if self.grades[key].failures}
+        if wrong and self.error_with(keys - wrong, run, LONGEST_FIRST) is None:
+            keys = wrong
         self.unchecked = set()
         self.differed = set()
         self.n_repeated.clear()
         self.time_repeated.clear()
-        seconds = self.run_with_originals(test, run)
+        self.seconds_repeated = 0.0
+        last_start = time.process_time() + LONGEST_SEARCH
+        seconds = self.run_with_originals(test, run, keys)
         if seconds is None:
-            return None
-        error = None
+            return {}
         suspects = self.differed | self.unchecked or self.called
-        for key in self.grades:
-            if self.is_to_grade(key) and key in suspects:
-                error = self.error_with(key, test, run, seconds) or error
-        return error
+        suspects = [key for key in self.grades if key in suspects & keys & self.open_keys()]
+        new = [key for key in suspects if key not in wrong]
+        groups = [[key] for key in suspects if key in wrong]
+        groups.append([key for key in new if key in self.differed])
+        groups.append([key for key in new if key not in self.differed])
+        groups = [group for group in groups if group]
+        errors = {}
+        for group in groups:
+            errors |= self.errors_in(group, test, run, seconds, last_start)
+        return errors
 
-    def run_with_originals(self, test, run):
-        """Run a test with the original's techniques, and repeat their calls.
+    def run_with_originals(self, test, run, keys=frozenset()):
+        """Run a test with the original's techniques, and repeat the calls of those with these keys.
 
-        If it fails, run it once more without repeating them: it may be one that counts them.
-        Return its seconds, or None if it fails again: then something else in the file is broken.
+        If it fails, run it once more without repeating them: it may be one that counts them. If it
+        fails again, forget what is cached, which a wrong technique may have made. Return its
+        seconds, or None if it fails all the same: then something else in the file is broken.
         """
-        for repeats in (True, False):
-            start = time.perf_counter()
+        for repeats in (frozenset(keys), frozenset(), None):
+            if repeats is None:
+                self.has_cached = True
+                self.forget_what_is_cached()
+                repeats = frozenset()
+            start = time.process_time()
             try:
-                with self.using(set(), repeats), time_limit(LONGEST_ORIGINAL):
+                with self.using(frozenset(), repeats), time_limit(LONGEST_ORIGINAL):
                     run()
-                if not repeats:
+                if keys and not repeats:
                     self.unchecked |= self.called
-                return time.perf_counter() - start
+                return time.process_time() - start
             except (*MISTAKES, NeverEnds) as error:
                 message = message_of(error, None)
         self.broken_tests.append(Failure(test, message))
         return None
 
-    def error_with(self, key, test, run, seconds):
+    def forget_what_is_cached(self):
+        """Empty the caches of the scripts' functions, and of the objects that the test is given."""
+        for script in self.scripts:
+            module = sys.modules.get(script)
+            for value in vars(module).values() if module else ():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+        for value in self.fixtures.values():
+            for name in list(getattr(value, "__dict__", ())):
+                if isinstance(getattr(type(value), name, None), functools.cached_property):
+                    del vars(value)[name]
+
+    def errors_in(self, keys, test, run, seconds, last_start):
+        """Return {key: error} of those of the learner's techniques that alone make a test fail.
+
+        keys: a list. If the test passes with all of them, that is none. Or else each half is tried.
+        seconds: what the test takes with the original's techniques. last_start: when it may start
+        for the last time, in seconds of this process; those that are left then are undecided.
+        """
+        if time.process_time() > last_start:
+            self.undecided |= set(keys)
+            return {}
+        if len(keys) == 1:
+            error = self.error_alone(keys[0], test, run, seconds)
+            return {} if error is None else {keys[0]: error}
+        longest = max(LONGEST_FIRST, TIMES_FIRST * seconds)
+        if self.error_with(keys, run, longest) is None:
+            return {}
+        middle = len(keys) // 2
+        return (self.errors_in(keys[:middle], test, run, seconds, last_start)
+                | self.errors_in(keys[middle:], test, run, seconds, last_start))
+
+    def error_alone(self, key, test, run, seconds):
         """Return the error of a test with one of the learner's techniques, or None if it passes."""
         grade = self.grades[key]
-        try:
-            with self.using({key}, repeats=False), time_limit(longest_for(seconds)):
-                run()
-        except NeverEnds:
+        error = self.error_with({key}, run, longest_for(seconds))
+        if isinstance(error, NeverEnds):
             grade.never_ends = [f"in the test {test}"]
             return TimeoutError(f"{grade.name} never ends")
-        except MISTAKES as error:
+        if error is not None:
             grade.failures.append(Failure(test, message_of(error, self.path(key[0]))))
-            return error
-        return None
+        return error
 
     def pytest_collectreport(self, report):
         """Note that the tests of a script cannot be read, as when a constant is gone from it."""
@@ -533,7 +708,8 @@ class Grader:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session, exitstatus):
-        """Set the exit status: 0 if all is done."""
+        """Set the exit status: 0 if all is done. Clear the line that said what is going on."""
+        self.status.show("")
         if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED,
                               pytest.ExitCode.NO_TESTS_COLLECTED):
             return
@@ -551,14 +727,26 @@ class Grader:
 
     def write_what_ran(self, reporter):
         """Write how many tests the grades rest on, if these are not all."""
-        if self.n_left_out:
-            ran = f"{self.n_tests} of {self.n_tests + self.n_left_out} tests"
+        if self.n_too_late:
+            self.write_too_late(reporter)
+        n_ran = self.n_tests - self.n_too_late
+        if self.n_left_out or self.n_too_late:
+            ran = f"{n_ran} of {self.n_tests + self.n_left_out} tests"
         elif self.tests_were_named:
             ran = f"the {self.n_tests} tests that you named, and no others"
         else:
             return
         text = (f"Graded by {ran}. A function that is done here may still fail in the others; in "
                 "the end, grade it by all of them.")
+        reporter.ensure_newline()
+        reporter.write_line(wrapped(text))
+
+    def write_too_late(self, reporter):
+        """Write that tests were left out, and which technique has taken the most time."""
+        key = max(self.own_seconds, key=self.own_seconds.get)
+        are = "is" if self.n_too_late == 1 else "are"
+        text = (f"{self.n_too_late} of the tests {are} left out, because the others took more than "
+                f"{LONGEST_GRADE} seconds: {self.own_seconds[key]:.0f} of them in your {key[1]}.")
         reporter.ensure_newline()
         reporter.write_line(wrapped(text))
 
@@ -716,13 +904,25 @@ def attempt(function, arguments, options):
         return error
 
 
-def attempt_all(function, arguments, options):
-    """Return what attempt() does, but the items of a generator in a list."""
+class Generator:
+    """Stands for the result of a function that yields where the original's returns."""
+
+    __slots__ = ()
+
+    def __repr__(self):
+        return "a generator: it yields, and should return"
+
+
+def attempt_all(function, arguments, options, yields):
+    """Return what attempt() does, but the items of a generator in a list.
+
+    yields: whether a generator is right.
+    """
     try:
         result = function(*arguments, **options)
-        if inspect.isgenerator(result):
-            return list(itertools.islice(result, MOST_ITEMS))
-        return result
+        if not inspect.isgenerator(result):
+            return result
+        return list(itertools.islice(result, MOST_ITEMS)) if yields else Generator()
     except MISTAKES as error:
         return error
 
@@ -734,20 +934,32 @@ def longest_for(seconds):
 
 @contextmanager
 def time_limit(seconds):
-    """Raise NeverEnds in the block if it takes longer. (Not on Windows, which has no SIGALRM.)"""
-    def stop(*_):
-        raise NeverEnds(f"it takes more than {seconds:.0f} seconds")
+    """Raise NeverEnds in the block if this process works longer at it, or waits so long.
 
+    (Not on Windows, which has no SIGALRM.) The seconds of a process are fewer than those of the
+    clock on a busy machine. If they are far fewer, the block does not work but waits.
+    """
     if not hasattr(signal, "SIGALRM"):
         yield
         return
-    signal.signal(signal.SIGALRM, stop)
-    # Again and again, should the learner's code catch it.
-    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    start = time.perf_counter()
+    start_of_work = time.process_time()
+
+    def stop(*_):
+        worked = time.process_time() - start_of_work
+        if worked >= 0.95 * seconds or worked < 0.1 * (time.perf_counter() - start):
+            raise NeverEnds(f"it takes more than {seconds:.0f} seconds")
+
+    outer_stop = signal.signal(signal.SIGALRM, stop)
+    # Again and again, should the time not be up, or the learner's code catch it.
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds, min(seconds, OFTEN))
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, outer, 1)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, outer_stop)
+        if outer:
+            signal.setitimer(signal.ITIMER_REAL, outer, OFTEN)
 
 
 # ------------------------------------------------------------------------ comparing and showing
@@ -796,17 +1008,55 @@ def same_number(a, b):
         return False
 
 
-def difference(learners_call, originals_call, path):
+def other_kind(a, b):
+    """Return the first parts of two results that are the same but of different kinds, or None.
+
+    A list may not do where a tuple is expected, nor a float for an int; but an int for a float.
+    """
+    if isinstance(a, MISTAKES) or isinstance(b, MISTAKES):
+        return None
+    if isinstance(b, (int, *ROWS)) and type(a) is not type(b):
+        return a, b
+    if isinstance(b, ROWS):
+        return next(filter(None, map(other_kind, a, b)), None)
+    return None
+
+
+def lines_of_kinds(a, b):
+    """Return the lines that show two values of different kinds."""
+    return [one_line(f"  yours     {with_kind(a)}"), one_line(f"  expected  {with_kind(b)}")]
+
+
+def with_kind(value):
+    """Return a value as text, and which kind it is."""
+    kind = type(value).__name__
+    article = "an" if kind[0] in "aeiou" else "a"
+    return f"{article} {kind}: {exact(value)}"
+
+
+def names_of_arguments(function, arguments, options):
+    """Return the names of the arguments of a call, in the order of values_of()."""
+    names = list(inspect.signature(function).parameters)
+    return [*(names[i] if i < len(names) else names[-1] for i in range(len(arguments))), *options]
+
+
+def difference(learners_call, originals_call, path, before, names):
     """Return the lines that show how two calls differ.
 
     A call is (result, arguments, options). If the results are the same, the calls differ in what
     they did to an argument; then the first such argument is shown. path: of the learner's script.
+    before: (arguments, options) as they were. names: of the arguments.
     """
     if not same(learners_call[0], originals_call[0]):
         return two_lines("", learners_call[0], originals_call[0], path)
-    for a, b in zip(values_of(learners_call), values_of(originals_call)):
+    values = zip(values_of(learners_call), values_of(originals_call),
+                 values_of((None, *before)), names)
+    for a, b, value_before, argument in values:
         if same(a, b):
             continue
+        if same(b, value_before):
+            return [one_line(f"  yours     changes {argument} to {as_text(a)}"),
+                    one_line(f"  expected  leaves {argument} as it is")]
         if hasattr(a, "__dict__") and hasattr(b, "__dict__"):
             name = next((name for name in vars(b)
                          if not same(vars(a).get(name), vars(b)[name])), None)
@@ -822,6 +1072,8 @@ def two_lines(verb, a, b, path):
     Where they differ is said if the lines would not show it.
     """
     where = ""
+    if a is None and not verb and not isinstance(b, MISTAKES):
+        return ["  yours     None: is a return missing?", one_line(f"  expected  {as_text(b)}")]
     yours = one_line(f"  yours     {verb}{as_text(a, path)}")
     expected = one_line(f"  expected  {verb}{as_text(b)}")
     if yours.removeprefix("  yours     ") == expected.removeprefix("  expected  "):
@@ -874,9 +1126,9 @@ class Short(reprlib.Repr):
         self.maxlevel = 4
 
     def repr_instance(self, x, level):
-        if hasattr(x, "__dict__"):
-            attributes = [f"{name}={self.repr1(value, level - 1)}"
-                          for name, value in vars(x).items()]
+        if hasattr(x, "__dict__") or hasattr(x, "_asdict"):
+            parts = x._asdict() if hasattr(x, "_asdict") else vars(x)
+            attributes = [f"{name}={self.repr1(value, level - 1)}" for name, value in parts.items()]
             return f"{type(x).__name__}({', '.join(attributes)})"
         return self.repr_str(repr(x), level) if len(repr(x)) > self.maxother else repr(x)
 
@@ -907,7 +1159,8 @@ def as_text(value, path=None):
     path: the learner's script, in which the line of an exception is looked up.
     """
     if isinstance(value, MISTAKES):
-        return f"{type(value).__name__}: {value}{line_in(path, value)}"
+        words = f": {value}" if str(value) else ""
+        return f"{type(value).__name__}{line_in(path, value)}{words}"
     return Short().repr(value)
 
 
@@ -923,17 +1176,17 @@ def few_lines(text):
 
 
 def line_in(path, error):
-    """Return where in the learner's script an error came up, as the end of a sentence."""
+    """Return where in the learner's script an error came up, as in " in line 7"."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
              if frame.filename == str(path)]
-    return f", in line {lines[-1]}" if lines else ""
+    return f" in line {lines[-1]}" if lines else ""
 
 
 def message_of(error, path):
     """Return an error as a few lines for the report."""
     lines = [line for line in str(error).splitlines() if line.strip()][:5]
     first = lines[0] if lines else ""
-    return [one_line(f"{type(error).__name__}: {first}{line_in(path, error)}"),
+    return [one_line(f"{type(error).__name__}{line_in(path, error)}: {first}"),
             *map(one_line, lines[1:])]
 
 
