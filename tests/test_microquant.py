@@ -172,6 +172,7 @@ def test_to_bytes_holds_the_codes_and_the_grids(bits):
     assert codes == np.ravel(q.codes).tolist()
     assert list(scales) == np.ravel(q.scales).tolist()
     assert zero_points == np.ravel(q.zero_points).tolist()
+    assert q.stored() == (q.dequantize(), data)
 
 
 @pytest.mark.parametrize("bits, granularity, word", [
