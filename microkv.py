@@ -1476,6 +1476,7 @@ def show_sharing(trace, knobs) -> None:
     pool = BlockPool(4 * ceil_div(len(prompt) + 1, size), size)
     texts, caches = fork_prompt(model, prompt, pool)
     prompt_table = list(caches[0].block_table)
+    needed = [cache.blocks_needed(1) for cache in caches]
     grow_texts(model, texts, caches, 1)
     copies = sum(cache.block_table[:len(prompt_table)] != prompt_table for cache in caches)
     used = pool.num_blocks - pool.num_free_blocks
@@ -1495,6 +1496,8 @@ def show_sharing(trace, knobs) -> None:
                   "last answer to write was then alone in that block, and needed no copy.")
     trace.say(f"{used} blocks are in use. Without sharing there would be {pool.num_blocks}.")
 
+    trace.check("before its first word each answer needs one block, for a copy or for new tokens",
+                needed == [1, 1, 1, 1], f"{len(needed)} answers")
     trace.check("copies = answers - 1 if the prompt ends inside a block, otherwise none",
                 copies == (3 if len(prompt) % size else 0), f"{copies} copies for 4 answers")
     trace.check_close("keys and values of every answer, in order = those of a cache of its own",
@@ -1574,10 +1577,16 @@ def show_prefix_caching(trace, knobs) -> None:
                 found == [row.longest for row in rows],
                 f"{', '.join(map(str, found))} tokens")
     cache = report.states[0].cache  # empty by now
-    one_block = requests[3].prompt[:size]
+    prompt = requests[3].prompt
+    one_block = prompt[:size]
     trace.check("a prompt as long as one block finds nothing: its last token must be run",
                 adopt_prefix(cache, one_block) == 0,
                 f"the first {len(one_block)} tokens of request 3")
+    without_second = [*one_block, *prompt[2 * size:3 * size], 0]
+    expected = shared_start(without_second, prompt) // size * size
+    trace.check("if the second block of a prompt is left out, the blocks after it are not found",
+                adopt_prefix(cache, without_second) == expected,
+                f"request 3, {expected} tokens found")
     prompt_tokens = sum(row.prompt for row in rows)
     trace.check("what was found was not computed", report.computed == needed - sum(found),
                 f"{prompt_tokens} tokens of prompts + {needed - prompt_tokens} of answers - "
@@ -1585,11 +1594,13 @@ def show_prefix_caching(trace, knobs) -> None:
     trace.check("the answers are what each request gets alone",
                 report.tokens == knobs.lab.solo_tokens(requests), f"{len(requests)} requests")
     pool = cache.pool
-    named = len(pool.block_of)
+    n_hashes = len(pool.block_of)
     while pool.num_free_blocks:
         pool.allocate()
-    trace.check("blocks that are handed out again are found no more",
-                not pool.block_of and not pool.hash_of, f"hashes before: {named}")
+    in_use = dict(zip(cache.block_table, cache.hashes))
+    trace.check("blocks that are handed out again are found no more, but those in use are",
+                pool.hash_of == in_use and len(pool.block_of) == len(in_use),
+                f"{n_hashes} blocks had hashes before, {len(in_use)} now")
 
 
 # 6. Continuous batching
@@ -1630,6 +1641,21 @@ def timeline(report: Report, width: int = 66) -> list[str]:
     return lines
 
 
+def batches_are_closed(report: Report) -> bool:
+    """Return whether every step runs only requests of the step before, or none of them."""
+    for earlier, later in zip(report.steps, report.steps[1:]):
+        newcomers = later.tokens.keys() - earlier.tokens.keys()
+        if newcomers and newcomers != later.tokens.keys():
+            return False
+    return True
+
+
+def nobody_is_early(report: Report) -> bool:
+    """Return whether every request of every step had arrived when the step started."""
+    return all(max(report.states[number].arrival for number in step.tokens) <= step.start
+               for step in report.steps)
+
+
 def show_continuous(trace, knobs) -> None:
     """Show the same requests in static batches and in continuous ones."""
     requests = knobs.requests
@@ -1664,8 +1690,14 @@ def show_continuous(trace, knobs) -> None:
               "batches took 1.2 to 1.6 times as many steps, and the mean time to the first token "
               "was 2.1 to 6.0 times as long.")
     full = [step for step in continuous.steps if step.waiting]
-    trace.check("continuous: no place stays empty while somebody waits",
-                all(len(step.tokens) == places for step in full), f"in {len(full)} steps")
+    trace.check("static: nobody joins a batch that is under way", batches_are_closed(static),
+                f"in {len(static.steps)} steps")
+    trace.check("nobody runs before it has come, either way",
+                nobody_is_early(static) and nobody_is_early(continuous),
+                f"{len(requests)} requests")
+    if full:
+        trace.check("continuous: no place stays empty while somebody waits",
+                    all(len(step.tokens) == places for step in full), f"in {len(full)} steps")
     trace.check("continuous batching needs no more steps than static batches",
                 len(continuous.steps) <= len(static.steps),
                 f"{len(continuous.steps)} and {len(static.steps)} steps")
