@@ -1062,7 +1062,7 @@ def test_the_longest_waits_are_what_is_shown():
 
 
 def test_poisson_requests():
-    requests = m.poisson_requests(4000, 50.0, random.Random(0))
+    requests = m.poisson_requests(4000, 25.0, random.Random(0))  # for each of two cards
     arrivals = [request.arrival for request in requests]
     assert arrivals == sorted(arrivals)
     gaps = np.diff(arrivals)
