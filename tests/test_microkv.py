@@ -77,28 +77,14 @@ def test_generate_refuses(prompt, n):
         m.generate(make_model(), prompt, n)
 
 
-@each_config
-@pytest.mark.parametrize("n_new, n_cached", [(1, 0), (5, 0), (1, 9), (4, 3)])
-def test_multiplications_are_counted_where_they_are_made(config, n_new, n_cached):
-    model = m.CountingLlama(make_model(config))
-    cache = m.KVCache(config)
-    if n_cached:
-        model.forward([0] * n_cached, cache)
-    logits = model.forward([0] * n_new, cache)
-    assert model.logits[-1] == logits[-1]
-    assert model.products[-1] == m.forward_products(config, n_new, n_cached)
-    assert m.dot is getattr(math, "sumprod", m.dot_by_hand)  # put back
-
-
-@each_config
-def test_the_closed_formula_for_one_token_alone(config):
-    matrices = 0
-    for name, w in make_model(config).weights.items():
-        if np.ndim(w) == 2 and name != "tok_embeddings":
-            matrices += np.size(w)
-    norms = (2 * config.n_layers + 1) * config.dim
-    attention = 2 * config.n_layers * config.dim
-    assert m.forward_products(config, 1, 0) == matrices + norms + attention
+def test_a_watched_model_counts_tokens_and_keeps_the_last_logits():
+    plain = make_model()
+    model = m.WatchedLlama(plain)
+    cache = m.KVCache(plain.config)
+    logits = [model.forward(tokens, cache)[-1] for tokens in ([1, 2, 3], [4])]
+    assert model.n_run == [3, 1]
+    assert model.logits == logits
+    assert plain.forward([1, 2, 3])[-1] == logits[0]
 
 
 # 2. Prefill and decode
@@ -1029,14 +1015,13 @@ def test_two_machines_write_what_one_writes(seed):
 def test_the_split_has_the_first_token_of_whole_prompts_and_the_gaps_of_chunks():
     requests = m.long_prompt_requests(TOKENIZER)
     rows = {}
-    slow = "split, InfiniBand"
-    for way, cards in (("continuous", 1), ("chunked", 1), ("chunked", 2), (slow, 2)):
-        rows[way, cards] = m.measure_latency(m.StandIn(), requests, way, cards)
-    split = rows[slow, 2]
-    assert split.first_token < 0.9 * rows["continuous", 1].first_token
-    assert split.first_token < 0.8 * rows["chunked", 2].first_token
-    assert split.later_gap < 1.05 * rows["chunked", 1].later_gap
-    assert split.second_gap > 1.5 * rows["chunked", 1].second_gap
+    for way in ("continuous", "chunked", "split"):
+        rows[way] = m.measure_latency(requests, way)
+    split = rows["split"]
+    assert split.first_token < 0.9 * rows["continuous"].first_token
+    assert split.first_token < 0.8 * rows["chunked"].first_token
+    assert split.later_gap < 1.05 * rows["chunked"].later_gap
+    assert split.second_gap > 1.5 * rows["chunked"].second_gap
 
 
 # 11. Latency against load
@@ -1045,17 +1030,17 @@ def test_the_split_has_the_first_token_of_whole_prompts_and_the_gaps_of_chunks()
 def test_latency_by_hand():
     """Two cards, a request for each: all first tokens after one step, all gaps a step long."""
     requests = [request_of(1, 3), request_of(1, 3)]
-    row = m.measure_latency(m.StandIn(), requests, "continuous", 2, 7)
+    row = m.measure_latency(requests, "continuous", 7)
     step = m.priced_step(1, 1).seconds * 1e3
-    assert row[:3] == (2, "continuous", 7)
-    assert row[3:] == pytest.approx([step] * 3, rel=1e-3)
+    assert row[:2] == ("continuous", 7)
+    assert row[2:] == pytest.approx([step] * 3, rel=1e-3)
 
 
 def test_the_longest_waits_are_what_is_shown():
     """Of 10 requests, 9 have their first token sooner than the one that is shown."""
     lengths = range(10, 110, 10)
     requests = [request_of(n, 2, arrival=float(n)) for n in lengths]  # each is alone
-    row = m.measure_latency(m.StandIn(), requests, "continuous", 1)
+    row = m.measure_latency(requests, "continuous")
     waits = sorted(m.priced_step(n, n).seconds * 1e3 for n in lengths)
     assert row.first_token == pytest.approx(waits[9], rel=1e-9)
     assert row.later_gap == 0.0  # there is none
@@ -1073,10 +1058,10 @@ def test_poisson_requests():
 
 def test_goodput_by_hand():
     rows = [
-        m.Latency(2, "x", rate=1, first_token=40.0, second_gap=0.0, later_gap=4.0),
-        m.Latency(2, "x", rate=2, first_token=60.0, second_gap=0.0, later_gap=5.0),  # just kept
-        m.Latency(2, "x", rate=3, first_token=61.0, second_gap=0.0, later_gap=4.0),
-        m.Latency(2, "x", rate=4, first_token=9.0, second_gap=0.0, later_gap=6.0),
+        m.Latency("x", rate=1, first_token=40.0, second_gap=0.0, later_gap=4.0),
+        m.Latency("x", rate=2, first_token=60.0, second_gap=0.0, later_gap=5.0),  # just kept
+        m.Latency("x", rate=3, first_token=61.0, second_gap=0.0, later_gap=4.0),
+        m.Latency("x", rate=4, first_token=9.0, second_gap=0.0, later_gap=6.0),
     ]
     assert m.goodput(rows) == 2
     assert m.goodput(rows[2:]) == 0
