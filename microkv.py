@@ -53,7 +53,8 @@ The papers
 #   key, value   two vectors that attention keeps for each token, in every layer: a later token
 #                compares its query with the key, and gathers the value if query and key are alike
 #   write        storing a token's keys and values in the cache
-#   KV head      one set of keys and values; several query heads may share it (GQA)
+#   KV head      one set of keys and values. Each query head may have its own (MHA), several may
+#                share one (GQA), or all may (MQA)
 #   prefill      running the prompt through the model, all of its tokens at once
 #   decode       the steps after that; each runs one token and yields the next
 #   step         one pass through the model, for one request or for several (a batch)
@@ -62,6 +63,8 @@ The papers
 #                computer that the card is plugged into
 #   first token  the time from a request's arrival to its first new token (TTFT)
 #   gap          the time from one new token of a request to the next (ITL, or TPOT)
+#   ceil_div(a, b)              a / b, rounded up
+#   PRICED_MODEL, PRICED_GPU    the model and the card of the cost model: Llama 3.1 8B, an A100
 #
 # Llama.forward(tokens, cache) runs tokens that come after those in the cache, and returns a row of
 # logits for each. In every layer one line of it uses the cache:
@@ -220,16 +223,16 @@ def check_prompt(prompt: Sequence[int], max_new_tokens: int, cache=None) -> None
 #     b · more arithmetic = bytes of weights / bytes per second + b · more reading
 #     b = (bytes of weights / bytes per second) / (more arithmetic - more reading)
 #
-# They are never equal if a request adds more reading than arithmetic. Long before that, memory may
-# be full of caches. The next sections are about that memory.
+# They are never equal if a request adds more reading than arithmetic. Even where they can be equal,
+# memory may be full before the batch is that large. The next sections are about that memory.
 #
 # A step reads every weight that its operations compute with: all but the embedding table, where a
 # step only looks up a few rows. But the table takes up memory like the rest. The cost model
 # leaves out activations, attention's own arithmetic, and the fixed overhead of every step.
 #
-# In production: vLLM measures at its start what weights and activations take, and makes the rest of
-# its share of the card (gpu_memory_utilization, 0.92) into cache blocks: determine_available_memory
-# in vllm/v1/worker/gpu_worker.py.
+# In production: vLLM may use 0.92 of the card's memory (gpu_memory_utilization). It measures at its
+# start what weights and activations take. What is left of the 0.92 becomes cache blocks:
+# determine_available_memory in vllm/v1/worker/gpu_worker.py.
 #
 # Measured by show_intensity().
 
@@ -249,7 +252,7 @@ class Gpu(NamedTuple):
 
 
 class ServedModel(NamedTuple):
-    """A published model with weights and cache of 16 bits, as far as serving it goes."""
+    """The sizes of a published model that decide the cost. Bytes per weight are given apart."""
 
     name: str
     parameters: float  # with the embedding table
@@ -361,7 +364,8 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.ref_count = [0] * num_blocks
-        self.free_blocks = OrderedDict.fromkeys(range(num_blocks))  # in the order of handing out
+        # In the order of handing out. An OrderedDict, as share() takes blocks out of its middle.
+        self.free_blocks = OrderedDict.fromkeys(range(num_blocks))
         # slots[slot][layer] = (key, value)
         self.slots: list[dict] = [{} for _ in range(num_blocks * block_size)]
         self.block_of: dict[str, int] = {}  # hash -> the block that has this content (section 5)
@@ -387,7 +391,7 @@ class BlockPool:
         return block
 
     def share(self, block: int) -> None:
-        """Add a reference to a block. If it was free, its content is wanted again."""
+        """Add a reference to a block. If it was free, it leaves the free list."""
         self.free_blocks.pop(block, None)
         self.ref_count[block] += 1
 
@@ -411,7 +415,7 @@ class PagedKVCache:
         self.config = config
         self.length = 0                   # tokens in the cache
         self.block_table: list[int] = []  # its blocks, in the order of the text
-        self.hashes: list[str] = []       # the names of its full blocks (section 5)
+        self.hashes: list[str] = []       # of its full blocks (section 5)
 
     def slot(self, position: int) -> int:
         """Return the slot in the pool of the token at this position of the text."""
@@ -508,7 +512,8 @@ def fork(cache: PagedKVCache) -> PagedKVCache:
     """Return a second cache with the same content in the same blocks. Nothing is copied."""
     twin = PagedKVCache(cache.pool, cache.config)
     twin.length = cache.length
-    n_blocks = ceil_div(cache.length, cache.pool.block_size)  # no block that is only reserved
+    # Leave out reserved blocks that hold no token yet.
+    n_blocks = ceil_div(cache.length, cache.pool.block_size)
     twin.block_table = cache.block_table[:n_blocks]
     twin.hashes = list(cache.hashes)
     for block in twin.block_table:
@@ -517,7 +522,7 @@ def fork(cache: PagedKVCache) -> PagedKVCache:
 
 
 def copy_last_block(cache: PagedKVCache) -> None:
-    """Replace the block that is written next, in this table, by a copy of its filled slots."""
+    """Give this cache its own copy of the block that it writes next."""
     pool = cache.pool
     last, filled = divmod(cache.length, pool.block_size)
     shared = cache.block_table[last]
@@ -533,16 +538,17 @@ def copy_last_block(cache: PagedKVCache) -> None:
 #
 # Requests often begin alike: with the same system prompt, or with the conversation so far. The keys
 # and values in a full block depend on its tokens and on all tokens before them. So give the block a
-# name that is made from both. The name of the block before stands for all tokens before:
+# hash that is made from both. The hash of the block before stands for all tokens before:
 #
 #     hash(block i) = SHA-256(hash(block i - 1), tokens of block i)
 #
-# With blocks of 2, the texts "a b c d" and "a b c e" have names that are made like this:
+# With blocks of 2, the texts "a b c d" and "a b c e" have these hashes:
 #
-#     H1 = hash("", a b)     H2 = hash(H1, c d)            H1 = hash("", a b)     H3 = hash(H1, c e)
+#     a b c d:   H1 = hash("", a b)   H2 = hash(H1, c d)
+#     a b c e:   H1 = hash("", a b)   H3 = hash(H1, c e)
 #
 # The second text finds H1 in the pool, takes that block, and runs only "c e" through the model.
-# Free blocks keep their content and their name until they are handed out, so even the blocks of
+# Free blocks keep their content and their hash until they are handed out, so even the blocks of
 # finished requests are found. The last token of a prompt is always run: the cache has keys and
 # values, and the request needs the logits of that token.
 #
@@ -552,28 +558,28 @@ def copy_last_block(cache: PagedKVCache) -> None:
 # knows two texts with the same hash. With a shorter or weaker hash, compare the tokens of the block
 # and of all before it.
 #
-# In production: vLLM keeps every block with the same content under one name (block_pool.py). Here
-# only the first such block has the name. (Two requests that start together compute the same block
-# twice.) When that block is handed out, its copies are not found any more. In nano-vllm the last
-# such block has the name, the tokens of the block are compared, and a prompt that is cut up gets
-# all its blocks at once. SGLang keeps a tree of prefixes instead of hashes. LMCache and Mooncake
-# keep copies in the host's memory or on other machines.
+# In production: vLLM keeps every block with the same content under one hash (block_pool.py). Here
+# only the first such block is kept. (Two requests that start together compute the same block
+# twice.) When that block is handed out, its copies are not found any more. nano-vllm keeps the last
+# such block, and compares the tokens of the block. SGLang keeps a tree of prefixes instead of
+# hashes. LMCache and Mooncake keep copies in the host's memory or on other machines.
 #
 # Measured by show_prefix_caching().
 
 
 def hash_block(parent_hash: str, token_ids: Sequence[int]) -> str:
-    """Return a full block's name, SHA-256 in hex of "<parent>|<tokens with commas>".
+    """Return a full block's hash, SHA-256 in hex of "<parent>|<tokens with commas>".
 
-    parent_hash: the name of the block before it, "" for the first.
+    parent_hash: the hash of the block before it, "" for the first.
     """
     numbers = ",".join(map(str, token_ids))
     return hashlib.sha256(f"{parent_hash}|{numbers}".encode()).hexdigest()
 
 
 def block_hashes(tokens: Sequence[int], block_size: int, known: Sequence[str] = ()) -> list[str]:
-    """Return the names of all full blocks of tokens. known: the names of the first blocks."""
+    """Return the hashes of all full blocks of tokens. known: the hashes of the first blocks."""
     hashes = list(known)
+    # Go through the starts of the full blocks that have no hash yet.
     for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
         parent = hashes[-1] if hashes else ""
         hashes.append(hash_block(parent, tokens[start:start + block_size]))
@@ -581,14 +587,14 @@ def block_hashes(tokens: Sequence[int], block_size: int, known: Sequence[str] = 
 
 
 def register_blocks(cache: PagedKVCache, tokens: Sequence[int]) -> None:
-    """Name the full blocks of a cache that holds these tokens, so that others find the blocks."""
+    """Hash the full blocks of a cache that holds these tokens, so that others find the blocks."""
     pool = cache.pool
-    n_named = len(cache.hashes)
+    n_known = len(cache.hashes)
     cache.hashes = block_hashes(tokens[:cache.length], pool.block_size, cache.hashes)
-    for block, name in zip(cache.block_table[n_named:], cache.hashes[n_named:]):
-        if name not in pool.block_of:
-            pool.block_of[name] = block
-            pool.hash_of[block] = name
+    for block, block_hash in zip(cache.block_table[n_known:], cache.hashes[n_known:]):
+        if block_hash not in pool.block_of:
+            pool.block_of[block_hash] = block
+            pool.hash_of[block] = block_hash
 
 
 def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
@@ -597,32 +603,36 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
     Returns how many tokens were found. The last token is never looked for: it must be run.
     """
     pool = cache.pool
-    for name in block_hashes(tokens[:-1], pool.block_size):
-        if name not in pool.block_of:
+    for block_hash in block_hashes(tokens[:-1], pool.block_size):
+        if block_hash not in pool.block_of:
             break
-        block = pool.block_of[name]
+        block = pool.block_of[block_hash]
         pool.share(block)
         cache.block_table.append(block)
-        cache.hashes.append(name)
+        cache.hashes.append(block_hash)
         cache.length += pool.block_size
     return cache.length
 
 
 # 6. Continuous batching
 #
-# Reading the weights is most of a decode step of a few requests (section 2), so requests should
-# share steps. A static batch starts together and ends with its longest answer. Requests that are
-# done leave their places empty, and new requests wait outside. Orca (Yu et al. 2022) decides anew
-# at every step: whoever is done leaves, and whoever waits and fits comes in. A step has room for
+# Reading the weights takes most of the time of a decode step of a few requests (section 2), so
+# requests should share steps. A static batch starts together and ends with its longest answer.
+# Requests that are done leave their places empty, and new requests wait outside. Orca (Yu et al.
+# 2022) decides anew at every step: whoever is done leaves, and whoever waits and fits comes in. A
+# step has room for
 #
 #     max_num_seqs requests,  max_num_batched_tokens tokens,  and what the free blocks can hold.
 #
 # Requests that run come first, the oldest before the others. Each gets the blocks that it needs.
-# Then waiting requests come in, in order of arrival, until one does not fit. An example with blocks
+# Then waiting requests come in, in order of arrival, until one does not fit.
+#
+# The newest token of a request has been generated, but its keys and values are not in the cache:
+# the next step runs it and stores them. So a text of 6 tokens has 5 cached. An example with blocks
 # of 4 and one free block. A and B are running, and C waits with a prompt of 6 tokens:
 #
-#     A has 8 tokens cached in 2 full blocks; its next token needs a block:   1 free -> 0 free
-#     B has 5 tokens cached in 2 blocks; its next token fits:                 0 free
+#     A has 8 tokens cached in 2 full blocks; its newest needs a third:       1 free -> 0 free
+#     B has 5 tokens cached in 2 blocks; its newest fits:                     0 free
 #     C needs 2 blocks for its prompt:                                        C waits
 #     the step runs one token of A and one of B
 #
@@ -633,18 +643,22 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
 #     A needs a block:                                      0 free
 #     B, the youngest, is preempted and gives back 2:       2 free
 #     A takes one of them:                                  1 free
-#     the step runs one token of A; nobody comes in, or B could come straight back and lose it again
-#     next step: B needs 2 blocks for its 5 + 1 tokens:     B waits, and C behind it
+#     the step runs one token of A; nobody comes in:        1 free
+#     next step: B needs 2 blocks for its text of 6:        B waits, and C behind it
+#
+# Nobody comes in during a step that had to preempt. Otherwise a request whose prompt is cut up
+# (section 7) could return at once with a small part of it, and lose its blocks again.
 #
 # The engine schedules without knowing how long an answer will be. It uses max_new_tokens only to
 # stop, and to refuse a request that could never fit. A real model also stops at its end-of-text
 # token; ours has none, so it always generates max_new_tokens.
 #
 # The model really runs every step, one request after the other. (An engine runs all tokens of a
-# step through each matrix at once. Rows do not mix, so the numbers are the same but for rounding.)
-# The clock is the cost model of section 2: each step takes step_seconds() of Llama 3.1 8B with
-# weights of 4 bits on an A100. Then 38 tokens of a step are free (with 16 bits it would be 153,
-# more than our steps usually run).
+# step through each matrix at once. In a product with a matrix, each token's row is computed by
+# itself, and each request's attention reads only its own cache. So the results are the same but for
+# rounding.) The clock is the cost model of section 2: each step takes step_seconds() of Llama 3.1
+# 8B with weights of 4 bits on an A100. Then 38 tokens of a step are free (with 16 bits it would be
+# 153, more than our steps usually run).
 #
 # Read Engine from its top. run() makes steps, step() schedules one and runs the model, schedule()
 # decides who is in it. Prefix caching is added below, in CachingEngine; swapping and the split over
@@ -666,7 +680,7 @@ class Request(NamedTuple):
     arrival: float = 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # two of these are equal only if they are the same object
 class RequestState:
     """A request on its way through the engine."""
 
@@ -721,7 +735,7 @@ class Engine:
 
     model: Llama
     requests: Sequence[Request]
-    _: KW_ONLY
+    _: KW_ONLY  # what follows must be given by name
     policy: str = "continuous"
     num_blocks: int
     block_size: int
@@ -778,12 +792,12 @@ class Engine:
         budget = self.max_num_batched_tokens
         work = []
         for state in list(self.running):
-            # A request that is being answered lacks one token. Only the youngest can lack more: a
-            # prompt that is cut up takes all of the budget, so nobody comes in behind it. The
-            # youngest is the last of this loop, so the budget has a token left for each: n > 0.
+            # Only the youngest, the last of this loop, can lack more than 1 token: a prompt that is
+            # cut up takes all of the budget, so nobody comes in behind it. Each earlier request
+            # takes 1 token, and no more come in than the budget has tokens, so n > 0.
             n = min(len(state.tokens) - state.cache.length, budget)
             # Without enough blocks, the youngest request loses its own. It may be `state` itself.
-            # If not, its turn in this loop would be later, so nothing in work is its own.
+            # Otherwise it comes later in this loop and is not in work yet.
             while state in self.running and not state.cache.fits(n):
                 self.preempt(self.running[-1])
             if state in self.running:
@@ -863,7 +877,7 @@ class CachingEngine(Engine):
         """Take the blocks that hold the beginning of the text, then reserve blocks for the rest."""
         order = self.pool.free_blocks.copy()
         found = 0
-        if state.cache.length == 0:  # in a class that swaps as well, slots may wait in the host
+        if state.cache.length == 0:  # always, but in a subclass that also swaps (section 9)
             found = adopt_prefix(state.cache, state.tokens)
         n = super().admit(state, budget)
         if n > 0:
@@ -876,7 +890,7 @@ class CachingEngine(Engine):
         return n
 
     def run_model(self, state: RequestState, n: int) -> int:
-        """Run n tokens, and name the blocks that are now full."""
+        """Run n tokens, and hash the blocks that are now full."""
         next_token = super().run_model(state, n)
         register_blocks(state.cache, state.tokens)
         return next_token
@@ -905,7 +919,7 @@ def in_order_of_arrival(states: Sequence[RequestState]) -> list[RequestState]:
 
 
 def priced_step(new_tokens: int, cached_tokens: int) -> StepTime:
-    """Return the times of an engine's step, by the cost model."""
+    """Return the times of an engine's step, by the cost model, for PRICED_MODEL on PRICED_GPU."""
     return step_seconds(PRICED_GPU, PRICED_MODEL, new_tokens, cached_tokens, PRICED_WEIGHT_BYTES)
 
 
@@ -932,7 +946,8 @@ def check_settings(engine: Engine) -> None:
                          f"{budget}")
     for number, request in enumerate(engine.requests):
         total = len(request.prompt) + request.max_new_tokens
-        most = total - 1  # in one step, if it comes back near its end: its last token is never run
+        # After a preemption near its end, it must run all of its text but the last token at once.
+        most = total - 1
         if not request.prompt or request.max_new_tokens < 1:
             raise ValueError(f"request {number} must have a prompt and max_new_tokens of at least "
                              "1")
@@ -967,7 +982,8 @@ def check_settings(engine: Engine) -> None:
 # budget the steps are longer for everybody, but the prompt may take fewer of them: with r requests
 # running, a prompt of p tokens takes ceil(p / (budget - r)) steps.
 #
-# The rule assumes empty caches. With 1,000 cached tokens to read, 39 are free; with 4,400, 44 are.
+# The rule assumes empty caches. Reading caches lengthens the step, so more arithmetic fits: with
+# 1,000 cached tokens to read, 39 tokens are free; with 4,400, 44 are.
 #
 # The code is in the engine already: the min(…, budget) in schedule_running() and in admit().
 #
@@ -1169,8 +1185,9 @@ def serve_split(
     """Return what the decode machine does, and the bytes that crossed to it.
 
     The prefill machine makes the first token of every request. The request arrives at the decode
-    machine when its keys and values have crossed a link that no other request uses. settings: those
-    of serve(), for both machines.
+    machine when its keys and values have crossed a link that no other request uses. Decode never
+    affects prefill, so one can be simulated after the other. settings: those of serve(), for both
+    machines.
     """
     prompts_only = [request._replace(max_new_tokens=1) for request in requests]
     prefill = PrefillEngine(model, prompts_only, **settings)
@@ -1310,9 +1327,9 @@ def show_intensity(trace, knobs) -> None:
               "it runs one token or many. The step takes the longer of two times, arithmetic and "
               "reading: this rule is the cost model of this page. The ridge of a card is the "
               f"number of FLOPs that the card can do while it reads a byte: {PRICED_GPU.ridge:.0f} "
-              f"FLOPs per byte for the {PRICED_GPU.name}. A step with fewer FLOPs per byte waits "
-              "for memory. A weight of 2 bytes takes 2 FLOPs for each token, so a step that runs "
-              f"{PRICED_GPU.ridge:.0f} tokens makes {PRICED_GPU.ridge:.0f} FLOPs per byte of "
+              f"FLOPs per byte for the {PRICED_GPU.name}. A step that makes fewer FLOPs per byte "
+              "waits for memory. A weight of 2 bytes takes 2 FLOPs for each token, so a step that "
+              f"runs {PRICED_GPU.ridge:.0f} tokens makes {PRICED_GPU.ridge:.0f} FLOPs per byte of "
               "weights.")
     trace.say(f"{PRICED_MODEL.name} with weights of 16 bits, by the cost model: the prefill of a "
               "prompt, and decode steps for batches of requests, all with 1024 tokens each:")
@@ -1320,13 +1337,14 @@ def show_intensity(trace, knobs) -> None:
     trace.table([prefill, *decode], {"phase": "", "requests": "d", "tokens as tokens run": ",d",
                                      "arithmetic as arithmetic, ms": ".2f",
                                      "reading as reading, ms": ".2f"})
+    trace.note("The prefill and one request's decode step read the same: the weights, and the keys "
+               "and values of 1024 tokens.")
     trace.say("The prefill is bound by arithmetic, the decode steps by memory. The batch of 128 "
               f"takes {longer:.1f} times as long as one request and yields "
               f"{128 / longer:.0f} times as many tokens a second, as all share one reading of the "
               f"weights. Arithmetic takes longer than reading from a batch of {at_ridge[0]} on if "
               f"nothing is cached, and from {at_ridge[1]} on with 256 tokens cached for each "
-              "request. With 1024 it never does: every request's cache must be read, too. (The "
-              "prefill reads what it has just written.)")
+              "request. With 1024 it never does: every request's cache must be read, too.")
     trace.say(f"And memory ends. A token's keys and values take {PRICED_MODEL.kv_bytes / 1024:.0f} "
               f"KiB, so {fit} requests of 4096 tokens fit beside the weights, in nine tenths of 80 "
               "GB. (Engines leave the rest for activations.)")
@@ -1424,8 +1442,9 @@ def show_paging(trace, knobs) -> None:
     for block in reversed(handed_out):
         three.free(block)
     handed_out += [three.allocate(), three.allocate(), three.allocate()]
-    trace.check("the block that has been free longest goes out first: 0, 1 out; 1, 0 back; then 2, "
-                "1, 0 out", handed_out == [0, 1, 2, 1, 0], "3 blocks")
+    trace.check("the block that has been free longest goes out first: blocks 0 and 1 are taken, 1 "
+                "is given back before 0, and the next three taken are 2, 1, 0",
+                handed_out == [0, 1, 2, 1, 0], "3 blocks")
 
 
 # 4. Sharing: reference counts and copy on write
@@ -1638,7 +1657,9 @@ def show_continuous(trace, knobs) -> None:
     trace.say("One set of requests proves little. So the same was measured on 20 sets of requests, "
               f"seeds 0 to 19, at the default settings (this page shows seed {knobs.seed}). Static "
               "batches took 1.2 to 1.6 times as many steps, and the mean time to the first token "
-              "was 2.1 to 6.0 times as long.")
+              "was 2.1 to 6.0 times as long. This second figure depends on the arrivals: the first "
+              "request comes alone, so its batch keeps three places empty. If all 9 requests come "
+              "at time 0, it is 1.2 to 2.1.")
     full = [step for step in continuous.steps if step.waiting]
     trace.check("static: two requests start together, or one starts when the other has ended",
                 all(late.times[0] == early.times[0] or late.times[0] > early.times[-1]
@@ -1711,14 +1732,17 @@ def show_chunked(trace, knobs) -> None:
               "step. Chunked prefill cuts the prompt up, so that no step runs more tokens than a "
               "budget. Requests 0 to 2 are being answered when 3 comes, with "
               f"{len(requests[3].prompt)} tokens. A column is a millisecond by the cost model: ▒ a "
-              "new token came, · none came. (Times are rounded down: ▒▒ can be 1.8 ms apart.)")
+              "new token came, · none came. (Times are rounded down, so two ▒ side by side can be "
+              "almost 2 ms apart.)")
     trace.lines(["", "whole prompts:", *clock_line(whole)])
     trace.ask(f"the long prompt made requests 0 to 2 wait {before.worst_gap:.1f} ms for a token. "
               f"What is their longest gap, in ms, if a step runs at most {budget} tokens?",
               after.worst_gap)
     trace.lines(["", f"chunked, at most {budget} tokens per step:", *clock_line(chunked)])
     trace.say(f"The longest gap of requests 0 to 2 is {before.worst_gap:.1f} ms with whole prompts "
-              f"and {after.worst_gap:.1f} with chunks. How large should the budget be?")
+              f"and {after.worst_gap:.1f} with chunks. What this costs: the first token of request "
+              f"3 comes after {before.first_token:.1f} ms with whole prompts and after "
+              f"{after.first_token:.1f} with chunks. How large should the budget be?")
     show_budgets(trace, requests, budget, before)
     alone = knobs.lab.solo_tokens(requests)
     trace.check("every request's tokens are those it gets alone, both ways",
@@ -1793,12 +1817,14 @@ def show_waste(trace, knobs) -> None:
     rows = [memory_row(requests, 128, size) for size in sorted({64, 16, 4, knobs.block_size})]
     one_piece = rows[-1]
     paged = next(row for row in rows if row.block_size == knobs.block_size)
+    trace.say("In short: small blocks use most of a memory, and one piece per request leaves most "
+              "of it empty.")
     trace.say("Before paging, a request's cache was one piece, as long as the longest text that "
-              f"is allowed. {len(requests)} requests share a memory of 128 slots. They will need "
-              f"{min(needed)} to {max(needed)} slots each, which nobody can know, and 64 is the "
-              "most that any may use. So with blocks of 64, the last row, each request has one "
-              "piece: the old way. The scheduler runs for real, with a stand-in for the model. On "
-              "average over the steps in which somebody waited, a slot is")
+              f"is allowed. {len(requests)} requests share a memory of 128 slots. Each may use up "
+              f"to 64 slots. Each will use {min(needed)} to {max(needed)}, but the engine does not "
+              "know this. So with blocks of 64, the last row, each request has one piece: the old "
+              "way. The scheduler runs for real, with a stand-in for the model. On average over "
+              "the steps in which somebody waited, a slot is")
     trace.lines(["  used      if it holds a token now",
                  "  reserved  if it will hold a token of the same request later",
                  "  internal  if it is set aside for a request that will end without using it",
@@ -1810,7 +1836,8 @@ def show_waste(trace, knobs) -> None:
               "token? (as 0.5 or 50%)", one_piece.used)
     trace.table(rows, {"block_size": "d", "used": ".0%", "reserved": ".0%", "internal": ".0%",
                        "free": ".0%", "preempted": "d", "computed": "d", "steps": "d"})
-    trace.note("The PagedAttention paper (2023) found 20.4% to 38.2% used in earlier systems.")
+    trace.note("Shares are rounded. The PagedAttention paper (2023) found 20.4% to 38.2% used in "
+               "earlier systems.")
     if paged is not one_piece:
         trace.say(f"In blocks of {paged.block_size}, {paged.used:.0%} of the memory is used and "
                   f"all are done in {paged.steps} steps; in pieces, {one_piece.used:.0%} is used "
@@ -1818,13 +1845,15 @@ def show_waste(trace, knobs) -> None:
                   f"preemptions, and {paged.computed - sum(needed)} tokens that were run again.")
     trace.say("On 20 sets of requests at the defaults, 85% to 88% of the memory was used in blocks "
               "of 4, and 21% to 24% in pieces. Pieces took 2.9 to 3.6 times as many steps. The "
-              "price of the blocks was 5 to 11 preemptions, and 13% to 33% more tokens run.")
+              "price of the blocks was 5 to 11 preemptions, and 13% to 33% more tokens run. What "
+              "is used in pieces depends on the limit, and 64 is our choice: no request needs more "
+              "than 30 slots, and in pieces of 32, 39% to 46% would be used.")
     trace.check("blocks use as much of the memory as pieces or more, and take no more steps",
                 paged.used >= one_piece.used and paged.steps <= one_piece.steps,
                 f"{paged.used:.0%} and {one_piece.used:.0%} used")
     by_hand = serve_by_hand(2, 64, (3, 3), (5, 1))
-    trace.check("by hand, 3 steps of a request that will have 5 tokens, in 2 blocks of 4: used 3 + "
-                "4 + 5, reserved 1 + 0 + 0, internal 0 + 0 + 3, free 4 + 4 + 0",
+    trace.check("by hand: in 2 blocks of 4, a request with 3, 4, then 5 tokens has used 12 slots, "
+                "reserved 1, left 3 of its second block empty, and left 8 free",
                 slot_waste(by_hand, 8, 4) == (12, 1, 3, 8), "3 · 8 slots")
 
 
@@ -1864,6 +1893,7 @@ def show_preemption(trace, knobs) -> None:
     again = serve(knobs.lab.model, requests, num_blocks=n_blocks, **settings)
     swap = serve(knobs.lab.model, requests, engine=SwappingEngine, num_blocks=n_blocks, **settings)
     enough = serve(StandIn(), requests, num_blocks=sum(blocks), **settings)
+    trace.say("In short: a request that loses its blocks loses no token, only time.")
     trace.say("When a running request needs a block and none is free, the youngest running "
               "request loses its blocks and waits. Its text so far is recomputed when it comes "
               "back, or its keys and values are swapped, out to the host and in again. The "
@@ -1873,13 +1903,16 @@ def show_preemption(trace, knobs) -> None:
     trace.ask("how many tokens go through the model when blocks are swapped out and in?",
               swap.computed)
     rows = [preemption_row(again, "recompute"), preemption_row(swap, "swap"),
-            preemption_row(enough, "no need")]
+            preemption_row(enough, "never preempted")]
     trace.table(rows, {"by as comes back by": "", "preempted": "d", "computed": "d",
                        "swapped as swapped out + in, tokens": "d", "steps": "d",
                        "end as ms": ".1f"})
     if min(len(again.steps), len(swap.steps)) > len(enough.steps):
         trace.note(f"{n_blocks} blocks have room for fewer requests at a time, so more steps are "
-                   "needed.")
+                   "needed. The table does not tell how much of this is due to coming back.")
+    if not again.preempted:
+        trace.note("No request lost its blocks. A smaller --num-blocks or a larger --max-num-seqs "
+                   "may show it.")
     trace.lines(["", "By recomputation (× the request loses its blocks, █ its text so far runs):",
                  *timeline(again)])
     trace.say("On 20 sets of requests at the defaults, 0 to 7 preemptions came, and recomputing "
@@ -1946,11 +1979,11 @@ def show_come_back(trace) -> None:
     trace.say("What does coming back cost? By the cost model, in a step in which three others "
               f"decode, a text of 32 tokens takes {costs[32][0]:.2f} ms to recompute and "
               f"{costs[32][1]:.2f} to swap out and in; 128 tokens take {costs[128][0]:.2f} and "
-              f"{costs[128][1]:.2f}. Of the {priced_free_tokens()} tokens of the step that cost no "
-              f"extra time, {priced_free_tokens() - free} are run either way (the newest token of "
-              f"each request), so {free} can be recomputed at no cost. Texts of {crossing} tokens "
-              "or more are cheaper to swap. All texts above are shorter, and cheaper to recompute "
-              "in such a step.")
+              f"{costs[128][1]:.2f}. {priced_free_tokens()} tokens of a step cost no extra time. "
+              f"{priced_free_tokens() - free} of them are run either way: the newest token of the "
+              f"three, and that of the request that comes back. So {free} can be recomputed at no "
+              f"cost. Texts of {crossing} tokens or more are cheaper to swap. All texts above are "
+              "shorter, and cheaper to recompute in such a step.")
     trace.check("by hand: 32 tokens are recomputed in no time and swapped in 2 · 32 · 131072 bytes "
                 "/ 32e9 per second", costs[32][0] == 0 and abs(costs[32][1] - 0.262) < 0.001,
                 "0.262 ms")
@@ -2002,18 +2035,21 @@ def show_split(trace, knobs) -> None:
     rows = [measure_latency(requests, way) for way in ("continuous", "chunked", "split")]
     whole, chunked, split = rows
     report, crossed = serve_split(knobs.lab.model, requests, 1e9, **plenty(requests))
+    trace.say("In short: with a card for each phase, the first token comes early and the later "
+              "gaps are short, but the second token waits.")
     trace.say("One card can do the prefill of all requests and another card their decode; then no "
               "prompt disturbs an answer. The keys and values of a prompt must cross over before "
-              "its second token. The requests of section 7, by the cost model: on two cards that take "
-              "requests in turn, and split:")
+              "its second token. The requests of section 7, by the cost model, on two cards: the "
+              "requests go to card 1, card 2, card 1, …, or each card does a phase (split):")
     trace.ask(f"the prompts have {prompt_tokens} tokens. How many MB of keys and values cross in "
               f"all, at {PRICED_MODEL.kv_bytes / 1024:.0f} KiB per token?", crossed / 1e6)
     trace.table(rows, {"way": "", "first_token as first token, ms": ".1f",
                        "second_gap as to the second, ms": ".1f",
                        "later_gap as later gap, ms": ".1f"})
-    trace.note("The longest of all requests: from arrival to the first token, from the first to "
-               "the second, and between later tokens. continuous: whole prompts. chunked: at most "
-               f"{priced_free_tokens()} tokens per step.")
+    trace.note("Each column is the longest time of any request: from arrival to the first token, "
+               "from the first to the second, and between later tokens. continuous: whole prompts. "
+               f"chunked: at most {priced_free_tokens()} tokens per step. split: the cards are "
+               "joined by NVLink, 300 GB a second each way.")
     trace.say(f"On two cards, whole prompts make gaps of up to {whole.later_gap:.1f} ms, and the "
               f"first token comes after {whole.first_token:.1f} ms. With chunks the later gaps are "
               f"short, {chunked.later_gap:.1f} ms, and the first token comes after "
@@ -2071,10 +2107,12 @@ def show_load(trace, knobs) -> None:
     for way in ("static", "continuous", "chunked", "split"):
         curves[way] = measure_load(way, (5, 10, 20, 40, 80), 80, knobs.seed)
     kept = {way: goodput(rows) for way, rows in curves.items()}
+    trace.say("In short: while few requests come, every way is fast. As more come, first tokens or "
+              "gaps get long, in some ways sooner than in others.")
     trace.say("A serving system is judged by its times under load. 80 requests with prompts of 64 "
-              "to 448 tokens and answers of 8 to 56 come at random to two cards, which take "
-              "requests in turn. (In the split, one card does the prefill and the other the "
-              "decode, over NVLink.) The scheduler runs for real, with a stand-in for the model. "
+              "to 448 tokens and answers of 8 to 56 come at random to two cards. They go to card "
+              "1, card 2, card 1, …, or one card does the prefill and the other the decode (split, "
+              "as in section 10). The scheduler runs for real, with a stand-in for the model. "
               "rate: requests per second for each card, so twice as many come in all. Chunked: at "
               f"most {priced_free_tokens()} tokens per step.")
     trace.ask("users were promised a first token within 60 ms and later gaps within 5 ms. Which "
@@ -2100,9 +2138,10 @@ def show_load(trace, knobs) -> None:
         whole, chunked = (curves[way][2] for way in ("continuous", "chunked"))
         trace.say("On the same two cards, chunks do better than the split here. At a rate of "
                   f"{whole.rate}, first tokens come within {chunked.first_token:.0f} ms with "
-                  f"chunks, and within {whole.first_token:.0f} with whole prompts. The cost model "
-                  "leaves out the overhead of each step, so in it small chunks run as fast as "
-                  "large ones. And the split gives each phase one card, whatever the work is.")
+                  f"chunks, and within {whole.first_token:.0f} with whole prompts. Two things here "
+                  "favour chunks. The cost model leaves out the overhead of each step, so chunks "
+                  f"of {priced_free_tokens()} tokens run nearly as fast as large ones. And the "
+                  "split gives each phase one card, whatever the work is.")
     check_load(trace, curves, kept)
     check_load_by_hand(trace, random.Random(knobs.seed))
 
