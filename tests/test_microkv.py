@@ -979,9 +979,9 @@ def test_the_crossing_takes_its_time_and_changes_nothing():
     model = make_model()
     requests = [m.Request((1, 2, 3), 3, 0.5), m.Request((4, 5), 2)]
     settings = {"num_blocks": 3, "block_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 64}
-    report, crossed = m.serve_split(model, requests, 1e8, **settings)
+    report = m.serve_split(model, requests, 1e8, **settings)
     assert report.tokens == [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
-    assert crossed == 5 * m.PRICED_MODEL.kv_bytes
+    assert report.swapped_tokens == 5
     prefill = m.priced_step(3, 3).seconds
     crossing = 3 * m.PRICED_MODEL.kv_bytes / 1e8
     decode = m.priced_step(1, 4).seconds
@@ -994,8 +994,8 @@ def test_a_request_of_one_token_never_crosses():
     model = make_model(SMALL)
     requests = [m.Request((1, 2, 3), 1), m.Request((4, 5), 2)]
     settings = {"num_blocks": 9, "block_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 64}
-    report, crossed = m.serve_split(model, requests, 1e9, **settings)
-    assert crossed == 2 * m.PRICED_MODEL.kv_bytes
+    report = m.serve_split(model, requests, 1e9, **settings)
+    assert report.swapped_tokens == 2
     assert report.tokens == [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
 
 
@@ -1004,7 +1004,7 @@ def test_two_machines_write_what_one_writes(seed):
     model = make_model(SMALL)
     requests, settings, smallest, _ = request_set(seed)
     settings |= {"num_blocks": smallest, "max_num_batched_tokens": 1024}
-    report, _ = m.serve_split(model, requests, 1e9, **settings)
+    report = m.serve_split(model, requests, 1e9, **settings)
     assert report.tokens == [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
     for state in report.states:
         crossing = len(state.request.prompt) * m.PRICED_MODEL.kv_bytes / 1e9
