@@ -558,11 +558,11 @@ def copy_last_block(cache: PagedKVCache) -> None:
 # knows two texts with the same hash. With a shorter or weaker hash, compare the tokens of the block
 # and of all before it.
 #
-# In production: vLLM keeps every block with the same content under one hash (block_pool.py). Here
-# only the first such block is kept. (Two requests that start together compute the same block
-# twice.) When that block is handed out, its copies are not found any more. nano-vllm keeps the last
-# such block, and compares the tokens of the block. SGLang keeps a tree of prefixes instead of
-# hashes. LMCache and Mooncake keep copies in the host's memory or on other machines.
+# In production: in vLLM a hash leads to all blocks with the same content (block_pool.py). Here it
+# leads to the first of them only. (Two requests that start together compute the same block twice.)
+# When that block is handed out, its copies are not found any more. In nano-vllm the hash leads to
+# the last of them, and the tokens of the block are compared. SGLang keeps a tree of prefixes
+# instead of hashes. LMCache and Mooncake keep copies in the host's memory or on other machines.
 #
 # Measured by show_prefix_caching().
 
@@ -691,7 +691,7 @@ class RequestState:
     arrival: float                    # at this engine
     times: list[float] = field(default_factory=list)  # when each new token came, in seconds
     found: int = 0                    # tokens that prefix caching found
-    slots: list[dict] = field(default_factory=list)   # its content, while it is not in the pool
+    slots: list[dict] = field(default_factory=list)   # its content, outside the pool (section 9)
 
     @property
     def done(self) -> bool:
