@@ -1704,7 +1704,7 @@ def budget_row(report: Report, budget: int | str) -> BudgetRow:
                      report.steps[-1].end * 1e3)
 
 
-def clock_line(report: Report, width: int = 67) -> list[str]:
+def clock_line(report: Report, width: int = 66) -> list[str]:
     """Return when tokens came, as a picture: a row per request, a column per millisecond."""
     lines = []
     for state in report.states:
