@@ -2051,8 +2051,8 @@ def show_split(trace, knobs) -> None:
                        "later_gap as later gap, ms": ".1f"})
     trace.note("Each column is the longest time of any request: from arrival to the first token, "
                "from the first to the second, and between later tokens. continuous: whole prompts. "
-               f"chunked: at most {priced_free_tokens()} tokens per step. split: the cards are "
-               "joined by NVLink, 300 GB a second each way.")
+               f"chunked: at most {priced_free_tokens()} tokens per step. split: a link of 300 GB "
+               "a second each way (NVLink) joins the cards.")
     trace.say(f"On two cards, whole prompts make gaps of up to {whole.later_gap:.1f} ms, and the "
               f"first token comes after {whole.first_token:.1f} ms. With chunks the later gaps are "
               f"short, {chunked.later_gap:.1f} ms, and the first token comes after "
