@@ -1761,7 +1761,7 @@ def show_budgets(trace, requests: Sequence[Request], budget: int, whole: BudgetR
     free = priced_free_tokens()
     rows = {n: budget_row(serve_plenty(StandIn(), requests, "chunked", n), n)
             for n in sorted({8, free, 96, budget})}
-    small = rows[min(rows)]
+    small = rows[8]
     best = rows[free]
     trace.table([*rows.values(), whole], {"budget": ">", "worst_gap as gap, ms": ".1f bar 12",
                                  "first_token as first token, ms": ".1f",
@@ -1779,7 +1779,7 @@ def show_budgets(trace, requests: Sequence[Request], budget: int, whole: BudgetR
                 f"{len(rows)} budgets")
     trace.check(f"a small budget makes the first token later than with {free}, and the longest gap "
                 "hardly shorter, by less than a tenth", small.worst_gap > 0.9 * best.worst_gap
-                and small.first_token > best.first_token, f"budget {small.budget}")
+                and small.first_token > best.first_token, "budget 8")
     trace.check(f"with a budget of {free}, all are done sooner than with whole prompts",
                 best.end < whole.end, f"{best.end:.1f} and {whole.end:.1f} ms")
 
