@@ -53,7 +53,8 @@ The papers
 #   key, value   two vectors that attention keeps for each token, in every layer: a later token
 #                compares its query with the key, and gathers the value if query and key are alike
 #   write        storing a token's keys and values in the cache
-#   KV head      one set of keys and values; several query heads may share it (GQA)
+#   KV head      one set of keys and values. Each query head may have its own (MHA), several may
+#                share one (GQA), or all may (MQA)
 #   prefill      running the prompt through the model, all of its tokens at once
 #   decode       the steps after that; each runs one token and yields the next
 #   step         one pass through the model, for one request or for several (a batch)
@@ -62,6 +63,8 @@ The papers
 #                computer that the card is plugged into
 #   first token  the time from a request's arrival to its first new token (TTFT)
 #   gap          the time from one new token of a request to the next (ITL, or TPOT)
+#   ceil_div(a, b)              a / b, rounded up
+#   PRICED_MODEL, PRICED_GPU    the model and the card of the cost model: Llama 3.1 8B, an A100
 #
 # Llama.forward(tokens, cache) runs tokens that come after those in the cache, and returns a row of
 # logits for each. In every layer one line of it uses the cache:
@@ -87,8 +90,7 @@ import time
 import unicodedata
 from argparse import ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from statistics import fmean, pstdev
 from typing import NamedTuple
@@ -221,16 +223,16 @@ def check_prompt(prompt: Sequence[int], max_new_tokens: int, cache=None) -> None
 #     b · more arithmetic = bytes of weights / bytes per second + b · more reading
 #     b = (bytes of weights / bytes per second) / (more arithmetic - more reading)
 #
-# They are never equal if a request adds more reading than arithmetic. Long before that, memory may
-# be full of caches. The next sections are about that memory.
+# They are never equal if a request adds more reading than arithmetic. Even where they can be equal,
+# memory may be full before the batch is that large. The next sections are about that memory.
 #
 # A step reads every weight that its operations compute with: all but the embedding table, where a
 # step only looks up a few rows. But the table takes up memory like the rest. The cost model
 # leaves out activations, attention's own arithmetic, and the fixed overhead of every step.
 #
-# In production: vLLM measures at its start what weights and activations take, and makes the rest of
-# its share of the card (gpu_memory_utilization, 0.92) into cache blocks: determine_available_memory
-# in vllm/v1/worker/gpu_worker.py.
+# In production: vLLM may use 0.92 of the card's memory (gpu_memory_utilization). It measures at its
+# start what weights and activations take. What is left of the 0.92 becomes cache blocks:
+# determine_available_memory in vllm/v1/worker/gpu_worker.py.
 #
 # Measured by show_intensity().
 
@@ -250,7 +252,7 @@ class Gpu(NamedTuple):
 
 
 class ServedModel(NamedTuple):
-    """A published model with weights and cache of 16 bits, as far as serving it goes."""
+    """The sizes of a published model that decide the cost. Bytes per weight are given apart."""
 
     name: str
     parameters: float  # with the embedding table
@@ -362,7 +364,8 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.ref_count = [0] * num_blocks
-        self.free_blocks = OrderedDict.fromkeys(range(num_blocks))  # in the order of handing out
+        # In the order of handing out. An OrderedDict, as share() takes blocks out of its middle.
+        self.free_blocks = OrderedDict.fromkeys(range(num_blocks))
         # slots[slot][layer] = (key, value)
         self.slots: list[dict] = [{} for _ in range(num_blocks * block_size)]
         self.block_of: dict[str, int] = {}  # hash -> the block that has this content (section 5)
@@ -388,7 +391,7 @@ class BlockPool:
         return block
 
     def share(self, block: int) -> None:
-        """Add a reference to a block. If it was free, its content is wanted again."""
+        """Add a reference to a block. If it was free, it leaves the free list."""
         self.free_blocks.pop(block, None)
         self.ref_count[block] += 1
 
@@ -412,7 +415,7 @@ class PagedKVCache:
         self.config = config
         self.length = 0                   # tokens in the cache
         self.block_table: list[int] = []  # its blocks, in the order of the text
-        self.hashes: list[str] = []       # the names of its full blocks (section 5)
+        self.hashes: list[str] = []       # of its full blocks (section 5)
 
     def slot(self, position: int) -> int:
         """Return the slot in the pool of the token at this position of the text."""
@@ -509,7 +512,8 @@ def fork(cache: PagedKVCache) -> PagedKVCache:
     """Return a second cache with the same content in the same blocks. Nothing is copied."""
     twin = PagedKVCache(cache.pool, cache.config)
     twin.length = cache.length
-    n_blocks = ceil_div(cache.length, cache.pool.block_size)  # no block that is only reserved
+    # Leave out reserved blocks that hold no token yet.
+    n_blocks = ceil_div(cache.length, cache.pool.block_size)
     twin.block_table = cache.block_table[:n_blocks]
     twin.hashes = list(cache.hashes)
     for block in twin.block_table:
@@ -518,7 +522,7 @@ def fork(cache: PagedKVCache) -> PagedKVCache:
 
 
 def copy_last_block(cache: PagedKVCache) -> None:
-    """Replace the block that is written next, in this table, by a copy of its filled slots."""
+    """Give this cache its own copy of the block that it writes next."""
     pool = cache.pool
     last, filled = divmod(cache.length, pool.block_size)
     shared = cache.block_table[last]
@@ -534,16 +538,17 @@ def copy_last_block(cache: PagedKVCache) -> None:
 #
 # Requests often begin alike: with the same system prompt, or with the conversation so far. The keys
 # and values in a full block depend on its tokens and on all tokens before them. So give the block a
-# name that is made from both. The name of the block before stands for all tokens before:
+# hash that is made from both. The hash of the block before stands for all tokens before:
 #
 #     hash(block i) = SHA-256(hash(block i - 1), tokens of block i)
 #
-# With blocks of 2, the texts "a b c d" and "a b c e" have names that are made like this:
+# With blocks of 2, the texts "a b c d" and "a b c e" have these hashes:
 #
-#     H1 = hash("", a b)     H2 = hash(H1, c d)            H1 = hash("", a b)     H3 = hash(H1, c e)
+#     a b c d:   H1 = hash("", a b)   H2 = hash(H1, c d)
+#     a b c e:   H1 = hash("", a b)   H3 = hash(H1, c e)
 #
 # The second text finds H1 in the pool, takes that block, and runs only "c e" through the model.
-# Free blocks keep their content and their name until they are handed out, so even the blocks of
+# Free blocks keep their content and their hash until they are handed out, so even the blocks of
 # finished requests are found. The last token of a prompt is always run: the cache has keys and
 # values, and the request needs the logits of that token.
 #
@@ -553,28 +558,28 @@ def copy_last_block(cache: PagedKVCache) -> None:
 # knows two texts with the same hash. With a shorter or weaker hash, compare the tokens of the block
 # and of all before it.
 #
-# In production: vLLM keeps every block with the same content under one name (block_pool.py). Here
-# only the first such block has the name. (Two requests that start together compute the same block
-# twice.) When that block is handed out, its copies are not found any more. In nano-vllm the last
-# such block has the name, the tokens of the block are compared, and a prompt that is cut up gets
-# all its blocks at once. SGLang keeps a tree of prefixes instead of hashes. LMCache and Mooncake
-# keep copies in the host's memory or on other machines.
+# In production: in vLLM a hash leads to all blocks with the same content (block_pool.py). Here it
+# leads to the first of them only. (Two requests that start together compute the same block twice.)
+# When that block is handed out, its copies are not found any more. In nano-vllm the hash leads to
+# the last of them, and the tokens of the block are compared. SGLang keeps a tree of prefixes
+# instead of hashes. LMCache and Mooncake keep copies in the host's memory or on other machines.
 #
 # Measured by show_prefix_caching().
 
 
 def hash_block(parent_hash: str, token_ids: Sequence[int]) -> str:
-    """Return a full block's name, SHA-256 in hex of "<parent>|<tokens with commas>".
+    """Return a full block's hash, SHA-256 in hex of "<parent>|<tokens with commas>".
 
-    parent_hash: the name of the block before it, "" for the first.
+    parent_hash: the hash of the block before it, "" for the first.
     """
     numbers = ",".join(map(str, token_ids))
     return hashlib.sha256(f"{parent_hash}|{numbers}".encode()).hexdigest()
 
 
 def block_hashes(tokens: Sequence[int], block_size: int, known: Sequence[str] = ()) -> list[str]:
-    """Return the names of all full blocks of tokens. known: the names of the first blocks."""
+    """Return the hashes of all full blocks of tokens. known: the hashes of the first blocks."""
     hashes = list(known)
+    # Go through the starts of the full blocks that have no hash yet.
     for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
         parent = hashes[-1] if hashes else ""
         hashes.append(hash_block(parent, tokens[start:start + block_size]))
@@ -582,14 +587,14 @@ def block_hashes(tokens: Sequence[int], block_size: int, known: Sequence[str] = 
 
 
 def register_blocks(cache: PagedKVCache, tokens: Sequence[int]) -> None:
-    """Name the full blocks of a cache that holds these tokens, so that others find the blocks."""
+    """Hash the full blocks of a cache that holds these tokens, so that others find the blocks."""
     pool = cache.pool
-    n_named = len(cache.hashes)
+    n_known = len(cache.hashes)
     cache.hashes = block_hashes(tokens[:cache.length], pool.block_size, cache.hashes)
-    for block, name in zip(cache.block_table[n_named:], cache.hashes[n_named:]):
-        if name not in pool.block_of:
-            pool.block_of[name] = block
-            pool.hash_of[block] = name
+    for block, block_hash in zip(cache.block_table[n_known:], cache.hashes[n_known:]):
+        if block_hash not in pool.block_of:
+            pool.block_of[block_hash] = block
+            pool.hash_of[block] = block_hash
 
 
 def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
@@ -598,32 +603,36 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
     Returns how many tokens were found. The last token is never looked for: it must be run.
     """
     pool = cache.pool
-    for name in block_hashes(tokens[:-1], pool.block_size):
-        if name not in pool.block_of:
+    for block_hash in block_hashes(tokens[:-1], pool.block_size):
+        if block_hash not in pool.block_of:
             break
-        block = pool.block_of[name]
+        block = pool.block_of[block_hash]
         pool.share(block)
         cache.block_table.append(block)
-        cache.hashes.append(name)
+        cache.hashes.append(block_hash)
         cache.length += pool.block_size
     return cache.length
 
 
 # 6. Continuous batching
 #
-# Reading the weights is most of a decode step of a few requests (section 2), so requests should
-# share steps. A static batch starts together and ends with its longest answer. Requests that are
-# done leave their places empty, and new requests wait outside. Orca (Yu et al. 2022) decides anew
-# at every step: whoever is done leaves, and whoever waits and fits comes in. A step has room for
+# Reading the weights takes most of the time of a decode step of a few requests (section 2), so
+# requests should share steps. A static batch starts together and ends with its longest answer.
+# Requests that are done leave their places empty, and new requests wait outside. Orca (Yu et al.
+# 2022) decides anew at every step: whoever is done leaves, and whoever waits and fits comes in. A
+# step has room for
 #
 #     max_num_seqs requests,  max_num_batched_tokens tokens,  and what the free blocks can hold.
 #
 # Requests that run come first, the oldest before the others. Each gets the blocks that it needs.
-# Then waiting requests come in, in order of arrival, until one does not fit. An example with blocks
+# Then waiting requests come in, in order of arrival, until one does not fit.
+#
+# The newest token of a request has been generated, but its keys and values are not in the cache:
+# the next step runs it and stores them. So a text of 6 tokens has 5 cached. An example with blocks
 # of 4 and one free block. A and B are running, and C waits with a prompt of 6 tokens:
 #
-#     A has 8 tokens cached in 2 full blocks; its next token needs a block:   1 free -> 0 free
-#     B has 5 tokens cached in 2 blocks; its next token fits:                 0 free
+#     A has 8 tokens cached in 2 full blocks; its newest needs a third:       1 free -> 0 free
+#     B has 5 tokens cached in 2 blocks; its newest fits:                     0 free
 #     C needs 2 blocks for its prompt:                                        C waits
 #     the step runs one token of A and one of B
 #
@@ -634,18 +643,22 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
 #     A needs a block:                                      0 free
 #     B, the youngest, is preempted and gives back 2:       2 free
 #     A takes one of them:                                  1 free
-#     the step runs one token of A; nobody comes in, or B could come straight back and lose it again
-#     next step: B needs 2 blocks for its 5 + 1 tokens:     B waits, and C behind it
+#     the step runs one token of A; nobody comes in:        1 free
+#     next step: B needs 2 blocks for its text of 6:        B waits, and C behind it
+#
+# Nobody comes in during a step that had to preempt. Otherwise a request whose prompt is cut up
+# (section 7) could return at once with a small part of it, and lose its blocks again.
 #
 # The engine schedules without knowing how long an answer will be. It uses max_new_tokens only to
 # stop, and to refuse a request that could never fit. A real model also stops at its end-of-text
 # token; ours has none, so it always generates max_new_tokens.
 #
 # The model really runs every step, one request after the other. (An engine runs all tokens of a
-# step through each matrix at once. Rows do not mix, so the numbers are the same but for rounding.)
-# The clock is the cost model of section 2: each step takes step_seconds() of Llama 3.1 8B with
-# weights of 4 bits on an A100. Then 38 tokens of a step are free (with 16 bits it would be 153,
-# more than our steps usually run).
+# step through each matrix at once. In a product with a matrix, each token's row is computed by
+# itself, and each request's attention reads only its own cache. So the results are the same but for
+# rounding.) The clock is the cost model of section 2: each step takes step_seconds() of Llama 3.1
+# 8B with weights of 4 bits on an A100. Then 38 tokens of a step are free (with 16 bits it would be
+# 153, more than our steps usually run).
 #
 # Read Engine from its top. run() makes steps, step() schedules one and runs the model, schedule()
 # decides who is in it. Prefix caching is added below, in CachingEngine; swapping and the split over
@@ -667,7 +680,7 @@ class Request(NamedTuple):
     arrival: float = 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # two of these are equal only if they are the same object
 class RequestState:
     """A request on its way through the engine."""
 
@@ -678,6 +691,7 @@ class RequestState:
     arrival: float                    # at this engine
     times: list[float] = field(default_factory=list)  # when each new token came, in seconds
     found: int = 0                    # tokens that prefix caching found
+    slots: list[dict] = field(default_factory=list)   # its content, outside the pool (section 9)
 
     @property
     def done(self) -> bool:
@@ -702,7 +716,7 @@ class Report:
     states: list[RequestState]
     steps: list[Step] = field(default_factory=list)
     preempted: list[tuple[int, int]] = field(default_factory=list)  # (step, request)
-    swapped_tokens: int = 0  # moved to the host or back (section 9)
+    swapped_tokens: int = 0  # moved to the host or back (section 9), or to this card (section 10)
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -721,7 +735,7 @@ class Engine:
 
     model: Llama
     requests: Sequence[Request]
-    _: KW_ONLY
+    _: KW_ONLY  # what follows must be given by name
     policy: str = "continuous"
     num_blocks: int
     block_size: int
@@ -778,12 +792,12 @@ class Engine:
         budget = self.max_num_batched_tokens
         work = []
         for state in list(self.running):
-            # A request that is being answered lacks one token. Only the youngest can lack more: a
-            # prompt that is cut up takes all of the budget, so nobody comes in behind it. The
-            # youngest is the last of this loop, so the budget has a token left for each: n > 0.
+            # Only the youngest, the last of this loop, can lack more than 1 token: a prompt that is
+            # cut up takes all of the budget, so nobody comes in behind it. Each earlier request
+            # takes 1 token, and no more come in than the budget has tokens, so n > 0.
             n = min(len(state.tokens) - state.cache.length, budget)
             # Without enough blocks, the youngest request loses its own. It may be `state` itself.
-            # If not, its turn in this loop would be later, so nothing in work is its own.
+            # Otherwise it comes later in this loop and is not in work yet.
             while state in self.running and not state.cache.fits(n):
                 self.preempt(self.running[-1])
             if state in self.running:
@@ -863,7 +877,7 @@ class CachingEngine(Engine):
         """Take the blocks that hold the beginning of the text, then reserve blocks for the rest."""
         order = self.pool.free_blocks.copy()
         found = 0
-        if state.cache.length == 0:  # in a class that swaps as well, slots may wait in the host
+        if state.cache.length == 0:  # always, but in a subclass that also swaps (section 9)
             found = adopt_prefix(state.cache, state.tokens)
         n = super().admit(state, budget)
         if n > 0:
@@ -876,7 +890,7 @@ class CachingEngine(Engine):
         return n
 
     def run_model(self, state: RequestState, n: int) -> int:
-        """Run n tokens, and name the blocks that are now full."""
+        """Run n tokens, and hash the blocks that are now full."""
         next_token = super().run_model(state, n)
         register_blocks(state.cache, state.tokens)
         return next_token
@@ -905,7 +919,7 @@ def in_order_of_arrival(states: Sequence[RequestState]) -> list[RequestState]:
 
 
 def priced_step(new_tokens: int, cached_tokens: int) -> StepTime:
-    """Return the times of an engine's step, by the cost model."""
+    """Return the times of an engine's step, by the cost model, for PRICED_MODEL on PRICED_GPU."""
     return step_seconds(PRICED_GPU, PRICED_MODEL, new_tokens, cached_tokens, PRICED_WEIGHT_BYTES)
 
 
@@ -932,7 +946,8 @@ def check_settings(engine: Engine) -> None:
                          f"{budget}")
     for number, request in enumerate(engine.requests):
         total = len(request.prompt) + request.max_new_tokens
-        most = total - 1  # in one step, if it comes back near its end: its last token is never run
+        # After a preemption near its end, it must run all of its text but the last token at once.
+        most = total - 1
         if not request.prompt or request.max_new_tokens < 1:
             raise ValueError(f"request {number} must have a prompt and max_new_tokens of at least "
                              "1")
@@ -967,7 +982,8 @@ def check_settings(engine: Engine) -> None:
 # budget the steps are longer for everybody, but the prompt may take fewer of them: with r requests
 # running, a prompt of p tokens takes ceil(p / (budget - r)) steps.
 #
-# The rule assumes empty caches. With 1,000 cached tokens to read, 39 are free; with 4,400, 44 are.
+# The rule assumes empty caches. Reading caches lengthens the step, so more arithmetic fits: with
+# 1,000 cached tokens to read, 39 tokens are free; with 4,400, 44 are.
 #
 # The code is in the engine already: the min(…, budget) in schedule_running() and in admit().
 #
@@ -1086,25 +1102,20 @@ def swap_in(cache: PagedKVCache, contents: Sequence[dict]) -> None:
 class SwappingEngine(Engine):
     """An engine that copies what preempted requests have cached to the host, and back later."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.on_host: dict[int, list[dict]] = {}  # {request: its slots}
-
     def preempt(self, state: RequestState) -> None:
         """Copy a running request's slots to the host before its blocks are taken away."""
-        slots = swap_out(state.cache)
+        state.slots = swap_out(state.cache)
         super().preempt(state)
-        self.on_host[state.number] = slots
-        self.report.swapped_tokens += len(slots)
-        state.cache.length = len(slots)  # so that admit() reserves blocks for them, too
+        self.report.swapped_tokens += len(state.slots)
+        state.cache.length = len(state.slots)  # so that admit() reserves blocks for them, too
 
     def admit(self, state: RequestState, budget: int) -> int:
         """Reserve blocks, and copy the slots of a preempted request back into them."""
         n = super().admit(state, budget)
-        if n > 0 and state.number in self.on_host:
-            slots = self.on_host.pop(state.number)
-            swap_in(state.cache, slots)
-            self.report.swapped_tokens += len(slots)
+        if n > 0 and state.slots:
+            swap_in(state.cache, state.slots)
+            self.report.swapped_tokens += len(state.slots)
+            state.slots = []
         return n
 
     def schedule(self) -> list[tuple[RequestState, int]]:
@@ -1135,13 +1146,9 @@ class SwappingEngine(Engine):
 class PrefillEngine(Engine):
     """An engine that keeps the slots of finished requests, for another machine to go on with."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.outgoing: dict[int, list[dict]] = {}  # {request: its slots}
-
     def finish(self, state: RequestState) -> None:
         """Keep a copy of a request's slots, and let the request go."""
-        self.outgoing[state.number] = swap_out(state.cache)
+        state.slots = swap_out(state.cache)
         super().finish(state)
 
 
@@ -1150,47 +1157,47 @@ class DecodeEngine(Engine):
 
     def __post_init__(self):
         super().__post_init__()
-        self.received: dict[int, list[dict]] = {}  # {request: its slots}
         self.waiting.clear()  # all requests come through receive()
 
-    def receive(self, before: RequestState, slots: list[dict], arrival: float) -> None:
+    def receive(self, before: RequestState, arrival: float) -> None:
         """Take over a request: its tokens, their times, and, if it is not done, its slots."""
         state = self.report.states[before.number]
         state.tokens = list(before.tokens)
         state.times = list(before.times)
         if not state.done:
             state.arrival = arrival
-            state.cache.length = len(slots)  # so that admit() reserves blocks for them, too
-            self.received[state.number] = slots
+            state.slots = before.slots
+            state.cache.length = len(state.slots)  # so that admit() reserves blocks for them, too
+            self.report.swapped_tokens += len(state.slots)
             self.waiting = deque(in_order_of_arrival([*self.waiting, state]))
 
     def admit(self, state: RequestState, budget: int) -> int:
         """Reserve blocks, and write the slots that were received into them."""
         n = super().admit(state, budget)
-        if n > 0 and state.number in self.received:
-            swap_in(state.cache, self.received.pop(state.number))
+        if n > 0 and state.slots:
+            swap_in(state.cache, state.slots)
+            state.slots = []
         return n
 
 
 def serve_split(
     model: Llama, requests: Sequence[Request], link_bytes_per_s: float, **settings
-) -> tuple[Report, float]:
-    """Return what the decode machine does, and the bytes that crossed to it.
+) -> Report:
+    """Return what the decode machine does; report.swapped_tokens crossed to it.
 
     The prefill machine makes the first token of every request. The request arrives at the decode
-    machine when its keys and values have crossed a link that no other request uses. settings: those
-    of serve(), for both machines.
+    machine when its keys and values have crossed a link that no other request uses. Decode never
+    affects prefill, so one can be simulated after the other. settings: those of serve(), for both
+    machines.
     """
     prompts_only = [request._replace(max_new_tokens=1) for request in requests]
     prefill = PrefillEngine(model, prompts_only, **settings)
     prefill.run()
     decode = DecodeEngine(model, requests, **settings)
     for state in prefill.report.states:
-        slots = prefill.outgoing[state.number]
-        seconds = len(slots) * PRICED_MODEL.kv_bytes / link_bytes_per_s
-        decode.receive(state, slots, state.times[0] + seconds)
-    tokens_crossed = sum(map(len, decode.received.values()))
-    return decode.run(), tokens_crossed * PRICED_MODEL.kv_bytes
+        seconds = len(state.slots) * PRICED_MODEL.kv_bytes / link_bytes_per_s
+        decode.receive(state, state.times[0] + seconds)
+    return decode.run()
 
 
 # 11. Latency against load
@@ -1249,19 +1256,8 @@ class Fp8KVCache(KVCache):
 # 1. Generation without a cache, and with one
 
 
-def forward_products(c: Config, n_new: int, n_cached: int) -> int:
-    """Return the multiplications in the dot products of forward(), by a closed formula.
-
-    For each token, every weight that is used takes part in one multiplication. (A gain does not,
-    but its norm's sum of squares has as many.) For each query and each key that the query sees,
-    attention has 2 · dim.
-    """
-    pairs = n_new * n_cached + n_new * (n_new + 1) // 2
-    return n_new * used_weights(c) + c.n_layers * pairs * 2 * c.dim
-
-
 class CacheStep(NamedTuple):
-    """One row: multiplications of a step."""
+    """One row: the tokens that a step runs."""
 
     step: int
     without_cache: int
@@ -1269,37 +1265,35 @@ class CacheStep(NamedTuple):
 
 
 def show_cache(trace, knobs) -> None:
-    """Show a text generated twice, and the multiplications of every step."""
+    """Show a text generated twice, and how many tokens every step runs."""
     lab = knobs.lab
     n_prompt = len(knobs.prompt_ids)
     n_new = knobs.max_new_tokens
-    without = CountingLlama(lab.model)
-    cached = CountingLlama(lab.model)
+    without = WatchedLlama(lab.model)
+    cached = WatchedLlama(lab.model)
     text = generate(without, knobs.prompt_ids, n_new)
     cached_text = generate(cached, knobs.prompt_ids, n_new, KVCache(lab.config))
-    rows = list(map(CacheStep, range(1, n_new + 1), without.products, cached.products))
-    times_as_many = sum(without.products) / sum(cached.products)
+    rows = list(map(CacheStep, range(1, n_new + 1), without.n_run, cached.n_run))
+    times_as_many = sum(without.n_run) / sum(cached.n_run)
 
     trace.say(f"The tiny Llama ({lab.config.n_layers} layers, {count_parameters(lab.config):,} "
               f"weights) goes on from {lab.tokenizer.decode(knobs.prompt_ids)!r} with "
               f"{lab.tokenizer.decode(cached_text)!r}.")
-    trace.say("Multiplications in dot products, counted at some of the steps. Without a cache, "
-              "each step runs all tokens again. With a cache, the first step runs the prompt "
-              "(prefill), and each later step runs a single token (decode).")
-    trace.ask("how many times as many multiplications are made without the cache, over all "
-              "steps?", times_as_many)
-    bar_of_most = f",d bar 20 of {max(without.products)}"
+    trace.say("Tokens that go through the model, at some of the steps. Without a cache, each step "
+              "runs all tokens again. With a cache, the first step runs the prompt (prefill), and "
+              "each later step runs a single token (decode).")
+    trace.ask("how many times as many tokens are run without the cache, over all steps?",
+              times_as_many)
+    bar_of_most = f"d bar 20 of {without.n_run[-1]}"
     trace.table(rows[::max(1, n_new // 6)],
                 {"step": "d", "without_cache": bar_of_most, "with_cache": bar_of_most})
-    trace.say(f"In all, {times_as_many:.1f} times as many multiplications are made without the "
-              "cache.")
+    trace.say(f"In all, {sum(without.n_run):,} tokens are run without the cache and "
+              f"{sum(cached.n_run)} with it: {times_as_many:.1f} times as many.")
     trace.check("the same tokens with the cache as without", cached_text == text, f"{n_new} tokens")
     trace.check_close("the same logits at every step", cached.logits, without.logits, 1e-9)
-    expected = [forward_products(lab.config, n_prompt + i, 0) for i in range(n_new)]
-    one_token = [forward_products(lab.config, 1, n_prompt + i) for i in range(n_new - 1)]
-    trace.check("every step's count = products of the matrices' sizes, added up",
-                without.products == expected and cached.products == expected[:1] + one_token,
-                "with a cache and without")
+    trace.check("tokens run = the sums of section 1, p + n - 1 with the cache",
+                without.n_run == list(range(n_prompt, n_prompt + n_new))
+                and sum(cached.n_run) == n_prompt + n_new - 1, f"p = {n_prompt}, n = {n_new}")
 
 
 # 2. Prefill and decode have different limits
@@ -1333,9 +1327,9 @@ def show_intensity(trace, knobs) -> None:
               "it runs one token or many. The step takes the longer of two times, arithmetic and "
               "reading: this rule is the cost model of this page. The ridge of a card is the "
               f"number of FLOPs that the card can do while it reads a byte: {PRICED_GPU.ridge:.0f} "
-              f"FLOPs per byte for the {PRICED_GPU.name}. A step with fewer FLOPs per byte waits "
-              "for memory. A weight of 2 bytes takes 2 FLOPs for each token, so a step that runs "
-              f"{PRICED_GPU.ridge:.0f} tokens makes {PRICED_GPU.ridge:.0f} FLOPs per byte of "
+              f"FLOPs per byte for the {PRICED_GPU.name}. A step that makes fewer FLOPs per byte "
+              "waits for memory. A weight of 2 bytes takes 2 FLOPs for each token, so a step that "
+              f"runs {PRICED_GPU.ridge:.0f} tokens makes {PRICED_GPU.ridge:.0f} FLOPs per byte of "
               "weights.")
     trace.say(f"{PRICED_MODEL.name} with weights of 16 bits, by the cost model: the prefill of a "
               "prompt, and decode steps for batches of requests, all with 1024 tokens each:")
@@ -1343,13 +1337,14 @@ def show_intensity(trace, knobs) -> None:
     trace.table([prefill, *decode], {"phase": "", "requests": "d", "tokens as tokens run": ",d",
                                      "arithmetic as arithmetic, ms": ".2f",
                                      "reading as reading, ms": ".2f"})
+    trace.note("The prefill and one request's decode step read the same: the weights, and the keys "
+               "and values of 1024 tokens.")
     trace.say("The prefill is bound by arithmetic, the decode steps by memory. The batch of 128 "
               f"takes {longer:.1f} times as long as one request and yields "
               f"{128 / longer:.0f} times as many tokens a second, as all share one reading of the "
               f"weights. Arithmetic takes longer than reading from a batch of {at_ridge[0]} on if "
               f"nothing is cached, and from {at_ridge[1]} on with 256 tokens cached for each "
-              "request. With 1024 it never does: every request's cache must be read, too. (The "
-              "prefill reads what it has just written.)")
+              "request. With 1024 it never does: every request's cache must be read, too.")
     trace.say(f"And memory ends. A token's keys and values take {PRICED_MODEL.kv_bytes / 1024:.0f} "
               f"KiB, so {fit} requests of 4096 tokens fit beside the weights, in nine tenths of 80 "
               "GB. (Engines leave the rest for activations.)")
@@ -1443,29 +1438,23 @@ def show_paging(trace, knobs) -> None:
     trace.check_close("keys and values read through the tables = those of caches in one piece",
                       contents(caches), contents_alone(model, texts), 1e-9)
     three = BlockPool(3, size)
-    handed_out = [three.allocate(), three.allocate()]
-    for block in reversed(handed_out):
-        three.free(block)
-    handed_out += [three.allocate(), three.allocate(), three.allocate()]
-    trace.check("the block that has been free longest goes out first: 0, 1 out; 1, 0 back; then 2, "
-                "1, 0 out", handed_out == [0, 1, 2, 1, 0], "3 blocks")
-    empty = [len(cache.block_table) * size - cache.length for cache in caches]
-    trace.check("the empty slots of a request are fewer than the slots of a block",
-                max(empty) < size, f"A {empty[0]}, B {empty[1]}, a block {size}")
+    first = [three.allocate(), three.allocate()]
+    three.free(1)
+    three.free(0)
+    then = [three.allocate() for _ in range(3)]
+    trace.check("the block that has been free longest goes out first: blocks 0 and 1 are taken, 1 "
+                "is given back before 0, and the next three taken are 2, 1, 0",
+                first + then == [0, 1, 2, 1, 0], "3 blocks")
 
 
 # 4. Sharing: reference counts and copy on write
 
 
-def fork_prompt(
-    model: Llama, prompt: Sequence[int], pool: BlockPool
-) -> tuple[list[list[int]], list[PagedKVCache]]:
-    """Return four texts, each the prompt and one of its likeliest next tokens, and their caches."""
+def fork_prompt(model: Llama, prompt: Sequence[int], pool: BlockPool) -> list[PagedKVCache]:
+    """Return four caches that share the blocks of a prompt."""
     first = PagedKVCache(pool, model.config)
-    logits = model.forward(prompt, first)[-1]
-    likeliest = sorted(range(len(logits)), key=lambda token: -logits[token])[:4]
-    texts = [[*prompt, token] for token in likeliest]
-    return texts, [first, fork(first), fork(first), fork(first)]
+    model.forward(prompt, first)
+    return [first, fork(first), fork(first), fork(first)]
 
 
 def show_sharing(trace, knobs) -> None:
@@ -1474,19 +1463,21 @@ def show_sharing(trace, knobs) -> None:
     size = knobs.block_size
     prompt = knobs.lab.text_ids[:22]
     pool = BlockPool(4 * ceil_div(len(prompt) + 1, size), size)
-    texts, caches = fork_prompt(model, prompt, pool)
+    caches = fork_prompt(model, prompt, pool)
+    texts = [[*prompt, token] for token in range(4)]
     prompt_table = list(caches[0].block_table)
+    needed = [cache.blocks_needed(1) for cache in caches]
     grow_texts(model, texts, caches, 1)
     copies = sum(cache.block_table[:len(prompt_table)] != prompt_table for cache in caches)
     used = pool.num_blocks - pool.num_free_blocks
     trace.say(f"Four answers to one prompt share its blocks. The prompt has {len(prompt)} tokens, "
               f"and its block table is {prompt_table}, with blocks of {size}. The answers A to D "
-              "begin with the four likeliest next words. Every block counts its references: the "
-              "block tables that list it. An answer that has to write into a block with several "
+              "begin with four different tokens. Every block counts its references: the block "
+              "tables that list it. An answer that has to write into a block with several "
               "references takes a copy of the block first.")
     trace.ask(f"the prompt fills {len(prompt) % size} slots of its last block (0: all of them). "
               "How many of the four answers copy that block before they write?", copies)
-    trace.say("After each answer has written the keys and values of its first word:")
+    trace.say("After each answer has written the keys and values of its first token:")
     print_tables(trace, caches)
     counts = [count for count in pool.ref_count if count]
     trace.lines(textwrap.wrap(f"references to blocks 0, 1, …: {counts}", WIDTH))
@@ -1495,6 +1486,8 @@ def show_sharing(trace, knobs) -> None:
                   "last answer to write was then alone in that block, and needed no copy.")
     trace.say(f"{used} blocks are in use. Without sharing there would be {pool.num_blocks}.")
 
+    trace.check("before its first token, each answer needs one block: for a copy, or a new block",
+                needed == [1] * 4, "4 answers")
     trace.check("copies = answers - 1 if the prompt ends inside a block, otherwise none",
                 copies == (3 if len(prompt) % size else 0), f"{copies} copies for 4 answers")
     trace.check_close("keys and values of every answer, in order = those of a cache of its own",
@@ -1574,22 +1567,27 @@ def show_prefix_caching(trace, knobs) -> None:
                 found == [row.longest for row in rows],
                 f"{', '.join(map(str, found))} tokens")
     cache = report.states[0].cache  # empty by now
-    one_block = requests[3].prompt[:size]
+    prompt = requests[3].prompt
+    one_block = prompt[:size]
     trace.check("a prompt as long as one block finds nothing: its last token must be run",
                 adopt_prefix(cache, one_block) == 0,
                 f"the first {len(one_block)} tokens of request 3")
-    prompt_tokens = sum(row.prompt for row in rows)
+    without_second = [*one_block, *prompt[2 * size:3 * size], 0]
+    expected = shared_start(without_second, prompt) // size * size
+    trace.check("if the second block of a prompt is left out, the blocks after it are not found",
+                adopt_prefix(cache, without_second) == expected,
+                f"request 3, {expected} tokens found")
     trace.check("what was found was not computed", report.computed == needed - sum(found),
-                f"{prompt_tokens} tokens of prompts + {needed - prompt_tokens} of answers - "
-                f"{sum(found)} found")
+                f"{needed} tokens are needed, {sum(found)} were found")
     trace.check("the answers are what each request gets alone",
                 report.tokens == knobs.lab.solo_tokens(requests), f"{len(requests)} requests")
     pool = cache.pool
-    named = len(pool.block_of)
+    n_hashes = len(pool.block_of)
     while pool.num_free_blocks:
         pool.allocate()
-    trace.check("blocks that are handed out again are found no more",
-                not pool.block_of and not pool.hash_of, f"hashes before: {named}")
+    trace.check("blocks that are handed out again are found no more, but those in use are",
+                list(pool.block_of) == cache.hashes and list(pool.hash_of) == cache.block_table,
+                f"{n_hashes} blocks had hashes before, {len(pool.hash_of)} now")
 
 
 # 6. Continuous batching
@@ -1634,9 +1632,8 @@ def show_continuous(trace, knobs) -> None:
     """Show the same requests in static batches and in continuous ones."""
     requests = knobs.requests
     places = knobs.max_num_seqs
-    static = serve_plenty(knobs.lab.model, requests, "static", max_num_seqs=places)
-    continuous = serve_plenty(knobs.lab.model, requests, "continuous", max_num_seqs=places)
-    largest, run = max((largest_step(static), "static"), (largest_step(continuous), "continuous"))
+    static = serve_plenty(knobs.lab.model, requests, "static", 2048, places)
+    continuous = serve_plenty(knobs.lab.model, requests, "continuous", 2048, places)
     trace.say("A static batch starts with whoever is there and ends with the longest request. "
               f"Continuous batching decides anew at every step who runs. {len(requests)} requests; "
               f"at most {places} may run at a time. A row is a request (tokens of its prompt + new "
@@ -1656,16 +1653,23 @@ def show_continuous(trace, knobs) -> None:
               f"with weights of 4 bits: {priced_free_tokens()} tokens can then run while the "
               f"weights are read. With 16 bits it would be {free_tokens(PRICED_GPU, 2)}, more than "
               "the small requests of this section and the next ever bring to a step.")
-    if largest > priced_free_tokens():
-        trace.note(f"The largest step, in the {run} run, has {largest} tokens and is bound by "
-                   "arithmetic.")
     trace.say("One set of requests proves little. So the same was measured on 20 sets of requests, "
               f"seeds 0 to 19, at the default settings (this page shows seed {knobs.seed}). Static "
               "batches took 1.2 to 1.6 times as many steps, and the mean time to the first token "
-              "was 2.1 to 6.0 times as long.")
+              "was 2.1 to 6.0 times as long. This second figure depends on the arrivals: the first "
+              "request comes alone, so its batch keeps three places empty. If all 9 requests come "
+              "at time 0, it is 1.2 to 2.1.")
     full = [step for step in continuous.steps if step.waiting]
-    trace.check("continuous: no place stays empty while somebody waits",
-                all(len(step.tokens) == places for step in full), f"in {len(full)} steps")
+    trace.check("static: two requests start together, or one starts when the other has ended",
+                all(late.times[0] == early.times[0] or late.times[0] > early.times[-1]
+                    for early, late in itertools.combinations(static.states, 2)),
+                "all pairs of requests")
+    trace.check("no first token comes sooner than a step after its request, either way",
+                min(first_tokens(static) + first_tokens(continuous))
+                > priced_step(0, 0).seconds * 1e3, "of all requests")
+    if full:
+        trace.check("continuous: no place stays empty while somebody waits",
+                    all(len(step.tokens) == places for step in full), f"in {len(full)} steps")
     trace.check("continuous batching needs no more steps than static batches",
                 len(continuous.steps) <= len(static.steps),
                 f"{len(continuous.steps)} and {len(static.steps)} steps")
@@ -1700,7 +1704,7 @@ def budget_row(report: Report, budget: int | str) -> BudgetRow:
                      report.steps[-1].end * 1e3)
 
 
-def clock_line(report: Report, width: int = 67) -> list[str]:
+def clock_line(report: Report, width: int = 66) -> list[str]:
     """Return when tokens came, as a picture: a row per request, a column per millisecond."""
     lines = []
     for state in report.states:
@@ -1727,14 +1731,17 @@ def show_chunked(trace, knobs) -> None:
               "step. Chunked prefill cuts the prompt up, so that no step runs more tokens than a "
               "budget. Requests 0 to 2 are being answered when 3 comes, with "
               f"{len(requests[3].prompt)} tokens. A column is a millisecond by the cost model: ▒ a "
-              "new token came, · none came. (Times are rounded down: ▒▒ can be 1.8 ms apart.)")
+              "new token came, · none came. (Times are rounded down, so two ▒ side by side can be "
+              "almost 2 ms apart.)")
     trace.lines(["", "whole prompts:", *clock_line(whole)])
     trace.ask(f"the long prompt made requests 0 to 2 wait {before.worst_gap:.1f} ms for a token. "
               f"What is their longest gap, in ms, if a step runs at most {budget} tokens?",
               after.worst_gap)
     trace.lines(["", f"chunked, at most {budget} tokens per step:", *clock_line(chunked)])
     trace.say(f"The longest gap of requests 0 to 2 is {before.worst_gap:.1f} ms with whole prompts "
-              f"and {after.worst_gap:.1f} with chunks. How large should the budget be?")
+              f"and {after.worst_gap:.1f} with chunks. What this costs: the first token of request "
+              f"3 comes after {before.first_token:.1f} ms with whole prompts and after "
+              f"{after.first_token:.1f} with chunks. How large should the budget be?")
     show_budgets(trace, requests, budget, before)
     alone = knobs.lab.solo_tokens(requests)
     trace.check("every request's tokens are those it gets alone, both ways",
@@ -1744,15 +1751,19 @@ def show_chunked(trace, knobs) -> None:
                 largest == min(budget, largest_step(whole)), f"{largest} tokens of {budget}")
 
 
+def largest_step(report: Report) -> int:
+    """Return the most tokens that a step ran."""
+    return max(sum(step.tokens.values()) for step in report.steps)
+
+
 def show_budgets(trace, requests: Sequence[Request], budget: int, whole: BudgetRow) -> None:
     """Show the same requests with other budgets, and the rule for a good one."""
     free = priced_free_tokens()
-    rows = []
-    for n in sorted({8, free, 96, budget}):
-        rows.append(budget_row(serve_plenty(StandIn(), requests, "chunked", n), n))
-    small = rows[0]
-    best = next(row for row in rows if row.budget == free)
-    trace.table([*rows, whole], {"budget": ">", "worst_gap as gap, ms": ".1f bar 12",
+    rows = {n: budget_row(serve_plenty(StandIn(), requests, "chunked", n), n)
+            for n in sorted({8, free, 96, budget})}
+    small = rows[8]
+    best = rows[free]
+    trace.table([*rows.values(), whole], {"budget": ">", "worst_gap as gap, ms": ".1f bar 12",
                                  "first_token as first token, ms": ".1f",
                                  "end as end, ms": ".1f"})
     trace.note("gap: the longest of requests 0 to 2. first token: of request 3, after its arrival. "
@@ -1763,12 +1774,12 @@ def show_budgets(trace, requests: Sequence[Request], budget: int, whole: BudgetR
               f"steps of all. With {free}, all requests are also done sooner than with whole "
               "prompts: chunks run while the weights are read, and every decode step waits for the "
               "weights anyway.")
-    budgets = ", ".join(str(row.budget) for row in rows)
     trace.check("with every budget, the longest gap is as short as with whole prompts, or shorter",
-                all(row.worst_gap <= whole.worst_gap for row in rows), f"budgets {budgets}")
+                max(row.worst_gap for row in rows.values()) <= whole.worst_gap,
+                f"{len(rows)} budgets")
     trace.check(f"a small budget makes the first token later than with {free}, and the longest gap "
                 "hardly shorter, by less than a tenth", small.worst_gap > 0.9 * best.worst_gap
-                and small.first_token > best.first_token, f"budget {small.budget}")
+                and small.first_token > best.first_token, "budget 8")
     trace.check(f"with a budget of {free}, all are done sooner than with whole prompts",
                 best.end < whole.end, f"{best.end:.1f} and {whole.end:.1f} ms")
 
@@ -1798,27 +1809,22 @@ def memory_row(requests: Sequence[Request], n_slots: int, block_size: int) -> Me
     return MemoryRow(block_size, *shares, len(report.preempted), report.computed, len(report.steps))
 
 
-def waste_of_two_requests() -> Waste:
-    """Return the waste of 2 blocks of 4 slots, while one request grows and another waits."""
-    requests = [Request((0, 0, 0), 3), Request((0,) * 5, 1)]
-    report = serve(StandIn(), requests, num_blocks=2, block_size=4, max_num_seqs=2,
-                   max_num_batched_tokens=64)
-    return slot_waste(report, 8, 4)
-
-
 def show_waste(trace, knobs) -> None:
     """Show the waste of one piece per request and of blocks, and the price of paging."""
     requests = [request._replace(arrival=0.0) for request in knobs.requests] * 2
     needed = slots_needed(requests)
-    rows = [memory_row(requests, 128, size) for size in sorted({64, 16, 4, knobs.block_size})]
-    one_piece = rows[-1]
-    paged = next(row for row in rows if row.block_size == knobs.block_size)
+    rows = {size: memory_row(requests, 128, size)
+            for size in sorted({4, 16, 64, knobs.block_size})}
+    one_piece = rows[64]
+    paged = rows[knobs.block_size]
+    trace.say("In short: small blocks use most of a memory, and one piece per request leaves most "
+              "of it empty.")
     trace.say("Before paging, a request's cache was one piece, as long as the longest text that "
-              f"is allowed. {len(requests)} requests share a memory of 128 slots. They will need "
-              f"{min(needed)} to {max(needed)} slots each, which nobody can know, and 64 is the "
-              "most that any may use. So with blocks of 64, the last row, each request has one "
-              "piece: the old way. The scheduler runs for real, with a stand-in for the model. On "
-              "average over the steps in which somebody waited, a slot is")
+              f"is allowed. {len(requests)} requests share a memory of 128 slots. Each may use up "
+              f"to 64 slots. Each will use {min(needed)} to {max(needed)}, but the engine does not "
+              "know this. So with blocks of 64, the last row, each request has one piece: the old "
+              "way. The scheduler runs for real, with a stand-in for the model. On average over "
+              "the steps in which somebody waited, a slot is")
     trace.lines(["  used      if it holds a token now",
                  "  reserved  if it will hold a token of the same request later",
                  "  internal  if it is set aside for a request that will end without using it",
@@ -1828,9 +1834,11 @@ def show_waste(trace, knobs) -> None:
               f"as none was free (section 9). computed: tokens run; {sum(needed)} are needed.")
     trace.ask("with 64 slots set aside for each, two requests fit. What share of all slots holds a "
               "token? (as 0.5 or 50%)", one_piece.used)
-    trace.table(rows, {"block_size": "d", "used": ".0%", "reserved": ".0%", "internal": ".0%",
-                       "free": ".0%", "preempted": "d", "computed": "d", "steps": "d"})
-    trace.note("The PagedAttention paper (2023) found 20.4% to 38.2% used in earlier systems.")
+    trace.table(list(rows.values()), {"block_size": "d", "used": ".0%", "reserved": ".0%",
+                                      "internal": ".0%", "free": ".0%", "preempted": "d",
+                                      "computed": "d", "steps": "d"})
+    trace.note("Shares are rounded. The PagedAttention paper (2023) found 20.4% to 38.2% used in "
+               "earlier systems.")
     if paged is not one_piece:
         trace.say(f"In blocks of {paged.block_size}, {paged.used:.0%} of the memory is used and "
                   f"all are done in {paged.steps} steps; in pieces, {one_piece.used:.0%} is used "
@@ -1838,15 +1846,16 @@ def show_waste(trace, knobs) -> None:
                   f"preemptions, and {paged.computed - sum(needed)} tokens that were run again.")
     trace.say("On 20 sets of requests at the defaults, 85% to 88% of the memory was used in blocks "
               "of 4, and 21% to 24% in pieces. Pieces took 2.9 to 3.6 times as many steps. The "
-              "price of the blocks was 5 to 11 preemptions, and 13% to 33% more tokens run.")
+              "price of the blocks was 5 to 11 preemptions, and 13% to 33% more tokens run. What "
+              "is used in pieces depends on the limit, and 64 is our choice: no request needs more "
+              "than 30 slots, and in pieces of 32, 39% to 46% would be used.")
     trace.check("blocks use as much of the memory as pieces or more, and take no more steps",
                 paged.used >= one_piece.used and paged.steps <= one_piece.steps,
                 f"{paged.used:.0%} and {one_piece.used:.0%} used")
-    trace.check("by hand, 3 steps of a request that will have 5 tokens, in 2 blocks of 4: used 3 + "
-                "4 + 5, reserved 1 + 0 + 0, internal 0 + 0 + 3, free 4 + 4 + 0",
-                waste_of_two_requests() == (12, 1, 3, 8), "3 · 8 slots")
-    trace.check("nobody is preempted from a piece that is large enough",
-                one_piece.preempted == 0 and one_piece.computed == sum(needed), "pieces of 64")
+    by_hand = serve_by_hand(2, 64, (3, 3), (5, 1))
+    trace.check("by hand: in 2 blocks of 4, a request with 3, 4, then 5 tokens has used 12 slots, "
+                "reserved 1, left 3 of its second block empty, and left 8 free",
+                slot_waste(by_hand, 8, 4) == (12, 1, 3, 8), "3 · 8 slots")
 
 
 # 9. Running out of blocks
@@ -1885,6 +1894,7 @@ def show_preemption(trace, knobs) -> None:
     again = serve(knobs.lab.model, requests, num_blocks=n_blocks, **settings)
     swap = serve(knobs.lab.model, requests, engine=SwappingEngine, num_blocks=n_blocks, **settings)
     enough = serve(StandIn(), requests, num_blocks=sum(blocks), **settings)
+    trace.say("In short: a request that loses its blocks loses no token, only time.")
     trace.say("When a running request needs a block and none is free, the youngest running "
               "request loses its blocks and waits. Its text so far is recomputed when it comes "
               "back, or its keys and values are swapped, out to the host and in again. The "
@@ -1894,13 +1904,13 @@ def show_preemption(trace, knobs) -> None:
     trace.ask("how many tokens go through the model when blocks are swapped out and in?",
               swap.computed)
     rows = [preemption_row(again, "recompute"), preemption_row(swap, "swap"),
-            preemption_row(enough, "no need")]
+            preemption_row(enough, "never preempted")]
     trace.table(rows, {"by as comes back by": "", "preempted": "d", "computed": "d",
                        "swapped as swapped out + in, tokens": "d", "steps": "d",
                        "end as ms": ".1f"})
-    if min(len(again.steps), len(swap.steps)) > len(enough.steps):
+    if len(again.steps) > len(enough.steps):
         trace.note(f"{n_blocks} blocks have room for fewer requests at a time, so more steps are "
-                   "needed.")
+                   "needed. The table does not tell how much of this is due to coming back.")
     trace.lines(["", "By recomputation (× the request loses its blocks, █ its text so far runs):",
                  *timeline(again)])
     trace.say("On 20 sets of requests at the defaults, 0 to 7 preemptions came, and recomputing "
@@ -1915,16 +1925,36 @@ def check_preemption(trace, knobs, again: Report, swap: Report) -> None:
     alone = knobs.lab.solo_tokens(knobs.requests)
     trace.check("no token changed, either way", again.tokens == swap.tokens == alone,
                 f"{len(alone)} answers each")
-    needed = sum(slots_needed(knobs.requests))
-    trace.check("tokens are run again after a preemption by recomputation, and only then",
-                (again.computed > needed) == bool(again.preempted) and swap.computed == needed,
-                f"{needed} are needed, {again.computed} and {swap.computed} were run")
-    lost = [swap.steps[i - 1].cached[number] for i, number in swap.preempted]
-    trace.check("what was cached before each preemption is swapped out, and in again",
-                swap.swapped_tokens == 2 * sum(lost), f"2 × {sum(lost)} tokens")
-    trace.check("a request that lost its blocks was younger than all that ran in that step",
-                youngest_lost(again) and youngest_lost(swap),
-                f"{len(again.preempted)} + {len(swap.preempted)} preemptions")
+    if again.preempted:
+        needed = sum(slots_needed(knobs.requests))
+        trace.check("recomputing runs tokens again, and swapping runs none again",
+                    again.computed > needed == swap.computed, f"{needed} tokens are needed")
+        lost = [swap.steps[i - 1].cached[number] for i, number in swap.preempted]
+        by_hand = 2 * sum(lost) * 131072 / 32e9
+        copying = 0.0
+        for step in swap.steps:
+            priced = priced_step(sum(step.tokens.values()), sum(step.cached.values()))
+            copying += step.end - step.start - priced.seconds
+        trace.check("what was cached before each preemption is swapped out, and in again: the "
+                    "steps take 131072 bytes / 32e9 per second longer for each token",
+                    swap.swapped_tokens == 2 * sum(lost)
+                    and abs(copying - by_hand) < 1e-9, f"2 × {sum(lost)} tokens")
+        trace.check("a request that lost its blocks was younger than all that ran in that step",
+                    youngest_lost(again) and youngest_lost(swap),
+                    f"{len(again.preempted)} + {len(swap.preempted)} preemptions")
+    else:
+        trace.note("No request lost its blocks here, so three checks are left out. Try fewer "
+                   "--num-blocks or more --max-num-seqs.")
+    cache = swap.states[0].cache  # empty by now
+    slots = [{0: number} for number in range(8)]
+    cache.reserve(len(slots))
+    swap_in(cache, slots)
+    trace.check("what is swapped in is swapped out in the same order", swap_out(cache) == slots,
+                "8 slots")
+    cut_up = serve_by_hand(3, 4, (3, 4), (8, 1))
+    trace.check("by hand: a prompt that is cut up loses its block once. It must not return in the "
+                "same step, or it would lose the block again in the next",
+                cut_up.preempted == [(2, 1)], "a prompt of 8, 3 blocks of 4, 4 tokens per step")
     first = [state.times[0] for state in again.states]
     trace.check("nobody overtakes: first tokens come in the order of arrival",
                 first == sorted(first), f"{len(first)} requests")
@@ -1951,11 +1981,11 @@ def show_come_back(trace) -> None:
     trace.say("What does coming back cost? By the cost model, in a step in which three others "
               f"decode, a text of 32 tokens takes {costs[32][0]:.2f} ms to recompute and "
               f"{costs[32][1]:.2f} to swap out and in; 128 tokens take {costs[128][0]:.2f} and "
-              f"{costs[128][1]:.2f}. Of the {priced_free_tokens()} tokens of the step that cost no "
-              f"extra time, {priced_free_tokens() - free} are run either way (the newest token of "
-              f"each request), so {free} can be recomputed at no cost. Texts of {crossing} tokens "
-              "or more are cheaper to swap. All texts above are shorter, and cheaper to recompute "
-              "in such a step.")
+              f"{costs[128][1]:.2f}. {priced_free_tokens()} tokens of a step cost no extra time. "
+              f"{priced_free_tokens() - free} of them are run either way: the newest token of the "
+              f"three, and that of the request that comes back. So {free} can be recomputed at no "
+              f"cost. Texts of {crossing} tokens or more are cheaper to swap. All texts above are "
+              "shorter, and cheaper to recompute in such a step.")
     trace.check("by hand: 32 tokens are recomputed in no time and swapped in 2 · 32 · 131072 bytes "
                 "/ 32e9 per second", costs[32][0] == 0 and abs(costs[32][1] - 0.262) < 0.001,
                 "0.262 ms")
@@ -1963,15 +1993,13 @@ def show_come_back(trace) -> None:
 
 # 10. Prefill here, decode there
 
-# Bytes per second in one direction, between two cards or two machines
-LINKS = {"split": 300e9,             # NVLink; A100 data sheet: 600 GB/s, both ways together
-         "split, InfiniBand": 25e9}  # HDR, 200 Gb/s
+# NVLink joins two cards: 600 GB/s, both ways together (A100 data sheet)
+NVLINK_BYTES_PER_S = 300e9
 
 
 class Latency(NamedTuple):
-    """One row: requests on one or more cards. Times in milliseconds."""
+    """One row: requests on two cards. Times in milliseconds."""
 
-    cards: int
     way: str
     rate: int           # requests per second and card, where they come at random
     first_token: float  # after arrival: 9 of 10 are no longer
@@ -1979,50 +2007,52 @@ class Latency(NamedTuple):
     later_gap: float    # between later tokens: 99 of 100 are no longer
 
 
-def measure_latency(
-    model: Llama, requests: Sequence[Request], way: str, cards: int, rate: int = 0
-) -> Latency:
-    """Serve the requests by a policy, on cards that take them in turn, or split over a link."""
-    if way in LINKS:
-        reports = [serve_split(model, requests, LINKS[way], **plenty(requests))[0]]
+def measure_latency(requests: Sequence[Request], way: str, rate: int = 0) -> Latency:
+    """Serve the requests by a policy, on two cards that take them in turn, or split over a link.
+
+    The model is a stand-in.
+    """
+    if way == "split":
+        reports = [serve_split(StandIn(), requests, NVLINK_BYTES_PER_S, **plenty(requests))]
     else:
         budget = priced_free_tokens() if way == "chunked" else 2048
-        shares = [requests[card::cards] for card in range(cards)]
-        reports = [serve_plenty(model, share, way, budget) for share in shares]
+        shares = [requests[::2], requests[1::2]]
+        reports = [serve_plenty(StandIn(), share, way, budget) for share in shares]
     states = list(itertools.chain(*(report.states for report in reports)))
-    waits = sorted(itertools.chain(*map(first_tokens, reports)))
+    waits = list(itertools.chain(*map(first_tokens, reports)))
     second = [(state.times[1] - state.times[0]) * 1e3 for state in states]
-    later = sorted(token_gaps(states, first=1))
-    return Latency(cards, way, rate, waits[len(waits) * 9 // 10], max(second),
-                   later[len(later) * 99 // 100])
+    first_token, later_gap = nearly_longest(waits, token_gaps(states, first=1))
+    return Latency(way, rate, first_token, max(second), later_gap)
 
 
-def waits_after_crossing(report: Report, seconds_per_token: float) -> list[float]:
-    """Return how many seconds after its prompt had crossed each request got its second token."""
-    return [state.times[1] - state.times[0] - len(state.request.prompt) * seconds_per_token
-            for state in report.states]
+def nearly_longest(waits: Sequence[float], gaps: Sequence[float]) -> tuple[float, float]:
+    """Return the time within which 9 of 10 waits end, and that within which 99 of 100 gaps end."""
+    return sorted(waits)[len(waits) * 9 // 10], sorted(gaps)[len(gaps) * 99 // 100]
 
 
 def show_split(trace, knobs) -> None:
-    """Show the same requests on one card, on two alike, and on two with a phase each."""
+    """Show the same requests on two cards alike, and on two with a phase each."""
     requests = long_prompt_requests(knobs.lab.tokenizer)
     prompt_tokens = sum(len(request.prompt) for request in requests)
-    ways = [("chunked", 1), ("continuous", 2), ("chunked", 2), *((link, 2) for link in LINKS)]
-    rows = [measure_latency(StandIn(), requests, way, cards) for way, cards in ways]
-    _, whole, chunked, split, _ = rows
-    report, crossed = serve_split(knobs.lab.model, requests, 1e9, **plenty(requests))
+    rows = [measure_latency(requests, way) for way in ("continuous", "chunked", "split")]
+    whole, chunked, split = rows
+    report = serve_split(knobs.lab.model, requests, 1e9, **plenty(requests))
+    crossed = report.swapped_tokens * PRICED_MODEL.kv_bytes
+    trace.say("In short: with a card for each phase, the first token comes early and the later "
+              "gaps are short, but the second token waits.")
     trace.say("One card can do the prefill of all requests and another card their decode; then no "
               "prompt disturbs an answer. The keys and values of a prompt must cross over before "
-              "its second token. The requests of section 7, by the cost model: on one card, on two "
-              "cards that take requests in turn, and split (over NVLink, or over InfiniBand):")
+              "its second token. The requests of section 7, by the cost model, on two cards: the "
+              "requests go to card 1, card 2, card 1, …, or each card does a phase (split):")
     trace.ask(f"the prompts have {prompt_tokens} tokens. How many MB of keys and values cross in "
               f"all, at {PRICED_MODEL.kv_bytes / 1024:.0f} KiB per token?", crossed / 1e6)
-    trace.table(rows, {"cards": "d", "way": "", "first_token as first token, ms": ".1f",
+    trace.table(rows, {"way": "", "first_token as first token, ms": ".1f",
                        "second_gap as to the second, ms": ".1f",
                        "later_gap as later gap, ms": ".1f"})
-    trace.note("The longest of all requests: from arrival to the first token, from the first to "
-               "the second, and between later tokens. continuous: whole prompts. chunked: at most "
-               f"{priced_free_tokens()} tokens per step.")
+    trace.note("Each column is the longest time of any request: from arrival to the first token, "
+               "from the first to the second, and between later tokens. continuous: whole prompts. "
+               f"chunked: at most {priced_free_tokens()} tokens per step. split: a link of 300 GB "
+               "a second each way (NVLink) joins the cards.")
     trace.say(f"On two cards, whole prompts make gaps of up to {whole.later_gap:.1f} ms, and the "
               f"first token comes after {whole.first_token:.1f} ms. With chunks the later gaps are "
               f"short, {chunked.later_gap:.1f} ms, and the first token comes after "
@@ -2037,23 +2067,24 @@ def show_split(trace, knobs) -> None:
                 "shorter than with whole prompts",
                 split.first_token < chunked.first_token and split.later_gap < whole.later_gap,
                 "on two cards each")
-    late = waits_after_crossing(report, 131072 / 1e9)
-    trace.check("over a slow link, each request's second token comes within 5 ms after its "
-                "prompt's keys and values have crossed", min(late) > 0 and max(late) < 0.005,
-                "131,072 bytes a token at 1 GB/s")
+    first, second, *_ = report.states[-1].times
+    crossing = len(requests[-1].prompt) * 131072 / 1e9
+    trace.check("over a slow link, the second token of request 3 comes within 5 ms after its "
+                "prompt's keys and values have crossed",
+                crossing < second - first < crossing + 0.005, "131,072 bytes a token at 1 GB/s")
     trace.check("the keys and values of every prompt token crossed, once",
-                crossed == prompt_tokens * PRICED_MODEL.kv_bytes, f"{prompt_tokens} tokens")
+                report.swapped_tokens == prompt_tokens, f"{prompt_tokens} tokens")
 
 
 # 11. Latency against load
 
 
 def poisson_requests(n: int, rate: float, rng: random.Random) -> list[Request]:
-    """Return n requests that come at random, `rate` per second, with prompts of all sizes."""
+    """Return n requests that come at random, `rate` per second for each of two cards."""
     arrival = 0.0
     requests = []
     for _ in range(n):
-        arrival += rng.expovariate(rate)
+        arrival += rng.expovariate(2 * rate)
         requests.append(Request((0,) * rng.randint(64, 448), rng.randint(8, 56), arrival))
     return requests
 
@@ -2062,8 +2093,8 @@ def measure_load(way: str, rates: Sequence[int], n_requests: int, seed: int) -> 
     """Return a row per rate, on two cards. The schedule is real, the model a stand-in."""
     rows = []
     for rate in rates:
-        requests = poisson_requests(n_requests, 2 * rate, random.Random(seed))
-        rows.append(measure_latency(StandIn(), requests, way, 2, rate))
+        requests = poisson_requests(n_requests, rate, random.Random(seed))
+        rows.append(measure_latency(requests, way, rate))
     return rows
 
 
@@ -2075,16 +2106,17 @@ def goodput(rows: Sequence[Latency]) -> int:
 
 def show_load(trace, knobs) -> None:
     """Show first tokens and gaps under growing load, in four ways."""
-    curves = {}
-    for way in ("static", "continuous", "chunked", "split"):
-        curves[way] = measure_load(way, (5, 10, 20, 40, 80), 80, knobs.seed)
+    curves = {way: measure_load(way, (5, 10, 20, 40, 80), 80, knobs.seed)
+              for way in ("static", "continuous", "chunked", "split")}
     kept = {way: goodput(rows) for way, rows in curves.items()}
+    trace.say("In short: while few requests come, every way is fast. As more come, first tokens or "
+              "gaps get long, in some ways sooner than in others.")
     trace.say("A serving system is judged by its times under load. 80 requests with prompts of 64 "
-              "to 448 tokens and answers of 8 to 56 come at random to two cards, which take "
-              "requests in turn. (In the split, one card does the prefill and the other the "
-              "decode, over NVLink.) The scheduler runs for real, with a stand-in for the model. "
+              "to 448 tokens and answers of 8 to 56 come at random to two cards. They go to card "
+              "1, card 2, card 1, …, or one card does the prefill and the other the decode (split, "
+              "as in section 10). The scheduler runs for real, with a stand-in for the model. "
               "rate: requests per second for each card, so twice as many come in all. Chunked: at "
-              f"most {priced_free_tokens()} tokens per step. A dot is a bar too short to draw.")
+              f"most {priced_free_tokens()} tokens per step.")
     trace.ask("users were promised a first token within 60 ms and later gaps within 5 ms. Which "
               "way keeps that up to the highest rate: static, continuous, chunked or split?",
               max(kept, key=kept.get))
@@ -2108,34 +2140,51 @@ def show_load(trace, knobs) -> None:
         whole, chunked = (curves[way][2] for way in ("continuous", "chunked"))
         trace.say("On the same two cards, chunks do better than the split here. At a rate of "
                   f"{whole.rate}, first tokens come within {chunked.first_token:.0f} ms with "
-                  f"chunks, and within {whole.first_token:.0f} with whole prompts. The cost model "
-                  "leaves out the overhead of each step, so in it small chunks run as fast as "
-                  "large ones. And the split gives each phase one card, whatever the work is.")
+                  f"chunks, and within {whole.first_token:.0f} with whole prompts. Two things here "
+                  "favour chunks. The cost model leaves out the overhead of each step, so chunks "
+                  f"of {priced_free_tokens()} tokens run nearly as fast as large ones. And the "
+                  "split gives each phase one card, whatever the work is.")
     check_load(trace, curves, kept)
+    check_load_by_hand(trace, random.Random(knobs.seed))
 
 
 def print_curves(trace, curves: dict[str, Sequence[Latency]], field: str, form: str) -> None:
-    """Print and draw one time of every way: a row per rate, a column per way."""
+    """Print one time of every way: a row per rate, a column per way."""
     table = []
     for rows in zip(*curves.values()):
-        cells = [getattr(row, field) for row in rows]
-        table.append({"rate": rows[0].rate, **dict(zip(curves, cells))})
-    largest = max(getattr(row, field) for row in itertools.chain(*curves.values()))
-    trace.table(table, {"rate": "d", **dict.fromkeys(curves, f"{form} bar 7 of {largest}")})
+        cells = {row.way: getattr(row, field) for row in rows}
+        table.append({"rate": rows[0].rate, **cells})
+    trace.table(table, {"rate": "d", **dict.fromkeys(curves, form)})
 
 
 def check_load(trace, curves: dict[str, Sequence[Latency]], kept: dict[str, int]) -> None:
     """Check which way is better, from 10 requests a second on."""
-    static, continuous, chunked, split = (rows[1:] for rows in curves.values())
+    rates = list(zip(*curves.values()))[1:]
     trace.check("from 10 a second on, static batches have the latest first tokens",
-                all(row.first_token < slow.first_token for rows in (continuous, chunked, split)
-                    for row, slow in zip(rows, static)), "at 4 rates")
+                all(static.first_token > max(row.first_token for row in others)
+                    for static, *others in rates), "at 4 rates")
     trace.check("from 10 a second on, chunks have shorter gaps than whole prompts",
-                all(row.later_gap < whole.later_gap for row, whole in zip(chunked, continuous)),
+                all(chunked.later_gap < whole.later_gap for _, whole, chunked, _ in rates),
                 "at 4 rates")
     trace.check("no way keeps the promise up to a higher rate than chunks, and whole prompts keep "
                 "it up to a lower one", kept["continuous"] < kept["chunked"] == max(kept.values()),
                 f"chunks {kept['chunked']}, whole prompts {kept['continuous']} a second")
+
+
+def check_load_by_hand(trace, rng: random.Random) -> None:
+    """Check that the load, the times and the goodput are what they are called."""
+    requests = poisson_requests(1000, 10, rng)
+    gaps = [later.arrival - early.arrival for early, later in itertools.pairwise(requests)]
+    trace.check("at a rate of 10, a request comes every 50 ms on average, and the standard "
+                "deviation of that time is about as large, as in a Poisson process",
+                0.035 < fmean(gaps) < 0.065 and 0.035 < pstdev(gaps) < 0.065,
+                "1,000 requests")
+    numbers = range(100, -1, -1)
+    trace.check("by hand: of 0 to 100, 9 of 10 are at most 90, and 99 of 100 at most 99",
+                nearly_longest(numbers, numbers) == (90, 99), "101 numbers")
+    rows = [Latency("", 5, 60, 0, 5), Latency("", 10, 61, 0, 5), Latency("", 20, 60, 0, 6)]
+    trace.check("by hand: with first tokens of 60, 61 and 60 ms and gaps of 5, 5 and 6 ms, only "
+                "the first keeps the promise", goodput(rows) == 5, "rates 5, 10 and 20")
 
 
 # 12. A smaller cache
@@ -2191,8 +2240,10 @@ def show_small_cache(trace, knobs) -> None:
     numbers = list(itertools.chain(*model.weights["output"]))
     off = [abs(nearest_e4m3(x) - x) / max(abs(x), 2 ** -6) for x in numbers]
     trace.check("rounding to FP8 moves a number by one part in 16 at most, or by 2^-10 if it is "
-                "below 2^-6, and some by more than one part in 32",
-                1 / 32 < max(off) <= 1 / 16, f"the {len(numbers):,} of the output matrix")
+                "below 2^-6", max(off) <= 1 / 16, f"the {len(numbers):,} of the output matrix")
+    trace.check("by hand: 1.07 becomes 1.125, as its neighbours are 1 and 1.125; 0.003 becomes 2 · "
+                "2^-9; and 1000 becomes 448, the largest",
+                list(map(nearest_e4m3, (1.07, 0.003, 1000))) == [1.125, 2 ** -8, 448], "3 numbers")
 
 
 # =============================================================================================
@@ -2705,42 +2756,43 @@ class StandIn:
         return [[0.0]]
 
 
-class CountingLlama(Llama):
-    """A Llama that keeps, of every forward(), the last logits and the multiplications made."""
+class WatchedLlama:
+    """A Llama that keeps, of every forward(), how many tokens were run and the last logits."""
 
     def __init__(self, model: Llama):
-        super().__init__(model.config, model.weights)
+        self.model = model
+        self.n_run: list[int] = []
         self.logits: Matrix = []
-        self.products: list[int] = []  # in dot products
 
-    def forward(self, tokens: Sequence[int], cache=None, **options) -> Matrix:
-        with counted_dots() as count:
-            logits = super().forward(tokens, cache, **options)
+    def forward(self, tokens: Sequence[int], cache: KVCache | None) -> Matrix:
+        """Return what the model returns."""
+        logits = self.model.forward(tokens, cache)
+        self.n_run.append(len(tokens))
         self.logits.append(logits[-1])
-        self.products.append(count.products)
         return logits
 
 
-def plenty(requests: Sequence[Request]) -> dict:
-    """Return settings under which memory is never short, and all requests may run at a time."""
+def plenty(requests: Sequence[Request], budget: int = 2048, max_num_seqs: int = 32) -> dict:
+    """Return settings under which memory is never short. budget: tokens per step."""
     return dict(num_blocks=sum(blocks_for(request, 16) for request in requests), block_size=16,
-                max_num_seqs=32, max_num_batched_tokens=2048)
+                max_num_seqs=min(max_num_seqs, budget), max_num_batched_tokens=budget)
 
 
 def serve_plenty(
-    model: Llama, requests: Sequence[Request], policy: str = "continuous", budget: int = 2048,
-    max_num_seqs: int = 32
+    model: Llama, requests: Sequence[Request], policy: str = "continuous", *limits: int
 ) -> Report:
-    """Return serve()'s report for plenty of memory."""
-    settings = plenty(requests)
-    settings["max_num_batched_tokens"] = budget
-    settings["max_num_seqs"] = min(max_num_seqs, budget)
-    return serve(model, requests, policy=policy, **settings)
+    """Return serve()'s report for plenty of memory. limits: those of plenty()."""
+    return serve(model, requests, policy=policy, **plenty(requests, *limits))
 
 
-def largest_step(report: Report) -> int:
-    """Return the most tokens that a step ran."""
-    return max(sum(step.tokens.values()) for step in report.steps)
+def serve_by_hand(num_blocks: int, budget: int, *sizes: tuple[int, int]) -> Report:
+    """Return the report of a stand-in, with blocks of 4, two places, and prompts that are cut up.
+
+    sizes: (tokens of the prompt, new tokens) of each request.
+    """
+    requests = [Request((0,) * n_prompt, n_new) for n_prompt, n_new in sizes]
+    return serve(StandIn(), requests, policy="chunked", num_blocks=num_blocks, block_size=4,
+                 max_num_seqs=2, max_num_batched_tokens=budget)
 
 
 def slots_needed(requests: Sequence[Request]) -> list[int]:
@@ -2790,29 +2842,6 @@ def token_gaps(states: Sequence[RequestState], first: int = 0) -> list[float]:
 def count_parameters(c: Config) -> int:
     """Return how many numbers a model has."""
     return sum(math.prod(shape) for shape in c.shapes().values())
-
-
-def used_weights(c: Config) -> int:
-    """Return how many weights a step computes with: all but the embedding table."""
-    return count_parameters(c) - c.vocab_size * c.dim
-
-
-@contextmanager
-def counted_dots() -> Iterator[Namespace]:
-    """While this is open, every dot product that anybody makes adds its length to .products."""
-    global dot
-    plain_dot = dot
-    count = Namespace(products=0)
-
-    def counting_dot(a: Sequence[float], b: Sequence[float]) -> float:
-        count.products += len(a)
-        return plain_dot(a, b)
-
-    dot = counting_dot
-    try:
-        yield count
-    finally:
-        dot = plain_dot
 
 
 # =============================================================================================

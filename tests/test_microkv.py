@@ -78,28 +78,14 @@ def test_generate_refuses(prompt, n):
         m.generate(make_model(), prompt, n)
 
 
-@each_config
-@pytest.mark.parametrize("n_new, n_cached", [(1, 0), (5, 0), (1, 9), (4, 3)])
-def test_multiplications_are_counted_where_they_are_made(config, n_new, n_cached):
-    model = m.CountingLlama(make_model(config))
-    cache = m.KVCache(config)
-    if n_cached:
-        model.forward([0] * n_cached, cache)
-    logits = model.forward([0] * n_new, cache)
-    assert model.logits[-1] == logits[-1]
-    assert model.products[-1] == m.forward_products(config, n_new, n_cached)
-    assert m.dot is getattr(math, "sumprod", m.dot_by_hand)  # put back
-
-
-@each_config
-def test_the_closed_formula_for_one_token_alone(config):
-    matrices = 0
-    for name, w in make_model(config).weights.items():
-        if np.ndim(w) == 2 and name != "tok_embeddings":
-            matrices += np.size(w)
-    norms = (2 * config.n_layers + 1) * config.dim
-    attention = 2 * config.n_layers * config.dim
-    assert m.forward_products(config, 1, 0) == matrices + norms + attention
+def test_a_watched_model_counts_tokens_and_keeps_the_last_logits():
+    plain = make_model()
+    model = m.WatchedLlama(plain)
+    cache = m.KVCache(plain.config)
+    logits = [model.forward(tokens, cache)[-1] for tokens in ([1, 2, 3], [4])]
+    assert model.n_run == [3, 1]
+    assert model.logits == logits
+    assert plain.forward([1, 2, 3])[-1] == logits[0]
 
 
 # 2. Prefill and decode
@@ -665,6 +651,23 @@ def test_static_batches_are_closed_and_the_clock_waits_only_for_work():
     assert first[-1] < 1 < second[0]
 
 
+def test_nobody_comes_in_during_a_step_that_had_to_preempt():
+    """A prompt of 8 is cut up. In step 2 the request with 4 tokens takes the last block."""
+    report = m.serve_by_hand(3, 4, (3, 4), (8, 1))
+    tokens = [step.tokens for step in report.steps]
+    assert tokens == [{0: 3, 1: 1}, {0: 1, 1: 3}, {0: 1}, {0: 1, 1: 3}, {1: 4}, {1: 1}]
+    assert report.preempted == [(2, 1)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_first_tokens_if_all_requests_come_at_once(seed):
+    """The trace says: in static batches 1.2 to 2.1 times as late, on 20 sets of requests."""
+    requests = requests_at_once(seed)[:9]
+    means = [np.mean(m.first_tokens(m.serve_plenty(m.StandIn(), requests, policy, 2048, 4)))
+             for policy in ("static", "continuous")]
+    assert 1.2 <= round(means[0] / means[1], 1) <= 2.1
+
+
 def test_nobody_overtakes():
     """A long prompt at the head of the queue is not passed by a short one behind it."""
     requests = [request_of(8, 4), request_of(8, 2), request_of(1, 1)]
@@ -881,6 +884,14 @@ def test_the_shares_of_memory_by_another_count(block_size):
         assert row.internal == pytest.approx(unused_in_pieces(requests, 2, 64), rel=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_lower_limit_wastes_less(seed):
+    """The trace says: 39% to 46% in pieces of 32, and no request needs more than 30 slots."""
+    requests = requests_at_once(seed)
+    assert max(m.slots_needed(requests)) <= 30
+    assert 0.39 <= round(m.memory_row(requests, 128, 32).used, 2) <= 0.46
+
+
 def test_the_default_row():
     requests = requests_at_once(0)
     row = m.memory_row(requests, 128, 4)
@@ -994,9 +1005,9 @@ def test_the_crossing_takes_its_time_and_changes_nothing():
     model = make_model()
     requests = [m.Request((1, 2, 3), 3, 0.5), m.Request((4, 5), 2)]
     settings = {"num_blocks": 3, "block_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 64}
-    report, crossed = m.serve_split(model, requests, 1e8, **settings)
+    report = m.serve_split(model, requests, 1e8, **settings)
     assert report.tokens == [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
-    assert crossed == 5 * m.PRICED_MODEL.kv_bytes
+    assert report.swapped_tokens == 5
     prefill = m.priced_step(3, 3).seconds
     crossing = 3 * m.PRICED_MODEL.kv_bytes / 1e8
     decode = m.priced_step(1, 4).seconds
@@ -1009,8 +1020,8 @@ def test_a_request_of_one_token_never_crosses():
     model = make_model(SMALL)
     requests = [m.Request((1, 2, 3), 1), m.Request((4, 5), 2)]
     settings = {"num_blocks": 9, "block_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 64}
-    report, crossed = m.serve_split(model, requests, 1e9, **settings)
-    assert crossed == 2 * m.PRICED_MODEL.kv_bytes
+    report = m.serve_split(model, requests, 1e9, **settings)
+    assert report.swapped_tokens == 2
     assert report.tokens == [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
 
 
@@ -1019,7 +1030,7 @@ def test_two_machines_write_what_one_writes(seed):
     model = make_model(SMALL)
     requests, settings, smallest, _ = request_set(seed)
     settings |= {"num_blocks": smallest, "max_num_batched_tokens": 1024}
-    report, _ = m.serve_split(model, requests, 1e9, **settings)
+    report = m.serve_split(model, requests, 1e9, **settings)
     assert report.tokens == [m.generate(model, r.prompt, r.max_new_tokens) for r in requests]
     for state in report.states:
         crossing = len(state.request.prompt) * m.PRICED_MODEL.kv_bytes / 1e9
@@ -1030,14 +1041,13 @@ def test_two_machines_write_what_one_writes(seed):
 def test_the_split_has_the_first_token_of_whole_prompts_and_the_gaps_of_chunks():
     requests = m.long_prompt_requests(TOKENIZER)
     rows = {}
-    slow = "split, InfiniBand"
-    for way, cards in (("continuous", 1), ("chunked", 1), ("chunked", 2), (slow, 2)):
-        rows[way, cards] = m.measure_latency(m.StandIn(), requests, way, cards)
-    split = rows[slow, 2]
-    assert split.first_token < 0.9 * rows["continuous", 1].first_token
-    assert split.first_token < 0.8 * rows["chunked", 2].first_token
-    assert split.later_gap < 1.05 * rows["chunked", 1].later_gap
-    assert split.second_gap > 1.5 * rows["chunked", 1].second_gap
+    for way in ("continuous", "chunked", "split"):
+        rows[way] = m.measure_latency(requests, way)
+    split = rows["split"]
+    assert split.first_token < 0.9 * rows["continuous"].first_token
+    assert split.first_token < 0.8 * rows["chunked"].first_token
+    assert split.later_gap < 1.05 * rows["chunked"].later_gap
+    assert split.second_gap > 1.5 * rows["chunked"].second_gap
 
 
 # 11. Latency against load
@@ -1046,24 +1056,24 @@ def test_the_split_has_the_first_token_of_whole_prompts_and_the_gaps_of_chunks()
 def test_latency_by_hand():
     """Two cards, a request for each: all first tokens after one step, all gaps a step long."""
     requests = [request_of(1, 3), request_of(1, 3)]
-    row = m.measure_latency(m.StandIn(), requests, "continuous", 2, 7)
+    row = m.measure_latency(requests, "continuous", 7)
     step = m.priced_step(1, 1).seconds * 1e3
-    assert row[:3] == (2, "continuous", 7)
-    assert row[3:] == pytest.approx([step] * 3, rel=1e-3)
+    assert row[:2] == ("continuous", 7)
+    assert row[2:] == pytest.approx([step] * 3, rel=1e-3)
 
 
 def test_the_longest_waits_are_what_is_shown():
     """Of 10 requests, 9 have their first token sooner than the one that is shown."""
     lengths = range(10, 110, 10)
     requests = [request_of(n, 2, arrival=float(n)) for n in lengths]  # each is alone
-    row = m.measure_latency(m.StandIn(), requests, "continuous", 1)
+    row = m.measure_latency(requests, "continuous")
     waits = sorted(m.priced_step(n, n).seconds * 1e3 for n in lengths)
     assert row.first_token == pytest.approx(waits[9], rel=1e-9)
     assert row.later_gap == 0.0  # there is none
 
 
 def test_poisson_requests():
-    requests = m.poisson_requests(4000, 50.0, random.Random(0))
+    requests = m.poisson_requests(4000, 25.0, random.Random(0))  # for each of two cards
     arrivals = [request.arrival for request in requests]
     assert arrivals == sorted(arrivals)
     gaps = np.diff(arrivals)
@@ -1074,10 +1084,10 @@ def test_poisson_requests():
 
 def test_goodput_by_hand():
     rows = [
-        m.Latency(2, "x", rate=1, first_token=40.0, second_gap=0.0, later_gap=4.0),
-        m.Latency(2, "x", rate=2, first_token=60.0, second_gap=0.0, later_gap=5.0),  # just kept
-        m.Latency(2, "x", rate=3, first_token=61.0, second_gap=0.0, later_gap=4.0),
-        m.Latency(2, "x", rate=4, first_token=9.0, second_gap=0.0, later_gap=6.0),
+        m.Latency("x", rate=1, first_token=40.0, second_gap=0.0, later_gap=4.0),
+        m.Latency("x", rate=2, first_token=60.0, second_gap=0.0, later_gap=5.0),  # just kept
+        m.Latency("x", rate=3, first_token=61.0, second_gap=0.0, later_gap=4.0),
+        m.Latency("x", rate=4, first_token=9.0, second_gap=0.0, later_gap=6.0),
     ]
     assert m.goodput(rows) == 2
     assert m.goodput(rows[2:]) == 0
