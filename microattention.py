@@ -201,8 +201,11 @@ def visible_weights(
     bias: Matrix | None = None,
     sink_logit: float | None = None,
 ) -> Iterator[tuple[list[int], Vector]]:
-    """Yield for each query the keys that it sees, and its weights on them. What is hidden is not
-    computed."""
+    """Yield for each query the keys that it sees, and its weights on them.
+
+    What is hidden is not computed. ValueError where check_attention_arguments() says that shapes or
+    options do not fit.
+    """
     check_attention_arguments(q, k, window, sinks, bias)
     if scale is None:
         scale = 1 / math.sqrt(len(k[0]))

@@ -204,6 +204,7 @@ def standard_attention(
     q [n_q][d], k [n_k][d], v [n_k][d_v]. causal: the queries are the last n_q of the n_k positions,
     and a query sees no later key. scale: 1/√d unless given. A query that sees nothing gets zeros,
     and -inf. Each kernel reads its inputs once, as if SRAM held them whole, which flatters it.
+    ValueError where check_inputs() says that shapes do not fit.
     """
     check_inputs(q, k, v)
     queries = range(len(q))
@@ -411,7 +412,8 @@ def flash_attention_v1(
     """Return (out, lse) as standard_attention does, tile by tile: Dao et al. 2022, Algorithm 1.
 
     block_q, block_k: rows in a block of q, and of k and v; they need not divide anything. HBM is
-    left with o, and with m and l, from which lse is made on the way out.
+    left with o, and with m and l, from which lse is made on the way out. ValueError where
+    check_inputs() says that shapes do not fit, and for blocks below 1.
     """
     check_inputs(q, k, v, block_q=block_q, block_k=block_k)
     n_q, n_k = len(q), len(k)
@@ -505,6 +507,8 @@ def flash_attention(
     window: a query sees only its own position and the window - 1 before it (section 8).
     keys: attend to this run of the keys only, each in its own position (section 7).
     sink: the score of a learned sink (section 8).
+    ValueError where check_inputs() finds one: shapes or keys that do not fit, blocks or a window
+    below 1.
     """
     check_inputs(q, k, v, keys, block_q=block_q, block_k=block_k, window=window)
     n_q, n_k, d_v = len(q), len(k), len(v[0])
@@ -619,7 +623,8 @@ def flash_attention_backward(
     """Return (dq [n_q][d], dk [n_k][d], dv [n_k][d_v]).
 
     out, lse: what the forward pass left; d_out [n_q][d_v]. causal and scale must be those of the
-    forward pass; the blocks may be others.
+    forward pass; the blocks may be others. ValueError where check_inputs() or check_rows() says
+    that shapes do not fit, and for blocks below 1.
     """
     check_inputs(q, k, v, block_q=block_q, block_k=block_k)
     check_rows(len(q), len(v[0]), out=out, d_out=d_out)
@@ -684,7 +689,8 @@ def standard_attention_backward(
     """Return (dq, dk, dv) from the weights P [n_q][n_k] that the forward pass kept.
 
     Five kernels, through dP and dS in HBM (Dao et al. 2022, Algorithm 3). Each reads its inputs
-    once, as if SRAM held them whole.
+    once, as if SRAM held them whole. ValueError where check_inputs() or check_rows() says that
+    shapes do not fit.
     """
     check_inputs(q, k, v)
     check_rows(len(q), len(k), weights=weights)
@@ -756,7 +762,7 @@ def flash_decode(
     """Return (out, lse) as flash_attention does, from n_splits runs of the keys, merged at the end.
 
     The runs do not wait for each other. A second kernel reads what they left in HBM and merges it.
-    options: causal, window and scale, as there.
+    options: causal, window and scale, as there. ValueError as there, and if n_splits is below 1.
     """
     check_counts(n_splits=n_splits)
     gpu = traffic or Traffic()
@@ -862,7 +868,8 @@ def flash_packed_group(
 class PagedRows(Sequence):
     """n rows that lie in pages; it reads as a matrix.
 
-    Row j is pages[block_table[j // page_size]][j % page_size].
+    Row j is pages[block_table[j // page_size]][j % page_size]. ValueError if the pages of the table
+    have fewer than n rows.
     """
 
     pages: Sequence[Matrix]

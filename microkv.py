@@ -162,7 +162,8 @@ def generate(model: Llama, prompt: Sequence[int], max_new_tokens: int, cache=Non
     """Return max_new_tokens new tokens, each the likeliest next one (greedy).
 
     With a cache, the first step runs what the cache lacks of the prompt (prefill), and each later
-    step runs a single token (decode).
+    step runs a single token (decode). ValueError where check_prompt() says so: no prompt, or fewer
+    than 0 new tokens.
     """
     check_prompt(prompt, max_new_tokens, cache)
     tokens = list(prompt)
@@ -355,6 +356,7 @@ class BlockPool:
 
     A block is free when no block table lists it (its ref_count is 0). Blocks that were freed first
     are handed out first. Until then they keep their content, which section 5 finds by its hash.
+    ValueError if one of the numbers is below 1.
     """
 
     def __init__(self, num_blocks: int, block_size: int):
@@ -732,7 +734,10 @@ class Report:
 
 @dataclass(eq=False)
 class Engine:
-    """The scheduler, and the loop around the model. serve() explains the settings."""
+    """The scheduler, and the loop around the model. serve() explains the settings.
+
+    ValueError where check_settings() finds settings with which it could not go on.
+    """
 
     model: Llama
     requests: Sequence[Request]
