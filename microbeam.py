@@ -4,8 +4,9 @@
 A language model only scores the tokens that may come next. Choosing one is called decoding: taking
 the best token, drawing one by chance, searching ahead, or letting something cheap guess several
 tokens that the model then checks in one pass. Each method runs here on a tiny Llama that
-first learns a nursery rhyme, and the trace checks what is usually only said: that speculative
-decoding changes the speed and not the texts, or how likely each text is when they are drawn.
+first learns a nursery rhyme, and the trace checks what is usually only said. Speculative decoding,
+for one, changes only the speed: greedy texts stay the same, and drawn texts stay as likely as
+before.
 
 How to read it
   1. Read the words below (2 minutes), run `python3 microbeam.py` and read what it prints
@@ -54,10 +55,13 @@ The papers
 #   logits_fn       how a decoder sees a model: logits_fn(tokens) are the logits of what comes next
 #   CachedModel     a Llama as logits_fn that reads no text twice. Its read(texts) takes one pass
 #                   for a whole tree of texts, and returns {text: logits} for these texts and for
-#                   all their prefixes. Llama.forward(tokens) gives the logits after every token,
-#                   without a cache.
+#                   all their prefixes. last_rows(tokens, n) are the logits after each of the last n
+#                   tokens, and feature(tokens) is the hidden state after tokens that it has read.
+#                   Llama.forward(tokens) gives the logits after every token, without a cache.
 #   helpers         likeliest(logits, n) are the n tokens with the highest scores, best first;
 #                   check_request() and check_eos() refuse arguments that cannot work
+#   standard error  how far a mean over a few texts may be off by chance. A difference of less than
+#                   two standard errors shows nothing.
 
 from __future__ import annotations
 
@@ -223,9 +227,8 @@ def top_k_filter(logits: Vector, k: int) -> Vector:
 def top_p_filter(logits: Vector, p: float) -> Vector:
     """Keep the likeliest until p is reached, with the token that reaches p.
 
-    As transformers does it, from the other end: the least likely is removed, and of equals the one
-    with the lower id first, while the sum of what is removed is at most 1 - p. The last one always
-    stays. ValueError unless 0 < p <= 1.
+    As in transformers: remove tokens from the least likely up (of equals, the lower id first). Stop
+    before the removed sum exceeds 1 - p. The likeliest always stays. ValueError unless 0 < p <= 1.
     """
     if not 0 < p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {p}")
@@ -387,6 +390,7 @@ class EveryBranch:
         if len(self.chosen) < len(self.script):
             choice = self.script[len(self.chosen)]
         else:
+            # Take the first, and note the scripts for the others.
             choice, *others = (i for i in population if weights[i] > 0)
             self.others += [self.chosen + [other] for other in others]
         self.chosen.append(choice)
@@ -430,11 +434,11 @@ def every_outcome(run: Callable[[EveryBranch], object]) -> dict[object, float]:
 # cannot get it back.
 #
 # Likelier is not better, either. Stahlberg & Byrne searched exactly, and for more than half of
-# their sentences the likeliest translation of all was the empty one: the errors of the model had
-# been hidden by the errors of the search. (Exact search here extends the likeliest text first. For
-# most prompts this is cheap: the tiny Llama is sure of most tokens. A large model is less sure over
-# longer texts, and the number of texts that are likelier than the best complete one grows without
-# bound.)
+# their sentences the likeliest translation of all was the empty one. A weak search never found the
+# bad texts that the model likes best. (Exact search here extends the likeliest text first. For most
+# prompts this is cheap: the tiny Llama is sure of most tokens. A large model is less sure over
+# longer texts, and the number of beginnings that are likelier than the best complete text grows
+# without bound.)
 #
 # The texts in a beam tend to be nearly the same. Diverse beam search lets several beams take turns,
 # and charges a token `diversity` for every beam that has just chosen this token.
@@ -477,8 +481,8 @@ def beam_search(
         finished = sorted(finished, key=score, reverse=True)[:width]
         beams = [candidate for candidate in best if candidate[0][-1] != eos]
         if len(finished) == width:
-            # Sums of log-probabilities are negative and can only fall. With a penalty above 0,
-            # dividing by a greater length brings the score nearer to 0, which gives the bound.
+            # The best that a running text can hope for: its sum stays as it is, and (with a penalty
+            # above 0, where a greater length helps) it reaches the greatest length.
             longest = max_new_tokens if length_penalty > 0 else length
             bounds = [total / longest ** length_penalty for _, total in beams]
             if early_stopping or all(bound <= score(finished[-1]) for bound in bounds):
@@ -580,17 +584,16 @@ def exact_search(
 #     P(y) = q(y)·min(1, p(y)/q(y)) + P(rejected) · max(0, p(y) - q(y)) / Σ max(0, p - q)
 #
 # The first term is min(p, q). As min(p, q) + max(0, p - q) is p, and p sums to 1, P(rejected) is
-# 1 - Σ min(p, q) = Σ max(0, p - q), so the second term
-# is max(0, p(y) - q(y)). Together they are p(y).
+# 1 - Σ min(p, q) = Σ max(0, p - q), so the second term is max(0, p(y) - q(y)). Together they are
+# p(y).
 #
-# Why the whole text is right, by induction: say the text so far has the target's distribution.
-# Whatever was kept or rejected to get there, the next token needs random numbers that are
-# independent of all earlier ones. Either a guess
-# waits at the next place: it was drawn from q after exactly this text, and the rule makes the
-# token's distribution p. Or none waits: the token is drawn from p. Guesses behind a wrong one are
-# thrown away, since they continue another text. So the longer text has the target's
-# distribution too. (The trace enumerates all texts of small models, which checks the code; the
-# proof is this paragraph.)
+# Why the whole text is right, by induction: say the text so far has the target's distribution. The
+# next token is drawn with fresh random numbers, so what was kept or rejected before cannot change
+# its distribution. Either a guess waits at the next place: it was drawn from q after exactly this
+# text, and the rule makes the token's distribution p. Or none waits: the token is drawn from p.
+# Guesses behind a wrong one are thrown away, since they continue another text. So the longer text
+# has the target's distribution too. (The trace enumerates all texts of small models, which checks
+# the code; the proof is this paragraph.)
 #
 # The rule is right for any q, if the guess was drawn from that same q. To guess the draft's argmax
 # and judge this guess by softmax q is a common bug, and the output is biased.
@@ -642,15 +645,16 @@ def in_rounds(
     prompt: Sequence[int],
     max_new_tokens: int,
     eos: int | None,
-    **at_least_1: int,
+    **settings: int,
 ) -> tuple[list[int], Counts]:
     """Return the new tokens and Counts of a decoder that guesses and verifies, round by round.
 
     one_round(tokens, n) runs one pass; n: how many guesses can still be used. It returns its
     guesses, and the tokens found: the guesses that were right, and then the target's own token.
-    ValueError for a setting of at_least_1 below 1, an empty prompt or max_new_tokens below 0.
+    settings: of the decoder; each must be at least 1. ValueError if one is not, and for an empty
+    prompt or max_new_tokens below 0.
     """
-    check_request(prompt, max_new_tokens, **at_least_1)
+    check_request(prompt, max_new_tokens, **settings)
     text: list[int] = []
     counts = Counts()
     while len(text) < max_new_tokens and text[-1:] != [eos]:
@@ -659,7 +663,8 @@ def in_rounds(
         if eos in new:
             new = new[:new.index(eos) + 1]  # what was kept behind the end is cut off
         text += new
-        # The last token found was no guess, and a guess that was cut off does not count as kept.
+        # found ends with the target's own token, which was no guess. new may be shorter (eos, or
+        # enough tokens): a guess that was cut off does not count as kept.
         counts.rounds.append((guesses, min(len(found) - 1, len(new))))
     return text, counts
 
@@ -694,7 +699,7 @@ def speculate(
     """Return the tokens that choose() alone would give, and Counts, whoever guesses.
 
     guess(tokens, n) returns up to n tokens that may follow. A pass gets at most gamma guesses, and
-    one less than the tokens still wanted, since the target adds one itself. ValueErrors as for
+    at most (tokens still wanted - 1), since the target adds one itself. ValueErrors as for
     in_rounds(), and for an eos outside the vocabulary.
     """
     def one_round(tokens: list[int], room: int) -> tuple[list[int], list[int]]:
@@ -808,8 +813,9 @@ def last_rows(logits_fn: LogitsFn, tokens: Sequence[int], n: int) -> Matrix:
 # reading the weights takes the time, as at small batches. A busy server computes all the time, has
 # nothing to spend on guesses, and gains little or loses.
 #
-# In production: vLLM reports these counts (v1/spec_decode/metrics.py), and transformers' assisted
-# generation raises and lowers γ as guesses are kept or not. Measured by show_when_it_pays().
+# In production: vLLM reports these counts (v1/spec_decode/metrics.py). transformers' assisted
+# generation stops guessing where the draft is unsure, and can raise and lower γ as guesses are kept
+# or not. Measured by show_when_it_pays().
 
 
 def expected_tokens(alpha: float, gamma: int) -> float:
@@ -817,9 +823,9 @@ def expected_tokens(alpha: float, gamma: int) -> float:
     return sum(alpha ** i for i in range(gamma + 1))
 
 
-def speed_up(tokens: float, gamma: int, cost: float) -> float:
+def speed_up(tokens_per_pass: float, gamma: int, cost: float) -> float:
     """Return how many times faster than one token per pass, if a guess costs `cost` passes."""
-    return tokens / (gamma * cost + 1)
+    return tokens_per_pass / (gamma * cost + 1)
 
 
 # 7. Prompt lookup: guesses for nothing
@@ -830,7 +836,8 @@ def speed_up(tokens: float, gamma: int, cost: float) -> float:
 # Counts of which token followed which in a large corpus (n-grams) serve in the same way.
 #
 # These guesses are single tokens without a distribution, so speculate() judges them by the point
-# mass of section 5. In production: vLLM's v1/spec_decode/ngram_proposer.py, transformers'
+# mass of section 5. In production: vLLM's v1/spec_decode/ngram_proposer.py (which takes the
+# earliest place where the tokens came, and ours the latest), transformers'
 # PromptLookupCandidateGenerator, llama.cpp's examples/lookup. Measured by show_prompt_lookup().
 
 
@@ -892,7 +899,7 @@ Head = dict[str, Matrix]
 
 
 def better_state(h: Matrix, x: Matrix, head: Head) -> Matrix:
-    """Return h + silu(w1 x): h [n][dim], corrected by what x [n][…] tells."""
+    """Return h + silu(w1 x): h [n][dim] plus a correction computed from x [n][…]."""
     return add(h, silu(linear(x, head["w1"])))
 
 
@@ -911,8 +918,8 @@ def medusa_paths(
 ) -> list[tuple[int, ...]]:
     """Return every way to go on with one of head 1's tops[0] best, one of head 2's tops[1] …
 
-    The heads read the hidden state before the last token, from which the target chose this token.
-    Where the target has not read so far yet, there is no state and no path.
+    The target chose the last token from the hidden state before it; the heads read that state. In
+    the first round the target may have read nothing: then there is no state and no path.
     """
     h = target.feature(tokens[:-1])
     if h is None:
@@ -940,7 +947,7 @@ def verify_tree(
     more; and {text: logits after it} of all nodes.
     """
     text = tuple(tokens)
-    # {text: logits} of the text, of every node, and of all texts that they begin with
+    # {text: logits} of the text, of every node, and of all their prefixes
     rows = target.read([text, *((*text, *path) for path in paths)])
     guesses = [node[-1] for node in rows if len(node) > len(tokens)]
     while text in rows:
@@ -979,13 +986,16 @@ def medusa_greedy(
 #     f_t+1 = f_t + silu(w1 [f_t ; e(x_t+1)])        x_t+2 = argmax(w2 · f_t+1), and again
 #
 # Beside Medusa, on one timeline: from h_t, the target has chosen x_t+1. Medusa's head 1 guesses
-# x_t+2 from h_t alone; EAGLE guesses it from h_t and x_t+1.
+# x_t+2 from h_t alone. EAGLE guesses it from h_t and x_t+1, and is right more often. For x_t+3
+# Medusa has a second head, trained for that place. EAGLE applies its one head again, to the state
+# f_t+1 that it has just guessed. The head learned on the target's states and not on guessed ones,
+# and its second guess is right less often than Medusa's.
 #
-# Here w1 and w2 start and learn as Medusa's do, so that nothing but the embedding differs. The
-# first EAGLE has a whole decoder layer with attention over all states so far, keeps the target's
-# output matrix, learns the states as well as the tokens (Smooth L1, with noise on the states), and
-# guesses a tree. EAGLE-3 learns the tokens alone, from states of several layers and on its own
-# guesses. Multi-token prediction (DeepSeek-V3) trains such a layer together with the model.
+# Here w1 and w2 start and learn as Medusa's do. The first EAGLE has a whole decoder layer with
+# attention over all states so far, keeps the target's output matrix, learns the states as well as
+# the tokens (Smooth L1, with noise on the states), and guesses a tree. EAGLE-3 learns the tokens
+# alone, from states of several layers, and on its own guesses: so it knows what it will read at the
+# second guess. Multi-token prediction (DeepSeek-V3) trains such a layer together with the model.
 #
 # In production: vLLM's v1/spec_decode/eagle.py. Measured by show_eagle().
 
@@ -1017,16 +1027,17 @@ def eagle_guesses(target: CachedModel, head: Head, tokens: list[int], n: int) ->
 # Lookahead decoding keeps what appears. Beside the text it has a window: two rows of guesses, each
 # renewed by the pass before. With a window of 3, before a pass and after it:
 #
-#     row 1    A  B  C        the tokens guessed for the next places
-#     row 2    D  E  F        what the target put after A, after A B, after A B C, one pass ago
-#     new      G  H  I        what it puts now after A D, after A B E, after A B C F
+#     row 1    rat    cat      dog        the tokens guessed for the next places
+#     row 2    that   that     that       what the target put after each of them, one pass ago
+#     new      ate    killed   worried    what it puts now after "rat that", after "rat cat that",
+#                                         and after "rat cat dog that"
 #
-# Read a column downwards: D was the target's choice after A, and G its choice after D. So A D G is
-# a piece of text (an n-gram) that the target itself put together, if for another place. A D G goes
-# into a pool, and so do B E H and C F I. Then row 1 is dropped: row 2 becomes row 1, and the new
-# tokens row 2. When the text ends in A some time later, D G is guessed, and verified in the same
-# pass as a branch of a tree. (Here the window is verified as well, since it is in the pass anyway;
-# in the paper the window only feeds the pool.)
+# Read a column downwards: "that" was the target's choice after "rat", and "ate" its choice after
+# "that". So "rat that ate" is a piece of text (an n-gram) that the target itself put together, if
+# for another place. It goes into a pool, and so do "cat that killed" and "dog that worried". Then
+# row 1 is dropped: row 2 becomes row 1, and the new tokens row 2. When the text ends in "rat" some
+# time later, "that ate" is guessed, and verified in the same pass as a branch of a tree. (Here the
+# window is verified as well, since it is in the pass anyway; in the paper it only feeds the pool.)
 #
 # There is no draft and no training, but more arithmetic. In production: Fu et al.'s own code and
 # llama.cpp's examples/lookahead. Measured by show_lookahead().
@@ -1043,10 +1054,11 @@ def lookahead_greedy(
     eos: int | None = None,
     choose: Choose = argmax,
 ) -> tuple[list[int], Counts]:
-    """Return the tokens that choose() alone would give, and Counts; its guesses are all tree nodes.
+    """Return the tokens that choose() alone would give, and Counts.
 
     Every row begins as the first `window` tokens of the prompt, which is repeated if too short. Of
-    the pool's n-grams that begin with the text's last token, the latest `verified` are guessed.
+    the pool's n-grams that begin with the text's last token, the latest `verified` are guessed. The
+    guesses of a round are all nodes of its tree but the first.
     """
     check_request(prompt, max_new_tokens, window=window, ngram=ngram, verified=verified)
     pool: list[tuple[int, ...]] = []  # the latest n-grams last
@@ -1054,11 +1066,12 @@ def lookahead_greedy(
 
     def one_round(tokens: list[int], room: int) -> tuple[list[int], list[int]]:
         # Row 1 is a chain after the text; under each of its tokens hangs the rest of its column.
-        # With the letters above: A D, A B E, A B C F.
+        # As above: rat that, rat cat that, rat cat dog that.
         columns = [(*rows[0][:j], *column) for j, column in enumerate(zip(*rows))]
         grams = [gram[1:] for gram in pool if gram[0] == tokens[-1]][-verified:]
         guesses, found, logits = verify_tree(target, tokens, columns + grams, choose)
-        renewed = [argmax(logits[*tokens, *column]) for column in columns]  # G H I
+        # The window is always greedy; only the text uses choose().
+        renewed = [argmax(logits[*tokens, *column]) for column in columns]
         for gram in zip(*rows, renewed):
             if gram in pool:
                 pool.remove(gram)
@@ -1078,7 +1091,8 @@ def lookahead_greedy(
 #
 #     {"animal": [(" cat", "that"), (" cow", "that")], "that": [(" that", None)]}
 #
-# A grammar can say what a regular expression can, except that no rule matches the empty text. A
+# A rule may come after itself: the regular expression (ab)*c is {"s": [("ab", "s"), ("c", None)]}.
+# So a grammar can say what a regular expression can, except that no rule matches the empty text. A
 # state is (what is left of a string, the rule after it): after " c" the automaton is in two states
 # at once, ("at", "that") and ("ow", "that").
 #
@@ -1094,8 +1108,9 @@ def lookahead_greedy(
 # word, the mask cannot see that the second will be forced against the model's will.
 #
 # In production: XGrammar and llguidance, in vLLM as v1/structured_output/backend_xgrammar.py and
-# backend_guidance.py, and llama.cpp's GBNF grammars. They handle nested shapes as JSON has them
-# with a stack, and work out most masks beforehand. All of them mask locally.
+# backend_guidance.py, and llama.cpp's GBNF grammars. All three read nested shapes, as JSON has
+# them, and mask locally. XGrammar works out most of its masks beforehand, llguidance computes each
+# at its step, and llama.cpp runs the candidates through the grammar as it samples.
 # Measured by show_constrained().
 
 Grammar = dict[str, list[tuple[str, str | None]]]  # a text starts with the first rule
@@ -1107,6 +1122,7 @@ def follow(grammar: Grammar, states: States, text: str) -> States:
     for character in text:
         after = set()
         for left, rule in states:
+            # Where a string is used up, go to the next rule. None has no choices.
             choices = [(left, rule)] if left else grammar.get(rule, [])
             for string, next_rule in choices:
                 if string[0] == character:
@@ -2662,15 +2678,15 @@ def weights_read(weights: Weights) -> int:
 
 
 def check_request(
-    prompt: Sequence[int], max_new_tokens: int, at_least: int = 0, **at_least_1: int
+    prompt: Sequence[int], max_new_tokens: int, at_least: int = 0, **settings: int
 ) -> None:
-    """Raise ValueError, saying what would do, where a decoder cannot work."""
+    """Raise ValueError where a decoder cannot work. Each of settings must be at least 1."""
     if not prompt:
         raise ValueError("prompt must have at least one token: a model predicts what comes after "
                          "something")
     if max_new_tokens < at_least:
         raise ValueError(f"max_new_tokens must be at least {at_least}, not {max_new_tokens}")
-    for name, value in at_least_1.items():
+    for name, value in settings.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
 
