@@ -1177,35 +1177,27 @@ def model_of(language: ToyLanguage) -> LogitsFn:
     return lambda tokens: [math.log(p) for p in language.get(tuple(tokens[1:]), alike)]
 
 
-class ToyText(NamedTuple):
-    """One text of two words."""
-
-    text: str
-    p: float
-    mark: str
-
-
-def toy_texts() -> list[ToyText]:
-    """Return all texts of two words with their probabilities; greedy's and the best are marked."""
-    rows = []
+def toy_texts() -> dict[str, float]:
+    """Return {text: its probability} of all texts of two words of toy 1."""
+    texts = {}
     for a, b in itertools.product(range(3), repeat=2):
-        rows.append(ToyText(letters((a, b)), TOY[()][a] * TOY[a,][b], ""))
-    best = max(rows, key=lambda row: row.p).text
-    marks = {best: "← best", letters(greedy(model_of(TOY), TOY_PROMPT, 2)): "← greedy"}
-    return [row._replace(mark=marks.get(row.text, "")) for row in rows]
+        texts[letters((a, b))] = TOY[()][a] * TOY[a,][b]
+    return texts
 
 
 def show_greedy(trace: Trace, knobs: Namespace) -> None:
     """Show toy 1, where greedy loses, and what two models write."""
     lab = knobs.lab
     toy = toy_texts()
-    best = max(toy, key=lambda row: row.p)
+    best = max(toy, key=toy.get)
+    marks = {best: "← best", letters(greedy(model_of(TOY), TOY_PROMPT, 2)): "← greedy"}
     trace.say("Greedy takes the likeliest next token each time, and so sees one step ahead. Toy 1 "
               "is a language of three words, A, B and C. Of all its texts of two words, the best "
               "does not begin with the best first word:")
     trace.ask("A begins with 0.5, B with 0.4, C with 0.1. After A they have 0.4, 0.35, 0.25; after "
-              "B 0.05, 0.05, 0.9; after C 0.2, 0.6, 0.2. How probable is the best text?", best.p)
-    trace.table(toy, {"text": "", "p": ".3f bar 20", "mark as  ": ""})
+              "B 0.05, 0.05, 0.9; after C 0.2, 0.6, 0.2. How probable is the best text?", toy[best])
+    trace.table([{"text": text, "p": p, "mark": marks.get(text)} for text, p in toy.items()],
+                {"text": "", "p": ".3f bar 20", "mark as  ": ""})
 
     trace.say("Now a tiny Llama, the target of this chapter, and a smaller one. They have read "
               f"{lab.steps * STEP_TOKENS:,} and {lab.draft_steps * STEP_TOKENS:,} tokens of The "
@@ -1217,8 +1209,8 @@ def show_greedy(trace: Trace, knobs: Namespace) -> None:
         trace.lines(quoted(f"{name}: " + lab.tokenizer.decode([*knobs.tokens, *tokens])))
         right.append(is_greedy(llama, knobs.tokens, tokens))
     trace.check("toy 1: greedy writes A A, and the best text is B C; of equals, argmax takes the "
-                "first", toy[0] == ("A A", 0.2, "← greedy") and best.text == "B C"
-                and argmax([1.0, 2.0, 2.0]) == 1, f"probabilities 0.20 and {best.p:.2f}")
+                "first", list(marks) == ["B C", "A A"] and argmax([1.0, 2.0, 2.0]) == 1,
+                f"probabilities {toy['A A']:.2f} and {toy[best]:.2f}")
     trace.check("every token is the argmax of one pass over the whole text, without a cache",
                 all(right), "the texts of both models")
 
@@ -1330,9 +1322,8 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
 def check_filters(trace: Trace) -> None:
     """Check the filters, the temperature and the penalty by hand."""
     check_kept(trace, [0.4, 0.15, 0.15, 0.15, 0.15], {
-        ("top_k", 1): 1, ("top_k", 2): 5, ("top_p", 0.5): 2, ("min_p", 0.5): 1,
-        ("typical_p", 0.5): 4})
-    check_kept(trace, [0.25] * 4, {("top_p", 0.5): 2, ("top_p", 0.75): 3, ("min_p", 1.0): 4})
+        ("top_k", 2): 5, ("top_p", 0.5): 2, ("min_p", 0.5): 1, ("typical_p", 0.5): 4})
+    check_kept(trace, [0.25] * 4, {("top_p", 0.5): 2, ("top_p", 0.75): 3})
     check_kept(trace, [0.6, 0.2, 0.1, 0.1], {("typical_p", 0.19): 1})  # the second
     logits = list(map(math.log, [0.76, 0.19, 0.05]))
     last = distribution(logits, 2.0, min_p=0.1, temperature_last=True)
@@ -1357,8 +1348,8 @@ def compare_shares(seed: int) -> list[dict]:
     rng = random.Random(seed)
     counts = Counter(run(rng) for _ in range(DRAWS))
     enumerated = every_outcome(run)
-    return [{"text": row.text, "product": row.p, "enumerated": enumerated.get(row.text, 0.0),
-             "counted": counts[row.text] / DRAWS} for row in toy_texts()]
+    return [{"text": text, "product": p, "enumerated": enumerated.get(text, 0.0),
+             "counted": counts[text] / DRAWS} for text, p in toy_texts().items()]
 
 
 def show_sampling(trace: Trace, knobs: Namespace) -> None:
@@ -1442,7 +1433,7 @@ def compare_with_exact(
             return exact_search(target, prompt, n, eos=lab.eos, max_passes=EXACT_PASSES)
         return beam_search(target, prompt, n, width=width, length_penalty=0.0, eos=lab.eos)[0]
 
-    exact: list[Candidate | None] = []
+    exact = []
     rows = []
     for width in (0, *widths):
         target.passes = 0
@@ -1488,8 +1479,8 @@ def compare_diversity(lab: DecodingLab, prompts: Sequence[list[int]], n: int) ->
 
 def show_beam(trace: Trace, knobs: Namespace) -> None:
     """Show what a beam keeps in toy 2, where it loses to greedy; then searches in the Llama."""
-    found = [toy_beam(LOSING, 3, width, length_penalty=0.0) for width in (1, 2, 3)]
-    [one, two, three] = [score for _, score in found]
+    (text, one), (_, two), (_, three) = [
+        toy_beam(LOSING, 3, width, length_penalty=0.0) for width in (1, 2, 3)]
     trace.say("Beam search keeps the few best texts so far instead of one. In toy 2, A, B and C "
               "begin with 0.40, 0.35, 0.25; after A they have 0.34, 0.33, 0.33, and after B 0.49, "
               "0.49, 0.02. What a beam of width 2 keeps at each step, and the best text that it "
@@ -1502,7 +1493,7 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
               f"{math.exp(two):.2f}. Width 3 finds A A A again.")
     show_ended_beams(trace, knobs)
     trace.check("toy 2: width 1 writes the greedy text; it and width 3 find a likelier text than "
-                "width 2", found[0][0] == letters(greedy(model_of(LOSING), TOY_PROMPT, 3))
+                "width 2", text == letters(greedy(model_of(LOSING), TOY_PROMPT, 3))
                 and two < one == three, f"{math.exp(one):.2f} and {math.exp(two):.2f}")
     check_beams(trace)
 
@@ -1568,15 +1559,12 @@ def check_beams(trace: Trace) -> None:
                 "A A, then A B, as A costs 0.2, and B C",
                 [letters(tokens) for tokens, _ in found] == ["A A", "A B", "B C"]
                 and chances == [0.2, 0.175, 0.36], "probabilities 0.2, 0.175 and 0.36")
-    late, score = toy_beam(LATE, 3, 2, eos=1)
+    late, _ = toy_beam(LATE, 3, 2, eos=1)
+    early, _ = toy_beam(LATE, 3, 2, eos=1, early_stopping=True)
     trace.check("toy 3, where B ends a text. A and B begin with 0.45 and 0.55; after A both have "
                 "0.5, after A A 0.1 and 0.9. B and A B have ended, but width 2 goes on as long as "
-                "another can still score better",
-                late == "A A B" and abs(score - math.log(0.45 * 0.5 * 0.9) / 3) < 1e-12,
-                f"{late}, score {score:.3f}")
-    early, score = toy_beam(LATE, 3, 2, eos=1, early_stopping=True)
-    trace.check("toy 3 with early_stopping, which stops as soon as two have ended",
-                early == "B" and abs(score - math.log(0.55)) < 1e-12, f"{early}, score {score:.3f}")
+                "another can still score better. With early_stopping it stops as two have ended",
+                late == "A A B" and early == "B", f"{late}, and {early}")
 
 
 # 5. Speculative decoding
@@ -1848,9 +1836,9 @@ def check_payoff(trace: Trace, pair: tuple[LogitsFn, LogitsFn]) -> None:
     trace.check("where all places are alike, alpha 0.6 and gamma 2, a text of 1,000 tokens has the "
                 "tokens per pass of the formula", abs(long_run - expected_tokens(0.6, 2)) < 0.01,
                 f"{long_run:.2f} = 1 + 0.6 + 0.36")
-    faster = speed_up(expected_tokens(0.6, 2), 2, 0.1)
+    faster = speed_up(1.96, 2, 0.1)
     trace.check("by hand, the speed-up of these at c = 0.1, and the standard error of 1 and 3",
-                abs(faster - 1.96 / 1.2) < 1e-12 and abs(standard_error([1.0, 3.0]) - 1) < 1e-12,
+                abs(faster - 1.96 / 1.2) < 1e-12 and standard_error([1.0, 3.0]) == 1,
                 f"1.96 / (2 · 0.1 + 1) = {faster:.2f}, and √2 / √2 = 1")
 
 
@@ -1906,7 +1894,7 @@ def measure_way(
         per_text.append(counts.target_passes)
         # The cache holds the prompt, the guesses, and each pass's own token but the last.
         read = len(prompt) + counts.drafted + counts.target_passes - 1
-        right += (len(tokens) == n and lab.is_own(prompt, tokens)
+        right += (len(tokens) == n and is_greedy(lab.target, prompt, tokens)
                   and len(target.known) == read)
     passes = len(rounds)
     guessed = sum(len(guesses) for guesses, _ in rounds)
@@ -2029,20 +2017,18 @@ def last_state(llama: Llama, tokens: Sequence[int]) -> Vector:
     return llama.inputs["output"][-1]
 
 
-def head_by_formula(h: Vector, x: Vector, head: Head) -> tuple[Vector, Vector]:
-    """Return h + silu(w1 x) and its logits, number by number."""
+def best_by_formula(h: Vector, x: Vector, head: Head, n: int) -> tuple[list[int], Vector]:
+    """Return the n likeliest tokens of w2 (h + silu(w1 x)), number by number, and that state."""
     z = [dot(row, x) for row in head["w1"]]
     state = [a + b * sigmoid(b) for a, b in zip(h, z)]
-    return state, [dot(row, state) for row in head["w2"]]
+    logits = [dot(row, state) for row in head["w2"]]
+    return heapq.nlargest(n, range(len(logits)), key=logits.__getitem__), state
 
 
-def paths_by_formula(lab: DecodingLab, prompt: list[int], tops: Sequence[int]) -> list[tuple]:
+def paths_by_formula(lab: DecodingLab, prompt: list[int]) -> list[tuple[int, ...]]:
     """Return Medusa's paths after the prompt and any token, by a plain pass."""
     h = last_state(lab.target, prompt)
-    best = []
-    for head, top in zip(lab.medusa, tops):
-        _, logits = head_by_formula(h, h, head)
-        best.append(heapq.nlargest(top, range(VOCAB_SIZE), key=logits.__getitem__))
+    best = [best_by_formula(h, h, head, top)[0] for head, top in zip(lab.medusa, (3, 2))]
     return list(itertools.product(*best))
 
 
@@ -2056,16 +2042,15 @@ def tree_gap(lab: DecodingLab, nodes: Sequence[tuple[int, ...]]) -> float:
 
 
 def sampled_tree_gap(target: LogitsFn) -> float:
-    """Sample in a full tree over two tokens, and in one branch; return the largest gap to P."""
-    def in_tree(paths: list[tuple[int, ...]], rng: EveryBranch) -> tuple[int, ...]:
+    """Sample in a tree over two tokens; return the largest gap to a text's probability."""
+    paths = [(0, 0), (0, 1), (1, 0)]  # after 1, a draw may miss the tree
+
+    def in_tree(rng: EveryBranch) -> tuple[int, ...]:
         _, found, _ = verify_tree(ToyTarget(target), [0], paths, sampler(rng))
         return tuple(found)
 
-    gaps = []
-    for paths in (list(itertools.product((0, 1), repeat=2)), [(0, 1)]):
-        for text, p in every_outcome(partial(in_tree, paths)).items():
-            gaps.append(abs(p - math.exp(log_probability(target, [0], text))))
-    return max(gaps)
+    return max(abs(p - math.exp(log_probability(target, [0], text)))
+               for text, p in every_outcome(in_tree).items())
 
 
 def show_medusa(trace: Trace, knobs: Namespace) -> None:
@@ -2103,17 +2088,16 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
     trace.check("logits of another tree read in one pass = of each path alone, without a cache",
                 tree_gap(lab, [(*knobs.tokens, *path) for path in paths]) < 1e-12,
                 f"{len(paths)} nodes, max |Δ| < 1e-12")
-    trace.check("sampling in a full tree and in one branch: enumerated, every text has the "
-                "probability of plain sampling",
+    trace.check("sampling in a tree that misses some texts: enumerated, every text has the "
+                "probability that the target gives it",
                 sampled_tree_gap(random_pair(lab.seed)[0]) < 1e-12,
                 "section 5's random target, max |Δ| < 1e-12")
-    target = CachedModel(lab.target)
-    target(knobs.tokens)
-    paths = medusa_paths(target, lab.medusa, (3, 2), [*knobs.tokens, 0])
+    lab.reader(knobs.tokens)
+    paths = medusa_paths(lab.reader, lab.medusa, (3, 2), [*knobs.tokens, 0])
     trace.check("head 1 guesses its three likeliest tokens and head 2 its two, by the formula and "
                 "a plain pass; training has changed w1, which was 0",
-                paths == paths_by_formula(lab, knobs.tokens, (3, 2))
-                and all(any(map(any, head["w1"])) for head in lab.medusa), f"{len(paths)} paths")
+                paths == paths_by_formula(lab, knobs.tokens)
+                and any(map(any, lab.medusa[0]["w1"])), f"{len(paths)} paths")
 
 
 # 9. EAGLE
@@ -2125,8 +2109,8 @@ def eagle_by_formula(lab: DecodingLab, prompt: list[int], token: int, n: int) ->
     f = last_state(lab.target, prompt)
     guesses = [token]
     for _ in range(n):
-        f, logits = head_by_formula(f, f + embeddings[guesses[-1]], lab.eagle)
-        guesses.append(argmax(logits))
+        best, f = best_by_formula(f, f + embeddings[guesses[-1]], lab.eagle, 1)
+        guesses += best
     return guesses[1:]
 
 
@@ -2136,7 +2120,7 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
     rows = [measure_pairs(lab, way, n) for way in ("Medusa chain", "EAGLE", "a smaller Llama")]
     medusa, eagle, smaller = rows
-    output = weights_read({"output": lab.target.weights["output"]})
+    output = VOCAB_SIZE * lab.target.config.dim
     trace.say("EAGLE guesses the next hidden state from the last one and from the token just "
               "chosen, which Medusa's heads do not know. Its second guess starts from the state "
               f"that it has guessed itself. Chains of two guesses, {COMPARED_TEXTS} texts of {n} "
@@ -2159,13 +2143,11 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
               "models, as many on 5, more on 3. The smaller Llama took 0.44 fewer (standard error "
               "0.14): fewer on 15, as many on 1, more on 4. So which of them takes fewest passes "
               "on one model is partly chance.")
-    target = CachedModel(lab.target)
-    target(knobs.tokens)
-    chosen = likeliest(lab.target.forward(knobs.tokens)[-1], 12)
-    chains = [eagle_guesses(target, lab.eagle, [*knobs.tokens, token], 2) for token in chosen]
-    trace.check("EAGLE's two guesses after each likely token are the formula's",
-                chains == [eagle_by_formula(lab, knobs.tokens, token, 2) for token in chosen],
-                f"{len(chains)} tokens")
+    lab.reader(knobs.tokens)
+    trace.check("EAGLE's two guesses after the prompt and a token are the formula's",
+                all(eagle_guesses(lab.reader, lab.eagle, [*knobs.tokens, token], 2)
+                    == eagle_by_formula(lab, knobs.tokens, token, 2) for token in range(12)),
+                "each of 12 tokens")
 
 
 # 10. Lookahead decoding
@@ -2197,15 +2179,14 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
               "On 20 models at the defaults, lookahead saved 7 to 11 of 24 passes, and rolled back "
               "84% to 89% of the nodes.")
     _, counts = lookahead_decode(ToyTarget(in_circle), [0, 3], 16, window=4, verified=1)
-    windows = [guesses for guesses, _ in counts.rounds[:2]]
-    kept = [kept for _, kept in counts.rounds]
+    windows, kept = zip(*counts.rounds)
     trace.check("by hand, a model that counts 0 to 5 in a circle, prompt 0 3, window 4: the "
                 "window's four columns in each of the first two passes",
-                windows == [[0, 0, 3, 3, 0, 0, 3, 3], [0, 1, 3, 4, 0, 1, 3, 4]],
+                windows[:2] == ([0, 0, 3, 3, 0, 0, 3, 3], [0, 1, 3, 4, 0, 1, 3, 4]),
                 "0 0, 3 3, 0 0, 3 3; then 0 1, 3 4, 0 1, 3 4")
     trace.check("once the pool has the circle, a pass keeps two guesses; the last pass is cut to "
                 "the one token that is still wanted of 16",
-                kept == [0, 0, 0, 2, 2, 2, 2, 1], "kept: " + " ".join(map(str, kept)))
+                kept == (0, 0, 0, 2, 2, 2, 2, 1), f"kept: {str(kept)[1:-1]}")
 
 
 # 11. Text with a shape
@@ -2238,7 +2219,7 @@ CAT_OR_COW: ToyLanguage = {
     (0,): [0.04, 0.03, 0.9, 0.03],
     (1,): [0.333, 0.333, 0.001, 0.333],
 }
-CAT_OR_COW_VOCAB = [" cat", " cow", " that", "\n"]
+
 
 
 class ShapeRow(NamedTuple):
@@ -2312,13 +2293,13 @@ def show_constrained(trace: Trace, knobs: Namespace) -> None:
               f"counts this: it has {widest.given:.3f} for {widest.text!r}, and the mask "
               f"{widest.local:.3f}. (On 20 models at the defaults, 9% to 91% would have to move.)")
     trace.check("all forced texts match the shape, by Python's re",
-                all(re.fullmatch(STORY_RE, text) for text in texts)
-                and [row.text for row in found.rows] == ["cat that", "cow that", "rat that"],
-                f"{len(texts)} texts of the first shape, {len(found.rows)} of the second")
-    cuts = [count_cuts(lab.tokenizer.vocab, " " + row.text) for row in found.rows]
-    trace.check("the mask loses no way to cut these texts into tokens, counted without a model",
-                found.ways == sum(cuts), f"{found.ways} = {' + '.join(map(str, cuts))}")
-    toy = Namespace(reader=model_of(CAT_OR_COW), eos=3, tokenizer=Tokenizer(CAT_OR_COW_VOCAB, []))
+                all(re.fullmatch(STORY_RE, text) for text in texts),
+                f"{len(texts)} texts of the first shape")
+    cuts = [count_cuts(lab.tokenizer.vocab, f" {animal} that") for animal in ("cat", "cow", "rat")]
+    trace.check("the mask loses no way to cut the three texts into tokens, counted from their "
+                "letters", found.ways == sum(cuts), f"{found.ways} = {' + '.join(map(str, cuts))}")
+    toy = Namespace(reader=model_of(CAT_OR_COW), eos=3,
+                    tokenizer=Tokenizer([" cat", " cow", " that", "\n"], []))
     row = measure_distortion(toy, TOY_PROMPT, ANIMALS).rows[0]
     trace.check("by hand: cat and cow begin with 0.1, and \"that\" follows with 0.9 and 0.001. "
                 "\"Cat that\" has one half under the mask, and 0.09 / 0.0901 given that it fits",
@@ -2659,7 +2640,7 @@ class DecodingLab:
         self.ids = self.tokenizer.encode(TEXT)
         self.eos = self.tokenizer.vocab.index("\n")
         self.prompts = [self.tokenizer.encode("This is the " + name) for name in WHO]
-        self.own: dict[tuple, bool] = {}  # (prompt, text): is it the target's own?
+
 
     def trained(self, sizes: dict[str, int], steps: int, rate: float) -> Llama:
         """Return a Llama of these sizes that has read the rhyme for so many steps."""
@@ -2692,12 +2673,7 @@ class DecodingLab:
         """EAGLE's head on the target."""
         return train_head(self.target, self.ids, 2, self.draft_steps, sees_next=True)
 
-    def is_own(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
-        """Return is_greedy() for the target. A text that several ways wrote is read once."""
-        text = (tuple(prompt), tuple(tokens))
-        if text not in self.own:
-            self.own[text] = is_greedy(self.target, prompt, tokens)
-        return self.own[text]
+
 
     def cost(self, way: str) -> float:
         """Return what a guess costs, in passes of the target: weights read, as a share of its."""
@@ -2723,9 +2699,7 @@ class DecodingLab:
 
     def tail(self, tokens: Sequence[int]) -> str:
         """Return the last few tokens of a text."""
-        if len(tokens) > 5:
-            return "… " + self.clip(tokens[-4:], 22)
-        return self.clip(tokens, 24)
+        return self.clip(tokens[-4:], 24)
 
 
 def weights_read(weights: Weights) -> int:
