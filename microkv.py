@@ -3144,15 +3144,21 @@ class Trace:
         else:
             shown = f"{answer:.3g}"
         self.say(f"Predict: {question}")
-        kind = "answer" if isinstance(answer, str) else "number, within a tenth"
-        reply = self.hear(f"  your {kind} (Enter: pass) > ")
+        if isinstance(answer, str):
+            reply = self.hear("  your answer (Enter: pass) > ")
+            right = reply.casefold() == shown.casefold()
+        else:
+            reply = self.hear("  your number, within a tenth of it (Enter: pass) > ")
+            number = read_number(reply)
+            while reply and number is None:
+                reply = self.hear("  a number, such as 12, 0.5, 50% or 1/2 > ")
+                number = read_number(reply)
+            right = number is not None and abs(number - answer) <= abs(answer) / 10
         verdict = ""
         if reply:
-            right = reply.casefold() == shown.casefold() or (
-                not isinstance(answer, str) and is_near(reply, answer))
             self.asked += 1
             self.right += right
-            verdict = " - yes" if right else " - not quite"
+            verdict = ": yes" if right else ": not quite"
         self.lines([f"  computed: {shown}{verdict}"], "1")
         self.hear("  (Enter: go on) ")
 
@@ -3168,16 +3174,14 @@ class Trace:
             return ""
 
 
-def is_near(reply: str, answer: float) -> bool:
-    """Return whether reply is a number within a tenth of answer; 1,234, 33% and 1/3 are numbers."""
+def read_number(reply: str) -> float | None:
+    """Return the number that reply is, or None; 1,234, 33% and 1/3 are numbers."""
     above, _, below = reply.rstrip("%×x ").replace(",", "").partition("/")
     try:
         number = float(above) / float(below or 1)
     except (ValueError, ZeroDivisionError):
-        return False
-    if reply.endswith("%"):
-        number /= 100
-    return abs(number - answer) <= abs(answer) / 10
+        return None
+    return number / 100 if reply.endswith("%") else number
 
 
 # The command line

@@ -586,10 +586,10 @@ def test_wrong_answers_and_no_more_answers():
     """On one script: asking is a shared definition."""
     script = SCRIPTS[0]
     n = cheap_here(script, "--predict").out.count("\n  computed: ")
-    wrong = run_here(script, "--predict", *cheap(script), typed="no idea\n\n" * n)
+    wrong = run_here(script, "--predict", *cheap(script), typed="1e99\n\n" * n)
     assert wrong.status == 0
     assert f"\nPredictions: 0 of {n} right.\n" in wrong.out
-    assert wrong.out.count(" - not quite") == n
+    assert wrong.out.count(": not quite") == n
     pass_and_end = run_here(script, "--predict", *cheap(script), typed="\n\n")
     assert pass_and_end.status == 0
     assert "Predictions:" not in pass_and_end.out
@@ -598,7 +598,7 @@ def test_wrong_answers_and_no_more_answers():
 def test_predict_listens_to_a_real_terminal():
     """The answers are typed ahead. Ctrl-D says that no more will come."""
     ours, theirs = pty.openpty()
-    os.write(ours, b"no idea\n\n\x04")
+    os.write(ours, b"1e99\n\n\x04")
     command = [sys.executable, str(SCRIPTS[0]), "--predict", *cheap(SCRIPTS[0])]
     process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
@@ -898,16 +898,37 @@ def test_check_close_compares_shapes_and_every_number(module, got, holds, capsys
     assert capsys.readouterr().out.startswith(f"\n{mark}the same (max |")
 
 
-REPLIES = [
-    ("33", 33, True), ("33%", 0.33, True), ("1,234", 1234, True), ("33%", 33, False),
-    ("5.3×", 5.3, True), ("36", 33, True), ("1/3", 1 / 3, True), ("1/0", 1, False),
-    ("37", 33, False), ("", 0, False), ("many", 3, False),
-    ("-2", 2, False)]
+def test_what_is_read_as_a_number(module):
+    for reply, number in {"33": 33, "33%": 0.33, "1,234": 1234, "5.3×": 5.3, "1/3": 1 / 3, "-2": -2,
+                          "1/0": None, "": None, "many": None}.items():
+        assert module.read_number(reply) == number, reply
 
 
-def test_what_counts_as_near(module):
-    for reply, answer, near in REPLIES:
-        assert module.is_near(reply, answer) == near, (reply, answer)
+def answer_to(module, monkeypatch, *replies):
+    """Return the trace after these replies to a question whose answer is 33."""
+    typed = iter([*replies, ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    trace = module.Trace(predict=True)
+    trace.listening = True
+    trace.ask("how many?", 33)
+    assert next(typed, None) is None
+    return trace
+
+
+@pytest.mark.parametrize("reply, verdict", [
+    ("33", "yes"), ("36.2", "yes"), ("29.8", "yes"), ("37", "not quite"), ("-33", "not quite"),
+    ("nan", "not quite")])
+def test_a_prediction_is_right_within_a_tenth(module, reply, verdict, capsys, monkeypatch):
+    trace = answer_to(module, monkeypatch, reply)
+    assert capsys.readouterr().out.endswith(f"  computed: 33: {verdict}\n")
+    assert (trace.asked, trace.right) == (1, verdict == "yes")
+
+
+def test_what_is_no_number_is_asked_again(module, monkeypatch):
+    trace = answer_to(module, monkeypatch, "no idea", "many", "33")
+    assert (trace.asked, trace.right) == (1, 1)
+    trace = answer_to(module, monkeypatch, "no idea", "")
+    assert trace.asked == 0
 
 
 def test_what_a_terminal_would_obey_is_escaped(module):
