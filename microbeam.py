@@ -156,7 +156,10 @@ def greedy(
 def extend_by(
     choose: Choose, logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, eos: int | None
 ) -> list[int]:
-    """Return the new tokens of a decoder that goes one by one: ask for logits, choose, append."""
+    """Return the new tokens of a decoder that goes one by one: ask for logits, choose, append.
+
+    ValueError as for greedy().
+    """
     check_request(prompt, max_new_tokens)
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_new_tokens:
@@ -496,7 +499,10 @@ def beam_search(
 def extensions(
     logits_fn: LogitsFn, beams: Sequence[Candidate], eos: int | None = None, keep: int | None = None
 ) -> list[Candidate]:
-    """Return every beam with every next token, best first; only the best `keep`, if given."""
+    """Return every beam with every next token, best first; only the best `keep`, if given.
+
+    ValueError for an eos outside the vocabulary.
+    """
     found = []
     for tokens, total in beams:
         log_p = log_softmax(logits_fn(tokens))
@@ -519,6 +525,7 @@ def diverse_beam_search(
     """Return [(new tokens, log-probability)] of `groups` beams of width 1, in their order.
 
     A token costs `diversity` for each earlier beam that took it at this step (Hamming diversity).
+    ValueError where check_request() says so: no prompt, less than 0 new tokens, groups below 1.
     """
     check_request(prompt, max_new_tokens, groups=groups, at_least=1)
     beams: list[Candidate] = [(list(prompt), 0.0)] * groups
@@ -770,7 +777,10 @@ def accept_or_replace(
 
 
 def acceptance(p: Vector, q: Vector) -> Vector:
-    """Return, for each token, the probability that it is kept if guessed: min(1, p / q)."""
+    """Return, for each token, the probability that it is kept if guessed: min(1, p / q).
+
+    ValueError unless p and q have as many tokens.
+    """
     if len(p) != len(q):
         raise ValueError(f"target and draft must have the same vocabulary, not {len(p)} and "
                          f"{len(q)} tokens")
@@ -1058,7 +1068,8 @@ def lookahead_decode(
 
     Every row begins as the first `window` tokens of the prompt, which is repeated if too short. Of
     the pool's n-grams that begin with the text's last token, the latest `verified` are guessed. The
-    guesses of a round are all nodes of its tree but the first.
+    guesses of a round are all nodes of its tree but the first. ValueError where check_request()
+    says so: no prompt, less than 0 new tokens, or a setting below its least.
     """
     check_request(prompt, max_new_tokens, window=window, ngram=ngram, verified=verified)
     pool: list[tuple[int, ...]] = []  # the latest n-grams last

@@ -358,6 +358,30 @@ def test_everything_public_has_a_docstring(script):
             assert ast.get_docstring(node), node.name
 
 
+def refuses(function):
+    """Return whether a function raises, or calls a check that raises."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Raise):
+            return True
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "").startswith("check_"):
+            return True
+    return False
+
+
+@each_script
+def test_a_technique_that_refuses_says_so(script):
+    """A learner who writes it from its docstring must know."""
+    source = script.read_text(encoding="utf-8")
+    last_line = source[:source.index("\n# THE EXPERIMENTS")].count("\n")
+    for node in tree_of(script).body:
+        if node.lineno > last_line or not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            continue
+        for function in ast.walk(node):
+            if isinstance(function, ast.FunctionDef) and refuses(function):
+                words = f"{ast.get_docstring(node)} {ast.get_docstring(function)}"
+                assert "Error" in words, function.name
+
+
 @each_script
 def test_importing_prints_nothing_and_leaves_the_global_generator_alone(script, tmp_path):
     code = ("import random, sys; state = random.getstate(); sys.path.insert(0, sys.argv[1]); "
