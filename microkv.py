@@ -320,7 +320,7 @@ def batch_at_ridge(gpu: Gpu, model: ServedModel, cached_tokens: float) -> int | 
 
 
 def requests_that_fit(
-    gpu: Gpu, model: ServedModel, tokens_each: int, memory_share: float = 0.9
+    gpu: Gpu, model: ServedModel, tokens_each: int, memory_share: float = 0.92
 ) -> int:
     """Return how many requests of tokens_each tokens fit beside the weights."""
     left = gpu.hbm_bytes * memory_share - 2 * model.parameters
@@ -1354,7 +1354,7 @@ def show_intensity(trace, knobs) -> None:
               f"nothing is cached, and from {at_ridge[1]} on with 256 tokens cached for each "
               "request. With 1024 it never does: every request's cache must be read, too.")
     trace.say(f"And memory ends. A token's keys and values take {PRICED_MODEL.kv_bytes / 1024:.0f} "
-              f"KiB, so {fit} requests of 4096 tokens fit beside the weights, in nine tenths of 80 "
+              f"KiB, so {fit} requests of 4096 tokens fit beside the weights, in 0.92 of 80 "
               "GB. (Engines leave the rest for activations.)")
     trace.check("by hand: the prefill takes 2 · 7.505e9 · 1024 FLOPs / 312e12 per second, one "
                 "request's decode step (2 · 7.505e9 + 1024 · 131072) bytes / 2039e9 per second, "
@@ -1365,8 +1365,8 @@ def show_intensity(trace, knobs) -> None:
                 "arithmetic. 7.361 / 0.0481 is just over 153. A cache of 256 tokens is read in "
                 "0.0165 ms, and 7.361 / (0.0481 - 0.0165) is just under 233",
                 at_ridge == [154, 233, None], "batches of 154 and 233, none for 1024 tokens")
-    trace.check("by hand: a request takes 4096 · 131072 bytes = 0.537 GB, and 72 GB less 2 bytes "
-                "for each of 8.03e9 weights leave 55.94 GB", fit == 104, f"{fit} requests")
+    trace.check("by hand: a request takes 4096 · 131072 bytes = 0.537 GB, and 73.6 GB less 2 bytes "
+                "for each of 8.03e9 weights leave 57.54 GB", fit == 107, f"{fit} requests")
 
 
 # 3. Paged attention

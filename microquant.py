@@ -302,7 +302,8 @@ fp4_e2m1 = FloatFormat("FP4 E2M1", 2, 1, 6.0, 6.0)  # 0, 0.5, 1, 1.5, 2, 3, 4, 6
 #
 # In production: groups of 128 for GPTQ and AWQ, of 32 for llama.cpp and MXFP4, of 16 for NVFP4.
 # The embedding is only looked up, a row for each token, and the output matrix suffers more from
-# rounding than the others. So both often stay in 16 bits.
+# rounding than the others. So checkpoints for GPTQ and AWQ usually leave both in 16 bits, and
+# llama.cpp's mixtures give the output more bits than the rest.
 # Measured by show_granularity().
 
 
@@ -373,7 +374,8 @@ def pack_bits(codes: Sequence[int], bits: int) -> bytes:
 #
 # The encoders do what ggml does, bit for bit. It computes in FP32, multiplies by 1 / d instead of
 # dividing, and only then stores d in FP16. A tiny difference can tip a code to its neighbour; then
-# the file would differ from ggml's.
+# the file would differ from ggml's. (C compilers may round a product and a sum together or one
+# after the other. Q4_0 is here as with the former, which gguf-py has chosen, too.)
 #
 # In production: ggml/src/ggml-quants.c (quantize_row_q4_0_ref, dequantize_row_q4_0). Section 10
 # writes a file of such blocks.
@@ -453,10 +455,11 @@ def q4_0_encode(row: Sequence[float]) -> bytes:
 # An example: the largest |w| of a block is 2, and a weight is 0.35. Divided by 2 it is 0.175. The
 # nearest value is 0.161, the second above 0, so the weight becomes 0.322.
 #
-# In production: bitsandbytes (functional.py: quantize_4bit, get_4bit_type). It uses an 8-bit
-# float of its own for the absmaxes; E4M3 does the same job here. NF4 needs no data and is the
-# usual format under adapters (section 8). Formats with even grids are faster to decode, as they
-# need no look-up for each weight.
+# In production: bitsandbytes (functional.py: quantize_4bit, get_4bit_type). It cuts the matrix into
+# blocks as if it were one long row; here a block ends with its row. It uses an 8-bit float of its
+# own for the absmaxes; E4M3 does the same job here. NF4 needs no data and is the usual format under
+# adapters (section 8). Formats with even grids are faster to decode, as they need no look-up for
+# each weight.
 # Measured by show_nf4().
 
 
@@ -568,9 +571,10 @@ def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, by
 # name of a method says so.
 #
 # In production: vLLM runs W8A8 and FP8 (compressed-tensors checkpoints, made by llm-compressor,
-# whose SmoothQuantModifier and FP8 schemes are these). bitsandbytes' Linear8bitLt is LLM.int8() if
-# it is given a threshold, as transformers gives it 6.0; its own default, 0, switches the outliers
-# off, while here 0 takes all channels out.
+# whose SmoothQuantModifier and FP8 schemes are these); on Blackwell it runs FP8 but not INT8, says
+# its documentation. bitsandbytes' Linear8bitLt is LLM.int8() if it is given a threshold, as
+# transformers gives it 6.0; its own default, 0, switches the outliers off, while here 0 takes all
+# channels out.
 # Measured by show_activations().
 
 

@@ -125,7 +125,7 @@ def test_the_batch_at_the_ridge_is_rounded_up():
 
 
 def test_requests_that_fit():
-    # 90 of 100 bytes, less 22 for the weights, leave 68; a request of 3 tokens takes 12.
+    # 92 of 100 bytes, less 22 for the weights, leave 70; a request of 3 tokens takes 12.
     assert m.requests_that_fit(TOY_GPU, TOY_MODEL, 3) == 5
     assert m.requests_that_fit(TOY_GPU, TOY_MODEL, 3, memory_share=0.2) == 0
 
