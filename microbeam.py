@@ -377,7 +377,9 @@ def draw(p: Vector, rng: random.Random) -> int:
 
 
 class EveryBranch:
-    """A source of chance for draw() that follows a script, then takes the first possible choice.
+    """A source of chance for draw(), which calls its choices() as it would a random.Random's.
+
+    It follows a script of choices, and then takes the first possible one each time.
 
     For two tosses of a coin, the script [] gives HH and leaves the scripts [T] and [H, T].
     """
@@ -596,8 +598,8 @@ def exact_search(
 #
 # Why the whole text is right, by induction: say the text so far has the target's distribution. The
 # next token is drawn with fresh random numbers, so what was kept or rejected before cannot change
-# its distribution. Either a guess waits at the next place: it was drawn from q after exactly this
-# text, and the rule makes the token's distribution p. Or none waits: the token is drawn from p.
+# its distribution. If there is a guess for the next place, it was drawn from q after exactly this
+# text, and the rule makes the token's distribution p. If there is none, the token is drawn from p.
 # Guesses behind a wrong one are thrown away, since they continue another text. So the longer text
 # has the target's distribution too. (The trace enumerates all texts of small models, which checks
 # the code; the proof is this paragraph.)
@@ -613,8 +615,9 @@ def exact_search(
 #     B       0.4    0    is not guessed       1
 #
 # A comes with 0.6 and B with 0.4, their p again. Simpler, with the same result: draw a token from
-# p; if the guess is this token, it counts as kept. That is verify(), which takes any way to choose,
-# argmax or sampler(…), so all decoders from here on work for both.
+# p; if the guess is this token, it counts as kept. (It would be right for guesses drawn from q as
+# well, but keeps fewer of them than the rule: Σ p · q instead of Σ min(p, q).) That is verify(). It
+# takes any way to choose, argmax or sampler(…), so all decoders from here on work for both.
 #
 # If eos stands among the kept guesses, the text ends there and what was kept behind it is cut off.
 # Temperature and top-p go into p, which is the distribution wanted, and into q as well, so that the
@@ -670,8 +673,8 @@ def in_rounds(
         if eos in new:
             new = new[:new.index(eos) + 1]  # what was kept behind the end is cut off
         text += new
-        # found ends with the target's own token, which was no guess. new may be shorter (eos, or
-        # enough tokens): a guess that was cut off does not count as kept.
+        # found ends with the target's own token, which was no guess: of 5 6 7, two were guesses.
+        # If new was cut to 5 (by eos, or as enough is enough), only one counts as kept.
         counts.rounds.append((guesses, min(len(found) - 1, len(new))))
     return text, counts
 
@@ -866,8 +869,8 @@ def prompt_lookup(tokens: Sequence[int], n: int, max_ngram: int = 3) -> list[int
 # 8. Medusa, and how a tree is verified
 #
 # Drop the draft model: the target's last hidden state h already knows something about the tokens
-# after the next one. Put extra heads on h, and train them while the target stays frozen. Head k
-# guesses the token k places after the next:
+# after the next one. Put extra heads on h, and train them while the target stays frozen. After x_t,
+# the model gives x_t+1, head 1 guesses x_t+2, and head 2 x_t+3:
 #
 #     h_t → x_t+1             the target itself: output · h
 #     h_t → x_t+2, x_t+3      head 1 and head 2: logits_k = w2_k (h + silu(w1_k h))
@@ -919,7 +922,7 @@ def medusa_head(h: Matrix, head: Head) -> Matrix:
 
 
 def silu(x: Matrix) -> Matrix:
-    """Return x · sigmoid(x), element by element."""
+    """Return x · sigmoid(x) = x / (1 + exp(-x)), element by element: a SwiGLU with 1s beside x."""
     return swiglu(x, [[1.0] * len(row) for row in x])
 
 
@@ -953,8 +956,8 @@ def verify_tree(
 ) -> tuple[list[int], list[int], dict[tuple[int, ...], Vector]]:
     """Read the tree of these paths in one pass, and follow the target's own choices in it.
 
-    Return the guess at every node; the target's tokens, as far as a path foresaw them, and one
-    more; and {text: logits after it} of all nodes.
+    Return the guess at every node but node 0, which is the last of tokens; the target's tokens, as
+    far as a path foresaw them, and one more; and {text: logits after it} of all nodes.
     """
     text = tuple(tokens)
     # {text: logits} of the text, of every node, and of all their prefixes
@@ -1103,14 +1106,14 @@ def lookahead_decode(
 #     {"animal": [(" cat", "that"), (" cow", "that")], "that": [(" that", None)]}
 #
 # A rule may come after itself: the regular expression (ab)*c is {"s": [("ab", "s"), ("c", None)]}.
-# So a grammar can say what a regular expression can, except that no rule matches the empty text. A
+# So a grammar can say what a regular expression can, but its strings must not be empty. A
 # state is (what is left of a string, the rule after it): after " c" the automaton is in two states
 # at once, ("at", "that") and ("ow", "that").
 #
 # The mask is local, and that distorts. Z_t is the probability that the model gave to the allowed
 # tokens at step t, and the mask divides by Z_t:
 #
-#     P_local(text) = Π p(x_t) / Z_t                what masking gives
+#     P_local(text) = Π (p(x_t) / Z_t)              what masking gives
 #     P(text | it fits) = P(text) / P(fits)         what asking the model for fitting text would be
 #
 # Say two texts fit. "cat that" begins with 0.1 and goes on with 0.9. "cow that" begins with 0.1
@@ -1133,7 +1136,8 @@ def follow(grammar: Grammar, states: States, text: str) -> States:
     for character in text:
         after = set()
         for left, rule in states:
-            # Where a string is used up, go to the next rule. None has no choices.
+            # ("at", rule): read this rest first. ("", rule): the rule comes next, and ("", None)
+            # is the end of the text, which has no choices.
             choices = [(left, rule)] if left else grammar.get(rule, [])
             for string, next_rule in choices:
                 if string[0] == character:
@@ -1282,7 +1286,7 @@ def check_kept(trace: Trace, p: Vector, kept: dict[tuple[str, float], int]) -> N
     """Check how many of these probabilities stay; kept: {(setting, its value): how many}."""
     logits = list(map(math.log, p))
     found = [survivors(distribution(logits, **{name: value})) for name, value in kept]
-    trace.check(f"by hand, how many tokens are kept of {', '.join(map(str, p))}",
+    trace.check(f"by hand, how many of the tokens {', '.join(map(str, p))} are kept",
                 found == list(kept.values()),
                 ", ".join(f"{name} {value:g}: {n}" for (name, value), n in zip(kept, found)))
 
@@ -1302,7 +1306,7 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
               f"probability {TYPICAL_P:g} together. Of tokens that tie for the last place, top-k "
               "keeps all, and top-p no more than it needs. A temperature t below 1 sharpens the "
               "distribution, and above 1 flattens it.")
-    trace.say(f"What may follow {lab.tail(knobs.tokens)!r}:")
+    trace.say(f"What may follow {lab.tail(knobs.tokens)!r}, the {len(shapes)} likeliest tokens:")
     trace.table(shapes, {"token": "", "as is": f".3f bar 6 of {most}"}
                 | dict.fromkeys(list(drawn)[1:], f"bar 7 of {most}"))
     trace.note("·: too unlikely for a bar. Empty: the filter has removed the token.")
@@ -1525,10 +1529,9 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"Now a text ends at the end of a verse (eos), or at {n} tokens. Searches for the "
               f"likeliest text (length penalty 0), as means over {len(prompts)} prompts. Exact "
               f"search gives up on a prompt after reading {EXACT_PASSES} texts, and its row leaves "
-              "that prompt out. Where it reads few texts, that is only because the model is tiny "
-              "and sure of most tokens: it must read every beginning that is likelier than the "
-              "best whole text. For long texts of a large model these are too many, so beams are "
-              "used.")
+              "that prompt out. It reads every beginning that is likelier than the best whole "
+              "text. These are few only if a model is tiny and sure of most tokens, as here. For "
+              "long texts of a large model they are too many, so beams are used.")
     trace.table(rows, {"search": "", "log_p": ".2f", "tokens": ".1f", "texts as texts read": ".0f",
                        "not_best as not the best": "d"})
     trace.note("not the best: prompts where exact search found a likelier text")
@@ -1560,11 +1563,11 @@ def check_beams(trace: Trace) -> None:
     """Check the searches on toys 1 and 3."""
     text, score = toy_beam(TOY, 2, 3, eos=0)
     tokens, total = exact_search(model_of(TOY), TOY_PROMPT, 2, eos=0, max_passes=9)
-    trace.check("toy 1, where A ends a text: exact search finds A, and a beam of width 3, which "
-                "scores by log p / tokens, B C, although it has not ended",
+    trace.check("toy 1, where A ends a text: exact search finds A, with log 0.5 = -0.693. A beam "
+                "of width 3, which scores by log p / tokens, finds B C, which has not ended, with "
+                "log 0.36 / 2 = -0.511",
                 letters(tokens) == "A" and abs(math.exp(total) - 0.5) < 1e-12
-                and text == "B C" and abs(score - math.log(0.36) / 2) < 1e-12,
-                f"A 0.5; B C 0.36, score {score:.3f}")
+                and text == "B C" and abs(score - math.log(0.36) / 2) < 1e-12, "by hand")
     found = diverse_beam_search(model_of(TOY), TOY_PROMPT, 2, groups=3, diversity=0.2)
     chances = [round(math.exp(total), 12) for _, total in found]
     trace.check("toy 1, three beams, diversity 0.2. Step 1: A, A, then B, as A costs 0.4. Step 2: "
@@ -1575,8 +1578,8 @@ def check_beams(trace: Trace) -> None:
     early, _ = toy_beam(LATE, 3, 2, eos=1, early_stopping=True)
     trace.check("toy 3, where B ends a text. A and B begin with 0.45 and 0.55; after A both have "
                 "0.5, after A A 0.1 and 0.9. B and A B have ended, but width 2 goes on as long as "
-                "another can still score better. With early_stopping it stops as two have ended",
-                late == "A A B" and early == "B", f"{late}, and {early}")
+                "another can still score better, and finds A A B. With early_stopping it stops as "
+                "two have ended, and finds B", late == "A A B" and early == "B", "by hand")
 
 
 # 5. Speculative decoding
@@ -1667,8 +1670,8 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
     wrong = sum(kept < len(guesses) for guesses, kept in counts.rounds)
     trace.say(f"A small draft model guesses gamma = {knobs.gamma} tokens, and the target checks "
               "them all in one pass. Greedy first, a line per pass: + a guess that is right, × "
-              "the first wrong one, → the target's own token, in place of the wrong guess or after "
-              "the last right one.")
+              "the first wrong one (those behind it are not shown), → the target's own token, in "
+              "place of the wrong guess or after the last right one.")
     trace.ask(f"{n} tokens are wanted, and {counts.accepted} guesses were right. How many passes "
               "did the target make?", counts.target_passes)
     trace.lines(round_lines(lab, tokens, counts)[:14])
@@ -1684,7 +1687,8 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
     most = max(max(row[1:3] + row[5:]) for row in rows)
     trace.say(f"Sampling: what may follow {lab.tail(knobs.tokens)!r}, temperature "
               f"{knobs.temperature:g} and top-p {knobs.top_p:g} for both models; the {len(rows)} "
-              "tokens with the largest p or q. A guess drawn from q is kept with min(1, p / q); "
+              "tokens with the largest p or q, by the larger of the two. A guess drawn from q is "
+              "kept with min(1, p / q); "
               f"over all tokens, that is Σ min(p, q) = {sum(map(min, p, q)):.0%} of the guesses. "
               "Otherwise the token is drawn from the rest: max(0, p - q), normalized.")
     trace.table(rows, {"token": "", "p": ".3f", "q": ".3f", "kept": ".0%", "both as min(p, q)":
@@ -1704,14 +1708,16 @@ def show_proof(trace: Trace, pair: tuple[LogitsFn, LogitsFn]) -> None:
     trace.say("The rule, checked by enumeration: a random target and draft over two tokens, all "
               "32 texts of 5 tokens, gamma 2. Every branch that a decoder can take is taken and "
               "weighed. The common bug: guess the draft's likeliest token, but keep it with "
-              "min(1, p / q), as if it had been drawn from q. Right for such a guess is the point "
-              "mass, q = 1: keep it with p, otherwise draw from p without it. The likeliest texts:")
+              "min(1, p / q), as if it had been drawn from q. Such a guess was not drawn by "
+              "chance. The rule with q = 1 for it (a point mass) keeps it with probability p, and "
+              "otherwise draws from p without it. The likeliest texts:")
     trace.table(rows[:6], {"text": "", "target": ".4f", "rule as by the rule": ".4f",
                            "argmax_by_q as the bug": ".4f",
                            "point_mass as point mass": ".4f"})
     bias = sum(abs(row.argmax_by_q - row.target) for row in rows) / 2
-    trace.say(f"With the bug, {bias:.1%} of the probability would have to move to other texts; "
-              "with the other two, none. With 20 random pairs, of seeds 0 to 19, it was 8% to 36%.")
+    trace.say(f"The bug gives some texts too much probability, {bias:.1%} in all, and others too "
+              "little; the other two give none too much. With 20 random pairs, of seeds 0 to 19, "
+              "it was 8% to 36%.")
     trace.check("enumerated, the rule and the point mass give every text the target's probability",
                 proof_gap(rows) < 1e-12, "max |Δ| < 1e-12")
     shaped = enumerate_speculation(*pair, 4, 2, temperature=0.7, top_p=0.8)
@@ -1848,10 +1854,11 @@ def check_payoff(trace: Trace, pair: tuple[LogitsFn, LogitsFn]) -> None:
                 "tokens per pass of the formula", abs(long_run - expected_tokens(0.6, 2)) < 0.01,
                 f"{long_run:.2f} = 1 + 0.6 + 0.36")
     faster = speed_up(1.96, 2, 0.1)
-    trace.check("by hand, the speed-up of these at c = 0.1, and the standard error of 1 and 3; c "
-                "counts no embeddings", abs(faster - 1.96 / 1.2) < 1e-12
+    trace.check("by hand, the speed-up of these at c = 0.1, and the standard error of 1 and 3, "
+                "which is their deviation √2 by √2 texts; c counts no embeddings",
+                abs(faster - 1.96 / 1.2) < 1e-12
                 and standard_error([1.0, 3.0]) == 1 and not weights_read({"tok_embeddings": [1.0]}),
-                f"1.96 / (2 · 0.1 + 1) = {faster:.2f}, and √2 / √2 = 1")
+                f"1.96 / (2 · 0.1 + 1) = {faster:.2f}, and 1")
 
 
 # 7. Prompt lookup: guesses for nothing
@@ -2298,11 +2305,11 @@ def show_constrained(trace: Trace, knobs: Namespace) -> None:
               compare_words(widest.given, widest.local, "higher", "lower", "the same"))
     trace.table(found.rows, {"text": "", "local as local mask": ".3f bar 18 of 1",
                              "given as given that it fits": ".3f bar 18 of 1"})
-    trace.say(f"{found.moved:.0%} of the probability would have to move from one text to another "
-              "to make the two columns equal. When the mask lets the model pick the animal, it "
+    trace.say(f"The mask gives some texts too much probability, {found.moved:.0%} in all, and "
+              "others too little. When the mask lets the model pick the animal, it "
               "does not know how likely \"that\" and the line end will be. The column on the right "
               f"counts this: it has {widest.given:.3f} for {widest.text!r}, and the mask "
-              f"{widest.local:.3f}. (On 20 models at the defaults, 9% to 91% would have to move.)")
+              f"{widest.local:.3f}. (On 20 models at the defaults, 9% to 91% were too much.)")
     trace.check("all forced texts match the shape, by Python's re",
                 all(re.fullmatch(STORY_RE, text) for text in texts),
                 f"{len(texts)} texts of the first shape")
