@@ -1531,6 +1531,7 @@ class QGaLore:
             self.refresh(gradient)
         self.wait -= 1
         p = self.projection.dequantize()
+        # Adam moves the numbers that it holds. If they are 0 before, they are its step afterwards.
         for row in self.step_in_r:
             row[:] = [0.0] * len(row)
         self.adam.step({"R": matmul(p, gradient)}, learning_rate)
