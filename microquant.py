@@ -55,7 +55,8 @@ The papers
 # W8A8            weights in 8 bits and activations in 8 bits
 # outlier         a number, or a channel, that is many times larger than the others
 # wq, wk, wv, wo  the matrices of attention: query, key, value and output
-# w1, w3, w2      those of the feed-forward network: two side by side, then one that reads both
+# w1, w3, w2      those of the feed-forward network: w2 reads silu(w1 x) · (w3 x)
+# decode          to turn codes back into numbers; a codebook lists the numbers of all codes
 # rank            a matrix of rank r is a product of one with r columns and one with r rows
 # block, group    numbers that share a scale
 #
@@ -411,7 +412,7 @@ def q8_0_encode(row: Sequence[float]) -> bytes:
         # Halves are rounded away from 0, as C's roundf() does.
         products = [fp32(value * inverse) for value in block]
         codes = [int(math.copysign(abs(x) + 0.5, x)) for x in products]
-        data += struct.pack("<e32b", d, *codes)
+        data += struct.pack("<e32b", d, *codes)  # FP16, then 32 signed bytes
     return data
 
 
@@ -721,7 +722,7 @@ def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
 #
 # In production: GPTQModel and llm-compressor's GPTQModifier. They update 128 columns at a time and
 # the rest of the matrix after each such block ("lazy batches"), which makes the same repairs with
-# less memory traffic. The grids of groups smaller than that are laid before the repairs.
+# less memory traffic. Groups smaller than 128 get their grids before the repairs of their block.
 # llm-compressor does act-order unless it is told not to. They take a layer's inputs from the layers
 # already quantized; we take all from the original model. Use GPTQ if you have a few hundred texts
 # of the kind that the model will see.
@@ -1726,9 +1727,9 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"The model under test is a Llama of {n_numbers(lab.config):,} weights. It learned "
               f"verses made of the clauses of a nursery rhyme in another order: \"{verse}\" It is "
               f"measured on {EVALUATION_VERSES} verses that nothing was trained or calibrated on, "
-              "up to the house, which always follows. The table shows the loss per token. No model "
-              "can get below the first row, since which clause follows is partly chance. Guessing "
-              "takes all tokens as equally likely.")
+              "without \"the house that Jack built.\", with which all verses end. The table shows "
+              "the loss per token. No model can get below the first row, since which clause "
+              "follows is partly chance. Guessing takes all tokens as equally likely.")
     trace.table(losses, {"who as of": "", "loss": ".3f", "perplexity": ".2f"})
     if lab.outliers:
         uses = "It uses them." if silent.loss > model.loss else "It hardly uses them."
@@ -1995,22 +1996,23 @@ def compare_codebooks(seed: int) -> list[CodebookRow]:
 def show_nf4(trace: Trace, knobs: Namespace) -> None:
     """Show the codebook over a bell, and NF4 against INT4 at equal bits."""
     codebook = nf4_codebook()
-    symmetric, asymmetric, int4, nf4, double = rows = compare_codebooks(knobs.seed)
+    symmetric, asymmetric, _, nf4, double = rows = compare_codebooks(knobs.seed)
     blocks = normal_matrix(random.Random(knobs.seed), 64, 64)
     divided = [value / max(map(abs, block)) for block in blocks for value in block]
 
     trace.ask("of INT4's 15 values, laid over -1 to 1, three lie between -0.2 and 0.2. How many of "
               "NF4's 16?", sum(abs(value) < 0.2 for value in codebook))
     trace.say("Numbers from a normal distribution, divided by the largest of their block of 64 "
-              "(which becomes 1 or -1), and the values of both formats below. NF4's values stand "
-              "close where the numbers are.")
+              "(which becomes 1 or -1), and below them the 16 values of NF4 and the 15 of INT4. "
+              "NF4's stand close where the numbers are. (A dot is less than half a line.)")
     trace.lines(histogram(divided, {"NF4": codebook, "INT4": [code / 7 for code in range(-7, 8)]}))
-    trace.say("Bits a weight with all scales, and the error (root mean square, as a share of the "
-              "numbers' own) on 16,384 normal and as many uniform numbers:")
+    trace.say("Bits a weight with all scales and zero points, and the error (the root mean square "
+              "of the errors, divided by that of the numbers) on 16,384 normal and as many uniform "
+              "numbers:")
     trace.table(rows, {"form as format": "", "bits": ".3f", "normal": ".2%", "uniform": ".2%"})
-    trace.say(f"At 4.5 bits NF4 has an error of {nf4.normal:.2%}, INT4 of {int4.normal:.2%}; "
-              f"asymmetric INT4 has {asymmetric.normal:.2%} at {asymmetric.bits:.2f}. So plain "
-              f"NF4 is no bargain. Double quantization makes it one: {double.normal:.2%} at "
+    trace.say(f"NF4 has an error of {nf4.normal:.2%} at 4.5 bits. Asymmetric INT4 comes to "
+              f"{asymmetric.normal:.2%} with {asymmetric.bits:.2f} bits, so plain NF4 is no "
+              "bargain. Double quantization makes it one: it takes "
               f"{double.bits:.2f} bits. (INT4 could store its scales so, too; it is not done.)")
     trace.check_close("the codebook derived = the 16 published values", [codebook], [PUBLISHED_NF4],
                       1e-6)
@@ -2088,8 +2090,9 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
               f"point?", channels[0].kept)
     w2 = next(row for row in channels if row.matrix.endswith("w2"))
     trace.say("LLM.int8() multiplies in floating point the channels that reach 6.0, and keeps "
-              "their weights in FP16. (Largest is the largest activation; half of the channels "
-              "never exceed the median.) That threshold is made for large models, where only "
+              "their weights in FP16. (Largest is the largest activation of all channels, and "
+              "median that of the channel in the middle.) That threshold is made for large models, "
+              "where only "
               f"outliers reach it. Here {w2.kept} of w2's {w2.channels} inputs do. (wk and wv read "
               "what wq reads, w3 what w1 reads.)")
     trace.table(channels, {"matrix": "", "channels": "d", "kept as in FP16": "d", "largest": ".1f",
@@ -2113,7 +2116,8 @@ def show_8_bit_models(trace: Trace, lab: Lab, setting: Setting) -> None:
     smooth = [score(lab, "SmoothQuant", setting._replace(alpha=alpha)) for alpha in ALPHAS]
     trace.say("The model with weights and activations in 8 bits. Each row of W has a scale. "
               "Activations have one scale for all tokens (static), or one per token (dynamic, and "
-              "all others).")
+              "all others). For LLM.int8(), all weights are stored in INT8, and those of the "
+              "channels above in FP16 as well.")
     trace.table([static, dynamic, fp8, mixed, *smooth], SCORE_COLUMNS)
     best = min(smooth, key=lambda row: row.kl)
     trace.say(f"Static INT8 {compare(static, dynamic)} dynamic INT8. LLM.int8() "
@@ -2210,9 +2214,9 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
               f"on a single token, GPTQ {compare(starved, nearest_score)} rounding to nearest. "
               "(Its repairs are made for that token.)")
     trace.say("act-order also lays all grids before it starts, where GPTQ lays them on its way. "
-              "That is not what helps: on 20 models at the defaults, grids laid first, without "
-              "the order, had 0.6 to 1.7 times the KL of GPTQ, and less on 11. With the order it "
-              "was 0.14 to 0.99 of that.")
+              "That is not what helps: on 20 models at the defaults, GPTQ with grids laid first "
+              "had 0.6 to 1.7 times the KL of GPTQ, and less on 11. The order does: act-order had "
+              "0.14 to 0.99 times the KL of GPTQ with grids laid first.")
     trace.say("On the 20 models, the KL divided by that of rounding to nearest was 0.07 to 0.55 "
               "for GPTQ, 0.04 to 0.20 with act-order, and 0.4 to 2.5 with one token, "
               "which did harm on 17 of the 20.")
@@ -2301,7 +2305,8 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
               f"and {compare(by_inputs, chance)} one by chance (one draw). AWQ "
               f"{compare(awq, nearest_score)} rounding to nearest, with the same bytes.")
     trace.say("On 20 models at the defaults, the KL divided by that of rounding to nearest was "
-              "0.21 to 0.68 with a column by its inputs, and 0.07 to 0.42 for AWQ.")
+              "0.21 to 0.68 with a column by its inputs, which protects one channel, and 0.07 to "
+              "0.42 for AWQ, which protects all that have large inputs.")
     _, x = awq_task(lab, source)
     trace.say("wq, wk and wv read what one norm puts out, so they share one α, and the norm's gain "
               f"is divided by the factors. The search for {source}: the output error of the three, "
@@ -2439,7 +2444,8 @@ def show_qlora(trace: Trace, knobs: Namespace) -> None:
               "tokens on the same verses, at a learning rate chosen on others, and is measured on "
               "others again. The columns: how many numbers are trained; the bytes of the weights "
               "and of the optimizer while training (what is trained is in FP32, what is frozen in "
-              "FP16 or NF4); the loss per token.")
+              "FP16 or NF4); the loss per token. (Guessing has "
+              f"{math.log(lab.config.vocab_size):.3f}.)")
     trace.table(rows, {"way": "", "trained": ",d", "weights": ",d", "optimizer": ",d",
                        "loss": ".3f", "error as ±": ".3f"})
     share = (qlora.weights + qlora.optimizer) / (full.weights + full.optimizer)
@@ -2450,7 +2456,8 @@ def show_qlora(trace: Trace, knobs: Namespace) -> None:
     rates = ", ".join(f"{way} {rate:g}" for way, rate in RATES.items())
     trace.note(f"Learning rates: {rates}. Adapters are measured as they are stored, in FP16.")
     trace.say("On 20 models at the defaults, QLoRA's loss was 0.79 to 1.33 times full training's "
-              "(less on 8 of the 20), and 0.71 to 1.22 times LoRA's (less on 10).")
+              "(less on 8 of the 20), and 0.71 to 1.22 times LoRA's (less on 10). So a base in 4 "
+              "bits did no harm that shows here.")
     check_qlora(trace, lab, rows)
 
 
