@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -680,12 +680,25 @@ wrong    alibi_slopes: 0 of 1 tests pass; the smallest call that shows it:
             assert is_done(name, report)
 
 
-def test_the_place_where_two_queues_differ_is_shown():
-    yours = deque(range(40))
-    expected = deque(range(40))
-    expected[30] = 7
+PLACES = [*range(30), 7, *range(31, 40)]
+
+
+@pytest.mark.parametrize("yours, expected, shown", [
+    (deque(range(40)), deque(PLACES), "at [30]: 30 / at [30]: 7"),
+    (list(range(40)), list(range(41)), "at length: 40 / at length: 41"),
+    (Counter("aabccc"), Counter("aabccc" * 2), "Counter({'a': 2, 'b': 1, 'c': 3}) / "
+     "Counter({'a': 4, 'b': 2, 'c': 6})"),
+    ([OrderedDict.fromkeys(range(40))], [OrderedDict.fromkeys([*range(38), 39, 38])],
+     "at [0], key 38: 38 / at [0], key 38: 39"),
+    ({i: i for i in range(40)}, {i: min(i, 20) for i in range(40)}, "at [21]: 21 / at [21]: 20"),
+    ({i: i for i in range(40)}, {i: i for i in range(41)}, "at length: 40 / at length: 41"),
+    (SimpleNamespace(b=deque(range(40))), SimpleNamespace(b=deque(PLACES)),
+     "at ['b'][30]: 30 / at ['b'][30]: 7"),
+], ids=["deque", "length", "Counter", "order", "dict", "length of a dict", "attribute"])
+def test_the_place_where_two_values_differ_is_shown(yours, expected, shown):
     lines = difference((yours, (), {}), (expected, (), {}), None, ((), {}), [])
-    assert lines == ["  yours     at [30]: 30", "  expected  at [30]: 7"]
+    yours, expected = shown.split(" / ")
+    assert lines == [f"  yours     {yours}", f"  expected  {expected}"]
 
 
 def is_done(name, report):

@@ -1078,6 +1078,7 @@ def two_lines(verb, a, b, path):
     expected = one_line(f"  expected  {verb}{as_text(b)}")
     if yours.removeprefix("  yours     ") == expected.removeprefix("  expected  "):
         where, a, b = first_difference(a, b)
+        where = where.removeprefix(", ")
         yours = one_line(f"  yours     at {where}: {exact(a)}")
         expected = one_line(f"  expected  at {where}: {exact(b)}")
     return [yours, expected]
@@ -1085,20 +1086,22 @@ def two_lines(verb, a, b, path):
 
 def first_difference(a, b):
     """Return (where, the part of a, the part of b) of the first place where two values differ."""
-    if hasattr(a, "__dict__") and hasattr(b, "__dict__"):
-        a = vars(a)
-        b = vars(b)
-    if isinstance(a, dict) and isinstance(b, dict) and list(a) == list(b):
-        pairs = [(key, a[key], b[key]) for key in a]
-    elif isinstance(a, ROWS) and isinstance(b, ROWS) and len(a) == len(b):
-        pairs = zip(range(len(a)), a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        if len(a) == len(b) and list(a) != list(b):
+            place = next(i for i, (key_a, key_b) in enumerate(zip(a, b)) if key_a != key_b)
+            return f", key {place}", list(a)[place], list(b)[place]
+        pairs = [(key, a[key], b[key]) for key in a if key in b]
+    elif isinstance(a, ROWS) and isinstance(b, ROWS):
+        pairs = zip(itertools.count(), a, b)
+    elif hasattr(a, "__dict__") and hasattr(b, "__dict__"):
+        return first_difference(vars(a), vars(b))
     else:
         return "", a, b
     for key, part_a, part_b in pairs:
         if not same(part_a, part_b):
             where, part_a, part_b = first_difference(part_a, part_b)
             return f"[{key!r}]{where}", part_a, part_b
-    return "", a, b
+    return ", length", len(a), len(b)
 
 
 def exact(value):
@@ -1126,6 +1129,8 @@ class Short(reprlib.Repr):
         self.maxlevel = 4
 
     def repr_instance(self, x, level):
+        if isinstance(x, Counter):  # its __dict__ is empty
+            return f"Counter({self.repr_dict(x, level)})"
         if hasattr(x, "__dict__") or hasattr(x, "_asdict"):
             parts = x._asdict() if hasattr(x, "_asdict") else vars(x)
             attributes = [f"{name}={self.repr1(value, level - 1)}" for name, value in parts.items()]
