@@ -866,6 +866,44 @@ def test_another_kind_of_result_is_named(learners, original, arguments, shown, t
     assert "\n".join(lines[2:]) == shown
 
 
+def test_a_call_that_fits_is_whole_and_so_are_the_words_of_an_error(tmp_path):
+    words = "the rows must all have as many numbers as the first of them has, not one more"
+
+    def refuse(rows, text):
+        raise ValueError(words)
+
+    grader, made = made_up(tmp_path, total=(lambda rows, text: 0, refuse))
+    arguments = [[[0.25 + i, -1.5] for i in range(12)], "a  text of many words " * 2]
+
+    def test():
+        with pytest.raises(ValueError):
+            made.total([[1.0] * 40] * 40, "a longer call, which is cut")
+        with pytest.raises(ValueError):
+            made.total(*arguments)
+
+    times_run(grader, test)
+    _, *call, yours, _, _ = lines_of(grader, "total").split("\n")
+    assert yours == "  yours     0"
+    assert lines_of(grader, "total").endswith(
+        "\n  expected  ValueError: the rows must all have as many numbers as the\n"
+        "            first of them has, not one more")
+    assert eval("\n".join(call), {"total": lambda *given: list(given)}) == arguments
+
+
+def test_a_call_that_is_whole_is_shown_rather_than_a_smaller_one_that_is_cut(tmp_path):
+    grader, made = made_up(tmp_path, total=(lambda rows: 0, sum))
+    whole = [0.5] * 70
+    cut = [1 / 3] * 69
+
+    def test():
+        assert made.total(cut) == sum(cut)
+
+    times_run(grader, test)
+    assert "..." in lines_of(grader, "total")
+    times_run(grader, lambda: made.total(whole) == 35.0 or pytest.fail())
+    assert f"[{', '.join(['0.5'] * 70)}]" in " ".join(lines_of(grader, "total").split())
+
+
 def test_an_int_for_a_float_is_right_and_so_is_a_list_for_a_generator(tmp_path):
     def one_and_two():
         yield 1.0

@@ -84,6 +84,9 @@ LONGEST_GRADE = 100     # seconds that the tests of one script may take
 OFTEN = 0.25            # seconds, at most, between two looks whether a time limit is reached
 INDENT = " " * 9        # of the details below a grade
 DETAILS = WIDTH - len(INDENT)  # columns of such a line
+MOST_LINES = 8          # of a call that is shown whole, or of an error
+MOST_PARTS = 200        # numbers, texts and the like that can fit into these lines
+NO_BREAK = "\xa0"       # a space at which no line ends
 ROWS = (list, tuple, deque)    # what has items in places 0, 1, ...
 
 
@@ -460,7 +463,7 @@ class Grader:
             with time_limit(longest_for(seconds)):
                 result = attempt_all(learners, *before, yields)
         except NeverEnds:
-            grade.never_ends = call_as_lines(grade.name, *shown)
+            grade.never_ends, _ = call_as_lines(grade.name, *shown)
             return
         outcome = result, *before
         if is_opaque(result) and is_opaque(expected[0]):
@@ -471,7 +474,8 @@ class Grader:
             return
         self.differed.add(key)
         # A function among the arguments may draw at random, and so give the two calls other values.
-        rank = (any(map(is_opaque, values_of(expected))), isinstance(expected[0], MISTAKES),
+        call, is_cut = call_as_lines(grade.name, *shown)
+        rank = (any(map(is_opaque, values_of(expected))), isinstance(expected[0], MISTAKES), is_cut,
                 are_same, size_of(shown) + size_of(expected[0]))
         if grade.counterexample is None or rank < grade.counterexample.rank:
             if are_same:
@@ -479,8 +483,7 @@ class Grader:
             else:
                 names = names_of_arguments(self.originals[key], *shown)
                 lines = difference(outcome, expected, self.path(key[0]), shown, names)
-            lines = [*call_as_lines(grade.name, *shown), *lines]
-            grade.counterexample = Counterexample(rank, lines)
+            grade.counterexample = Counterexample(rank, [*call, *lines])
 
     @contextmanager
     def using(self, keys, repeats=frozenset()):
@@ -1071,17 +1074,20 @@ def two_lines(verb, a, b, path):
 
     Where they differ is said if the lines would not show it.
     """
-    where = ""
+    yours = f"{verb}{as_text(a, path)}"
+    expected = f"{verb}{as_text(b)}"
     if a is None and not verb and not isinstance(b, MISTAKES):
-        return ["  yours     None: is a return missing?", one_line(f"  expected  {as_text(b)}")]
-    yours = one_line(f"  yours     {verb}{as_text(a, path)}")
-    expected = one_line(f"  expected  {verb}{as_text(b)}")
-    if yours.removeprefix("  yours     ") == expected.removeprefix("  expected  "):
+        yours = "None: is a return missing?"
+    elif one_line(" " * 12 + yours) == one_line(" " * 12 + expected):
         where, a, b = first_difference(a, b)
         where = where.removeprefix(", ")
-        yours = one_line(f"  yours     at {where}: {exact(a)}")
-        expected = one_line(f"  expected  at {where}: {exact(b)}")
-    return [yours, expected]
+        yours = f"at {where}: {exact(a)}"
+        expected = f"at {where}: {exact(b)}"
+    lines = []
+    for text, value in ((f"  yours     {yours}", a), (f"  expected  {expected}", b)):
+        is_error = isinstance(value, MISTAKES)
+        lines += few_lines(text, " " * 12) if is_error else [one_line(text)]
+    return lines
 
 
 def first_difference(a, b):
@@ -1169,15 +1175,29 @@ def as_text(value, path=None):
     return Short().repr(value)
 
 
+def whole_text(value):
+    """Return a value as text that is not cut, with no-break spaces in the texts in it."""
+    whole = Short()
+    for name in vars(whole):
+        if name.startswith("max"):
+            setattr(whole, name, MOST_LINES * WIDTH)
+    whole.repr_str = lambda x, level: repr(x).replace(" ", NO_BREAK)
+    return whole.repr(value)
+
+
 def one_line(text):
     """Return a text without line breaks, and without its end if it is too long for a line."""
     text = text.replace("\n", " ")
     return text if len(text) <= DETAILS else text[:DETAILS - 4] + " ..."
 
 
-def few_lines(text):
-    """Return a text as at most three lines, without its end if it is too long for them."""
-    return textwrap.wrap(text, DETAILS, max_lines=3, placeholder=" ...", subsequent_indent="    ")
+def few_lines(text, indent="    ", most=MOST_LINES, first=""):
+    """Return a text as lines, the first of which and the others are indented like this.
+
+    It is left without its end if it is too long for so many lines.
+    """
+    return textwrap.wrap(text, DETAILS, max_lines=most, placeholder=" ...", initial_indent=first,
+                         subsequent_indent=indent, break_on_hyphens=False)
 
 
 def line_in(path, error):
@@ -1191,20 +1211,36 @@ def message_of(error, path):
     """Return an error as a few lines for the report."""
     lines = [line for line in str(error).splitlines() if line.strip()][:5]
     first = lines[0] if lines else ""
-    return [one_line(f"{type(error).__name__}{line_in(path, error)}: {first}"),
-            *map(one_line, lines[1:])]
+    lines[:1] = [f"{type(error).__name__}{line_in(path, error)}: {first}"]
+    return [part for line in lines for part in few_lines(line)]
 
 
 def call_as_lines(name, arguments, options):
-    """Return a call as one line, or as one for each argument; a method's object comes first."""
+    """Return (the lines of a call, whether something is left out of them).
+
+    It is one line, or at least one for each argument. A method's object comes first.
+    """
+    if size_of([arguments, options]) <= MOST_PARTS:
+        lines = lines_of_call(name, arguments, options, whole_text, MOST_LINES)
+        if len(lines) <= MOST_LINES:
+            return lines, False
+    return lines_of_call(name, arguments, options, as_text, 1), True
+
+
+def lines_of_call(name, arguments, options, text_of, most):
+    """Return the lines of a call: at most so many for an argument, three times that for an object.
+    """
     lines = []
     if "." in name:
-        lines = few_lines(f"self = {as_text(arguments[0])}")
+        lines = few_lines(f"self = {text_of(arguments[0])}", most=3 * most)
         arguments = arguments[1:]
         name = f"self.{name.rpartition('.')[2]}"
-    texts = [as_text(value) for value in arguments]
-    texts += [f"{option}={as_text(value)}" for option, value in options.items()]
+    texts = [text_of(value) for value in arguments]
+    texts += [f"{option}={text_of(value)}" for option, value in options.items()]
     line = f"{name}({', '.join(texts)})"
     if len(line) <= DETAILS:
-        return [*lines, line]
-    return [*lines, f"{name}(", *(one_line(f"    {text}") for text in texts), ")"]
+        lines.append(line)
+    else:
+        parts = [few_lines(f"{text},", " " * 5, most, first=" " * 4) for text in texts]
+        lines += [f"{name}(", *itertools.chain(*parts), ")"]
+    return [line.replace(NO_BREAK, " ") for line in lines]
