@@ -627,8 +627,9 @@ class TestOneReport:
 
     def test_it_begins_with_how_many_tests_ran(self, report):
         beginning = " ".join(report.split()).partition(" ==")[0]
-        assert re.fullmatch(r"Graded by \d+ of \d+ tests\. A function that is done here may still "
-                            r"fail in the others; in the end, grade it by all of them\.", beginning)
+        assert re.fullmatch(r"\d+ of \d+ tests match -k alibi or bytes or .*; a function's tests "
+                            r"are those that call it\. A function that is done here may still fail "
+                            r"in the others; in the end, grade it by all of them\.", beginning)
 
     def test_grades_tell_done_from_wrong_and_unwritten(self, report, three_scripts):
         assert " microattention: 4 of 11 done " in report
@@ -636,7 +637,7 @@ class TestOneReport:
         assert "\nno test  rope (written, but no test that ran calls it)\n" in report
         assert is_done("mean_pool_kv_heads", report)
         assert """
-wrong    alibi_slopes: 0 of 1 tests pass; the smallest call that shows it:
+wrong    alibi_slopes: its test fails; the smallest call that shows it:
          alibi_slopes(3)
            yours     [0.15749, 0.024803, 0.0039062]
            expected  [0.0625, 0.0039062, 0.25]
@@ -703,7 +704,7 @@ def test_the_place_where_two_values_differ_is_shown(yours, expected, shown):
 
 def is_done(name, report):
     """Return whether a report says that all tests of a technique pass."""
-    done = rf"^done     {re.escape(name)}: (\d+) of \1 tests pass$"
+    done = rf"^done     {re.escape(name)}: (its test passes|its \d+ tests pass)$"
     return re.search(done, report, re.M) is not None
 
 
@@ -829,9 +830,9 @@ def test_what_does_not_refuse_or_ends_python_is_wrong(learners, shown, tmp_path)
 
     times_run(grader, lambda: made.positive(2))
     times_run(grader, refuses)
-    passed = 0 if "Exit" in shown else 1
+    failed = "its 2 tests" if "Exit" in shown else "1 of its 2 tests"
     assert lines_of(grader, "positive") == (
-        f"{passed} of 2 tests pass; the smallest call that shows it:\n{shown}")
+        f"{failed} fail; the smallest call that shows it:\n{shown}")
 
 
 def add_to(x):
@@ -862,7 +863,7 @@ def test_another_kind_of_result_is_named(learners, original, arguments, shown, t
 
     times_run(grader, test)
     lines = [line.strip() for line in lines_of(grader, "make").splitlines()]
-    assert lines[0] == "0 of 1 tests pass; the smallest call that shows it:"
+    assert lines[0] == "its test fails; the smallest call that shows it:"
     assert "\n".join(lines[2:]) == shown
 
 
@@ -916,8 +917,8 @@ def test_an_int_for_a_float_is_right_and_so_is_a_list_for_a_generator(tmp_path):
         assert made.wrong(0.5) == 0.5
 
     times_run(grader, test)
-    assert lines_of(grader, "numbers") == "1 of 1 tests pass"
-    assert lines_of(grader, "wrong").startswith("0 of 1 tests pass; ")
+    assert lines_of(grader, "numbers") == "its test passes"
+    assert lines_of(grader, "wrong").startswith("its test fails; ")
 
 
 def work(seconds):
@@ -947,7 +948,7 @@ def test_what_never_ends_is_tried_once(forever, tmp_path, monkeypatch):
     assert never_ends.startswith("never ends, or takes more than 0.02 seconds ")
     assert never_ends.endswith("its other tests are skipped")
     assert others == ["endless()"]
-    assert lines_of(grader, "double") == "2 of 2 tests pass"
+    assert lines_of(grader, "double") == "its 2 tests pass"
 
 
 @needs_alarm
@@ -968,7 +969,7 @@ def test_what_takes_as_long_as_the_original_is_right_at_once(tmp_path, monkeypat
     grader, made = made_up(tmp_path, **dict.fromkeys(names, (work, work)))
     n_times = times_run(grader, lambda: [getattr(made, name)(0.004) for name in names])
     assert n_times == 3  # too long; with the originals; as often as it takes
-    assert all(lines_of(grader, name) == "1 of 1 tests pass" for name in names)
+    assert all(lines_of(grader, name) == "its test passes" for name in names)
 
 
 def test_the_wrong_one_of_many_is_found_by_halving(tmp_path):
@@ -986,8 +987,8 @@ def test_the_wrong_one_of_many_is_found_by_halving(tmp_path):
     # Together; with the originals; then the suspects, and two parts of them four times.
     assert times_run(grader, test) <= 2 + 1 + 2 * 4
     for name in names:
-        n_passed = 0 if name == "f11" else 1
-        assert lines_of(grader, name).startswith(f"{n_passed} of 1 tests pass")
+        verb = "fails" if name == "f11" else "passes"
+        assert lines_of(grader, name).startswith(f"its test {verb}")
 
 
 def test_what_is_wrong_for_long_is_not_tried_again(tmp_path, monkeypatch):
@@ -999,7 +1000,7 @@ def test_what_is_wrong_for_long_is_not_tried_again(tmp_path, monkeypatch):
 
     assert times_run(grader, test) > 1
     assert times_run(grader, test) == 1
-    assert lines_of(grader, "half").startswith("0 of 1 tests pass, 1 more is skipped; ")
+    assert lines_of(grader, "half").startswith("its test fails, 1 more is skipped; ")
 
 
 def test_what_a_wrong_technique_has_left_in_a_cache_is_forgotten(tmp_path):
@@ -1015,7 +1016,7 @@ def test_what_a_wrong_technique_has_left_in_a_cache_is_forgotten(tmp_path):
 
     times_run(grader, test, lab=Lab())
     assert grader.broken_tests == []
-    assert lines_of(grader, "half").startswith("0 of 1 tests pass")
+    assert lines_of(grader, "half").startswith("its test fails")
 
 
 def test_what_is_not_found_out_in_time_counts_neither_way(tmp_path, monkeypatch):
@@ -1027,7 +1028,7 @@ def test_what_is_not_found_out_in_time_counts_neither_way(tmp_path, monkeypatch)
         assert made.double(made.half(3)) == 3
 
     times_run(grader, test)
-    assert lines_of(grader, "half").startswith("0 of 0 tests pass, 1 more is skipped")
+    assert lines_of(grader, "half").startswith("its 0 tests pass, 1 more is skipped")
 
 
 def test_tests_are_left_out_when_the_others_have_taken_long(tmp_path, monkeypatch):
@@ -1036,11 +1037,31 @@ def test_tests_are_left_out_when_the_others_have_taken_long(tmp_path, monkeypatc
     assert times_run(grader, lambda: made.double(1)) == 1
     assert times_run(grader, lambda: made.double(1)) == 0
     grader.n_tests = 2
-    report = []
-    grader.write_what_ran(SimpleNamespace(ensure_newline=lambda: None, write_line=report.append))
-    report = " ".join(" ".join(report).split())
-    assert report.startswith("1 of the tests is left out, because the others took more than 0 "
-                             "seconds: 0 of them in your double. Graded by 1 of 2 tests. ")
+    assert what_ran(grader).startswith(
+        "1 of the tests is left out, because the others took more than 0 seconds: 0 of them in "
+        "your double. 1 of 2 tests ran; a function's tests are those that call it. ")
+
+
+def what_ran(grader):
+    """Return what a grader says about the tests that ran."""
+    lines = []
+    grader.write_what_ran(SimpleNamespace(ensure_newline=lambda: None, write_line=lines.append))
+    return " ".join(" ".join(lines).split())
+
+
+@pytest.mark.parametrize("n_tests, n_left_out, keyword, beginning", [
+    (4, 333, "alibi", "4 of 337 tests match -k alibi; a function's tests are those that call it."),
+    (1, 336, "slopes", "1 of 337 tests matches -k slopes; "),
+    (0, 337, "nosuch", "No test matches -k nosuch."),
+    (3, 334, "", "3 of 337 tests ran; "),
+    (337, 0, "a", ""),
+])
+def test_what_ran_is_said_unless_all_did(n_tests, n_left_out, keyword, beginning, tmp_path):
+    grader = Grader(tmp_path, tmp_path, [], False, False, keyword)
+    grader.n_tests = n_tests
+    grader.n_left_out = n_left_out
+    assert what_ran(grader).startswith(beginning)
+    assert bool(what_ran(grader)) is bool(beginning)
 
 
 def test_the_best_tests_of_a_script_run_before_its_others(tmp_path):

@@ -136,7 +136,7 @@ def pytest_configure(config):
     config.option.continue_on_collection_errors = True
     ignore_the_words_of_refusals()
     sys.path.insert(0, str(folder))
-    grader = Grader(folder, impl, scripts, tests_were_named, wants_details)
+    grader = Grader(folder, impl, scripts, tests_were_named, wants_details, config.option.keyword)
     config.pluginmanager.register(grader, "grader")
 
 
@@ -239,15 +239,24 @@ class Grade:
         if self.never_ends:
             return [f"never ends, or takes more than {LONGEST} seconds and {TIMES_AS_LONG} times "
                     "what the original's takes; its other tests are skipped", *self.never_ends]
-        passed = f"{self.n_tests - len(self.failures)} of {self.n_tests} tests pass"
+        results = self.results()
         if self.n_skipped:
-            passed += f", {self.n_skipped} more {'is' if self.n_skipped == 1 else 'are'} skipped"
+            results += f", {self.n_skipped} more {'is' if self.n_skipped == 1 else 'are'} skipped"
         if not self.failures:
-            return [passed]
+            return [results]
         if self.counterexample:
-            return [f"{passed}; the smallest call that shows it:", *self.counterexample.lines]
+            return [f"{results}; the smallest call that shows it:", *self.counterexample.lines]
         simplest = min(self.failures, key=lambda failure: (len(failure.test), failure.test))
-        return [f"{passed}; the smallest that fails: {simplest.test}", *simplest.message]
+        return [f"{results}; the smallest that fails: {simplest.test}", *simplest.message]
+
+    def results(self):
+        """Return how many of its tests fail, or that they pass, as words."""
+        n_failed = len(self.failures)
+        if self.n_tests == 1:
+            return "its test fails" if n_failed else "its test passes"
+        if 0 < n_failed < self.n_tests:
+            return f"{n_failed} of its {self.n_tests} tests fail"
+        return f"its {self.n_tests} tests {'fail' if n_failed else 'pass'}"
 
 
 # ------------------------------------------------------------------------------------ the grader
@@ -275,12 +284,13 @@ class Grader:
     A technique is identified by (script, name), called its key.
     """
 
-    def __init__(self, folder, shown_folder, scripts, tests_were_named, wants_details):
+    def __init__(self, folder, shown_folder, scripts, tests_were_named, wants_details, keyword=""):
         self.folder = folder
         self.shown_folder = shown_folder
         self.scripts = scripts
         self.tests_were_named = tests_were_named
         self.wants_details = wants_details
+        self.keyword = keyword  # of -k
         self.problems = {}   # script: the line that says why it cannot be imported
         self.grades = {}     # key: Grade, in the order of the files
         self.originals = {}  # key: the original's function, in the learner's module
@@ -732,15 +742,22 @@ class Grader:
         """Write how many tests the grades rest on, if these are not all."""
         if self.n_too_late:
             self.write_too_late(reporter)
-        n_ran = self.n_tests - self.n_too_late
-        if self.n_left_out or self.n_too_late:
-            ran = f"{n_ran} of {self.n_tests + self.n_left_out} tests"
+        n_all = self.n_tests + self.n_left_out
+        if self.keyword and self.n_left_out and not self.n_too_late:
+            if self.n_tests == 0:
+                reporter.ensure_newline()
+                reporter.write_line(f"No test matches -k {self.keyword}.")
+                return
+            match = "matches" if self.n_tests == 1 else "match"
+            tests = f"{self.n_tests} of {n_all} tests {match} -k {self.keyword}"
+        elif self.n_left_out or self.n_too_late:
+            tests = f"{self.n_tests - self.n_too_late} of {n_all} tests ran"
         elif self.tests_were_named:
-            ran = f"the {self.n_tests} tests that you named, and no others"
+            tests = f"Only the {self.n_tests} tests that you named ran"
         else:
             return
-        text = (f"Graded by {ran}. A function that is done here may still fail in the others; in "
-                "the end, grade it by all of them.")
+        text = (f"{tests}; a function's tests are those that call it. A function that is done here "
+                "may still fail in the others; in the end, grade it by all of them.")
         reporter.ensure_newline()
         reporter.write_line(wrapped(text))
 
