@@ -1064,6 +1064,22 @@ def test_what_ran_is_said_unless_all_did(n_tests, n_left_out, keyword, beginning
     assert bool(what_ran(grader)) is bool(beginning)
 
 
+def test_the_tests_of_a_script_run_only_if_something_in_it_is_written_or_changed(tmp_path):
+    path = tmp_path / "microattention.py"
+    unwritten = with_bodies("microattention", {"rope": None, "attention": None})
+    constant = "MAP_TOKENS = 14 "
+    assert constant in unwritten
+    for text, is_left_out in (
+            (unwritten, True),
+            (with_bodies("microattention", {"rope": None, "attention": "return 1"}), None),
+            (unwritten.replace(constant, "MAP_TOKENS = 15 "), None)):
+        path.write_text(text, encoding="utf-8")
+        grader = Grader(tmp_path, tmp_path, ["microattention"], False, False)
+        for script, expected in (("microattention", is_left_out), ("microkv", None)):
+            item = SimpleNamespace(path=ROOT / "tests" / f"test_{script}.py")
+            assert grader.pytest_runtest_protocol(item) is expected
+
+
 def test_the_best_tests_of_a_script_run_before_its_others(tmp_path):
     grader, _ = made_up(tmp_path)
     grader.best_tests = {"test_b", "test_d"}

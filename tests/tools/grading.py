@@ -22,7 +22,8 @@ A grade takes about as long as the tests do. A wrong technique is looked into fo
 seconds; then the original's takes its place, and its other tests are skipped. The tests of a script
 get LONGEST_GRADE seconds. First come those that are best for one technique (exercise.py --list
 names them), so that what is cut off tells least. All these are seconds of this process, not of
-the clock, so that a busy machine makes nobody's code too slow.
+the clock, so that a busy machine makes nobody's code too slow. Where nothing is written yet, none
+of the script's tests runs.
 
 Without --impl, two workers of pytest-xdist share the tests, where it is installed.
 
@@ -292,6 +293,7 @@ class Grader:
         self.wants_details = wants_details
         self.keyword = keyword  # of -k
         self.problems = {}   # script: the line that says why it cannot be imported
+        self.untouched = set()  # scripts in which nothing is written yet, and nothing else changed
         self.grades = {}     # key: Grade, in the order of the files
         self.originals = {}  # key: the original's function, in the learner's module
         self.broken_tests = []  # that fail with the original's techniques
@@ -350,6 +352,9 @@ class Grader:
             else:
                 line = learners_functions[name].lineno
             self.grades[script, name] = Grade(script, name, state, line)
+        states = {grade.state for grade in self.grades.values() if grade.script == script}
+        if "written" not in states and not other_changes(source, original_source):
+            self.untouched.add(script)
 
         module = imported(script, path, functools.partial(self.followed, script))
         for technique in techniques(original_source):
@@ -397,6 +402,11 @@ class Grader:
     def pytest_collection_finish(self, session):
         """Count the tests that run."""
         self.n_tests = len(session.items)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item):
+        """Leave out the tests of a script in which there is nothing to grade."""
+        return item.path.stem.removeprefix("test_") in self.untouched or None
 
     def pytest_runtest_logstart(self):
         """Say on the terminal which test begins."""
