@@ -349,6 +349,7 @@ def test_one_more_technique_is_taken_out_of_a_learner_s_file(tmp_path):
 
     done = make("microflash.absorb", tmp_path)
     assert done.returncode == 0
+    assert "1 to write: absorb. Grade" in " ".join(done.stdout.split())
     absorb = next(technique for technique in techniques(mine) if technique.name == "absorb")
     expected = mine.replace(absorb.body, '    raise NotImplementedError("absorb")\n')
     assert path.read_text(encoding="utf-8") == expected
@@ -395,7 +396,10 @@ def test_a_learner_s_work_is_left_alone(what, tmp_path):
     text = path.read_text(encoding="utf-8")
     text = text.replace('raise NotImplementedError("absorb")', "return mine")
     path.write_text(text, encoding="utf-8")
-    assert "left alone" in refused(make("--hint", what, tmp_path))
+    refusal = refused(make("--hint", what, tmp_path))
+    assert "left alone" in refusal
+    if what.endswith("absorb"):
+        assert "to begin again, replace its body by raise NotImplementedError('absorb')" in refusal
     assert path.read_text(encoding="utf-8") == text
 
 
@@ -416,8 +420,27 @@ def test_nothing_is_taken_out_of_the_original(tmp_path):
     assert "is the original" in refused(make("microflash", "."))
 
 
+def test_the_exercise_maker_has_examples_for_who_asks_for_nothing():
+    done = make()
+    assert done.returncode == 2
+    assert "\n    python3 tests/tools/exercise.py microflash my/ " in done.stderr
+    assert f"The scripts are {', '.join(NAMES)}." in done.stderr
+    assert done.stderr.count("\n") < 12
+
+
+@pytest.mark.parametrize("code", [
+    "raise NotImplementedError", "raise NotImplementedError('f')", "pass", "...", '"""It."""'])
+def test_what_is_not_written_yet(code):
+    assert not exercise.is_written(functions_of(parsed(f"def f():\n    {code}\n"))["f"])
+
+
+def test_what_was_to_write_before_is_named_with_what_is_new(tmp_path):
+    assert make("microflash.absorb", tmp_path).returncode == 0
+    said = " ".join(make("microflash.finish", tmp_path).stdout.split())
+    assert "1 to write: finish. Still to write from before: absorb. Grade" in said
+
+
 @pytest.mark.parametrize("arguments", [
-    [],
     ["microfish", "my"],
     ["microflash.nothing", "my"],
     ["microflash"],
@@ -1132,14 +1155,17 @@ def test_the_tests_of_scripts_that_are_not_in_the_folder_run_if_they_are_named(t
 
 
 @pytest.mark.parametrize("folder, why", [
-    ("none", "this is no folder with one of the scripts in it"),
+    ("none", "none is no folder with one of the scripts in it"),
     (ROOT, "these are the originals"),
 ])
 def test_a_folder_without_scripts_is_refused(folder, why, tmp_path):
     config = SimpleNamespace(option=SimpleNamespace(impl=folder),
                              invocation_params=SimpleNamespace(dir=tmp_path))
-    with pytest.raises(pytest.UsageError, match=why):
+    with pytest.raises(pytest.UsageError, match=why) as refusal:
         grading.pytest_configure(config)
+    assert str(folder) in str(refusal.value)
+    if folder == "none":  # the path that was tried, too
+        assert str(tmp_path / folder) in str(refusal.value)
 
 
 @pytest.mark.parametrize("given, impl, n_workers", [

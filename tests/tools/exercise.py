@@ -207,7 +207,7 @@ def code_of(node: ast.FunctionDef) -> str:
 def is_written(node: ast.FunctionDef) -> bool:
     """Return whether a function has a body, and not only what an exercise leaves of it."""
     code = code_of(node)
-    return code not in ("", "pass", "...") and not code.startswith("raise NotImplementedError(")
+    return code not in ("", "pass", "...") and not code.startswith("raise NotImplementedError")
 
 
 # ------------------------------------------------------------------------ taking functions out
@@ -434,7 +434,7 @@ def write_exercise(target: Path, text: str, names: list[str]) -> None:
 
 
 class Refusal(Exception):
-    """The sentence that says why an exercise cannot be made."""
+    """The words that say why an exercise cannot be made."""
 
 
 def exercise_in(target: Path, script: str, wanted: str, hints: bool) -> tuple[str, list[str]]:
@@ -488,7 +488,8 @@ def check_unwritten(source: str, chosen: list[Technique], target: Path) -> None:
             raise Refusal(f"{target} has no function {technique.name}; put its def line back")
         if is_written(node) and code_of(node) != code_of(technique.node):
             raise Refusal(f"{target} line {node.lineno}: {technique.name} is your own and is left "
-                          "alone; delete its body to begin again")
+                          "alone; to begin again, replace its body by "
+                          f"raise NotImplementedError({technique.name!r})")
 
 
 # ----------------------------------------------------------------------------------- the list
@@ -581,6 +582,11 @@ def answer(arguments: argparse.Namespace) -> str:
     """
     if arguments.list and not arguments.what:
         return "\n".join(map(list_of, NAMES))
+    if not arguments.what:
+        what_it_does, examples, *_ = __doc__.split("\n\n")
+        what_it_does = textwrap.fill(what_it_does, WIDTH - len("exercise.py: "))
+        raise Refusal(f"{what_it_does}\n\n{examples}\n\n"
+                      f"The scripts are {', '.join(NAMES)}.\n--help says more.")
     script, _, wanted = arguments.what.removesuffix(".py").partition(".")
     if script not in NAMES:
         raise Refusal(f"the scripts are {', '.join(NAMES)}; not {script!r}")
@@ -591,8 +597,14 @@ def answer(arguments: argparse.Namespace) -> str:
     target = arguments.folder / f"{script}.py"
     text, names = exercise_in(target, script, wanted, arguments.hint)
     write_exercise(target, text, [f"{script}.{name}" for name in names])
-    to_write = textwrap.fill(f"{target}: {len(names)} to write: {', '.join(names)}.", WIDTH,
-                             break_long_words=False, break_on_hyphens=False)
+    nodes = functions_of(ast.parse(text.removeprefix(MARK)))
+    before = [technique.name for technique in techniques(source_of(script))
+              if technique.name not in names and technique.name in nodes
+              and not is_written(nodes[technique.name])]
+    to_write = f"{target}: {len(names)} to write: {', '.join(names)}."
+    if before:
+        to_write += f" Still to write from before: {', '.join(before)}."
+    to_write = textwrap.fill(to_write, WIDTH, break_long_words=False, break_on_hyphens=False)
     return f"{to_write}\n{how_to_grade(script, names, arguments.folder)}"
 
 

@@ -120,8 +120,8 @@ def pytest_configure(config):
     folder = (config.invocation_params.dir / impl).resolve()
     scripts = [name for name in NAMES if (folder / f"{name}.py").is_file()]
     if not scripts:
-        raise pytest.UsageError(f"--impl={impl}: this is no folder with one of the scripts in it; "
-                                "make one with python3 tests/tools/exercise.py microattention my")
+        raise pytest.UsageError(f"--impl={impl}: {folder} is no folder with one of the scripts in "
+                                f"it; make one with python3 tests/tools/exercise.py {NAMES[0]} my")
     if folder == ROOT:
         raise pytest.UsageError(f"--impl={impl}: these are the originals; give the folder of your "
                                 "exercise, as in --impl=my")
