@@ -281,6 +281,8 @@ def norms(rows, scale=1):
         square: float = dot(row, row) / scale
         found.append(math.sqrt(square))
     found += [x * scale for x in rows[0]]
+    super().keep(found)
+    rows.lengths.extend(found)
     return found, rows[-1] if rows else scale
 
 # ==================
@@ -295,16 +297,18 @@ def test_a_hint_outlines_the_body_and_names_what_it_uses():
     dot, norms = techniques(HINTED)
     assert hint(dot, HINTED) == ["1 line in the original", "return sum(…)"]
     assert hint(norms, HINTED) == [
-        "9 lines in the original, with dot, math.sqrt",
-        "if … of scale:",
+        "11 lines in the original, with dot, math.sqrt",
+        "if … (from scale):",
         "    raise ValueError(…)",
         "found = []",
         "for i, row in enumerate(…):",
         "    (Half of the work is done twice.)",
-        "    square = … of row, scale",
+        "    square = … (from row, scale)",
         "    found.append(…)",
-        "found changes by [… of x, scale for x in … of rows]",
-        "return found, … of rows, scale",
+        "found changes by [… (from x, scale) for x in … (from rows)]",
+        "super().keep(…)",
+        "rows.lengths.extend(…)",
+        "return found, … (from rows, scale)",
     ]
 
 

@@ -226,7 +226,7 @@ def hint(technique: Technique, source: str) -> list[str]:
     """Return the lines of a hint, without their "# ": what a body uses, and its outline.
 
     They are made from the original's body. The outline has its statements and comments in their
-    order, with "… of a, b" for what is computed from a and b. source: of the original.
+    order, with "… (from a, b)" for what is computed from a and b. source: of the original.
     """
     node = technique.node
     statements = node.body[1:] if ast.get_docstring(node) is not None else node.body
@@ -335,7 +335,7 @@ def outline_of_head(statement: ast.stmt) -> str:
 
 
 def brief(value: ast.expr) -> str:
-    """Return an expression as text, but with "… of a, b" for what is computed from a and b."""
+    """Return an expression as text, but with "… (from a, b)" for what is computed from a and b."""
     match value:
         case ast.Name() | ast.Constant() | ast.List(elts=[]) | ast.Dict(keys=[]):
             return ast.unparse(value)
@@ -343,13 +343,13 @@ def brief(value: ast.expr) -> str:
             return ast.unparse(value)
         case ast.Tuple():
             return ", ".join(map(brief, value.elts))
-        case ast.Call(func=ast.Name() | ast.Attribute(value=ast.Name())):
+        case ast.Call() if re.fullmatch(r"(super\(\))?[\w.]+", ast.unparse(value.func)):
             return f"{ast.unparse(value.func)}(…)" if value.args or value.keywords else (
                 ast.unparse(value))
         case ast.ListComp(generators=[part]):
             return f"[{brief(value.elt)} for {as_target(part.target)} in {brief(part.iter)}]"
     names = variables_in(value)
-    return f"… of {', '.join(names)}" if names else "…"
+    return f"… (from {', '.join(names)})" if names else "…"
 
 
 def as_target(target: ast.expr) -> str:
