@@ -979,6 +979,25 @@ def test_what_never_ends_is_tried_once(forever, tmp_path, monkeypatch):
 
 
 @needs_alarm
+@pytest.mark.parametrize("learners, word", [
+    (lambda x: work(0.004) or x, "too slow"), (lambda x: work(0.004) or 0, "wrong")])
+def test_what_is_right_but_takes_long_is_too_slow(learners, word, tmp_path, monkeypatch):
+    for name in ("LONGEST_FIRST", "LONGEST_LATER", "LONGEST", "LONGEST_REPEATS"):
+        monkeypatch.setattr(grading, name, 0.02)
+    grader, made = made_up(tmp_path, same=(learners, lambda x: x))
+
+    def test():
+        assert sum(made.same(x) for x in range(100)) == 99 * 50
+
+    times_run(grader, test)
+    assert grader.grades["made_up", "same"].word() == word
+    if word == "too slow":
+        assert re.fullmatch(r"takes more than 0\.02 seconds and 10 times what the original's "
+                            r"takes, but is right in \d calls that could be compared; its other "
+                            r"tests are skipped\nin the test test_it", lines_of(grader, "same"))
+
+
+@needs_alarm
 def test_a_time_limit_inside_of_another_leaves_that_as_it_is():
     with pytest.raises(NeverEnds), time_limit(0.02):
         with time_limit(10):

@@ -5,6 +5,7 @@ originals. What is printed is a grade of each technique that the learner has to 
 
     done     its tests pass
     wrong    with the smallest call whose result differs from the original's
+    too slow but what it returned was right, as far as it was compared
     not yet  not written yet
     no test  written, but no test that ran calls it, such as with -k
 
@@ -211,6 +212,8 @@ class Grade:
         self.failures = []
         self.counterexample = None  # the smallest, if possible one that is not to be refused
         self.never_ends = None     # the lines that show the call or the test
+        self.n_agreed = 0          # calls that were compared, and do what the original's does
+        self.is_too_slow = False   # a test with it never ends, but its calls do, and agree
         self.seconds_blamed = 0.0  # that finding out about its failures has taken
         self.n_skipped = 0         # tests that call it, after it has used up its time
 
@@ -220,13 +223,15 @@ class Grade:
                 and self.seconds_blamed < LONGEST_BLAMED)
 
     def word(self):
-        """Return "done", "wrong", "not yet" or "no test"."""
+        """Return "done", "wrong", "too slow", "not yet" or "no test"."""
         if self.state == "the original's":
             return "done"
         if self.state != "written":
             return "not yet"
         if self.n_tests == 0:
             return "no test"
+        if self.is_too_slow:
+            return "too slow"
         if self.never_ends or self.failures:
             return "wrong"
         return "done"
@@ -238,8 +243,14 @@ class Grade:
         if self.state == "missing":
             return [f"not there: your file has no function {self.name}; put its def line back"]
         if self.never_ends:
-            return [f"never ends, or takes more than {LONGEST} seconds and {TIMES_AS_LONG} times "
-                    "what the original's takes; its other tests are skipped", *self.never_ends]
+            longer = (f"takes more than {LONGEST} seconds and {TIMES_AS_LONG} times what the "
+                      "original's takes")
+            if self.is_too_slow:
+                n_calls = f"{self.n_agreed} call{'' if self.n_agreed == 1 else 's'}"
+                what = f"{longer}, but is right in {n_calls} that could be compared"
+            else:
+                what = f"never ends, or {longer}"
+            return [f"{what}; its other tests are skipped", *self.never_ends]
         results = self.results()
         if self.n_skipped:
             results += f", {self.n_skipped} more {'is' if self.n_skipped == 1 else 'are'} skipped"
@@ -491,6 +502,7 @@ class Grader:
             return
         are_same = same(outcome, expected)
         if are_same and other_kind(outcome[0], expected[0]) is None:
+            grade.n_agreed += 1
             return
         self.differed.add(key)
         # A function among the arguments may draw at random, and so give the two calls other values.
@@ -695,6 +707,8 @@ class Grader:
         error = self.error_with({key}, run, longest_for(seconds))
         if isinstance(error, NeverEnds):
             grade.never_ends = [f"in the test {test}"]
+            grade.is_too_slow = (grade.n_agreed > 0 and not grade.counterexample
+                                 and not grade.failures)
             return TimeoutError(f"{grade.name} never ends")
         if error is not None:
             grade.failures.append(Failure(test, message_of(error, self.path(key[0]))))
@@ -793,7 +807,7 @@ class Grader:
         n_done = sum(grade.word() == "done" for grade in grades)
         reporter.section(f"{script}: {n_done} of {len(grades)} done")
         for grade in grades:
-            if grade.word() in ("done", "wrong") or grade.state == "missing":
+            if grade.word() in ("done", "wrong", "too slow") or grade.state == "missing":
                 self.write_grade(grade, reporter)
         untested = [grade.name for grade in grades if grade.word() == "no test"]
         them = "it" if len(untested) == 1 else "them"
@@ -807,13 +821,13 @@ class Grader:
         word = grade.word()
         first, *others = grade.lines()
         reporter.write_line(wrapped(f"{word:8} {grade.name}: {first}", INDENT),
-                            green=word == "done", red=word == "wrong")
+                            green=word == "done", red=word in ("wrong", "too slow"))
         for line in others:
             reporter.write_line(INDENT + line)
 
     def write_next(self, script, grades, reporter):
         """Write what to do next: what is wrong, or else the first that is not written."""
-        for word, verb in (("wrong", "mend"), ("not yet", "write")):
+        for word, verb in (("wrong", "mend"), ("too slow", "speed up"), ("not yet", "write")):
             for grade in grades:
                 if grade.word() == word:
                     where = f"{self.shown_folder / script}.py line {grade.line}"
