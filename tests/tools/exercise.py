@@ -437,9 +437,11 @@ class Refusal(Exception):
     """The words that say why an exercise cannot be made."""
 
 
-def exercise_in(target: Path, script: str, wanted: str, hints: bool) -> tuple[str, list[str]]:
-    """Return the text of an exercise and the names of the techniques that are out of it.
+def exercise_in(target: Path, script: str, wanted: str,
+                hints: bool) -> tuple[str, list[str], list[str]]:
+    """Return the text of an exercise, and the names of the techniques that are out of it.
 
+    Those names are in two lists: what this takes out, and what was out before.
     wanted: a technique or a class; "" for all. Refusal if it cannot be made.
     """
     source = source_of(script)
@@ -457,10 +459,15 @@ def exercise_in(target: Path, script: str, wanted: str, hints: bool) -> tuple[st
                           f"file, or name one technique, as in {script}.{chosen[0].name}")
         source = learners_source(target)
         check_unwritten(source.removeprefix(MARK), chosen, target)
+    names = [technique.name for technique in chosen]
+    nodes = functions_of(parsed(source.removeprefix(MARK)))
+    before = [technique.name for technique in techniques(source_of(script))
+              if technique.name not in names and technique.name in nodes
+              and not is_written(nodes[technique.name])]
     text = taken_out(source.removeprefix(MARK), chosen, source_of(script) if hints else "")
     if source.startswith(MARK):
         text = MARK + text
-    return text, [technique.name for technique in chosen]
+    return text, names, before
 
 
 def learners_source(target: Path) -> str:
@@ -470,7 +477,7 @@ def learners_source(target: Path) -> str:
     """
     try:
         source = target.read_bytes().decode("utf-8")
-        ast.parse(source.removeprefix(MARK))
+        parsed(source.removeprefix(MARK))
     except SyntaxError as error:
         raise Refusal(f"{target} line {error.lineno}: {type(error).__name__}: {error.msg}; mend it "
                       "first") from None
@@ -595,12 +602,8 @@ def answer(arguments: argparse.Namespace) -> str:
     if arguments.folder is None:
         raise Refusal(f"give a folder for the exercise, as in: exercise.py {arguments.what} my/")
     target = arguments.folder / f"{script}.py"
-    text, names = exercise_in(target, script, wanted, arguments.hint)
+    text, names, before = exercise_in(target, script, wanted, arguments.hint)
     write_exercise(target, text, [f"{script}.{name}" for name in names])
-    nodes = functions_of(ast.parse(text.removeprefix(MARK)))
-    before = [technique.name for technique in techniques(source_of(script))
-              if technique.name not in names and technique.name in nodes
-              and not is_written(nodes[technique.name])]
     to_write = f"{target}: {len(names)} to write: {', '.join(names)}."
     if before:
         to_write += f" Still to write from before: {', '.join(before)}."
