@@ -721,7 +721,9 @@ PLACES = [*range(30), 7, *range(31, 40)]
     ({i: i for i in range(40)}, {i: i for i in range(41)}, "at length: 40 / at length: 41"),
     (SimpleNamespace(b=deque(range(40))), SimpleNamespace(b=deque(PLACES)),
      "at ['b'][30]: 30 / at ['b'][30]: 7"),
-], ids=["deque", "length", "Counter", "order", "dict", "length of a dict", "attribute"])
+    (1.0000001, 1.0, "1.0000001 / 1.0"),
+], ids=["deque", "length", "Counter", "order", "dict", "length of a dict", "attribute",
+        "number"])
 def test_the_place_where_two_values_differ_is_shown(yours, expected, shown):
     lines = difference((yours, (), {}), (expected, (), {}), None, ((), {}), [])
     yours, expected = shown.split(" / ")

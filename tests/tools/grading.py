@@ -1121,9 +1121,9 @@ def two_lines(verb, a, b, path):
         yours = "None: is a return missing?"
     elif one_line(" " * 12 + yours) == one_line(" " * 12 + expected):
         where, a, b = first_difference(a, b)
-        where = where.removeprefix(", ")
-        yours = f"at {where}: {exact(a)}"
-        expected = f"at {where}: {exact(b)}"
+        at_where = f"at {where.removeprefix(', ')}: " if where else ""
+        yours = f"{at_where}{exact(a)}"
+        expected = f"{at_where}{exact(b)}"
     lines = []
     for text, value in ((f"  yours     {yours}", a), (f"  expected  {expected}", b)):
         is_error = isinstance(value, MISTAKES)
