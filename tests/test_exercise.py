@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -281,6 +281,8 @@ def norms(rows, scale=1):
         square: float = dot(row, row) / scale
         found.append(math.sqrt(square))
     found += [x * scale for x in rows[0]]
+    super().keep(found)
+    rows.lengths.extend(found)
     return found, rows[-1] if rows else scale
 
 # ==================
@@ -295,16 +297,18 @@ def test_a_hint_outlines_the_body_and_names_what_it_uses():
     dot, norms = techniques(HINTED)
     assert hint(dot, HINTED) == ["1 line in the original", "return sum(…)"]
     assert hint(norms, HINTED) == [
-        "9 lines in the original, with dot, math.sqrt",
-        "if … of scale:",
+        "11 lines in the original, with dot, math.sqrt",
+        "if … (from scale):",
         "    raise ValueError(…)",
         "found = []",
         "for i, row in enumerate(…):",
         "    (Half of the work is done twice.)",
-        "    square = … of row, scale",
+        "    square = … (from row, scale)",
         "    found.append(…)",
-        "found changes by [… of x, scale for x in … of rows]",
-        "return found, … of rows, scale",
+        "found changes by [… (from x, scale) for x in … (from rows)]",
+        "super().keep(…)",
+        "rows.lengths.extend(…)",
+        "return found, … (from rows, scale)",
     ]
 
 
@@ -354,11 +358,17 @@ def test_one_more_technique_is_taken_out_of_a_learner_s_file(tmp_path):
     assert path.read_text(encoding="utf-8") == expected
     assert taken_out_before(tmp_path) == ["microflash.finish", "microflash.absorb"]
 
+    assert "1 to write: absorb. Grade" in " ".join(done.stdout.split())
+
     # A second time nothing changes, but --hint leaves its hint.
     assert make("microflash.absorb", tmp_path).returncode == 0
     assert path.read_text(encoding="utf-8") == expected
     assert make("--hint", "microflash.absorb", tmp_path).returncode == 0
     assert len(path.read_text(encoding="utf-8")) > len(expected)
+
+    # What is still to write from before is named with what is new.
+    said = " ".join(make("microflash.log_sum_exp", tmp_path).stdout.split())
+    assert "1 to write: log_sum_exp. Still to write from before: absorb. Grade" in said
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["without a mark", "with a mark"])
@@ -395,7 +405,10 @@ def test_a_learner_s_work_is_left_alone(what, tmp_path):
     text = path.read_text(encoding="utf-8")
     text = text.replace('raise NotImplementedError("absorb")', "return mine")
     path.write_text(text, encoding="utf-8")
-    assert "left alone" in refused(make("--hint", what, tmp_path))
+    refusal = refused(make("--hint", what, tmp_path))
+    assert "left alone" in refusal
+    if what.endswith("absorb"):
+        assert "to begin again, replace its body by raise NotImplementedError('absorb')" in refusal
     assert path.read_text(encoding="utf-8") == text
 
 
@@ -416,8 +429,21 @@ def test_nothing_is_taken_out_of_the_original(tmp_path):
     assert "is the original" in refused(make("microflash", "."))
 
 
+def test_the_exercise_maker_has_examples_for_who_asks_for_nothing():
+    done = make()
+    assert done.returncode == 2
+    assert "\n    python3 tests/tools/exercise.py microflash my/ " in done.stderr
+    assert f"The scripts are {', '.join(NAMES)}." in done.stderr
+    assert done.stderr.count("\n") < 12
+
+
+@pytest.mark.parametrize("code", [
+    "raise NotImplementedError", "raise NotImplementedError('f')", "pass", "...", '"""It."""'])
+def test_what_is_not_written_yet(code):
+    assert not exercise.is_written(functions_of(parsed(f"def f():\n    {code}\n"))["f"])
+
+
 @pytest.mark.parametrize("arguments", [
-    [],
     ["microfish", "my"],
     ["microflash.nothing", "my"],
     ["microflash"],
@@ -627,8 +653,9 @@ class TestOneReport:
 
     def test_it_begins_with_how_many_tests_ran(self, report):
         beginning = " ".join(report.split()).partition(" ==")[0]
-        assert re.fullmatch(r"Graded by \d+ of \d+ tests\. A function that is done here may still "
-                            r"fail in the others; in the end, grade it by all of them\.", beginning)
+        assert re.fullmatch(r"\d+ of \d+ tests match -k alibi or bytes or .*; a function's tests "
+                            r"are those that call it\. A function that is done here may still fail "
+                            r"in the others; in the end, grade it by all of them\.", beginning)
 
     def test_grades_tell_done_from_wrong_and_unwritten(self, report, three_scripts):
         assert " microattention: 4 of 11 done " in report
@@ -636,7 +663,7 @@ class TestOneReport:
         assert "\nno test  rope (written, but no test that ran calls it)\n" in report
         assert is_done("mean_pool_kv_heads", report)
         assert """
-wrong    alibi_slopes: 0 of 1 tests pass; the smallest call that shows it:
+wrong    alibi_slopes: its test fails; the smallest call that shows it:
          alibi_slopes(3)
            yours     [0.15749, 0.024803, 0.0039062]
            expected  [0.0625, 0.0039062, 0.25]
@@ -680,17 +707,32 @@ wrong    alibi_slopes: 0 of 1 tests pass; the smallest call that shows it:
             assert is_done(name, report)
 
 
-def test_the_place_where_two_queues_differ_is_shown():
-    yours = deque(range(40))
-    expected = deque(range(40))
-    expected[30] = 7
+PLACES = [*range(30), 7, *range(31, 40)]
+
+
+@pytest.mark.parametrize("yours, expected, shown", [
+    (deque(range(40)), deque(PLACES), "at [30]: 30 / at [30]: 7"),
+    (list(range(40)), list(range(41)), "at length: 40 / at length: 41"),
+    (Counter("aabccc"), Counter("aabccc" * 2), "Counter({'a': 2, 'b': 1, 'c': 3}) / "
+     "Counter({'a': 4, 'b': 2, 'c': 6})"),
+    ([OrderedDict.fromkeys(range(40))], [OrderedDict.fromkeys([*range(38), 39, 38])],
+     "at [0], key 38: 38 / at [0], key 38: 39"),
+    ({i: i for i in range(40)}, {i: min(i, 20) for i in range(40)}, "at [21]: 21 / at [21]: 20"),
+    ({i: i for i in range(40)}, {i: i for i in range(41)}, "at length: 40 / at length: 41"),
+    (SimpleNamespace(b=deque(range(40))), SimpleNamespace(b=deque(PLACES)),
+     "at ['b'][30]: 30 / at ['b'][30]: 7"),
+    (1.0000001, 1.0, "1.0000001 / 1.0"),
+], ids=["deque", "length", "Counter", "order", "dict", "length of a dict", "attribute",
+        "number"])
+def test_the_place_where_two_values_differ_is_shown(yours, expected, shown):
     lines = difference((yours, (), {}), (expected, (), {}), None, ((), {}), [])
-    assert lines == ["  yours     at [30]: 30", "  expected  at [30]: 7"]
+    yours, expected = shown.split(" / ")
+    assert lines == [f"  yours     {yours}", f"  expected  {expected}"]
 
 
 def is_done(name, report):
     """Return whether a report says that all tests of a technique pass."""
-    done = rf"^done     {re.escape(name)}: (\d+) of \1 tests pass$"
+    done = rf"^done     {re.escape(name)}: (its test passes|its \d+ tests pass)$"
     return re.search(done, report, re.M) is not None
 
 
@@ -816,9 +858,9 @@ def test_what_does_not_refuse_or_ends_python_is_wrong(learners, shown, tmp_path)
 
     times_run(grader, lambda: made.positive(2))
     times_run(grader, refuses)
-    passed = 0 if "Exit" in shown else 1
+    failed = "its 2 tests" if "Exit" in shown else "1 of its 2 tests"
     assert lines_of(grader, "positive") == (
-        f"{passed} of 2 tests pass; the smallest call that shows it:\n{shown}")
+        f"{failed} fail; the smallest call that shows it:\n{shown}")
 
 
 def add_to(x):
@@ -849,8 +891,46 @@ def test_another_kind_of_result_is_named(learners, original, arguments, shown, t
 
     times_run(grader, test)
     lines = [line.strip() for line in lines_of(grader, "make").splitlines()]
-    assert lines[0] == "0 of 1 tests pass; the smallest call that shows it:"
+    assert lines[0] == "its test fails; the smallest call that shows it:"
     assert "\n".join(lines[2:]) == shown
+
+
+def test_a_call_that_fits_is_whole_and_so_are_the_words_of_an_error(tmp_path):
+    words = "the rows must all have as many numbers as the first of them has, not one more"
+
+    def refuse(rows, text):
+        raise ValueError(words)
+
+    grader, made = made_up(tmp_path, total=(lambda rows, text: 0, refuse))
+    arguments = [[[0.25 + i, -1.5] for i in range(12)], "a  text of many words " * 2]
+
+    def test():
+        with pytest.raises(ValueError):
+            made.total([[1.0] * 40] * 40, "a longer call, which is cut")
+        with pytest.raises(ValueError):
+            made.total(*arguments)
+
+    times_run(grader, test)
+    _, *call, yours, _, _ = lines_of(grader, "total").split("\n")
+    assert yours == "  yours     0"
+    assert lines_of(grader, "total").endswith(
+        "\n  expected  ValueError: the rows must all have as many numbers as the\n"
+        "            first of them has, not one more")
+    assert eval("\n".join(call), {"total": lambda *given: list(given)}) == arguments
+
+
+def test_a_call_that_is_whole_is_shown_rather_than_a_smaller_one_that_is_cut(tmp_path):
+    grader, made = made_up(tmp_path, total=(lambda rows: 0, sum))
+    whole = [0.5] * 70
+    cut = [1 / 3] * 69
+
+    def test():
+        assert made.total(cut) == sum(cut)
+
+    times_run(grader, test)
+    assert "..." in lines_of(grader, "total")
+    times_run(grader, lambda: made.total(whole) == 35.0 or pytest.fail())
+    assert f"[{', '.join(['0.5'] * 70)}]" in " ".join(lines_of(grader, "total").split())
 
 
 def test_an_int_for_a_float_is_right_and_so_is_a_list_for_a_generator(tmp_path):
@@ -865,8 +945,8 @@ def test_an_int_for_a_float_is_right_and_so_is_a_list_for_a_generator(tmp_path):
         assert made.wrong(0.5) == 0.5
 
     times_run(grader, test)
-    assert lines_of(grader, "numbers") == "1 of 1 tests pass"
-    assert lines_of(grader, "wrong").startswith("0 of 1 tests pass; ")
+    assert lines_of(grader, "numbers") == "its test passes"
+    assert lines_of(grader, "wrong").startswith("its test fails; ")
 
 
 def work(seconds):
@@ -896,7 +976,27 @@ def test_what_never_ends_is_tried_once(forever, tmp_path, monkeypatch):
     assert never_ends.startswith("never ends, or takes more than 0.02 seconds ")
     assert never_ends.endswith("its other tests are skipped")
     assert others == ["endless()"]
-    assert lines_of(grader, "double") == "2 of 2 tests pass"
+    assert lines_of(grader, "double") == "its 2 tests pass"
+
+
+@needs_alarm
+@pytest.mark.parametrize("learners, word", [
+    (lambda x: work(0.004) or x, "too slow"), (lambda x: work(0.004) or 0, "wrong")])
+def test_what_is_right_but_takes_long_is_too_slow(learners, word, tmp_path, monkeypatch):
+    for name in ("LONGEST_FIRST", "LONGEST_LATER", "LONGEST", "LONGEST_REPEATS"):
+        monkeypatch.setattr(grading, name, 0.02)
+    monkeypatch.setattr(grading, "TIMES_AS_LONG", 2)
+    grader, made = made_up(tmp_path, same=(learners, lambda x: x))
+
+    def test():
+        assert sum(made.same(x) for x in range(60)) == 59 * 30
+
+    times_run(grader, test)
+    assert grader.grades["made_up", "same"].word() == word
+    if word == "too slow":
+        assert re.fullmatch(r"takes more than 0\.02 seconds and 2 times what the original's "
+                            r"takes, but is right in \d calls that could be compared; its other "
+                            r"tests are skipped\nin the test test_it", lines_of(grader, "same"))
 
 
 @needs_alarm
@@ -917,7 +1017,7 @@ def test_what_takes_as_long_as_the_original_is_right_at_once(tmp_path, monkeypat
     grader, made = made_up(tmp_path, **dict.fromkeys(names, (work, work)))
     n_times = times_run(grader, lambda: [getattr(made, name)(0.004) for name in names])
     assert n_times == 3  # too long; with the originals; as often as it takes
-    assert all(lines_of(grader, name) == "1 of 1 tests pass" for name in names)
+    assert all(lines_of(grader, name) == "its test passes" for name in names)
 
 
 def test_the_wrong_one_of_many_is_found_by_halving(tmp_path):
@@ -935,8 +1035,8 @@ def test_the_wrong_one_of_many_is_found_by_halving(tmp_path):
     # Together; with the originals; then the suspects, and two parts of them four times.
     assert times_run(grader, test) <= 2 + 1 + 2 * 4
     for name in names:
-        n_passed = 0 if name == "f11" else 1
-        assert lines_of(grader, name).startswith(f"{n_passed} of 1 tests pass")
+        verb = "fails" if name == "f11" else "passes"
+        assert lines_of(grader, name).startswith(f"its test {verb}")
 
 
 def test_what_is_wrong_for_long_is_not_tried_again(tmp_path, monkeypatch):
@@ -948,7 +1048,7 @@ def test_what_is_wrong_for_long_is_not_tried_again(tmp_path, monkeypatch):
 
     assert times_run(grader, test) > 1
     assert times_run(grader, test) == 1
-    assert lines_of(grader, "half").startswith("0 of 1 tests pass, 1 more is skipped; ")
+    assert lines_of(grader, "half").startswith("its test fails, 1 more is skipped; ")
 
 
 def test_what_a_wrong_technique_has_left_in_a_cache_is_forgotten(tmp_path):
@@ -964,7 +1064,7 @@ def test_what_a_wrong_technique_has_left_in_a_cache_is_forgotten(tmp_path):
 
     times_run(grader, test, lab=Lab())
     assert grader.broken_tests == []
-    assert lines_of(grader, "half").startswith("0 of 1 tests pass")
+    assert lines_of(grader, "half").startswith("its test fails")
 
 
 def test_what_is_not_found_out_in_time_counts_neither_way(tmp_path, monkeypatch):
@@ -976,7 +1076,7 @@ def test_what_is_not_found_out_in_time_counts_neither_way(tmp_path, monkeypatch)
         assert made.double(made.half(3)) == 3
 
     times_run(grader, test)
-    assert lines_of(grader, "half").startswith("0 of 0 tests pass, 1 more is skipped")
+    assert lines_of(grader, "half").startswith("its 0 tests pass, 1 more is skipped")
 
 
 def test_tests_are_left_out_when_the_others_have_taken_long(tmp_path, monkeypatch):
@@ -985,11 +1085,43 @@ def test_tests_are_left_out_when_the_others_have_taken_long(tmp_path, monkeypatc
     assert times_run(grader, lambda: made.double(1)) == 1
     assert times_run(grader, lambda: made.double(1)) == 0
     grader.n_tests = 2
-    report = []
-    grader.write_what_ran(SimpleNamespace(ensure_newline=lambda: None, write_line=report.append))
-    report = " ".join(" ".join(report).split())
-    assert report.startswith("1 of the tests is left out, because the others took more than 0 "
-                             "seconds: 0 of them in your double. Graded by 1 of 2 tests. ")
+    assert what_ran(grader).startswith(
+        "1 of the tests is left out, because the others took more than 0 seconds: 0 of them in "
+        "your double. 1 of 2 tests ran; a function's tests are those that call it. ")
+
+
+def what_ran(grader):
+    """Return what a grader says about the tests that ran."""
+    lines = []
+    grader.write_what_ran(SimpleNamespace(ensure_newline=lambda: None, write_line=lines.append))
+    return " ".join(" ".join(lines).split())
+
+
+@pytest.mark.parametrize("n_tests, n_left_out, keyword, beginning", [
+    (4, 333, "alibi", "4 of 337 tests match -k alibi; a function's tests are those that call it."),
+    (1, 336, "slopes", "1 of 337 tests matches -k slopes; "),
+    (0, 337, "nosuch", "No test matches -k nosuch."),
+    (3, 334, "", "3 of 337 tests ran; "),
+    (337, 0, "a", ""),
+])
+def test_what_ran_is_said_unless_all_did(n_tests, n_left_out, keyword, beginning, tmp_path):
+    grader = Grader(tmp_path, tmp_path, [], False, False, keyword)
+    grader.n_tests = n_tests
+    grader.n_left_out = n_left_out
+    assert what_ran(grader).startswith(beginning)
+    assert bool(what_ran(grader)) is bool(beginning)
+
+
+def test_an_untouched_script_runs_no_tests(tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "problem_of", lambda script, path: None)
+    path = tmp_path / "microflash.py"
+    unwritten = with_bodies("microflash", {"absorb": None, "finish": None})
+    for text, is_untouched in ((unwritten, True), (f"{unwritten}WIDTH = 79\n", None)):
+        path.write_text(text, encoding="utf-8")
+        grader = Grader(tmp_path, tmp_path, ["microflash"], False, False)
+        for script, expected in (("microflash", is_untouched), ("microkv", None)):
+            item = SimpleNamespace(path=ROOT / "tests" / f"test_{script}.py")
+            assert grader.pytest_runtest_protocol(item) is expected
 
 
 def test_the_best_tests_of_a_script_run_before_its_others(tmp_path):
@@ -1044,14 +1176,17 @@ def test_the_tests_of_scripts_that_are_not_in_the_folder_run_if_they_are_named(t
 
 
 @pytest.mark.parametrize("folder, why", [
-    ("none", "this is no folder with one of the scripts in it"),
+    ("none", "none is no folder with one of the scripts in it"),
     (ROOT, "these are the originals"),
 ])
 def test_a_folder_without_scripts_is_refused(folder, why, tmp_path):
     config = SimpleNamespace(option=SimpleNamespace(impl=folder),
                              invocation_params=SimpleNamespace(dir=tmp_path))
-    with pytest.raises(pytest.UsageError, match=why):
+    with pytest.raises(pytest.UsageError, match=why) as refusal:
         grading.pytest_configure(config)
+    assert str(folder) in str(refusal.value)
+    if folder == "none":  # the path that was tried, too
+        assert str(tmp_path / folder) in str(refusal.value)
 
 
 @pytest.mark.parametrize("given, impl, n_workers", [

@@ -207,7 +207,7 @@ def code_of(node: ast.FunctionDef) -> str:
 def is_written(node: ast.FunctionDef) -> bool:
     """Return whether a function has a body, and not only what an exercise leaves of it."""
     code = code_of(node)
-    return code not in ("", "pass", "...") and not code.startswith("raise NotImplementedError(")
+    return code not in ("", "pass", "...") and not code.startswith("raise NotImplementedError")
 
 
 # ------------------------------------------------------------------------ taking functions out
@@ -226,7 +226,7 @@ def hint(technique: Technique, source: str) -> list[str]:
     """Return the lines of a hint, without their "# ": what a body uses, and its outline.
 
     They are made from the original's body. The outline has its statements and comments in their
-    order, with "… of a, b" for what is computed from a and b. source: of the original.
+    order, with "… (from a, b)" for what is computed from a and b. source: of the original.
     """
     node = technique.node
     statements = node.body[1:] if ast.get_docstring(node) is not None else node.body
@@ -335,7 +335,7 @@ def outline_of_head(statement: ast.stmt) -> str:
 
 
 def brief(value: ast.expr) -> str:
-    """Return an expression as text, but with "… of a, b" for what is computed from a and b."""
+    """Return an expression as text, but with "… (from a, b)" for what is computed from a and b."""
     match value:
         case ast.Name() | ast.Constant() | ast.List(elts=[]) | ast.Dict(keys=[]):
             return ast.unparse(value)
@@ -343,13 +343,13 @@ def brief(value: ast.expr) -> str:
             return ast.unparse(value)
         case ast.Tuple():
             return ", ".join(map(brief, value.elts))
-        case ast.Call(func=ast.Name() | ast.Attribute(value=ast.Name())):
+        case ast.Call() if re.fullmatch(r"(super\(\))?[\w.]+", ast.unparse(value.func)):
             return f"{ast.unparse(value.func)}(…)" if value.args or value.keywords else (
                 ast.unparse(value))
         case ast.ListComp(generators=[part]):
             return f"[{brief(value.elt)} for {as_target(part.target)} in {brief(part.iter)}]"
     names = variables_in(value)
-    return f"… of {', '.join(names)}" if names else "…"
+    return f"… (from {', '.join(names)})" if names else "…"
 
 
 def as_target(target: ast.expr) -> str:
@@ -434,12 +434,14 @@ def write_exercise(target: Path, text: str, names: list[str]) -> None:
 
 
 class Refusal(Exception):
-    """The sentence that says why an exercise cannot be made."""
+    """The words that say why an exercise cannot be made."""
 
 
-def exercise_in(target: Path, script: str, wanted: str, hints: bool) -> tuple[str, list[str]]:
-    """Return the text of an exercise and the names of the techniques that are out of it.
+def exercise_in(target: Path, script: str, wanted: str,
+                hints: bool) -> tuple[str, list[str], list[str]]:
+    """Return the text of an exercise, and the names of the techniques that are out of it.
 
+    Those names are in two lists: what this takes out, and what was out before.
     wanted: a technique or a class; "" for all. Refusal if it cannot be made.
     """
     source = source_of(script)
@@ -457,10 +459,15 @@ def exercise_in(target: Path, script: str, wanted: str, hints: bool) -> tuple[st
                           f"file, or name one technique, as in {script}.{chosen[0].name}")
         source = learners_source(target)
         check_unwritten(source.removeprefix(MARK), chosen, target)
+    names = [technique.name for technique in chosen]
+    nodes = functions_of(parsed(source.removeprefix(MARK)))
+    before = [technique.name for technique in techniques(source_of(script))
+              if technique.name not in names and technique.name in nodes
+              and not is_written(nodes[technique.name])]
     text = taken_out(source.removeprefix(MARK), chosen, source_of(script) if hints else "")
     if source.startswith(MARK):
         text = MARK + text
-    return text, [technique.name for technique in chosen]
+    return text, names, before
 
 
 def learners_source(target: Path) -> str:
@@ -470,7 +477,7 @@ def learners_source(target: Path) -> str:
     """
     try:
         source = target.read_bytes().decode("utf-8")
-        ast.parse(source.removeprefix(MARK))
+        parsed(source.removeprefix(MARK))
     except SyntaxError as error:
         raise Refusal(f"{target} line {error.lineno}: {type(error).__name__}: {error.msg}; mend it "
                       "first") from None
@@ -488,7 +495,8 @@ def check_unwritten(source: str, chosen: list[Technique], target: Path) -> None:
             raise Refusal(f"{target} has no function {technique.name}; put its def line back")
         if is_written(node) and code_of(node) != code_of(technique.node):
             raise Refusal(f"{target} line {node.lineno}: {technique.name} is your own and is left "
-                          "alone; delete its body to begin again")
+                          "alone; to begin again, replace its body by "
+                          f"raise NotImplementedError({technique.name!r})")
 
 
 # ----------------------------------------------------------------------------------- the list
@@ -581,6 +589,11 @@ def answer(arguments: argparse.Namespace) -> str:
     """
     if arguments.list and not arguments.what:
         return "\n".join(map(list_of, NAMES))
+    if not arguments.what:
+        what_it_does, examples, *_ = __doc__.split("\n\n")
+        what_it_does = textwrap.fill(what_it_does, WIDTH - len("exercise.py: "))
+        raise Refusal(f"{what_it_does}\n\n{examples}\n\n"
+                      f"The scripts are {', '.join(NAMES)}.\n--help says more.")
     script, _, wanted = arguments.what.removesuffix(".py").partition(".")
     if script not in NAMES:
         raise Refusal(f"the scripts are {', '.join(NAMES)}; not {script!r}")
@@ -589,10 +602,12 @@ def answer(arguments: argparse.Namespace) -> str:
     if arguments.folder is None:
         raise Refusal(f"give a folder for the exercise, as in: exercise.py {arguments.what} my/")
     target = arguments.folder / f"{script}.py"
-    text, names = exercise_in(target, script, wanted, arguments.hint)
+    text, names, before = exercise_in(target, script, wanted, arguments.hint)
     write_exercise(target, text, [f"{script}.{name}" for name in names])
-    to_write = textwrap.fill(f"{target}: {len(names)} to write: {', '.join(names)}.", WIDTH,
-                             break_long_words=False, break_on_hyphens=False)
+    to_write = f"{target}: {len(names)} to write: {', '.join(names)}."
+    if before:
+        to_write += f" Still to write from before: {', '.join(before)}."
+    to_write = textwrap.fill(to_write, WIDTH, break_long_words=False, break_on_hyphens=False)
     return f"{to_write}\n{how_to_grade(script, names, arguments.folder)}"
 
 

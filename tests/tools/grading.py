@@ -5,6 +5,7 @@ originals. What is printed is a grade of each technique that the learner has to 
 
     done     its tests pass
     wrong    with the smallest call whose result differs from the original's
+    too slow but what it returned was right, as far as it was compared
     not yet  not written yet
     no test  written, but no test that ran calls it, such as with -k
 
@@ -22,7 +23,8 @@ A grade takes about as long as the tests do. A wrong technique is looked into fo
 seconds; then the original's takes its place, and its other tests are skipped. The tests of a script
 get LONGEST_GRADE seconds. First come those that are best for one technique (exercise.py --list
 names them), so that what is cut off tells least. All these are seconds of this process, not of
-the clock, so that a busy machine makes nobody's code too slow.
+the clock, so that a busy machine makes nobody's code too slow. Where nothing is written yet, none
+of the script's tests runs.
 
 Without --impl, two workers of pytest-xdist share the tests, where it is installed.
 
@@ -84,6 +86,9 @@ LONGEST_GRADE = 100     # seconds that the tests of one script may take
 OFTEN = 0.25            # seconds, at most, between two looks whether a time limit is reached
 INDENT = " " * 9        # of the details below a grade
 DETAILS = WIDTH - len(INDENT)  # columns of such a line
+MOST_LINES = 8          # of a call that is shown whole, or of an error
+MOST_PARTS = 200        # numbers, texts and the like that can fit into these lines
+NO_BREAK = "\xa0"       # a space at which no line ends
 ROWS = (list, tuple, deque)    # what has items in places 0, 1, ...
 
 
@@ -116,8 +121,8 @@ def pytest_configure(config):
     folder = (config.invocation_params.dir / impl).resolve()
     scripts = [name for name in NAMES if (folder / f"{name}.py").is_file()]
     if not scripts:
-        raise pytest.UsageError(f"--impl={impl}: this is no folder with one of the scripts in it; "
-                                "make one with python3 tests/tools/exercise.py microattention my")
+        raise pytest.UsageError(f"--impl={impl}: {folder} is no folder with one of the scripts in "
+                                f"it; make one with python3 tests/tools/exercise.py {NAMES[0]} my")
     if folder == ROOT:
         raise pytest.UsageError(f"--impl={impl}: these are the originals; give the folder of your "
                                 "exercise, as in --impl=my")
@@ -133,7 +138,7 @@ def pytest_configure(config):
     config.option.continue_on_collection_errors = True
     ignore_the_words_of_refusals()
     sys.path.insert(0, str(folder))
-    grader = Grader(folder, impl, scripts, tests_were_named, wants_details)
+    grader = Grader(folder, impl, scripts, tests_were_named, wants_details, config.option.keyword)
     config.pluginmanager.register(grader, "grader")
 
 
@@ -207,6 +212,8 @@ class Grade:
         self.failures = []
         self.counterexample = None  # the smallest, if possible one that is not to be refused
         self.never_ends = None     # the lines that show the call or the test
+        self.n_agreed = 0          # calls that were compared, and do what the original's does
+        self.is_too_slow = False   # a test with it never ends, but its calls do, and agree
         self.seconds_blamed = 0.0  # that finding out about its failures has taken
         self.n_skipped = 0         # tests that call it, after it has used up its time
 
@@ -216,13 +223,15 @@ class Grade:
                 and self.seconds_blamed < LONGEST_BLAMED)
 
     def word(self):
-        """Return "done", "wrong", "not yet" or "no test"."""
+        """Return "done", "wrong", "too slow", "not yet" or "no test"."""
         if self.state == "the original's":
             return "done"
         if self.state != "written":
             return "not yet"
         if self.n_tests == 0:
             return "no test"
+        if self.is_too_slow:
+            return "too slow"
         if self.never_ends or self.failures:
             return "wrong"
         return "done"
@@ -234,17 +243,32 @@ class Grade:
         if self.state == "missing":
             return [f"not there: your file has no function {self.name}; put its def line back"]
         if self.never_ends:
-            return [f"never ends, or takes more than {LONGEST} seconds and {TIMES_AS_LONG} times "
-                    "what the original's takes; its other tests are skipped", *self.never_ends]
-        passed = f"{self.n_tests - len(self.failures)} of {self.n_tests} tests pass"
+            longer = (f"takes more than {LONGEST} seconds and {TIMES_AS_LONG} times what the "
+                      "original's takes")
+            if self.is_too_slow:
+                n_calls = f"{self.n_agreed} call{'' if self.n_agreed == 1 else 's'}"
+                what = f"{longer}, but is right in {n_calls} that could be compared"
+            else:
+                what = f"never ends, or {longer}"
+            return [f"{what}; its other tests are skipped", *self.never_ends]
+        results = self.results()
         if self.n_skipped:
-            passed += f", {self.n_skipped} more {'is' if self.n_skipped == 1 else 'are'} skipped"
+            results += f", {self.n_skipped} more {'is' if self.n_skipped == 1 else 'are'} skipped"
         if not self.failures:
-            return [passed]
+            return [results]
         if self.counterexample:
-            return [f"{passed}; the smallest call that shows it:", *self.counterexample.lines]
+            return [f"{results}; the smallest call that shows it:", *self.counterexample.lines]
         simplest = min(self.failures, key=lambda failure: (len(failure.test), failure.test))
-        return [f"{passed}; the smallest that fails: {simplest.test}", *simplest.message]
+        return [f"{results}; the smallest that fails: {simplest.test}", *simplest.message]
+
+    def results(self):
+        """Return how many of its tests fail, or that they pass, as words."""
+        n_failed = len(self.failures)
+        if self.n_tests == 1:
+            return "its test fails" if n_failed else "its test passes"
+        if 0 < n_failed < self.n_tests:
+            return f"{n_failed} of its {self.n_tests} tests fail"
+        return f"its {self.n_tests} tests {'fail' if n_failed else 'pass'}"
 
 
 # ------------------------------------------------------------------------------------ the grader
@@ -272,13 +296,15 @@ class Grader:
     A technique is identified by (script, name), called its key.
     """
 
-    def __init__(self, folder, shown_folder, scripts, tests_were_named, wants_details):
+    def __init__(self, folder, shown_folder, scripts, tests_were_named, wants_details, keyword=""):
         self.folder = folder
         self.shown_folder = shown_folder
         self.scripts = scripts
         self.tests_were_named = tests_were_named
         self.wants_details = wants_details
+        self.keyword = keyword  # of -k
         self.problems = {}   # script: the line that says why it cannot be imported
+        self.untouched = set()  # scripts in which nothing is written yet, and nothing else changed
         self.grades = {}     # key: Grade, in the order of the files
         self.originals = {}  # key: the original's function, in the learner's module
         self.broken_tests = []  # that fail with the original's techniques
@@ -337,6 +363,9 @@ class Grader:
             else:
                 line = learners_functions[name].lineno
             self.grades[script, name] = Grade(script, name, state, line)
+        states = {grade.state for grade in self.grades.values() if grade.script == script}
+        if "written" not in states and not other_changes(source, original_source):
+            self.untouched.add(script)
 
         module = imported(script, path, functools.partial(self.followed, script))
         for technique in techniques(original_source):
@@ -384,6 +413,11 @@ class Grader:
     def pytest_collection_finish(self, session):
         """Count the tests that run."""
         self.n_tests = len(session.items)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item):
+        """Leave out the tests of a script in which there is nothing to grade."""
+        return item.path.stem.removeprefix("test_") in self.untouched or None
 
     def pytest_runtest_logstart(self):
         """Say on the terminal which test begins."""
@@ -460,7 +494,7 @@ class Grader:
             with time_limit(longest_for(seconds)):
                 result = attempt_all(learners, *before, yields)
         except NeverEnds:
-            grade.never_ends = call_as_lines(grade.name, *shown)
+            grade.never_ends, _ = call_as_lines(grade.name, *shown)
             return
         outcome = result, *before
         if is_opaque(result) and is_opaque(expected[0]):
@@ -468,10 +502,12 @@ class Grader:
             return
         are_same = same(outcome, expected)
         if are_same and other_kind(outcome[0], expected[0]) is None:
+            grade.n_agreed += 1
             return
         self.differed.add(key)
         # A function among the arguments may draw at random, and so give the two calls other values.
-        rank = (any(map(is_opaque, values_of(expected))), isinstance(expected[0], MISTAKES),
+        call, is_cut = call_as_lines(grade.name, *shown)
+        rank = (any(map(is_opaque, values_of(expected))), isinstance(expected[0], MISTAKES), is_cut,
                 are_same, size_of(shown) + size_of(expected[0]))
         if grade.counterexample is None or rank < grade.counterexample.rank:
             if are_same:
@@ -479,8 +515,7 @@ class Grader:
             else:
                 names = names_of_arguments(self.originals[key], *shown)
                 lines = difference(outcome, expected, self.path(key[0]), shown, names)
-            lines = [*call_as_lines(grade.name, *shown), *lines]
-            grade.counterexample = Counterexample(rank, lines)
+            grade.counterexample = Counterexample(rank, [*call, *lines])
 
     @contextmanager
     def using(self, keys, repeats=frozenset()):
@@ -672,6 +707,8 @@ class Grader:
         error = self.error_with({key}, run, longest_for(seconds))
         if isinstance(error, NeverEnds):
             grade.never_ends = [f"in the test {test}"]
+            grade.is_too_slow = (grade.n_agreed > 0 and not grade.counterexample
+                                 and not grade.failures)
             return TimeoutError(f"{grade.name} never ends")
         if error is not None:
             grade.failures.append(Failure(test, message_of(error, self.path(key[0]))))
@@ -729,15 +766,22 @@ class Grader:
         """Write how many tests the grades rest on, if these are not all."""
         if self.n_too_late:
             self.write_too_late(reporter)
-        n_ran = self.n_tests - self.n_too_late
-        if self.n_left_out or self.n_too_late:
-            ran = f"{n_ran} of {self.n_tests + self.n_left_out} tests"
+        n_all = self.n_tests + self.n_left_out
+        if self.keyword and self.n_left_out and not self.n_too_late:
+            if self.n_tests == 0:
+                reporter.ensure_newline()
+                reporter.write_line(f"No test matches -k {self.keyword}.")
+                return
+            match = "matches" if self.n_tests == 1 else "match"
+            tests = f"{self.n_tests} of {n_all} tests {match} -k {self.keyword}"
+        elif self.n_left_out or self.n_too_late:
+            tests = f"{self.n_tests - self.n_too_late} of {n_all} tests ran"
         elif self.tests_were_named:
-            ran = f"the {self.n_tests} tests that you named, and no others"
+            tests = f"Only the {self.n_tests} tests that you named ran"
         else:
             return
-        text = (f"Graded by {ran}. A function that is done here may still fail in the others; in "
-                "the end, grade it by all of them.")
+        text = (f"{tests}; a function's tests are those that call it. A function that is done here "
+                "may still fail in the others; in the end, grade it by all of them.")
         reporter.ensure_newline()
         reporter.write_line(wrapped(text))
 
@@ -763,7 +807,7 @@ class Grader:
         n_done = sum(grade.word() == "done" for grade in grades)
         reporter.section(f"{script}: {n_done} of {len(grades)} done")
         for grade in grades:
-            if grade.word() in ("done", "wrong") or grade.state == "missing":
+            if grade.word() in ("done", "wrong", "too slow") or grade.state == "missing":
                 self.write_grade(grade, reporter)
         untested = [grade.name for grade in grades if grade.word() == "no test"]
         them = "it" if len(untested) == 1 else "them"
@@ -777,13 +821,13 @@ class Grader:
         word = grade.word()
         first, *others = grade.lines()
         reporter.write_line(wrapped(f"{word:8} {grade.name}: {first}", INDENT),
-                            green=word == "done", red=word == "wrong")
+                            green=word == "done", red=word in ("wrong", "too slow"))
         for line in others:
             reporter.write_line(INDENT + line)
 
     def write_next(self, script, grades, reporter):
         """Write what to do next: what is wrong, or else the first that is not written."""
-        for word, verb in (("wrong", "mend"), ("not yet", "write")):
+        for word, verb in (("wrong", "mend"), ("too slow", "speed up"), ("not yet", "write")):
             for grade in grades:
                 if grade.word() == word:
                     where = f"{self.shown_folder / script}.py line {grade.line}"
@@ -1071,34 +1115,40 @@ def two_lines(verb, a, b, path):
 
     Where they differ is said if the lines would not show it.
     """
-    where = ""
+    yours = f"{verb}{as_text(a, path)}"
+    expected = f"{verb}{as_text(b)}"
     if a is None and not verb and not isinstance(b, MISTAKES):
-        return ["  yours     None: is a return missing?", one_line(f"  expected  {as_text(b)}")]
-    yours = one_line(f"  yours     {verb}{as_text(a, path)}")
-    expected = one_line(f"  expected  {verb}{as_text(b)}")
-    if yours.removeprefix("  yours     ") == expected.removeprefix("  expected  "):
+        yours = "None: is a return missing?"
+    elif one_line(" " * 12 + yours) == one_line(" " * 12 + expected):
         where, a, b = first_difference(a, b)
-        yours = one_line(f"  yours     at {where}: {exact(a)}")
-        expected = one_line(f"  expected  at {where}: {exact(b)}")
-    return [yours, expected]
+        at_where = f"at {where.removeprefix(', ')}: " if where else ""
+        yours = f"{at_where}{exact(a)}"
+        expected = f"{at_where}{exact(b)}"
+    lines = []
+    for text, value in ((f"  yours     {yours}", a), (f"  expected  {expected}", b)):
+        is_error = isinstance(value, MISTAKES)
+        lines += few_lines(text, " " * 12) if is_error else [one_line(text)]
+    return lines
 
 
 def first_difference(a, b):
     """Return (where, the part of a, the part of b) of the first place where two values differ."""
-    if hasattr(a, "__dict__") and hasattr(b, "__dict__"):
-        a = vars(a)
-        b = vars(b)
-    if isinstance(a, dict) and isinstance(b, dict) and list(a) == list(b):
-        pairs = [(key, a[key], b[key]) for key in a]
-    elif isinstance(a, ROWS) and isinstance(b, ROWS) and len(a) == len(b):
-        pairs = zip(range(len(a)), a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        if len(a) == len(b) and list(a) != list(b):
+            place = next(i for i, (key_a, key_b) in enumerate(zip(a, b)) if key_a != key_b)
+            return f", key {place}", list(a)[place], list(b)[place]
+        pairs = [(key, a[key], b[key]) for key in a if key in b]
+    elif isinstance(a, ROWS) and isinstance(b, ROWS):
+        pairs = zip(itertools.count(), a, b)
+    elif hasattr(a, "__dict__") and hasattr(b, "__dict__"):
+        return first_difference(vars(a), vars(b))
     else:
         return "", a, b
     for key, part_a, part_b in pairs:
         if not same(part_a, part_b):
             where, part_a, part_b = first_difference(part_a, part_b)
             return f"[{key!r}]{where}", part_a, part_b
-    return "", a, b
+    return ", length", len(a), len(b)
 
 
 def exact(value):
@@ -1126,6 +1176,8 @@ class Short(reprlib.Repr):
         self.maxlevel = 4
 
     def repr_instance(self, x, level):
+        if isinstance(x, Counter):  # its __dict__ is empty
+            return f"Counter({self.repr_dict(x, level)})"
         if hasattr(x, "__dict__") or hasattr(x, "_asdict"):
             parts = x._asdict() if hasattr(x, "_asdict") else vars(x)
             attributes = [f"{name}={self.repr1(value, level - 1)}" for name, value in parts.items()]
@@ -1164,15 +1216,29 @@ def as_text(value, path=None):
     return Short().repr(value)
 
 
+def whole_text(value):
+    """Return a value as text that is not cut, with no-break spaces in the texts in it."""
+    whole = Short()
+    for name in vars(whole):
+        if name.startswith("max"):
+            setattr(whole, name, MOST_LINES * WIDTH)
+    whole.repr_str = lambda x, level: repr(x).replace(" ", NO_BREAK)
+    return whole.repr(value)
+
+
 def one_line(text):
     """Return a text without line breaks, and without its end if it is too long for a line."""
     text = text.replace("\n", " ")
     return text if len(text) <= DETAILS else text[:DETAILS - 4] + " ..."
 
 
-def few_lines(text):
-    """Return a text as at most three lines, without its end if it is too long for them."""
-    return textwrap.wrap(text, DETAILS, max_lines=3, placeholder=" ...", subsequent_indent="    ")
+def few_lines(text, indent="    ", most=MOST_LINES, first=""):
+    """Return a text as lines, the first of which and the others are indented like this.
+
+    It is left without its end if it is too long for so many lines.
+    """
+    return textwrap.wrap(text, DETAILS, max_lines=most, placeholder=" ...", initial_indent=first,
+                         subsequent_indent=indent, break_on_hyphens=False)
 
 
 def line_in(path, error):
@@ -1186,20 +1252,36 @@ def message_of(error, path):
     """Return an error as a few lines for the report."""
     lines = [line for line in str(error).splitlines() if line.strip()][:5]
     first = lines[0] if lines else ""
-    return [one_line(f"{type(error).__name__}{line_in(path, error)}: {first}"),
-            *map(one_line, lines[1:])]
+    lines[:1] = [f"{type(error).__name__}{line_in(path, error)}: {first}"]
+    return [part for line in lines for part in few_lines(line)]
 
 
 def call_as_lines(name, arguments, options):
-    """Return a call as one line, or as one for each argument; a method's object comes first."""
+    """Return (the lines of a call, whether something is left out of them).
+
+    It is one line, or at least one for each argument. A method's object comes first.
+    """
+    if size_of([arguments, options]) <= MOST_PARTS:
+        lines = lines_of_call(name, arguments, options, whole_text, MOST_LINES)
+        if len(lines) <= MOST_LINES:
+            return lines, False
+    return lines_of_call(name, arguments, options, as_text, 1), True
+
+
+def lines_of_call(name, arguments, options, text_of, most):
+    """Return the lines of a call: at most so many for an argument, three times that for an object.
+    """
     lines = []
     if "." in name:
-        lines = few_lines(f"self = {as_text(arguments[0])}")
+        lines = few_lines(f"self = {text_of(arguments[0])}", most=3 * most)
         arguments = arguments[1:]
         name = f"self.{name.rpartition('.')[2]}"
-    texts = [as_text(value) for value in arguments]
-    texts += [f"{option}={as_text(value)}" for option, value in options.items()]
+    texts = [text_of(value) for value in arguments]
+    texts += [f"{option}={text_of(value)}" for option, value in options.items()]
     line = f"{name}({', '.join(texts)})"
     if len(line) <= DETAILS:
-        return [*lines, line]
-    return [*lines, f"{name}(", *(one_line(f"    {text}") for text in texts), ")"]
+        lines.append(line)
+    else:
+        parts = [few_lines(f"{text},", " " * 5, most, first=" " * 4) for text in texts]
+        lines += [f"{name}(", *itertools.chain(*parts), ")"]
+    return [line.replace(NO_BREAK, " ") for line in lines]
