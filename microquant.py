@@ -304,7 +304,7 @@ fp4_e2m1 = FloatFormat("FP4 E2M1", 2, 1, 6.0, 6.0)  # 0, 0.5, 1, 1.5, 2, 3, 4, 6
 # In production: groups of 128 for GPTQ and AWQ, of 32 for llama.cpp and MXFP4, of 16 for NVFP4.
 # The embedding is only looked up, a row for each token, and the output matrix suffers more from
 # rounding than the others. So checkpoints for GPTQ and AWQ usually leave both in 16 bits, and
-# llama.cpp's mixtures give the output more bits than the rest.
+# llama.cpp's mixtures give the output more bits than most of the rest.
 # Measured by show_granularity().
 
 
@@ -545,8 +545,8 @@ def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, by
 # that has less of the problem.
 #
 # LLM.int8() takes the outlier channels out and multiplies them in floating point, the rest in INT8.
-# (The paper keeps these columns of W in FP16, and so do we. bitsandbytes stores all of W in INT8
-# and takes them from there.)
+# (The paper takes these columns of W in FP16, and so do we. Which they are depends on x, so W is
+# there in INT8 as well. bitsandbytes has W in INT8 alone, and takes them from there.)
 #
 # SmoothQuant divides each channel of x by s and multiplies the column of W by s. The product is the
 # same. The channels of x come closer to each other in size, and the columns of W, which were close,
@@ -722,10 +722,10 @@ def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
 #
 # In production: GPTQModel and llm-compressor's GPTQModifier. They update 128 columns at a time and
 # the rest of the matrix after each such block ("lazy batches"), which makes the same repairs with
-# less memory traffic. Groups smaller than 128 get their grids before the repairs of their block.
-# llm-compressor does act-order unless it is told not to. They take a layer's inputs from the layers
-# already quantized; we take all from the original model. Use GPTQ if you have a few hundred texts
-# of the kind that the model will see.
+# less memory traffic. GPTQModel lays the grids of such a block before the repairs of that block.
+# llm-compressor lays all grids before it starts, and does act-order unless it is told not to. They
+# take a layer's inputs from the layers already quantized; we take all from the original model. Use
+# GPTQ if you have a few hundred texts of the kind that the model will see.
 # Measured by show_gptq().
 
 
@@ -856,9 +856,10 @@ def check_hessian(hessian: Matrix, n: int, damp: float) -> None:
 # divided by the s of each. The authors' code leaves it out then, too.
 #
 # In production: llm-compressor's AWQModifier (the successor of AutoAWQ), run by vLLM's Marlin
-# kernels. By default its s is also divided by mean|w|^(1-α). It compares the output of the whole
-# attention or feed-forward block, where we compare that of the matrices. AWQ needs little
-# calibration and does not fit to it as closely as GPTQ does.
+# kernels. By default its s is also divided by mean|w|^(1-α), with each weight divided by the
+# largest of its group. It compares the output of the whole attention or feed-forward block, where
+# we compare that of the matrices. AWQ needs little calibration and does not fit to it as closely as
+# GPTQ does.
 # Measured by show_awq().
 
 
@@ -1728,9 +1729,10 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
               f"verses made of the clauses of a nursery rhyme in another order: \"{verse}\" It is "
               f"measured on {EVALUATION_VERSES} verses that nothing was trained or calibrated on, "
               "without \"the house that Jack built.\", with which all verses end. The table shows "
-              "the loss per token. No model can get below the first row, since which clause "
-              "follows is partly chance. Guessing takes all tokens as equally likely.")
-    trace.table(losses, {"who as of": "", "loss": ".3f", "perplexity": ".2f"})
+              "the loss per token. No model can get below the first row but by luck, since which "
+              "clause follows is partly chance. Guessing takes all tokens as equally likely.")
+    shown = losses if lab.outliers else [least, model, guessing]
+    trace.table(shown, {"who as of": "", "loss": ".3f", "perplexity": ".2f"})
     if lab.outliers:
         uses = "It uses them." if silent.loss > model.loss else "It hardly uses them."
         trace.say(f"As in large models, a few channels (numbers "
@@ -1747,6 +1749,9 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
 
     trace.check("the verses that are measured on are in no text that anything learns from",
                 shared_verses(lab) == 0, "compared verse by verse")
+    left_out = lab.tokenizer.decode(lab.evaluation[-ENDING_TOKENS:])
+    trace.check("only the house is not measured", left_out == " the house that Jack built.\n",
+                "the ending of a verse")
     trace.check("the model's loss lies between the least one and that of guessing",
                 least.loss < model.loss < guessing.loss, "the first table")
     trace.check("no weight moved by more than half a step",
@@ -1953,11 +1958,12 @@ def show_blocks(trace: Trace, knobs: Namespace) -> None:
     codes = bytes(math.floor(127 * i / 32 + 0.5) for i in range(1, 33))
     trace.check("Q8_0 of 1, 2, …, 32 = the block worked out by hand",
                 q8_0_encode(range(1, 33)) == struct.pack("<e", 32 / 127) + codes, "34 bytes")
-    # -8, …, 7, twice: d = 1, and weights j and j + 16 have the same code: bytes 00, 11, …, ff.
-    block = b"\x00\x3c" + bytes(range(0, 256, 17))
-    trace.check("Q4_0 of -8, …, 7, twice = the block worked out by hand, and back",
-                q4_0_encode([*range(-8, 8)] * 2) == block
-                and q4_0_decode(block, 32) == [*range(-8, 8)] * 2, "18 bytes")
+    # -8, …, 7 and back: d = 1. Weights j and j + 16 have the codes j and 15 - j: f0, e1, …, 0f.
+    there_and_back = [*range(-8, 8), *range(7, -9, -1)]
+    block = b"\x00\x3c" + bytes(16 * (15 - j) + j for j in range(16))
+    trace.check("Q4_0 of -8, …, 7 and 7, …, -8 = the block worked out by hand, and back",
+                q4_0_encode(there_and_back) == block
+                and q4_0_decode(block, 32) == there_and_back, "18 bytes")
 
 
 # 4. NF4 and double quantization
@@ -2103,11 +2109,13 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     trace.check_close("SmoothQuant left the FP32 logits where they were",
                       Llama(lab.config, weights).forward(verse), lab.model.forward(verse), 1e-9)
     _, equal = channels_of_wq(lab, smoothed(lab, 1.0))
-    trace.check_close("at α = 1, all channels of x have the size 1", [equal], [[1.0] * len(equal)],
-                      1e-9)
-    x = lab.inputs[name][:8]
-    check_8_bit_models(trace, lab, name, x, weights[name], knobs.setting)
-    check_8_bit_products(trace, x, lab.model.weights[name])
+    readers = norms_and_readers(lab.config)["layers.0.attention_norm"]
+    at_zero = smoothed(lab, 0.0)
+    columns = column_absmax(flatten(at_zero[reader] for reader in readers))
+    trace.check_close("at α = 1 all channels of x have the size 1, and at α = 0 all columns of wq, "
+                      "wk and wv", [equal, columns], [[1.0] * len(equal)] * 2, 1e-9)
+    check_8_bit_models(trace, lab, weights, knobs.setting)
+    check_8_bit_products(trace, lab.inputs[name][:8], lab.model.weights[name])
 
 
 def show_8_bit_models(trace: Trace, lab: Lab, setting: Setting) -> None:
@@ -2116,8 +2124,8 @@ def show_8_bit_models(trace: Trace, lab: Lab, setting: Setting) -> None:
     smooth = [score(lab, "SmoothQuant", setting._replace(alpha=alpha)) for alpha in ALPHAS]
     trace.say("The model with weights and activations in 8 bits. Each row of W has a scale. "
               "Activations have one scale for all tokens (static), or one per token (dynamic, and "
-              "all others). For LLM.int8(), all weights are stored in INT8, and those of the "
-              "channels above in FP16 as well.")
+              "all others). The bits of LLM.int8() count all weights in INT8, and in FP16 as well "
+              "those of the channels above, which reach 6.0 on the calibration text.")
     trace.table([static, dynamic, fp8, mixed, *smooth], SCORE_COLUMNS)
     best = min(smooth, key=lambda row: row.kl)
     trace.say(f"Static INT8 {compare(static, dynamic)} dynamic INT8. LLM.int8() "
@@ -2129,18 +2137,20 @@ def show_8_bit_models(trace: Trace, lab: Lab, setting: Setting) -> None:
               "SmoothQuant with α = 0.5. This α was the best of the three on all 20.")
 
 
-def check_8_bit_models(
-    trace: Trace, lab: Lab, name: str, x: Matrix, smooth_w: Matrix, setting: Setting
-) -> None:
-    """Check that each model multiplies x by its matrix of that name as its name says."""
-    w = lab.model.weights[name]
-    q = quantize(w, 8, granularity="channel")
-    smooth_q = quantize(smooth_w, 8, granularity="channel")
-    expected = [int8_matmul(x, q, static_scale(lab.inputs[name])), int8_matmul(x, q),
-                fp8_matmul(x, *fp8_rows(w)), llm_int8_matmul(x, w), int8_matmul(x, smooth_q)]
+def check_8_bit_models(trace: Trace, lab: Lab, smooth: Weights, setting: Setting) -> None:
+    """Check that each model multiplies by each matrix as its name says."""
     models = [compress(lab, method, setting)[0] for method in EIGHT_BIT_METHODS]
-    products = [model.linear(name, x) for model in models]
-    trace.check("each of the five models multiplies as its name says", products == expected, name)
+    right = True
+    for name in lab.linears:
+        w = lab.model.weights[name]
+        x = lab.inputs[name][:2]
+        q = quantize(w, 8, granularity="channel")
+        smooth_q = quantize(smooth[name], 8, granularity="channel")
+        expected = [int8_matmul(x, q, static_scale(lab.inputs[name])), int8_matmul(x, q),
+                    fp8_matmul(x, *fp8_rows(w)), llm_int8_matmul(x, w), int8_matmul(x, smooth_q)]
+        right = right and [model.linear(name, x) for model in models] == expected
+    trace.check("each of the five models multiplies as its name says", right,
+                f"by {len(lab.linears)} matrices")
 
 
 def check_8_bit_products(trace: Trace, x: Matrix, w: Matrix) -> None:
@@ -2159,12 +2169,14 @@ def check_8_bit_products(trace: Trace, x: Matrix, w: Matrix) -> None:
     trace.check("s of max|x| = 256 and max|w| = 16 is 4 at α = 1/2, and 32 at α = 3/4",
                 smoothquant_scales([256.0], [16.0]) + smoothquant_scales([256.0], [16.0], 0.75)
                 == [4.0, 32.0], "by hand")
-    trace.check("the static scale of activations 1, 0 and -254 is 254 / 127",
-                static_scale([[1.0, 0.0, -254.0]]) == 2.0, "by hand")
+    trace.check("the static scale of two tokens, (1, 0) and (0, -254), is 254 / 127",
+                static_scale([[1.0, 0.0], [0.0, -254.0]]) == 2.0, "by hand")
     # The scale of (1, 1.06) is 1.06 / 448. 448 / 1.06 = 422.6 becomes 416, which is 13 steps of 32.
-    trace.check("FP8 rounds a weight of 1, beside one of 1.06, to 416/448 · 1.06",
-                abs(fp8_matmul([[1.0, 0.0]], *fp8_rows([[1.0, 1.06]]))[0][0] - 416 * 1.06 / 448)
-                < 1e-12, "by hand")
+    rounded = 416 / 448 * 1.06
+    products = [fp8_matmul([[1.0, 0.0]], *fp8_rows([[1.0, 1.06]])),
+                fp8_matmul([[1.0, 1.06], [100.0, 106.0]], *fp8_rows([[1.0, 0.0]]))]
+    trace.check_close("FP8 rounds a 1 beside a 1.06 to 416/448 · 1.06, in W and in each row of x",
+                      flatten(products), [[rounded], [rounded], [100 * rounded]], 1e-12)
 
 
 # 6. GPTQ
@@ -2221,7 +2233,8 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
               "for GPTQ, 0.04 to 0.20 with act-order, and 0.4 to 2.5 with one token, "
               "which did harm on 17 of the 20.")
 
-    trace.check("one token of calibration makes another model", starved.kl != plain.kl, "their KLs")
+    trace.check("one token of calibration makes another model, and not that of rounding to nearest",
+                starved.kl not in (plain.kl, nearest_score.kl), "their KLs")
     trace.check("the example: 0, 0, 7 to nearest, and 0, 1, 7 by GPTQ",
                 [row.codes for row in example] == ["", "[0, 0, 7]", "[0, 1, 7]"], "by hand")
     name = "layers.0.feed_forward.w2"
@@ -2249,6 +2262,11 @@ def check_gptq(trace: Trace, w: Matrix, x: Matrix, bits: int) -> None:
     trace.check("with uncorrelated inputs GPTQ = rounding to nearest, act-order or not",
                 gptq(w, identity, bits, granularity=8) == plain
                 == gptq(w, identity, bits, granularity=8, act_order=True), "equal")
+    moved = gptq(w, h, bits, granularity=8).scales
+    first = gptq(w, h, bits, granularity=8, act_order=True).scales
+    trace.check("GPTQ lays the later grids of a row on repaired weights, act-order all on W as it "
+                "is", first == plain.scales != moved
+                and [row[0] for row in moved] == [row[0] for row in plain.scales], "groups of 8")
     repaired = gptq(w, h, 4, granularity="channel")
     errors = [relative_distance(linear(x, q.dequantize()), linear(x, w))
               for q in (quantize(w, 4, granularity="channel"), repaired)]
@@ -2554,7 +2572,7 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
                "own, and w2 has blocks of 32. The embedding, large in so small a model, stays in "
                "FP16.")
     nf4_better = max(scores["NF4"].kl, scores["NVFP4"].kl) < scores["INT in groups"].kl
-    if knobs.bits == 4 and lab.outliers and nf4_better:
+    if (knobs.bits, knobs.group_size) == (4, 32) and lab.outliers and nf4_better:
         trace.say("NF4 and NVFP4 do better than INT4 in groups, although they are hardly more "
                   "exact on the whole. The reason is the outliers. The weights that meet them have "
                   "become small, and these formats have the finest steps near 0. (With NF4's "
@@ -2859,7 +2877,8 @@ def show_one_bit(trace: Trace, knobs: Namespace) -> None:
               f"{compare(trained, longer)} the model that was trained as long in full. (On 20 "
               "models at the defaults, its loss was less than the former's on 18, and more than "
               "the latter's on all. The scale with the least squared error had a higher loss than "
-              "the mean of |W| on all: it does not know which weights matter.)")
+              "the mean of |W| on all. The outliers do that: on 20 models without them it had a "
+              "lower loss on all.)")
     trace.say(f"{name} times one token, counted while it is done: {additions:,} additions and "
               f"{multiplications} multiplications, where the matrix in full has {n:,} of each. A "
               f"corner of its codes:")
@@ -2875,8 +2894,11 @@ def check_one_bit(trace: Trace, lab: Lab, name: str) -> None:
     """Check what must hold of signs and ternary codes, on one matrix."""
     w = lab.model.weights[name]
     codes, gamma = ternary_codes(w)
-    trace.check("BitNet of 1, 3, -2, 2 = -2, 2, -2, 2",
-                bitnet_signs([[1.0, 3.0], [-2.0, 2.0]]) == [[-2.0, 2.0], [-2.0, 2.0]], "by hand")
+    by_hand = [[1.0, 3.0], [-2.0, 2.0]]
+    trace.check("of 1, 3, -2, 2 BitNet makes -2, 2, -2, 2, and b1.58 the codes 0, 1, -1, 1 with "
+                "γ = 2",
+                bitnet_signs(by_hand) == [[-2.0, 2.0], [-2.0, 2.0]]
+                and ternary_codes(by_hand) == ([[0, 1], [-1, 1]], 2.0), "by hand")
     kept = [abs(value) for value in flatten(w) if abs(value) > gamma / 2]
     trace.check("the least-squares scale = the mean |w| of the weights that are not 0",
                 abs(least_squares_scale(w, codes) - fmean(kept)) < 1e-12,
@@ -2961,8 +2983,8 @@ def show_q_galore(trace: Trace, knobs: Namespace) -> None:
     trace.table([full, to_nearest, galore], {"way": "", "loss as loss left": ".1%bar 30"})
     trace.say("Rounded to nearest the layer learns little or nothing, since most steps are "
               "rounded away. Rounded by chance it learns. (On 20 layers, of seeds 0 to 19, 43% to "
-              "71% of the loss was left, and 16% to 39% by Adam in full. The rounding is not what "
-              "makes the difference: with weights in full precision, but the same projection, 38% "
+              "71% of the loss was left, and 17% to 38% by Adam in full. The rounding is not what "
+              "makes the difference: with weights in full precision, but the same projection, 39% "
               "to 71% was left.)")
     trace.note(f"Q-GaLore keeps {2 * 4 * 24} numbers for Adam instead of {2 * 16 * 24}. It made "
                f"its projection {galore.refreshed} times.")
@@ -3112,7 +3134,7 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
     trace.table(rows, {"matrix": "", **dict.fromkeys(damages, ".3f"), "gets": "d"})
     trace.table([uniform, mixed], SCORE_COLUMNS)
     if set(widths.values()) == {bits}:
-        trace.say("No better assignment fits into these bytes.")
+        trace.say("No better assignment of these widths fits into these bytes.")
     trace.say(f"The model in mixed bits {compare(mixed, uniform)} the one in uniform bits. On 20 "
               "models at the defaults its KL was 0.28 to 1.15 times the other's, and less on 18. "
               "The estimate is rough: it adds up the weights one by one, as if their errors did "
@@ -3559,7 +3581,7 @@ def init_weights(config: Config, rng: random.Random) -> Weights:
 # The clauses of the rhyme follow each other in a new order. Each of seven clauses has four likely
 # successors among the others. A verse tells three clauses and ends in the house that Jack built.
 # So there are verses enough that training, calibration and evaluation share none, and the least
-# loss that anyone can reach is known: that of someone who knows the probabilities.
+# loss that anyone can reach on average is known: that of someone who knows the probabilities.
 #
 # The dialect says "and" for "that", each clause has the verb of the next one ("the cat and
 # worried"), and clauses have other successors.
