@@ -622,8 +622,8 @@ def adopt_prefix(cache: PagedKVCache, tokens: Sequence[int]) -> int:
 # Reading the weights takes most of the time of a decode step of a few requests (section 2), so
 # requests should share steps. A static batch starts together and ends with its longest answer.
 # Requests that are done leave their places empty, and new requests wait outside. Orca (Yu et al.
-# 2022) decides anew at every step: whoever is done leaves, and whoever waits and fits comes in. A
-# step has room for
+# 2022) decides anew at every step: whoever is done leaves, and whoever waits and fits comes in.
+# There is room in a step for
 #
 #     max_num_seqs requests,  max_num_batched_tokens tokens,  and what the free blocks can hold.
 #
