@@ -2683,14 +2683,16 @@ def show_fp4(trace: Trace, knobs: Namespace) -> None:
 
 def check_fp4(trace: Trace, lab: Lab, mx_bits: float, nv_bits: float) -> None:
     """Check both formats on weights whose codes can be worked out by hand."""
-    # All 16 values, twice: the scale is 1, and the codes are 0 to 15.
+    # A quarter of all 16 values and back: k = -2; weights j and j + 16 have the codes j and 15 - j.
     values = [fp4_value(code) for code in range(16)]
-    trace.check("MXFP4 of all its values, twice = the block worked out by hand",
-                mxfp4_encode(values * 2) == bytes([127, *range(0, 256, 17)]), "17 bytes")
+    there_and_back = [value / 4 for value in (*values, *reversed(values))]
+    block = bytes([127 - 2, *(16 * (15 - j) + j for j in range(16))])
+    trace.check("MXFP4 of a quarter of its values, there and back = the block worked out by hand",
+                mxfp4_encode(there_and_back) == block, "17 bytes")
     blocks = [[value * scale for value in values] for scale in (448.0, 3.5)]
     trace.check("both give back weights that lie on their grids",
                 quantize_nvfp4(blocks).dequantize() == blocks
-                and mxfp4_decode(mxfp4_encode(values * 2), 32) == values * 2, "equal")
+                and mxfp4_decode(block, 32) == there_and_back, "equal")
     off_grid = through_fp4([7.9, 0.7, 0.8, 4.9] * 8)
     trace.check("in MXFP4, 7.9, 0.7, 0.8 and 4.9 beside each other = 6, 0.5, 1 and 4",
                 [row.mxfp4 for row in off_grid[:4]] == [6.0, 0.5, 1.0, 4.0], "by hand")
