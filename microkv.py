@@ -1669,6 +1669,11 @@ def show_continuous(trace, knobs) -> None:
               "was 2.1 to 6.0 times as long. This second figure depends on the arrivals: the first "
               "request comes alone, so its batch keeps three places empty. If all 9 requests come "
               "at time 0, the time to the first token is 1.2 to 2.1 times as long.")
+    check_continuous(trace, knobs, static, continuous)
+
+
+def check_continuous(trace, knobs, static: Report, continuous: Report) -> None:
+    """Check when requests start, either way, and that their answers are the same."""
     full = [step for step in continuous.steps if step.waiting]
     trace.check("static: two requests start together, or one starts when the other has ended",
                 all(late.times[0] == early.times[0] or late.times[0] > early.times[-1]
@@ -1679,11 +1684,12 @@ def show_continuous(trace, knobs) -> None:
                 > priced_step(0, 0).seconds * 1e3, "of all requests")
     if full:
         trace.check("continuous: no place stays empty while somebody waits",
-                    all(len(step.tokens) == places for step in full), f"in {len(full)} steps")
+                    all(len(step.tokens) == knobs.max_num_seqs for step in full),
+                    f"in {len(full)} steps")
     trace.check("continuous batching needs no more steps than static batches",
                 len(continuous.steps) <= len(static.steps),
                 f"{len(continuous.steps)} and {len(static.steps)} steps")
-    alone = knobs.lab.solo_tokens(requests)
+    alone = knobs.lab.solo_tokens(knobs.requests)
     trace.check("both ways, every request's tokens are what it gets alone",
                 static.tokens == continuous.tokens == alone, f"{sum(map(len, alone))} tokens")
 
