@@ -1106,9 +1106,9 @@ def lookahead_decode(
 #     {"animal": [(" cat", "that"), (" cow", "that")], "that": [(" that", None)]}
 #
 # A rule may come after itself: the regular expression (ab)*c is {"s": [("ab", "s"), ("c", None)]}.
-# So a grammar can say what a regular expression can, but its strings must not be empty. A
-# state is (what is left of a string, the rule after it): after " c" the automaton is in two states
-# at once, ("at", "that") and ("ow", "that").
+# So a grammar can say what a regular expression can, but its strings must not be empty. A state is
+# (what is left of a string, the rule after it): after " c" the automaton is in two states at once,
+# ("at", "that") and ("ow", "that").
 #
 # The mask is local, and that distorts. Z_t is the probability that the model gave to the allowed
 # tokens at step t, and the mask divides by Z_t:
@@ -1530,8 +1530,8 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
               f"likeliest text (length penalty 0), as means over {len(prompts)} prompts. Exact "
               f"search gives up on a prompt after reading {EXACT_PASSES} texts, and its row leaves "
               "that prompt out. It reads every beginning that is likelier than the best whole "
-              "text. These are few only if a model is tiny and sure of most tokens, as here. For "
-              "long texts of a large model they are too many, so beams are used.")
+              "text. These are few only if a model is tiny and sure of most tokens. For long texts "
+              "of a large model they are too many, so beams are used.")
     trace.table(rows, {"search": "", "log_p": ".2f", "tokens": ".1f", "texts as texts read": ".0f",
                        "not_best as not the best": "d"})
     trace.note("not the best: prompts where exact search found a likelier text")

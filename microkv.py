@@ -1572,6 +1572,15 @@ def show_prefix_caching(trace, knobs) -> None:
     trace.say(f"Only full blocks, here of {size} tokens, are found, and the last token of a prompt "
               "is always run. Answers (4 tokens) stay in the pool, too, all but their last token, "
               f"which is never run: request 0 leaves {len(requests[0].prompt)} + 3 tokens.")
+    check_found(trace, knobs, report, rows)
+
+
+def check_found(trace, knobs, report: Report, rows: list) -> None:
+    """Check what the requests found, what two others would find, and what the pool forgets."""
+    size = knobs.block_size
+    requests = [state.request for state in report.states]
+    needed = sum(slots_needed(requests))
+    found = [row.found for row in rows]
     trace.check("found = the longest run of full blocks shared with any earlier text",
                 found == [row.longest for row in rows],
                 f"{', '.join(map(str, found))} tokens")
@@ -2068,16 +2077,17 @@ def show_split(trace, knobs) -> None:
                        "later_gap as later gap, ms": ".1f"})
     trace.note("Each column is the longest time of any request: from arrival to the first token, "
                "from the first to the second, and between later tokens. continuous: whole prompts. "
-               f"chunked: at most {priced_free_tokens()} tokens per step. split: a link of 300 GB "
-               "a second each way (NVLink) joins the cards.")
+               f"chunked: at most {priced_free_tokens()} tokens per step. split: a link of "
+               f"{NVLINK_BYTES_PER_S / 1e9:.0f} GB a second each way (NVLink) joins the cards.")
     trace.say(f"On two cards, whole prompts make gaps of up to {whole.later_gap:.1f} ms, and the "
               f"first token comes after {whole.first_token:.1f} ms. With chunks the later gaps are "
               f"short, {chunked.later_gap:.1f} ms, and the first token comes after "
               f"{chunked.first_token:.1f} ms. The split has an early first token, "
               f"{split.first_token:.1f} ms, and short later gaps, {split.later_gap:.1f} ms. Only "
-              "the second token waits, mostly for the step that the decode card is in: all "
-              f"prompts, {crossed / 1e6:.0f} MB, cross in {1000 * crossed / 300e9:.2f} ms. Section "
-              "11 asks which way serves more people with two cards.")
+              "the second token waits, and hardly for the link, which all prompts "
+              f"({crossed / 1e6:.0f} MB) cross in {1e3 * crossed / NVLINK_BYTES_PER_S:.2f} ms: it "
+              "waits for the step that the decode card is in, and comes with the next. Section 11 "
+              "asks which way serves more people with two cards.")
     trace.check("split, every request gets the tokens that it gets alone",
                 report.tokens == knobs.lab.solo_tokens(requests), f"{len(requests)} requests")
     trace.check("split, the first token comes before that of chunks, and the later gaps are "
