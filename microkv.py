@@ -3046,16 +3046,19 @@ def format_cell(value: object, form: str) -> str:
 class Trace:
     """Prints the sections and their checks, as the output can show them, and counts the checks.
 
-    predict: ask the reader for each result before it is shown.
+    predict: ask the reader for each result before it is shown. self_tests: list those that hold.
     """
 
-    def __init__(self, ascii_only: bool = False, predict: bool = False):
+    def __init__(self, ascii_only: bool = False, predict: bool = False, self_tests: bool = False):
         encoding = sys.stdout.encoding or "ascii"
         self.ascii = ascii_only or b"?" in "".join(map(chr, ASCII)).encode(encoding, "replace")
         self.colour = (sys.stdout.isatty() and "NO_COLOR" not in os.environ
                        and os.environ.get("TERM", "dumb") != "dumb")
         self.predict = predict
         self.listening = sys.stdin is not None and sys.stdin.isatty()  # is there anybody to answer?
+        self.list_self_tests = self_tests
+        self.in_self_tests = False     # are the checks that come now self-tests?
+        self.unlisted = 0              # self-tests of this section that held and are not listed
         self.held = self.failed = 0    # checks
         self.asked = self.right = 0    # predictions
         self.unwritten = []            # numbers of sections that wait for a function
@@ -3126,16 +3129,20 @@ class Trace:
 
     def check(self, claim: str, holds: bool, evidence: str) -> None:
         """Print one check: what is claimed, and what was compared. A failure makes the status 1."""
-        if holds:
-            self.held += 1
-            mark, style = "ok    ", "32"
+        self.held += holds
+        self.failed += not holds
+        if holds and self.in_self_tests and not self.list_self_tests:
+            self.unlisted += 1
         else:
-            self.failed += 1
-            mark, style = "FAIL  ", "1;31"
+            self.verdict(holds, f"{claim} ({evidence})")
+
+    def verdict(self, holds: bool, claim: str) -> None:
+        """Print a claim behind "ok" or "FAIL"."""
         if not self.in_checks:
             self.lines([""])
-        claim = self.plain(f"{claim} ({evidence})")
-        wrapped = textwrap.wrap(claim, WIDTH, initial_indent=mark, subsequent_indent=" " * 6)
+        mark, style = ("ok    ", "32") if holds else ("FAIL  ", "1;31")
+        wrapped = textwrap.wrap(self.plain(claim), WIDTH, initial_indent=mark,
+                                subsequent_indent=" " * 6)
         self.lines(wrapped, style)
         self.in_checks = True
 
@@ -3145,6 +3152,23 @@ class Trace:
         for a, b in zip(got, expected):
             close = close and all(abs(x - y) < bound for x, y in zip(a, b))
         self.check(claim, close, f"max |Δ| < {bound:.0e}")
+
+    def self_tests(self) -> None:
+        """Take the section's checks from here on as self-tests.
+
+        They test its functions on small examples, and nothing that the section shows. One line
+        counts those that hold, unless the reader wants them listed.
+        """
+        self.in_self_tests = True
+
+    def end_section(self) -> None:
+        """Print how many self-tests held without being listed."""
+        if self.unlisted:
+            noun = "self-test" if self.unlisted == 1 else "self-tests"
+            self.verdict(True, f"{self.unlisted} {noun} of these functions (--self-tests lists "
+                               "them)")
+        self.unlisted = 0
+        self.in_self_tests = False
 
     def ask(self, question: str, answer: float | str) -> None:
         """With --predict: ask, wait for the reader's answer, show the computed one, and wait again.
@@ -3244,6 +3268,8 @@ def common_parser(prog: str, description: str, n_sections: int) -> OneLineParser
                         help="print the seconds each section took, on stderr")
     parser.add_argument("--predict", action="store_true",
                         help="be asked for each section's result before it is shown")
+    parser.add_argument("--self-tests", action="store_true",
+                        help="list the checks on small examples, too, instead of their number")
     return parser
 
 
@@ -3259,11 +3285,15 @@ def run_section(trace: Trace, number: int, section: Section, knobs: Namespace) -
     """Print one section. Where a function is not written yet (an exercise), say so and go on."""
     start = time.perf_counter()
     trace.section(number, section.title, section.techniques)
+    missing = None
     try:
         section.show(trace, knobs)
     except NotImplementedError as error:
+        missing = error
+    trace.end_section()
+    if missing is not None:
         trace.unwritten.append(number)
-        trace.say(f"Not written yet: {error}. This section goes on once it is.")
+        trace.say(f"Not written yet: {missing}. This section goes on once it is.")
     if knobs.time:
         sys.stdout.flush()
         print(f"section {number}: {time.perf_counter() - start:.2f} s", file=sys.stderr)
@@ -3297,7 +3327,7 @@ def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment:
     if sys.stdout is None:
         return 1  # there is nowhere to print
     try:
-        trace = Trace(knobs.ascii, knobs.predict)
+        trace = Trace(knobs.ascii, knobs.predict, knobs.self_tests)
         if knobs.list:
             list_sections(trace, sections)
         else:

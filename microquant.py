@@ -1760,6 +1760,7 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     trace.check("no weight moved by more than half a step",
                 all(abs(row.weight - row.back) <= q.scales[0][0] / 2 for row in rows),
                 f"{len(rows):,} weights")
+    trace.self_tests()
     check_rounding_by_hand(trace)
 
 
@@ -1868,10 +1869,11 @@ def show_granularity(trace: Trace, knobs: Namespace) -> None:
     trace.check("the fewer weights share the outlier's scale, the less the others move",
                 planted[0].error > planted[1].error
                 and (planted[1].error > planted[2].error or g == 64), "the first table")
-    check_comparisons(trace)
     trace.check("parameters from the configurations = the published counts",
                 [row.parameters for row in real_sizes()] == [n for _, n in REAL_LLAMAS.values()],
                 "equal")
+    trace.self_tests()
+    check_comparisons(trace)
 
 
 def show_rounded_models(trace: Trace, lab: Lab, setting: Setting) -> None:
@@ -2118,6 +2120,7 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     trace.check_close("at α = 1 all channels of x have the size 1, and at α = 0 all columns of wq, "
                       "wk and wv", [equal, columns], [[1.0] * len(equal)] * 2, 1e-9)
     check_8_bit_models(trace, lab, weights, knobs.setting)
+    trace.self_tests()
     check_8_bit_products(trace, lab.inputs[name][:8], lab.model.weights[name])
 
 
@@ -2253,8 +2256,15 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
 
 def check_gptq(trace: Trace, w: Matrix, x: Matrix, bits: int) -> None:
     """Check what must hold of GPTQ, on the matrix w2 and its inputs x."""
-    identity = [[float(i == j) for j in range(len(w[0]))] for i in range(len(w[0]))]
     h = hessian_of(x)
+    nearest = quantize(w, 4, granularity="channel")
+    repaired = gptq(w, h, 4, granularity="channel")
+    errors = [relative_distance(linear(x, q.dequantize()), linear(x, w))
+              for q in (nearest, repaired)]
+    trace.check("on the calibration text GPTQ moves w2's output less than rounding to nearest",
+                errors[1] < errors[0], f"{errors[1]:.2%} against {errors[0]:.2%}")
+    trace.self_tests()
+    identity = [[float(i == j) for j in range(len(w[0]))] for i in range(len(w[0]))]
     damped = add(h, identity)
     u = upper_factor(damped)
     trace.check_close("U H Uᵀ = 1, so Uᵀ U is the inverse of H", linear(linear(u, damped), u),
@@ -2270,11 +2280,6 @@ def check_gptq(trace: Trace, w: Matrix, x: Matrix, bits: int) -> None:
     trace.check("GPTQ lays the later grids of a row on repaired weights, act-order all on W as it "
                 "is", first == plain.scales != moved
                 and [row[0] for row in moved] == [row[0] for row in plain.scales], "groups of 8")
-    repaired = gptq(w, h, 4, granularity="channel")
-    errors = [relative_distance(linear(x, q.dequantize()), linear(x, w))
-              for q in (quantize(w, 4, granularity="channel"), repaired)]
-    trace.check("on the calibration text GPTQ moves w2's output less than rounding to nearest",
-                errors[1] < errors[0], f"{errors[1]:.2%} against {errors[0]:.2%}")
     order = sorted(range(len(h)), key=lambda j: -h[j][j])
     sorted_h = pick_columns([h[j] for j in order], order)
     in_order = gptq(pick_columns(w, order), sorted_h, bits, granularity="channel")
@@ -2350,9 +2355,6 @@ def check_awq(
     verse = split_verses(lab.evaluation)[0]
     trace.check_close("AWQ's scales, folded in, left the FP32 logits where they were",
                       folded.forward(verse), lab.model.forward(verse), 1e-9)
-    trace.check_close("s of mean|x| = 1, 4, 16 at exponent 1/2 = 1/2, 1, 2",
-                      [awq_scales([[2.0, -5.0, 0.0], [0.0, 3.0, 32.0]], 0.5)], [[0.5, 1.0, 2.0]],
-                      1e-12)
     w, x = awq_task(lab, source)
     scales, alpha, q = found[source]
     y = linear(scale_columns(x, [1 / s for s in scales]), q.dequantize())
@@ -2365,6 +2367,10 @@ def check_awq(
     model, _ = compress(lab, "AWQ", setting)
     trace.check("AWQ's model rounds the columns multiplied by s",
                 model.weights[name] == rounded.dequantize(), name)
+    trace.self_tests()
+    trace.check_close("s of mean|x| = 1, 4, 16 at exponent 1/2 = 1/2, 1, 2",
+                      [awq_scales([[2.0, -5.0, 0.0], [0.0, 3.0, 32.0]], 0.5)], [[0.5, 1.0, 2.0]],
+                      1e-12)
     decoded, data = keep_column([[0.7, 0.1]], largest_column([[1.0, -5.0], [2.0, 0.0]]), 4, 2)
     trace.check("of 0.7 and 0.1, the one with inputs -5 and 0 is kept, in 2 bytes more",
                 decoded[0][1] == fp16(0.1) and len(data) == 1 + 2 + 2, "by hand")
@@ -2488,15 +2494,16 @@ def check_qlora(trace: Trace, lab: Lab, rows: list[FineTuned]) -> None:
     wq = lab.model.weights["layers.0.attention.wq"]
     trace.check("a new adapter changes nothing",
                 with_adapter(wq, new_adapter(wq, RANK, random.Random(0))) == wq, "equal")
+    trace.check("LoRA and QLoRA end at different losses, as their bases differ",
+                lora.loss != qlora.loss, "at one learning rate")
+    trace.check("each of the three lowered the loss of its base",
+                max(full.loss, lora.loss) < before.loss and qlora.loss < nf4.loss, "the table")
+    trace.self_tests()
     w = [[1.0, 2.0], [3.0, 4.0]]
     adapter = Adapter([[5.0, 6.0]], [[7.0], [8.0]])
     trace.check("W + B A, dA and dB of a 2 × 2 matrix at rank 1 = worked out by hand",
                 with_adapter(w, adapter) == [[36.0, 44.0], [43.0, 52.0]]
                 and adapter_gradient(w, adapter) == ([[31.0, 46.0]], [[17.0], [39.0]]), "equal")
-    trace.check("LoRA and QLoRA end at different losses, as their bases differ",
-                lora.loss != qlora.loss, "at one learning rate")
-    trace.check("each of the three lowered the loss of its base",
-                max(full.loss, lora.loss) < before.loss and qlora.loss < nf4.loss, "the table")
 
 
 # 9. The table
@@ -2586,9 +2593,6 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
 
 def check_table(trace: Trace, lab: Lab, setting: Setting) -> None:
     """Check the measure, and the bytes of three files."""
-    p, q = log_softmax([0.0, 0.0]), log_softmax([math.log(3), 0.0])
-    trace.check("KL of (1/2, 1/2) from (3/4, 1/4) = log(4/3) / 2",
-                abs(kl_divergence(p, q) - math.log(4 / 3) / 2) < 1e-12, "by hand")
     total = kl_of_first_verse(lab, "Q4_0", setting)
     got, _ = score(lab, "Q4_0", setting).verses[0]
     trace.check("Q4_0's KL on the first verse = Σ p · log(p / q), from the probabilities",
@@ -2597,6 +2601,10 @@ def check_table(trace: Trace, lab: Lab, setting: Setting) -> None:
     expected = beside + lab.n_weights // 32 * 34
     trace.check("Q8_0's bytes = 34 for every 32 weights, and 2 for each number beside the matrices",
                 score(lab, "Q8_0", setting).nbytes == expected, f"{expected:,}")
+    trace.self_tests()
+    p, q = log_softmax([0.0, 0.0]), log_softmax([math.log(3), 0.0])
+    trace.check("KL of (1/2, 1/2) from (3/4, 1/4) = log(4/3) / 2",
+                abs(kl_divergence(p, q) - math.log(4 / 3) / 2) < 1e-12, "by hand")
 
 
 # 10. A file that llama.cpp runs
@@ -2637,6 +2645,7 @@ def check_gguf_file(trace: Trace, file: bytes, config: Config, output: Matrix) -
     stored = q8_0_decode(file[-n // 32 * 34:], n)
     trace.check_close("the file's last bytes = the output matrix, but for rounding",
                       [stored], [flatten(output)], 0.003)
+    trace.self_tests()
     values = b"".join(map(gguf_value, (7, 0.5, True, "ab", [7])))
     expected = struct.pack("<2IIfI?IQ2sIIQI", 4, 7, 6, 0.5, 7, True, 8, 2, b"ab", 9, 4, 1, 7)
     trace.check("metadata 7, 0.5, true, ab and [7] = types and values by the specification",
@@ -2686,6 +2695,9 @@ def show_fp4(trace: Trace, knobs: Namespace) -> None:
 
 def check_fp4(trace: Trace, lab: Lab, mx_bits: float, nv_bits: float) -> None:
     """Check both formats on weights whose codes can be worked out by hand."""
+    trace.check("bits counted = 4 + 8/32, and 4 + 8/16 + 32 over each matrix",
+                (mx_bits, nv_bits) == (4.25, 4.5 + 32 * len(lab.linears) / lab.n_weights), "equal")
+    trace.self_tests()
     # A quarter of all 16 values and back: k = -2; weights j and j + 16 have the codes j and 15 - j.
     values = [fp4_value(code) for code in range(16)]
     there_and_back = [value / 4 for value in (*values, *reversed(values))]
@@ -2706,8 +2718,6 @@ def check_fp4(trace: Trace, lab: Lab, mx_bits: float, nv_bits: float) -> None:
     blocks = [[value * scale for value in values] for scale in (448.0, 0.53)]
     trace.check("NVFP4's scales of blocks up to 6 · 448 and 6 · 0.53 = 448 and 0.5, as in E4M3",
                 quantize_nvfp4(blocks).scales == [[448.0], [0.5]], "by hand")
-    trace.check("bits counted = 4 + 8/32, and 4 + 8/16 + 32 over each matrix",
-                (mx_bits, nv_bits) == (4.25, 4.5 + 32 * len(lab.linears) / lab.n_weights), "equal")
 
 
 # 12. Q4_K
@@ -2758,6 +2768,9 @@ def show_q4_k(trace: Trace, knobs: Namespace) -> None:
     trace.table([q4_0, q4_k], SCORE_COLUMNS)
     trace.say(f"Q4_K {compare(q4_k, q4_0)} Q4_0, with the same bits. On 20 models at the defaults "
               "its KL was less on 10.")
+    trace.check("a minimum pays off where weights lean to one side", rows[1].aside < rows[0].aside,
+                f"{rows[1].aside:.2%} against {rows[0].aside:.2%}")
+    trace.self_tests()
     # Weights that lie on a grid of 6-bit scales and minimums; d is 1 and dmin 2.
     grid = [float((63 - j) * q - 2 * (56 + j)) for j in range(8) for q in [*range(16)] * 2]
     trace.check("Q4_K gives back weights that lie on its grid",
@@ -2766,8 +2779,6 @@ def show_q4_k(trace: Trace, knobs: Namespace) -> None:
     by_hand = [1, 2, 3, 4, 17, 19, 21, 23], [1, 2, 3, 4, 34, 36, 38, 40]
     trace.check("scales and minimums of 12 bytes = taken apart by hand",
                 q4_k_scales(pattern) == by_hand, "16 numbers")
-    trace.check("a minimum pays off where weights lean to one side", rows[1].aside < rows[0].aside,
-                f"{rows[1].aside:.2%} against {rows[0].aside:.2%}")
 
 
 # 13. HQQ and SqueezeLLM
@@ -2820,6 +2831,7 @@ def check_hqq_squeezellm(
     trace.check("SqueezeLLM keeps the largest and the most sensitive weight in FP16",
                 all(flatten(decoded)[i] == fp16(weights[i]) for i in apart),
                 " and ".join(f"{weights[i]:.4f}" for i in apart))
+    trace.self_tests()
     trace.check("k-means of 0, 2, 10 with weights 1, 3, 1 into two = 1.5 and 10",
                 weighted_kmeans([0.0, 2.0, 10.0], [1.0, 3.0, 1.0], 2) == [1.5, 10.0], "by hand")
     trace.check("shrink() of 0.5 with p = 0.7 and β = 10 is 0.5 - 0.5^(-0.3) / 10; of 0.1 it is 0",
@@ -2898,6 +2910,12 @@ def show_one_bit(trace: Trace, knobs: Namespace) -> None:
 
 def check_one_bit(trace: Trace, lab: Lab, name: str) -> None:
     """Check what must hold of signs and ternary codes, on one matrix."""
+    longer, _ = compress(lab, "FP16 trained", DEFAULTS)
+    trained, _ = compress(lab, "b1.58 trained", DEFAULTS)
+    trace.check("training with ternary weights took other steps than training in full",
+                trained.weights["output"] != longer.weights["output"],
+                "by the output matrix, which both leave in FP16")
+    trace.self_tests()
     w = lab.model.weights[name]
     codes, gamma = ternary_codes(w)
     by_hand = [[1.0, 3.0], [-2.0, 2.0]]
@@ -2914,11 +2932,6 @@ def check_one_bit(trace: Trace, lab: Lab, name: str) -> None:
     trace.check("straight through: loss and gradients = those of the model with ternary weights",
                 straight_through(lab.config, lab.model.weights, verse, [name])
                 == loss_and_gradients(lab.config, ternary, verse), name)
-    longer, _ = compress(lab, "FP16 trained", DEFAULTS)
-    trained, _ = compress(lab, "b1.58 trained", DEFAULTS)
-    trace.check("training with ternary weights took other steps than training in full",
-                trained.weights["output"] != longer.weights["output"],
-                "by the output matrix, which both leave in FP16")
     trace.check("1, -1, 0, 1, 1 in one byte = 2 + 0 · 3 + 1 · 9 + 2 · 27 + 2 · 81",
                 pack_ternary([1, -1, 0, 1, 1]) == bytes([227]), "by hand")
 
@@ -2994,6 +3007,9 @@ def show_q_galore(trace: Trace, knobs: Namespace) -> None:
               "to 71% was left.)")
     trace.note(f"Q-GaLore keeps {2 * 4 * 24} numbers for Adam instead of {2 * 16 * 24}. It made "
                f"its projection {galore.refreshed} times.")
+    trace.check("rounding by chance it learns, and less than Adam in full",
+                full.loss < galore.loss < 0.85 * to_nearest.loss, "the table")
+    trace.self_tests()
     g = [[3.0, 0.0, 0.0], [0.0, 0.0, 2.5], [0.0, 1.0, 0.0]]
     vectors = subspace(g, 2, random.Random(knobs.seed))
     trace.check_close("the top singular vectors of a matrix = the known ones, but for their signs",
@@ -3005,8 +3021,6 @@ def show_q_galore(trace: Trace, knobs: Namespace) -> None:
                 abs(means[0] - 0.25) < 0.05 and abs(means[1] + 0.75) < 0.05, "2,000 draws")
     trace.check("|cosine| of (3, 4) and (-4, -3) = 0.96",
                 abs(alignment([3.0, 4.0], [-4.0, -3.0]) - 0.96) < 1e-12, "by hand")
-    trace.check("rounding by chance it learns, and less than Adam in full",
-                full.loss < galore.loss < 0.85 * to_nearest.loss, "the table")
     trace.check("in 15 steps a steady gradient is projected anew 4 times, one that turns 8 times",
                 (count_projections(turning=False), count_projections(turning=True)) == (4, 8),
                 "by hand")
@@ -3086,6 +3100,7 @@ def show_half_precision(trace: Trace, knobs: Namespace) -> None:
                 f"{scaled.lost:.2%} lost, and {half.lost:.0%}")
     trace.check("BF16 needs no scaling, and rounds", bf16_run.lost < 1e-3
                 and bf16_run.loss != full.loss, f"{bf16_run.lost:.2%} lost")
+    trace.self_tests()
     trace.check("2^-26 is 0 in FP16, and itself with S = 4",
                 through_format([2.0**-26], 1.0, fp16) == [0.0]
                 and through_format([2.0**-26], 4.0, fp16) == [2.0**-26], "by hand")
@@ -3148,6 +3163,10 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
     saved = sum(row[bits].nbytes - row[widths[name]].nbytes for name, row in choices.items())
     trace.check("the file of mixed bits is smaller by what the choices save, and never larger",
                 0 <= saved == uniform.nbytes - mixed.nbytes, f"{mixed.nbytes:,} bytes")
+    name, square, slope = slope_of_one_weight(lab)
+    trace.check("a weight's squared gradient = the slope of the loss, measured by moving it, "
+                "squared", abs(square - slope**2) < 1e-5 * square, name)
+    trace.self_tests()
     by_hand = {"a": {2: Choice(5.0, 10), 3: Choice(1.0, 20)},
                "b": {2: Choice(3.0, 10), 3: Choice(2.0, 20)}}
     trace.check("two matrices of two widths in 30 bytes get 3 and 2 bits",
@@ -3155,9 +3174,6 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
     trace.check("the damage of weights off by 0.1 and 0.2 with sensitivities 1 and 2 = 0.045",
                 abs(expected_damage([[1.0, 2.0]], [[1.1, 1.8]], [[1.0, 2.0]]) - 0.045) < 1e-12,
                 "by hand")
-    name, square, slope = slope_of_one_weight(lab)
-    trace.check("a weight's squared gradient = the slope of the loss, measured by moving it, "
-                "squared", abs(square - slope**2) < 1e-5 * square, name)
 
 
 # =============================================================================================
@@ -4524,16 +4540,19 @@ def format_cell(value: object, form: str) -> str:
 class Trace:
     """Prints the sections and their checks, as the output can show them, and counts the checks.
 
-    predict: ask the reader for each result before it is shown.
+    predict: ask the reader for each result before it is shown. self_tests: list those that hold.
     """
 
-    def __init__(self, ascii_only: bool = False, predict: bool = False):
+    def __init__(self, ascii_only: bool = False, predict: bool = False, self_tests: bool = False):
         encoding = sys.stdout.encoding or "ascii"
         self.ascii = ascii_only or b"?" in "".join(map(chr, ASCII)).encode(encoding, "replace")
         self.colour = (sys.stdout.isatty() and "NO_COLOR" not in os.environ
                        and os.environ.get("TERM", "dumb") != "dumb")
         self.predict = predict
         self.listening = sys.stdin is not None and sys.stdin.isatty()  # is there anybody to answer?
+        self.list_self_tests = self_tests
+        self.in_self_tests = False     # are the checks that come now self-tests?
+        self.unlisted = 0              # self-tests of this section that held and are not listed
         self.held = self.failed = 0    # checks
         self.asked = self.right = 0    # predictions
         self.unwritten = []            # numbers of sections that wait for a function
@@ -4604,16 +4623,20 @@ class Trace:
 
     def check(self, claim: str, holds: bool, evidence: str) -> None:
         """Print one check: what is claimed, and what was compared. A failure makes the status 1."""
-        if holds:
-            self.held += 1
-            mark, style = "ok    ", "32"
+        self.held += holds
+        self.failed += not holds
+        if holds and self.in_self_tests and not self.list_self_tests:
+            self.unlisted += 1
         else:
-            self.failed += 1
-            mark, style = "FAIL  ", "1;31"
+            self.verdict(holds, f"{claim} ({evidence})")
+
+    def verdict(self, holds: bool, claim: str) -> None:
+        """Print a claim behind "ok" or "FAIL"."""
         if not self.in_checks:
             self.lines([""])
-        claim = self.plain(f"{claim} ({evidence})")
-        wrapped = textwrap.wrap(claim, WIDTH, initial_indent=mark, subsequent_indent=" " * 6)
+        mark, style = ("ok    ", "32") if holds else ("FAIL  ", "1;31")
+        wrapped = textwrap.wrap(self.plain(claim), WIDTH, initial_indent=mark,
+                                subsequent_indent=" " * 6)
         self.lines(wrapped, style)
         self.in_checks = True
 
@@ -4623,6 +4646,23 @@ class Trace:
         for a, b in zip(got, expected):
             close = close and all(abs(x - y) < bound for x, y in zip(a, b))
         self.check(claim, close, f"max |Δ| < {bound:.0e}")
+
+    def self_tests(self) -> None:
+        """Take the section's checks from here on as self-tests.
+
+        They test its functions on small examples, and nothing that the section shows. One line
+        counts those that hold, unless the reader wants them listed.
+        """
+        self.in_self_tests = True
+
+    def end_section(self) -> None:
+        """Print how many self-tests held without being listed."""
+        if self.unlisted:
+            noun = "self-test" if self.unlisted == 1 else "self-tests"
+            self.verdict(True, f"{self.unlisted} {noun} of these functions (--self-tests lists "
+                               "them)")
+        self.unlisted = 0
+        self.in_self_tests = False
 
     def ask(self, question: str, answer: float | str) -> None:
         """With --predict: ask, wait for the reader's answer, show the computed one, and wait again.
@@ -4722,6 +4762,8 @@ def common_parser(prog: str, description: str, n_sections: int) -> OneLineParser
                         help="print the seconds each section took, on stderr")
     parser.add_argument("--predict", action="store_true",
                         help="be asked for each section's result before it is shown")
+    parser.add_argument("--self-tests", action="store_true",
+                        help="list the checks on small examples, too, instead of their number")
     return parser
 
 
@@ -4737,11 +4779,15 @@ def run_section(trace: Trace, number: int, section: Section, knobs: Namespace) -
     """Print one section. Where a function is not written yet (an exercise), say so and go on."""
     start = time.perf_counter()
     trace.section(number, section.title, section.techniques)
+    missing = None
     try:
         section.show(trace, knobs)
     except NotImplementedError as error:
+        missing = error
+    trace.end_section()
+    if missing is not None:
         trace.unwritten.append(number)
-        trace.say(f"Not written yet: {error}. This section goes on once it is.")
+        trace.say(f"Not written yet: {missing}. This section goes on once it is.")
     if knobs.time:
         sys.stdout.flush()
         print(f"section {number}: {time.perf_counter() - start:.2f} s", file=sys.stderr)
@@ -4775,7 +4821,7 @@ def run_sections(sections: Sequence[Section], knobs: Namespace, next_experiment:
     if sys.stdout is None:
         return 1  # there is nowhere to print
     try:
-        trace = Trace(knobs.ascii, knobs.predict)
+        trace = Trace(knobs.ascii, knobs.predict, knobs.self_tests)
         if knobs.list:
             list_sections(trace, sections)
         else:

@@ -413,7 +413,9 @@ def test_the_whole_trace_ends_well(script):
     assert "FAIL" not in text
     assert "\x1b" not in text
     held = int(re.search(r"^All (\d+) checks held\.$", text, re.M)[1])
-    assert held == len(re.findall(r"^ok    ", text, re.M)) > 0
+    listed = len(re.findall(r"^ok    (?!\d+ self-tests? )", text, re.M))
+    unlisted = sum(map(int, re.findall(r"^ok    (\d+) self-tests? ", text, re.M)))
+    assert held == listed + unlisted
     assert re.search(rf"^Try next: python3 {script.stem}\.py .+\n\Z", text, re.M)
     assert max(map(len, text.splitlines())) <= 80
     assert [line for line in text.splitlines() if line != line.rstrip()] == []
@@ -694,7 +696,8 @@ def test_help_names_every_option(script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     shown = run_here(script, "--help")
     assert (shown.status, shown.errors) == (0, "")
-    for option in ("--list", "--section", "--seed", "--ascii", "--time", "--predict"):
+    for option in ("--list", "--section", "--seed", "--ascii", "--time", "--predict",
+                   "--self-tests"):
         assert option in shown.out
     assert max(map(len, shown.out.splitlines())) <= 80
 
@@ -920,6 +923,41 @@ def test_check_close_compares_shapes_and_every_number(module, got, holds, capsys
     assert (trace.held, trace.failed) == (holds, not holds)
     mark = "ok    " if holds else "FAIL  "
     assert capsys.readouterr().out.startswith(f"\n{mark}the same (max |")
+
+
+def test_self_tests_are_counted_and_listed_only_if_they_fail(module, capsys):
+    trace = module.Trace()
+    trace.check("shown", True, "1")
+    trace.self_tests()
+    trace.check("held", True, "2")
+    trace.check("broken", False, "3")
+    trace.check("held", True, "4")
+    trace.end_section()
+    assert capsys.readouterr().out == ("\nok    shown (1)\nFAIL  broken (3)\n"
+                                       "ok    2 self-tests of these functions (--self-tests lists "
+                                       "them)\n")
+    assert (trace.held, trace.failed) == (3, 1)
+    trace.check("of the next section", True, "5")
+    trace.end_section()
+    assert capsys.readouterr().out == "ok    of the next section (5)\n"
+
+
+def test_self_tests_are_listed_if_the_reader_wants_them(module, capsys):
+    trace = module.Trace(self_tests=True)
+    trace.self_tests()
+    trace.check("held", True, "2")
+    trace.end_section()
+    assert capsys.readouterr().out == "\nok    held (2)\n"
+
+
+@each_script
+def test_with_self_tests_the_trace_is_the_same_but_for_them(script):
+    listed = cheap_here(script, "--self-tests").out
+    counted = cheap_here(script).out
+    assert re.search(r"\d+ self-tests? of these", listed) is None
+    rest = re.sub(r"^ok    \d+ self-tests? of these functions .*\n", "", counted, flags=re.M)
+    lines = iter(listed.splitlines())
+    assert all(line in lines for line in rest.splitlines())  # all, and in this order
 
 
 def test_what_is_read_as_a_number(module):
