@@ -147,7 +147,8 @@ OUTLIERS = (2, 24.0)       # channels that begin as outliers, and the gain that 
 # ones, down to the smallest power that the exponent can write. FP16 has 5 bits of exponent and 10
 # of mantissa, BF16 8 and 7, FP8 either 4 and 3 or 5 and 2.
 #
-# In production: torch.ao.quantization and every format below store codes and scales like these.
+# In production: torchao (quantization/quant_primitives.py: quantize_affine) and every format below
+# store codes and scales like these.
 # Measured by show_numbers().
 
 
@@ -442,10 +443,11 @@ def q4_0_encode(row: Sequence[float]) -> bytes:
 #
 # Plain quantiles would have no exact 0. So the two sides are cut separately, into 8 even steps of
 # probability above 0 and 7 below; with 0 itself these are 16 values. The quantile of 1 is infinite,
-# so both sides begin a little inside, at 1 - (1/32 + 1/30) / 2 = 0.968. (The authors chose this
-# number: 1/32 and 1/30 are half a share of 16 and of 15 values.) Then all are divided by the
-# outermost, so that they end at ±1. (The values do not get equal shares of the weights, since
-# these are divided by the largest of a block; Yoshida 2023, arXiv:2306.06965.)
+# so the outermost value of both sides is the quantile of 1 - (1/32 + 1/30) / 2 = 0.968 instead.
+# (The authors chose this number. With 16 values, each has a share of 1/16, and half of it is 1/32;
+# with 15 values, it is 1/30.) Then all are divided by the outermost, so that they end at ±1. (The
+# values do not get equal shares of the weights, since these are divided by the largest of a block;
+# Yoshida 2023, arXiv:2306.06965.)
 #
 # An absmax in FP32 costs 32 / 64 = 0.5 bits a weight, as much as INT4 pays in groups of 32. Double
 # quantization stores the absmaxes in 8 bits as well. All are positive, so it takes off their mean
@@ -541,8 +543,8 @@ def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, by
 # stand for 0.504, -0.252 and 16: the -0.3 is off by 16%. In large models such channels are up to
 # 100 times larger than the others (SmoothQuant paper), and the output is ruined. Ours survives it
 # with dynamic scales. A static scale, chosen once from calibration, must reach to the largest
-# token; a dynamic one is each token's own, and suffers less. There are two ways out, and a format
-# that has less of the problem.
+# activation of any token; a dynamic one is each token's own, and suffers less. There are two ways
+# out, and a format that has less of the problem.
 #
 # LLM.int8() takes the outlier channels out and multiplies them in floating point, the rest in INT8.
 # (The paper takes these columns of W in FP16, and so do we. Which they are depends on x, so W is
@@ -568,14 +570,14 @@ def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, by
 #
 # Groups, as in section 2, are possible here as well: the sum of each group is finished in integers,
 # then scaled. llama.cpp does so, with activations in Q8_0. Most kernels for GPTQ and AWQ turn the
-# weights into FP16 before the product. In our tables, too, activations are not rounded, unless the
-# name of a method says so.
+# weights into FP16 before the product. In our tables, too, activations are rounded only in this
+# section and in the second table of section 9.
 #
 # In production: vLLM runs W8A8 and FP8 (compressed-tensors checkpoints, made by llm-compressor,
 # whose SmoothQuantModifier and FP8 schemes are these); on Blackwell it runs FP8 but not INT8, says
 # its documentation. bitsandbytes' Linear8bitLt is LLM.int8() if it is given a threshold, as
-# transformers gives it 6.0; its own default, 0, switches the outliers off, while here 0 takes all
-# channels out.
+# transformers gives it 6.0. (Its own default, 0, means that no channel is an outlier. Here 0 makes
+# all channels outliers.)
 # Measured by show_activations().
 
 
@@ -589,7 +591,7 @@ def int8_matmul(x: Matrix, q: Quantized, x_scale: float | None = None) -> Matrix
         scale = x_scale or max(map(abs, row)) / 127 or 1.0
         codes = to_codes(row, scale, 0, 8)
         y.append([dot(codes, w_codes) * scale * w_scale
-                  for w_codes, (w_scale,) in zip(q.codes, q.scales)])
+                  for w_codes, (w_scale,) in zip(q.codes, q.scales)])  # one scale a row
     return y
 
 
@@ -609,7 +611,7 @@ def llm_int8_matmul(x: Matrix, w: Matrix, *, threshold: float = 6.0) -> Matrix:
         raise ValueError(f"threshold must be 0 or more, not {threshold}")
     outliers = outlier_channels(x, threshold)
     others = [c for c in range(len(x[0])) if c not in outliers]
-    y = linear(pick_columns(x, outliers), pick_columns(w, outliers))  # zeros if there are none
+    y = linear(pick_columns(x, outliers), pick_columns(w, outliers))  # empty sums if there are none
     if others:
         q = quantize(pick_columns(w, others), 8, granularity="channel")
         y = add(y, int8_matmul(pick_columns(x, others), q))
@@ -686,10 +688,10 @@ def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
 # GPTQ rounded the first 0.4 to 0, so it raised the second to about 0.8, which is nearest to 1.
 #
 # Which inputs move together is measured on calibration text. (We take about 128 tokens of it,
-# GPTQ's authors took 128 texts of 2,048.) In the paper, X has a column per token, and x, as the
-# code has it, a row: X = xᵀ.
+# GPTQ's authors took 128 texts of 2,048.) x has a row per token, and a column per input channel;
+# the paper's X is xᵀ.
 #
-#     H = 2 X Xᵀ                     [in][in]; H[j][k] is large where inputs j and k move together
+#     H = 2 xᵀ x                     [in][in]; H[j][k] is large where inputs j and k move together
 #
 # (The squared error of the output is a quadratic in the weights, and H its second derivative: the
 # Hessian.)
@@ -698,9 +700,10 @@ def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
 #
 # Which repairs are best for an error in column j? The columns before j are rounded already, so only
 # the part of H from j on counts. Invert it. Divide the first row of the inverse by its first
-# number, and take the opposite sign: so far each column has to move for each unit of error (Hassibi
-# et al. 1993, Optimal Brain Surgeon: there the output's error is least). In the example, suppose
-# that calibration gave this H for the first two inputs (the third moves by itself):
+# number, and take the opposite sign. This is how much each column has to move for each unit of
+# error; with it, the output's error is least (Hassibi et al. 1993, Optimal Brain Surgeon). In the
+# example, suppose that calibration gave this H for the first two inputs (the third moves by
+# itself):
 #
 #     H =  4     3.99        H⁻¹ =   50.1  -49.9        -49.9 / 50.1 is about -1
 #          3.99  4                  -49.9   50.1
@@ -711,21 +714,22 @@ def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
 #
 #     Uᵀ U = H⁻¹                     U upper triangular
 #     error_j = w_j - quant(w_j)                  w_j: the row's weight in column j
-#     w_k -= error_j · U[j][k] / U[j][j]          for every k > j
+#     w_k -= error_j / U[j][j] · U[j][k]          for every k > j
 #
 # quant(w) is the nearest grid point. In the example, the first row of U is 7.08 and -7.06: again
 # about -1. (How upper_factor() finds U may be skipped.)
 #
 # Before that, a little is added to H's diagonal (damping: 1% of its mean). Damping keeps H
 # invertible, and where there is little text it also keeps the repairs small. One token of
-# calibration is far too little: X has a single column then, so all inputs seem to move together,
-# and the repairs are nonsense on any other token.
+# calibration is far too little: x has a single row then, so all inputs seem to move together, and
+# the repairs are nonsense on any other token.
 #
 # act-order takes the columns with the largest inputs first, while many others can still repair.
 #
 # In production: GPTQModel and llm-compressor's GPTQModifier. They update 128 columns at a time and
 # the rest of the matrix after each such block ("lazy batches"), which makes the same repairs with
-# less memory traffic. GPTQModel lays the grids of such a block before the repairs of that block.
+# less memory traffic. GPTQModel lays the grids of such a block before the repairs of that block; by
+# default it puts the columns in order without tearing groups apart (act_group_aware).
 # llm-compressor lays all grids before it starts, and does act-order unless it is told not to. They
 # take a layer's inputs from the layers already quantized; we take all from the original model. Use
 # GPTQ if you have a few hundred texts of the kind that the model will see.
@@ -733,7 +737,7 @@ def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
 
 
 def hessian_of(x: Matrix) -> Matrix:
-    """Return H = 2 X Xᵀ [in][in] of inputs x [n][in]. (The factor 2 cancels out of GPTQ.)"""
+    """Return H = 2 xᵀ x [in][in] of inputs x [n][in]. (The factor 2 cancels out of GPTQ.)"""
     channels = transpose(x)
     return [[2 * dot(a, b) for b in channels] for a in channels]
 
@@ -764,11 +768,13 @@ def gptq(
     damped = [[hessian[i][j] + (ridge if i == j else 0.0) for j in order] for i in order]
     u = upper_factor(damped)
 
-    plain = quantize(w, bits, granularity=granularity)
+    plain = quantize(w, bits, granularity=granularity)  # its scales are those of w as given
     late = granularity != "tensor" and not act_order  # then each grid waits for its first column
-    rows = [round_and_repair(row, row_scales, u, order, bits, group, late)
-            for row, row_scales in zip(w, plain.scales)]
-    codes, scales = map(list, zip(*rows))
+    codes, scales = [], []
+    for row, row_scales in zip(w, plain.scales):
+        row_codes, row_scales = round_and_repair(row, row_scales, u, order, bits, group, late)
+        codes.append(row_codes)
+        scales.append(row_scales)
     overhead = grid_bytes(scales, plain.zero_points, bits, granularity, symmetric=True)
     return replace(plain, codes=codes, scales=scales, overhead=overhead)
 
@@ -780,7 +786,7 @@ def round_and_repair(
 
     The order 2, 0, 1 rounds column 2 first, which has row 0 of U. scales: those of the row's groups
     as given. late: make a group's scale anew when its first column comes up, from the weights as
-    the repairs have left them.
+    the repairs have left them; the order is 0, 1, 2, … then, so that i is j.
     """
     w = [row[j] for j in order]
     scales = list(scales)
@@ -789,10 +795,11 @@ def round_and_repair(
         if late and j % group == 0:
             scales[j // group], _ = make_grid(w[i:i + group], bits, symmetric=True)
         scale = scales[j // group]
-        [codes[j]] = to_codes([w[i]], scale, 0, bits)
-        error = (w[i] - codes[j] * scale) / u[i][i]
+        codes[j] = to_codes([w[i]], scale, 0, bits)[0]
+        error = w[i] - codes[j] * scale
+        repair = error / u[i][i]
         for k in range(i + 1, len(w)):
-            w[k] -= error * u[i][k]
+            w[k] -= repair * u[i][k]
     return codes, scales
 
 
@@ -859,10 +866,9 @@ def check_hessian(hessian: Matrix, n: int, damp: float) -> None:
 # divided by the s of each. The authors' code leaves it out then, too.
 #
 # In production: llm-compressor's AWQModifier (the successor of AutoAWQ), run by vLLM's Marlin
-# kernels. By default its s is also divided by mean|w|^(1-α), with each weight divided by the
-# largest of its group. It compares the output of the whole attention or feed-forward block, where
-# we compare that of the matrices. AWQ needs little calibration and does not fit to it as closely as
-# GPTQ does.
+# kernels. By default its s takes the weights of a channel into account as well, and it compares the
+# output of the whole attention or feed-forward block, where we compare that of the matrices. AWQ
+# needs little calibration and does not fit to it as closely as GPTQ does.
 # Measured by show_awq().
 
 
@@ -923,7 +929,8 @@ def awq_scales(x: Matrix, alpha: float) -> Vector:
 # multiply x by A, and that by B. They never form W + B A, nor dW.)
 #
 # In production: peft (tuners/lora/bnb.py) with bitsandbytes' Linear4bit. Adapters are served in 16
-# bits beside the frozen weights; merging them into NF4 would round them away.
+# bits beside the frozen weights. Merging them into NF4 would round W + B A anew, and lose much of a
+# correction that is smaller than NF4's steps.
 # Measured by show_qlora().
 
 
@@ -958,9 +965,10 @@ def adapter_gradient(d_w: Matrix, adapter: Adapter) -> Adapter:
 #
 # All methods on one page. What to take follows from what there is:
 #
-#     no data, no time            8 bits; NF4, NVFP4, MXFP4 or Q4_K; FP8 or LLM.int8() for
-#                                 activations as well
-#     some text, some minutes     GPTQ or AWQ in 4 bits; SmoothQuant for activations as well
+#     no data, no time            weights alone: 8 bits, or 4 with NF4, NVFP4, MXFP4 or Q4_K
+#                                 weights and activations: FP8 or LLM.int8()
+#     some text, some minutes     weights alone: GPTQ or AWQ in 4 bits
+#                                 weights and activations: SmoothQuant in 8 bits
 #     training                    QLoRA on a frozen model; three values a weight (section 14)
 #
 # The measure is the KL divergence from the uncompressed model's predictions p:
@@ -1694,7 +1702,7 @@ def compare_losses(lab: Lab) -> list[Loss]:
             silent[norm][channel] = 0.0
     with_outliers, _ = mean_and_error(lab.losses)
     without, _ = mean_and_error(losses_on(Llama(lab.config, silent), lab.evaluation))
-    losses = {"the least possible": lab.least_loss, "the model": with_outliers,
+    losses = {"one that knows all": lab.least_loss, "the model under test": with_outliers,
               "its outlier channels set to 0": without,
               "guessing": math.log(lab.config.vocab_size)}
     return [Loss(who, loss, math.exp(loss)) for who, loss in losses.items()]
@@ -1730,12 +1738,13 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     verse = lab.tokenizer.decode(split_verses(lab.training)[0]).strip()
     trace.say(f"The model under test is a Llama of {n_numbers(lab.config):,} weights. It learned "
               f"verses made of the clauses of a nursery rhyme in another order: \"{verse}\" It is "
-              f"measured on {EVALUATION_VERSES} verses that nothing was trained or calibrated on, "
-              "without \"the house that Jack built.\", with which all verses end. The table shows "
-              "the loss per token. No model can get below the first row but by luck, since which "
-              "clause follows is partly chance. Guessing takes all tokens as equally likely.")
+              f"measured on {EVALUATION_VERSES} verses that no model and no method has seen. Their "
+              "common ending, \"the house that Jack built.\", is not counted. The table shows the "
+              "loss per token. Which clause follows is drawn at random, so even a model that knows "
+              "all the probabilities has the loss of the first row, and only luck could lower it. "
+              "Guessing takes all tokens as equally likely.")
     shown = losses if lab.outliers else [least, model, guessing]
-    trace.table(shown, {"who as of": "", "loss": ".3f", "perplexity": ".2f"})
+    trace.table(shown, {"who as model": "", "loss": ".3f", "perplexity": ".2f"})
     if lab.outliers:
         uses = "It uses them." if silent.loss > model.loss else "It hardly uses them."
         trace.say(f"As in large models, a few channels (numbers "
@@ -1882,27 +1891,29 @@ def show_rounded_models(trace: Trace, lab: Lab, setting: Setting) -> None:
     tensor, channel, group = (score(lab, method, setting) for method in (
         "INT per tensor", "INT per channel", "INT in groups"))
     trace.say("Now the model, rounded to nearest. The embedding and the norms stay in FP16. The "
-              "bits are those of a weight, scales included. KL says how far the predictions moved "
-              "from those of the model in FP32, and ± is its standard error over the verses. "
-              "(Perplexity would not do: a damaged model can have a better one by luck.)")
-    trace.say("± says how far other verses might move a KL. It does not say which method is "
-              "better, since all read the same verses. So this page calls one better than another "
-              "only if it is better on each of the five verses; if not, it is a tie. (Of two "
-              "equally good ones, one wins all five by luck in 2 · (1/2)^5 = 1 of 16 cases. So "
-              "some verdicts here may be luck.)")
+              "bits are those of a weight, scales included (w2 has rows of 32 weights, which pay "
+              "more for a scale than rows of 64). KL says how far the predictions moved from those "
+              "of the model in FP32. (Perplexity would not do: a damaged model can have a better "
+              "one by luck.)")
+    trace.say("This page calls a method better than another only if it is better on each of the "
+              "five verses. Anything else is a tie. (± is the standard error of a KL: how far "
+              "other verses might move it. It does not decide, since all methods read the same "
+              "verses. Of two equally good ones, one wins all five by luck in 1 of 16 cases.)")
     q8_0 = score(lab, "Q8_0", setting)
     q4_0 = score(lab, "Q4_0", setting)
     trace.table([tensor, channel, group, q4_0, q8_0], SCORE_COLUMNS)
-    trace.say(f"A scale per channel {compare(channel, tensor)} one per tensor. A scale per group "
-              f"of {g} {compare(group, channel)} one per channel, and {compare(group, tensor)} one "
-              "per tensor. Q4_0 and Q8_0 (section 3) have groups of 32. Q4_0 uses all 16 codes of "
-              "4 bits instead of 15; that makes its steps an eighth smaller.")
+    trace.say(f"A KL of {tensor.kl:.3f}, if the model itself were the truth, would make the "
+              f"perplexity {math.expm1(tensor.kl):.0%} higher. A scale per channel "
+              f"{compare(channel, tensor)} one per tensor. A scale per group of {g} "
+              f"{compare(group, channel)} one per channel. Q4_0 and Q8_0 (section 3) have groups "
+              "of 32. Q4_0 uses all 16 codes of 4 bits instead of 15; that makes its steps an "
+              "eighth smaller.")
     trace.say("One model proves little. So the same was measured on 20 models, of seeds 0 to 19, "
-              "at the default settings. A scale per tensor had 1.2 to 6.0 times the KL of groups "
-              "of 32. Groups had less than a scale per channel on 12 of the 20. They gain little "
-              "here, as a row of 64 weights has only two groups, and which of the two is better "
-              "differs from model to model. The rows of real models have thousands of weights, "
-              "and groups are usual there. So this page measures by them.")
+              "at the default settings. Groups of 32 had less KL than a scale per tensor on all "
+              "(which had 1.2 to 6.0 times as much), but less than a scale per channel on 12 only. "
+              "That is because a row of 64 weights has only two groups. The rows of real models "
+              "have thousands of weights, and groups are usual there, so this page measures by "
+              "them.")
 
 
 def check_comparisons(trace: Trace) -> None:
@@ -1969,6 +1980,8 @@ def show_blocks(trace: Trace, knobs: Namespace) -> None:
     trace.check("Q4_0 of -8, …, 7 and 7, …, -8 = the block worked out by hand, and back",
                 q4_0_encode(there_and_back) == block
                 and q4_0_decode(block, 32) == there_and_back, "18 bytes")
+    trace.check("with all signs turned, d is -1, and the codes are the same",
+                q4_0_encode([-x for x in there_and_back]) == b"\x00\xbc" + block[2:], "by hand")
 
 
 # 4. NF4 and double quantization
@@ -2024,7 +2037,8 @@ def show_nf4(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"NF4 has an error of {nf4.normal:.2%} at 4.5 bits. Asymmetric INT4 comes to "
               f"{asymmetric.normal:.2%} with {asymmetric.bits:.2f} bits, so plain NF4 is no "
               "bargain. Double quantization makes it one: it takes "
-              f"{double.bits:.2f} bits. (INT4 could store its scales so, too; it is not done.)")
+              f"{double.bits:.2f} bits. (INT4 could store its scales so, too; it is not done.) "
+              "Section 9 compares them on the model, where there are outliers.")
     trace.check_close("the codebook derived = the 16 published values", [codebook], [PUBLISHED_NF4],
                       1e-6)
     trace.check("NF4 beats INT4 in the same blocks on normal numbers, and loses on uniform ones",
@@ -2077,11 +2091,12 @@ def channels_of_wq(lab: Lab, weights: Weights) -> tuple[Vector, Vector]:
 def show_channels(trace: Trace, before: Vector, after: Vector, alpha: float) -> None:
     """Show the size of each input channel of wq, before and after SmoothQuant."""
     trace.say("A column for each channel that wq reads, as high as its largest activation. "
-              "SmoothQuant divides large channels, and multiplies the weights that meet them. How "
-              "strongly, its α says: at 1, all channels become equally large. (A dot is less than "
-              "half a line.)")
+              "SmoothQuant divides large channels, and multiplies the weights that meet them. Its "
+              "α sets how far: at 1, all channels become equally large. (A dot is less than half a "
+              "line.)")
     for title, sizes in (("As it is", before), (f"After SmoothQuant with α = {alpha:g}", after)):
-        trace.say(f"{title}, up to {max(sizes):.1f}:")
+        trace.say(f"{title}, up to {max(sizes):.1f}, which is {max(sizes) / median(sizes):.1f} "
+                  "times the channel in the middle:")
         trace.lines(["  " + line for line in columns_picture(sizes, 4)])
 
 
@@ -2119,8 +2134,8 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
     columns = column_absmax(flatten(at_zero[reader] for reader in readers))
     trace.check_close("at α = 1 all channels of x have the size 1, and at α = 0 all columns of wq, "
                       "wk and wv", [equal, columns], [[1.0] * len(equal)] * 2, 1e-9)
-    check_8_bit_models(trace, lab, weights, knobs.setting)
     trace.self_tests()
+    check_8_bit_models(trace, lab, weights, knobs.setting)
     check_8_bit_products(trace, lab.inputs[name][:8], lab.model.weights[name])
 
 
@@ -2138,9 +2153,10 @@ def show_8_bit_models(trace: Trace, lab: Lab, setting: Setting) -> None:
               f"{compare(mixed, dynamic)} dynamic INT8. {best.method}, the best of the three, "
               f"{compare(best, dynamic)} dynamic INT8. FP8, without calibration, "
               f"{compare(fp8, static)} static INT8, and {compare(fp8, dynamic)} dynamic INT8.")
-    trace.say("On 20 models at the defaults, the KL divided by that of dynamic INT8 was 3.2 to 7.6 "
-              "for static INT8, 0.5 to 1.7 for FP8, and at most 0.06 for LLM.int8() and 0.10 for "
-              "SmoothQuant with α = 0.5. This α was the best of the three on all 20.")
+    trace.say("On 20 models at the defaults, static INT8 had more KL than dynamic INT8 on all (3.2 "
+              "to 7.6 times as much). LLM.int8() and SmoothQuant with α = 0.5 had less on all (at "
+              "most 0.06 and 0.10 of it), and this α had the least of the three on all. FP8 had "
+              "0.5 to 1.7 times as much as dynamic INT8.")
 
 
 def check_8_bit_models(trace: Trace, lab: Lab, smooth: Weights, setting: Setting) -> None:
@@ -2231,27 +2247,27 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
               f"act-order {compare(ordered, plain)} GPTQ in the order of the columns. Calibrated "
               f"on a single token, GPTQ {compare(starved, nearest_score)} rounding to nearest. "
               "(Its repairs are made for that token.)")
-    trace.say("act-order also lays all grids before it starts, where GPTQ lays them on its way. "
-              "That is not what helps: on 20 models at the defaults, GPTQ with grids laid first "
-              "had 0.6 to 1.7 times the KL of GPTQ, and less on 11. The order does: act-order had "
-              "0.14 to 0.99 times the KL of GPTQ with grids laid first.")
-    trace.say("On the 20 models, the KL divided by that of rounding to nearest was 0.07 to 0.55 "
-              "for GPTQ, 0.04 to 0.20 with act-order, and 0.4 to 2.5 with one token, "
-              "which did harm on 17 of the 20.")
+    trace.say("On 20 models at the defaults, GPTQ had less KL than rounding to nearest on all "
+              "(0.07 to 0.55 of it), with act-order, too (0.04 to 0.20). With one token of "
+              "calibration it had more on 17.")
+    trace.say("act-order takes the columns with the largest inputs first. It also chooses all "
+              "scales before it starts, where GPTQ chooses each on its way. That is not what "
+              "helps: on the 20 models, GPTQ with all scales chosen first had less KL than GPTQ on "
+              "11, and act-order had less than that on all.")
 
-    trace.check("one token of calibration makes another model, and not that of rounding to nearest",
-                starved.kl not in (plain.kl, nearest_score.kl), "their KLs")
     trace.check("the example: 0, 0, 7 to nearest, and 0, 1, 7 by GPTQ",
                 [row.codes for row in example] == ["", "[0, 0, 7]", "[0, 1, 7]"], "by hand")
     name = "layers.0.feed_forward.w2"
     w = lab.model.weights[name]
     h = hessian_of(lab.inputs[name])
+    check_gptq(trace, w, lab.inputs[name], bits)
+    trace.check("one token of calibration makes another model, and not that of rounding to nearest",
+                starved.kl not in (plain.kl, nearest_score.kl), "their KLs")
     made = [compress(lab, method, knobs.setting)[0].weights[name]
             for method in ("GPTQ", "GPTQ act-order")]
     trace.check("the two models have what GPTQ makes of w2, without and with act-order",
                 made == [gptq(w, h, bits, granularity=g, act_order=by_size).dequantize()
                          for by_size in (False, True)], name)
-    check_gptq(trace, w, lab.inputs[name], bits)
 
 
 def check_gptq(trace: Trace, w: Matrix, x: Matrix, bits: int) -> None:
@@ -2330,14 +2346,15 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"A column chosen by its inputs {compare(by_inputs, by_weights)} one by its weights, "
               f"and {compare(by_inputs, chance)} one by chance (one draw). AWQ "
               f"{compare(awq, nearest_score)} rounding to nearest, with the same bytes.")
-    trace.say("On 20 models at the defaults, the KL divided by that of rounding to nearest was "
-              "0.21 to 0.68 with a column by its inputs, which protects one channel, and 0.07 to "
-              "0.42 for AWQ, which protects all that have large inputs.")
+    trace.say("On 20 models at the defaults, both had less KL than rounding to nearest on all. A "
+              "column by its inputs, which protects one channel, had 0.21 to 0.68 of it, and AWQ, "
+              "which protects all that have large inputs, 0.07 to 0.42.")
     _, x = awq_task(lab, source)
-    trace.say("wq, wk and wv read what one norm puts out, so they share one α, and the norm's gain "
-              f"is divided by the factors. The search for {source}: the output error of the three, "
-              f"on {len(x)} tokens of the calibration text (few, to save time). α = 0 is rounding "
-              "to nearest.")
+    trace.say("wq, wk and wv read what one norm puts out, so they share one factor for each "
+              "channel, and the norm is divided by it, which costs nothing. How far the factors go "
+              f"is an exponent α, and α = 0 is rounding to nearest. The search for {source}: the "
+              f"output error of the three matrices, on {len(x)} tokens of the calibration text "
+              "(few, to save time).")
     trace.table(tried, {"exponent as α": ".1f", "error": ".2%bar 40"})
     trace.note("The search tries 0, 0.1, …, 0.9. It finds " + ", ".join(
         f"{alpha:.1f} for {name}" for name, (_, alpha, _) in found.items())
@@ -2365,9 +2382,9 @@ def check_awq(
     scaled = scale_columns(lab.model.weights[name], found[source][0])
     rounded = quantize(scaled, setting.bits, granularity=setting.group_size)
     model, _ = compress(lab, "AWQ", setting)
+    trace.self_tests()
     trace.check("AWQ's model rounds the columns multiplied by s",
                 model.weights[name] == rounded.dequantize(), name)
-    trace.self_tests()
     trace.check_close("s of mean|x| = 1, 4, 16 at exponent 1/2 = 1/2, 1, 2",
                       [awq_scales([[2.0, -5.0, 0.0], [0.0, 3.0, 32.0]], 0.5)], [[0.5, 1.0, 2.0]],
                       1e-12)
@@ -2467,12 +2484,14 @@ def show_qlora(trace: Trace, knobs: Namespace) -> None:
     verse = lab.tokenizer.decode(split_verses(lab.dialect_training)[0]).strip()
     trace.say(f"LoRA leaves the model as it is and trains a correction of low rank, here {RANK}, "
               "beside each matrix. QLoRA does so on a model in NF4.")
-    trace.say(f"The task is a dialect: \"{verse}\" Each way trains for {steps} steps of {length} "
-              "tokens on the same verses, at a learning rate chosen on others, and is measured on "
-              "others again. The columns: how many numbers are trained; the bytes of the weights "
-              "and of the optimizer while training (what is trained is in FP32, what is frozen in "
-              "FP16 or NF4); the loss per token. (Guessing has "
-              f"{math.log(lab.config.vocab_size):.3f}.)")
+    trace.say(f"The task is a dialect, with \"and\" for \"that\" and other verbs: \"{verse}\" Each "
+              f"way trains for {steps} steps of {length} tokens on the same verses, at a learning "
+              "rate chosen on others, and is measured on others again. The columns: how many "
+              "numbers are trained; the bytes of the weights and of the optimizer while training "
+              "(what is trained is in FP32, what is frozen in FP16 or NF4); the loss per token. "
+              "(Guessing has "
+              f"{math.log(lab.config.vocab_size):.3f}. A model that is sure of the wrong word can "
+              "do worse.)")
     trace.table(rows, {"way": "", "trained": ",d", "weights": ",d", "optimizer": ",d",
                        "loss": ".3f", "error as ±": ".3f"})
     share = (qlora.weights + qlora.optimizer) / (full.weights + full.optimizer)
@@ -2494,11 +2513,11 @@ def check_qlora(trace: Trace, lab: Lab, rows: list[FineTuned]) -> None:
     wq = lab.model.weights["layers.0.attention.wq"]
     trace.check("a new adapter changes nothing",
                 with_adapter(wq, new_adapter(wq, RANK, random.Random(0))) == wq, "equal")
-    trace.check("LoRA and QLoRA end at different losses, as their bases differ",
-                lora.loss != qlora.loss, "at one learning rate")
     trace.check("each of the three lowered the loss of its base",
                 max(full.loss, lora.loss) < before.loss and qlora.loss < nf4.loss, "the table")
     trace.self_tests()
+    trace.check("LoRA and QLoRA end at different losses, as their bases differ",
+                lora.loss != qlora.loss, "at one learning rate")
     w = [[1.0, 2.0], [3.0, 4.0]]
     adapter = Adapter([[5.0, 6.0]], [[7.0], [8.0]])
     trace.check("W + B A, dA and dB of a 2 × 2 matrix at rank 1 = worked out by hand",
@@ -2565,10 +2584,11 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
     trace.ask("which method under 5 bits a weight has the least KL? ("
               + "; ".join(row.method for row in small) + ")", best.method)
     trace.say("The methods that need no training, on one model and one text; the worst come "
-              "first. (What only served to compare is left in its section.) The bits are those of "
-              "a weight of the matrices, scales included. The bytes are those of the whole file; "
-              f"in FP16 it has {2 * n_numbers(lab.config):,}. The last column is what a method "
-              "needs: text to calibrate on, gradients on it.")
+              "first. Those of sections 11 to 13 are explained there. The bits are those of a "
+              "weight of the matrices, scales included. The bytes are those of the whole file, "
+              "with the embedding, large in so small a model, in FP16; all in FP16 it has "
+              f"{2 * n_numbers(lab.config):,}. The last column is what a method needs: text to "
+              "calibrate on, gradients on it.")
     columns = {"method": "", "section": "d", "bits": ".2f", "nbytes as bytes": ",d",
                "kl as KL": ".5f", "error as ±": ".5f", "needs": ""}
     trace.table(table_rows(scores, WEIGHTS_ONLY), columns)
@@ -2579,15 +2599,14 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
               "sections 8, 14 and 15: after training, a KL would also count what was learned.")
     trace.note(f"NF4 with double quantization takes {scores['NF4'].bits:.2f} bits instead of "
                f"{NF4_BITS:.2f}, since each of these small matrices has a mean and a scale of its "
-               "own, and w2 has blocks of 32. The embedding, large in so small a model, stays in "
-               "FP16.")
+               "own, and w2 has blocks of 32.")
     nf4_better = max(scores["NF4"].kl, scores["NVFP4"].kl) < scores["INT in groups"].kl
     if (knobs.bits, knobs.group_size) == (4, 32) and lab.outliers and nf4_better:
         trace.say("NF4 and NVFP4 do better than INT4 in groups, although they are hardly more "
-                  "exact on the whole. The reason is the outliers. The weights that meet them have "
-                  "become small, and these formats have the finest steps near 0. (With NF4's "
-                  "values in the columns that meet outliers, and INT4's in all others, 20 models "
-                  "at the defaults had 0.22 to 0.80 of the KL of INT4.)")
+                  "exact on the whole. The reason is the outliers. Training made the weights that "
+                  "meet them small, and these formats have the finest steps near 0. This was "
+                  "tried: with NF4's values in these columns alone, and INT4's in all others, 20 "
+                  "models at the defaults had 0.22 to 0.80 of the KL of INT4.")
     check_table(trace, lab, knobs.setting)
 
 
@@ -3157,7 +3176,7 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
     if set(widths.values()) == {bits}:
         trace.say("No better assignment of these widths fits into these bytes.")
     trace.say(f"The model in mixed bits {compare(mixed, uniform)} the one in uniform bits. On 20 "
-              "models at the defaults its KL was 0.28 to 1.15 times the other's, and less on 18. "
+              "models at the defaults its KL was less on 18 (0.28 to 1.15 times the other's). "
               "The estimate is rough: it adds up the weights one by one, as if their errors did "
               "not work together, and it saw little text.")
     saved = sum(row[bits].nbytes - row[widths[name]].nbytes for name, row in choices.items())
