@@ -10,8 +10,8 @@ them looks for; where only sizes and sums count, the weights are random.
 
 How to read it
   1. Read the words below (2 minutes), run `python3 microattention.py` and read what it prints
-     (10 minutes).
-  2. Read THE TECHNIQUES, in order (30 minutes). Sections 1 to 6 and 8 are the core of the chapter.
+     (15 minutes).
+  2. Read THE TECHNIQUES, in order (45 minutes). Sections 1 to 6 and 8 are the core of the chapter.
      Section 7, the memory of real models, can wait.
   3. THE EXPERIMENTS say how each number of the trace was measured. THE MODEL AND THE BENCH has the
      heads built by hand. SHARED BY THE FIVE, which the five scripts of this collection have in
@@ -60,7 +60,8 @@ The papers
 #   engine           a program that serves many requests at once, as vLLM does; llama.cpp runs
 #                    models on any computer, and transformers is Hugging Face's library
 #
-# linear(x, w) multiplies every row of x by the matrix w [out][in]. dot(a, b) is Σ a[i]·b[i].
+# linear(x, w) multiplies every row of x by the matrix w [out][in]. dot(a, b) is Σ a[i]·b[i], and
+# check_… refuses what cannot work. All stand further down, and none needs reading now.
 # A shape in brackets says how many: q [n_q][d] is n_q queries of d channels each.
 
 from __future__ import annotations
@@ -290,9 +291,9 @@ def concat(*blocks: Matrix) -> Matrix:
 #
 # To write one token, every head reads the keys and values of all tokens so far, and does only one
 # multiplication with each number. A card multiplies much faster than it reads memory. So with
-# long texts or many requests the reading is what takes the time (microkv measures it). Queries
-# are used once and thrown away. So keep n_heads query heads, and let several of them share one KV
-# head:
+# long texts or many requests the reading is what takes the time (microkv, section 2, computes it).
+# Queries are used once and thrown away. So keep n_heads query heads, and let several of them share
+# one KV head:
 #
 #     MHA   every query head has its own KV head            n_kv_heads = n_heads
 #     GQA   each group of n_heads / n_kv_heads shares one   1 < n_kv_heads < n_heads
@@ -954,9 +955,9 @@ def show_row(trace: Trace, q: Matrix, k: Matrix, v: Matrix, knobs: Namespace) ->
     rows = work_out_row(q, k, v, knobs.labels, i)
     trace.say(f"One row worked out: token {i}, {knobs.labels[i]!r}, with d = {CODE} channels. "
               "Every word has a code of +1 and -1, which is its key and its value (column v). The "
-              f"query is the code of its own word times {SHARPNESS / math.sqrt(CODE)}, so that a "
-              f"perfect match scores {SHARPNESS:.0f}. A word whose code differs in most channels "
-              "scores below 0.")
+              f"query is the code of its own word times {SHARPNESS / math.sqrt(CODE)}, so that "
+              f"q·k/√d of a perfect match is {SHARPNESS:.0f}. A word whose code differs in most "
+              "channels scores below 0.")
     largest = sorted(rows, key=lambda row: -row.weight)[:3]
     trace.ask("how large is its largest weight? (They sum to 1.)", largest[0].weight)
     trace.table(rows, {"j": "d", "key": "", "product as q·k": "z.2f", "score as q·k/√d": "z.2f",
@@ -1139,8 +1140,8 @@ def compare_windowed(x: Matrix, window: int, sinks: int, rng: random.Random) -> 
     """
     values = [[0.0] * CODE] + random_matrix(rng, len(x) - 1, CODE)
     scale = length_of(values) or 1.0  # a text of one token has no other value than 0
-    heads = [("its own word", "same word", None), ("one back", "one back", None),
-             ("everything alike", "everywhere", None),
+    heads = [("same word", "same word", None), ("one back", "one back", None),
+             ("everywhere", "everywhere", None),
              ("nothing: rests on token 0", "first token", None),
              ("nothing: learned sink", "everywhere", SHARPNESS)]
     rows = []
@@ -1345,13 +1346,16 @@ def show_positions(trace: Trace, knobs: Namespace) -> None:
     places = (0, 7, 100, 5000)
     distances = (0, 1, 2, 8, 32)
     scores = [[score_at(q, k, place + far, place) for far in distances] for place in places]
-    trace.say("RoPE takes the channels of q and k two by two, as points in a plane, and turns each "
-              "point by an angle in proportion to the position. Here are the scores of one random "
-              f"q and k of {d} channels at different places. Read down a column: where they stand "
-              "does not matter, only how far apart. A key turns by its own position alone. So that "
-              "is done once, and the key is cached that way.")
+    trace.say("A score does not depend on where the two tokens stand: attention alone does not "
+              "know which word came first. RoPE brings the positions in. It takes the channels of "
+              "q and k two by two, as points in a plane, and turns each point by an angle in "
+              "proportion to the position.")
     trace.ask(f"a query 8 tokens after a key at 0 scores {scores[0][3]:.4f}. What does it score 8 "
               f"tokens after the same key at {places[-1]}?", scores[-1][3])
+    trace.say(f"Here are the scores of one random q and k of {d} channels at different places. "
+              "Read down a column: where they stand does not matter, only how far apart. A key "
+              "turns by its own position alone. So that is done once, and the key is cached that "
+              "way.")
     columns = [f"{far} apart" for far in distances]
     rows = [{"key at": place, **dict(zip(columns, row))} for place, row in zip(places, scores)]
     trace.table(rows, {"key at": "d", **dict.fromkeys(columns, "z.4f")})
@@ -2455,10 +2459,9 @@ def print_summary(trace: Trace, next_experiment: str) -> None:
     else:
         summary.append("No check was reached.")
     if trace.unwritten:
-        n_waiting = len(trace.unwritten)
-        waiting = "1 section waits" if n_waiting == 1 else f"{n_waiting} sections wait"
         numbers = ", ".join(map(str, trace.unwritten))
-        summary += textwrap.wrap(f"{waiting} for a function: {numbers}.", WIDTH)
+        waiting = "Section {} waits" if len(trace.unwritten) == 1 else "Sections {} wait"
+        summary += textwrap.wrap(f"{waiting.format(numbers)} for a function.", WIDTH)
     if trace.asked:
         summary.append(f"Predictions: {trace.right} of {trace.asked} right.")
     trace.lines([*summary, f"Try next: {next_experiment}"], "1")
@@ -2545,7 +2548,7 @@ def check_heads(parser: OneLineParser, knobs: Namespace) -> None:
     """Fill in the numbers of KV heads and ranks, and refuse what does not divide."""
     n_heads = knobs.n_heads
     if knobs.dim % n_heads:
-        parser.error(f"argument --dim: {knobs.dim} must be a multiple of --n-heads, {n_heads}; "
+        parser.error(f"argument --n-heads: {n_heads} does not divide --dim, {knobs.dim}; --dim "
                      f"{n_heads * ceil_div(knobs.dim, n_heads)} would do")
     divisors = [d for d in range(1, n_heads + 1) if n_heads % d == 0]
     if knobs.n_kv_heads is None:

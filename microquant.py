@@ -4822,10 +4822,9 @@ def print_summary(trace: Trace, next_experiment: str) -> None:
     else:
         summary.append("No check was reached.")
     if trace.unwritten:
-        n_waiting = len(trace.unwritten)
-        waiting = "1 section waits" if n_waiting == 1 else f"{n_waiting} sections wait"
         numbers = ", ".join(map(str, trace.unwritten))
-        summary += textwrap.wrap(f"{waiting} for a function: {numbers}.", WIDTH)
+        waiting = "Section {} waits" if len(trace.unwritten) == 1 else "Sections {} wait"
+        summary += textwrap.wrap(f"{waiting.format(numbers)} for a function.", WIDTH)
     if trace.asked:
         summary.append(f"Predictions: {trace.right} of {trace.asked} right.")
     trace.lines([*summary, f"Try next: {next_experiment}"], "1")

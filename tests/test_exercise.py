@@ -236,13 +236,13 @@ def test_a_half_done_script_prints_its_trace_all_the_same(name, tmp_path, capsys
     assert n_sections > 1
     assert len(waiting) == n_sections
     numbers = ", ".join(sections_in_trace)
-    assert f" {n_sections} sections wait for a function: {numbers}. " in " ".join(out.split())
+    assert f" Sections {numbers} wait for a function. " in " ".join(out.split())
     assert all(len(line) <= 80 for line in out.splitlines())
     assert "FAIL" not in out
 
     assert module.main([*options, "--section", sections_in_trace[-1]]) == 1
     out = capsys.readouterr().out
-    assert f"\n1 section waits for a function: {sections_in_trace[-1]}.\n" in out
+    assert f"\nSection {sections_in_trace[-1]} waits for a function.\n" in out
 
 
 @each_name
@@ -588,7 +588,7 @@ def without_refusals(script, wanted):
     return changed
 
 
-EDITS_OF_THREE = {
+EDITS_OF_FOUR = {
     "microattention": {
         # Right for powers of two only.
         "alibi_slopes": "return [2.0 ** (-8 * (h + 1) / n_heads) for h in range(n_heads)]",
@@ -624,26 +624,29 @@ EDITS_OF_THREE = {
         "DecodeEngine.admit": own_body("microkv", "DecodeEngine.admit"),
         "CachingEngine.admit": "return super().admit(state, budget)",  # finds no prefix
     },
+    "microbeam": {
+        "greedy": own_body("microbeam", "greedy"),  # no test of it is asked for
+    },
 }
 
 
 @pytest.fixture(scope="module")
-def three_scripts(tmp_path_factory):
-    """Return a folder with three scripts. Some of their techniques are right, others are not."""
+def four_scripts(tmp_path_factory):
+    """Return a folder with four scripts. Some of their techniques are right, others are not."""
     folder = tmp_path_factory.mktemp("my")
-    for script, edits in EDITS_OF_THREE.items():
+    for script, edits in EDITS_OF_FOUR.items():
         (folder / f"{script}.py").write_text(with_bodies(script, edits), encoding="utf-8")
     (folder / ".exercises").write_text("microattention.alibi_bias\n", encoding="utf-8")
     return folder
 
 
 @pytest.fixture(scope="module")
-def report(three_scripts):
-    """Return the report of one run that grades three scripts."""
+def report(four_scripts):
+    """Return the report of one run that grades four scripts."""
     wanted = ["alibi", "bytes", "mean_pool", "tiny_example", "grouped and 3-7-12",
               "standard_traffic", "least_recently", "prefix_caching_in", "row_of_the_preemption",
               "crossing_takes_its_time"]
-    done, report = graded(three_scripts, "-k", " or ".join(wanted), "-n", "2")
+    done, report = graded(four_scripts, "-k", " or ".join(wanted), "-n", "2")
     assert done.returncode == 1
     return report
 
@@ -654,11 +657,14 @@ class TestOneReport:
     def test_it_begins_with_how_many_tests_ran(self, report):
         beginning = " ".join(report.split()).partition(" ==")[0]
         assert re.fullmatch(r"\d+ of \d+ tests match -k alibi or bytes or .*; a function's tests "
-                            r"are those that call it\. A function that is done here may still fail "
-                            r"in the others; in the end, grade it by all of them\.", beginning)
+                            r"are those that call it\. A function that is right so far may still "
+                            r"fail in the others; in the end, grade it by all of them\.", beginning)
 
-    def test_grades_tell_done_from_wrong_and_unwritten(self, report, three_scripts):
-        assert " microattention: 4 of 11 done " in report
+    def test_scripts_whose_tests_do_not_run_are_left_out(self, report):
+        assert "microbeam" not in report
+
+    def test_grades_tell_done_from_wrong_and_unwritten(self, report, four_scripts):
+        assert " microattention: 4 of 11 right so far " in report
         assert "\nnot yet  visible_weights, kv_bytes_per_token, cache_bytes\n" in report
         assert "\nno test  rope (written, but no test that ran calls it)\n" in report
         assert is_done("mean_pool_kv_heads", report)
@@ -670,7 +676,7 @@ wrong    alibi_slopes: its test fails; the smallest call that shows it:
 """ in report
         # The code of the original counts as written where it was taken out.
         assert "\ndone     alibi_bias: the same code as the original's\n" in report
-        path = three_scripts / "microattention.py"
+        path = four_scripts / "microattention.py"
         line = 1 + path.read_text(encoding="utf-8").split("def attention_weights")[0].count("\n")
         assert f"\nNext: mend attention_weights, {path} line {line}.\n" in report
         # The README shows this grade.
@@ -687,7 +693,7 @@ wrong    alibi_slopes: its test fails; the smallest call that shows it:
 
     def test_a_method_that_keeps_something_in_its_own_way_is_right(self, report):
         assert is_done("Traffic.load", report)
-        assert " microflash: 1 of 1 done " in report
+        assert " microflash: 1 of 1 right so far " in report
 
     def test_order_counts_in_a_pool_and_nobody_else_is_blamed(self, report):
         for name in ("allocate", "share", "num_free_blocks"):
@@ -722,8 +728,11 @@ PLACES = [*range(30), 7, *range(31, 40)]
     (SimpleNamespace(b=deque(range(40))), SimpleNamespace(b=deque(PLACES)),
      "at ['b'][30]: 30 / at ['b'][30]: 7"),
     (1.0000001, 1.0, "1.0000001 / 1.0"),
+    (b"\xd0\x03ab", b"\xd0\x83ab",
+     'bytes.fromhex("d0 03 61 62") / bytes.fromhex("d0 83 61 62")'),
+    (bytes(18), bytes(17) + b"!", "at [17]: 0 / at [17]: 33"),
 ], ids=["deque", "length", "Counter", "order", "dict", "length of a dict", "attribute",
-        "number"])
+        "number", "bytes", "many bytes"])
 def test_the_place_where_two_values_differ_is_shown(yours, expected, shown):
     lines = difference((yours, (), {}), (expected, (), {}), None, ((), {}), [])
     yours, expected = shown.split(" / ")
@@ -731,8 +740,8 @@ def test_the_place_where_two_values_differ_is_shown(yours, expected, shown):
 
 
 def is_done(name, report):
-    """Return whether a report says that all tests of a technique pass."""
-    done = rf"^done     {re.escape(name)}: (its test passes|its \d+ tests pass)$"
+    """Return whether a report says that all tests of a technique pass, of those that ran."""
+    done = rf"^(done  |so far)   {re.escape(name)}: (its test passes|its \d+ tests pass)$"
     return re.search(done, report, re.M) is not None
 
 
@@ -790,6 +799,18 @@ class TestReportOfBrokenScripts:
 
     def test_refusals_in_other_words_are_right(self, report_of_broken):
         assert is_done("group_size", report_of_broken)
+
+
+def test_a_name_that_matches_nothing_is_told_unless_a_script_could_not_be_read(tmp_path):
+    lines = []
+    reporter = SimpleNamespace(ensure_newline=lambda: None, write_line=lines.append)
+    grader = Grader(tmp_path, tmp_path, [], False, False, "nothing")
+    grader.n_left_out = 5
+    grader.write_what_ran(reporter)
+    assert lines == ["No test matches -k nothing."]
+    grader.problems["microkv"] = "line 1: SyntaxError: invalid syntax"
+    grader.write_what_ran(reporter)
+    assert len(lines) == 1
 
 
 def test_the_line_where_a_missing_definition_belongs():

@@ -597,6 +597,8 @@ def answer(arguments: argparse.Namespace) -> str:
     script, _, wanted = arguments.what.removesuffix(".py").partition(".")
     if script not in NAMES:
         raise Refusal(f"the scripts are {', '.join(NAMES)}; not {script!r}")
+    if arguments.list and wanted:
+        raise Refusal(f"--list takes a script: exercise.py --list {script}")
     if arguments.list:
         return list_of(script)
     if arguments.folder is None:

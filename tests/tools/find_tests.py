@@ -150,7 +150,7 @@ class Finder:
         longest = LONGEST + TIMES_AS_LONG * (time.perf_counter() - start)
         called = self.called
         for key in sorted(called):
-            rank = rank_of(key[1], test, len(called))
+            rank = rank_of(key[1], test, len(called), list(self.n_variants).index(test))
             is_better = key not in self.found or rank < self.found[key]
             if is_better and self.is_wanted(key, test):
                 self.broken = key
@@ -184,14 +184,15 @@ def words_of(name):
     return [word for word in re.split(r"[ ._]+", apart.lower()) if len(word) > 2]
 
 
-def rank_of(technique, test, n_called):
+def rank_of(technique, test, n_called, place):
     """Return how well a test suits a technique, as a tuple; the smallest is best.
 
-    n_called: how many techniques the test calls. The last item is the test itself.
+    n_called: how many techniques the test calls. place: of the test in its file, where simple ones
+    come first. The last item is the test itself.
     """
     n_words = sum(word in test for word in words_of(technique))
     is_finding = test.startswith("test_finding_")  # about an experiment
-    return -n_words, is_finding, n_called, test
+    return -n_words, is_finding, n_called, place, test
 
 
 def run(scripts, only=None):

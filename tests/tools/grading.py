@@ -3,7 +3,7 @@
 The parity tests run on the learner's scripts (tests/tools/exercise.py makes them) instead of the
 originals. What is printed is a grade of each technique that the learner has to write, one a line:
 
-    done     its tests pass
+    done     its tests pass; "so far" where only some of them ran
     wrong    with the smallest call whose result differs from the original's
     too slow but what it returned was right, as far as it was compared
     not yet  not written yet
@@ -24,7 +24,7 @@ seconds; then the original's takes its place, and its other tests are skipped. T
 get LONGEST_GRADE seconds. First come those that are best for one technique (exercise.py --list
 names them), so that what is cut off tells least. All these are seconds of this process, not of
 the clock, so that a busy machine makes nobody's code too slow. Where nothing is written yet, none
-of the script's tests runs.
+of the script's tests runs. Nor do the tests of what the experiments find, which take long.
 
 Without --impl, two workers of pytest-xdist share the tests, where it is installed.
 
@@ -89,7 +89,7 @@ DETAILS = WIDTH - len(INDENT)  # columns of such a line
 MOST_LINES = 8          # of a call that is shown whole, or of an error
 MOST_PARTS = 200        # numbers, texts and the like that can fit into these lines
 NO_BREAK = "\xa0"       # a space at which no line ends
-ROWS = (list, tuple, deque)    # what has items in places 0, 1, ...
+ROWS = (list, tuple, deque, bytes)  # what has items in places 0, 1, ...
 
 
 def pytest_addoption(parser):
@@ -309,6 +309,7 @@ class Grader:
         self.originals = {}  # key: the original's function, in the learner's module
         self.broken_tests = []  # that fail with the original's techniques
         self.n_tests = 0        # that run
+        self.scripts_with_tests = set()  # that run
         self.n_left_out = 0     # tests that do not run, as with -k
         self.n_too_late = 0     # tests that do not run because the others have taken long
         self.n_begun = 0        # tests that have begun to run
@@ -405,7 +406,13 @@ class Grader:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
-        """Let the best test of each technique run before the other tests of its script."""
+        """Let the best test of each technique run before the other tests of its script.
+
+        What an experiment finds takes long to test, and says little about a technique. Such a test
+        only runs if a technique has no better one.
+        """
+        items[:] = [item for item in items if not item.originalname.startswith("test_finding")
+                    or item.originalname in self.best_tests]
         files = list(dict.fromkeys(item.path for item in items))
         items.sort(key=lambda item: (files.index(item.path),
                                      item.originalname not in self.best_tests))
@@ -413,6 +420,7 @@ class Grader:
     def pytest_collection_finish(self, session):
         """Count the tests that run."""
         self.n_tests = len(session.items)
+        self.scripts_with_tests = {item.path.stem.removeprefix("test_") for item in session.items}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item):
@@ -508,7 +516,7 @@ class Grader:
         # A function among the arguments may draw at random, and so give the two calls other values.
         call, is_cut = call_as_lines(grade.name, *shown)
         rank = (any(map(is_opaque, values_of(expected))), isinstance(expected[0], MISTAKES), is_cut,
-                are_same, size_of(shown) + size_of(expected[0]))
+                are_same, size_of(shown) + size_of(expected[0]), len("".join(call)))
         if grade.counterexample is None or rank < grade.counterexample.rank:
             if are_same:
                 lines = lines_of_kinds(*other_kind(outcome[0], expected[0]))
@@ -750,7 +758,8 @@ class Grader:
         if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED,
                               pytest.ExitCode.NO_TESTS_COLLECTED):
             return
-        all_done = all(grade.word() == "done" for grade in self.grades.values())
+        all_done = all(grade.word() == "done" for grade in self.grades.values()
+                       if self.is_asked_for(grade.script))
         if self.broken_tests or any(self.problems.values()) or not all_done:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -758,9 +767,18 @@ class Grader:
         """Write the grades."""
         self.write_what_ran(terminalreporter)
         for script in self.scripts:
-            self.write_grades(script, terminalreporter)
+            if self.is_asked_for(script) or self.problems[script]:
+                self.write_grades(script, terminalreporter)
         if self.broken_tests:
             self.write_broken_tests(terminalreporter)
+
+    def is_partial(self):
+        """Return whether the grades rest on some of the tests only, as with -k."""
+        return bool(self.n_left_out or self.n_too_late or self.tests_were_named)
+
+    def is_asked_for(self, script):
+        """Return whether tests of a script ran, or none ran at all. (With -k, others are not.)"""
+        return script in self.scripts_with_tests or not self.scripts_with_tests
 
     def write_what_ran(self, reporter):
         """Write how many tests the grades rest on, if these are not all."""
@@ -769,8 +787,9 @@ class Grader:
         n_all = self.n_tests + self.n_left_out
         if self.keyword and self.n_left_out and not self.n_too_late:
             if self.n_tests == 0:
-                reporter.ensure_newline()
-                reporter.write_line(f"No test matches -k {self.keyword}.")
+                if not any(self.problems.values()):  # or else its tests may be among those unread
+                    reporter.ensure_newline()
+                    reporter.write_line(f"No test matches -k {self.keyword}.")
                 return
             match = "matches" if self.n_tests == 1 else "match"
             tests = f"{self.n_tests} of {n_all} tests {match} -k {self.keyword}"
@@ -780,8 +799,8 @@ class Grader:
             tests = f"Only the {self.n_tests} tests that you named ran"
         else:
             return
-        text = (f"{tests}; a function's tests are those that call it. A function that is done here "
-                "may still fail in the others; in the end, grade it by all of them.")
+        text = (f"{tests}; a function's tests are those that call it. A function that is right so "
+                "far may still fail in the others; in the end, grade it by all of them.")
         reporter.ensure_newline()
         reporter.write_line(wrapped(text))
 
@@ -805,7 +824,8 @@ class Grader:
             return
         grades = [grade for grade in self.grades.values() if grade.script == script]
         n_done = sum(grade.word() == "done" for grade in grades)
-        reporter.section(f"{script}: {n_done} of {len(grades)} done")
+        done = "right so far" if self.is_partial() else "done"
+        reporter.section(f"{script}: {n_done} of {len(grades)} {done}")
         for grade in grades:
             if grade.word() in ("done", "wrong", "too slow") or grade.state == "missing":
                 self.write_grade(grade, reporter)
@@ -820,7 +840,9 @@ class Grader:
         """Write the lines of one grade."""
         word = grade.word()
         first, *others = grade.lines()
-        reporter.write_line(wrapped(f"{word:8} {grade.name}: {first}", INDENT),
+        is_open = word == "done" and grade.state == "written" and self.is_partial()
+        shown = "so far" if is_open else word
+        reporter.write_line(wrapped(f"{shown:8} {grade.name}: {first}", INDENT),
                             green=word == "done", red=word in ("wrong", "too slow"))
         for line in others:
             reporter.write_line(INDENT + line)
@@ -1172,6 +1194,7 @@ class Short(reprlib.Repr):
         self.maxdict = 8
         self.maxstring = 30
         self.maxlong = 12  # digits: a hash has more
+        self.maxbytes = 12
         self.maxother = 60
         self.maxlevel = 4
 
@@ -1183,6 +1206,11 @@ class Short(reprlib.Repr):
             attributes = [f"{name}={self.repr1(value, level - 1)}" for name, value in parts.items()]
             return f"{type(x).__name__}({', '.join(attributes)})"
         return self.repr_str(repr(x), level) if len(repr(x)) > self.maxother else repr(x)
+
+    def repr_bytes(self, x, level):
+        """Return them in hex, as code that makes them."""
+        dots = " ..." if len(x) > self.maxbytes else ""
+        return f'bytes.fromhex("{x[:self.maxbytes].hex(" ")}{dots}")'
 
     def repr_dict(self, x, level):
         """Return the items in their own order, which reprlib would sort."""
