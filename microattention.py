@@ -172,7 +172,7 @@ def attention(
         if not seen:
             out.append([0.0] * len(v[0]))
             continue
-        channels = zip(*[v[j] for j in seen])
+        channels = zip(*[v[j] for j in seen])  # the values that are seen, channel by channel
         out.append([dot(weights, channel) for channel in channels])
     return out
 
@@ -370,11 +370,11 @@ def mean_pool_kv_heads(w: Matrix, n_heads: int, n_kv_heads: int) -> Matrix:
     if len(w) % n_heads:
         raise ValueError(f"n_heads must divide the {len(w)} rows of w, and {n_heads} does not")
     head_dim = len(w) // n_heads
+    heads = [w[row:row + head_dim] for row in range(0, len(w), head_dim)]
     pooled = []
-    for g in range(n_kv_heads):
-        for r in range(head_dim):
-            same_row = [w[h * head_dim + r] for h in range(g * group, (g + 1) * group)]
-            pooled.append([fmean(column) for column in zip(*same_row)])
+    for start in range(0, n_heads, group):
+        for rows in zip(*heads[start:start + group]):  # the same row of each head
+            pooled.append([fmean(column) for column in zip(*rows)])
     return pooled
 
 
@@ -447,6 +447,7 @@ class RollingKVCache:
 
     def attend(self, query: Vector, scale: float | None = None) -> Vector:
         """Return the attention of the newest position's query to everything kept, [d_v]."""
+        # Whatever is kept may be seen, in the order of the slots.
         _, keys, values = zip(*self.slots.values())
         return attention([query], list(keys), list(values), causal=False, scale=scale)[0]
 
@@ -463,23 +464,24 @@ class RollingKVCache:
 #
 #     e^(i·p_q·θ) · conj(e^(i·p_k·θ)) = e^(i·(p_q - p_k)·θ)
 #
-# The positions enter the score by their distance only. A tiny one: d = 2, a quarter turn per
-# token, q = k = (1, 0). A query at position 5 has turned by 450°, a key at 3 by 270°. They lie
-# 180° apart, so q·k = cos 180° = -1. At positions 2 and 0 the query has turned by 180° and the
-# key by 0°: q·k is -1 again.
+# The positions enter the score by their distance only. A tiny one: d = 2, q = k = (1, 0), and
+# suppose that θ is a quarter turn. A query at position 5 has turned by 450°, a key at 3 by 270°.
+# They lie 180° apart, so q·k = cos 180° = -1. At positions 2 and 0 the query has turned by 180° and
+# the key by 0°: q·k is -1 again.
 #
 # The key's own rotation depends on its own position alone. So a key is rotated once, when its token
 # comes, and cached that way. (StreamingLLM renumbers positions, so it must cache keys unrotated.)
 #
-# Stretching RoPE. A model trained on 8,192 tokens has never seen the angles of token 100,000. The
-# wavelength of pair m, 2π / θ_m, is the number of tokens in one full turn. Ways to go further,
+# Stretching RoPE. The wavelength of pair m, 2π / θ_m, is the number of tokens in one full turn. In
+# training on 8,192 tokens, a fast pair has made many turns and seen all angles. A slow pair has not
+# finished a turn: at token 100,000 it meets angles that it has never seen. Ways to go further,
 # which are mostly followed by some more training on longer texts:
 #
 #     position interpolation    divide every θ by the factor s; neighbours become hard to tell apart
 #     NTK-aware                 a larger base: fast pairs change little, the slowest is slowed by s
-#     YaRN                      by wavelength, and the scores are scaled up a little
 #     Llama 3.1                 by wavelength: pairs that turn often within the old length stay as
 #                               they are, those that never finish a turn are slowed by s = 8
+#     YaRN                      by wavelength, too, and the scores are scaled up a little
 #
 # Keys that were cached with the old angles do not fit the new ones.
 #
@@ -511,7 +513,7 @@ def rope(x: Matrix, positions: Sequence[int], base: float = 10000.0) -> Matrix:
     for row, position in zip(x, positions):
         rotated = []
         for a, b, theta in zip(row[::2], row[1::2], thetas):
-            z = complex(a, b) * cmath.rect(1.0, position * theta)
+            z = complex(a, b) * cmath.rect(1.0, position * theta)  # e^(i · position · theta)
             rotated += [z.real, z.imag]
         out.append(rotated)
     return out
@@ -597,15 +599,16 @@ def alibi_bias(n_q: int, n_k: int, slope: float) -> Matrix:
 # wk_up c = (5, 1), and q·key = 5 + 2 = 7. Absorbed: wk_upᵀ q = (1, 4), and (1, 4)·(3, 1) = 7.
 #
 # So the query meets the latent itself, and the absorbed form is multi-query attention with the key
-# concat(c, k_rope) and the value c. Why is there a separate k_rope? RoPE's rotation, another one
-# for each token, would stand between q and wk_up, and could not be absorbed.
+# concat(c, k_rope) and the value c. Why is there a separate k_rope? A rotation R would stand in the
+# middle, q·(R wk_up c). It is a different one for each token, so R and wk_up are not one matrix
+# that could move to the query.
 #
-# When does it pay? For every cached token and head, the plain form pays 512 · (128 + 128) = 131,072
-# multiplications once, to compute key and value again. For every pair of query and key it then
-# pays (128 + 64) + 128 = 320, and the absorbed form (512 + 64) + 512 = 1,088, since the latent is
-# longer than a head's key. So the absorbed form takes less for up to 131,072 / (1,088 - 320) = 170
-# queries. It is used for few queries on many cached tokens, as in decoding, and the plain form for
-# a whole prompt at once.
+# When does it pay, if there are many cached tokens? For each of them and each head, the plain form
+# pays 512 · (128 + 128) = 131,072 multiplications in every step, however many queries the step has,
+# to compute key and value again. For every pair of query and key it then pays (128 + 64) + 128 =
+# 320, and the absorbed form (512 + 64) + 512 = 1,088, since the latent is longer than a head's key.
+# So the absorbed form takes less for up to 131,072 / (1,088 - 320) = 170 queries. It is used for
+# few queries on many cached tokens, as in decoding, and the plain form for a whole prompt at once.
 #
 # Left out: DeepSeek makes the queries, by wq and wq_rope alike, from a latent of their own (1,536
 # numbers in V3, by a matrix that all heads share). That saves memory in training and none in the
@@ -613,8 +616,8 @@ def alibi_bias(n_q: int, n_k: int, slope: float) -> Matrix:
 #
 # In production: vLLM's model_executor/layers/attention/mla_attention.py has both forms:
 # forward_mha() is the plain one, for prompts, forward_mqa() the absorbed one, for decoding.
-# DeepSeek-V3's inference/model.py has the absorbed form for both; its "naive" variant caches the
-# keys (rotated part and all) and values of every head. DeepSeek-V3.2-Exp's has both, as here.
+# DeepSeek-V3's own inference/model.py has the absorbed form for both (and a "naive" one, which
+# caches keys and values). DeepSeek-V3.2-Exp's has both, as here.
 # Measured by show_mla().
 
 
@@ -661,7 +664,8 @@ def mla_attention_absorbed(x: Matrix, c: Matrix, k_rope: Matrix, w: MLAWeights) 
     scale = 1 / math.sqrt(len(w.wq[0]) + len(w.wq_rope[0]))  # head_dim + d_rope, as in plain form
     heads = []
     for wq, wq_rope, wk_up, wv_up in zip(w.wq, w.wq_rope, w.wk_up, w.wv_up):
-        # W_UKᵀ W_Q could be one matrix, but it would be larger than the two, which stay apart.
+        # W_UKᵀ W_Q could be one matrix, but in V3 it would have 512 × 7168 numbers, and the two
+        # have 128 × (512 + 7168).
         wk_up_transposed = list(zip(*wk_up))
         absorbed = linear(linear(x, wq), wk_up_transposed)  # [n_q][d_c]
         q = concat(absorbed, rope(linear(x, wq_rope), positions))
@@ -725,7 +729,7 @@ def decode_multiplications(model: RealModel, n_tokens: int) -> int:
 # Tensor parallelism cuts each layer. Heads do not talk to each other before wo, so each rank takes
 # some of them: the rows of wq, wk and wv that make its heads, and the columns of wo that read them.
 # Its output is one term of a sum; an all-reduce adds the terms up, so that every rank has the sum
-# and goes on. (Done in a ring, each of R ranks sends 2 · (R - 1)/R times the size of the output.)
+# and goes on.
 #
 # If there are more ranks than KV heads, several ranks keep the same KV head. From there on, more
 # ranks do not shrink the cache on each. MLA has one latent for all heads: every rank would keep all
@@ -808,14 +812,17 @@ def heads_of_ranks(n_heads: int, n_kv_heads: int, n_ranks: int) -> list[tuple[ra
     per_rank = n_heads // n_ranks
     heads = []
     for rank in range(n_ranks):
-        first = rank * per_rank
-        last = first + per_rank - 1
-        heads.append((range(first, last + 1), range(first // group, last // group + 1)))
+        start = rank * per_rank
+        end = start + per_rank
+        heads.append((range(start, end), range(start // group, ceil_div(end, group))))
     return heads
 
 
 def possible_ranks(n_heads: int, n_kv_heads: int) -> list[int]:
-    """Return the numbers of ranks that share the heads evenly."""
+    """Return the numbers of ranks that share the heads evenly.
+
+    Each rank has whole KV heads, or several ranks have the same one.
+    """
     possible = []
     for n_ranks in range(1, n_heads + 1):
         kv_heads_fit = n_kv_heads % n_ranks == 0 or n_ranks % n_kv_heads == 0
@@ -944,7 +951,7 @@ def show_attention(trace: Trace, knobs: Namespace) -> None:
     trace.check_close("the weights in the picture, times the values, are the same",
                       linear(weights, list(zip(*v))), dense, 1e-12)
     half = len(x) // 2
-    trace.check_close("the second half of the queries, with all keys so far, gets the same",
+    trace.check_close("attention() of the second half of the queries and all keys gets the same",
                       attention(q[half:], k, v), dense[half:], 1e-12)
     show_scaling(trace, random.Random(knobs.seed))
 
@@ -960,8 +967,8 @@ def show_row(trace: Trace, q: Matrix, k: Matrix, v: Matrix, knobs: Namespace) ->
               "channels scores below 0.")
     largest = sorted(rows, key=lambda row: -row.weight)[:3]
     trace.ask("how large is its largest weight? (They sum to 1.)", largest[0].weight)
-    trace.table(rows, {"j": "d", "key": "", "product as q·k": "z.2f", "score as q·k/√d": "z.2f",
-                       "weight": ".3f bar 16 of 1", "value as v": ""})
+    trace.table(rows, {"j": "d", "key as word": "", "product as q·k": "z.2f",
+                       "score as q·k/√d": "z.2f", "weight": ".3f bar 16 of 1", "value as v": ""})
     terms = [f"{row.weight:.3f}·v[{row.j}]" for row in sorted(largest)]
     if len(rows) > 3:
         terms.append("…")
@@ -973,9 +980,10 @@ def show_scaling(trace: Trace, rng: random.Random) -> None:
     """Show what softmax makes of scores that are not divided by √d."""
     rows = compare_scales((4, 16, 64, 256), 32, rng)
     trace.say("Why divide by √d? 32 random queries meet 32 random keys. q·k is a sum of d terms, "
-              "so it spreads like √d. The largest weight of a query, mean of 32:")
+              "so it spreads like √d. The largest weight of a query, mean of 32, by softmax of q·k "
+              "and of q·k/√d:")
     trace.table(rows, {"d": "d", "spread as spread of q·k": ".1f",
-                       "raw as largest weight": ".2f", "scaled as divided by √d": ".2f"})
+                       "raw as largest by q·k": ".2f", "scaled as by q·k/√d": ".2f"})
     trace.say("Undivided, one key gets nearly all the weight once d is large: at 256 the mean is "
               f"{rows[-1].raw:.2f}. Divided, d makes no such difference.")
     trace.check("divided by √d, the largest weight depends little on d; undivided, it grows",
@@ -999,9 +1007,10 @@ def show_multi_head(trace: Trace, knobs: Namespace) -> None:
     weights = build_heads(list(JOBS))
     maps = look_with_each_head(x, weights[0], weights[1], len(JOBS))
     trace.say("A layer has many heads, which look at the same tokens, each with queries, keys and "
-              "values of its own. One that looks one back draws a line below the diagonal. One "
-              "that looks everywhere fades downwards, because each row has more keys to share its "
-              "weight among." + knobs.cut)
+              "values of its own. Their outputs are put side by side, and the matrix wo mixes "
+              "them. A head that looks one back draws a line below the diagonal (the first token "
+              "has only itself). One that looks everywhere fades downwards, because each row has "
+              "more keys to share its weight among." + knobs.cut)
     last = min(len(x), MAP_TOKENS) - 1
     row = maps[1][last]
     trace.ask(f"the second head looks one back. Which token does token {last}, "
@@ -1084,9 +1093,11 @@ def show_grouped(trace: Trace, knobs: Namespace) -> None:
     different = convert_to_gqa(x, list(JOBS), 2)
     trace.say("A trained MHA model becomes a GQA model by averaging the KV heads of each group. "
               "Where the heads of a group do the same, this changes nothing. 4 heads with 4 "
-              f"different jobs, averaged to 2: the output moves by {different:.0%} of its size. "
-              "The training afterwards has to make up for that.")
-    trace.check("heads of 1 and 3 are averaged to 2, and identical heads do not move the output",
+              f"different jobs, averaged to 2: the output vectors move by {different:.0%} of their "
+              "length. The training afterwards has to make up for that.")
+    trace.self_tests()
+    trace.check("a head of ones and one of threes are averaged to twos, and identical heads do not "
+                "move the output",
                 mean_pool_kv_heads([[1.0], [3.0]], 2, 1) == [[2.0]] and alike < 1e-12,
                 "relative error < 1e-12")
 
@@ -1225,22 +1236,22 @@ def show_hidden(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
     trace.say("What a window costs depends on what a head looks for. Five heads, built by hand, "
               "run with all keys and with the window. The table shows how far apart the two "
               "outputs are, divided by the size of the values; 0 means that the window changed "
-              "nothing. (The values are random, but that of token 0 is 0.)")
+              "nothing. The values are random, but that of token 0 is 0.")
+    trace.say("The weights of a head must sum to 1. A head that finds nothing can still put out 0: "
+              "it rests on token 0. If a window hides that token, the weights fall on tokens that "
+              "the head did not mean to read, and its output is not 0; if the token is kept as a "
+              "sink, it is. A learned sink is one more term in the softmax's sum, which takes "
+              "weight and has no value. It needs no token.")
     trace.table(rows, {"head_looks_for": "", "window": ".2f bar 10 of 1",
                        f"with_sinks as with {plural(knobs.sinks, 'sink')}": ".2f bar 10 of 1"})
-    trace.say("The weights of a head must sum to 1. One that finds nothing can rest on token 0, "
-              "whose value is 0, and so say nothing. If a window hides that token, the weights "
-              "fall on tokens that the head did not mean to read, and it speaks; if the token is "
-              "kept as a sink, it stays silent. A learned sink is one more term in the softmax's "
-              "sum, which takes weight and has no value. It needs no token. (That trained models "
-              "rest on the first token is a finding of Xiao et al. 2023. These heads only show "
-              "what follows from it.)")
+    trace.note("That trained models rest on the first token is a finding of Xiao et al. 2023. "
+               "These heads only show what follows from it.")
     resting, learned = rows[3:]
     if knobs.sinks and knobs.window < len(x):
-        trace.check("the resting head speaks only where its token is hidden",
+        trace.check("the output of the resting head is 0 unless its token is hidden",
                     resting.window > 0.1 and max(resting.full, resting.with_sinks) < 1e-6,
                     f"moved by {resting.window:.2f}; with sinks by {resting.with_sinks:.2f}")
-    trace.check("a head with a learned sink is silent with and without a window",
+    trace.check("the output of a head with a learned sink is 0 with and without a window",
                 max(learned.full, learned.window) < 0.01, f"moved by {learned.window:.2f}")
 
 
@@ -1256,7 +1267,7 @@ def show_reach(trace: Trace, window: int) -> None:
     for name, row in zip(names, [*local, mixed[3]]):
         trace.lines([f"{name}  " + "".join("█" if has else "·" for has in row)])
     reach = [sum(row) - 1 for row in local]
-    trace.check("L local layers reach L·(w - 1) tokens or all, a global one the whole text",
+    trace.check("L local layers reach L·(w - 1) tokens back, a global one through the whole text",
                 reach == [min(layer * (window - 1), width - 1) for layer in range(1, 5)]
                 and all(mixed[3]), ", ".join(map(str, reach)))
 
@@ -1359,7 +1370,7 @@ def show_positions(trace: Trace, knobs: Namespace) -> None:
     columns = [f"{far} apart" for far in distances]
     rows = [{"key at": place, **dict(zip(columns, row))} for place, row in zip(places, scores)]
     trace.table(rows, {"key at": "d", **dict.fromkeys(columns, "z.4f")})
-    trace.check_close("q turns to these places as by the paper's sines and cosines",
+    trace.check_close("rope() turns q to these places as the paper's sines and cosines do",
                       rope([q] * len(places), places),
                       [rotate_by_hand(q, place) for place in places], 1e-9)
     trace.check_close("a score stays when both positions are shifted", scores[1:],
@@ -1573,17 +1584,20 @@ def show_bill(trace: Trace, knobs: Namespace) -> None:
     trace.table(rows, {"model": "", "attention": "", "kib as KiB/token": ",.1f",
                        "at_4k as GiB at 4K": "", "at_128k as GiB at 128K": "",
                        "flops_per_byte as FLOPs/byte": ",.0f"})
-    trace.say("Sharing KV heads saves bytes and no work. That is a good trade where reading is "
-              f"what takes the time. {rows[-1].model} does the most work for a byte, "
-              f"{rows[-1].flops_per_byte:.0f} FLOPs, as all its query heads read the same latent.")
+    h100 = H100_FLOPS / H100_BANDWIDTH
+    trace.say("Sharing KV heads saves bytes and no work. Is that a good trade? An H100 can do "
+              f"{h100:.0f} FLOPs while it reads a byte (by its data sheet). MHA does 1, and leaves "
+              f"it waiting. {rows[-1].model} does the most, {rows[-1].flops_per_byte:.0f}, as all "
+              "its query heads read the same latent.")
     multiplications, numbers = count_step(TINY_MODEL, 8, random.Random(knobs.seed))
-    trace.check("the formulas give what is counted in a tiny model, one of whose two layers has a "
-                "window: the work of one token, and the bytes of 8 keys and values",
+    trace.check("the formulas give what is counted in a tiny model with 8 tokens and two layers, "
+                "one with a window: multiplications of one token, and bytes of the cache",
                 (multiplications, 2 * numbers)
                 == (decode_multiplications(TINY_MODEL, 8), cache_bytes(TINY_MODEL, 8)),
-                f"{multiplications} multiplications, {2 * numbers} bytes")
-    trace.check("DeepSeek-V3 takes 1,088 multiplications a token, head and layer, as in section 6",
-                decode_multiplications(REAL_MODELS[-1], 1) == 1088 * 128 * 61, "absorbed form")
+                f"{multiplications} and {2 * numbers}")
+    trace.check("DeepSeek-V3 takes (512 + 64) + 512 multiplications a token, head and layer",
+                decode_multiplications(REAL_MODELS[-1], 1) == (512 + 64 + 512) * 128 * 61,
+                "absorbed form")
     trace.check("DeepSeek-V3's bytes a token are the published ones",
                 cache_bytes(REAL_MODELS[-1], 1) == PUBLISHED_DEEPSEEK_V3_BYTES,
                 f"{PUBLISHED_DEEPSEEK_V3_BYTES:,}, Zhao et al. 2025, table 1")
@@ -1674,7 +1688,7 @@ def show_tensor_parallel(trace: Trace, knobs: Namespace) -> None:
                       "machine, densely", add_matrices(parts),
                       dense_heads(x, *weights, n_heads, n_kv_heads), 1e-12)
     head_dim = knobs.dim // n_heads
-    trace.check("no rank keeps less than one KV head, with one rank up to one per query head",
+    trace.check("however many ranks, each keeps at least one KV head, and no more than its share",
                 (rows[0].ranks, rows[-1].ranks) == (1, n_heads)
                 and all(row.cache == 2 * head_dim * max(1, n_kv_heads // row.ranks)
                         for row in rows),
@@ -1704,9 +1718,9 @@ def show_pipeline(trace: Trace, knobs: Namespace) -> None:
     if p > 1:
         trace.say(f"With one micro-batch only one of the {p} cards works at a time: a pipeline "
                   "makes no single request faster; it shares out the memory. At most a fifth is "
-                  f"idle from {4 * (p - 1)} micro-batches on. (In decoding, reading the weights is "
-                  "what takes the time, for a small batch as for a large one. So cutting it up "
-                  "gains less.)")
+                  f"idle from {4 * (p - 1)} micro-batches on. (In decoding, cutting up a batch "
+                  "gains less: reading the weights takes most of the time, and each micro-batch "
+                  "reads them all again.)")
     trace.check("the pipeline's outputs = one machine's, in order",
                 outputs == run_one_by_one(stages, batch), "to the bit")
     trace.check("idle cells, counted = (p - 1) / (m + p - 1)",
@@ -1856,6 +1870,8 @@ TINY_MODEL = RealModel("tiny", "GQA, 1:1 local", 2, 3, 1, 6, 8, "small enough to
                        window=4, n_local_layers=1)
 # Bytes per token, from Zhao et al., Insights into DeepSeek-V3, 2025, arXiv:2505.09343, table 1.
 PUBLISHED_DEEPSEEK_V3_BYTES = 70_272
+H100_FLOPS = 989.4e12     # per second in 16 bits, and
+H100_BANDWIDTH = 3350e9   # bytes per second: H100 SXM, by NVIDIA's H100 architecture white paper
 
 
 def dense_attention(
