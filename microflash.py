@@ -44,7 +44,7 @@ The papers
 # KV head       one set of keys and values; several query heads may share it (GQA)
 # HBM           the GPU's large memory: tens of gigabytes, slow
 # SRAM          the fast memory on the chip, beside the arithmetic: some 200 KB in each SM
-# registers     where an SM's arithmetic has its operands; here they count as part of SRAM
+# registers     where an SM's arithmetic has its operands; the counts take them as part of SRAM
 # channel       one of the d numbers of a query or key, or of the d_v numbers of a value
 # SM            streaming multiprocessor: a GPU has about a hundred; they work in parallel
 # kernel        a program for the GPU; it reads its inputs from HBM and writes its result there
@@ -52,12 +52,13 @@ The papers
 #               one block of queries and one block of keys
 # causal        a token attends to itself and to what came before it
 # tensor cores  the part of an SM that multiplies matrices; on an A100 16 times as fast as the rest
+# FLOP          a multiplication or an addition of two numbers
 # KV cache      k and v of all earlier tokens, kept while a model generates
 # decoding      generating one token at a time: one query, and the keys of the KV cache
 #
 # dot(a, b) is Σ a·b, multiply(a, b) the product of two matrices, transpose(m) the matrix turned,
 # add_scaled(a, b, f) is a + f·b. default_scale is 1/√d where no scale is given, and check_… refuses
-# what cannot work. All of them stand further down, and none needs reading now.
+# what cannot work. These and other small helpers stand further down, and none needs reading now.
 
 from __future__ import annotations
 
@@ -203,7 +204,7 @@ def standard_attention(
 
     q [n_q][d], k [n_k][d], v [n_k][d_v]. causal: the queries are the last n_q of the n_k positions,
     and a query sees no later key. scale: 1/√d unless given. A query that sees nothing gets zeros,
-    and -inf. Each kernel reads its inputs once, as if SRAM held them whole, which flatters it.
+    and -inf. Each kernel reads its inputs once, as if SRAM held them whole; real ones read more.
     ValueError where check_inputs() says that shapes do not fit.
     """
     check_inputs(q, k, v)
@@ -211,10 +212,12 @@ def standard_attention(
     spans = visible_spans(queries, range(len(k)), len(q), len(k), causal)
     scale = default_scale(scale, k)
     gpu = traffic or Traffic()
+
+    def score(q_held: Matrix, k_held: Matrix) -> Matrix:
+        return scale_and_mask(gpu.multiply(q_held, transpose(k_held)), spans, scale)
+
     # S = q kᵀ · scale
-    scores = gpu.kernel(
-        lambda q_held, k_held: mask_scores(gpu.multiply(q_held, transpose(k_held)), spans, scale),
-        q, k)
+    scores = gpu.kernel(score, q, k)
     # P = softmax(S), and L
     weights = []
     lse = []
@@ -226,7 +229,7 @@ def standard_attention(
     return gpu.kernel(gpu.multiply, weights, v), lse
 
 
-def mask_scores(products: Matrix, spans: Sequence[tuple[int, int]], scale: float) -> Matrix:
+def scale_and_mask(products: Matrix, spans: Sequence[tuple[int, int]], scale: float) -> Matrix:
     """Return products · scale, but -inf outside spans[i], the keys that query i sees."""
     scores = []
     for row, (first, end) in zip(products, spans):
@@ -256,6 +259,7 @@ def visible_spans(
         position = n_k - n_q + i
         end = position + 1 if causal else n_k
         first = 0 if window is None else position + 1 - window
+        # Cut to the tile, and counted from its first key.
         end = min(max(end, keys.start), keys.stop)
         first = min(max(first, keys.start), end)
         spans.append((first - keys.start, end - keys.start))
@@ -397,7 +401,7 @@ def tiles(whole: range, block: int) -> list[range]:
 # so each visit multiplies by the old l and divides by the new one.
 #
 # With a mask, a tile in which no query sees any key is skipped: its q and o are not loaded and its
-# scores are not made. (The block of k and v has been loaded by then, whoever sees it.)
+# scores are not made. (The block of k and v has been loaded by then, even if no query sees it.)
 #
 # In production: not in this order any more. flash-attention 2.0 replaced it by that of section 4.
 # It is here because it is the one in the paper that everybody reads first.
@@ -436,7 +440,7 @@ def flash_attention_v1(
                     o_tile = gpu.load(out, rows)
                     stats_tile = gpu.load(stats, rows)
                     gpu.hold_scores(rows, keys)
-                    scores = mask_scores(gpu.multiply(q_tile, transpose(k_tile)), spans, scale)
+                    scores = scale_and_mask(gpu.multiply(q_tile, transpose(k_tile)), spans, scale)
                     # o was kept divided by l: take the division back, and make a new one.
                     states = [State(m, l, [l * x for x in o])
                               for o, (m, l) in zip(o_tile, stats_tile)]
@@ -481,9 +485,8 @@ def sram_parts(block_q: int, block_k: int, d: int, d_v: int) -> dict[str, int]:
 # The price is that k and v cross once for each block of queries, where version 1 loads them once.
 #
 # The blocks of queries do not depend on each other now, so each can go to another SM. Besides, the
-# division by l waits until the end, which version 1 could have done as well. (An A100 makes 312
-# TFLOP/s in its tensor cores and 19.5 outside them, so one operation that is no matrix product
-# costs as much as sixteen that are.)
+# division by l waits until the end. (An A100 makes 312 TFLOP/s in its tensor cores and 19.5 outside
+# them, so one operation that is no matrix product costs as much as sixteen that are.)
 #
 # Under a causal mask the tiles above the diagonal are skipped, nearly half if there are many.
 # Those on the diagonal are masked, and those below it need no mask. (Kernels do not ask tile by
@@ -530,7 +533,7 @@ def flash_attention(
                     k_tile = gpu.load(k, part)
                     v_tile = gpu.load(v, part)
                     gpu.hold_scores(rows, part)
-                    scores = mask_scores(gpu.multiply(q_tile, transpose(k_tile)), spans, scale)
+                    scores = scale_and_mask(gpu.multiply(q_tile, transpose(k_tile)), spans, scale)
                     states = absorb_tile(states, scores, v_tile)
             finished = [finish(state) for state in states]
             gpu.store(out, rows, [o for o, _ in finished])
@@ -549,7 +552,7 @@ def flash_attention(
 #
 #     M = 4dB + B² + 2B            (the sum of sram_parts, with d_v = d)
 #
-# While B is small beside d this is nearly 4dB, so B = M/4d, and
+# While B is small beside d this is nearly 4dB, so B = M/4d, and roughly
 #
 #     accesses = 8n²d²/M + n(2d + 1)
 #
@@ -584,6 +587,7 @@ def flash_attention(
 #     p_j       = exp(s_j) / Σ_i exp(s_i)
 #     ∂p_i/∂s_j = p_j (1 - p_j)   if i = j,   and   -p_i p_j   if not
 #     ds_j      = Σ_i dp_i ∂p_i/∂s_j
+#               = dp_j p_j - p_j Σ_i dp_i p_i
 #               = p_j (dp_j - D)        with  D = Σ_i p_i dp_i
 #
 # So the softmax compares each dp_j with D, the row's weighted average of them. Row by row this is
@@ -609,8 +613,9 @@ def flash_attention(
 #
 # In production: flash-attention, csrc/flash_attn/src/flash_bwd_kernel.h,
 # compute_dq_dk_dv_1colblock; D is dot_do_o in flash_bwd_preprocess_kernel.h. There the blocks of
-# keys run on many SMs at once and add to dq by atomic operations. Their order changes from run to
-# run, and with it the last bits of dq, unless deterministic=True is asked for.
+# keys run on many SMs at once, and each adds its share to dq when it is ready (atomic additions).
+# Their order changes from run to run, and with it the last bits of dq, unless deterministic=True is
+# asked for.
 #
 # Measured by show_backward().
 
@@ -662,7 +667,7 @@ def flash_attention_backward(
                     gpu.hold_scores(rows, keys)        # S, and P over it
                     gpu.hold(len(rows) * len(keys))    # dP, and dS over it
                     # P = exp(S - L)
-                    s = mask_scores(gpu.multiply(q_tile, transpose(k_tile)), spans, scale)
+                    s = scale_and_mask(gpu.multiply(q_tile, transpose(k_tile)), spans, scale)
                     p = list(map(recompute_weights, s, lse_tile))
                     # dP = dO vᵀ,  dS = P (dP - D)
                     dp = gpu.multiply(do_tile, transpose(v_tile))
@@ -732,8 +737,8 @@ def sram_needed_backward(block_q: int, block_k: int, d: int, d_v: int) -> int:
 # In exact arithmetic the merge does not depend on the order or the grouping. (In floating point the
 # last bits do: 0.1 + 0.2 + 0.3 is 0.6000000000000001 from the left and 0.6 from the right. How many
 # splits a request gets depends on how many others share the card, so the same prompt can get other
-# logits in a larger batch. Kernels that avoid this are called batch invariant; vLLM has them behind
-# VLLM_BATCH_INVARIANT=1.)
+# scores for its next token in a larger batch. Kernels that avoid this are called batch invariant;
+# vLLM has them behind VLLM_BATCH_INVARIANT=1.)
 #
 # The same merge is ring attention (k and v travel round a ring of cards, and each card merges what
 # passes) and cascade attention (many requests share a prefix: attend to it once for all of them,
@@ -743,13 +748,14 @@ def sram_needed_backward(block_q: int, block_k: int, d: int, d_v: int) -> int:
 # long as its longest split. Each split also leaves a partial result to write and read again. So
 # take the fewest splits whose wait is within a tenth of the shortest. Splitting saves the most
 # where jobs are few beside the SMs. If there are more jobs than SMs, it helps most when the last
-# round is nearly empty. It helps little when that round is nearly full, or when there are many.
+# round is nearly empty. It helps little when that round is nearly full, or one of many rounds.
 #
 # In production: flash-attention, csrc/flash_attn/src/flash_fwd_kernel.h,
 # compute_attn_1rowblock_splitkv and combine_attn_seqk_parallel. num_splits_heuristic in
 # flash_api.cpp counts two jobs at a time on each SM. It does not split where the jobs fill 80% of
-# these places, and otherwise takes the fewest splits within 85% of the best use of them. For the
-# six cases of the trace it gives 8, 22, 23, 6, 3 and 1 splits. FlashInfer merges in
+# these places, and otherwise takes the fewest splits within 85% of the best use of them, passing
+# over those that do not shorten the longest split. For the six cases of the trace it gives 8, 22,
+# 23, 6, 3 and 1 splits. FlashInfer merges in
 # include/flashinfer/attention/cascade.cuh, vLLM in csrc/attention/merge_attn_states.cu.
 #
 # Measured by show_decode().
@@ -801,7 +807,7 @@ def split_evenly(n: int, n_splits: int) -> list[range]:
 
 
 def decode_wait(n_sms: int, n_jobs: int, n_tiles: int, n_splits: int) -> int:
-    """Return how many tiles everybody waits for, if n_jobs jobs of n_tiles are split so often."""
+    """Return how many tiles everybody waits for: n_jobs of n_tiles each, in n_splits each."""
     rounds = ceil_div(n_jobs * n_splits, n_sms)
     longest_split = ceil_div(n_tiles, n_splits)
     return rounds * longest_split
@@ -809,11 +815,10 @@ def decode_wait(n_sms: int, n_jobs: int, n_tiles: int, n_splits: int) -> int:
 
 def choose_splits(n_sms: int, n_jobs: int, n_tiles: int) -> int:
     """Return the fewest splits whose wait is at most a tenth longer than the shortest."""
-    waits = [decode_wait(n_sms, n_jobs, n_tiles, s) for s in range(1, n_tiles + 1)]
-    for n_splits, wait in enumerate(waits, 1):
-        if 10 * wait <= 11 * min(waits):
-            return n_splits
-    return 1
+    waits = {n_splits: decode_wait(n_sms, n_jobs, n_tiles, n_splits)
+             for n_splits in range(1, n_tiles + 1)}
+    shortest = min(waits.values())
+    return min(n_splits for n_splits, wait in waits.items() if 10 * wait <= 11 * shortest)
 
 
 # 8. Grouped queries, windows, pages and sinks
@@ -888,7 +893,7 @@ class PagedRows(Sequence):
     def __getitem__(self, rows):
         if isinstance(rows, slice):
             return [self[j] for j in range(*rows.indices(self.n))]
-        page, slot = divmod(range(self.n)[rows], self.page_size)
+        page, slot = divmod(range(self.n)[rows], self.page_size)  # range: -1 is the last row
         return self.pages[self.block_table[page]][slot]
 
 
@@ -898,11 +903,11 @@ class PagedRows(Sequence):
 # next tile, multiply this one, and take the softmax of another (asynchrony; nothing of it shows in
 # counts). And it can multiply in FP8, which is twice as fast as 16 bits.
 #
-# An E4M3 number has a sign, 4 bits of exponent and 3 of mantissa: 1.125, 1.25, …, up to 448.
-# So it is off by up to 1 part in 16, large numbers by more than small ones in absolute terms.
-# That hurts where large meets large: if q and k have the same wide channels, as in real models,
-# the scores there are large and so are their errors. There are two remedies, and the second does
-# the work:
+# An E4M3 number has a sign, 4 bits of exponent and 3 of mantissa: 1, 1.125, 1.25, …, up to 448. So
+# rounding is off by up to 1 part in 16, half a step of 1/8, and by more in large numbers than in
+# small ones. That hurts where large meets large: if q and k have the same wide channels (channels
+# of large numbers), as in real models, the scores there are large and so are their errors. There
+# are two remedies, and the second does the work:
 #
 # - Block quantization: each tile has a scale of its own, which takes its largest value to 448. FP8
 #   numbers have an exponent, so this matters only where tiles differ so much that under one scale
@@ -1132,11 +1137,9 @@ def show_standard(trace: Trace, knobs: Namespace) -> None:
     trace.note("Flash: sections 3 and 4, in blocks of 128 queries, each of which reads K and V "
                "again. This chapter counts every reading. But these cards have a cache in front "
                f"of HBM, the L2, of {A100_SHEET.l2_mb} and {H100_SHEET.l2_mb} MB. One head's K and "
-               "V are 4 MB and stay there, and then every number crosses once, the last column. "
-               "Real kernels lie between the two: FlashAttention-3 reports up to 740 TFLOP/s on an "
-               "H100, where 0.081 ms would allow 422, or 844 if two SMs share what they load, as "
-               "they do in section 5. S and P, 134 MB each, do not fit. The model leaves out the "
-               "softmax, and all waiting but for HBM.")
+               "V are 4 MB. If they stay there, every number crosses once, the last column. S and "
+               "P, 134 MB each, do not fit. The model leaves out the softmax, and all waiting but "
+               "for HBM.")
     check_runs(trace, "standard attention", runs)
 
 
@@ -1194,12 +1197,13 @@ def show_online(trace: Trace, knobs: Namespace) -> None:
     trace.table(shown, {"keys": "", "largest": "", "scores": "", "m": ".4f", "c": ".4f",
                         "kept as c·l_old": ".4f", "l": ".4f"})
     trace.note("Largest: the token with the tile's largest score. Where c is below 1, m has grown, "
-               "and the old sum shrinks to c·l_old; at first there is none." + left_out)
+               "and the old sum shrinks to c·l_old. (Before the first tile m is minus infinity, so "
+               "c is 0.)" + left_out)
     trace.ask(f"textbook softmax reads {n} scores three times, for m, for l and for the weights. "
               "How many numbers does online softmax read?", traffic.reads)
     trace.say(f"Textbook softmax reads {n} scores three times. Online softmax read them twice, "
               f"{traffic.reads} numbers: once for m and l, once more for the weights. Attention "
-              "does not need the weights by themselves, so there the second pass goes too.")
+              "does not need the weights by themselves, so it does without the second pass.")
     trace.check("after each tile, l = Σ exp(s - m) of all scores so far",
                 max(step.error for step in steps) < 1e-12, "|Δ| < 1e-12")
     trace.check_close("online softmax = softmax()", [weights], [softmax(scores)], 1e-12)
@@ -1218,8 +1222,8 @@ def show_flash_v1(trace: Trace, knobs: Namespace) -> None:
     held = [{"part": part, "numbers": count} for part, count in parts.items()]
     trace.say("FlashAttention makes a tile of scores in SRAM, lets each query absorb its row of "
               "it as in section 2, with o = Σ exp(s - m) · v beside m and l, and drops it. "
-              "Version 1 divides o by l after each tile, and at the end O = o and L = m + log l, "
-              "one number a row. Here with tiles of "
+              "Version 1 divides o by l after each tile, and leaves O = o, m and l. Here with "
+              "tiles of "
               f"{sizes.block_q} × {sizes.block_k} (queries × keys), d = {sizes.d}. SRAM holds "
               f"{sizes.sram:,} numbers; the matrix S has {sizes.n**2:,}.")
     trace.ask("how many numbers does SRAM hold at the most, with q, o, m and l for each query, k "
@@ -1246,10 +1250,13 @@ def show_flash_v2(trace: Trace, knobs: Namespace) -> None:
     runs = [run_attention(version, sizes, causal)
             for version in ("version 1", "version 2") for causal in (False, True)]
     first, first_causal, second, causal = runs
+    cut = ""
+    if ceil_div(sizes.n, sizes.block_q) > 8 or ceil_div(sizes.n, sizes.block_k) > 6:
+        cut = " (They show 8 × 6 tiles.)"
     trace.say("Version 2 exchanges the two loops: a block of queries stays in SRAM with its o, m "
               "and l while the blocks of keys come past. In the pictures a row is a block of "
-              "queries and a column a block of keys, up to 8 × 6 of them. The numbers say when a "
-              "tile is visited, under a causal mask.")
+              "queries and a column a block of keys. The numbers say when a tile is visited, under "
+              f"a causal mask.{cut}")
     trace.ask(f"without a mask {second.tiles} tiles are visited. How many with a causal mask?",
               causal.tiles)
     trace.lines(draw_walks(sizes, first_causal, causal))
@@ -1258,9 +1265,9 @@ def show_flash_v2(trace: Trace, knobs: Namespace) -> None:
     trace.table(runs, {"attention as flash attention": "", "mask": "", "tiles": ",d", "read": ",d",
                        "written": ",d", "crossed": ",d bar 18"})
     trace.say(f"Version 2 writes O and L once, {second.written:,} numbers; version 1 writes "
-              f"{first.written:,}. But it reads k and v for each block of queries. In all, it "
-              f"moves {second.crossed / first.crossed:.0%} of what version 1 moves, with these "
-              "tiles and this d.")
+              f"{first.written:,}. But it reads k and v for each block of queries. In all, without "
+              f"a mask, it moves {second.crossed / first.crossed:.0%} of what version 1 moves, "
+              "with these tiles and this d.")
     check_runs(trace, "versions 1 and 2, with a mask and without,", runs)
     trace.check("both versions visit the same tiles, as many as see something",
                 set(first_causal.walk) == set(causal.walk)
@@ -1284,17 +1291,19 @@ def show_traffic(trace: Trace, knobs: Namespace) -> None:
                           ",.0f", "crossed": ",d bar 40"})
     trace.say("Standard attention moves "
               f"{sum(crossings_by_formula('standard', small)):,}, whatever M is. 8n²d²/M comes to "
-              "its 4n² at M = 2d², here 512. (It leaves out q, O and L, and that the scores take "
-              "some of M too.)")
+              "its 4n² at M = 2d², here 512. (It is an estimate. It leaves out n(2d + 1) numbers "
+              "of q, O and L, which makes it too small, and that the scores take some of M, too. "
+              "Here M is as large as the blocks need; section 3 has a limit.)")
     trace.say("Tiles of real kernels (forward, 16 bits, no mask). Stages: how many tiles of K and "
               "V are in SRAM at once, so that one loads while another is multiplied.")
     trace.table(REAL_TILES, {"kernel": "", "card": "", "d": "d", "block_q": "d", "block_k": "d",
                              "stages": "d", "sram_kb as SRAM": "{:.0f} KB",
                              "of_kb as of": "{:d} KB", "gain": "{:.1f}×"})
     trace.note("SRAM: q, k and v, and in FlashAttention-3 at d = 64 also P; the rest is in "
-               "registers. Gain: standard attention's traffic over theirs, n = 8,192, by formula, "
-               "without the L2. In FlashAttention-3 at d = 128 two SMs share each K and V that "
-               "they load, so it counts as 256 queries. Sources: the files named at REAL_TILES.")
+               "registers, and these set the limit. Gain: standard attention's traffic over "
+               "theirs, n = 8,192, by formula, without the L2. In FlashAttention-3 at d = 128 two "
+               "SMs share each K and V that they load, so it counts as 256 queries. Sources: the "
+               "files named at REAL_TILES.")
     check_runs(trace, "square tiles", squares)
     trace.check("M, counted = 4dB + B² + 2B",
                 all(run.peak == run.block_q * (4 * 16 + run.block_q + 2) for run in squares),
@@ -1477,12 +1486,13 @@ def compare_splits(requests: Sequence[tuple[int, int]]) -> list[SplitChoice]:
 def show_decode(trace: Trace, knobs: Namespace) -> None:
     """Show partial results and their merge, and how long a decoding step waits, split and not."""
     run = run_decode(knobs.sizes, knobs.n_splits)
+    left_out = " Some in the middle are left out." if len(run.rows) <= knobs.n_splits else ""
     trace.say("While a model generates, each head has one query and many keys. Flash-Decoding cuts "
               "the keys into splits that different SMs take at the same time. Each split leaves "
               "its output and its L. exp(L_s - L) is the share of the weight that lies in split s, "
               "and the merged output is the average of the outputs by these shares.")
-    trace.say(f"One query over {knobs.sizes.n} random keys, {knobs.n_splits} splits. Output: "
-              "channel 0. (Eleven rows at most.)")
+    trace.say(f"One query over {knobs.sizes.n} random keys, {knobs.n_splits} splits. out_s is "
+              f"channel 0 of the output.{left_out}")
     trace.table(run.rows, {"split": "", "keys": "", "lse as L_s": ".3f",
                            "share": ".3f bar 24 of 1", "out as out_s": ".4f"})
     rows = compare_splits(((1, 1024), (1, 8192), (1, 65536), (4, 8192), (16, 8192), (256, 8192)))
@@ -1495,9 +1505,9 @@ def show_decode(trace: Trace, knobs: Namespace) -> None:
     trace.table(rows, {"batch": "d", "length": ",d", "jobs": ",d",
                        "unsplit as wait unsplit": ",d", "splits": "d", "split as wait split": ",d",
                        "ideal": ",d"})
-    trace.note("ideal: all tiles over all SMs. splits: the fewest whose wait is within a tenth of "
-               "the shortest. A model: it leaves out the merge, and that SMs share the bandwidth "
-               "of HBM.")
+    trace.note("ideal: all tiles over all SMs, rounded up. splits: the fewest whose wait is within "
+               "a tenth of that of the best number of splits. A model: it leaves out the merge, "
+               "and that SMs share the bandwidth of HBM.")
     trace.check("split and merged = attention by its definition, out and L", run.error < 1e-12,
                 "|Δ| < 1e-12")
     trace.check("merged one at a time: the same",
@@ -1578,9 +1588,9 @@ def show_family(trace: Trace, knobs: Namespace) -> None:
     trace.table(decoding, {"variant as decoding": "", **columns})
     trace.say(f"Causal attention, n = {sizes.n}: as it is; with a window of {window}, where tiles "
               "too far back are skipped as well; with a learned sink of score 1, one more term in "
-              f"each query's l; and with k and v scattered in pages of {page_size}. The "
-              "block table says where each page lies (up to 12 pages are listed): "
-              f"{' '.join(map(str, block_table[:12]))}.")
+              f"each query's l; and with k and v scattered in pages of {page_size}, where a block "
+              f"table says where each page lies, {' '.join(map(str, block_table[:12]))}"
+              f"{' …' if len(block_table) > 12 else ''}.")
     trace.table(variants, {"variant": "", **columns})
     trace.check("each of them = attention by its definition",
                 max(row.error for row in decoding + variants) < 1e-12,
@@ -1635,10 +1645,11 @@ def show_fp8(trace: Trace, knobs: Namespace) -> None:
     normal = compare_fp8("all channels alike", [1.0] * 32, knobs.seed)
     wide = compare_fp8("2 channels 5 times as wide", [5.0] * 2 + [1.0] * 30, knobs.seed)
     gain = wide.tile_scale / wide.rotated
-    trace.say("FlashAttention-3 can multiply in FP8, numbers with 4 significant bits. Two remedies "
-              "keep the error low: a scale for each tile, and rotating q and k by the same random "
-              "orthogonal matrix first, which changes no score and spreads wide channels over all "
-              "of them.")
+    trace.say("FlashAttention-3, for the H100, copies the next tile, multiplies this one and takes "
+              "the softmax of another at the same time. That changes no count. And it can multiply "
+              "in FP8, numbers with 4 significant bits. Two remedies keep the error low: a scale "
+              "for each tile, and rotating q and k by the same random orthogonal matrix first. "
+              "That changes no score, and spreads channels with large numbers over all channels.")
     trace.ask("with some channels wide, how many times does the rotation lower the error of the "
               "output?", gain)
     trace.say("The error of the output, |error| / |exact|, when q and k are rounded to FP8 (16 "
@@ -1646,13 +1657,13 @@ def show_fp8(trace: Trace, knobs: Namespace) -> None:
               "inputs of each kind):")
     trace.table([normal, wide], {"inputs as q and k": "", "one_scale": ".1%",
                                  "tile_scale as a scale a tile": ".1%",
-                                 "rotated as and rotated": ".1%"})
-    trace.say(f"With wide channels the rotation leaves {1 / gain:.0%} of the error that a scale a "
-              "tile leaves. Where all channels are alike, there is nothing to spread. A scale a "
-              f"tile alone leaves {wide.tile_scale / wide.one_scale:.0%} of the error that one "
-              "scale leaves: FP8 numbers have an exponent of their own, so that depends on where "
-              "they happen to fall. (The authors report 2.6 times less error by the rotation, with "
-              "one number in a thousand large.)")
+                                 "rotated as both": ".1%"})
+    trace.say(f"With wide channels the rotation makes the error {gain:.1f} times smaller than a "
+              "scale a tile alone. (The authors report 2.6 times, with one number in a thousand "
+              "large.) Where all channels are alike, there is nothing to spread. A scale a tile "
+              f"alone leaves {wide.tile_scale / wide.one_scale:.0%} of the error that one scale "
+              "leaves. It cannot do much: FP8 numbers have an exponent of their own, so small "
+              "numbers are as exact as large ones under one scale, too.")
     trace.note("Small draws, and v and P stay exact here. In the kernel they are FP8 too, which "
                "adds an error that no rotation of q and k lowers.")
     trace.check("rotating q and k alone changes no output", wide.rotation < 1e-12,
@@ -1727,12 +1738,12 @@ def show_fa4(trace: Trace, knobs: Namespace) -> None:
     trace.say("On a B200 the tensor cores multiply so fast that exp takes as long as the products: "
               "1,024 clock cycles each, for a tile of 128 × 128 at d = 128. "
               "FlashAttention-4 rescales less: m may lag behind the maximum by up to 8 powers of "
-              "two. How often does it move after the first tile, with tiles of 8 scores, and how "
-              "large does exp(s - m) get?")
+              "two, which is 8 · ln 2 = 5.545. How often does it move after the first tile, with "
+              "tiles of 8 scores, and how large does exp(s - m) get?")
     trace.ask("8 powers of two are a rise of 5.545. Scores rise by 5.5 a tile: in how many of the "
               "7 tiles after the first does m move under the threshold?", rows[1].lazily)
     trace.table(rows, {"scores as rows of scores": "", "tiles as later tiles": ",d",
-                       "always as moves": ",d", "lazily as by threshold": ",d",
+                       "always as moves": ",d", "lazily as moves lazily": ",d",
                        "largest as largest exp(s - m)": ",.1f"})
     trace.say(f"Of {rows[0].always} rescalings of random scores the threshold leaves "
               f"{rows[0].lazily}. And part of the exponentials come from a polynomial of degree 3. "
