@@ -140,7 +140,9 @@ OUTLIERS = (2, 24.0)       # channels that begin as outliers, and the gain that 
 #
 # An example in INT4: w = (0.7, -0.32, 0.04). The scale is 0.7 / 7 = 0.1. The codes are 7, -3 and 0,
 # and they stand for 0.7, -0.3 and 0. Nothing moved by more than half of the scale, 0.05. But 0.04
-# became 0: what is small beside the largest weight is lost.
+# became 0: what is small beside the largest weight is lost. And an asymmetric one: weights from
+# -0.3 to 1.2. The scale is 1.5 / 15 = 0.1, the zero point -8 + 3 = -5, and the codes run from -8
+# for -0.3 to 7 for 1.2.
 #
 # A floating-point number is a sign, an exponent and a mantissa. Its grid is not even: the steps
 # double with every power of two. So small numbers are kept as exactly, in proportion, as large
@@ -241,7 +243,11 @@ def make_grid(values: Sequence[float], bits: int, symmetric: bool) -> tuple[floa
 
 
 def to_codes(values: Sequence[float], scale: float, zero_point: float, bits: int) -> list[int]:
-    """Return each value's nearest grid point; halfway between two, the even code."""
+    """Return each value's nearest grid point; halfway between two, the even code.
+
+    A value outside the grid gets the code at its end. The grids of make_grid() reach to all weights
+    as they were; but GPTQ repairs weights, and a static scale may meet larger activations.
+    """
     low, high = code_range(bits)
     codes = [round(value / scale + zero_point) for value in values]
     if low <= min(codes) and max(codes) <= high:
@@ -376,8 +382,7 @@ def pack_bits(codes: Sequence[int], bits: int) -> bytes:
 #
 # The encoders do what ggml does, bit for bit. It computes in FP32, multiplies by 1 / d instead of
 # dividing, and only then stores d in FP16. A tiny difference can tip a code to its neighbour; then
-# the file would differ from ggml's. (C compilers may round a product and a sum together or one
-# after the other. Q4_0 is here as with the former, which gguf-py has chosen, too.)
+# the file would differ from ggml's.
 #
 # In production: ggml/src/ggml-quants.c (quantize_row_q4_0_ref, dequantize_row_q4_0). Section 10
 # writes a file of such blocks.
@@ -395,7 +400,7 @@ def q8_0_decode(data: bytes, n: int) -> Vector:
 def q4_0_decode(data: bytes, n: int) -> Vector:
     """Return the n weights of Q4_0 blocks. ValueError if data is not as long as n weights take."""
     weights: Vector = []
-    for d, *pairs in blocks_of_bytes(data, n, 32, "<e16B"):
+    for d, *pairs in blocks_of_bytes(data, n, 32, "<e16B"):  # a number in FP16, then 16 bytes
         weights += [d * ((pair & 15) - 8) for pair in pairs]
         weights += [d * ((pair >> 4) - 8) for pair in pairs]
     return weights
@@ -443,9 +448,8 @@ def q4_0_encode(row: Sequence[float]) -> bytes:
 #
 # Plain quantiles would have no exact 0. So the two sides are cut separately, into 8 even steps of
 # probability above 0 and 7 below; with 0 itself these are 16 values. The quantile of 1 is infinite,
-# so the outermost value of both sides is the quantile of 1 - (1/32 + 1/30) / 2 = 0.968 instead.
-# (The authors chose this number. With 16 values, each has a share of 1/16, and half of it is 1/32;
-# with 15 values, it is 1/30.) Then all are divided by the outermost, so that they end at ±1. (The
+# so the outermost value of both sides is the quantile of 1 - (1/32 + 1/30) / 2 = 0.968 instead, a
+# number that the authors chose. Then all are divided by the outermost, so that they end at ±1. (The
 # values do not get equal shares of the weights, since these are divided by the largest of a block;
 # Yoshida 2023, arXiv:2306.06965.)
 #
@@ -533,9 +537,9 @@ def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, by
 #
 #     y = scale_x · scale_w · Σ_j (code of x_j) · (code of w_j)          the sum is exact
 #
-# A scale may differ from token to token (a row of x) and from output to output (a row of W), as it
-# stands before the sum. It must not differ from input channel to input channel (j): that scale
-# would stand inside the sum, where integer units cannot apply it.
+# A scale may differ from token to token (a row of x) and from output to output (a row of W): these
+# scales stand before the sum. A scale must not differ from input channel to input channel (j),
+# because it would stand inside the sum, where integer units cannot apply it.
 #
 # But it is input channels that have outliers. In every token, the same few channels are many times
 # larger than the others, and on a grid that reaches to them the others get only a few codes. An
@@ -560,9 +564,9 @@ def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, by
 # s is a factor, not the step of a grid. Dividing x costs nothing: the gain of the norm that makes x
 # is divided by s once. (wo and w2 read no norm, and are rounded as they are.) At α = 1, s is
 # max|x|: all channels of x become equally large. At α = 0, s is 1 / max|w|: all columns of W become
-# equally large. That helps x, too: where x is large, a trained model usually has small weights. So
-# s is large there, and x is divided by it. In between both have a part. An example: max|x| = 16 and
-# max|w| = 1. With α = 1/2, s is 4: x then reaches to 4, and w too.
+# equally large. In between both have a part. An example: max|x| = 16 and max|w| = 1. With α = 1/2,
+# s is 4: x then reaches to 4, and w too. (Why does α = 0 help x at all? Where x is large, a trained
+# model usually has small weights. If max|w| is 0.1 there, s is 10, and x is divided by it.)
 #
 # FP8 is the format. Its steps grow with the numbers, so outliers cost small activations little. But
 # it has 3 bits of mantissa where INT8 has 7 bits: whatever is not small is rounded more coarsely.
@@ -653,21 +657,21 @@ def move_scales(weights: Weights, source: str, readers: Sequence[str], scales: V
     return moved
 
 
-def fp8_matmul(x: Matrix, w_codes: Matrix, w_scales: Vector) -> Matrix:
+def fp8_matmul(x: Matrix, w_fp8: Matrix, w_scales: Vector) -> Matrix:
     """Return W x of every row of x [n][in], [n][out], in FP8 E4M3.
 
-    w_codes [out][in], w_scales [out]: what fp8_rows() makes of W.
+    w_fp8 [out][in], w_scales [out]: what fp8_rows() makes of W.
     """
-    x_codes, x_scales = fp8_rows(x)
+    x_fp8, x_scales = fp8_rows(x)
     return [[value * x_scale * w_scale for value, w_scale in zip(row, w_scales)]
-            for row, x_scale in zip(linear(x_codes, w_codes), x_scales)]
+            for row, x_scale in zip(linear(x_fp8, w_fp8), x_scales)]
 
 
 def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
     """Return (m in E4M3, the scale of each row), where the largest of each row becomes ±448."""
     scales = [max(map(abs, row)) / fp8_e4m3.largest or 1.0 for row in m]
-    codes = [[fp8_e4m3(value / scale) for value in row] for row, scale in zip(m, scales)]
-    return codes, scales
+    in_fp8 = [[fp8_e4m3(value / scale) for value in row] for row, scale in zip(m, scales)]
+    return in_fp8, scales
 
 
 # 6. GPTQ
@@ -699,11 +703,12 @@ def fp8_rows(m: Matrix) -> tuple[Matrix, Vector]:
 # If they are uncorrelated, H is diagonal and nothing can be repaired: GPTQ is rounding to nearest.
 #
 # Which repairs are best for an error in column j? The columns before j are rounded already, so only
-# the part of H from j on counts. Invert it. Divide the first row of the inverse by its first
-# number, and take the opposite sign. This is how much each column has to move for each unit of
-# error; with it, the output's error is least (Hassibi et al. 1993, Optimal Brain Surgeon). In the
-# example, suppose that calibration gave this H for the first two inputs (the third moves by
-# itself):
+# the part of H from j on counts. The output's error is a bowl over the weights that are still free,
+# and H is its shape. To find its lowest point is to solve equations with H, so the answer is in
+# H's inverse: divide its first row by its first number, and take the opposite sign. This is how
+# much each column has to move for each unit of error (Hassibi et al. 1993, Optimal Brain Surgeon).
+# In the example, suppose that calibration on some other text gave this H for the first two inputs
+# (the third moves by itself):
 #
 #     H =  4     3.99        H⁻¹ =   50.1  -49.9        -49.9 / 50.1 is about -1
 #          3.99  4                  -49.9   50.1
@@ -918,7 +923,8 @@ def awq_scales(x: Matrix, alpha: float) -> Vector:
 #
 # (Our adapters have α = r, so the factor is 1.) A starts random and B starts at zero, so that
 # training starts from the model as it is: B A = 0. If both were zero, both gradients would be
-# zero, too, and nothing would ever move. With dW the gradient that W would have:
+# zero, too, and nothing would ever move. W + (α/r) B A is one matrix. With dW its gradient, the
+# chain rule gives:
 #
 #     dA = (α/r) · Bᵀ dW                       dB = (α/r) · dW Aᵀ
 #
@@ -965,7 +971,7 @@ def adapter_gradient(d_w: Matrix, adapter: Adapter) -> Adapter:
 #
 # All methods on one page. What to take follows from what there is:
 #
-#     no data, no time            weights alone: 8 bits, or 4 with NF4, NVFP4, MXFP4 or Q4_K
+#     no data, no time            weights alone: 8 bits, or 4 with NF4, NVFP4, MXFP4, Q4_K or Q4_0
 #                                 weights and activations: FP8 or LLM.int8()
 #     some text, some minutes     weights alone: GPTQ or AWQ in 4 bits
 #                                 weights and activations: SmoothQuant in 8 bits
@@ -1679,9 +1685,61 @@ def assign_bits(choices: dict[str, dict[int, Choice]], budget: int) -> dict[str,
 # =============================================================================================
 
 # A row of a table is a named tuple. trace.table(rows, columns) prints its fields: {"kl as KL":
-# ".5f"} is the field kl under the heading KL, with five digits; "bar 30" draws it as well. What is
-# said of 20 models was measured by running an experiment with the seeds 0 to 19, as the tests do
-# with FINDING_SEEDS=20.
+# ".5f"} is the field kl under the heading KL, with five digits; "bar 30" draws it as well.
+
+
+class On20Models(NamedTuple):
+    """A method beside another, on models of the seeds 0 to 19, knobs at their defaults."""
+
+    method: str
+    other: str
+    lower_on: int  # on so many of the 20 models its KL (or its loss) was the lower one
+    least: float   # its KL (or loss), divided by the other's
+    most: float
+
+
+# For each section. The tests run its experiment with the seeds 0 to 4, with FINDING_SEEDS=20 with
+# all, and compare. What else is said of 20 models is held by tests as well.
+ON_20_MODELS = {
+    2: [On20Models("INT4 in groups", "INT4 per tensor", 20, 0.17, 0.81),
+        On20Models("INT4 in groups", "INT4 per channel", 12, 0.62, 2.32)],
+    5: [On20Models("INT8 static", "INT8 dynamic", 0, 3.22, 7.62),
+        On20Models("FP8", "INT8 dynamic", 13, 0.48, 1.66),
+        On20Models("LLM.int8()", "INT8 dynamic", 20, 0.01, 0.06),
+        On20Models("SmoothQuant α 0.5", "INT8 dynamic", 20, 0.03, 0.09)],
+    6: [On20Models("GPTQ", "INT4 in groups", 20, 0.07, 0.55),
+        On20Models("GPTQ act-order", "INT4 in groups", 20, 0.04, 0.20),
+        On20Models("GPTQ one token", "INT4 in groups", 3, 0.37, 2.49)],
+    7: [On20Models("column by chance", "INT4 in groups", 13, 0.80, 1.05),
+        On20Models("column by weights", "INT4 in groups", 9, 0.95, 1.03),
+        On20Models("column by inputs", "INT4 in groups", 20, 0.21, 0.68),
+        On20Models("AWQ", "INT4 in groups", 20, 0.07, 0.42)],
+    8: [On20Models("QLoRA", "full", 8, 0.79, 1.33), On20Models("QLoRA", "LoRA", 10, 0.71, 1.22)],
+    9: [On20Models("Q4_0", "INT4 in groups", 19, 0.34, 1.06),
+        On20Models("NF4", "INT4 in groups", 20, 0.23, 0.86),
+        On20Models("NVFP4", "INT4 in groups", 20, 0.18, 0.90),
+        On20Models("AWQ", "GPTQ act-order", 6, 0.73, 3.03)],
+    11: [On20Models("NVFP4", "MXFP4", 16, 0.18, 1.55), On20Models("MXFP4", "Q4_0", 15, 0.56, 3.35)],
+    12: [On20Models("Q4_K simple", "Q4_0", 10, 0.56, 2.57)],
+    13: [On20Models("HQQ", "INT4 asymmetric", 12, 0.63, 1.73),
+         On20Models("k-means", "INT4 per tensor", 20, 0.08, 0.34),
+         On20Models("k-means weighted", "k-means", 15, 0.27, 2.27),
+         On20Models("SqueezeLLM", "k-means", 18, 0.29, 1.19)],
+    14: [On20Models("b1.58 least squares", "b1.58", 0, 1.01, 1.42),
+         On20Models("b1.58 trained", "b1.58", 18, 0.62, 1.16),
+         On20Models("b1.58 trained", "FP16 trained", 0, 1.02, 1.52)],
+    17: [On20Models("mixed bits", "INT4 in groups", 18, 0.28, 1.15)],
+}
+
+
+def show_20_models(trace: Trace, section: int, measure: str = "KL") -> None:
+    """Show how often the section's methods did better on 20 models, and by how much."""
+    trace.say(f"On 20 models (seeds 0 to 19, at the defaults): on how many its {measure} was the "
+              "lower one, and the ratio of the two, least and greatest.")
+    trace.table(ON_20_MODELS[section], {"method": "", "other as beside": "",
+                                        "lower_on as lower on": "d", "least": ".2f",
+                                        "most as greatest": ".2f"})
+
 
 # 1. Numbers in few bits
 
@@ -1740,22 +1798,23 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
               f"verses made of the clauses of a nursery rhyme in another order: \"{verse}\" It is "
               f"measured on {EVALUATION_VERSES} verses that no model and no method has seen. Their "
               "common ending, \"the house that Jack built.\", is not counted. The table shows the "
-              "loss per token. Which clause follows is drawn at random, so even a model that knows "
-              "all the probabilities has the loss of the first row, and only luck could lower it. "
-              "Guessing takes all tokens as equally likely.")
+              "loss per token. Which clause follows is drawn at random. So the first row, that of "
+              "a model that knows all the probabilities, is the best that any can expect. Guessing "
+              "takes all tokens as equally likely.")
     shown = losses if lab.outliers else [least, model, guessing]
     trace.table(shown, {"who as model": "", "loss": ".3f", "perplexity": ".2f"})
     if lab.outliers:
         uses = "It uses them." if silent.loss > model.loss else "It hardly uses them."
         trace.say(f"As in large models, a few channels (numbers "
                   f"{' and '.join(map(str, lab.outliers))} of {lab.config.dim}) are many times "
-                  f"larger than the others: the norms multiply them by a factor that began at "
-                  f"{knobs.outliers[1]:g}, the others by one that began at 1. The model learned "
-                  f"with them. {uses}")
+                  f"larger than the others. They were given to it: the norms multiply them by a "
+                  f"factor that began at {knobs.outliers[1]:g}, the others by one that began at 1. "
+                  f"The model learned with them. {uses}")
     trace.ask(f"the weight of {name} furthest from 0 is {furthest.weight:+.4f}. Which code is it "
               f"in INT{knobs.bits}?", furthest.code)
     trace.say(f"Five weights of {name} and the one furthest from 0, rounded to INT{knobs.bits} and "
-              f"back. One scale serves the whole matrix.")
+              f"back. One scale serves the whole matrix. (It is rounded up to FP16, so even the "
+              "largest weight is not exact.)")
     trace.table([*rows[:5], furthest], {"weight": "+.4f", "code": "d", "back": "+.4f"})
     show_formats(trace)
 
@@ -1908,12 +1967,11 @@ def show_rounded_models(trace: Trace, lab: Lab, setting: Setting) -> None:
               f"{compare(group, channel)} one per channel. Q4_0 and Q8_0 (section 3) have groups "
               "of 32. Q4_0 uses all 16 codes of 4 bits instead of 15; that makes its steps an "
               "eighth smaller.")
-    trace.say("One model proves little. So the same was measured on 20 models, of seeds 0 to 19, "
-              "at the default settings. Groups of 32 had less KL than a scale per tensor on all "
-              "(which had 1.2 to 6.0 times as much), but less than a scale per channel on 12 only. "
-              "That is because a row of 64 weights has only two groups. The rows of real models "
-              "have thousands of weights, and groups are usual there, so this page measures by "
-              "them.")
+    trace.say("One model proves little, so methods are compared on others as well.")
+    show_20_models(trace, 2)
+    trace.say("Groups gain little over channels here, as a row of 64 weights has only two of 32. "
+              "The rows of real models have thousands of weights, and groups are usual there. So "
+              "this page measures by them.")
 
 
 def check_comparisons(trace: Trace) -> None:
@@ -2037,8 +2095,9 @@ def show_nf4(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"NF4 has an error of {nf4.normal:.2%} at 4.5 bits. Asymmetric INT4 comes to "
               f"{asymmetric.normal:.2%} with {asymmetric.bits:.2f} bits, so plain NF4 is no "
               "bargain. Double quantization makes it one: it takes "
-              f"{double.bits:.2f} bits. (INT4 could store its scales so, too; it is not done.) "
-              "Section 9 compares them on the model, where there are outliers.")
+              f"{double.bits:.2f} bits. (Scales of INT4 can be stored in fewer bits, too; Q4_K in "
+              "section 12 does so.) Section 9 compares them on the model, where there are "
+              "outliers.")
     trace.check_close("the codebook derived = the 16 published values", [codebook], [PUBLISHED_NF4],
                       1e-6)
     trace.check("NF4 beats INT4 in the same blocks on normal numbers, and loses on uniform ones",
@@ -2145,7 +2204,7 @@ def show_8_bit_models(trace: Trace, lab: Lab, setting: Setting) -> None:
     smooth = [score(lab, "SmoothQuant", setting._replace(alpha=alpha)) for alpha in ALPHAS]
     trace.say("The model with weights and activations in 8 bits. Each row of W has a scale. "
               "Activations have one scale for all tokens (static), or one per token (dynamic, and "
-              "all others). The bits of LLM.int8() count all weights in INT8, and in FP16 as well "
+              "all other rows). LLM.int8() has the weights in INT8 and, a second time, in FP16 "
               "those of the channels above, which reach 6.0 on the calibration text.")
     trace.table([static, dynamic, fp8, mixed, *smooth], SCORE_COLUMNS)
     best = min(smooth, key=lambda row: row.kl)
@@ -2153,10 +2212,8 @@ def show_8_bit_models(trace: Trace, lab: Lab, setting: Setting) -> None:
               f"{compare(mixed, dynamic)} dynamic INT8. {best.method}, the best of the three, "
               f"{compare(best, dynamic)} dynamic INT8. FP8, without calibration, "
               f"{compare(fp8, static)} static INT8, and {compare(fp8, dynamic)} dynamic INT8.")
-    trace.say("On 20 models at the defaults, static INT8 had more KL than dynamic INT8 on all (3.2 "
-              "to 7.6 times as much). LLM.int8() and SmoothQuant with α = 0.5 had less on all (at "
-              "most 0.06 and 0.10 of it), and this α had the least of the three on all. FP8 had "
-              "0.5 to 1.7 times as much as dynamic INT8.")
+    show_20_models(trace, 5)
+    trace.say("Of the three α, 0.5 had the least KL on all 20.")
 
 
 def check_8_bit_models(trace: Trace, lab: Lab, smooth: Weights, setting: Setting) -> None:
@@ -2247,13 +2304,11 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
               f"act-order {compare(ordered, plain)} GPTQ in the order of the columns. Calibrated "
               f"on a single token, GPTQ {compare(starved, nearest_score)} rounding to nearest. "
               "(Its repairs are made for that token.)")
-    trace.say("On 20 models at the defaults, GPTQ had less KL than rounding to nearest on all "
-              "(0.07 to 0.55 of it), with act-order, too (0.04 to 0.20). With one token of "
-              "calibration it had more on 17.")
+    show_20_models(trace, 6)
     trace.say("act-order takes the columns with the largest inputs first. It also chooses all "
-              "scales before it starts, where GPTQ chooses each on its way. That is not what "
-              "helps: on the 20 models, GPTQ with all scales chosen first had less KL than GPTQ on "
-              "11, and act-order had less than that on all.")
+              "scales before it starts, where GPTQ chooses each on its way. Which of the two "
+              "helps? To choose all scales first, and nothing else, lowered GPTQ's KL on 11 of the "
+              "20 models. The order lowered it from there on all 20.")
 
     trace.check("the example: 0, 0, 7 to nearest, and 0, 1, 7 by GPTQ",
                 [row.codes for row in example] == ["", "[0, 0, 7]", "[0, 1, 7]"], "by hand")
@@ -2346,9 +2401,9 @@ def show_awq(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"A column chosen by its inputs {compare(by_inputs, by_weights)} one by its weights, "
               f"and {compare(by_inputs, chance)} one by chance (one draw). AWQ "
               f"{compare(awq, nearest_score)} rounding to nearest, with the same bytes.")
-    trace.say("On 20 models at the defaults, both had less KL than rounding to nearest on all. A "
-              "column by its inputs, which protects one channel, had 0.21 to 0.68 of it, and AWQ, "
-              "which protects all that have large inputs, 0.07 to 0.42.")
+    show_20_models(trace, 7)
+    trace.say("A column chosen by its inputs protects one channel. AWQ protects all that have "
+              "large inputs.")
     _, x = awq_task(lab, source)
     trace.say("wq, wk and wv read what one norm puts out, so they share one factor for each "
               "channel, and the norm is divided by it, which costs nothing. How far the factors go "
@@ -2501,9 +2556,8 @@ def show_qlora(trace: Trace, knobs: Namespace) -> None:
               f"{compare(qlora, full)} full training's.")
     rates = ", ".join(f"{way} {rate:g}" for way, rate in RATES.items())
     trace.note(f"Learning rates: {rates}. Adapters are measured as they are stored, in FP16.")
-    trace.say("On 20 models at the defaults, QLoRA's loss was 0.79 to 1.33 times full training's "
-              "(less on 8 of the 20), and 0.71 to 1.22 times LoRA's (less on 10). So a base in 4 "
-              "bits did no harm that shows here.")
+    show_20_models(trace, 8, "loss")
+    trace.say("So a base in 4 bits did no harm that shows here.")
     check_qlora(trace, lab, rows)
 
 
@@ -2600,13 +2654,14 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
     trace.note(f"NF4 with double quantization takes {scores['NF4'].bits:.2f} bits instead of "
                f"{NF4_BITS:.2f}, since each of these small matrices has a mean and a scale of its "
                "own, and w2 has blocks of 32.")
+    show_20_models(trace, 9)
     nf4_better = max(scores["NF4"].kl, scores["NVFP4"].kl) < scores["INT in groups"].kl
     if (knobs.bits, knobs.group_size) == (4, 32) and lab.outliers and nf4_better:
         trace.say("NF4 and NVFP4 do better than INT4 in groups, although they are hardly more "
                   "exact on the whole. The reason is the outliers. Training made the weights that "
-                  "meet them small, and these formats have the finest steps near 0. This was "
-                  "tried: with NF4's values in these columns alone, and INT4's in all others, 20 "
-                  "models at the defaults had 0.22 to 0.80 of the KL of INT4.")
+                  "meet them small. Errors of these weights cost most, and NF4 and NVFP4 have the "
+                  "finest steps near 0. This was tried: with NF4's values in these columns alone, "
+                  "and INT4's in all others, the 20 models had 0.22 to 0.80 of the KL of INT4.")
     check_table(trace, lab, knobs.setting)
 
 
@@ -2705,10 +2760,10 @@ def show_fp4(trace: Trace, knobs: Namespace) -> None:
     trace.say("The model:")
     trace.table([mx, nv, q4_0, nf4], SCORE_COLUMNS)
     trace.say(f"NVFP4, with a quarter of a bit more, {compare(nv, mx)} MXFP4. MXFP4, with a "
-              f"quarter of a bit less, {compare(mx, q4_0)} Q4_0. On 20 models at the defaults, "
-              "NVFP4's KL was less than MXFP4's on 16, and MXFP4's less than Q4_0's on 15. Both "
-              "gain by their fine steps near 0, where the weights that meet outliers are (section "
-              "9): on 20 models without outliers, MXFP4 had 1.1 to 3.6 times Q4_0's KL.")
+              f"quarter of a bit less, {compare(mx, q4_0)} Q4_0.")
+    show_20_models(trace, 11)
+    trace.say("Both gain by their fine steps near 0, where the weights that meet outliers are "
+              "(section 9). On 20 models without outliers, MXFP4 had 1.1 to 3.6 times Q4_0's KL.")
     check_fp4(trace, lab, mx.bits, nv.bits)
 
 
@@ -2785,8 +2840,8 @@ def show_q4_k(trace: Trace, knobs: Namespace) -> None:
     trace.table(rows, {"form as format": "", "bits": ".2f", "error as around 0": ".2%",
                        "aside as moved aside": ".2%"})
     trace.table([q4_0, q4_k], SCORE_COLUMNS)
-    trace.say(f"Q4_K {compare(q4_k, q4_0)} Q4_0, with the same bits. On 20 models at the defaults "
-              "its KL was less on 10.")
+    trace.say(f"Q4_K {compare(q4_k, q4_0)} Q4_0, with the same bits.")
+    show_20_models(trace, 12)
     trace.check("a minimum pays off where weights lean to one side", rows[1].aside < rows[0].aside,
                 f"{rows[1].aside:.2%} against {rows[0].aside:.2%}")
     trace.self_tests()
@@ -2822,10 +2877,9 @@ def show_hqq_squeezellm(trace: Trace, knobs: Namespace) -> None:
               f"FP16 take more bits. k-means, with {plain.bits - even.bits:.2f} bits more, "
               f"{compare(plain, even)} an even grid. With weighting it {compare(weighted, plain)} "
               f"k-means without, and with weights apart it {compare(whole, weighted)} that.")
-    trace.say("On 20 models at the defaults, HQQ's KL was 0.6 to 1.7 times that of its first "
-              "grids, and less on 12: it makes the errors of the weights smaller, but does not "
-              "know which of them matter. k-means had 0.08 to 0.35 of an even grid's KL, and "
-              "SqueezeLLM had less than plain k-means on 18.")
+    show_20_models(trace, 13)
+    trace.say("HQQ makes the errors of the weights smaller, but does not know which of them "
+              "matter.")
 
     trace.check("each step makes another model",
                 len({row.kl for row in rows[2:]}) == 4, "the last four KLs")
@@ -2911,11 +2965,10 @@ def show_one_bit(trace: Trace, knobs: Namespace) -> None:
     untrained = min(fitted, mean, key=lambda row: row.loss)
     trace.say(f"The scale with the least squared error {compare(fitted, mean)} the mean of |W|. "
               f"The trained ternary model {compare(trained, untrained)} the better of the two, and "
-              f"{compare(trained, longer)} the model that was trained as long in full. (On 20 "
-              "models at the defaults, its loss was less than the former's on 18, and more than "
-              "the latter's on all. The scale with the least squared error had a higher loss than "
-              "the mean of |W| on all. The outliers do that: on 20 models without them it had a "
-              "lower loss on all.)")
+              f"{compare(trained, longer)} the model that was trained as long in full.")
+    show_20_models(trace, 14, "loss")
+    trace.say("The outliers make the scale with the least squared error a bad one: on 20 models "
+              "without outliers it had a lower loss than the mean of |W| on all.")
     trace.say(f"{name} times one token, counted while it is done: {additions:,} additions and "
               f"{multiplications} multiplications, where the matrix in full has {n:,} of each. A "
               f"corner of its codes:")
@@ -3175,10 +3228,10 @@ def show_mixed(trace: Trace, knobs: Namespace) -> None:
     trace.table([uniform, mixed], SCORE_COLUMNS)
     if set(widths.values()) == {bits}:
         trace.say("No better assignment of these widths fits into these bytes.")
-    trace.say(f"The model in mixed bits {compare(mixed, uniform)} the one in uniform bits. On 20 "
-              "models at the defaults its KL was less on 18 (0.28 to 1.15 times the other's). "
-              "The estimate is rough: it adds up the weights one by one, as if their errors did "
-              "not work together, and it saw little text.")
+    trace.say(f"The model in mixed bits {compare(mixed, uniform)} the one in uniform bits. The "
+              "estimate is rough: it adds up the weights one by one, as if their errors did not "
+              "work together, and it saw little text.")
+    show_20_models(trace, 17)
     saved = sum(row[bits].nbytes - row[widths[name]].nbytes for name, row in choices.items())
     trace.check("the file of mixed bits is smaller by what the choices save, and never larger",
                 0 <= saved == uniform.nbytes - mixed.nbytes, f"{mixed.nbytes:,} bytes")
