@@ -663,7 +663,7 @@ def test_nobody_comes_in_during_a_step_that_had_to_preempt():
 def test_first_tokens_if_all_requests_come_at_once(seed):
     """The trace says: in static batches 1.2 to 2.1 times as late, on 20 sets of requests."""
     requests = requests_at_once(seed)[:9]
-    means = [np.mean(m.first_tokens(m.serve_plenty(m.StandIn(), requests, policy, 2048, 4)))
+    means = [np.mean(m.first_tokens(m.serve_plenty(m.StandIn(), requests, policy, max_num_seqs=4)))
              for policy in ("static", "continuous")]
     assert 1.2 <= round(means[0] / means[1], 1) <= 2.1
 
@@ -802,7 +802,7 @@ def test_chunks_close_the_gap_that_a_long_prompt_tears():
     requests = m.long_prompt_requests(TOKENIZER)
     rows = {}
     for budget in (8, 16, 38, 64, 96):
-        report = m.serve_plenty(m.StandIn(), requests, "chunked", budget)
+        report = m.serve_plenty(m.StandIn(), requests, "chunked", budget=budget)
         rows[budget] = m.budget_row(report, budget)
     whole = m.budget_row(m.serve_plenty(m.StandIn(), requests), "whole")
     assert rows[38].worst_gap < whole.worst_gap / 3
@@ -1198,7 +1198,7 @@ def test_finding_about_batches(seed):
     requests = m.make_requests(TOKENIZER, random.Random(seed))
     for max_num_seqs in (1, 2, 9, m.MAX_NUM_SEQS):
         static, continuous = (
-            m.serve_plenty(m.StandIn(), requests, policy, 1024, max_num_seqs)
+            m.serve_plenty(m.StandIn(), requests, policy, max_num_seqs=max_num_seqs)
             for policy in ("static", "continuous"))
         assert len(continuous.steps) <= len(static.steps)
     first_tokens = [np.mean(m.first_tokens(report)) for report in (static, continuous)]
