@@ -1278,14 +1278,14 @@ def show_cache(trace, knobs) -> None:
     n_new = knobs.max_new_tokens
     without = WatchedLlama(lab.model)
     cached = WatchedLlama(lab.model)
-    text = generate(without, knobs.prompt_ids, n_new)
-    cached_text = generate(cached, knobs.prompt_ids, n_new, KVCache(lab.config))
+    generate(without, knobs.prompt_ids, n_new)
+    text = generate(cached, knobs.prompt_ids, n_new, KVCache(lab.config))
     rows = list(map(CacheStep, range(1, n_new + 1), without.n_run, cached.n_run))
     times_as_many = sum(without.n_run) / sum(cached.n_run)
 
     trace.say(f"The tiny Llama ({lab.config.n_layers} layers, {count_parameters(lab.config):,} "
               f"weights) goes on from {lab.tokenizer.decode(knobs.prompt_ids)!r} with "
-              f"{lab.tokenizer.decode(cached_text)!r}.")
+              f"{lab.tokenizer.decode(text)!r}.")
     trace.say("Tokens that go through the model, at some of the steps. Without a cache, each step "
               "runs all tokens again. With a cache, the first step runs the prompt (prefill), and "
               "each later step runs a single token (decode).")
@@ -1296,8 +1296,8 @@ def show_cache(trace, knobs) -> None:
                 {"step": "d", "without_cache": bar_of_most, "with_cache": bar_of_most})
     trace.say(f"In all, {sum(without.n_run):,} tokens are run without the cache and "
               f"{sum(cached.n_run)} with it: {times_as_many:.1f} times as many.")
-    trace.check("the same tokens with the cache as without", cached_text == text, f"{n_new} tokens")
-    trace.check_close("the same logits at every step", cached.logits, without.logits, 1e-9)
+    trace.check_close("the same logits at every step with the cache as without, so the same tokens",
+                      cached.logits, without.logits, 1e-9)
     trace.check("tokens run = the sums of section 1, p + n - 1 with the cache",
                 without.n_run == list(range(n_prompt, n_prompt + n_new))
                 and sum(cached.n_run) == n_prompt + n_new - 1, f"p = {n_prompt}, n = {n_new}")
@@ -1330,23 +1330,20 @@ def show_intensity(trace, knobs) -> None:
     longer = decode[-1].reading / decode[0].reading
     at_ridge = [batch_at_ridge(PRICED_GPU, PRICED_MODEL, cached) for cached in (0, 256, 1024)]
     fit = requests_that_fit(PRICED_GPU, PRICED_MODEL, 4096)
-    trace.say("In each step, every weight that it uses is read once, and so are all cached keys "
-              "and values, whether the step runs one token or many. (New tokens are stored first, "
-              "then read.) The step takes the longer of two times, arithmetic and "
-              "reading: this rule is the cost model of this page. The ridge of a card is the "
-              f"number of FLOPs that the card can do while it reads a byte: {PRICED_GPU.ridge:.0f} "
-              f"FLOPs per byte for the {PRICED_GPU.name}. A step that makes fewer FLOPs per byte "
-              "waits for memory. A weight of 2 bytes takes 2 FLOPs for each token, so a step that "
-              f"runs {PRICED_GPU.ridge:.0f} tokens makes {PRICED_GPU.ridge:.0f} FLOPs per byte of "
-              "weights.")
+    trace.say("Each step reads every weight that it uses once, and all cached keys and values, "
+              "whether it runs one token or many. The step takes the longer of two times, "
+              "arithmetic and reading: this rule is the cost model of this page. The "
+              f"{PRICED_GPU.name} can do {PRICED_GPU.ridge:.0f} FLOPs while it reads a byte (the "
+              "ridge). A weight of 2 bytes takes 2 FLOPs for each token, so a step that runs fewer "
+              f"than {PRICED_GPU.ridge:.0f} tokens waits for memory.")
     trace.say(f"{PRICED_MODEL.name} with weights of 16 bits, by the cost model: the prefill of a "
               "prompt, and decode steps for batches of requests, all with 1024 tokens each:")
     trace.ask("how many times as long as for one request does a decode step take for 128?", longer)
     trace.table([prefill, *decode], {"phase": "", "requests": "d", "tokens as tokens run": ",d",
                                      "arithmetic as arithmetic, ms": ".2f",
                                      "reading as reading, ms": ".2f"})
-    trace.note("The prefill and one request's decode step read the same: the weights, and the keys "
-               "and values of 1024 tokens.")
+    trace.note("The prefill reads what one request's decode step reads: the weights, and the keys "
+               "and values of 1024 tokens, which it has just stored.")
     trace.say("The prefill is bound by arithmetic, the decode steps by memory. The batch of 128 "
               f"takes {longer:.1f} times as long as one request and yields "
               f"{128 / longer:.0f} times as many tokens a second, as all share one reading of the "
@@ -1357,14 +1354,13 @@ def show_intensity(trace, knobs) -> None:
               f"KiB, so {fit} requests of 4096 tokens fit beside the weights, in 0.92 of 80 "
               "GB. (Engines leave the rest for activations.)")
     trace.check("by hand: the prefill takes 2 · 7.505e9 · 1024 FLOPs / 312e12 per second, one "
-                "request's decode step (2 · 7.505e9 + 1024 · 131072) bytes / 2039e9 per second, "
-                "with 7.505e9 weights besides the embedding table",
+                "request's decode step (2 · 7.505e9 + 1024 · 131072) bytes / 2039e9 per second",
                 abs(prefill.arithmetic - 49.26) < 0.01 and abs(decode[0].reading - 7.427) < 0.001,
                 "49.26 and 7.427 ms")
-    trace.check("by hand: the weights are read in 7.361 ms, and a request takes 0.0481 ms of "
-                "arithmetic. 7.361 / 0.0481 is just over 153. A cache of 256 tokens is read in "
-                "0.0165 ms, and 7.361 / (0.0481 - 0.0165) is just under 233",
-                at_ridge == [154, 233, None], "batches of 154 and 233, none for 1024 tokens")
+    trace.check("by hand: a request adds 0.0481 ms of arithmetic to 7.361 ms of reading, and "
+                "0.0165 ms of reading with 256 tokens cached. 7.361 / 0.0481 is just over 153, "
+                "7.361 / (0.0481 - 0.0165) just under 233", at_ridge == [154, 233, None],
+                "batches of 154, 233 and none")
     trace.check("by hand: a request takes 4096 · 131072 bytes = 0.537 GB, and 73.6 GB less 2 bytes "
                 "for each of 8.03e9 weights leave 57.54 GB", fit == 107, f"{fit} requests")
 
@@ -1459,26 +1455,21 @@ def show_paging(trace, knobs) -> None:
 # 4. Sharing: reference counts and copy on write
 
 
-def fork_prompt(model: Llama, prompt: Sequence[int], pool: BlockPool) -> list[PagedKVCache]:
-    """Return four caches that share the blocks of a prompt."""
-    first = PagedKVCache(pool, model.config)
-    model.forward(prompt, first)
-    return [first, fork(first), fork(first), fork(first)]
-
-
 def show_sharing(trace, knobs) -> None:
     """Show the blocks of four answers to one prompt, with sharing and without."""
     model = knobs.lab.model
     size = knobs.block_size
     prompt = knobs.lab.text_ids[:22]
     pool = BlockPool(4 * ceil_div(len(prompt) + 1, size), size)
-    caches = fork_prompt(model, prompt, pool)
-    texts = [[*prompt, token] for token in range(4)]
-    prompt_table = list(caches[0].block_table)
+    first = PagedKVCache(pool, model.config)
+    model.forward(prompt, first)
+    caches = [first, fork(first), fork(first), fork(first)]
+    prompt_table = list(first.block_table)
     needed = [cache.blocks_needed(1) for cache in caches]
+    texts = [[*prompt, token] for token in range(4)]
     grow_texts(model, texts, caches, 1)
     copies = sum(cache.block_table[:len(prompt_table)] != prompt_table for cache in caches)
-    used = pool.num_blocks - pool.num_free_blocks
+    counts = [count for count in pool.ref_count if count]
     trace.say(f"Four answers to one prompt share its blocks. The prompt has {len(prompt)} tokens, "
               f"and its block table is {prompt_table}, with blocks of {size}. The answers A to D "
               "begin with four different tokens. Every block counts its references: the block "
@@ -1488,24 +1479,21 @@ def show_sharing(trace, knobs) -> None:
               "How many of the four answers copy that block before they write?", copies)
     trace.say("After each answer has written the keys and values of its first token:")
     print_tables(trace, caches)
-    counts = [count for count in pool.ref_count if count]
     trace.lines(textwrap.wrap(f"references to blocks 0, 1, …: {counts}", WIDTH))
     if copies:
         trace.say(f"{copies} answers took a copy of the half-full block {prompt_table[-1]}. The "
                   "last answer to write was then alone in that block, and needed no copy.")
-    trace.say(f"{used} blocks are in use. Without sharing there would be {pool.num_blocks}.")
-
+    trace.say(f"{len(counts)} blocks are in use. Without sharing there would be {pool.num_blocks}.")
     trace.check("right after fork(), each answer needs one block: for a copy, or a new block",
                 needed == [1] * 4, "4 answers")
-    trace.check("copies = answers - 1 if the prompt ends inside a block, otherwise none",
-                copies == (3 if len(prompt) % size else 0), f"{copies} copies for 4 answers")
     trace.check_close("keys and values of every answer, in order = those of a cache of its own",
                       contents(caches), contents_alone(model, texts), 1e-9)
-    held = Counter(itertools.chain(*(cache.block_table for cache in caches)))
-    trace.check("every reference count = the block tables that list the block; blocks that no "
-                "table lists are free", used == len(held)
-                and pool.ref_count == [held[block] for block in range(pool.num_blocks)],
-                f"{used} in use, {pool.num_free_blocks} free")
+    full_blocks = len(prompt) // size
+    trace.check("each full block of the prompt has 4 references, each answer has one block of its "
+                "own, and all other blocks are free",
+                counts == [4] * full_blocks + [1] * 4
+                and pool.num_free_blocks == pool.num_blocks - full_blocks - 4,
+                f"{len(counts)} in use, {pool.num_free_blocks} free")
 
 
 # 5. Prefix caching
@@ -1758,9 +1746,9 @@ def show_budgets(trace, requests: Sequence[Request], budget: int, whole: BudgetR
             for n in sorted({8, free, 96, budget})}
     small = rows[8]
     best = rows[free]
-    trace.table([*rows.values(), whole], {"budget": ">", "worst_gap as gap, ms": ".1f bar 12",
-                                 "first_token as first token, ms": ".1f",
-                                 "end as end, ms": ".1f"})
+    trace.table([*rows.values(), whole],
+                {"budget": ">", "worst_gap as gap, ms": ".1f bar 12",
+                 "first_token as first token, ms": ".1f", "end as end, ms": ".1f"})
     trace.note("gap: the longest of requests 0 to 2. first token: of request 3, after its arrival. "
                "end: when all requests are done.")
     trace.say(f"Up to {free} tokens, a step takes nearly the same time, as it waits for memory. "
@@ -1769,14 +1757,14 @@ def show_budgets(trace, requests: Sequence[Request], budget: int, whole: BudgetR
               f"steps of all. With {free}, all requests are also done sooner than with whole "
               "prompts: chunks run while the weights are read, and every decode step waits for the "
               "weights anyway.")
-    trace.check("with every budget, the longest gap is as short as with whole prompts, or shorter",
+    trace.check("no budget makes the longest gap longer than whole prompts do",
                 max(row.worst_gap for row in rows.values()) <= whole.worst_gap,
                 f"{len(rows)} budgets")
-    trace.check(f"a small budget makes the first token later than with {free}, and the longest gap "
-                "hardly shorter, by less than a tenth", small.worst_gap > 0.9 * best.worst_gap
-                and small.first_token > best.first_token, "budget 8")
-    trace.check(f"with a budget of {free}, all are done sooner than with whole prompts",
-                best.end < whole.end, f"{best.end:.1f} and {whole.end:.1f} ms")
+    trace.check(f"with a budget of {free}, the first token comes sooner than with 8, the longest "
+                "gap is hardly longer, by a ninth at most, and all are done sooner than with whole "
+                "prompts", best.first_token < small.first_token
+                and best.worst_gap < small.worst_gap / 0.9 and best.end < whole.end,
+                f"{best.end:.1f} and {whole.end:.1f} ms")
 
 
 # 8. What paging saves
@@ -1808,42 +1796,36 @@ def show_waste(trace, knobs) -> None:
     """Show the waste of one piece per request and of blocks, and the price of paging."""
     requests = [request._replace(arrival=0.0) for request in knobs.requests] * 2
     needed = slots_needed(requests)
-    rows = {size: memory_row(requests, 128, size)
-            for size in sorted({4, 16, 64, knobs.block_size})}
-    one_piece = rows[64]
-    paged = rows[knobs.block_size]
+    one_piece = memory_row(requests, 128, 64)
+    paged = memory_row(requests, 128, knobs.block_size)
     trace.say("In short: small blocks use most of a memory, and one piece per request leaves most "
               "of it empty.")
     trace.say("Before paging, a request's cache was one piece, as long as the longest text that "
-              f"is allowed. {len(requests)} requests share a memory of 128 slots. Each may use up "
-              f"to 64 slots. Each will use {min(needed)} to {max(needed)}, but the engine does not "
-              "know this. So with blocks of 64, the last row, each request has one piece: the old "
-              "way. The scheduler runs for real, with a stand-in for the model. On average over "
-              "the steps in which somebody waited, a slot is")
+              f"is allowed, here 64 slots. {len(requests)} requests share a memory of 128 slots. "
+              f"Each will use {min(needed)} to {max(needed)}, but the engine does not know this. "
+              "In blocks of 64, each request has one piece: the old way. On average over the steps "
+              "in which somebody waited, a slot is")
     trace.lines(["  used      if it holds a token now",
                  "  reserved  if it will hold a token of the same request later",
                  "  internal  if it is set aside for a request that will end without using it",
                  "  free      if it is set aside for nobody"])
-    trace.say("So a request with 3 tokens now and 5 at its end, in a piece of 8 slots, has 3 "
-              "used, 2 reserved and 3 internal. preempted: how often a request lost its blocks, "
-              f"as none was free (section 9). computed: tokens run; {sum(needed)} are needed.")
     trace.ask("with 64 slots set aside for each, two requests fit. What share of all slots holds a "
               "token? (as 0.5 or 50%)", one_piece.used)
-    trace.table(list(rows.values()), {"block_size": "d", "used": ".0%", "reserved": ".0%",
-                                      "internal": ".0%", "free": ".0%", "preempted": "d",
-                                      "computed": "d", "steps": "d"})
+    trace.say("preempted: how often a request lost its blocks, as none was free (section 9). "
+              f"computed: tokens run; {sum(needed)} are needed.")
+    trace.table([paged, one_piece], {"block_size": "d", "used": ".0%", "reserved": ".0%",
+                                     "internal": ".0%", "free": ".0%", "preempted": "d",
+                                     "computed": "d", "steps": "d"})
     trace.note("Shares are rounded. The PagedAttention paper (2023) found 20.4% to 38.2% used in "
                "earlier systems.")
-    if paged is not one_piece:
-        trace.say(f"In blocks of {paged.block_size}, {paged.used:.0%} of the memory is used and "
-                  f"all are done in {paged.steps} steps; in pieces, {one_piece.used:.0%} is used "
-                  f"and {one_piece.steps} steps are needed. The price of blocks: {paged.preempted} "
-                  f"preemptions, and {paged.computed - sum(needed)} tokens that were run again.")
-    trace.say("On 20 sets of requests at the defaults, 85% to 88% of the memory was used in blocks "
-              "of 4, and 21% to 24% in pieces. Pieces took 2.9 to 3.6 times as many steps. The "
-              "price of the blocks was 5 to 11 preemptions, and 13% to 33% more tokens run. What "
-              "is used in pieces depends on the limit, and 64 is our choice: no request of the 20 "
-              "sets needs more than 30 slots, and in pieces of 32, 39% to 46% would be used.")
+    trace.say(f"In blocks of {paged.block_size}, {paged.used:.0%} of the memory is used and all "
+              f"are done in {paged.steps} steps; in pieces, {one_piece.used:.0%} is used and "
+              f"{one_piece.steps} steps are needed. The price of blocks: {paged.preempted} "
+              f"preemptions, and {paged.computed - sum(needed)} tokens that were run again.")
+    trace.say("(On 20 sets of requests, 85% to 88% of the memory was used in blocks of 4, and 21% "
+              "to 24% in pieces, which took 2.9 to 3.6 times as many steps. The price was 5 to 11 "
+              "preemptions, and 13% to 33% more tokens run. The limit of 64 is our choice: no "
+              "request needs more than 30 slots, and in pieces of 32, 39% to 46% would be used.)")
     trace.check("blocks use as much of the memory as pieces or more, and take no more steps",
                 paged.used >= one_piece.used and paged.steps <= one_piece.steps,
                 f"{paged.used:.0%} and {one_piece.used:.0%} used")
@@ -1873,6 +1855,26 @@ def preemption_row(report: Report, by: str) -> PreemptionRow:
                          len(report.steps), report.steps[-1].end * 1e3)
 
 
+class ComingBack(NamedTuple):
+    """The milliseconds that a request that comes back adds to a step, either way."""
+
+    recompute: float
+    swap: float
+
+
+def price_come_back(tokens: int, decoding: int) -> ComingBack:
+    """Return what it costs to come back with `tokens` tokens that had been cached.
+
+    Its newest token was never in the cache, and is run either way. decoding: other requests in the
+    step, with as many tokens cached.
+    """
+    cached = (decoding + 1) * (tokens + 1)
+    plain = priced_step(decoding + 1, cached).seconds
+    again = priced_step(decoding + tokens + 1, cached).seconds
+    swap = 2 * tokens * PRICED_MODEL.kv_bytes / PCIE_BYTES_PER_S
+    return ComingBack((again - plain) * 1e3, swap * 1e3)
+
+
 def show_preemption(trace, knobs) -> None:
     """Show the requests of section 6 in a small pool, with both ways of coming back."""
     requests = knobs.requests
@@ -1896,7 +1898,15 @@ def show_preemption(trace, knobs) -> None:
                  "swapped as swapped out + in, tokens": "d", "steps": "d", "end as ms": ".1f"})
     trace.lines(["", "By recomputation (× the request loses its blocks, █ its text so far runs):",
                  *timeline(again)])
-    show_come_back(trace)
+    short = price_come_back(32, decoding=3)
+    long = price_come_back(128, decoding=3)
+    trace.say("Which way is cheaper? By the cost model, in a step in which three others decode, a "
+              f"text of 32 tokens takes {short.recompute:.2f} ms to recompute, as "
+              f"{priced_free_tokens()} tokens of a step cost no extra time, and {short.swap:.2f} "
+              f"to swap out and in. A text of 128 takes {long.recompute:.2f} and {long.swap:.2f}. "
+              "So short texts are cheaper to recompute, and long texts are cheaper to swap. (On 19 "
+              "of 20 sets of requests, swapping ended later, by 0.07 to 0.63 ms, although "
+              "recomputing ran up to 44% more tokens. On one, nobody was preempted.)")
     check_preemption(trace, knobs, again, swap)
 
 
@@ -1937,33 +1947,6 @@ def check_preemption(trace, knobs, again: Report, swap: Report) -> None:
                 cut_up.preempted == [(2, 1)], "a prompt of 8, 3 blocks of 4, 4 tokens per step")
 
 
-def price_come_back(tokens: int, decoding: int) -> tuple[float, float]:
-    """Return the milliseconds that recomputing and swapping add to a step.
-
-    tokens: what the request that comes back had cached. Its newest token was never in the cache,
-    and is run either way. decoding: other requests in the step, with as many tokens cached.
-    """
-    cached = (decoding + 1) * (tokens + 1)
-    plain = priced_step(decoding + 1, cached).seconds
-    again = priced_step(decoding + tokens + 1, cached).seconds
-    swap = 2 * tokens * PRICED_MODEL.kv_bytes / PCIE_BYTES_PER_S
-    return (again - plain) * 1e3, swap * 1e3
-
-
-def show_come_back(trace) -> None:
-    """Say what recomputing and swapping cost, and where they cross."""
-    costs = {tokens: price_come_back(tokens, 3) for tokens in range(1, 129)}
-    crossing = min(tokens for tokens, (recompute, swap) in costs.items() if swap < recompute)
-    trace.say("Which way is cheaper? By the cost model, in a step in which three others decode, a "
-              f"text of 32 tokens takes {costs[32][0]:.2f} ms to recompute, as "
-              f"{priced_free_tokens()} tokens of a step cost no extra time, and {costs[32][1]:.2f} "
-              f"to swap out and in. A text of 128 takes {costs[128][0]:.2f} and "
-              f"{costs[128][1]:.2f}. Texts of {crossing} tokens or more are cheaper to swap. The "
-              "texts above are shorter: on 19 of 20 sets of requests, all ended earlier by "
-              "recomputation, by 0.07 to 0.63 ms, although it ran up to 44% more tokens; on one, "
-              "nobody was preempted.")
-
-
 # 10. Prefill here, decode there
 
 # NVLink joins two cards: 600 GB/s, both ways together (A100 data sheet)
@@ -1994,13 +1977,9 @@ def measure_latency(requests: Sequence[Request], way: str, rate: int = 0) -> Lat
     states = list(itertools.chain(*(report.states for report in reports)))
     waits = list(itertools.chain(*map(first_tokens, reports)))
     second = [(state.times[1] - state.times[0]) * 1e3 for state in states]
-    first_token, later_gap = nearly_longest(waits, token_gaps(states, first=1))
-    return Latency(way, rate, first_token, max(second), later_gap)
-
-
-def nearly_longest(waits: Sequence[float], gaps: Sequence[float]) -> tuple[float, float]:
-    """Return the time within which 9 of 10 waits end, and that within which 99 of 100 gaps end."""
-    return sorted(waits)[len(waits) * 9 // 10], sorted(gaps)[len(gaps) * 99 // 100]
+    first_token = sorted(waits)[len(waits) * 9 // 10]
+    later_gaps = sorted(token_gaps(states, first=1))
+    return Latency(way, rate, first_token, max(second), later_gaps[len(later_gaps) * 99 // 100])
 
 
 def show_split(trace, knobs) -> None:
@@ -2026,17 +2005,16 @@ def show_split(trace, knobs) -> None:
                "from the first to the second, and between later tokens. continuous: whole prompts. "
                f"chunked: at most {priced_free_tokens()} tokens per step. split: a link of "
                f"{NVLINK_BYTES_PER_S / 1e9:.0f} GB a second each way (NVLink) joins the cards.")
-    trace.say(f"On two cards, whole prompts make gaps of up to {whole.later_gap:.1f} ms, and the "
-              f"first token comes after {whole.first_token:.1f} ms. With chunks the later gaps are "
-              f"short, {chunked.later_gap:.1f} ms, and the first token comes after "
-              f"{chunked.first_token:.1f} ms. The split has an early first token, "
-              f"{split.first_token:.1f} ms, and short later gaps, {split.later_gap:.1f} ms. Only "
-              "the second token waits, and hardly for the link, which all prompts "
+    trace.say("On two cards, whole prompts make long gaps. Chunks make short ones, but the first "
+              "token comes later. The split has both: its first token is early, and its later gaps "
+              "are short. Only the second token waits, and hardly for the link, which all prompts "
               f"({crossed / 1e6:.0f} MB) cross in {1e3 * crossed / NVLINK_BYTES_PER_S:.2f} ms: it "
               "waits for the step that the decode card is in, and comes with the next. Section 11 "
               "asks which way serves more people with two cards.")
-    trace.check("split, every request gets the tokens that it gets alone",
-                report.tokens == knobs.lab.solo_tokens(requests), f"{len(requests)} requests")
+    trace.check("split, every request gets the tokens that it gets alone, and the keys and values "
+                "of every prompt token cross once",
+                report.tokens == knobs.lab.solo_tokens(requests)
+                and report.swapped_tokens == prompt_tokens, f"{prompt_tokens} tokens cross")
     trace.check("split, the first token comes before that of chunks, and the later gaps are "
                 "shorter than with whole prompts",
                 split.first_token < chunked.first_token and split.later_gap < whole.later_gap,
@@ -2046,8 +2024,6 @@ def show_split(trace, knobs) -> None:
     trace.check("over a slow link, the second token of request 3 comes within 5 ms after its "
                 "prompt's keys and values have crossed",
                 crossing < second - first < crossing + 0.005, "131,072 bytes a token at 1 GB/s")
-    trace.check("the keys and values of every prompt token crossed, once",
-                report.swapped_tokens == prompt_tokens, f"{prompt_tokens} tokens")
 
 
 # 11. Latency against load
@@ -2119,8 +2095,8 @@ def show_load(trace, knobs) -> None:
     trace.check("from 10 a second on, chunks have shorter gaps than whole prompts",
                 all(chunked.later_gap < whole.later_gap for _, whole, chunked, _ in rates),
                 "at 4 rates")
-    trace.check("chunks alone have the highest goodput",
-                max(rate for way, rate in kept.items() if way != "chunked") < kept["chunked"],
+    trace.check("chunks have the highest goodput, static batches and whole prompts a lower one",
+                max(kept["static"], kept["continuous"]) < kept["chunked"] == max(kept.values()),
                 f"{kept['chunked']} requests a second and card")
 
 
@@ -3258,23 +3234,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                            "about it.", len(SECTIONS))
     parser.add_argument("--prompt", default=PROMPT, help="what to go on from (default: "
                                                          f"{PROMPT!r})")
-    parser.add_argument("--max-new-tokens", metavar="N", type=whole_number(1, 64),
-                        default=MAX_NEW_TOKENS,
-                        help="tokens to generate in sections 1 and 3 (default "
-                             f"{MAX_NEW_TOKENS})")
-    parser.add_argument("--block-size", metavar="N", type=whole_number(1, 64), default=BLOCK_SIZE,
-                        help=f"tokens a block holds (default {BLOCK_SIZE})")
+
+    def add_number(option: str, default: int, highest: int, what: str) -> None:
+        parser.add_argument(option, metavar="N", type=whole_number(1, highest), default=default,
+                            help=f"{what} (default {default})")
+
+    add_number("--max-new-tokens", MAX_NEW_TOKENS, 64, "tokens to generate in sections 1 and 3")
+    add_number("--block-size", BLOCK_SIZE, 64, "tokens a block holds")
+    add_number("--max-num-seqs", MAX_NUM_SEQS, 64,
+               "requests that may run at the same time, sections 6 and 9")
+    add_number("--max-num-batched-tokens", MAX_NUM_BATCHED_TOKENS, 9999,
+               "tokens a step may run where prompts are cut up, section 7; the running requests "
+               "get one each in any case")
     parser.add_argument("--num-blocks", metavar="N", type=whole_number(1, 999),
                         help="blocks in the pool of section 9 (default: twice what the largest "
                         "request needs, and just that)")
-    parser.add_argument("--max-num-seqs", metavar="N", type=whole_number(1, 64),
-                        default=MAX_NUM_SEQS, help="requests that may run at the same time, "
-                                                   f"sections 6 and 9 (default {MAX_NUM_SEQS})")
-    parser.add_argument("--max-num-batched-tokens", metavar="N", type=whole_number(1, 9999),
-                        default=MAX_NUM_BATCHED_TOKENS,
-                        help="tokens a step may run where prompts are cut up, section 7; the "
-                             "running requests get one each in any case (default "
-                             f"{MAX_NUM_BATCHED_TOKENS})")
     knobs = parser.parse_args(argv)
 
     knobs.lab = ServingLab(knobs.seed)
