@@ -1652,10 +1652,10 @@ def show_continuous(trace, knobs) -> None:
     trace.check("no first token comes sooner than a step after its request, either way",
                 min(first_tokens(static) + first_tokens(continuous))
                 > priced_step(0, 0).seconds * 1e3, "of all requests")
-    full = [step for step in continuous.steps if step.waiting]
-    if full:
+    busy = [step for step in continuous.steps if step.waiting]
+    if busy:
         trace.check("continuous: no place stays empty while somebody waits",
-                    all(len(step.tokens) == places for step in full), f"in {len(full)} steps")
+                    all(len(step.tokens) == places for step in busy), f"in {len(busy)} steps")
     alone = knobs.lab.solo_tokens(requests)
     trace.check("both ways, every request's tokens are what it gets alone",
                 static.tokens == continuous.tokens == alone, f"{sum(map(len, alone))} tokens")
@@ -1708,8 +1708,8 @@ def show_chunked(trace, knobs) -> None:
     budget = max(knobs.max_num_batched_tokens, len(requests))
     whole = serve_plenty(knobs.lab.model, requests)
     chunked = serve_plenty(knobs.lab.model, requests, "chunked", budget=budget)
-    before = budget_row(whole, "whole prompts")
-    after = budget_row(chunked, budget)
+    whole_row = budget_row(whole, "whole prompts")
+    chunked_row = budget_row(chunked, budget)
     trace.say("A long prompt makes one long step, and all that are being answered wait for that "
               "step. Chunked prefill cuts the prompt up, so that no step runs more tokens than a "
               "budget. Requests 0 to 2 are being answered when 3 comes, with "
@@ -1717,15 +1717,16 @@ def show_chunked(trace, knobs) -> None:
               "new token came, · none came. (Times are rounded down, so two ▒ side by side can be "
               "almost 2 ms apart.)")
     trace.lines(["", "whole prompts:", *clock_line(whole)])
-    trace.ask(f"the long prompt made requests 0 to 2 wait {before.worst_gap:.1f} ms for a token. "
-              f"What is their longest gap, in ms, if a step runs at most {budget} tokens?",
-              after.worst_gap)
+    trace.ask(f"the long prompt made requests 0 to 2 wait {whole_row.worst_gap:.1f} ms for a "
+              f"token. What is their longest gap, in ms, if a step runs at most {budget} tokens?",
+              chunked_row.worst_gap)
     trace.lines(["", f"chunked, at most {budget} tokens per step:", *clock_line(chunked)])
-    trace.say(f"The longest gap of requests 0 to 2 is {before.worst_gap:.1f} ms with whole prompts "
-              f"and {after.worst_gap:.1f} with chunks. What this costs: the first token of request "
-              f"3 comes after {before.first_token:.1f} ms with whole prompts and after "
-              f"{after.first_token:.1f} with chunks. How large should the budget be?")
-    show_budgets(trace, requests, budget, before)
+    trace.say(f"The longest gap of requests 0 to 2 is {whole_row.worst_gap:.1f} ms with whole "
+              f"prompts and {chunked_row.worst_gap:.1f} with chunks. What this costs: the first "
+              f"token of request 3 comes after {whole_row.first_token:.1f} ms with whole prompts "
+              f"and after {chunked_row.first_token:.1f} with chunks. How large should the budget "
+              "be?")
+    show_budgets(trace, requests, budget, whole_row)
     alone = knobs.lab.solo_tokens(requests)
     trace.check("every request's tokens are those it gets alone, both ways",
                 whole.tokens == chunked.tokens == alone, f"{sum(map(len, alone))} tokens")
@@ -1882,8 +1883,8 @@ def show_preemption(trace, knobs) -> None:
     largest = max(blocks_for(request, knobs.block_size) for request in requests)
     settings = dict(num_blocks=knobs.num_blocks or 2 * largest, block_size=knobs.block_size,
                     max_num_seqs=knobs.max_num_seqs, max_num_batched_tokens=1024)
-    again = serve(knobs.lab.model, requests, **settings)
-    swap = serve(knobs.lab.model, requests, engine=SwappingEngine, **settings)
+    recomputed = serve(knobs.lab.model, requests, **settings)
+    swapped = serve(knobs.lab.model, requests, engine=SwappingEngine, **settings)
     trace.say("In short: a request that loses its blocks loses no token, only time.")
     trace.say("When a running request needs a block and none is free, the youngest running "
               "request loses its blocks and waits. Its text so far is recomputed when it comes "
@@ -1892,12 +1893,12 @@ def show_preemption(trace, knobs) -> None:
               f"{settings['num_blocks']} blocks of {knobs.block_size}; the largest request needs "
               f"{largest}:")
     trace.ask("how many tokens go through the model when blocks are swapped out and in?",
-              swap.computed)
-    trace.table([preemption_row(again, "recompute"), preemption_row(swap, "swap")],
+              swapped.computed)
+    trace.table([preemption_row(recomputed, "recompute"), preemption_row(swapped, "swap")],
                 {"by as comes back by": "", "preempted": "d", "computed": "d",
                  "swapped as swapped out + in, tokens": "d", "steps": "d", "end as ms": ".1f"})
     trace.lines(["", "By recomputation (× the request loses its blocks, █ its text so far runs):",
-                 *timeline(again)])
+                 *timeline(recomputed)])
     short = price_come_back(32, decoding=3)
     long = price_come_back(128, decoding=3)
     trace.say("Which way is cheaper? By the cost model, in a step in which three others decode, a "
@@ -1907,35 +1908,36 @@ def show_preemption(trace, knobs) -> None:
               "So short texts are cheaper to recompute, and long texts are cheaper to swap. (On 19 "
               "of 20 sets of requests, swapping ended later, by 0.07 to 0.63 ms, although "
               "recomputing ran up to 44% more tokens. On one, nobody was preempted.)")
-    check_preemption(trace, knobs, again, swap)
+    check_preemption(trace, knobs, recomputed, swapped)
 
 
-def check_preemption(trace, knobs, again: Report, swap: Report) -> None:
+def check_preemption(trace, knobs, recomputed: Report, swapped: Report) -> None:
     """Check that a preemption changes nothing but when a request is served, and by what work."""
     alone = knobs.lab.solo_tokens(knobs.requests)
-    trace.check("no token changed, either way", again.tokens == swap.tokens == alone,
+    trace.check("no token changed, either way", recomputed.tokens == swapped.tokens == alone,
                 f"{len(alone)} answers each")
-    if again.preempted:
+    if recomputed.preempted:
         needed = sum(slots_needed(knobs.requests))
         trace.check("recomputing runs tokens again, and swapping runs none again",
-                    again.computed > needed == swap.computed, f"{needed} tokens are needed")
-        lost = [swap.steps[i - 1].cached[number] for i, number in swap.preempted]
+                    recomputed.computed > needed == swapped.computed, f"{needed} tokens are needed")
+        lost = [swapped.steps[i - 1].cached[number] for i, number in swapped.preempted]
         by_hand = 2 * sum(lost) * 131072 / 32e9
         copying = 0.0
-        for step in swap.steps:
+        for step in swapped.steps:
             priced = priced_step(sum(step.tokens.values()), sum(step.cached.values()))
             copying += step.end - step.start - priced.seconds
         trace.check("what was cached before each preemption is swapped out, and in again: the "
                     "steps take 131072 bytes / 32e9 per second longer for each token",
-                    swap.swapped_tokens == 2 * sum(lost)
+                    swapped.swapped_tokens == 2 * sum(lost)
                     and abs(copying - by_hand) < 1e-9, f"2 × {sum(lost)} tokens")
         trace.check("a request that lost its blocks was younger than all that ran in that step",
-                    all(number > max(again.steps[i].tokens) for i, number in again.preempted),
-                    f"{len(again.preempted)} preemptions")
+                    all(number > max(recomputed.steps[i].tokens)
+                        for i, number in recomputed.preempted),
+                    f"{len(recomputed.preempted)} preemptions")
     else:
         trace.note("No request lost its blocks here, so three checks are left out. Try fewer "
                    "--num-blocks or more --max-num-seqs.")
-    cache = swap.states[0].cache  # empty by now
+    cache = swapped.states[0].cache  # empty by now
     slots = [{0: number} for number in range(8)]
     cache.reserve(len(slots))
     swap_in(cache, slots)
@@ -1986,8 +1988,9 @@ def show_split(trace, knobs) -> None:
     """Show the same requests on two cards alike, and on two with a phase each."""
     requests = long_prompt_requests(knobs.lab.tokenizer)
     prompt_tokens = sum(len(request.prompt) for request in requests)
-    rows = [measure_latency(requests, way) for way in ("continuous", "chunked", "split")]
-    whole, chunked, split = rows
+    whole = measure_latency(requests, "continuous")
+    chunked = measure_latency(requests, "chunked")
+    split = measure_latency(requests, "split")
     report = serve_split(knobs.lab.model, requests, 1e9, **plenty(requests))
     crossed = report.swapped_tokens * PRICED_MODEL.kv_bytes
     trace.say("In short: with a card for each phase, the first token comes early and the later "
@@ -1998,9 +2001,9 @@ def show_split(trace, knobs) -> None:
               "requests go to card 1, card 2, card 1, …, or each card does a phase (split):")
     trace.ask(f"the prompts have {prompt_tokens} tokens. How many MB of keys and values cross in "
               f"all, at {PRICED_MODEL.kv_bytes / 1024:.0f} KiB per token?", crossed / 1e6)
-    trace.table(rows, {"way": "", "first_token as first token, ms": ".1f",
-                       "second_gap as to the second, ms": ".1f",
-                       "later_gap as later gap, ms": ".1f"})
+    trace.table([whole, chunked, split],
+                {"way": "", "first_token as first token, ms": ".1f",
+                 "second_gap as to the second, ms": ".1f", "later_gap as later gap, ms": ".1f"})
     trace.note("Each column is the longest time of any request: from arrival to the first token, "
                "from the first to the second, and between later tokens. continuous: whole prompts. "
                f"chunked: at most {priced_free_tokens()} tokens per step. split: a link of "
@@ -2088,12 +2091,13 @@ def show_load(trace, knobs) -> None:
     trace.say("Two things here favour chunks. The cost model leaves out the overhead of each step, "
               f"so chunks of {priced_free_tokens()} tokens run nearly as fast as large ones. And "
               "the split gives each phase one card, whatever the work is.")
-    rates = list(zip(*curves.values()))[1:]
+    busy = {way: rows[1:] for way, rows in curves.items()}
     trace.check("from 10 a second on, static batches have the latest first tokens",
                 all(static.first_token > max(row.first_token for row in others)
-                    for static, *others in rates), "at 4 rates")
+                    for static, *others in zip(*busy.values())), "at 4 rates")
     trace.check("from 10 a second on, chunks have shorter gaps than whole prompts",
-                all(chunked.later_gap < whole.later_gap for _, whole, chunked, _ in rates),
+                all(chunked.later_gap < whole.later_gap
+                    for chunked, whole in zip(busy["chunked"], busy["continuous"])),
                 "at 4 rates")
     trace.check("chunks have the highest goodput, static batches and whole prompts a lower one",
                 max(kept["static"], kept["continuous"]) < kept["chunked"] == max(kept.values()),
