@@ -798,8 +798,9 @@ class Engine:
         budget = self.max_num_batched_tokens
         work = []
         for state in list(self.running):
-            # Only the last of this loop can lack more than 1 token: a prompt that is cut up took
-            # all of the budget, so nobody came in behind it. The budget has a token for each.
+            # A request lacks 1 token, its newest. Only the last of this loop can lack more: its
+            # prompt is cut up and took all of a budget, so nobody came in behind it. So the budget
+            # has a token for each.
             n = min(len(state.tokens) - state.cache.length, budget)
             # Without enough blocks, the youngest request loses its own. It may be `state` itself.
             # Otherwise it comes later in this loop and is not in work yet.
@@ -1761,9 +1762,10 @@ def show_budgets(trace, requests: Sequence[Request], budget: int, whole: BudgetR
     trace.check("no budget makes the longest gap longer than whole prompts do",
                 max(row.worst_gap for row in rows.values()) <= whole.worst_gap,
                 f"{len(rows)} budgets")
-    trace.check(f"with a budget of {free}, the first token comes sooner than with 8, the longest "
-                "gap is hardly longer, by a ninth at most, and all are done sooner than with whole "
-                "prompts", best.first_token < small.first_token
+    trace.check("with the budget that the rule gives, 153 · 0.5 / 2 = 38, the first token comes "
+                "sooner than with 8, the longest gap is hardly longer, by a ninth at most, and all "
+                "are done sooner than with whole prompts",
+                free == 38 and best.first_token < small.first_token
                 and best.worst_gap < small.worst_gap / 0.9 and best.end < whole.end,
                 f"{best.end:.1f} and {whole.end:.1f} ms")
 
@@ -1823,10 +1825,10 @@ def show_waste(trace, knobs) -> None:
               f"are done in {paged.steps} steps; in pieces, {one_piece.used:.0%} is used and "
               f"{one_piece.steps} steps are needed. The price of blocks: {paged.preempted} "
               f"preemptions, and {paged.computed - sum(needed)} tokens that were run again.")
-    trace.say("(On 20 sets of requests, 85% to 88% of the memory was used in blocks of 4, and 21% "
+    trace.say("On 20 sets of requests, 85% to 88% of the memory was used in blocks of 4, and 21% "
               "to 24% in pieces, which took 2.9 to 3.6 times as many steps. The price was 5 to 11 "
               "preemptions, and 13% to 33% more tokens run. The limit of 64 is our choice: no "
-              "request needs more than 30 slots, and in pieces of 32, 39% to 46% would be used.)")
+              "request needs more than 30 slots, and in pieces of 32, 39% to 46% would be used.")
     trace.check("blocks use as much of the memory as pieces or more, and take no more steps",
                 paged.used >= one_piece.used and paged.steps <= one_piece.steps,
                 f"{paged.used:.0%} and {one_piece.used:.0%} used")
@@ -1881,7 +1883,8 @@ def show_preemption(trace, knobs) -> None:
     requests = knobs.requests
     needed = sum(slots_needed(requests))
     largest = max(blocks_for(request, knobs.block_size) for request in requests)
-    settings = dict(num_blocks=knobs.num_blocks or 2 * largest, block_size=knobs.block_size,
+    n_blocks = knobs.num_blocks or 2 * largest
+    settings = dict(num_blocks=n_blocks, block_size=knobs.block_size,
                     max_num_seqs=knobs.max_num_seqs, max_num_batched_tokens=1024)
     recomputed = serve(knobs.lab.model, requests, **settings)
     swapped = serve(knobs.lab.model, requests, engine=SwappingEngine, **settings)
@@ -1889,9 +1892,8 @@ def show_preemption(trace, knobs) -> None:
     trace.say("When a running request needs a block and none is free, the youngest running "
               "request loses its blocks and waits. Its text so far is recomputed when it comes "
               "back, or its keys and values are swapped, out to the host and in again. The "
-              f"requests of section 6 have {needed} tokens to run in a pool of "
-              f"{settings['num_blocks']} blocks of {knobs.block_size}; the largest request needs "
-              f"{largest}:")
+              f"requests of section 6 have {needed} tokens to run in a pool of {n_blocks} blocks "
+              f"of {knobs.block_size}; the largest request needs {largest}:")
     trace.ask("how many tokens go through the model when blocks are swapped out and in?",
               swapped.computed)
     trace.table([preemption_row(recomputed, "recompute"), preemption_row(swapped, "swap")],
@@ -2694,7 +2696,10 @@ class WatchedLlama:
 
 
 def plenty(requests: Sequence[Request], budget: int = 2048, max_num_seqs: int = 32) -> dict:
-    """Return settings under which memory is never short. budget: tokens per step."""
+    """Return settings under which memory is never short. budget: tokens per step.
+
+    A budget must have a token for each running request, so it limits them as well.
+    """
     return dict(num_blocks=sum(blocks_for(request, 16) for request in requests), block_size=16,
                 max_num_seqs=min(max_num_seqs, budget), max_num_batched_tokens=budget)
 
