@@ -1288,10 +1288,11 @@ def show_cache(trace, knobs) -> None:
     generate(without, knobs.prompt_ids, n_new)
     text = generate(cached, knobs.prompt_ids, n_new, KVCache(lab.config))
     rows = list(map(CacheStep, range(1, n_new + 1), without.n_run, cached.n_run))
+    n_weights = sum(math.prod(shape) for shape in lab.config.shapes().values())
     times_as_many = sum(without.n_run) / sum(cached.n_run)
 
-    trace.say(f"The tiny Llama ({lab.config.n_layers} layers, {count_parameters(lab.config):,} "
-              f"weights) goes on from {lab.tokenizer.decode(knobs.prompt_ids)!r} with "
+    trace.say(f"The tiny Llama ({lab.config.n_layers} layers, {n_weights:,} weights) goes on "
+              f"from {lab.tokenizer.decode(knobs.prompt_ids)!r} with "
               f"{lab.tokenizer.decode(text)!r}.")
     trace.say("Tokens that go through the model, at some of the steps. Without a cache, each step "
               "runs all tokens again. With a cache, the first step runs the prompt (prefill), and "
@@ -1533,7 +1534,9 @@ def shared_start(a: Sequence[int], b: Sequence[int]) -> int:
 def conversation(tokenizer: Tokenizer) -> list[Request]:
     """Return turns that repeat the rhyme so far, the beginning of one, and one with a gap."""
     verses = TEXT.splitlines(keepends=True)
-    one, two, three = [tokenizer.encode("".join(verses[:n])) for n in (1, 2, 3)]
+    one = tokenizer.encode(verses[0])
+    two = one + tokenizer.encode(verses[1])
+    three = two + tokenizer.encode(verses[2])
     prompts = [one, two, two[:20], three, three[:4] + three[8:]]
     # A second apart, so that each finds the engine empty
     return [Request(tuple(prompt), 4, float(i)) for i, prompt in enumerate(prompts)]
@@ -2733,11 +2736,6 @@ def token_gaps(states: Sequence[RequestState], first: int = 0) -> list[float]:
         for earlier, later in zip(state.times[first:], state.times[first + 1:]):
             gaps.append((later - earlier) * 1e3)
     return gaps or [0.0]
-
-
-def count_parameters(c: Config) -> int:
-    """Return how many numbers a model has."""
-    return sum(math.prod(shape) for shape in c.shapes().values())
 
 
 # =============================================================================================
