@@ -1711,7 +1711,8 @@ def show_chunked(trace, knobs) -> None:
     whole = serve_plenty(knobs.lab.model, requests)
     chunked = serve_plenty(knobs.lab.model, requests, "chunked", budget=budget)
     whole_row = budget_row(whole, "whole prompts")
-    chunked_row = budget_row(chunked, budget)
+    rows = {n: budget_row(serve_plenty(StandIn(), requests, "chunked", budget=n), n)
+            for n in sorted({8, priced_free_tokens(), 96, budget})}
     trace.say("A long prompt makes one long step, and all that are being answered wait for that "
               "step. Chunked prefill cuts the prompt up, so that no step runs more tokens than a "
               "budget. Requests 0 to 2 are being answered when 3 comes, with "
@@ -1721,14 +1722,12 @@ def show_chunked(trace, knobs) -> None:
     trace.lines(["", "whole prompts:", *clock_line(whole)])
     trace.ask(f"the long prompt made requests 0 to 2 wait {whole_row.worst_gap:.1f} ms for a "
               f"token. What is their longest gap, in ms, if a step runs at most {budget} tokens?",
-              chunked_row.worst_gap)
+              rows[budget].worst_gap)
     trace.lines(["", f"chunked, at most {budget} tokens per step:", *clock_line(chunked)])
-    trace.say(f"The longest gap of requests 0 to 2 is {whole_row.worst_gap:.1f} ms with whole "
-              f"prompts and {chunked_row.worst_gap:.1f} with chunks. What this costs: the first "
-              f"token of request 3 comes after {whole_row.first_token:.1f} ms with whole prompts "
-              f"and after {chunked_row.first_token:.1f} with chunks. How large should the budget "
-              "be?")
-    show_budgets(trace, requests, budget, whole_row)
+    trace.say("Chunks make the longest gap shorter than whole prompts do. What they cost: the "
+              "prompt takes several steps, so the first token of request 3 comes later. How large "
+              "should the budget be?")
+    show_budgets(trace, rows, whole_row)
     alone = knobs.lab.solo_tokens(requests)
     trace.check("every request's tokens are those it gets alone, both ways",
                 whole.tokens == chunked.tokens == alone, f"{sum(map(len, alone))} tokens")
@@ -1742,11 +1741,9 @@ def largest_step(report: Report) -> int:
     return max(sum(step.tokens.values()) for step in report.steps)
 
 
-def show_budgets(trace, requests: Sequence[Request], budget: int, whole: BudgetRow) -> None:
+def show_budgets(trace, rows: dict[int, BudgetRow], whole: BudgetRow) -> None:
     """Show the same requests with other budgets, and the rule for a good one."""
     free = priced_free_tokens()
-    rows = {n: budget_row(serve_plenty(StandIn(), requests, "chunked", budget=n), n)
-            for n in sorted({8, free, 96, budget})}
     small = rows[8]
     best = rows[free]
     trace.table([*rows.values(), whole],
