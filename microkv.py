@@ -1075,8 +1075,8 @@ def slot_waste(report: Report, n_slots: int, block_size: int) -> Waste:
 #
 # Either way its text goes on as if nothing had happened. Which way is cheaper? Swapping costs the
 # same for every token. Recomputing is free for as many tokens as are free in the step (section 7),
-# and costs arithmetic for every token more. Take a step in which 3 others decode. It runs 4 newest
-# tokens in any case, 38 tokens are free, and each token more takes 0.0481 ms (section 2):
+# and costs arithmetic for every token more, 2 · 7.505e9 / 312e12 s = 0.0481 ms (section 2). Take a
+# step in which 3 others decode. It runs 4 newest tokens in any case, and 38 tokens are free:
 #
 #     tokens cached   recompute                              swap, out and in
 #     32              32 + 4 are free: 0 ms                  2 · 32 · 131072 / 32e9 s = 0.26 ms
@@ -1439,10 +1439,11 @@ def show_paging(trace, knobs) -> None:
               "slot of a request, _ a slot of a free block.")
     trace.lines(["", *draw_pool(pool, caches)])
     print_tables(trace, caches)
-    position = caches[1].length - 2
+    cache = caches[1]  # of B
+    position = cache.length - 2
     number, offset = divmod(position, size)
-    block = caches[1].block_table[number]
-    slot = caches[1].slot(position)
+    block = cache.block_table[number]
+    slot = cache.slot(position)
     trace.ask(f"slots are numbered from the first of block 0, and tokens from 0. In which slot is "
               f"token {position} of B?", slot)
     trace.say(f"Token {position} of B: {position} // {size} = {number}, so it is in block "
@@ -2063,7 +2064,7 @@ def show_load(trace, knobs) -> None:
     trace.say("Two things here favour chunks. The cost model leaves out the overhead of each step, "
               f"so chunks of {priced_free_tokens()} tokens run nearly as fast as large ones. And "
               "the split gives each phase one card, whatever the work is.")
-    busy = {way: rows[1:] for way, rows in curves.items()}
+    busy = {way: rows[1:] for way, rows in curves.items()}  # from 10 requests a second on
     trace.check("from 10 a second on, static batches have the latest first tokens",
                 all(static.first_token > max(row.first_token for row in others)
                     for static, *others in zip(*busy.values())), "at 4 rates")
@@ -2120,9 +2121,8 @@ def show_small_cache(trace, knobs) -> None:
     n_tokens = sum(map(len, texts))
     trace.say("A cache of 8 bits per number takes half the bytes, so twice as many requests fit. "
               "FP8 (E4M3) rounds every number by itself, to a sign, 4 bits of exponent and 3 bits "
-              "of mantissa. "
-              f"With such a cache the model reads {len(texts)} verses, {n_tokens} tokens in all, "
-              "whose clauses are in a new order.")
+              f"of mantissa. With such a cache the model reads {len(texts)} verses, {n_tokens} "
+              "tokens in all, whose clauses are in a new order.")
     trace.ask(f"after how many of the {n_tokens} tokens is another next token the likeliest than "
               "with the exact cache?", changed)
     trace.say(f"The logits move by {fmean(errors):.1%} of their standard deviation (root mean "
