@@ -1643,11 +1643,11 @@ def show_continuous(trace, knobs) -> None:
               "many steps, and 2.1 to 6.0 times as long to the first token. The first request "
               "comes alone, and its batch keeps three places empty. If all come at once, it is 1.2 "
               "to 2.1 times as long.)")
-    trace.say("The tokens come from the tiny Llama. The times are computed by the cost model of "
-              f"section 2, as if it were {PRICED_MODEL.name} on an {PRICED_GPU.name}, from here on "
-              f"with weights of 4 bits: {priced_free_tokens()} tokens can then run while the "
-              f"weights are read. With 16 bits it would be {free_tokens(PRICED_GPU, 2)}, more than "
-              "the small requests of this section and the next ever bring to a step.")
+    trace.say("The tokens come from the tiny Llama. The times come from the cost model of section "
+              f"2, as if it were {PRICED_MODEL.name} on an {PRICED_GPU.name}, from here on with "
+              f"weights of 4 bits: {priced_free_tokens()} tokens can then run while the weights "
+              f"are read. (With 16 bits it would be {free_tokens(PRICED_GPU, 2)}, more than these "
+              "small requests bring to a step.)")
     trace.check("static: two requests start together, or one starts when the other has ended",
                 all(late.times[0] == early.times[0] or late.times[0] > early.times[-1]
                     for early, late in itertools.combinations(static.states, 2)),
@@ -1831,7 +1831,7 @@ def show_waste(trace, knobs) -> None:
     trace.check("blocks use as much of the memory as pieces or more, and take no more steps",
                 paged.used >= one_piece.used and paged.steps <= one_piece.steps,
                 f"{paged.used:.0%} and {one_piece.used:.0%} used")
-    by_hand = serve_by_hand(2, 64, (3, 3), (5, 1))
+    by_hand = serve_by_hand([(3, 3), (5, 1)], num_blocks=2, budget=64)
     trace.check("by hand: in 2 blocks of 4, a request with 3, 4, then 5 tokens has used 12 slots, "
                 "reserved 1, left 3 of its second block empty, and left 8 free",
                 slot_waste(by_hand, 8, 4) == (12, 1, 3, 8), "3 · 8 slots")
@@ -1913,7 +1913,7 @@ def check_preemption(trace, knobs, recomputed: Report, swapped: Report) -> None:
     swap_in(cache, slots)
     trace.check("slots that are swapped in, and out again, have the same order",
                 swap_out(cache) == slots, "8 slots")
-    cut_up = serve_by_hand(3, 4, (3, 4), (8, 1))
+    cut_up = serve_by_hand([(3, 4), (8, 1)], num_blocks=3, budget=4)
     trace.check("by hand: the younger of two requests is preempted. Its prompt is cut up, but it "
                 "loses its block once and not again in the next step, as nobody comes in during a "
                 "step that preempts",
@@ -2050,17 +2050,16 @@ def show_load(trace, knobs) -> None:
     print_curves(trace, curves, "first_token", ".0f")
     trace.say("Gaps after the second token, ms (99 of 100 gaps are at most this long):")
     print_curves(trace, curves, "later_gap", ".1f")
-    found = ", ".join(f"{way} {rate or 'none'}" for way, rate in kept.items())
+    goodputs = ", ".join(f"{way} {rate or 'none'}" for way, rate in kept.items())
     trace.say("Users were promised first tokens within 60 ms (9 of 10) and later gaps within 5 ms "
               "(99 of 100). The highest of these rates that keeps the promise is the goodput: "
-              f"{found}. (On 20 sets of requests, chunks always had 40, the split 20 or 10, and "
+              f"{goodputs}. (On 20 sets of requests, chunks always had 40, the split 20 or 10, and "
               "whole prompts and static batches 5 or 10.)")
     trace.say("In static batches gaps are short, as no prompt joins a running batch, but everybody "
               "waits for the batch before. Continuous batching brings the first token sooner, but "
               "whole prompts tear gaps into the answers; chunks close those gaps. In the split, "
-              "too, gaps are short, but one card must run all prompts. At a rate that a way cannot "
-              "serve, the queue gets longer and longer: with more than 80 requests the first "
-              "tokens would come even later.")
+              "too, gaps are short, but one card must run all prompts. (Where a way cannot keep "
+              "up, the last of more than 80 requests would wait even longer.)")
     trace.say("Two things here favour chunks. The cost model leaves out the overhead of each step, "
               f"so chunks of {priced_free_tokens()} tokens run nearly as fast as large ones. And "
               "the split gives each phase one card, whatever the work is.")
@@ -2681,10 +2680,10 @@ def serve_plenty(
     return serve(model, requests, policy=policy, **plenty(requests, **limits))
 
 
-def serve_by_hand(num_blocks: int, budget: int, *sizes: tuple[int, int]) -> Report:
+def serve_by_hand(sizes: Sequence[tuple[int, int]], num_blocks: int, budget: int) -> Report:
     """Return the report of a stand-in, with blocks of 4, two places, and prompts that are cut up.
 
-    sizes: (tokens of the prompt, new tokens) of each request.
+    sizes: (tokens of the prompt, new tokens) of each request. budget: tokens per step.
     """
     requests = [Request((0,) * n_prompt, n_new) for n_prompt, n_new in sizes]
     return serve(StandIn(), requests, policy="chunked", num_blocks=num_blocks, block_size=4,

@@ -653,7 +653,7 @@ def test_static_batches_are_closed_and_the_clock_waits_only_for_work():
 
 def test_nobody_comes_in_during_a_step_that_had_to_preempt():
     """A prompt of 8 is cut up. In step 2 the request with 4 tokens takes the last block."""
-    report = m.serve_by_hand(3, 4, (3, 4), (8, 1))
+    report = m.serve_by_hand([(3, 4), (8, 1)], num_blocks=3, budget=4)
     tokens = [step.tokens for step in report.steps]
     assert tokens == [{0: 3, 1: 1}, {0: 1, 1: 3}, {0: 1}, {0: 1, 1: 3}, {1: 4}, {1: 1}]
     assert report.preempted == [(2, 1)]
