@@ -1336,7 +1336,7 @@ def show_intensity(trace, knobs) -> None:
     prefill = price_phase("prefill", 1, 1024, 1024)
     decode = [price_phase("decode", batch, 1, 1024) for batch in (1, 8, 32, 128)]
     longer = decode[-1].reading / decode[0].reading
-    at_ridge = [batch_at_ridge(PRICED_GPU, PRICED_MODEL, cached) for cached in (0, 256, 1024)]
+    batches = {n: batch_at_ridge(PRICED_GPU, PRICED_MODEL, n) for n in (0, 256, 1024)}  # n cached
     fit = requests_that_fit(PRICED_GPU, PRICED_MODEL, 4096)
     trace.say("Each step reads every weight that it uses once, and all cached keys and values, "
               "whether it runs one token or many. The step takes the longer of two times, "
@@ -1355,8 +1355,8 @@ def show_intensity(trace, knobs) -> None:
     trace.say("The prefill is bound by arithmetic, the decode steps by memory. The batch of 128 "
               f"takes {longer:.1f} times as long as one request and yields "
               f"{128 / longer:.0f} times as many tokens a second, as all share one reading of the "
-              f"weights. Arithmetic takes longer than reading from a batch of {at_ridge[0]} on if "
-              f"nothing is cached, and from {at_ridge[1]} on with 256 tokens cached for each "
+              f"weights. Arithmetic takes longer than reading from a batch of {batches[0]} on if "
+              f"nothing is cached, and from {batches[256]} on with 256 tokens cached for each "
               "request. With 1024 it never does: every request's cache must be read, too.")
     trace.say(f"And memory ends. A token's keys and values take {PRICED_MODEL.kv_bytes / 1024:.0f} "
               f"KiB, so {fit} requests of 4096 tokens fit beside the weights, in 0.92 of 80 "
@@ -1365,10 +1365,10 @@ def show_intensity(trace, knobs) -> None:
                 "request's decode step (2 · 7.505e9 + 1024 · 131072) bytes / 2039e9 per second",
                 abs(prefill.arithmetic - 49.26) < 0.01 and abs(decode[0].reading - 7.427) < 0.001,
                 "49.26 and 7.427 ms")
-    trace.check("by hand: a request adds 0.0481 ms of arithmetic to 7.361 ms of reading, and "
-                "0.0165 ms of reading with 256 tokens cached. 7.361 / 0.0481 is just over 153, "
-                "7.361 / (0.0481 - 0.0165) just under 233", at_ridge == [154, 233, None],
-                "batches of 154, 233 and none")
+    trace.check("by hand: the weights are read in 7.361 ms, a request adds 0.0481 ms of "
+                "arithmetic, and 256 cached tokens add 0.0165 ms of reading. 7.361 / 0.0481 is "
+                "just over 153, and 7.361 / (0.0481 - 0.0165) is just under 233",
+                batches == {0: 154, 256: 233, 1024: None}, "batches of 154, 233 and none")
     trace.check("by hand: a request takes 4096 · 131072 bytes = 0.537 GB, and 73.6 GB less 2 bytes "
                 "for each of 8.03e9 weights leave 57.54 GB", fit == 107, f"{fit} requests")
 
