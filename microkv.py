@@ -1733,7 +1733,8 @@ def show_chunked(trace, knobs) -> None:
     trace.check("every request's tokens are those it gets alone, both ways",
                 whole.tokens == chunked.tokens == alone, f"{sum(map(len, alone))} tokens")
     largest = largest_step(chunked)
-    trace.check("the largest chunked step fills the budget, if there is so much to run",
+    trace.check("no chunked step runs more than the budget, and one fills it if there is so much "
+                "to run",
                 largest == min(budget, largest_step(whole)), f"{largest} tokens of {budget}")
 
 
