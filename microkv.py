@@ -1533,12 +1533,12 @@ def shared_start(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def conversation(tokenizer: Tokenizer) -> list[Request]:
-    """Return turns that repeat the rhyme so far, the beginning of one, and one with a gap."""
+    """Return turns that repeat the rhyme so far, two beginnings of one, and one with a gap."""
     verses = TEXT.splitlines(keepends=True)
     one = tokenizer.encode(verses[0])
     two = one + tokenizer.encode(verses[1])
     three = two + tokenizer.encode(verses[2])
-    prompts = [one, two, two[:20], three, three[:4] + three[8:]]
+    prompts = [one, two, two[:20], two[:21], three, three[:4] + three[8:]]
     # A second apart, so that each finds the engine empty
     return [Request(tuple(prompt), 4, float(i)) for i, prompt in enumerate(prompts)]
 
@@ -1552,18 +1552,19 @@ def show_prefix_caching(trace, knobs) -> None:
                    block_size=size, max_num_seqs=1, max_num_batched_tokens=1024)
     rows = prefix_hits(report, size)
     trace.say("If the beginning of a prompt was computed before, its keys and values are still in "
-              "the pool, under a hash of its tokens. Requests 0, 1 and 3 are a conversation: each "
-              "repeats the rhyme so far and adds a verse. Request 2 is the first 20 tokens of "
-              "request 1, and request 4 is request 3 without its tokens 4 to 7. Each comes when "
-              "the request before has ended, and the pool is large enough for all.")
+              "the pool, under a hash of its tokens. Requests 0, 1 and 4 are a conversation: each "
+              "repeats the rhyme so far and adds a verse. Requests 2 and 3 are the first 20 and 21 "
+              "tokens of request 1, and request 5 is request 4 without its tokens 4 to 7. Each "
+              "comes when the request before has ended, and the pool is large enough for all.")
     trace.ask("request 2 has nothing but the first 20 tokens of request 1. How many does it find "
               f"in the pool, with blocks of {size}?", rows[2].found)
     trace.table(rows, {"request": "d", "prompt as prompt, tokens": "d", "found": "d",
                        "picture as ░ found, █ run (a mark is a token)": ""})
     trace.say(f"Only full blocks, here of {size} tokens, are found, and the last token of a prompt "
-              "is always run. Request 4 finds nothing behind its gap, as the hash of a block "
-              "depends on all tokens before it. Answers (4 tokens) stay in the pool, too, all but "
-              "their last token, which is never run: request 0 leaves "
+              f"is always run: request 2 finds {rows[2].found} tokens, and request 3, one token "
+              f"longer, finds {rows[3].found}. Request 5 finds nothing behind its gap, as the hash "
+              "of a block depends on all tokens before it. Answers (4 tokens) stay in the pool, "
+              "too, all but their last token, which is never run: request 0 leaves "
               f"{len(requests[0].prompt)} + 3 tokens.")
     trace.check("found = the longest run of full blocks shared with any earlier text",
                 all(row.found == row.longest for row in rows), f"{len(rows)} requests")
@@ -1573,13 +1574,13 @@ def show_prefix_caching(trace, knobs) -> None:
                 f"{report.computed} of {needed} tokens were computed")
     # A request that is still there, and others that need all free blocks
     cache = report.states[0].cache  # empty by now
-    adopt_prefix(cache, requests[3].prompt)
+    adopted = adopt_prefix(cache, requests[4].prompt)
     pool = cache.pool
     while pool.num_free_blocks:
         pool.allocate()
     trace.check("a block that was handed out again is not found any more, one still in use is",
-                list(pool.block_of) == cache.hashes and list(pool.hash_of) == cache.block_table,
-                f"{len(cache.hashes)} blocks in use")
+                list(pool.block_of) == cache.hashes and list(pool.hash_of) == cache.block_table
+                and adopted == len(cache.block_table) * size, f"{adopted} tokens are in use")
 
 
 # 6. Continuous batching
