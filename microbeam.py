@@ -1205,7 +1205,8 @@ def show_greedy(trace: Trace, knobs: Namespace) -> None:
     lab = knobs.lab
     toy = toy_texts()
     best = max(toy, key=toy.get)
-    marks = {best: "← best", letters(greedy(model_of(TOY), TOY_PROMPT, 2)): "← greedy"}
+    by_greedy = letters(greedy(model_of(TOY), TOY_PROMPT, 2))
+    marks = {best: "← best", by_greedy: "← greedy"}
     trace.say("Greedy takes the likeliest next token each time, and so sees one step ahead. Toy 1 "
               "is a language of three words, A, B and C. Of all its texts of two words, the best "
               "does not begin with the best first word:")
@@ -1224,7 +1225,7 @@ def show_greedy(trace: Trace, knobs: Namespace) -> None:
         trace.lines(quoted(f"{name}: " + lab.tokenizer.decode([*knobs.tokens, *tokens])))
         right.append(is_greedy(model.llama, knobs.tokens, tokens))
     trace.check("toy 1: greedy writes A A, and the best text is B C; of equals, argmax takes the "
-                "first", list(marks) == ["B C", "A A"] and argmax([1.0, 2.0, 2.0]) == 1,
+                "first", by_greedy == "A A" and best == "B C" and argmax([1.0, 2.0, 2.0]) == 1,
                 f"probabilities {toy['A A']:.2f} and {toy[best]:.2f}")
     trace.check("every token is the argmax of one pass over the whole text, without a cache",
                 all(right), "the texts of both models")
@@ -1233,21 +1234,21 @@ def show_greedy(trace: Trace, knobs: Namespace) -> None:
 # 2. Shaping the distribution
 
 
-def settings_of(knobs: Namespace) -> dict[str, dict[str, float]]:
-    """Return {name: setting of distribution()}: four filters, and two with a temperature."""
-    top_p = {"top_p": knobs.top_p}
-    min_p = {"min_p": knobs.min_p}
-    first = {"temperature": 5.0}
-    last = {"temperature": 5.0, "temperature_last": True}
+def filters_of(knobs: Namespace) -> dict[str, dict[str, float]]:
+    """Return {name: setting of distribution()} of the four filters."""
     return {
         f"top-k {knobs.top_k}": {"top_k": knobs.top_k},
-        f"top-p {knobs.top_p:g}": top_p,
-        f"min-p {knobs.min_p:g}": min_p,
+        f"top-p {knobs.top_p:g}": {"top_p": knobs.top_p},
+        f"min-p {knobs.min_p:g}": {"min_p": knobs.min_p},
         f"typical {TYPICAL_P:g}": {"typical_p": TYPICAL_P},
-        f"t 5, then top-p {knobs.top_p:g}": first | top_p,
-        f"top-p {knobs.top_p:g}, then t 5": last | top_p,
-        f"t 5, then min-p {knobs.min_p:g}": first | min_p,
-        f"min-p {knobs.min_p:g}, then t 5": last | min_p,
+    }
+
+
+def heated(knobs: Namespace) -> dict[str, dict[str, float]]:
+    """Return {name: setting} of top-p and min-p after a high temperature."""
+    return {
+        f"t 5, then top-p {knobs.top_p:g}": {"temperature": 5.0, "top_p": knobs.top_p},
+        f"t 5, then min-p {knobs.min_p:g}": {"temperature": 5.0, "min_p": knobs.min_p},
     }
 
 
@@ -1282,23 +1283,13 @@ def count_kept(rows: Matrix, settings: dict[str, dict[str, float]]) -> list[Kept
     return found
 
 
-def check_kept(trace: Trace, p: Vector, kept: dict[tuple[str, float], int]) -> None:
-    """Check how many of these probabilities stay; kept: {(setting, its value): how many}."""
-    logits = list(map(math.log, p))
-    found = [survivors(distribution(logits, **{name: value})) for name, value in kept]
-    trace.check(f"by hand, how many of the tokens {', '.join(map(str, p))} are kept",
-                found == list(kept.values()),
-                ", ".join(f"{name} {value:g}: {n}" for (name, value), n in zip(kept, found)))
-
-
 def show_filters(trace: Trace, knobs: Namespace) -> None:
     """Show what each filter keeps of one distribution, and at many places of the rhyme."""
     lab = knobs.lab
-    settings = settings_of(knobs)
-    drawn = {"as is": {}, "t 0.5": {"temperature": 0.5}, "t 2": {"temperature": 2.0},
-             **dict(list(settings.items())[:4])}
-    shapes = compare_shapes(lab, knobs.tokens, drawn, 9)
-    most = max(max(row[name] for name in drawn) for row in shapes)
+    filters = filters_of(knobs)
+    shaped = {"t 0.5": {"temperature": 0.5}, "t 2": {"temperature": 2.0}} | filters
+    shapes = compare_shapes(lab, knobs.tokens, {"as is": {}} | shaped, 9)
+    most = max(max(row[name] for name in shaped) for row in shapes)
     trace.say("A filter removes unlikely tokens before one is drawn. Top-k keeps the k likeliest; "
               "top-p the shortest list of best tokens that has probability p together; min-p "
               "those with at least min-p times the best one's probability. Typical keeps those "
@@ -1308,45 +1299,51 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
               "distribution, and above 1 flattens it.")
     trace.say(f"What may follow {lab.tail(knobs.tokens)!r}, the {len(shapes)} likeliest tokens:")
     trace.table(shapes, {"token": "", "as is": f".3f bar 6 of {most}"}
-                | dict.fromkeys(list(drawn)[1:], f"bar 7 of {most}"))
+                | dict.fromkeys(shaped, f"bar 7 of {most}"))
     trace.note("·: too unlikely for a bar. Empty: the filter has removed the token.")
 
     rows = lab.target.forward(lab.ids[-FILTER_PLACES:])
-    kept = count_kept(rows, settings)
-    top_k, top_p, _, typical, p_after_t, _, min_p_after_t, _ = kept
-    trace.ask(f"Over {len(rows)} places of the rhyme, how many tokens does top-p {knobs.top_p:g} "
-              "keep where it keeps fewest?", top_p.fewest)
-    trace.say(f"Tokens kept, over the last {len(rows)} places of the rhyme. The temperature comes "
-              "before the filter in transformers, and after it in llama.cpp:")
+    kept = count_kept(rows, filters | heated(knobs))
+    top_k, top_p, min_p, typical, hot_top_p, hot_min_p = kept
+    trace.ask(f"Over {len(rows)} places of the rhyme, how many tokens does {top_p.setting} keep "
+              "where it keeps fewest?", top_p.fewest)
+    trace.say(f"Tokens kept, over the last {len(rows)} places of the rhyme:")
     trace.table(kept, {"setting": "", "fewest": "d", "mean": ".1f", "most": "d",
                        "best_dropped as places where the best is removed": "d"})
     trace.say(f"Top-k keeps {top_k.fewest} even where the model is sure; top-p keeps from "
               f"{top_p.fewest} to {top_p.most}. Typical removes even the likeliest token where its "
               f"surprise is too far below the mean surprise, at {typical.best_dropped} places. A "
-              "high temperature before the filter flattens what top-p and min-p choose from, and "
-              "they keep "
-              f"{p_after_t.mean:.0f} and {min_p_after_t.mean:.0f} of {VOCAB_SIZE} tokens on "
-              "average. After the filter, a temperature changes nothing about what is kept.")
+              "high temperature before the filter, as in transformers, flattens what top-p and "
+              f"min-p choose from. They keep {hot_top_p.mean:.0f} and {hot_min_p.mean:.0f} of "
+              f"{VOCAB_SIZE} tokens on average then, and {top_p.mean:.1f} and {min_p.mean:.1f} "
+              "where the temperature comes after the filter, as in llama.cpp.")
     trace.say("One model proves little. On 20 models, of seeds 0 to 19 at the default settings "
               f"(this page shows seed {lab.seed}), top-p kept 4.4 to 9.1 tokens on average, and "
-              "min-p 2.9 to 4.3. After t 5 they kept 135 to 137, and 131 to 152. Typical removed "
-              "the likeliest token at 12 to 24 of the 64 places.")
+              "min-p 2.9 to 4.3. After t 5 they kept 135 to 137, and 131 to 152.")
     check_filters(trace)
 
 
 def check_filters(trace: Trace) -> None:
     """Check the filters, the temperature and the penalty by hand."""
-    check_kept(trace, [0.4, 0.15, 0.15, 0.15, 0.15], {
-        ("top_k", 1): 1, ("top_k", 2): 5, ("top_p", 0.5): 2, ("min_p", 0.5): 1,
-        ("typical_p", 0.5): 4})
-    check_kept(trace, [0.25] * 4, {("top_p", 0.5): 2, ("top_p", 0.75): 3})
-    check_kept(trace, [0.6, 0.2, 0.1, 0.1], {("typical_p", 0.19): 1})  # the second
-    logits = list(map(math.log, [0.76, 0.19, 0.05]))
-    last = distribution(logits, 2.0, min_p=0.1, temperature_last=True)
-    first = distribution(logits, 2.0, min_p=0.1)
-    trace.check("by hand, of 0.76, 0.19, 0.05: min-p 0.1 and then temperature 2 leave the best 2/3 "
-                "(and the second 1/3); temperature 2 and then min-p 0.1 keep all three",
-                abs(last[0] - 2 / 3) < 1e-12 and survivors(first) == 3, f"{last[0]:.3f}")
+    tail = [0.4, 0.15, 0.15, 0.15, 0.15]
+    three = [0.76, 0.19, 0.05]
+    cases = [  # probabilities, a setting, and how many of the tokens it keeps
+        (tail, {"top_k": 1}, 1),
+        (tail, {"top_k": 2}, 5),
+        (tail, {"top_p": 0.5}, 2),
+        (tail, {"min_p": 0.5}, 1),
+        (tail, {"typical_p": 0.5}, 4),
+        ([0.25] * 4, {"top_p": 0.5}, 2),
+        ([0.6, 0.2, 0.1, 0.1], {"typical_p": 0.19}, 1),  # the second
+        (three, {"temperature": 2.0, "min_p": 0.1}, 3),
+        (three, {"temperature": 2.0, "min_p": 0.1, "temperature_last": True}, 2),
+    ]
+    right = [survivors(distribution(list(map(math.log, p)), **setting)) == kept
+             for p, setting, kept in cases]
+    trace.check("by hand, how many tokens are kept: of 0.4 and four times 0.15, one by top-k 1, "
+                "all by top-k 2 (four tie), two by top-p 0.5, one by min-p 0.5, the four by "
+                "typical 0.5; of 0.76, 0.19 and 0.05, two by min-p 0.1, but all three if "
+                "temperature 2 comes before it", all(right), f"{len(cases)} cases")
     trace.check("by hand, repetition penalty 2 for the first two tokens: it divides a logit, or "
                 "multiplies it where it is below 0",
                 repetition_penalty([2.0, -2.0, 1.0], [0, 1, 1], 2.0) == [1.0, -4.0, 1.0],

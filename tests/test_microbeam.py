@@ -1339,7 +1339,6 @@ RANGES = {
     "min-p keeps": (2.9, 4.3),
     "top-p after t 5 keeps": (135, 137),
     "min-p after t 5 keeps": (131, 152),
-    "typical removes the best": (12, 24),
     "distinct bigrams of a beam": (0.39, 0.65),
     "distinct bigrams of diverse beams": (0.57, 0.83),
     "passes for 24 tokens": (8, 11),
@@ -1400,19 +1399,17 @@ FEWER_PASSES = {
 
 def find_what_filters_keep(lab, found, holds):
     rows = lab.target.forward(lab.ids[-m.FILTER_PLACES:])
-    settings = m.settings_of(argparse.Namespace(top_k=m.TOP_K, top_p=m.TOP_P, min_p=m.MIN_P))
-    k, p, min_p, typical, hot_p, p_hot, hot_min_p, min_p_hot = m.count_kept(rows, settings)
+    knobs = argparse.Namespace(top_k=m.TOP_K, top_p=m.TOP_P, min_p=m.MIN_P)
+    kept = m.count_kept(rows, m.filters_of(knobs) | m.heated(knobs))
+    k, p, min_p, typical, hot_p, hot_min_p = kept
     found["top-p keeps"] = p.mean
     found["min-p keeps"] = min_p.mean
     found["top-p after t 5 keeps"] = hot_p.mean
     found["min-p after t 5 keeps"] = hot_min_p.mean
-    found["typical removes the best"] = typical.best_dropped
     assert k.fewest == k.most == 5
     assert p.fewest == 1
     assert p.most > 5
-    assert p_hot[1:] == p[1:]
-    assert min_p_hot[1:] == min_p[1:]
-    assert 0 == p.best_dropped == k.best_dropped == min_p.best_dropped
+    assert 0 == p.best_dropped == k.best_dropped == min_p.best_dropped < typical.best_dropped
 
 
 def find_what_beams_find(lab, found, holds):
