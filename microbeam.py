@@ -93,7 +93,6 @@ Matrix = list[Vector]  # row-major: m[row][column]
 Weights = dict[str, Matrix | Vector]  # of a Llama, under Meta's names
 LogitsFn = Callable[[Sequence[int]], Vector]  # tokens so far -> a score for each possible next one
 Choose = Callable[[Vector], int]              # logits -> the next token: argmax, or sampler(…)
-Candidate = tuple[list[int], float]           # tokens, and the log-probability of the new ones
 
 PROMPT = "This is the"
 MAX_NEW_TOKENS = 24   # tokens generated
@@ -455,6 +454,13 @@ def every_outcome(run: Callable[[EveryBranch], object]) -> dict[object, float]:
 # Measured by show_beam().
 
 
+class Candidate(NamedTuple):
+    """A text that a search is at: the prompt and new tokens."""
+
+    tokens: list[int]
+    log_p: float  # of the new tokens, in sum
+
+
 def beam_search(
     logits_fn: LogitsFn,
     prompt: Sequence[int],
@@ -464,7 +470,7 @@ def beam_search(
     length_penalty: float = 1.0,
     eos: int | None = None,
     early_stopping: bool = False,
-) -> list[Candidate]:
+) -> list[tuple[list[int], float]]:
     """Return [(new tokens, score)], best first, at most `width`; unended texts count too.
 
     It stops early when `width` texts have ended and no running one can still beat the worst of
@@ -474,28 +480,27 @@ def beam_search(
     """
     check_request(prompt, max_new_tokens, width=width, at_least=1)
 
-    def score(candidate: Candidate) -> float:
-        tokens, total = candidate
-        return total / (len(tokens) - len(prompt)) ** length_penalty
+    def score(text: Candidate) -> float:
+        return text.log_p / (len(text.tokens) - len(prompt)) ** length_penalty
 
-    beams: list[Candidate] = [(list(prompt), 0.0)]
+    beams = [Candidate(list(prompt), 0.0)]
     finished: list[Candidate] = []
     for length in range(1, max_new_tokens + 1):
         best = extensions(logits_fn, beams, eos, width)
-        finished += [candidate for candidate in best if candidate[0][-1] == eos]
+        finished += [text for text in best if text.tokens[-1] == eos]
         finished = sorted(finished, key=score, reverse=True)[:width]
-        beams = [candidate for candidate in best if candidate[0][-1] != eos]
+        beams = [text for text in best if text.tokens[-1] != eos]
         if len(finished) == width:
             # The best that a running text can hope for: its sum stays as it is, and (with a penalty
             # above 0, where a greater length helps) it reaches the greatest length.
             longest = max_new_tokens if length_penalty > 0 else length
-            bounds = [total / longest ** length_penalty for _, total in beams]
-            if early_stopping or all(bound <= score(finished[-1]) for bound in bounds):
+            hopes = [text.log_p / longest ** length_penalty for text in beams]
+            if early_stopping or all(hope <= score(finished[-1]) for hope in hopes):
                 beams = []
         if not beams:
             break
     ranked = sorted(finished + beams, key=score, reverse=True)[:width]
-    return [(candidate[0][len(prompt):], score(candidate)) for candidate in ranked]
+    return [(text.tokens[len(prompt):], score(text)) for text in ranked]
 
 
 def extensions(
@@ -506,14 +511,13 @@ def extensions(
     ValueError for an eos outside the vocabulary.
     """
     found = []
-    for tokens, total in beams:
-        log_p = log_softmax(logits_fn(tokens))
-        check_eos(eos, len(log_p))
-        for token, gain in enumerate(log_p):
+    for beam in beams:
+        gains = log_softmax(logits_fn(beam.tokens))
+        check_eos(eos, len(gains))
+        for token, gain in enumerate(gains):
             if gain > -math.inf:
-                found.append((total + gain, tokens, token))
-    ranked = sorted(found, key=lambda candidate: -candidate[0])[:keep]
-    return [(tokens + [token], total) for total, tokens, token in ranked]
+                found.append(Candidate([*beam.tokens, token], beam.log_p + gain))
+    return sorted(found, key=lambda text: text.log_p, reverse=True)[:keep]
 
 
 def diverse_beam_search(
@@ -523,26 +527,26 @@ def diverse_beam_search(
     *,
     groups: int,
     diversity: float,
-) -> list[Candidate]:
+) -> list[tuple[list[int], float]]:
     """Return [(new tokens, log-probability)] of `groups` beams of width 1, in their order.
 
     A token costs `diversity` for each earlier beam that took it at this step (Hamming diversity).
     ValueError where check_request() says so: no prompt, less than 0 new tokens, groups below 1.
     """
     check_request(prompt, max_new_tokens, groups=groups, at_least=1)
-    beams: list[Candidate] = [(list(prompt), 0.0)] * groups
+    beams = [Candidate(list(prompt), 0.0)] * groups
     for _ in range(max_new_tokens):
         taken: Counter[int] = Counter()
         for g, beam in enumerate(beams):
             longer = extensions(logits_fn, [beam])
-            beams[g] = max(longer, key=lambda c: c[1] - diversity * taken[c[0][-1]])
-            taken[beams[g][0][-1]] += 1
-    return [(tokens[len(prompt):], total) for tokens, total in beams]
+            beams[g] = max(longer, key=lambda c: c.log_p - diversity * taken[c.tokens[-1]])
+            taken[beams[g].tokens[-1]] += 1
+    return [(beam.tokens[len(prompt):], beam.log_p) for beam in beams]
 
 
 def exact_search(
     logits_fn: LogitsFn, prompt: Sequence[int], max_new_tokens: int, *, eos: int, max_passes: int
-) -> Candidate | None:
+) -> tuple[list[int], float] | None:
     """Return the likeliest of all texts that end with eos or at full length.
 
     Always extend the likeliest text so far. No token raises a probability, so the first complete
@@ -559,8 +563,8 @@ def exact_search(
         if passes == max_passes:
             return None
         passes += 1
-        for longer, total in extensions(logits_fn, [(tokens, -cost)]):
-            heapq.heappush(queue, (-total, longer))
+        for longer, log_p in extensions(logits_fn, [Candidate(tokens, -cost)]):
+            heapq.heappush(queue, (-log_p, longer))
     return None
 
 
@@ -1405,22 +1409,22 @@ LATE: ToyLanguage = {(): [0.45, 0.55], (0,): [0.5, 0.5], (0, 0): [0.1, 0.9]}
 
 
 def toy_beam(language: ToyLanguage, n: int, width: int, **options) -> tuple[str, float]:
-    """Return the best text of up to n words by a beam in a toy language, and its score."""
+    """Return the best text of up to n words by a beam in a toy language, and exp(its score)."""
     [(tokens, score), *_] = beam_search(model_of(language), TOY_PROMPT, n, width=width, **options)
-    return letters(tokens), score
+    return letters(tokens), math.exp(score)
 
 
 def beam_steps(language: ToyLanguage, width: int, n: int) -> list[dict]:
     """Return the texts kept at each step of a beam in a toy language, and the best one dropped."""
-    beams: list[Candidate] = [(TOY_PROMPT, 0.0)]
+    beams = [Candidate(TOY_PROMPT, 0.0)]
     rows = []
     for step in range(1, n + 1):
         ranked = extensions(model_of(language), beams, keep=width + 1)
         beams = ranked[:width]
-        for rank, (tokens, total) in enumerate(ranked, 1):
+        for rank, beam in enumerate(ranked, 1):
             place = f"#{rank}" if rank <= width else "dropped"
-            rows.append({"step": step, "place": place, "text": letters(tokens[1:]),
-                         "p": math.exp(total)})
+            rows.append({"step": step, "place": place, "text": letters(beam.tokens[1:]),
+                         "p": math.exp(beam.log_p)})
     return rows
 
 
@@ -1428,11 +1432,10 @@ class SearchRow(NamedTuple):
     """Searches for the likeliest text to the end of the verse, as means over some prompts."""
 
     search: str
-    log_p: float
-    tokens: float
-    texts: float   # that the target read
-    not_best: int  # prompts where exact search found a likelier text
-
+    log_p: float | None   # None where exact search gave up on every prompt
+    tokens: float | None
+    texts: float          # that the target read
+    not_best: int         # prompts where exact search found a likelier text
 
 
 def compare_with_exact(
@@ -1440,27 +1443,26 @@ def compare_with_exact(
 ) -> list[SearchRow]:
     """Return a row per search; that of exact search leaves out the prompts where it gives up."""
     target = lab.reader
-
-    def search(prompt: list[int], width: int):
-        if width == 0:
-            return exact_search(target, prompt, n, eos=lab.eos, max_passes=EXACT_PASSES)
-        return beam_search(target, prompt, n, width=width, length_penalty=0.0, eos=lab.eos)[0]
-
-    exact = []
-    rows = []
-    for width in (0, *widths):
+    target.passes = 0
+    exact = [exact_search(target, prompt, n, eos=lab.eos, max_passes=EXACT_PASSES)
+             for prompt in prompts]
+    rows = [search_row("exact", exact, exact, target.passes)]
+    for width in widths:
         target.passes = 0
-        found = [search(prompt, width) for prompt in prompts]
-        exact = exact or found
-        not_best = sum(best is not None and candidate[1] < best[1] - 1e-9
-                       for candidate, best in zip(found, exact))
-        settled = [candidate for candidate in found if candidate is not None]
-        if settled:
-            rows.append(SearchRow(f"width {width}" if width else "exact",
-                                  fmean(total for _, total in settled),
-                                  fmean(len(tokens) for tokens, _ in settled),
-                                  target.passes / len(prompts), not_best))
+        found = [beam_search(target, prompt, n, width=width, length_penalty=0.0, eos=lab.eos)[0]
+                 for prompt in prompts]
+        rows.append(search_row(f"width {width}", found, exact, target.passes))
     return rows
+
+
+def search_row(name: str, found: Sequence, exact: Sequence, passes: int) -> SearchRow:
+    """Return the row of a search. It found (tokens, log p) per prompt, or None; so did exact."""
+    settled = [text for text in found if text is not None]
+    not_best = sum(best is not None and text[1] < best[1] - 1e-9
+                   for text, best in zip(found, exact))
+    return SearchRow(name, mean_if_any([log_p for _, log_p in settled]),
+                     mean_if_any([len(tokens) for tokens, _ in settled]),
+                     passes / len(found), not_best)
 
 
 def compare_length_penalties(
@@ -1492,8 +1494,6 @@ def compare_diversity(lab: DecodingLab, prompts: Sequence[list[int]], n: int) ->
 
 def show_beam(trace: Trace, knobs: Namespace) -> None:
     """Show what a beam keeps in toy 2, where it loses to greedy; then searches in the Llama."""
-    (text, one), (_, two), (_, three) = [
-        toy_beam(LOSING, 3, width, length_penalty=0.0) for width in (1, 2, 3)]
     trace.say("Beam search keeps the few best texts so far instead of one. In toy 2, A, B and C "
               "begin with 0.40, 0.35, 0.25; after A they have 0.34, 0.33, 0.33, and after B 0.49, "
               "0.49, 0.02. What a beam of width 2 keeps at each step, and the best text that it "
@@ -1501,13 +1501,16 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
     trace.ask("Greedy keeps one text and a beam of width 2 keeps two. Whose text is likelier, "
               "greedy's or the beam's?", "greedy's")
     trace.table(beam_steps(LOSING, 2, 3), {"step": "d", "place": "", "text": "", "p": ".2f bar 20"})
-    trace.say(f"Greedy writes A A A, which has {math.exp(one):.2f}, since A follows A A with 0.98. "
-              "The beam dropped A A, because two others looked better then, and its best text has "
-              f"{math.exp(two):.2f}. Width 3 finds A A A again.")
+    text, p = toy_beam(LOSING, 3, 1, length_penalty=0.0)
+    _, p_of_two = toy_beam(LOSING, 3, 2, length_penalty=0.0)
+    text_of_three, _ = toy_beam(LOSING, 3, 3, length_penalty=0.0)
+    trace.say(f"Greedy writes A A A, which has {p:.2f}, since A follows A A with 0.98. The beam "
+              "dropped A A, because two others looked better then, and its best text has "
+              f"{p_of_two:.2f}. Width 3 finds A A A again.")
     show_ended_beams(trace, knobs)
     trace.check("toy 2: width 1 writes the greedy text; it and width 3 find a likelier text than "
-                "width 2", text == letters(greedy(model_of(LOSING), TOY_PROMPT, 3))
-                and two < one == three, f"{math.exp(one):.2f} and {math.exp(two):.2f}")
+                "width 2", text == text_of_three == letters(greedy(model_of(LOSING), TOY_PROMPT, 3))
+                and p > p_of_two, f"{p:.2f} and {p_of_two:.2f}")
     check_beams(trace)
 
 
@@ -1516,13 +1519,11 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
     lab = knobs.lab
     n = knobs.max_new_tokens
     prompts = [knobs.tokens, *lab.prompts[3:5]]
-    rows = compare_with_exact(lab, prompts, (1, 2, 4), n)
-    one = rows[-3]
-    four = rows[-1]
+    rows = compare_with_exact(lab, prompts, (1, 4), n)
+    _, one, four = rows
     shorter = compare_words(four.tokens, one.tokens, "longer than", "shorter than", "as long as")
     trace.ask("A text may end at the end of a verse. Are the likeliest texts that width 4 finds "
               "longer or shorter than greedy's?", shorter.split()[0])
-
     trace.say(f"Now a text ends at the end of a verse (eos), or at {n} tokens. Searches for the "
               f"likeliest text (length penalty 0), as means over {len(prompts)} prompts. Exact "
               f"search gives up on a prompt after reading {EXACT_PASSES} texts, and its row leaves "
@@ -1547,36 +1548,28 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
     trace.table(compare_diversity(lab, prompts, 8),
                 {"texts of": "", "distinct bigrams / all bigrams": ".2f", "log p": ".2f"})
     trace.say("On 20 models at the defaults, width 4 had a higher mean log p than width 1 on all "
-              "20. Its texts were shorter on 18, and as long on 2. But on 18 of the 20, exact "
-              "search found a still likelier text for at least one of the prompts (on this page: "
-              f"for {four.not_best}). On one model width 2 did worse than width 1, as in toy 2. "
-              "The text of penalty 2 was longer than the text of penalty 0 on 16, and as long on "
-              "4. On all 20, diverse beams had more distinct bigrams (0.57 to 0.83, and 0.39 to "
-              "0.65 without), and a lower log p.")
-
+              "20, and shorter texts on 18. On 18 of the 20, exact search found a still likelier "
+              "text for at least one prompt. Diverse beams had more distinct bigrams on all 20, "
+              "and a lower log p.")
 
 
 def check_beams(trace: Trace) -> None:
-    """Check the searches on toys 1 and 3."""
-    text, score = toy_beam(TOY, 2, 3, eos=0)
-    tokens, total = exact_search(model_of(TOY), TOY_PROMPT, 2, eos=0, max_passes=9)
-    trace.check("toy 1, where A ends a text: exact search finds A, with log 0.5 = -0.693. A beam "
-                "of width 3, which scores by log p / tokens, finds B C, which has not ended, with "
-                "log 0.36 / 2 = -0.511",
-                letters(tokens) == "A" and abs(math.exp(total) - 0.5) < 1e-12
-                and text == "B C" and abs(score - math.log(0.36) / 2) < 1e-12, "by hand")
-    found = diverse_beam_search(model_of(TOY), TOY_PROMPT, 2, groups=3, diversity=0.2)
-    chances = [round(math.exp(total), 12) for _, total in found]
-    trace.check("toy 1, three beams, diversity 0.2. Step 1: A, A, then B, as A costs 0.4. Step 2: "
-                "A A, then A B, as A costs 0.2, and B C",
-                [letters(tokens) for tokens, _ in found] == ["A A", "A B", "B C"]
-                and chances == [0.2, 0.175, 0.36], "probabilities 0.2, 0.175 and 0.36")
+    """Check searches for texts that may end, and diverse beams, by hand."""
+    tokens, log_p = exact_search(model_of(LATE), [1], 3, eos=1, max_passes=9)
     late, _ = toy_beam(LATE, 3, 2, eos=1)
     early, _ = toy_beam(LATE, 3, 2, eos=1, early_stopping=True)
-    trace.check("toy 3, where B ends a text. A and B begin with 0.45 and 0.55; after A both have "
-                "0.5, after A A 0.1 and 0.9. B and A B have ended, but width 2 goes on as long as "
-                "another can still score better, and finds A A B. With early_stopping it stops as "
-                "two have ended, and finds B", late == "A A B" and early == "B", "by hand")
+    trace.check("by hand, toy 3, where B ends a text: A and B begin with 0.45 and 0.55; after A "
+                "both have 0.5, after A A 0.1 and 0.9. Exact search finds B, which has 0.55. Width "
+                "2 with penalty 1 goes on when B and A B have ended, as another can still score "
+                "better, and finds A A B. With early_stopping it stops there, and finds B",
+                letters(tokens) == early == "B" and late == "A A B"
+                and abs(math.exp(log_p) - 0.55) < 1e-12, "log 0.2025 / 3 > log 0.55")
+    found = diverse_beam_search(model_of(TOY), TOY_PROMPT, 2, groups=3, diversity=0.2)
+    chances = [(letters(tokens), round(math.exp(log_p), 12)) for tokens, log_p in found]
+    trace.check("by hand, toy 1, three beams, diversity 0.2. Step 1: A, A, then B, as A costs 0.4. "
+                "Step 2: A A, then A B, as A costs 0.2, and B C",
+                chances == [("A A", 0.2), ("A B", 0.175), ("B C", 0.36)],
+                "probabilities 0.2, 0.175 and 0.36")
 
 
 # 5. Speculative decoding
@@ -1928,7 +1921,7 @@ def measure_way(
 def share_kept(rounds: Sequence[tuple[list[int], int]], place: int) -> float | None:
     """Return how often the guess at a place is kept, if those before it are; None without any."""
     judged = [kept > place for guesses, kept in rounds if len(guesses) > place <= kept]
-    return fmean(judged) if judged else None
+    return mean_if_any(judged)
 
 
 @cache  # section 9 shows a row of section 8 again
@@ -2794,6 +2787,11 @@ def distinct_pairs(texts: Sequence[Sequence[int]]) -> float:
     for text in texts:
         pairs += zip(text, text[1:])
     return len(set(pairs)) / len(pairs)
+
+
+def mean_if_any(values: Sequence[float]) -> float | None:
+    """Return the mean of values, or None if there are none."""
+    return fmean(values) if values else None
 
 
 def standard_error(values: Vector) -> float:

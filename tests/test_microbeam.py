@@ -386,7 +386,7 @@ def test_the_beam_that_loses_to_greedy():
     beams = [m.toy_beam(m.LOSING, 3, width, length_penalty=0.0) for width in (1, 2, 3)]
     assert [text for text, _ in beams] == ["A A A", "B A A", "A A A"]
     greedy, beam = 0.4 * 0.34 * 0.98, 0.35 * 0.49 / 3
-    assert [math.exp(score) for _, score in beams] == pytest.approx([greedy, beam, greedy])
+    assert [p for _, p in beams] == pytest.approx([greedy, beam, greedy])
     steps = m.beam_steps(m.LOSING, 2, 3)
     assert [row["text"] for row in steps[:6]] == ["A", "B", "C", "B A", "B B", "A A"]
     assert [row["place"] for row in steps] == ["#1", "#2", "dropped"] * 3
@@ -425,6 +425,8 @@ def test_a_prompt_on_which_exact_search_gives_up_is_left_out(monkeypatch, llama)
     exact, one = m.compare_with_exact(lab, [[3], [better], [worse]], (1,), 3)
     assert exact.log_p == pytest.approx((best[1] + best[2]) / 2)
     assert exact.not_best == 0
+    nothing, _ = m.compare_with_exact(lab, [[3]], (1,), 3)
+    assert nothing[:3] == ("exact", None, None)
     beaten = 0
     for prompt in (1, 2):
         [(_, by_greedy)] = m.beam_search(plain(llama), [prompt], 3, width=1, length_penalty=0.0,
@@ -1339,8 +1341,6 @@ RANGES = {
     "min-p keeps": (2.9, 4.3),
     "top-p after t 5 keeps": (135, 137),
     "min-p after t 5 keeps": (131, 152),
-    "distinct bigrams of a beam": (0.39, 0.65),
-    "distinct bigrams of diverse beams": (0.57, 0.83),
     "passes for 24 tokens": (8, 11),
     "alpha": (0.50, 0.64),
     "tokens per pass at gamma 8 / formula": (0.95, 1.01),
@@ -1365,11 +1365,7 @@ DIGITS = {name: max(len(str(end).partition(".")[2]) for end in ends)
 HOLDS = {
     "width 4 has a higher log p than width 1": ALL,
     "width 4 has shorter texts than width 1": ALL - {7, 16},
-    "width 4 has texts as long as width 1": {7, 16},
-    "width 2 has a lower log p than width 1": {4},
     "exact search beats width 4": ALL - {0, 16},
-    "penalty 2 has a longer text than penalty 0": ALL - {4, 5, 7, 18},
-    "penalty 2 has a shorter text than penalty 0": set(),
     "diverse beams have more distinct bigrams": ALL,
     "diverse beams have a lower log p": ALL,
     "gamma 8 is best for c = 0": ALL,
@@ -1415,23 +1411,18 @@ def find_what_filters_keep(lab, found, holds):
 def find_what_beams_find(lab, found, holds):
     prompt = lab.tokenizer.encode(m.PROMPT)
     prompts = [prompt, *lab.prompts[3:5]]  # as in the trace
-    exact, one, two, four = m.compare_with_exact(lab, prompts, (1, 2, 4), 24)
+    exact, one, four = m.compare_with_exact(lab, prompts, (1, 4), 24)
     holds["width 4 has a higher log p than width 1"] = four.log_p > one.log_p
     holds["width 4 has shorter texts than width 1"] = four.tokens < one.tokens
-    holds["width 4 has texts as long as width 1"] = four.tokens == one.tokens
-    holds["width 2 has a lower log p than width 1"] = two.log_p < one.log_p
     holds["exact search beats width 4"] = four.not_best > 0
     assert exact.search == "exact"
     assert four.texts > 3 * one.texts
 
     brief, long = m.compare_length_penalties(lab, prompt, 24, 4, (0.0, 2.0))
-    holds["penalty 2 has a longer text than penalty 0"] = long["tokens"] > brief["tokens"]
-    holds["penalty 2 has a shorter text than penalty 0"] = long["tokens"] < brief["tokens"]
+    assert long["tokens"] >= brief["tokens"]
 
     beam, diverse = m.compare_diversity(lab, prompts, 8)
     distinct = "distinct bigrams / all bigrams"
-    found["distinct bigrams of a beam"] = beam[distinct]
-    found["distinct bigrams of diverse beams"] = diverse[distinct]
     holds["diverse beams have more distinct bigrams"] = diverse[distinct] > beam[distinct]
     holds["diverse beams have a lower log p"] = diverse["log p"] < beam["log p"]
 
