@@ -1588,8 +1588,10 @@ class RuleRow(NamedTuple):
 
 def rule_rows(lab: DecodingLab, p: Vector, q: Vector, n: int) -> list[RuleRow]:
     """Return the n tokens with most probability under p or q."""
-    rows = zip(map(lab.name, range(len(p))), p, q, acceptance(p, q), map(min, p, q), residual(p, q))
-    return [RuleRow(*row) for row in sorted(rows, key=lambda row: -max(row[1], row[2]))[:n]]
+    kept = acceptance(p, q)
+    rest = residual(p, q)
+    return [RuleRow(lab.name(i), p[i], q[i], kept[i], min(p[i], q[i]), rest[i])
+            for i in likeliest(list(map(max, p, q)), n)]
 
 
 class ProofRow(NamedTuple):
@@ -1674,7 +1676,7 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
     p, q = (distribution(llama.forward(knobs.tokens)[-1], knobs.temperature, top_p=knobs.top_p)
             for llama in (lab.target, lab.draft))
     rows = rule_rows(lab, p, q, 8)
-    most = max(max(row[1:3] + row[5:]) for row in rows)
+    most = max(max(row.both, row.rest) for row in rows)
     trace.say(f"Sampling: what may follow {lab.tail(knobs.tokens)!r}, temperature "
               f"{knobs.temperature:g} and top-p {knobs.top_p:g} for both models; the {len(rows)} "
               "tokens with the largest p or q, by the larger of the two. A guess drawn from q is "
@@ -1684,12 +1686,10 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
     trace.table(rows, {"token": "", "p": ".3f", "q": ".3f", "kept": ".0%", "both as min(p, q)":
                        f"bar 18 of {most}", "rest as the rest": f"bar 18 of {most}"})
     show_proof(trace, random_pair(lab.seed))
-    trace.check("greedy: the text is the target's own", len(tokens) == n
-                and is_greedy(lab.target, knobs.tokens, tokens),
-                f"{n} tokens, compared with one plain pass over them")
-    trace.check("one pass scores all the guesses: passes run = rounds = tokens - guesses kept",
-                target.passes == counts.target_passes == n - counts.accepted,
-                f"{n} - {counts.accepted} = {target.passes} passes")
+    trace.check("greedy: the text is the target's own, by one plain pass over it; passes = tokens "
+                "- guesses kept", len(tokens) == n and is_greedy(lab.target, knobs.tokens, tokens)
+                and target.passes == counts.target_passes == n - counts.accepted,
+                f"{n} - {counts.accepted} = {target.passes}")
 
 
 def show_proof(trace: Trace, pair: tuple[LogitsFn, LogitsFn]) -> None:
@@ -1708,12 +1708,10 @@ def show_proof(trace: Trace, pair: tuple[LogitsFn, LogitsFn]) -> None:
     trace.say(f"The bug gives some texts too much probability, {bias:.1%} in all, and others too "
               "little; the other two give none too much. With 20 random pairs, of seeds 0 to 19, "
               "it was 8% to 36%.")
-    trace.check("enumerated, the rule and the point mass give every text the target's probability",
-                proof_gap(rows) < 1e-12, "max |Δ| < 1e-12")
-    shaped = enumerate_speculation(*pair, 4, 2, temperature=0.7, top_p=0.8)
-    ended = enumerate_speculation(*pair, 5, 1, eos=1)
-    trace.check("the same with temperature 0.7 and top-p 0.8; and with gamma 1, where B ends a "
-                "text", max(proof_gap(shaped), proof_gap(ended)) < 1e-12, "max |Δ| < 1e-12")
+    ended = enumerate_speculation(*pair, 5, 1, eos=1, temperature=1.5, top_p=0.8)
+    trace.check("enumerated, the rule and the point mass give every text the target's probability; "
+                "also with gamma 1, temperature 1.5 and top-p 0.8, where B ends a text",
+                max(proof_gap(rows), proof_gap(ended)) < 1e-12, "max |Δ| < 1e-12")
 
 
 # 6. When it pays
@@ -1797,7 +1795,7 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
     lab = knobs.lab
     rows, alpha = measure_payoff(lab, PAY_TEXTS, 24, sorted({1, 2, 3, 4, 6, 8, knobs.gamma}))
     own = lab.cost("a smaller Llama")
-    speeds = {f"c = {c:.2f}": speed_ups(rows, c) for c in (0.0, 0.05, 0.2, own)}
+    speeds = {f"c = {c:.2f}": speed_ups(rows, c) for c in (0.0, 0.05, own)}
     trace.say("More guesses give more tokens per pass, and cost more passes of the draft. "
               f"{PAY_TEXTS} texts of 24 tokens, drawn from the target at temperature 1. On "
               f"average, a guess is kept with alpha = Σ min(p, q) = {alpha:.2f}. The table has the "
@@ -1817,14 +1815,11 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
               f"last pass of a text is cut short. At gamma {last.gamma} the formula says "
               f"{last.formula:.2f}, and these texts give {last.measured:.2f} ± {last.error:.2f}. "
               f"From left to right, the best gamma for each c is {', '.join(map(str, best))}.")
-    trace.say("All this counts a pass over gamma + 1 tokens like a pass over one. That is so where "
-              "the processor waits for the weights and could compute more meanwhile, but not on a "
-              "busy server.")
-    trace.say("On 20 models at the defaults, alpha was 0.50 to 0.64. At gamma 8 the texts had 0.95 "
-              "to 1.01 times the tokens per pass of the formula. The best gamma was 8 for c = "
-              "0.00, 3 or 4 for 0.05, 2 for 0.20 (1 on one model), and 1 for the draft's own c. At "
-              "this c, gamma 1 was 1.10 to 1.22 times as fast as greedy, and gamma 8 was slower "
-              "than greedy on all 20.")
+    trace.say("On 20 models at the defaults, the best gamma was 8 for c = 0.00, 3 or 4 for 0.05, "
+              "and 1 for the draft's own c. There gamma 1 was 1.10 to 1.22 times as fast as "
+              "greedy, and gamma 8 was slower than greedy on all 20. All this counts a pass over "
+              "gamma + 1 tokens like a pass over one. That is so where the processor waits for the "
+              "weights and could compute more meanwhile, but not on a busy server.")
     check_payoff(trace, random_pair(lab.seed))
 
 
@@ -1840,15 +1835,11 @@ def check_payoff(trace: Trace, pair: tuple[LogitsFn, LogitsFn]) -> None:
                 "the chances of all texts and from all branches of the decoder",
                 abs(worked_out - enumerated) < 1e-9, f"{enumerated:.4f}, |Δ| < 1e-9")
     long_run = 1000 / expected_passes([0.6] * 1000, 2)
-    trace.check("where all places are alike, alpha 0.6 and gamma 2, a text of 1,000 tokens has the "
-                "tokens per pass of the formula", abs(long_run - expected_tokens(0.6, 2)) < 0.01,
-                f"{long_run:.2f} = 1 + 0.6 + 0.36")
     faster = speed_up(1.96, 2, 0.1)
-    trace.check("by hand, the speed-up of these at c = 0.1, and the standard error of 1 and 3, "
-                "which is their deviation √2 by √2 texts; c counts no embeddings",
-                abs(faster - 1.96 / 1.2) < 1e-12
-                and standard_error([1.0, 3.0]) == 1 and not weights_read({"tok_embeddings": [1.0]}),
-                f"1.96 / (2 · 0.1 + 1) = {faster:.2f}, and 1")
+    trace.check("where all places are alike, alpha 0.6 and gamma 2, a text of 1,000 tokens has the "
+                "tokens per pass of the formula; at c = 0.1 that is 1.96 / 1.2 times as fast",
+                abs(long_run - expected_tokens(0.6, 2)) < 0.01
+                and abs(faster - 1.96 / 1.2) < 1e-12, f"{long_run:.2f} and {faster:.2f}×")
 
 
 # 7. Prompt lookup: guesses for nothing

@@ -1342,8 +1342,6 @@ RANGES = {
     "top-p after t 5 keeps": (135, 137),
     "min-p after t 5 keeps": (131, 152),
     "passes for 24 tokens": (8, 11),
-    "alpha": (0.50, 0.64),
-    "tokens per pass at gamma 8 / formula": (0.95, 1.01),
     "speed-up of the draft at gamma 1": (1.10, 1.22),
     "speed-up of prompt lookup": (1.09, 2.00),
     "speed-up of a smaller Llama beside it": (0.78, 1.27),
@@ -1371,8 +1369,6 @@ HOLDS = {
     "gamma 8 is best for c = 0": ALL,
     "gamma 3 is best for c = 0.05": {0, 4, 8, 15},
     "gamma 4 is best for c = 0.05": ALL - {0, 4, 8, 15},
-    "gamma 2 is best for c = 0.2": ALL - {12},
-    "gamma 1 is best for c = 0.2": {12},
     "gamma 1 is best for the draft's c": ALL,
     "gamma 8 with the draft's c is slower than greedy": ALL,
     "a smaller Llama has fewer passes than prompt lookup": ALL,
@@ -1434,13 +1430,11 @@ def find_when_drafting_pays(lab, found, holds):
     _, counts = m.speculative_greedy(target, draft, prompt, 24, gamma=m.GAMMA)
     found["passes for 24 tokens"] = counts.target_passes
 
-    rows, alpha = m.measure_payoff(lab, m.PAY_TEXTS, 24, (1, 2, 3, 4, 6, 8))
+    rows, _ = m.measure_payoff(lab, m.PAY_TEXTS, 24, (1, 2, 3, 4, 6, 8))
     own = m.speed_ups(rows, lab.cost("a smaller Llama"))
-    found["alpha"] = alpha
-    found["tokens per pass at gamma 8 / formula"] = rows[-1].measured / rows[-1].formula
     found["speed-up of the draft at gamma 1"] = own[1]
     assert all(a.measured < b.measured for a, b in itertools.pairwise(rows))
-    for c, gammas in ((0.0, [8]), (0.05, [3, 4]), (0.2, [1, 2])):
+    for c, gammas in ((0.0, [8]), (0.05, [3, 4])):
         best = m.best_gamma(m.speed_ups(rows, c))
         for gamma in gammas:
             holds[f"gamma {gamma} is best for c = {c:g}"] = best == gamma
