@@ -1853,12 +1853,15 @@ class Way(NamedTuple):
     runs: float          # of the draft or a head, for one text, mean
     passes: float        # of the target for one text, mean
     nodes: float         # tokens read by the target after the prompt, per new token
-    rolled_back: float   # share of these that is not in the text
     speed_up: float      # over greedy, which takes one pass per token
     per_text: list[int]  # passes of each text
     first_kept: float | None   # share of the first guesses that was kept
     second_kept: float | None  # share of the second guesses, where the first was kept
     right: int           # texts that are the target's own, and whose books agree
+
+
+WAY_COLUMNS = {"way": "", "c": ".2f", "runs": ".1f", "passes": ".1f", "nodes": ".1f",
+               "speed_up": "{:.2f}×"}
 
 
 def decode(
@@ -1897,15 +1900,14 @@ def measure_way(
         right += is_greedy(lab.target, prompt, tokens) and len(target.known) == read
     passes = len(rounds)
     guessed = sum(len(guesses) for guesses, _ in rounds)
-    wrong = guessed - sum(kept for _, kept in rounds)
-    nodes = guessed + passes - len(prompts)
     cost = lab.cost(way)
     runs = guessed if cost else 0
     if way == "Medusa tree":  # one run of head 1 gives 3 guesses, and one of head 2 the other 6
         runs = sum(min(2, len(guesses) // 3) for guesses, _ in rounds)
-    total = n * len(prompts)
-    return Way(way, cost, runs / len(prompts), fmean(per_text), nodes / total,
-               wrong / max(1, nodes), total / (passes + cost * runs), per_text,
+    texts = len(prompts)
+    nodes = guessed + passes - texts
+    return Way(way, cost, runs / texts, passes / texts, nodes / (n * texts),
+               n * texts / (passes + cost * runs), per_text,
                share_kept(rounds, 0), share_kept(rounds, 1), right)
 
 
@@ -1926,29 +1928,16 @@ def fewer_passes(row: Way, other: Way) -> str:
     gaps = list(map(operator.sub, other.per_text, row.per_text))
     gap = fmean(gaps)
     limit = 2 * standard_error(gaps)
-
     if abs(gap) <= limit:
         return (f"{row.way} and {other.way} differ by {abs(gap):.2f} passes (two standard errors: "
                 f"{limit:.2f}), which shows nothing")
     more = compare_words(gap, 0, "fewer", "more")
-    spread = f"two standard errors: {limit:.2f}" if limit else "in every one of the texts"
-    return f"{row.way} takes {abs(gap):.2f} passes {more} than {other.way} ({spread})"
+    return (f"{row.way} takes {abs(gap):.2f} passes {more} than {other.way} (two standard errors: "
+            f"{limit:.2f})")
 
 
-def show_ways(trace: Trace, rows: Sequence[Way], n: int, *findings: str) -> None:
-    """Print the rows and what was found, and check that all texts are the target's own."""
-    trace.table(rows, {"way": "", "c": ".2f", "runs": ".1f", "passes": ".1f", "nodes": ".1f",
-                       "rolled_back": ".0%", "speed_up": "{:.2f}×"})
-    if rows[0].way == "prompt lookup":
-        trace.note("c: weights that one run of the guesser reads, as a share of the target's. "
-                   "runs: of the guesser, per text. nodes: tokens that the target reads, per token "
-                   "of the final text. rolled back: share of the nodes that leaves the cache "
-                   "again. speed up over greedy, if arithmetic costs nothing: "
-                   f"{n} / (passes + c · runs).")
-    else:
-        trace.note(f"columns as in section 7; speed up: {n} / (passes + c · runs)")
-    for finding in findings:
-        trace.say(finding[0].upper() + finding[1:])
+def check_ways(trace: Trace, rows: Sequence[Way]) -> None:
+    """Check that all texts are the target's own."""
     texts = len(rows[0].per_text)
     trace.check("every text is the target's own, by one plain pass over it; the cache holds as "
                 "many tokens as the counts say", all(row.right == texts for row in rows),
@@ -1965,16 +1954,20 @@ def show_prompt_lookup(trace: Trace, knobs: Namespace) -> None:
     trace.say("Guesses need no model: prompt lookup copies what followed the same words when they "
               f"last came. Gamma {knobs.gamma}, {len(prompts)} greedy texts of {n} tokens. Each "
               "comes after a verse about the rat, so that there is something to look up. The "
-              "prompt has been read before the passes are counted. The Llama runs once per "
-              "guess, and looking up runs nothing.")
+              "prompt has been read before the passes are counted.")
     trace.ask("Which is faster, prompt lookup or a smaller Llama?",
               max(lookup, smaller, key=lambda row: row.speed_up).way)
-    show_ways(trace, [lookup, smaller], n, f"{fewer_passes(smaller, lookup)}. Only the Llama's "
-              "guesses have a price. A rhyme that repeats its clauses is a good case of prompt "
-              "lookup; of text that says new things this shows nothing.",
-              "On 20 models at the defaults, the Llama took fewer passes on all 20, but prompt "
-              "lookup was faster on all 20: 1.09 to 2.00 times as fast as greedy, and the Llama "
-              "0.78 to 1.27 times.")
+    trace.table([lookup, smaller], WAY_COLUMNS)
+    trace.note("c: weights that one run of the guesser reads, as a share of the target's. runs: of "
+               "the guesser, per text. nodes: tokens that the target reads, per token of the "
+               "final text. speed up over greedy, if arithmetic costs nothing: "
+               f"{n} / (passes + c · runs).")
+    trace.say(f"On average, {fewer_passes(smaller, lookup)}. But the Llama runs once per guess, "
+              "and looking up runs nothing. On 20 models at the defaults, the Llama took fewer "
+              "passes on all 20, and prompt lookup was faster on all 20. A rhyme that repeats its "
+              "clauses is a good case of prompt lookup; of text that says new things this shows "
+              "nothing.")
+    check_ways(trace, [lookup, smaller])
     found = [prompt_lookup([1, 2, 3, 9, 1, 2, 3, 4, 2, 3, 5, 1, 2, 3], 2),
              prompt_lookup([5, 6, 5], 1)]
     trace.check("by hand: in 1 2 3 9 1 2 3 4 2 3 5 1 2 3, the two tokens after the last earlier "
@@ -1985,18 +1978,8 @@ def show_prompt_lookup(trace: Trace, knobs: Namespace) -> None:
 # 8. Medusa, and how a tree is verified
 
 
-class TreeNode(NamedTuple):
-    """A node of a tree, drawn."""
-
-    node: int
-    token: str
-    position: int
-    sees: str  # its row of the mask
-    kept: str
-
-
-def draw_tree(lab: DecodingLab, prompt: list[int]) -> list[TreeNode]:
-    """Return the tree of the pass after the one that reads the prompt."""
+def draw_tree(lab: DecodingLab, prompt: list[int]) -> list[dict]:
+    """Return the nodes of the tree of the pass after the one that reads the prompt."""
     target = CachedModel(lab.target)
     text = (*prompt, argmax(target(prompt)))
     _, found, rows = verify_tree(target, text, medusa_paths(target, lab.medusa, (3, 2), text))
@@ -2006,7 +1989,7 @@ def draw_tree(lab: DecodingLab, prompt: list[int]) -> list[TreeNode]:
         indent = "  " * (len(node) - len(text))
         sees = "".join("█" if seen else "·" for seen in mask)
         kept = "+" if i > 0 and (*text, *found)[:len(node)] == node else ""
-        drawn.append(TreeNode(i, indent + lab.name(node[-1]), len(node) - 1, sees, kept))
+        drawn.append({"node": i, "token": indent + lab.name(node[-1]), "sees": sees, "kept": kept})
     return drawn
 
 
@@ -2024,34 +2007,6 @@ def best_by_formula(h: Vector, x: Vector, head: Head, n: int) -> tuple[list[int]
     return heapq.nlargest(n, range(len(logits)), key=logits.__getitem__), state
 
 
-def paths_by_formula(lab: DecodingLab, prompt: list[int]) -> list[tuple[int, ...]]:
-    """Return Medusa's paths after the prompt and any token, by a plain pass."""
-    h = last_state(lab.target, prompt)
-    best = [best_by_formula(h, h, head, top)[0] for head, top in zip(lab.medusa, (3, 2))]
-    return list(itertools.product(*best))
-
-
-def tree_gap(lab: DecodingLab, nodes: Sequence[tuple[int, ...]]) -> float:
-    """Read these texts as a tree in one pass; return the largest gap to each text read alone."""
-    rows = CachedModel(lab.target).read(nodes)
-    gaps = []
-    for node in nodes:
-        gaps += [abs(a - b) for a, b in zip(rows[node], lab.target.forward(node)[-1])]
-    return max(gaps)
-
-
-def sampled_tree_gap(target: LogitsFn) -> float:
-    """Sample in a tree over two tokens; return the largest gap to a text's probability."""
-    paths = [(0, 0), (0, 1), (1, 0)]  # after 1, a draw may miss the tree
-
-    def in_tree(rng: EveryBranch) -> tuple[int, ...]:
-        _, found, _ = verify_tree(ToyTarget(target), [0], paths, sampler(rng))
-        return tuple(found)
-
-    return max(abs(p - math.exp(log_probability(target, [0], text)))
-               for text, p in every_outcome(in_tree).items())
-
-
 def show_medusa(trace: Trace, knobs: Namespace) -> None:
     """Show a tree with its mask and what is kept of it, and the passes of chains and trees."""
     lab = knobs.lab
@@ -2067,36 +2022,38 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
               "ancestors (█), and all of the text before the tree. Head 2 does not know what head "
               "1 guessed, so its two guesses are the same in each branch. Kept (+): guesses that "
               "are the target's own choices.")
-    indices = "".join(str(node.node) for node in nodes)
-    trace.table(nodes, {"node": "d", "token": "", "position": "d",
-                        f"sees as sees node {indices}": "s", "kept": ""})
+    indices = "".join(map(str, range(len(nodes))))
+    trace.table(nodes, {"node": "d", "token": "", f"sees as sees node {indices}": "s", "kept": ""})
     chain = measure_pairs(lab, "Medusa chain", n)
     tree = measure_pairs(lab, "Medusa tree", n)
     trace.say(f"Measured on {COMPARED_TEXTS} texts of {n} tokens. The prompt has been read before "
               "the passes are counted. The chain has the best guess of each head and no other. "
               "One run is a run of one head. Both ways run two heads per pass, or fewer where "
               "fewer tokens are still wanted.")
-    show_ways(trace, [chain, tree], n, f"{fewer_passes(tree, chain)}. Per token of the text, the "
-              f"tree reads {tree.nodes:.1f} nodes, and the chain {chain.nodes:.1f}. On a busy "
-              "server the nodes are the price.",
-              "On 20 models at the defaults, the tree took fewer passes on all 20 (by more than "
-              "two standard errors on 14), and read 2.3 to 3.1 times as many nodes. It was 1.08 to "
-              "1.34 times as fast as greedy, and the chain 0.89 to 1.20 times.")
-    a = knobs.tokens[-1]
-    paths = [(a,), (a, lab.eos), (a, a), (lab.eos,)]
-    trace.check("logits of another tree read in one pass = of each path alone, without a cache",
-                tree_gap(lab, [(*knobs.tokens, *path) for path in paths]) < 1e-12,
-                f"{len(paths)} nodes, max |Δ| < 1e-12")
-    trace.check("sampling in a tree that misses some texts: enumerated, every text has the "
-                "probability that the target gives it",
-                sampled_tree_gap(random_pair(lab.seed)[0]) < 1e-12,
-                "section 5's random target, max |Δ| < 1e-12")
-    lab.reader(knobs.tokens)
-    paths = medusa_paths(lab.reader, lab.medusa, (3, 2), [*knobs.tokens, 0])
+    trace.table([chain, tree], WAY_COLUMNS)
+    trace.note(f"columns as in section 7; speed up: {n} / (passes + c · runs)")
+    trace.say(f"On average, {fewer_passes(tree, chain)}. Per token of the text, the tree reads "
+              f"{tree.nodes:.1f} nodes, and the chain {chain.nodes:.1f}. On a busy server the "
+              "nodes are the price. On 20 models at the defaults, the tree took fewer passes on "
+              "all 20, and was 1.08 to 1.34 times as fast as greedy.")
+    check_ways(trace, [chain, tree])
+    check_medusa(trace, lab, knobs.tokens)
+
+
+def check_medusa(trace: Trace, lab: DecodingLab, prompt: list[int]) -> None:
+    """Check a tree against plain passes, and the heads against their formula."""
+    a = prompt[-1]
+    nodes = [(*prompt, *path) for path in [(a,), (a, lab.eos), (a, a), (lab.eos,)]]
+    rows = CachedModel(lab.target).read(nodes)
+    trace.check_close("logits of another tree read in one pass = of each of its 4 paths alone, "
+                      "without a cache", [rows[node] for node in nodes],
+                      [lab.target.forward(node)[-1] for node in nodes], 1e-12)
+    lab.reader(prompt)
+    paths = medusa_paths(lab.reader, lab.medusa, (3, 2), [*prompt, 0])
+    h = last_state(lab.target, prompt)
+    best = [best_by_formula(h, h, head, top)[0] for head, top in zip(lab.medusa, (3, 2))]
     trace.check("head 1 guesses its three likeliest tokens and head 2 its two, by the formula and "
-                "a plain pass; training has changed w1, which was 0",
-                paths == paths_by_formula(lab, knobs.tokens)
-                and any(map(any, lab.medusa[0]["w1"])), f"{len(paths)} paths")
+                "a plain pass", paths == list(itertools.product(*best)), f"{len(paths)} paths")
 
 
 # 9. EAGLE
@@ -2124,24 +2081,24 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
               "chosen, which Medusa's heads do not know. Its second guess starts from the state "
               f"that it has guessed itself. Chains of two guesses, {COMPARED_TEXTS} texts of {n} "
               "tokens after a prompt that has been read. All three were trained for "
-              f"{lab.draft_steps} steps, and run once per guess. The share of the first guesses "
-              "that the target keeps, and of the second ones where it keeps the first:")
+              f"{lab.draft_steps} steps, and run once per guess:")
     trace.ask("Which takes fewest passes: Medusa chain; EAGLE; a smaller Llama?",
               min(rows, key=lambda row: row.passes).way)
-    trace.table(rows, {"way": "", "first_kept": ".0%", "second_kept": ".0%"})
-    trace.say("And what this comes to:")
-    show_ways(trace, rows, n, f"{fewer_passes(eagle, medusa)}; {fewer_passes(smaller, medusa)}. "
-              "c includes the output matrix that Medusa and EAGLE read for every guess. Here it is "
+    trace.table(rows, WAY_COLUMNS | {"first_kept": ".0%", "second_kept": ".0%"})
+    trace.note(f"columns as in section 7; speed up: {n} / (passes + c · runs); first kept: share "
+               "of the first guesses that the target keeps; second kept: of the second ones where "
+               "it keeps the first")
+    trace.say(f"On average, {fewer_passes(eagle, medusa)}; {fewer_passes(smaller, medusa)}. c "
+              "includes the output matrix that Medusa and EAGLE read for every guess. Here it is "
               f"{output / weights_read(lab.target.weights):.0%} of what the target reads, and in a "
-              "large model a few per cent, so the speed up here does not carry over.",
-              "On 20 models at the defaults, EAGLE kept more of its first guesses than the Medusa "
-              "chain on all 20 (62% to 97%, and 41% to 72%): to know the last token helps. But it "
-              "kept fewer of its second guesses on all 20 (3% to 41%, and 32% to 79%): its head "
-              "was trained on the target's states, and not on guessed ones. In sum, EAGLE took "
-              "0.28 passes fewer than the chain on average (standard error 0.10): fewer on 12 "
-              "models, as many on 5, more on 3. The smaller Llama took 0.44 fewer (standard error "
-              "0.14): fewer on 15, as many on 1, more on 4. So which of them takes fewest passes "
-              "on one model is partly chance.")
+              "large model a few per cent, so the speed up here does not carry over.")
+    trace.say("On 20 models at the defaults, EAGLE kept more of its first guesses than the Medusa "
+              "chain on all 20: to know the last token helps. But it kept fewer of its second "
+              "guesses on all 20: its head was trained on the target's states, and not on guessed "
+              "ones. Which of the three takes fewest passes on one model is partly chance: EAGLE "
+              "took fewer than the chain on 12, and more on 3; the smaller Llama fewer on 15, and "
+              "more on 4.")
+    check_ways(trace, rows)
     lab.reader(knobs.tokens)
     trace.check("EAGLE's two guesses after the prompt and a token are the formula's",
                 all(eagle_guesses(lab.reader, lab.eagle, [*knobs.tokens, token], 2)
@@ -2171,21 +2128,20 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
               "after a prompt that has been read; the nodes of the window count as well:")
     trace.ask(f"For {n} tokens greedy takes {n} passes. And lookahead, on average?",
               lookahead.passes)
-    show_ways(trace, [lookahead], n, f"lookahead saves {n - lookahead.passes:.1f} of {n} passes on "
-              f"average. It reads {lookahead.nodes:.0f} nodes per token of the text and rolls back "
-              f"{lookahead.rolled_back:.0%} of them, so it needs a processor that waits for "
-              "the weights.",
-              "On 20 models at the defaults, lookahead saved 7 to 11 of 24 passes, and rolled back "
-              "84% to 89% of the nodes.")
+    trace.table([lookahead], WAY_COLUMNS)
+    trace.note(f"columns as in section 7; speed up: {n} / (passes + c · runs)")
+    trace.say(f"On average, lookahead saves {n - lookahead.passes:.1f} of {n} passes. It reads "
+              f"{lookahead.nodes:.0f} nodes per token of the text, so it needs a processor that "
+              "waits for the weights. On 20 models at the defaults, it saved 7 to 11 of 24 passes.")
+    check_ways(trace, [lookahead])
     _, counts = lookahead_decode(ToyTarget(in_circle), [0, 3], 16, window=4, verified=1)
     windows, kept = zip(*counts.rounds)
-    trace.check("by hand, a model that counts 0 to 5 in a circle, prompt 0 3, window 4: the "
-                "window's four columns in each of the first two passes",
-                windows[:2] == ([0, 0, 3, 3, 0, 0, 3, 3], [0, 1, 3, 4, 0, 1, 3, 4]),
-                "0 0, 3 3, 0 0, 3 3; then 0 1, 3 4, 0 1, 3 4")
-    trace.check("once the pool has the circle, a pass keeps two guesses; the last pass is cut to "
-                "the one token that is still wanted of 16",
-                kept == (0, 0, 0, 2, 2, 2, 2, 1), f"kept: {str(kept)[1:-1]}")
+    trace.check("by hand, a model that counts 0 to 5 in a circle, prompt 0 3, window 4: the first "
+                "pass reads the columns 0 0, 3 3, 0 0, 3 3, and the second 0 1, 3 4, 0 1, 3 4. "
+                "Once the pool has the circle, a pass keeps two guesses, and the last one the one "
+                "that is still wanted of 16 tokens",
+                windows[:2] == ([0, 0, 3, 3, 0, 0, 3, 3], [0, 1, 3, 4, 0, 1, 3, 4])
+                and kept == (0, 0, 0, 2, 2, 2, 2, 1), f"kept: {str(kept)[1:-1]}")
 
 
 # 11. Text with a shape

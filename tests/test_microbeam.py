@@ -891,8 +891,6 @@ def test_a_toy_target_reads_trees():
     rows = m.ToyTarget(model).read([(0, 1, 2), (0, 2)])
     texts = [(0,), (0, 1), (0, 1, 2), (0, 2)]
     assert rows == {text: model(text) for text in texts}
-    for seed in range(5):
-        assert m.sampled_tree_gap(m.random_pair(seed)[0]) < 1e-12
 
 
 def random_matrix(rng, n_rows, n_columns, size):
@@ -1343,17 +1341,8 @@ RANGES = {
     "min-p after t 5 keeps": (131, 152),
     "passes for 24 tokens": (8, 11),
     "speed-up of the draft at gamma 1": (1.10, 1.22),
-    "speed-up of prompt lookup": (1.09, 2.00),
-    "speed-up of a smaller Llama beside it": (0.78, 1.27),
-    "nodes of a tree / of a chain": (2.3, 3.1),
     "speed-up of a tree": (1.08, 1.34),
-    "speed-up of a chain": (0.89, 1.20),
-    "first guesses of EAGLE kept": (0.62, 0.97),
-    "first guesses of a chain kept": (0.41, 0.72),
-    "second guesses of EAGLE kept": (0.03, 0.41),
-    "second guesses of a chain kept": (0.32, 0.79),
     "passes that lookahead saves": (7, 11),
-    "lookahead rolls back": (0.84, 0.89),
     "probability at the wrong texts": (0.09, 0.91),
 }
 DIGITS = {name: max(len(str(end).partition(".")[2]) for end in ends)
@@ -1374,7 +1363,6 @@ HOLDS = {
     "a smaller Llama has fewer passes than prompt lookup": ALL,
     "prompt lookup is faster than a smaller Llama": ALL,
     "a tree has fewer passes than a chain": ALL,
-    "a tree has fewer passes, by two errors": ALL - {5, 7, 12, 13, 14, 17},
     "EAGLE keeps more first guesses than a chain": ALL,
     "EAGLE keeps fewer second guesses than a chain": ALL,
 }
@@ -1446,8 +1434,6 @@ def find_what_prompt_lookup_brings(lab, found, holds):
     prompts = [lab.tokenizer.encode(m.CONTEXT) + prompt for prompt in lab.prompts[:4]]
     lookup = m.measure_way(lab, "prompt lookup", prompts, m.COMPARED_TOKENS, m.GAMMA)
     smaller = m.measure_way(lab, "a smaller Llama", prompts, m.COMPARED_TOKENS, m.GAMMA)
-    found["speed-up of prompt lookup"] = lookup.speed_up
-    found["speed-up of a smaller Llama beside it"] = smaller.speed_up
     holds["a smaller Llama has fewer passes than prompt lookup"] = smaller.passes < lookup.passes
     holds["prompt lookup is faster than a smaller Llama"] = lookup.speed_up > smaller.speed_up
     assert lookup.right == smaller.right == 4
@@ -1458,20 +1444,12 @@ def find_what_trees_and_heads_bring(lab, found, holds):
         m.measure_pairs(lab, way, m.COMPARED_TOKENS)
         for way in ("Medusa chain", "Medusa tree", "EAGLE", "a smaller Llama"))
     assert chain.right == tree.right == eagle.right == smaller.right == m.COMPARED_TEXTS
-    found["nodes of a tree / of a chain"] = tree.nodes / chain.nodes
     found["speed-up of a tree"] = tree.speed_up
-    found["speed-up of a chain"] = chain.speed_up
-    found["first guesses of EAGLE kept"] = eagle.first_kept
-    found["first guesses of a chain kept"] = chain.first_kept
-    found["second guesses of EAGLE kept"] = eagle.second_kept
-    found["second guesses of a chain kept"] = chain.second_kept
     holds["EAGLE keeps more first guesses than a chain"] = eagle.first_kept > chain.first_kept
     holds["EAGLE keeps fewer second guesses than a chain"] = (
         eagle.second_kept < chain.second_kept)
     passes = {row.way: sum(row.per_text) for row in (chain, tree, eagle, smaller)}
     holds["a tree has fewer passes than a chain"] = passes["Medusa tree"] < passes["Medusa chain"]
-    holds["a tree has fewer passes, by two errors"] = (
-        "passes fewer than Medusa chain" in m.fewer_passes(tree, chain))
     for way, fewer in FEWER_PASSES.items():
         assert passes["Medusa chain"] - passes[way] == fewer[lab.seed], way
 
@@ -1482,7 +1460,6 @@ def find_what_lookahead_saves(lab, found, holds):
     lookahead = m.measure_way(lab, "lookahead", prompts, n, 0)
     assert lookahead.right == len(prompts)
     found["passes that lookahead saves"] = n - lookahead.passes
-    found["lookahead rolls back"] = lookahead.rolled_back
 
 
 def find_what_masks_do(lab, found, holds):
@@ -1519,18 +1496,13 @@ def test_finding_about_forced_texts():
     assert (sum(ENDED), 5 * len(ENDED)) == (93, 100)
 
 
-@pytest.mark.parametrize("way, mean, error, fewer, more", [
-    ("EAGLE", 0.28, 0.10, 12, 3),
-    ("a smaller Llama", 0.44, 0.14, 15, 4),
-])
-def test_finding_about_the_mean(way, mean, error, fewer, more):
-    """What the trace says of FEWER_PASSES, for one text."""
-    gaps = np.array(FEWER_PASSES[way]) / m.COMPARED_TEXTS
+@pytest.mark.parametrize("way, fewer, more", [("EAGLE", 12, 3), ("a smaller Llama", 15, 4)])
+def test_finding_about_fewer_passes(way, fewer, more):
+    """What the trace says of FEWER_PASSES."""
+    gaps = FEWER_PASSES[way]
     assert len(gaps) == 20
-    assert round(gaps.mean(), 2) == mean
-    assert round(gaps.std(ddof=1) / math.sqrt(20), 2) == error
-    assert sum(gaps > 0) == fewer
-    assert sum(gaps < 0) == more
+    assert sum(gap > 0 for gap in gaps) == fewer
+    assert sum(gap < 0 for gap in gaps) == more
 
 
 @SEEDS
