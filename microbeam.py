@@ -1613,24 +1613,26 @@ def enumerate_speculation(
     **settings: float,
 ) -> list[ProofRow]:
     """Take every branch of sample() and of three decoders, for n tokens; the likeliest first."""
-    by_rule = partial(speculative_sample, target_fn, draft_fn, [0], n, gamma=gamma, eos=eos,
-                      **settings)
-    by_argmax = partial(by_rule, choose_guess=lambda q, rng: argmax(q))
+    def target(rng: EveryBranch) -> tuple[int, ...]:
+        return tuple(sample(target_fn, [0], n, rng=rng, eos=eos, **settings))
 
-    def by_point_mass(rng: EveryBranch) -> tuple[list[int], Counts]:
-        return speculate(target_fn, partial(greedy, draft_fn), [0], n, gamma=gamma, eos=eos,
-                         choose=sampler(rng, **settings))
+    def rule(rng: EveryBranch, **options) -> tuple[int, ...]:
+        tokens, _ = speculative_sample(target_fn, draft_fn, [0], n, gamma=gamma, rng=rng, eos=eos,
+                                       **options, **settings)
+        return tuple(tokens)
 
-    exact = every_outcome(
-        lambda rng: tuple(sample(target_fn, [0], n, rng=rng, eos=eos, **settings)))
-    found = [text_shares(decode) for decode in (by_rule, by_argmax, by_point_mass)]
-    return [ProofRow(letters(text), exact[text], *(shares.get(text, 0.0) for shares in found))
+    def argmax_by_q(rng: EveryBranch) -> tuple[int, ...]:
+        return rule(rng, choose_guess=lambda q, rng: argmax(q))
+
+    def point_mass(rng: EveryBranch) -> tuple[int, ...]:
+        tokens, _ = speculate(target_fn, partial(greedy, draft_fn), [0], n, gamma=gamma, eos=eos,
+                              choose=sampler(rng, **settings))
+        return tuple(tokens)
+
+    exact = every_outcome(target)
+    others = [every_outcome(decode) for decode in (rule, argmax_by_q, point_mass)]
+    return [ProofRow(letters(text), exact[text], *(shares.get(text, 0.0) for shares in others))
             for text in sorted(exact, key=exact.get, reverse=True)]
-
-
-def text_shares(decode: Callable[..., tuple[list[int], Counts]]) -> dict[tuple[int, ...], float]:
-    """Return {text: its exact probability} of a speculative decoder that takes rng."""
-    return every_outcome(lambda rng: tuple(decode(rng=rng)[0]))
 
 
 def proof_gap(rows: Sequence[ProofRow]) -> float:
@@ -1751,19 +1753,13 @@ def expected_passes(chances: Vector, gamma: int) -> float:
     return passes[0]
 
 
-class PayRow(NamedTuple):
-    """One gamma: tokens per pass on some texts, and by the formula."""
-
-    gamma: int
-    measured: float
-    error: float    # standard error over the texts
-    formula: float
-
-
 def measure_payoff(
-    lab: DecodingLab, n_texts: int, n: int, gammas: Sequence[int]
-) -> tuple[list[PayRow], float]:
-    """Draw texts of n tokens; return what each gamma brings on them, and α, their mean chance."""
+    lab: DecodingLab, n_texts: int, n: int, gammas: Sequence[int], costs: Sequence[float]
+) -> tuple[list[dict], float]:
+    """Draw texts of n tokens; return what each gamma brings on them, and α, their mean chance.
+
+    A row has the speed-up for each cost of a pass of the draft, in passes of the target.
+    """
     target = lab.reader
     draft = CachedModel(lab.draft)
     rng = random.Random(lab.seed)
@@ -1774,28 +1770,26 @@ def measure_payoff(
     rows = []
     for gamma in gammas:
         rates = [n / expected_passes(chances, gamma) for chances in texts]
-        rows.append(PayRow(gamma, fmean(rates), standard_error(rates),
-                           expected_tokens(alpha, gamma)))
+        mean = fmean(rates)
+        row = {"gamma": gamma, "tokens per pass": mean, "±": standard_error(rates),
+               "formula": expected_tokens(alpha, gamma)}
+        rows.append(row | {f"c = {c:.2f}": speed_up(mean, gamma, c) for c in costs})
     return rows, alpha
 
 
-def speed_ups(rows: Sequence[PayRow], cost: float) -> dict[int, float]:
-    """Return {gamma: the measured speed-up}, where a pass of the draft costs so much."""
-    return {row.gamma: speed_up(row.measured, row.gamma, cost) for row in rows}
-
-
-def best_gamma(speeds: dict[int, float]) -> int:
+def best_gamma(rows: Sequence[dict], column: str) -> int:
     """Return the gamma with the best speed-up, or 0 where none is faster than no guesses."""
-    best = max(speeds, key=speeds.get)
-    return best if speeds[best] > 1 else 0
+    best = max(rows, key=operator.itemgetter(column))
+    return best["gamma"] if best[column] > 1 else 0
 
 
 def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
     """Show tokens per pass, measured and by the formula, and the speed-ups."""
     lab = knobs.lab
-    rows, alpha = measure_payoff(lab, PAY_TEXTS, 24, sorted({1, 2, 3, 4, 6, 8, knobs.gamma}))
     own = lab.cost("a smaller Llama")
-    speeds = {f"c = {c:.2f}": speed_ups(rows, c) for c in (0.0, 0.05, own)}
+    rows, alpha = measure_payoff(lab, PAY_TEXTS, 24, sorted({1, 2, 3, 4, 6, 8, knobs.gamma}),
+                                 (0.0, 0.05, own))
+    columns = [column for column in rows[0] if column.startswith("c = ")]
     trace.say("More guesses give more tokens per pass, and cost more passes of the draft. "
               f"{PAY_TEXTS} texts of 24 tokens, drawn from the target at temperature 1. On "
               f"average, a guess is kept with alpha = Σ min(p, q) = {alpha:.2f}. The table has the "
@@ -1803,17 +1797,17 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
               "a pass of the draft costs c passes of the target, the measured speed-up is tokens "
               "per pass / (1 + gamma · c). The last c is this draft's.")
     trace.ask(f"A pass of the draft costs {own:.2f} of the target's. Which gamma is fastest (0: "
-              "none pays)?", best_gamma(speeds[f"c = {own:.2f}"]))
-    table = [row._asdict() | {c: speeds[c][row.gamma] for c in speeds} for row in rows]
-    trace.table(table, {"gamma": "d", "measured as tokens per pass": ".2f", "error as ±": ".2f",
-                        "formula": ".2f"} | dict.fromkeys(speeds, "{:.2f}×"))
+              "none pays)?", best_gamma(rows, columns[-1]))
+    trace.table(rows, {"gamma": "d", "tokens per pass": ".2f", "±": ".2f", "formula": ".2f"}
+                | dict.fromkeys(columns, "{:.2f}×"))
     trace.note("±: the standard error over the texts, how far the mean may be off by chance. c of "
                "this draft: weights of the draft / weights of the target, without the embeddings")
     last = rows[-1]
-    best = [best_gamma(speeds[c]) or "none" for c in speeds]
+    best = [best_gamma(rows, column) or "none" for column in columns]
     trace.say("The formula assumes that all places are alike and that texts never end; here the "
-              f"last pass of a text is cut short. At gamma {last.gamma} the formula says "
-              f"{last.formula:.2f}, and these texts give {last.measured:.2f} ± {last.error:.2f}. "
+              f"last pass of a text is cut short. At gamma {last['gamma']} the formula "
+              f"says {last['formula']:.2f}, and these texts give {last['tokens per pass']:.2f} ± "
+              f"{last['±']:.2f}. "
               f"From left to right, the best gamma for each c is {', '.join(map(str, best))}.")
     trace.say("On 20 models at the defaults, the best gamma was 8 for c = 0.00, 3 or 4 for 0.05, "
               "and 1 for the draft's own c. There gamma 1 was 1.10 to 1.22 times as fast as "
@@ -1857,14 +1851,14 @@ class Way(NamedTuple):
     per_text: list[int]  # passes of each text
     first_kept: float | None   # share of the first guesses that was kept
     second_kept: float | None  # share of the second guesses, where the first was kept
-    right: int           # texts that are the target's own, and whose books agree
+    right: int           # texts that are the target's own, where the cache agrees with the counts
 
 
 WAY_COLUMNS = {"way": "", "c": ".2f", "runs": ".1f", "passes": ".1f", "nodes": ".1f",
                "speed_up": "{:.2f}×"}
 
 
-def decode(
+def decode_by(
     lab: DecodingLab, way: str, target: CachedModel, prompt: list[int], n: int, gamma: int
 ) -> tuple[list[int], Counts]:
     """Return n greedy tokens and Counts, by the way of that name."""
@@ -1892,7 +1886,7 @@ def measure_way(
     for prompt in prompts:
         target = CachedModel(lab.target)
         target(prompt[:-1])  # prefill: the first pass of every way has a state to guess from
-        tokens, counts = decode(lab, way, target, prompt, n, gamma)
+        tokens, counts = decode_by(lab, way, target, prompt, n, gamma)
         rounds += counts.rounds
         per_text.append(counts.target_passes)
         # The cache holds the prompt, the guesses, and each pass's own token but the last.
@@ -2160,11 +2154,10 @@ ANIMALS: Grammar = {
 
 
 def force_texts(lab: DecodingLab, prompt: list[int], n: int, n_drawn: int) -> list[str]:
-    """Return what greedy and n_drawn samples write in the shape of STORY, if it ends in time."""
+    """Return those of n_drawn samples in the shape of STORY that end within n tokens."""
     forced = constrain(lab.reader, lab.tokenizer.vocab, STORY, len(prompt), lab.eos)
     rng = random.Random(lab.seed)
-    texts = [greedy(forced, prompt, n, eos=lab.eos)]
-    texts += [sample(forced, prompt, n, rng=rng, eos=lab.eos) for _ in range(n_drawn)]
+    texts = [sample(forced, prompt, n, rng=rng, eos=lab.eos) for _ in range(n_drawn)]
     return [lab.tokenizer.decode(text[:-1]) for text in texts if text[-1] == lab.eos]
 
 
@@ -2174,7 +2167,6 @@ CAT_OR_COW: ToyLanguage = {
     (0,): [0.04, 0.03, 0.9, 0.03],
     (1,): [0.333, 0.333, 0.001, 0.333],
 }
-
 
 
 class ShapeRow(NamedTuple):
@@ -2194,16 +2186,18 @@ class Distortion(NamedTuple):
     moved: float  # probability that is at the wrong texts
 
 
-def measure_distortion(lab: DecodingLab, prompt: list[int], grammar: Grammar) -> Distortion:
+def measure_distortion(
+    logits_fn: LogitsFn, vocab: Sequence[str], prompt: list[int], grammar: Grammar, eos: int
+) -> Distortion:
     """Enumerate every way to write the grammar's texts, under the mask and under the model."""
-    forced = constrain(lab.reader, lab.tokenizer.vocab, grammar, len(prompt), lab.eos)
-    by_tokens = every_outcome(lambda rng: tuple(sample(forced, prompt, 64, rng=rng, eos=lab.eos)))
+    forced = constrain(logits_fn, vocab, grammar, len(prompt), eos)
+    by_tokens = every_outcome(lambda rng: tuple(sample(forced, prompt, 64, rng=rng, eos=eos)))
     local: Counter[str] = Counter()
     free: Counter[str] = Counter()
     for tokens, p in by_tokens.items():
-        written = lab.tokenizer.decode(tokens[:-1]).strip()
+        written = "".join(vocab[token] for token in tokens[:-1]).strip()
         local[written] += p
-        free[written] += math.exp(log_probability(lab.reader, prompt, tokens))
+        free[written] += math.exp(log_probability(logits_fn, prompt, tokens))
     fits = sum(free.values())
     rows = [ShapeRow(text, local[text], free[text] / fits) for text in sorted(local)]
     moved = sum(abs(row.local - row.given) for row in rows) / 2
@@ -2220,15 +2214,14 @@ def count_cuts(vocab: Sequence[str], text: str) -> int:
 def show_constrained(trace: Trace, knobs: Namespace) -> None:
     """Show forced texts, and what local masking does to their probabilities."""
     lab = knobs.lab
-    texts = force_texts(lab, knobs.tokens, 60, 4)
+    vocab = lab.tokenizer.vocab
+    texts = force_texts(lab, knobs.tokens, 60, 5)
     trace.say("Text can be forced into a shape: every token that the shape does not allow gets "
               f"-inf. Here the shape is the regular expression {STORY_RE!r}, written as a grammar. "
-              f"Of one greedy text and four drawn ones, the {len(texts)} that ended within 60 "
-              "tokens:")
+              f"Of five drawn texts, the {len(texts)} that ended within 60 tokens:")
     for text in texts:
         trace.lines(quoted("…" + text))
-    trace.note("On 20 models at the defaults, 93 of 100 such texts ended.")
-    found = measure_distortion(lab, knobs.tokens, ANIMALS)
+    found = measure_distortion(lab.reader, vocab, knobs.tokens, ANIMALS, lab.eos)
     trace.say("The mask is local: at each step it looks at the next token only, and does not see "
               "where that leads. How far is this from the model's own probabilities, given that "
               f"the text fits? A smaller shape, one animal and \"that\", has {len(found.rows)} "
@@ -2250,12 +2243,11 @@ def show_constrained(trace: Trace, knobs: Namespace) -> None:
     trace.check("all forced texts match the shape, by Python's re",
                 all(re.fullmatch(STORY_RE, text) for text in texts),
                 f"{len(texts)} texts of the first shape")
-    cuts = [count_cuts(lab.tokenizer.vocab, f" {animal} that") for animal in ("cat", "cow", "rat")]
+    ways = sum(count_cuts(vocab, f" {animal} that") for animal in ("cat", "cow", "rat"))
     trace.check("the mask loses no way to cut the three texts into tokens, counted from their "
-                "letters", found.ways == sum(cuts), f"{found.ways} = {' + '.join(map(str, cuts))}")
-    toy = Namespace(reader=model_of(CAT_OR_COW), eos=3,
-                    tokenizer=Tokenizer([" cat", " cow", " that", "\n"], []))
-    row = measure_distortion(toy, TOY_PROMPT, ANIMALS).rows[0]
+                "letters", found.ways == ways, f"{ways} ways")
+    words = [" cat", " cow", " that", "\n"]
+    row = measure_distortion(model_of(CAT_OR_COW), words, TOY_PROMPT, ANIMALS, 3).rows[0]
     trace.check("by hand: cat and cow begin with 0.1, and \"that\" follows with 0.9 and 0.001. "
                 "\"Cat that\" has one half under the mask, and 0.09 / 0.0901 given that it fits",
                 max(abs(row.local - 0.5), abs(row.given - 0.09 / 0.0901)) < 1e-12,
@@ -2578,12 +2570,6 @@ DRAFT_RATE = 0.055    # of everything that guesses, which is trained for fewer s
 WHO = ("man", "priest", "cock", "farmer", "cow", "maiden")
 
 
-@cache
-def decoding_lab(seed: int, steps: int) -> DecodingLab:
-    """Return the lab of this seed and training; the models of one are trained once."""
-    return DecodingLab(seed, steps)
-
-
 class DecodingLab:
     """What the sections share: the text, the prompts, and the models, trained when first needed."""
 
@@ -2595,7 +2581,6 @@ class DecodingLab:
         self.ids = self.tokenizer.encode(TEXT)
         self.eos = self.tokenizer.vocab.index("\n")
         self.prompts = [self.tokenizer.encode("This is the " + name) for name in WHO]
-
 
     def trained(self, sizes: dict[str, int], steps: int, rate: float) -> Llama:
         """Return a Llama of these sizes that has read the rhyme for so many steps."""
@@ -2627,8 +2612,6 @@ class DecodingLab:
     def eagle(self) -> Head:
         """EAGLE's head on the target."""
         return train_head(self.target, self.ids, 2, self.draft_steps, sees_next=True)
-
-
 
     def cost(self, way: str) -> float:
         """Return what a guess costs, in passes of the target: weights read, as a share of its."""
@@ -3549,7 +3532,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                             default=default, help=f"{text} (default {default:g})")
     knobs = parser.parse_args(argv)
 
-    knobs.lab = decoding_lab(knobs.seed, knobs.steps)
+    knobs.lab = DecodingLab(knobs.seed, knobs.steps)
     try:
         knobs.tokens = knobs.lab.tokenizer.encode(knobs.prompt)
     except ValueError as error:
