@@ -1370,11 +1370,10 @@ def compare_shares(seed: int) -> list[dict]:
 
 
 def show_sampling(trace: Trace, knobs: Namespace) -> None:
-    """Show a text of each of four samplers, and the shares of toy 1's texts."""
+    """Show a text of each of three samplers, and the shares of toy 1's texts."""
     lab = knobs.lab
     ways = {
         "as it is": {},
-        f"top-p {knobs.top_p:g}": {"top_p": knobs.top_p},
         "t 2": {"temperature": 2.0},
         f"t 2, then min-p {knobs.min_p:g}": {"temperature": 2.0, "min_p": knobs.min_p},
     }
@@ -1480,12 +1479,13 @@ def compare_length_penalties(
 
 def compare_diversity(lab: DecodingLab, prompts: Sequence[list[int]], n: int) -> list[dict]:
     """Return the variety of the four best texts of a beam, and of four diverse beams."""
-    best_four = [beam_search(lab.reader, prompt, n, width=4, length_penalty=0.0)
-                 for prompt in prompts]
-    diverse = [diverse_beam_search(lab.reader, prompt, n, groups=4, diversity=2.0)
-               for prompt in prompts]
+    searches = {
+        "a beam of 4": partial(beam_search, width=4, length_penalty=0.0),
+        "4 diverse beams": partial(diverse_beam_search, groups=4, diversity=2.0),
+    }
     rows = []
-    for name, found in (("a beam of 4", best_four), ("4 diverse beams", diverse)):
+    for name, search in searches.items():
+        found = [search(lab.reader, prompt, n) for prompt in prompts]
         variety = fmean(distinct_pairs([tokens for tokens, _ in texts]) for texts in found)
         rows.append({"texts of": name, "distinct bigrams / all bigrams": variety,
                      "log p": fmean(total for texts in found for _, total in texts)})
@@ -1900,9 +1900,9 @@ def measure_way(
         runs = sum(min(2, len(guesses) // 3) for guesses, _ in rounds)
     texts = len(prompts)
     nodes = guessed + passes - texts
-    return Way(way, cost, runs / texts, passes / texts, nodes / (n * texts),
-               n * texts / (passes + cost * runs), per_text,
-               share_kept(rounds, 0), share_kept(rounds, 1), right)
+    return Way(way, c=cost, runs=runs / texts, passes=passes / texts, nodes=nodes / (n * texts),
+               speed_up=n * texts / (passes + cost * runs), per_text=per_text,
+               first_kept=share_kept(rounds, 0), second_kept=share_kept(rounds, 1), right=right)
 
 
 def share_kept(rounds: Sequence[tuple[list[int], int]], place: int) -> float | None:
@@ -2035,19 +2035,19 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
 
 
 def check_medusa(trace: Trace, lab: DecodingLab, prompt: list[int]) -> None:
-    """Check a tree against plain passes, and the heads against their formula."""
-    a = prompt[-1]
-    nodes = [(*prompt, *path) for path in [(a,), (a, lab.eos), (a, a), (lab.eos,)]]
-    rows = CachedModel(lab.target).read(nodes)
-    trace.check_close("logits of another tree read in one pass = of each of its 4 paths alone, "
-                      "without a cache", [rows[node] for node in nodes],
-                      [lab.target.forward(node)[-1] for node in nodes], 1e-12)
+    """Check the heads against their formula, and a tree against plain passes."""
+    text = [*prompt, 0]
     lab.reader(prompt)
-    paths = medusa_paths(lab.reader, lab.medusa, (3, 2), [*prompt, 0])
+    paths = medusa_paths(lab.reader, lab.medusa, (3, 2), text)
     h = last_state(lab.target, prompt)
     best = [best_by_formula(h, h, head, top)[0] for head, top in zip(lab.medusa, (3, 2))]
     trace.check("head 1 guesses its three likeliest tokens and head 2 its two, by the formula and "
                 "a plain pass", paths == list(itertools.product(*best)), f"{len(paths)} paths")
+    nodes = [(*text, *path) for path in paths]
+    rows = CachedModel(lab.target).read(nodes)
+    trace.check_close("logits after each path of a tree, read in one pass = of each path alone, "
+                      "without a cache", [rows[node] for node in nodes],
+                      [lab.target.forward(node)[-1] for node in nodes], 1e-12)
 
 
 # 9. EAGLE
@@ -2519,20 +2519,17 @@ class CachedModel:
 
     def read(self, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Vector]:
         """Return {text: logits} for these texts and all their prefixes, from one pass."""
-        prefixes: dict[tuple[int, ...], None] = {}  # in order, each once
-        for text in texts:
-            for end in range(1, len(text) + 1):
-                prefixes[text[:end]] = None
+        nodes = prefixes(texts)
         self.passes += 1
-        self.nodes = [text for text in prefixes if text not in self.known]
+        self.nodes = [text for text in nodes if text not in self.known]
         if self.nodes:
             # Keys and values that are there already come first, then those of the new nodes.
-            self.keys = [text for text in prefixes if text in self.known] + self.nodes
+            self.keys = [text for text in nodes if text in self.known] + self.nodes
             rows = self.llama.forward([text[-1] for text in self.nodes], self,
                                       positions=[len(text) - 1 for text in self.nodes],
                                       mask=tree_mask(self.nodes, self.keys))
             self.known.update(zip(self.nodes, zip(rows, self.llama.inputs["output"])))
-        return {text: self.known[text][0] for text in prefixes}
+        return {text: self.known[text][0] for text in nodes}
 
     def update(self, layer: int, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
         """Keep the keys and values of the new nodes, and return those of self.keys."""
@@ -2554,11 +2551,15 @@ class ToyTarget:
 
     def read(self, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Vector]:
         """Return {text: logits} for these texts and all their prefixes."""
-        rows = {}
-        for text in texts:
-            for end in range(1, len(text) + 1):
-                rows[text[:end]] = self.logits_fn(text[:end])
-        return rows
+        return {text: self.logits_fn(text) for text in prefixes(texts)}
+
+
+def prefixes(texts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Return what these texts begin with, themselves included: each once, in order."""
+    found = []
+    for text in texts:
+        found += [text[:end] for end in range(1, len(text) + 1)]
+    return list(dict.fromkeys(found))
 
 
 VOCAB_SIZE = 160      # every word of the rhyme is one token then
@@ -2625,8 +2626,9 @@ class DecodingLab:
         return weights_read(weights) / weights_read(self.target.weights)
 
     def name(self, token: int) -> str:
-        """Return a token as a short label."""
-        return show_token(self.tokenizer.vocab[token])
+        """Return a token without its blank; a line end is a slash, and a blank alone is ␣."""
+        text = self.tokenizer.vocab[token]
+        return {"\n": "/", " ": "␣"}.get(text, text.strip())
 
     def clip(self, tokens: Sequence[int], width: int) -> str:
         """Return a text on one line, cut to width characters."""
@@ -2758,15 +2760,6 @@ def quoted(text: str) -> list[str]:
     """Return a text, set in, with a slash for the end of a line."""
     text = printable(text.replace("\n", " / ").strip())
     return textwrap.wrap(text, WIDTH - 2, initial_indent="    ", subsequent_indent="    ")
-
-
-def show_token(token: str) -> str:
-    """Return a token as a label of at most 12 columns, blanks and controls made visible."""
-    text = token[1:] if len(token) > 1 and token[0] == " " else token.replace(" ", "␣")
-    text = printable(text)
-    while display_width(text) > 12:
-        text = text[:-2] + "…"
-    return text
 
 
 # Training: skip this on a first reading
