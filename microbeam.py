@@ -56,7 +56,7 @@ The papers
 #   CachedModel     a Llama as logits_fn that reads no text twice. Its read(texts) takes one pass
 #                   for a whole tree of texts, and returns {text: logits} for these texts and for
 #                   all their prefixes. last_rows(tokens, n) are the logits after each of the last n
-#                   tokens, and feature(tokens) is the hidden state after tokens that it has read.
+#                   tokens, and hidden_state(tokens) is the one after tokens that it has read.
 #                   Llama.forward(tokens) gives the logits after every token, without a cache.
 #   helpers         likeliest(logits, n) are the n tokens with the highest scores, best first;
 #                   check_request() and check_eos() refuse arguments that cannot work
@@ -677,8 +677,8 @@ def in_rounds(
         if eos in new:
             new = new[:new.index(eos) + 1]  # what was kept behind the end is cut off
         text += new
-        # found ends with the target's own token, which was no guess: of 5 6 7, two were guesses.
-        # If new was cut to 5 (by eos, or as enough is enough), only one counts as kept.
+        # found is the kept guesses and the target's own token: of 5 6 7, two were guesses. If it
+        # was cut to 5 (by eos, or since no more tokens are wanted), only one guess is kept.
         counts.rounds.append((guesses, min(len(found) - 1, len(new))))
     return text, counts
 
@@ -938,7 +938,7 @@ def medusa_paths(
     The target chose the last token from the hidden state before it; the heads read that state. In
     the first round the target may have read nothing: then there is no state and no path.
     """
-    h = target.feature(tokens[:-1])
+    h = target.hidden_state(tokens[:-1])
     if h is None:
         return []
     best = [likeliest(medusa_head([h], head)[0], top) for head, top in zip(heads, tops)]
@@ -1025,7 +1025,7 @@ def eagle_step(f: Matrix, embeddings: Matrix, head: Head) -> Matrix:
 def eagle_guesses(target: CachedModel, head: Head, tokens: list[int], n: int) -> list[int]:
     """Return up to n guesses for speculate(), none before the target has read anything."""
     guesses: list[int] = []
-    f = target.feature(tokens[:-1])
+    f = target.hidden_state(tokens[:-1])
     embeddings = target.llama.weights["tok_embeddings"]
     while f is not None and len(guesses) < n:
         last = (tokens + guesses)[-1]
@@ -1281,7 +1281,7 @@ def count_kept(rows: Matrix, settings: dict[str, dict[str, float]]) -> list[Kept
     found = []
     for name, setting in settings.items():
         shaped = [distribution(row, **setting) for row in rows]
-        counts = [survivors(p) for p in shaped]
+        counts = [count_survivors(p) for p in shaped]
         best_dropped = sum(p[argmax(row)] == 0 for row, p in zip(rows, shaped))
         found.append(Kept(name, min(counts), fmean(counts), max(counts), best_dropped))
     return found
@@ -1290,8 +1290,7 @@ def count_kept(rows: Matrix, settings: dict[str, dict[str, float]]) -> list[Kept
 def show_filters(trace: Trace, knobs: Namespace) -> None:
     """Show what each filter keeps of one distribution, and at many places of the rhyme."""
     lab = knobs.lab
-    filters = filters_of(knobs)
-    shaped = {"t 0.5": {"temperature": 0.5}, "t 2": {"temperature": 2.0}} | filters
+    shaped = {"t 0.5": {"temperature": 0.5}, "t 2": {"temperature": 2.0}} | filters_of(knobs)
     shapes = compare_shapes(lab, knobs.tokens, {"as is": {}} | shaped, 9)
     most = max(max(row[name] for name in shaped) for row in shapes)
     trace.say("A filter removes unlikely tokens before one is drawn. Top-k keeps the k likeliest; "
@@ -1305,9 +1304,15 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
     trace.table(shapes, {"token": "", "as is": f".3f bar 6 of {most}"}
                 | dict.fromkeys(shaped, f"bar 7 of {most}"))
     trace.note("·: too unlikely for a bar. Empty: the filter has removed the token.")
+    show_kept(trace, knobs)
+    check_filters(trace)
 
+
+def show_kept(trace: Trace, knobs: Namespace) -> None:
+    """Show how many tokens each filter keeps at many places of the rhyme."""
+    lab = knobs.lab
     rows = lab.target.forward(lab.ids[-FILTER_PLACES:])
-    kept = count_kept(rows, filters | heated(knobs))
+    kept = count_kept(rows, filters_of(knobs) | heated(knobs))
     top_k, top_p, min_p, typical, hot_top_p, hot_min_p = kept
     trace.ask(f"Over {len(rows)} places of the rhyme, how many tokens does {top_p.setting} keep "
               "where it keeps fewest?", top_p.fewest)
@@ -1324,7 +1329,6 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
     trace.say("One model proves little. On 20 models, of seeds 0 to 19 at the default settings "
               f"(this page shows seed {lab.seed}), top-p kept 4.4 to 9.1 tokens on average, and "
               "min-p 2.9 to 4.3. After t 5 they kept 135 to 137, and 131 to 152.")
-    check_filters(trace)
 
 
 def check_filters(trace: Trace) -> None:
@@ -1342,7 +1346,7 @@ def check_filters(trace: Trace) -> None:
         (three, {"temperature": 2.0, "min_p": 0.1}, 3),
         (three, {"temperature": 2.0, "min_p": 0.1, "temperature_last": True}, 2),
     ]
-    right = [survivors(distribution(list(map(math.log, p)), **setting)) == kept
+    right = [count_survivors(distribution(list(map(math.log, p)), **setting)) == kept
              for p, setting, kept in cases]
     trace.check("by hand, how many tokens are kept: of 0.4 and four times 0.15, one by top-k 1, "
                 "all by top-k 2 (four tie), two by top-p 0.5, one by min-p 0.5, the four by "
@@ -1486,7 +1490,7 @@ def compare_diversity(lab: DecodingLab, prompts: Sequence[list[int]], n: int) ->
     rows = []
     for name, search in searches.items():
         found = [search(lab.reader, prompt, n) for prompt in prompts]
-        variety = fmean(distinct_pairs([tokens for tokens, _ in texts]) for texts in found)
+        variety = fmean(distinct_bigrams([tokens for tokens, _ in texts]) for texts in found)
         rows.append({"texts of": name, "distinct bigrams / all bigrams": variety,
                      "log p": fmean(total for texts in found for _, total in texts)})
     return rows
@@ -1655,7 +1659,7 @@ def round_lines(lab: DecodingLab, tokens: Sequence[int], counts: Counts) -> list
 
 
 def show_speculative(trace: Trace, knobs: Namespace) -> None:
-    """Show a greedy text with the guesses marked, and the rule on one distribution."""
+    """Show a greedy text with the guesses marked, then the rule of sampling and its proof."""
     lab = knobs.lab
     n = knobs.max_new_tokens
     target = CachedModel(lab.target)
@@ -1674,7 +1678,17 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
                f"{counts.drafted - counts.accepted - wrong} stood behind a wrong one: they were "
                "read, but of no use. (The last passes guess no more tokens than are wanted.) On 20 "
                "models at the defaults, 24 tokens took 8 to 11 passes.")
+    show_rule(trace, knobs)
+    show_proof(trace, random_pair(lab.seed))
+    trace.check("greedy: the text is the target's own, by one plain pass over it; passes = tokens "
+                "- guesses kept", len(tokens) == n and is_greedy(lab.target, knobs.tokens, tokens)
+                and target.passes == counts.target_passes == n - counts.accepted,
+                f"{n} - {counts.accepted} = {target.passes}")
 
+
+def show_rule(trace: Trace, knobs: Namespace) -> None:
+    """Show the rule of speculative sampling on one distribution."""
+    lab = knobs.lab
     p, q = (distribution(llama.forward(knobs.tokens)[-1], knobs.temperature, top_p=knobs.top_p)
             for llama in (lab.target, lab.draft))
     rows = rule_rows(lab, p, q, 8)
@@ -1687,11 +1701,6 @@ def show_speculative(trace: Trace, knobs: Namespace) -> None:
               "Otherwise the token is drawn from the rest: max(0, p - q), normalized.")
     trace.table(rows, {"token": "", "p": ".3f", "q": ".3f", "kept": ".0%", "both as min(p, q)":
                        f"bar 18 of {most}", "rest as the rest": f"bar 18 of {most}"})
-    show_proof(trace, random_pair(lab.seed))
-    trace.check("greedy: the text is the target's own, by one plain pass over it; passes = tokens "
-                "- guesses kept", len(tokens) == n and is_greedy(lab.target, knobs.tokens, tokens)
-                and target.passes == counts.target_passes == n - counts.accepted,
-                f"{n} - {counts.accepted} = {target.passes}")
 
 
 def show_proof(trace: Trace, pair: tuple[LogitsFn, LogitsFn]) -> None:
@@ -1912,7 +1921,7 @@ def share_kept(rounds: Sequence[tuple[list[int], int]], place: int) -> float | N
 
 
 @cache  # section 9 shows a row of section 8 again
-def measure_pairs(lab: DecodingLab, way: str, n: int) -> Way:
+def measure_two_guesses(lab: DecodingLab, way: str, n: int) -> Way:
     """Return measure_way() for two guesses at a time, on the texts of sections 8 and 9."""
     return measure_way(lab, way, lab.prompts[:COMPARED_TEXTS], n, 2)
 
@@ -2018,8 +2027,8 @@ def show_medusa(trace: Trace, knobs: Namespace) -> None:
               "are the target's own choices.")
     indices = "".join(map(str, range(len(nodes))))
     trace.table(nodes, {"node": "d", "token": "", f"sees as sees node {indices}": "s", "kept": ""})
-    chain = measure_pairs(lab, "Medusa chain", n)
-    tree = measure_pairs(lab, "Medusa tree", n)
+    chain = measure_two_guesses(lab, "Medusa chain", n)
+    tree = measure_two_guesses(lab, "Medusa tree", n)
     trace.say(f"Measured on {COMPARED_TEXTS} texts of {n} tokens. The prompt has been read before "
               "the passes are counted. The chain has the best guess of each head and no other. "
               "One run is a run of one head. Both ways run two heads per pass, or fewer where "
@@ -2068,8 +2077,10 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
     """Show the passes that EAGLE's, Medusa's and the small Llama's guesses take."""
     lab = knobs.lab
     n = min(knobs.max_new_tokens, COMPARED_TOKENS)
-    rows = [measure_pairs(lab, way, n) for way in ("Medusa chain", "EAGLE", "a smaller Llama")]
-    medusa, eagle, smaller = rows
+    chain = measure_two_guesses(lab, "Medusa chain", n)
+    eagle = measure_two_guesses(lab, "EAGLE", n)
+    smaller = measure_two_guesses(lab, "a smaller Llama", n)
+    rows = [chain, eagle, smaller]
     output = VOCAB_SIZE * lab.target.config.dim
     trace.say("EAGLE guesses the next hidden state from the last one and from the token just "
               "chosen, which Medusa's heads do not know. Its second guess starts from the state "
@@ -2082,7 +2093,7 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
     trace.note(f"columns as in section 7; speed up: {n} / (passes + c · runs); first kept: share "
                "of the first guesses that the target keeps; second kept: of the second ones where "
                "it keeps the first")
-    trace.say(f"On average, {fewer_passes(eagle, medusa)}; {fewer_passes(smaller, medusa)}. c "
+    trace.say(f"On average, {fewer_passes(eagle, chain)}; {fewer_passes(smaller, chain)}. c "
               "includes the output matrix that Medusa and EAGLE read for every guess. Here it is "
               f"{output / weights_read(lab.target.weights):.0%} of what the target reads, and in a "
               "large model a few per cent, so the speed up here does not carry over.")
@@ -2182,7 +2193,6 @@ class Distortion(NamedTuple):
 
     rows: list[ShapeRow]
     ways: int     # to cut the texts into tokens
-    fits: float   # probability of the shape under the model as it is
     moved: float  # probability that is at the wrong texts
 
 
@@ -2201,7 +2211,7 @@ def measure_distortion(
     fits = sum(free.values())
     rows = [ShapeRow(text, local[text], free[text] / fits) for text in sorted(local)]
     moved = sum(abs(row.local - row.given) for row in rows) / 2
-    return Distortion(rows, len(by_tokens), fits, moved)
+    return Distortion(rows, len(by_tokens), moved)
 
 
 def count_cuts(vocab: Sequence[str], text: str) -> int:
@@ -2214,21 +2224,27 @@ def count_cuts(vocab: Sequence[str], text: str) -> int:
 def show_constrained(trace: Trace, knobs: Namespace) -> None:
     """Show forced texts, and what local masking does to their probabilities."""
     lab = knobs.lab
-    vocab = lab.tokenizer.vocab
     texts = force_texts(lab, knobs.tokens, 60, 5)
     trace.say("Text can be forced into a shape: every token that the shape does not allow gets "
               f"-inf. Here the shape is the regular expression {STORY_RE!r}, written as a grammar. "
               f"Of five drawn texts, the {len(texts)} that ended within 60 tokens:")
     for text in texts:
         trace.lines(quoted("…" + text))
-    found = measure_distortion(lab.reader, vocab, knobs.tokens, ANIMALS, lab.eos)
+    found = measure_distortion(lab.reader, lab.tokenizer.vocab, knobs.tokens, ANIMALS, lab.eos)
+    show_distortion(trace, found)
+    trace.check("all forced texts match the shape, by Python's re",
+                all(re.fullmatch(STORY_RE, text) for text in texts),
+                f"{len(texts)} texts of the first shape")
+    check_distortion(trace, lab.tokenizer.vocab, found)
+
+
+def show_distortion(trace: Trace, found: Distortion) -> None:
+    """Show what local masking does to the probabilities of three texts."""
     trace.say("The mask is local: at each step it looks at the next token only, and does not see "
               "where that leads. How far is this from the model's own probabilities, given that "
               f"the text fits? A smaller shape, one animal and \"that\", has {len(found.rows)} "
               f"texts and {found.ways} ways to cut them into tokens (a word can be one token or "
-              "several shorter ones). All are enumerated. (Without the mask, the model writes one "
-              "of these texts, and ends the line after \"that\", with probability "
-              f"{found.fits:.1e}.)")
+              "several shorter ones). All are enumerated:")
     widest = max(found.rows, key=lambda row: abs(row.local - row.given))
     trace.ask(f"{widest.text!r} has probability {widest.local:.3f} under the local mask. Given "
               "that the text fits, is it higher or lower?",
@@ -2240,9 +2256,10 @@ def show_constrained(trace: Trace, knobs: Namespace) -> None:
               "does not know how likely \"that\" and the line end will be. The column on the right "
               f"counts this: it has {widest.given:.3f} for {widest.text!r}, and the mask "
               f"{widest.local:.3f}. (On 20 models at the defaults, 9% to 91% were too much.)")
-    trace.check("all forced texts match the shape, by Python's re",
-                all(re.fullmatch(STORY_RE, text) for text in texts),
-                f"{len(texts)} texts of the first shape")
+
+
+def check_distortion(trace: Trace, vocab: Sequence[str], found: Distortion) -> None:
+    """Check that all ways to write the three texts were found, and a toy by hand."""
     ways = sum(count_cuts(vocab, f" {animal} that") for animal in ("cat", "cow", "rat"))
     trace.check("the mask loses no way to cut the three texts into tokens, counted from their "
                 "letters", found.ways == ways, f"{ways} ways")
@@ -2537,7 +2554,7 @@ class CachedModel:
         cached.update(zip(self.nodes, zip(k, v)))
         return [cached[text][0] for text in self.keys], [cached[text][1] for text in self.keys]
 
-    def feature(self, tokens: Sequence[int]) -> Vector | None:
+    def hidden_state(self, tokens: Sequence[int]) -> Vector | None:
         """Return the last hidden state after these tokens, or None if they were not read yet."""
         _, state = self.known.get(tuple(tokens), (None, None))
         return state
@@ -2713,7 +2730,7 @@ def random_pair(seed: int) -> tuple[LogitsFn, LogitsFn]:
     return random_model(f"target {seed}"), random_model(f"draft {seed}")
 
 
-def distinct_pairs(texts: Sequence[Sequence[int]]) -> float:
+def distinct_bigrams(texts: Sequence[Sequence[int]]) -> float:
     """Return how many pairs of neighbouring tokens are different, as a share of all such pairs."""
     pairs: list[tuple[int, int]] = []
     for text in texts:
@@ -2736,7 +2753,7 @@ def likeliest(p: Vector, n: int) -> list[int]:
     return sorted(range(len(p)), key=lambda i: -p[i])[:n]
 
 
-def survivors(p: Vector) -> int:
+def count_survivors(p: Vector) -> int:
     """Return how many tokens have any probability."""
     return sum(value > 0 for value in p)
 

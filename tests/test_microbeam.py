@@ -811,9 +811,9 @@ def test_the_cached_model_is_the_model(llama):
         assert model(text) == llama.forward(text)[-1]
     assert model.passes == 120
     model([1, 2, 0])
-    states = [model.feature(text) for text in prefixes([1, 2, 0])]
+    states = [model.hidden_state(text) for text in prefixes([1, 2, 0])]
     assert states == states_of(llama, [1, 2, 0]).tolist()
-    assert model.feature([9, 9]) is None
+    assert model.hidden_state([9, 9]) is None
 
 
 def test_the_cached_model_reads_nothing_twice(llama, monkeypatch):
@@ -1281,9 +1281,9 @@ def test_the_small_measures():
     x = np.array([1000.0, 0.0, 999.0, -1000.0])
     log_total = 1000 + math.log(1 + math.exp(-1))
     np.testing.assert_allclose(m.log_softmax(x.tolist()), x - log_total, **TIGHT)
-    assert m.distinct_pairs([[1, 2, 1, 2], [1, 2]]) == 2 / 4
+    assert m.distinct_bigrams([[1, 2, 1, 2], [1, 2]]) == 2 / 4
     assert m.standard_error([1.0, 3.0, 5.0, 7.0]) == pytest.approx(math.sqrt(20 / 3 / 4))
-    assert m.survivors([0.5, 0.0, 0.5, 0.0]) == 2
+    assert m.count_survivors([0.5, 0.0, 0.5, 0.0]) == 2
     weights = {"w1": [[1.0] * 4] * 2, "norm": [1.0] * 3, "tok_embeddings": [[1.0]]}
     assert m.weights_read(weights) == 11
     for a, b, word in ((2, 1, "longer"), (1, 2, "shorter"), (1, 1, "as long")):
@@ -1440,7 +1440,7 @@ def find_what_prompt_lookup_brings(lab, found, holds):
 
 def find_what_trees_and_heads_bring(lab, found, holds):
     chain, tree, eagle, smaller = (
-        m.measure_pairs(lab, way, m.COMPARED_TOKENS)
+        m.measure_two_guesses(lab, way, m.COMPARED_TOKENS)
         for way in ("Medusa chain", "Medusa tree", "EAGLE", "a smaller Llama"))
     assert chain.right == tree.right == eagle.right == smaller.right == m.COMPARED_TEXTS
     found["speed-up of a tree"] = tree.speed_up
