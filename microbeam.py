@@ -926,8 +926,8 @@ def medusa_head(h: Matrix, head: Head) -> Matrix:
 
 
 def silu(x: Matrix) -> Matrix:
-    """Return x · sigmoid(x) = x / (1 + exp(-x)), element by element: a SwiGLU with 1s beside x."""
-    return swiglu(x, [[1.0] * len(row) for row in x])
+    """Return x · sigmoid(x) = x / (1 + exp(-x)), element by element."""
+    return [[value * sigmoid(value) for value in row] for row in x]
 
 
 def medusa_paths(
@@ -1442,19 +1442,26 @@ class SearchRow(NamedTuple):
 
 
 def compare_with_exact(
-    lab: DecodingLab, prompts: Sequence[list[int]], widths: Sequence[int], n: int
+    lab: DecodingLab, prompts: Sequence[list[int]], beams: Sequence[tuple[int, float]], n: int
 ) -> list[SearchRow]:
-    """Return a row per search; that of exact search leaves out the prompts where it gives up."""
+    """Return rows of exact search and of beams, each with its width and length penalty.
+
+    The row of exact search leaves out the prompts where it gives up.
+    """
     target = lab.reader
     target.passes = 0
     exact = [exact_search(target, prompt, n, eos=lab.eos, max_passes=EXACT_PASSES)
              for prompt in prompts]
     rows = [search_row("exact", exact, exact, target.passes)]
-    for width in widths:
+    for width, penalty in beams:
         target.passes = 0
-        found = [beam_search(target, prompt, n, width=width, length_penalty=0.0, eos=lab.eos)[0]
-                 for prompt in prompts]
-        rows.append(search_row(f"width {width}", found, exact, target.passes))
+        found = []
+        for prompt in prompts:
+            [(tokens, score), *_] = beam_search(target, prompt, n, width=width,
+                                                length_penalty=penalty, eos=lab.eos)
+            found.append((tokens, score * len(tokens) ** penalty))
+        name = f"width {width}, penalty {penalty:g}"
+        rows.append(search_row(name, found, exact, target.passes))
     return rows
 
 
@@ -1466,19 +1473,6 @@ def search_row(name: str, found: Sequence, exact: Sequence, passes: int) -> Sear
     return SearchRow(name, mean_if_any([log_p for _, log_p in settled]),
                      mean_if_any([len(tokens) for tokens, _ in settled]),
                      passes / len(found), not_best)
-
-
-def compare_length_penalties(
-    lab: DecodingLab, prompt: list[int], n: int, width: int, penalties: Sequence[float]
-) -> list[dict]:
-    """Return the best text of a beam for each length penalty."""
-    rows = []
-    for penalty in penalties:
-        [(tokens, score), *_] = beam_search(lab.reader, prompt, n, width=width,
-                                            length_penalty=penalty, eos=lab.eos)
-        rows.append({"length penalty": penalty, "tokens": len(tokens),
-                     "log p": score * len(tokens) ** penalty, "text": lab.clip(tokens, 46)})
-    return rows
 
 
 def compare_diversity(lab: DecodingLab, prompts: Sequence[list[int]], n: int) -> list[dict]:
@@ -1523,29 +1517,28 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
     lab = knobs.lab
     n = knobs.max_new_tokens
     prompts = [knobs.tokens, *lab.prompts[3:5]]
-    rows = compare_with_exact(lab, prompts, (1, 4), n)
-    _, one, four = rows
+    rows = compare_with_exact(
+        lab, prompts, [(1, 0.0), (4, 0.0), (knobs.width, knobs.length_penalty)], n)
+    _, one, four, own = rows
     shorter = compare_words(four.tokens, one.tokens, "longer than", "shorter than", "as long as")
+    longer = compare_words(own.tokens, four.tokens, "longer than", "shorter than", "as long as")
     trace.ask("A text may end at the end of a verse. Are the likeliest texts that width 4 finds "
               "longer or shorter than greedy's?", shorter.split()[0])
-    trace.say(f"Now a text ends at the end of a verse (eos), or at {n} tokens. Searches for the "
-              f"likeliest text (length penalty 0), as means over {len(prompts)} prompts. Exact "
-              f"search gives up on a prompt after reading {EXACT_PASSES} texts, and its row leaves "
-              "that prompt out. It reads every beginning that is likelier than the best whole "
-              "text. These are few only if a model is tiny and sure of most tokens. For long texts "
-              "of a large model they are too many, so beams are used.")
+    trace.say(f"Now a text ends at the end of a verse (eos), or at {n} tokens. A beam takes the "
+              "text with the best log p / tokens^penalty: with penalty 0 the likeliest. Means over "
+              f"{len(prompts)} prompts. Exact search finds the likeliest of all texts, but gives "
+              f"up on a prompt after reading {EXACT_PASSES} texts, and its row leaves that prompt "
+              "out. It reads every beginning that is likelier than the best whole text. These are "
+              "few only if a model is tiny and sure of most tokens. For long texts of a large "
+              "model they are too many, so beams are used.")
     trace.table(rows, {"search": "", "log_p": ".2f", "tokens": ".1f", "texts as texts read": ".0f",
                        "not_best as not the best": "d"})
     trace.note("not the best: prompts where exact search found a likelier text")
-    trace.say(f"The texts of width 4 are {shorter} those of width 1, on average. Every further "
-              "token lowers log p, so a short text that ends can be the likeliest, whether it is "
-              "wanted or not. To make up for this, texts are scored by log p / tokens^penalty. As "
-              "log p is negative, dividing by a larger length brings it nearer to 0: a larger "
-              "penalty favours longer texts. "
-              f"After {lab.tail(knobs.tokens)!r}, width {knobs.width}:")
-    penalties = sorted({0.0, 1.0, 2.0, knobs.length_penalty})
-    trace.table(compare_length_penalties(lab, knobs.tokens, n, knobs.width, penalties),
-                {"length penalty": "g", "tokens": "d", "log p": ".2f", "text": ""})
+    trace.say(f"With penalty 0, the texts of width 4 are {shorter} those of width 1, on average. "
+              "Every further token lowers log p, so a short text that ends can be the likeliest, "
+              "whether it is wanted or not. A penalty makes up for this: as log p is negative, "
+              "dividing by a larger length brings it nearer to 0. The texts of the last row are "
+              f"{longer} those of width 4 with penalty 0.")
     trace.say("The texts of a beam tend to be nearly the same. Diverse beams choose one after the "
               "other, and a token loses 2 (of log p) for each earlier beam that chose it at this "
               "step. Four texts of 8 tokens per prompt; a bigram is two neighbouring tokens:")
@@ -2647,16 +2640,9 @@ class DecodingLab:
         text = self.tokenizer.vocab[token]
         return {"\n": "/", " ": "␣"}.get(text, text.strip())
 
-    def clip(self, tokens: Sequence[int], width: int) -> str:
-        """Return a text on one line, cut to width characters."""
-        text = self.tokenizer.decode(tokens).replace("\n", "/").strip()
-        if len(text) > width:
-            text = text[:width - 2].rstrip() + " …"
-        return text
-
     def tail(self, tokens: Sequence[int]) -> str:
-        """Return the last few tokens of a text."""
-        return self.clip(tokens[-4:], 24)
+        """Return the last four tokens of a text, with a slash for a line end."""
+        return self.tokenizer.decode(tokens[-4:]).replace("\n", "/").strip()
 
 
 def weights_read(weights: Weights) -> int:

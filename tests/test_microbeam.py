@@ -422,10 +422,10 @@ def test_a_prompt_on_which_exact_search_gives_up_is_left_out(monkeypatch, llama)
     monkeypatch.setattr(m, "exact_search", gives_up_on_3)
     best = {prompt: search([prompt])[1] for prompt in (1, 2)}
     worse, better = sorted(best, key=best.get)
-    exact, one = m.compare_with_exact(lab, [[3], [better], [worse]], (1,), 3)
+    exact, one = m.compare_with_exact(lab, [[3], [better], [worse]], [(1, 0.0)], 3)
     assert exact.log_p == pytest.approx((best[1] + best[2]) / 2)
     assert exact.not_best == 0
-    nothing, _ = m.compare_with_exact(lab, [[3]], (1,), 3)
+    nothing, _ = m.compare_with_exact(lab, [[3]], [(1, 0.0)], 3)
     assert nothing[:3] == ("exact", None, None)
     beaten = 0
     for prompt in (1, 2):
@@ -1393,15 +1393,13 @@ def find_what_filters_keep(lab, found, holds):
 def find_what_beams_find(lab, found, holds):
     prompt = lab.tokenizer.encode(m.PROMPT)
     prompts = [prompt, *lab.prompts[3:5]]  # as in the trace
-    exact, one, four = m.compare_with_exact(lab, prompts, (1, 4), 24)
+    exact, one, four, own = m.compare_with_exact(lab, prompts, [(1, 0.0), (4, 0.0), (1, 2.0)], 24)
+    assert own.log_p == pytest.approx(one.log_p)  # whatever the penalty, log p is the text's
     holds["width 4 has a higher log p than width 1"] = four.log_p > one.log_p
     holds["width 4 has shorter texts than width 1"] = four.tokens < one.tokens
     holds["exact search beats width 4"] = four.not_best > 0
     assert exact.search == "exact"
     assert four.texts > 3 * one.texts
-
-    brief, long = m.compare_length_penalties(lab, prompt, 24, 4, (0.0, 2.0))
-    assert long["tokens"] >= brief["tokens"]
 
     beam, diverse = m.compare_diversity(lab, prompts, 8)
     distinct = "distinct bigrams / all bigrams"
