@@ -455,7 +455,7 @@ def every_outcome(run: Callable[[EveryBranch], object]) -> dict[object, float]:
 
 
 class Candidate(NamedTuple):
-    """A text that a search is at: the prompt and new tokens."""
+    """A text that a search has reached: the prompt and the new tokens."""
 
     tokens: list[int]
     log_p: float  # of the new tokens, in sum
@@ -1789,9 +1789,10 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
     """Show tokens per pass, measured and by the formula, and the speed-ups."""
     lab = knobs.lab
     own = lab.cost("a smaller Llama")
-    rows, alpha = measure_payoff(lab, PAY_TEXTS, 24, sorted({1, 2, 3, 4, 6, 8, knobs.gamma}),
-                                 (0.0, 0.05, own))
-    columns = [column for column in rows[0] if column.startswith("c = ")]
+    costs = (0.0, 0.05, own)
+    gammas = sorted({1, 2, 3, 4, 6, 8, knobs.gamma})
+    rows, alpha = measure_payoff(lab, PAY_TEXTS, 24, gammas, costs)
+    columns = [f"c = {c:.2f}" for c in costs]
     trace.say("More guesses give more tokens per pass, and cost more passes of the draft. "
               f"{PAY_TEXTS} texts of 24 tokens, drawn from the target at temperature 1. On "
               f"average, a guess is kept with alpha = Σ min(p, q) = {alpha:.2f}. The table has the "
