@@ -1871,11 +1871,12 @@ def decode_by(
         return medusa_decode(target, lab.medusa, prompt, n, tops=(1, 1))
     if way == "lookahead":
         return lookahead_decode(target, prompt, n)
-    guess = partial(greedy, CachedModel(lab.draft))
     if way == "prompt lookup":
         guess = prompt_lookup
     elif way == "EAGLE":
         guess = partial(eagle_guesses, target, lab.eagle)
+    else:
+        guess = partial(greedy, CachedModel(lab.draft))
     return speculate(target, guess, prompt, n, gamma=gamma)
 
 
@@ -1883,29 +1884,29 @@ def measure_way(
     lab: DecodingLab, way: str, prompts: Sequence[list[int]], n: int, gamma: int
 ) -> Way:
     """Decode n tokens after each prompt. A plain pass over each text checks it is the target's."""
-    rounds = []
+    total = Counts()
     per_text = []
     right = 0
     for prompt in prompts:
         target = CachedModel(lab.target)
         target(prompt[:-1])  # prefill: the first pass of every way has a state to guess from
         tokens, counts = decode_by(lab, way, target, prompt, n, gamma)
-        rounds += counts.rounds
+        total.rounds += counts.rounds
         per_text.append(counts.target_passes)
         # The cache holds the prompt, the guesses, and each pass's own token but the last.
         read = len(prompt) + counts.drafted + counts.target_passes - 1
         right += is_greedy(lab.target, prompt, tokens) and len(target.known) == read
-    passes = len(rounds)
-    guessed = sum(len(guesses) for guesses, _ in rounds)
     cost = lab.cost(way)
-    runs = guessed if cost else 0
+    runs = total.drafted if cost else 0
     if way == "Medusa tree":  # one run of head 1 gives 3 guesses, and one of head 2 the other 6
-        runs = sum(min(2, len(guesses) // 3) for guesses, _ in rounds)
+        runs = sum(min(2, len(guesses) // 3) for guesses, _ in total.rounds)
     texts = len(prompts)
-    nodes = guessed + passes - texts
+    passes = total.target_passes
+    nodes = total.drafted + passes - texts
     return Way(way, c=cost, runs=runs / texts, passes=passes / texts, nodes=nodes / (n * texts),
                speed_up=n * texts / (passes + cost * runs), per_text=per_text,
-               first_kept=share_kept(rounds, 0), second_kept=share_kept(rounds, 1), right=right)
+               first_kept=share_kept(total.rounds, 0), second_kept=share_kept(total.rounds, 1),
+               right=right)
 
 
 def share_kept(rounds: Sequence[tuple[list[int], int]], place: int) -> float | None:
