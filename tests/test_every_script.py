@@ -16,7 +16,6 @@ import io
 import os
 import pty
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -461,37 +460,6 @@ def test_the_same_bytes_whatever_the_interpreter_options(script, tmp_path):
                cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": "7"})
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.decode("utf-8") == cheap_here(script).out
-
-
-@functools.cache
-def other_pythons():
-    """Return the paths of the oldest and of the newest Python here, from 3.11 up.
-
-    This Python is not among them.
-    """
-    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    candidates = [shutil.which(f"python3.{minor}") for minor in range(11, 16)]
-    candidates += map(str, sorted(root.glob("versions/3.*/bin/python")))
-    found = {sys.version_info[:2]: None}
-    for path in filter(None, candidates):
-        code = "import sys; print(*sys.version_info[:2])"
-        out = subprocess.run([path, "-c", code], capture_output=True, text=True).stdout
-        version = tuple(map(int, out.split()))
-        if len(version) == 2 and version >= (3, 11):
-            found.setdefault(version, path)
-    paths = {found[min(found)], found[max(found)]}
-    return sorted(path for path in paths if path)
-
-
-@each_script
-def test_the_same_bytes_on_every_python_found(script):
-    """On cheap sections, and on the oldest and the newest. .ci/run compares whole traces on all."""
-    if not other_pythons():
-        pytest.skip("no other Python from 3.11 up on this machine")
-    for python in other_pythons():
-        done = subprocess.run([python, str(script), *cheap(script)], capture_output=True)
-        assert done.returncode == 0, python
-        assert done.stdout.decode("utf-8") == cheap_here(script).out, python
 
 
 @each_script
