@@ -146,6 +146,15 @@ def pytest_configure(config):
     config.pluginmanager.register(grader, "grader")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish():
+    """Leave all objects to the end of the process, where pytest and Python look for garbage again.
+
+    That would take seconds, as there are many.
+    """
+    gc.freeze()
+
+
 def ignore_the_words_of_refusals():
     """Let pytest.raises ignore `match`: a learner's ValueError may have its own words."""
     original = pytest.raises
