@@ -7,6 +7,7 @@ the model. A script's whole trace is made with its own.
 """
 
 import functools
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -19,9 +20,24 @@ def make_fast(monkeypatch, module):
         monkeypatch.setattr(module, function.__name__, function)
 
 
+latest = {}  # {weight: (its rows, the same as an array)} after the latest step of Adam
+
+
 def in_arrays(weights):
     """Return weights as arrays."""
-    return {name: np.array(w) for name, w in weights.items()}
+    return {name: in_array(name, w) for name, w in weights.items()}
+
+
+def in_array(name, w):
+    """Return a weight as an array. If Adam's latest step has made it, it was converted there.
+
+    Comparing lists of the same numbers takes a fraction of converting them.
+    """
+    rows, array = latest.get(name, (None, None))
+    is_matrix = isinstance(w[0], list)
+    if rows == (w if is_matrix else [w]):
+        return array if is_matrix else array[0]
+    return np.array(w)
 
 
 def keep_arrays(model):
@@ -39,6 +55,23 @@ class Read(dict):
     def __missing__(self, name):
         self[name] = self.arrays[name].tolist()
         return self[name]
+
+
+class Gradients(Mapping):
+    """{weight: its gradient}, as lists, each converted when it is first asked for."""
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+        self.lists = Read(arrays)
+
+    def __getitem__(self, name):
+        return self.lists[name]
+
+    def __iter__(self):
+        return iter(self.arrays)
+
+    def __len__(self):
+        return len(self.arrays)
 
 
 def linear(x, w):
@@ -225,7 +258,7 @@ def backward(model, tokens, d_logits):
     table = np.zeros(w["tok_embeddings"].shape)
     np.add.at(table, list(tokens), d)
     gradients["tok_embeddings"] = table
-    return {name: gradient.tolist() for name, gradient in gradients.items()}
+    return Gradients(gradients)
 
 
 def step(adam, gradients, learning_rate):
@@ -235,13 +268,15 @@ def step(adam, gradients, learning_rate):
     b2 = adam.beta2
     rate = learning_rate / (1 - b1**adam.steps)
     unbias = 1 / (1 - b2**adam.steps)
-    for name, gradient in gradients.items():
+    for name, gradient in getattr(gradients, "arrays", gradients).items():
         rows = adam.rows[name]
-        slope = np.array(gradient).reshape(len(rows), -1)
+        slope = np.asarray(gradient).reshape(len(rows), -1)
         mean = b1 * np.asarray(adam.mean[name]) + (1 - b1) * slope
         square = b2 * np.asarray(adam.square[name]) + (1 - b2) * slope * slope
         adam.mean[name] = mean
         adam.square[name] = square
         change = rate * mean / (np.sqrt(square * unbias) + 1e-8)
-        for row, values in zip(rows, (np.array(rows) - change).tolist()):
+        changed = in_array(name, rows) - change
+        latest[name] = changed.tolist(), changed
+        for row, values in zip(rows, latest[name][0]):
             row[:] = values  # in place, as the model holds these rows
