@@ -140,20 +140,49 @@ def in_heads(x, n_heads):
 
 def normed(x, gain, eps):
     """Return gain · x / √(mean(x²) + eps), row by row."""
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * gain
+    return x / rms(x, eps) * gain
+
+
+def rms(x, eps):
+    """Return √(mean(x²) + eps) of each row, as a column."""
+    return np.sqrt((x * x).sum(-1, keepdims=True) / x.shape[-1] + eps)
+
+
+def by_kv_head(x, n_kv_heads):
+    """Return x [heads][n][m] as [n_kv_heads][those of the heads that share keys · n][m]."""
+    return x.reshape(n_kv_heads, -1, x.shape[-1])
+
+
+def products(q, k):
+    """Return the products of queries [n_q][heads][d] with their keys [n_k][n_kv_heads][d].
+
+    They are [heads][n_q][n_k].
+    """
+    n_kv_heads = k.shape[1]
+    found = by_kv_head(q.swapaxes(0, 1), n_kv_heads) @ k.transpose(1, 2, 0)
+    return found.reshape(-1, len(q), len(k))
+
+
+def weighted_sums(weights, v):
+    """Return the sums [n_q][heads][d] of v [n_k][n_kv_heads][d], by weights [heads][n_q][n_k]."""
+    sums = by_kv_head(weights, v.shape[1]) @ v.swapaxes(0, 1)
+    return sums.reshape(len(weights), -1, v.shape[-1]).swapaxes(0, 1)
+
+
+def sums_over_queries(weights, q, n_kv_heads):
+    """Return the sums [n_k][n_kv_heads][d] of queries [n_q][heads][d], by the same weights."""
+    queries = by_kv_head(q.swapaxes(0, 1), n_kv_heads)
+    return (by_kv_head(weights, n_kv_heads).swapaxes(1, 2) @ queries).swapaxes(0, 1)
 
 
 def attention(q, k, v, config, mask):
     """Return (the weights [heads][n_q][n_k], the output [n_q][dim]) of heads in arrays."""
-    group = config.n_heads // config.n_kv_heads
-    keys = np.repeat(k, group, axis=1)
-    values = np.repeat(v, group, axis=1)
-    scores = np.einsum("ihd,jhd->hij", q, keys) / np.sqrt(config.head_dim)
+    scores = products(q, k) / np.sqrt(config.head_dim)
     seen = np.tri(len(q), len(k), len(k) - len(q), dtype=bool)
     if mask is not None:
         seen = seen & np.array(mask, dtype=bool)
     weights = softmax(np.where(seen, scores, -np.inf))
-    return weights, np.einsum("hij,jhd->ihd", weights, values).reshape(len(q), -1)
+    return weights, weighted_sums(weights, v).reshape(len(q), -1)
 
 
 def forward_of(plain_linear):
@@ -220,7 +249,7 @@ def backward(model, tokens, d_logits):
 
     def norm_back(name, d):
         x = read[name]
-        scale = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps)
+        scale = 1 / rms(x, c.norm_eps)
         unit = x * scale
         gradients[name] = (d * unit).sum(0)
         pull = d * w[name]
@@ -228,15 +257,13 @@ def backward(model, tokens, d_logits):
 
     def attention_back(prefix, d):
         q, k, v, weights = read[prefix]
-        group = c.n_heads // c.n_kv_heads
         d = in_heads(d, c.n_heads)
-        d_weights = np.einsum("ihd,jhd->hij", d, np.repeat(v, group, axis=1))
+        d_weights = products(d, v)
         mean = (weights * d_weights).sum(-1, keepdims=True)
         d_scores = weights * (d_weights - mean) / np.sqrt(c.head_dim)
-        d_q = np.einsum("hij,jhd->ihd", d_scores, np.repeat(k, group, axis=1))
-        d_k = np.einsum("hij,ihd->jhd", d_scores, q)
-        d_v = np.einsum("hij,ihd->jhd", weights, d)
-        d_k, d_v = (x.reshape(len(x), c.n_kv_heads, group, -1).sum(2) for x in (d_k, d_v))
+        d_q = weighted_sums(d_scores, k)
+        d_k = sums_over_queries(d_scores, q, c.n_kv_heads)
+        d_v = sums_over_queries(weights, d, c.n_kv_heads)
         d_q = turn(d_q, positions, c.rope_base, backwards=True)
         d_k = turn(d_k, positions, c.rope_base, backwards=True)
         return (x.reshape(len(x), -1) for x in (d_q, d_k, d_v))
