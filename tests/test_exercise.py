@@ -631,7 +631,7 @@ def edits_of_three():
 
 def with_more_broken(text):
     """Return microflash without a function, with another constant, and with another helper."""
-    gone = text[text.index("def log_sum_exp("):text.index("def visible_spans(")]
+    gone = text[text.index("def online_softmax("):text.index("def tiles(")]
     text = text.replace(gone, "")
     text = text.replace("SRAM = 2048 ", "SRAM = 4096 ")
     return text.replace("return math.inf if math.isnan(gap) else gap", "return gap")
@@ -731,11 +731,11 @@ wrong    alibi_slopes: its test fails; the smallest call that shows it:
         assert "\nmicrobeam.py line 2: SystemExit: it ends Python" in report
 
     def test_a_function_that_is_gone_is_to_be_written_where_it_stood(self, report, my_scripts):
-        gone = "\nnot yet  log_sum_exp: not there: your file has no function log_sum_exp; "
-        assert gone in report
+        gone = "not yet online_softmax: not there: your file has no function online_softmax; "
+        assert gone in " ".join(report.split())
         text = (my_scripts / "microflash.py").read_text(encoding="utf-8")
-        line = text.split("def visible_spans")[0].rstrip().count("\n") + 2
-        assert f"\nNext: write log_sum_exp, microflash.py line {line}.\n" in report
+        line = text.split("def tiles")[0].rstrip().count("\n") + 2
+        assert f"\nNext: write online_softmax, microflash.py line {line}.\n" in report
 
     def test_what_else_was_changed_is_named_if_tests_fail_for_it(self, report):
         assert report.count("not counted") == 1
