@@ -2418,7 +2418,7 @@ def rope(x: Matrix, positions: Sequence[int], base: float = 10000.0) -> Matrix:
     for row, position in zip(x, positions):
         rotated = []
         for a, b, theta in zip(row[::2], row[1::2], thetas):
-            z = complex(a, b) * cmath.rect(1.0, position * theta)
+            z = complex(a, b) * cmath.rect(1.0, position * theta)  # e^(i · position · theta)
             rotated += [z.real, z.imag]
         out.append(rotated)
     return out

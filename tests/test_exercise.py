@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.tools import exercise, find_tests, grading, readme
+from tests.tools import exercise, find_tests, grading, importing, readme
 from tests.tools.exercise import (
     NAMES,
     ROOT,
@@ -588,65 +588,83 @@ def without_refusals(script, wanted):
     return changed
 
 
-EDITS_OF_FOUR = {
-    "microattention": {
-        # Right for powers of two only.
-        "alibi_slopes": "return [2.0 ** (-8 * (h + 1) / n_heads) for h in range(n_heads)]",
-        "alibi_bias": body("microattention", "alibi_bias"),
-        "mean_pool_kv_heads": own_body("microattention", "mean_pool_kv_heads"),
-        "rope": own_body("microattention", "rope"),
-        "kv_bytes_per_token": None,
-        "cache_bytes": None,
-        # attention calls visible_weights and that calls visible_keys.
-        "attention": own_body("microattention", "attention"),
-        "attention_weights": "return nonsense",
-        "visible_weights": None,
-        "visible_keys": "return [0]",
-        "grouped_query_attention": own_body("microattention", "grouped_query_attention"),
-    },
-    "microflash": {
-        # It keeps something in its own way, and so does store.
-        "Traffic.load": "self.mine = getattr(self, 'mine', 0)\n        "
-                        + body("microflash", "Traffic.load"),
-    },
-    "microkv": {
-        "BlockPool.allocate": own_body("microkv", "BlockPool.allocate"),
-        "BlockPool.share": own_body("microkv", "BlockPool.share"),
-        "BlockPool.num_free_blocks": own_body("microkv", "BlockPool.num_free_blocks"),
-        # A freed block goes to the wrong end.
-        "BlockPool.free": """self.ref_count[block] -= 1
+def edits_of_three():
+    """Return {script: {technique: its new body}} for three scripts."""
+    return {
+        "microattention": {
+            # Right for powers of two only.
+            "alibi_slopes": "return [2.0 ** (-8 * (h + 1) / n_heads) for h in range(n_heads)]",
+            "alibi_bias": body("microattention", "alibi_bias"),
+            "mean_pool_kv_heads": own_body("microattention", "mean_pool_kv_heads"),
+            "rope": own_body("microattention", "rope"),
+            "kv_bytes_per_token": None,
+            "cache_bytes": None,
+            # attention calls visible_weights and that calls visible_keys.
+            "attention": own_body("microattention", "attention"),
+            "attention_weights": "return nonsense",
+            "visible_weights": None,
+            "visible_keys": "return [0]",
+            "grouped_query_attention": own_body("microattention", "grouped_query_attention"),
+        },
+        "microflash": {
+            # It keeps something in its own way, and so does store.
+            "Traffic.load": "self.mine = getattr(self, 'mine', 0)\n        "
+                            + body("microflash", "Traffic.load"),
+        },
+        "microkv": {
+            "BlockPool.allocate": own_body("microkv", "BlockPool.allocate"),
+            "BlockPool.share": own_body("microkv", "BlockPool.share"),
+            "BlockPool.num_free_blocks": own_body("microkv", "BlockPool.num_free_blocks"),
+            # A freed block goes to the wrong end.
+            "BlockPool.free": """self.ref_count[block] -= 1
         if self.ref_count[block] == 0:
             self.free_blocks[block] = None
             self.free_blocks.move_to_end(block, last=False)""",
-        # Their bodies call super().
-        "CachingEngine.run_model": own_body("microkv", "CachingEngine.run_model"),
-        "SwappingEngine.preempt": own_body("microkv", "SwappingEngine.preempt"),
-        "DecodeEngine.admit": own_body("microkv", "DecodeEngine.admit"),
-        "CachingEngine.admit": "return super().admit(state, budget)",  # finds no prefix
-    },
-    "microbeam": {
-        "greedy": own_body("microbeam", "greedy"),  # no test of it is asked for
-    },
-}
+            # Their bodies call super().
+            "CachingEngine.run_model": own_body("microkv", "CachingEngine.run_model"),
+            "SwappingEngine.preempt": own_body("microkv", "SwappingEngine.preempt"),
+            "DecodeEngine.admit": own_body("microkv", "DecodeEngine.admit"),
+            "CachingEngine.admit": "return super().admit(state, budget)",  # finds no prefix
+        },
+    }
+
+
+def with_more_broken(text):
+    """Return microflash without a function, with another constant, and with another helper."""
+    gone = text[text.index("def online_softmax("):text.index("def tiles(")]
+    text = text.replace(gone, "")
+    text = text.replace("SRAM = 2048 ", "SRAM = 4096 ")
+    return text.replace("return math.inf if math.isnan(gap) else gap", "return gap")
 
 
 @pytest.fixture(scope="module")
-def four_scripts(tmp_path_factory):
-    """Return a folder with four scripts. Some of their techniques are right, others are not."""
+def my_scripts(tmp_path_factory):
+    """Return a folder with five scripts. Some of their techniques are right, others are not.
+
+    In microflash more is broken than techniques, and the last two cannot be imported.
+    """
     folder = tmp_path_factory.mktemp("my")
-    for script, edits in EDITS_OF_FOUR.items():
-        (folder / f"{script}.py").write_text(with_bodies(script, edits), encoding="utf-8")
+    texts = {script: with_bodies(script, edits) for script, edits in edits_of_three().items()}
+    texts["microflash"] = with_more_broken(texts["microflash"])
+    # What refuses an argument does so in other words.
+    texts["microattention"] = texts["microattention"].replace(
+        "n_kv_heads must divide n_heads", "no")
+    texts["microquant"] = "import math\nimport (\n"
+    texts["microbeam"] = "import math\nexit()\n"
+    for script, text in texts.items():
+        (folder / f"{script}.py").write_text(text, encoding="utf-8")
     (folder / ".exercises").write_text("microattention.alibi_bias\n", encoding="utf-8")
     return folder
 
 
 @pytest.fixture(scope="module")
-def report(four_scripts):
-    """Return the report of one run that grades four scripts."""
-    wanted = ["alibi", "bytes", "mean_pool", "tiny_example", "grouped and 3-7-12",
-              "standard_traffic", "least_recently", "prefix_caching_in", "row_of_the_preemption",
-              "crossing_takes_its_time"]
-    done, report = graded(four_scripts, "-k", " or ".join(wanted), "-n", "2")
+def report(my_scripts):
+    """Return the report of one run that grades all of them, started in their folder."""
+    wanted = ["alibi", "bytes", "mean_pool", "tiny_example", "grouped and 3-7-12", "not_divide",
+              "standard_traffic", "gap_of_matrices", "least_recently", "prefix_caching_in",
+              "row_of_the_preemption", "crossing_takes_its_time"]
+    done, report = graded(".", "-c", ROOT / "pyproject.toml", "-k", " or ".join(wanted), "-n", "2",
+                          cwd=my_scripts)
     assert done.returncode == 1
     return report
 
@@ -660,11 +678,8 @@ class TestOneReport:
                             r"are those that call it\. A function that is right so far may still "
                             r"fail in the others; in the end, grade it by all of them\.", beginning)
 
-    def test_scripts_whose_tests_do_not_run_are_left_out(self, report):
-        assert "microbeam" not in report
-
-    def test_grades_tell_done_from_wrong_and_unwritten(self, report, four_scripts):
-        assert " microattention: 4 of 11 right so far " in report
+    def test_grades_tell_done_from_wrong_and_unwritten(self, report, my_scripts):
+        assert " microattention: 5 of 12 right so far " in report
         assert "\nnot yet  visible_weights, kv_bytes_per_token, cache_bytes\n" in report
         assert "\nno test  rope (written, but no test that ran calls it)\n" in report
         assert is_done("mean_pool_kv_heads", report)
@@ -676,9 +691,9 @@ wrong    alibi_slopes: its test fails; the smallest call that shows it:
 """ in report
         # The code of the original counts as written where it was taken out.
         assert "\ndone     alibi_bias: the same code as the original's\n" in report
-        path = four_scripts / "microattention.py"
-        line = 1 + path.read_text(encoding="utf-8").split("def attention_weights")[0].count("\n")
-        assert f"\nNext: mend attention_weights, {path} line {line}.\n" in report
+        text = (my_scripts / "microattention.py").read_text(encoding="utf-8")
+        line = 1 + text.split("def attention_weights")[0].count("\n")
+        assert f"\nNext: mend attention_weights, microattention.py line {line}.\n" in report
         # The README shows this grade.
         shown = re.search(r"```text\n(wrong .*?)```", README, re.S)[1]
         assert shown in report
@@ -693,7 +708,7 @@ wrong    alibi_slopes: its test fails; the smallest call that shows it:
 
     def test_a_method_that_keeps_something_in_its_own_way_is_right(self, report):
         assert is_done("Traffic.load", report)
-        assert " microflash: 1 of 1 right so far " in report
+        assert " microflash: 1 of 2 right so far " in report
 
     def test_order_counts_in_a_pool_and_nobody_else_is_blamed(self, report):
         for name in ("allocate", "share", "num_free_blocks"):
@@ -707,10 +722,28 @@ wrong    alibi_slopes: its test fails; the smallest call that shows it:
         assert yours.split(", ")[0] == freed == expected.split(", ")[-1]
 
     def test_methods_that_call_super_are_graded(self, report):
-        assert "not counted" not in report
         assert re.search(r"^wrong    CachingEngine\.admit: ", report, re.M)
         for name in ("CachingEngine.run_model", "SwappingEngine.preempt", "DecodeEngine.admit"):
             assert is_done(name, report)
+
+    def test_a_script_that_cannot_be_imported_does_not_stop_the_others(self, report):
+        assert "\nmicroquant.py line 2: SyntaxError: invalid syntax\n" in report
+        assert "\nmicrobeam.py line 2: SystemExit: it ends Python" in report
+
+    def test_a_function_that_is_gone_is_to_be_written_where_it_stood(self, report, my_scripts):
+        gone = "not yet online_softmax: not there: your file has no function online_softmax; "
+        assert gone in " ".join(report.split())
+        text = (my_scripts / "microflash.py").read_text(encoding="utf-8")
+        line = text.split("def tiles")[0].rstrip().count("\n") + 2
+        assert f"\nNext: write online_softmax, microflash.py line {line}.\n" in report
+
+    def test_what_else_was_changed_is_named_if_tests_fail_for_it(self, report):
+        assert report.count("not counted") == 1
+        changes = " ".join(report.split("What else differs in ")[1].split())
+        assert changes == "microflash.py from the original: matrix_gap, SRAM."
+
+    def test_refusals_in_other_words_are_right(self, report):
+        assert is_done("group_size", report)
 
 
 PLACES = [*range(30), 7, *range(31, 40)]
@@ -745,62 +778,6 @@ def is_done(name, report):
     return re.search(done, report, re.M) is not None
 
 
-@pytest.fixture(scope="module")
-def broken_scripts(tmp_path_factory):
-    """Return a folder with three scripts, in which more is broken than techniques."""
-    folder = tmp_path_factory.mktemp("broken")
-    broken = with_bodies("microflash", {"absorb": None}).replace("import math\n", "import (\n")
-    (folder / "microflash.py").write_text(broken, encoding="utf-8")
-    without_a_constant = source_of("microkv").replace("CONFIGS", "NOTHING")
-    (folder / "microkv.py").write_text(f"{without_a_constant}\nexit()\n", encoding="utf-8")
-
-    # A function is gone, a constant is another, and linear() returns something else.
-    text = source_of("microattention")
-    start = text.index("def alibi_slopes(")
-    text = text[:start] + text[text.index("def alibi_bias("):]
-    text = text.replace("MAP_TOKENS = 14 ", "MAP_TOKENS = 15 ")
-    text = text.replace('def linear(x: Matrix, w: Matrix) -> Matrix:', "def linear(x, w):")
-    start = text.index("def linear(")
-    text = text[:start] + text[start:].replace("return ", "return 1, ", 1)
-    # And what refuses an argument does so in other words.
-    text = text.replace("n_kv_heads must divide n_heads", "no")
-    (folder / "microattention.py").write_text(text, encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def report_of_broken(broken_scripts):
-    """Return the report of one run that grades them, started in their folder."""
-    wanted = "alibi or test_grouped or not_divide"
-    done, report = graded(".", "-c", ROOT / "pyproject.toml", "-k", wanted, cwd=broken_scripts)
-    assert done.returncode == 1
-    return report
-
-
-class TestReportOfBrokenScripts:
-    """Each test reads its part of the report. A class, so that one worker makes the report once."""
-
-    def test_a_script_that_cannot_be_imported_does_not_stop_the_others(self, report_of_broken):
-        line = 1 + source_of("microflash").split("import math\n")[0].count("\n")
-        assert f"\nmicroflash.py line {line}: SyntaxError: invalid syntax\n" in report_of_broken
-        assert re.search(r"\nmicrokv\.py line \d+: SystemExit: it ends Python", report_of_broken)
-
-    def test_a_function_that_is_gone_is_to_be_written_where_it_stood(self, report_of_broken):
-        gone = "\nnot yet  alibi_slopes: not there: your file has no function alibi_slopes; "
-        assert gone in report_of_broken
-        above = source_of("microattention").split("def alibi_slopes")[0]
-        line = above.rstrip().count("\n") + 2
-        assert f"\nNext: write alibi_slopes, microattention.py line {line}.\n" in report_of_broken
-
-    def test_what_else_was_changed_is_named_if_tests_fail_for_it(self, report_of_broken):
-        assert "tests are not counted" in report_of_broken
-        changes = " ".join(report_of_broken.split("What else differs in ")[1].split())
-        assert changes == "microattention.py from the original: linear, MAP_TOKENS."
-
-    def test_refusals_in_other_words_are_right(self, report_of_broken):
-        assert is_done("group_size", report_of_broken)
-
-
 def test_a_name_that_matches_nothing_is_told_unless_a_script_could_not_be_read(tmp_path):
     lines = []
     reporter = SimpleNamespace(ensure_newline=lambda: None, write_line=lines.append)
@@ -811,6 +788,20 @@ def test_a_name_that_matches_nothing_is_told_unless_a_script_could_not_be_read(t
     grader.problems["microkv"] = "line 1: SyntaxError: invalid syntax"
     grader.write_what_ran(reporter)
     assert len(lines) == 1
+
+
+def test_scripts_whose_tests_do_not_run_are_left_out(tmp_path):
+    titles = []
+    reporter = SimpleNamespace(section=titles.append, write_line=lambda line, **style: None)
+    grader = Grader(tmp_path, tmp_path, [], False, False)
+    grader.scripts = ["microflash", "microkv"]
+    grader.problems = {"microflash": "", "microkv": ""}
+    grader.scripts_with_tests = {"microflash"}
+    grader.pytest_terminal_summary(reporter)
+    assert titles == ["microflash: 0 of 0 done"]
+    grader.scripts_with_tests = set()
+    grader.pytest_terminal_summary(reporter)
+    assert len(titles) == 3
 
 
 def test_the_line_where_a_missing_definition_belongs():
@@ -1134,10 +1125,14 @@ def test_what_ran_is_said_unless_all_did(n_tests, n_left_out, keyword, beginning
 
 
 def test_an_untouched_script_runs_no_tests(tmp_path, monkeypatch):
+    original = HINTED.partition("SECTIONS")[0] + "SECTIONS = []\nWIDTH = 80\n"
+    for module in (grading, importing):
+        monkeypatch.setattr(module, "source_of", lambda script: original)
     monkeypatch.setattr(grading, "problem_of", lambda script, path: None)
+    monkeypatch.setitem(sys.modules, "microflash", None)  # afterwards it is what it was
     path = tmp_path / "microflash.py"
-    unwritten = with_bodies("microflash", {"absorb": None, "finish": None})
-    for text, is_untouched in ((unwritten, True), (f"{unwritten}WIDTH = 79\n", None)):
+    unwritten = taken_out(original, techniques(original))
+    for text, is_untouched in ((unwritten, True), (unwritten.replace("80", "79"), None)):
         path.write_text(text, encoding="utf-8")
         grader = Grader(tmp_path, tmp_path, ["microflash"], False, False)
         for script, expected in (("microflash", is_untouched), ("microkv", None)):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import microquant as m
-from tests.tools.fast_llama import make_fast
+from tests.tools.fast_llama import keep_arrays, make_fast
 
 
 def numbers(seed, *shape, size=1.0):
@@ -1826,12 +1826,82 @@ def labs(monkeypatch):
     return m.build_lab
 
 
+def fast_quantize(w, bits, *, symmetric=True, granularity="tensor"):
+    """Return what quantize() returns, to the bit, where the grids of a row have equally many."""
+    n_columns = len(w[0])
+    group = {"tensor": n_columns, "channel": n_columns}.get(granularity, granularity)
+    if n_columns % group:
+        return SLOW_QUANTIZE(w, bits, symmetric=symmetric, granularity=granularity)
+    values = np.array(w).reshape(len(w), -1, group)
+    axes = (0, 1, 2) if granularity == "tensor" else 2
+    low, high = m.code_range(bits)
+    if symmetric:
+        sizes = np.abs(values).max(axes, keepdims=True) / high
+    else:
+        least = np.minimum(values.min(axes, keepdims=True), 0)
+        sizes = (np.maximum(values.max(axes, keepdims=True), 0) - least) / (high - low)
+    scales = half_up_array(sizes)
+    scales[scales == 0] = 1.0
+    zeros = 0 if symmetric else low + np.rint(-least / scales)
+    codes = np.clip(np.rint(values / scales + zeros), low, high).astype(int).reshape(len(w), -1)
+    scales = np.broadcast_to(scales, values.shape)[:, :, 0]
+    zeros = np.broadcast_to(zeros, values.shape)[:, :, 0].astype(int)
+    overhead = m.grid_bytes(scales.tolist(), zeros.tolist(), bits, granularity, symmetric)
+    return m.Quantized(codes.tolist(), scales.tolist(), zeros.tolist(), bits, group, overhead)
+
+
+def half_up_array(x):
+    """Return the smallest float16 of each number that is not below it."""
+    halves = x.astype(np.float16)
+    return np.where(halves < x, np.nextafter(halves, np.float16(np.inf)), halves).astype(float)
+
+
+def fast_pack_bits(codes, bits):
+    """Return what pack_bits() returns."""
+    each_bit = np.array(codes)[:, None] >> np.arange(bits) & 1
+    return np.packbits(each_bit.astype(np.uint8), bitorder="little").tobytes()
+
+
+def fast_gptq(w, hessian, bits, *, granularity, act_order=False, damp=0.01):
+    """Return what gptq() returns for a group size, up to rounding, all rows at once."""
+    n = len(w[0])
+    order = np.argsort(-np.diag(hessian), kind="stable") if act_order else np.arange(n)
+    hessian = np.array(hessian)[np.ix_(order, order)]
+    damped = hessian + damp * np.mean(np.diag(hessian)) * np.eye(n)
+    u = np.linalg.cholesky(np.linalg.inv(damped)).T
+    plain = fast_quantize(w, bits, granularity=granularity)
+    low, high = m.code_range(bits)
+    left = np.array(w)[:, order]
+    scales = np.array(plain.scales)
+    codes = np.zeros(left.shape, int)
+    for i, j in enumerate(order):
+        if j % granularity == 0 and not act_order:
+            largest = np.abs(left[:, i:i + granularity]).max(1)
+            scales[:, j // granularity] = half_up_array(largest / high)
+        scale = scales[:, j // granularity]
+        codes[:, j] = np.clip(np.rint(left[:, i] / scale), low, high)
+        error = (left[:, i] - codes[:, j] * scale) / u[i, i]
+        left[:, i + 1:] -= np.outer(error, u[i, i + 1:])
+    return m.replace(plain, codes=codes.tolist(), scales=scales.tolist())
+
+
+def fast_fp8_rows(matrix):
+    """Return what fp8_rows() returns, to the bit."""
+    x = np.array(matrix)
+    scales = np.abs(x).max(1, keepdims=True) / 448
+    scales[scales == 0] = 1.0
+    x = x / scales
+    steps = 2.0 ** (np.maximum(np.frexp(x)[1] - 1, -6) - 3)
+    return (np.rint(x / steps) * steps).tolist(), scales[:, 0].tolist()
+
+
 def fast_int8_matmul(x, q, x_scale=None):
     """Return what int8_matmul() returns, to the bit: sums of whole numbers have no rounding."""
-    scales = [x_scale or max(map(abs, row)) / 127 or 1.0 for row in x]
-    codes = [m.to_codes(row, scale, 0, 8) for row, scale in zip(x, scales)]
-    return (np.array(codes) @ np.array(q.codes).T * np.array([scales]).T
-            * np.ravel(q.scales)).tolist()
+    x = np.array(x)
+    scales = x_scale or np.abs(x).max(1, keepdims=True) / 127
+    scales = np.where(np.equal(scales, 0), 1.0, scales)
+    codes = np.clip(np.rint(x / scales), -128, 127)
+    return (codes @ np.array(q.codes).T * scales * np.ravel(q.scales)).tolist()
 
 
 def fast_hessian_of(x):
@@ -1839,13 +1909,53 @@ def fast_hessian_of(x):
     return (2 * np.array(x).T @ np.array(x)).tolist()
 
 
-def test_fast_products_are_those_of_the_script():
-    q = m.quantize(numbers(0, 7, 20).tolist(), 8, granularity="channel")
-    x = numbers(1, 5, 20).tolist()
-    x[2] = [0.0] * 20
-    assert fast_int8_matmul(x, q) == m.int8_matmul(x, q)
-    assert fast_int8_matmul(x, q, 0.01) == m.int8_matmul(x, q, 0.01)
-    assert_close_relatively(fast_hessian_of(x), m.hessian_of(x))
+def fast_compress(lab, method, setting):
+    """Return what compress() returns; the model's weights are turned into arrays once."""
+    model, nbytes = SLOW_COMPRESS(lab, method, setting)
+    keep_arrays(model)
+    return model, nbytes
+
+
+SLOW_COMPRESS = m.compress
+SLOW_QUANTIZE = m.quantize
+FAST = {"quantize": fast_quantize, "pack_bits": fast_pack_bits, "gptq": fast_gptq,
+        "fp8_rows": fast_fp8_rows, "int8_matmul": fast_int8_matmul, "hessian_of": fast_hessian_of,
+        "compress": fast_compress}
+
+
+def test_fast_functions_return_what_those_of_the_script_do():
+    for seed, (rows, columns) in enumerate([(7, 20), (1, 1), (3, 64), (32, 32)]):
+        w = numbers(seed, rows, columns)
+        w[0] *= 1e-7
+        w[-1] = 0.0
+        for bits, granularity, symmetric in itertools.product(
+                range(2, 9), ("tensor", "channel", 4, 32), (True, False)):
+            arguments = {"symmetric": symmetric, "granularity": granularity}
+            assert fast_quantize(w.tolist(), bits, **arguments) == m.quantize(
+                w.tolist(), bits, **arguments)
+        assert fast_fp8_rows(w.tolist()) == m.fp8_rows(w.tolist())
+        codes = m.quantize(w.tolist(), 3).codes
+        assert fast_pack_bits(sum(codes, []), 3) == m.pack_bits(sum(codes, []), 3)
+        q = m.quantize(w.tolist(), 8, granularity="channel")
+        x = numbers(seed + 9, 5, columns)
+        x[2] = 0.0
+        for x_scale in (None, 0.01):
+            assert fast_int8_matmul(x.tolist(), q, x_scale) == m.int8_matmul(x.tolist(), q, x_scale)
+        hessian = m.hessian_of(x.tolist())
+        assert_close_relatively(fast_hessian_of(x.tolist()), hessian)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_fast_gptq_is_that_of_the_script(act_order):
+    for seed, (rows, columns) in enumerate([(7, 32), (16, 64)]):
+        w = numbers(seed, rows, columns).tolist()
+        hessian = m.hessian_of(correlated_inputs(seed, 40, columns).tolist())
+        for bits in (3, 4):
+            arguments = {"granularity": 32, "act_order": act_order}
+            got = fast_gptq(w, hessian, bits, **arguments)
+            expected = m.gptq(w, hessian, bits, **arguments)
+            assert got.codes == expected.codes
+            assert got.scales == expected.scales
 
 
 @pytest.fixture
@@ -2280,11 +2390,11 @@ def assert_as_on_20_models(sections, seed, measure):
 
 @SEEDS
 def test_findings_without_training(seed, labs, monkeypatch):
-    """With numpy's products as well, but for seed 0, which takes the script's own."""
+    """With the fast functions as well, but for seed 0, which takes the script's own."""
     lab = labs(seed)
     if seed > 0:
-        monkeypatch.setattr(m, "int8_matmul", fast_int8_matmul)
-        monkeypatch.setattr(m, "hessian_of", fast_hessian_of)
+        for name, function in FAST.items():
+            monkeypatch.setattr(m, name, function)
 
     def kl(method, alpha=0.5):
         return m.score(lab, method, m.Setting(alpha=alpha)).kl
@@ -2300,10 +2410,17 @@ def test_findings_without_training(seed, labs, monkeypatch):
 def test_findings_without_outliers(seed, labs):
     """MXFP4's advantage over Q4_0 comes from the outliers, and least squares' harm to b1.58."""
     lab = labs(seed, outliers=(0, 1.0))
-    _, _, _, mean, fitted, _ = m.compare_one_bit(lab)
-    assert fitted.loss < mean.loss
+    mean, fitted = (loss_by(lab, method) for method in ("b1.58", "b1.58 least squares"))
+    assert fitted < mean
     mxfp4, q4_0 = (m.score(lab, method, m.DEFAULTS).kl for method in ("MXFP4", "Q4_0"))
     assert 1.06 < mxfp4 / q4_0 < 3.6
+
+
+def loss_by(lab, method):
+    """Return the loss that compare_one_bit() has for a method, which it trains nothing for."""
+    model, _ = m.compress(lab, method, m.DEFAULTS)
+    loss, _ = m.mean_and_error(m.losses_on(model, lab.evaluation))
+    return loss
 
 
 def mean_kl(lab, weights):
@@ -2383,7 +2500,9 @@ def test_findings_of_fine_tuning(seed, labs):
 
 @SEEDS
 def test_findings_of_one_bit(seed, labs):
-    _, longer, signs, mean, fitted, trained = m.compare_one_bit(labs(seed))
+    lab = labs(seed)
+    _, longer, signs, mean, fitted, trained = m.compare_one_bit(lab)
+    assert (mean.loss, fitted.loss) == (loss_by(lab, mean.method), loss_by(lab, fitted.method))
     losses = {"FP16 trained": longer.loss, "b1.58": mean.loss, "b1.58 least squares": fitted.loss,
               "b1.58 trained": trained.loss}
     assert_as_on_20_models([14], seed, losses.get)

@@ -7,6 +7,7 @@ the model. A script's whole trace is made with its own.
 """
 
 import functools
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -19,9 +20,24 @@ def make_fast(monkeypatch, module):
         monkeypatch.setattr(module, function.__name__, function)
 
 
+latest = {}  # {weight: (its rows, the same as an array)} after the latest step of Adam
+
+
 def in_arrays(weights):
     """Return weights as arrays."""
-    return {name: np.array(w) for name, w in weights.items()}
+    return {name: in_array(name, w) for name, w in weights.items()}
+
+
+def in_array(name, w):
+    """Return a weight as an array. If Adam's latest step has made it, it was converted there.
+
+    Comparing lists of the same numbers takes a fraction of converting them.
+    """
+    rows, array = latest.get(name, (None, None))
+    is_matrix = isinstance(w[0], list)
+    if rows == (w if is_matrix else [w]):
+        return array if is_matrix else array[0]
+    return np.array(w)
 
 
 def keep_arrays(model):
@@ -39,6 +55,23 @@ class Read(dict):
     def __missing__(self, name):
         self[name] = self.arrays[name].tolist()
         return self[name]
+
+
+class Gradients(Mapping):
+    """{weight: its gradient}, as lists, each converted when it is first asked for."""
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+        self.lists = Read(arrays)
+
+    def __getitem__(self, name):
+        return self.lists[name]
+
+    def __iter__(self):
+        return iter(self.arrays)
+
+    def __len__(self):
+        return len(self.arrays)
 
 
 def linear(x, w):
@@ -107,20 +140,49 @@ def in_heads(x, n_heads):
 
 def normed(x, gain, eps):
     """Return gain · x / √(mean(x²) + eps), row by row."""
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * gain
+    return x / rms(x, eps) * gain
+
+
+def rms(x, eps):
+    """Return √(mean(x²) + eps) of each row, as a column."""
+    return np.sqrt((x * x).sum(-1, keepdims=True) / x.shape[-1] + eps)
+
+
+def by_kv_head(x, n_kv_heads):
+    """Return x [heads][n][m] as [n_kv_heads][those of the heads that share keys · n][m]."""
+    return x.reshape(n_kv_heads, -1, x.shape[-1])
+
+
+def products(q, k):
+    """Return the products of queries [n_q][heads][d] with their keys [n_k][n_kv_heads][d].
+
+    They are [heads][n_q][n_k].
+    """
+    n_kv_heads = k.shape[1]
+    found = by_kv_head(q.swapaxes(0, 1), n_kv_heads) @ k.transpose(1, 2, 0)
+    return found.reshape(-1, len(q), len(k))
+
+
+def weighted_sums(weights, v):
+    """Return the sums [n_q][heads][d] of v [n_k][n_kv_heads][d], by weights [heads][n_q][n_k]."""
+    sums = by_kv_head(weights, v.shape[1]) @ v.swapaxes(0, 1)
+    return sums.reshape(len(weights), -1, v.shape[-1]).swapaxes(0, 1)
+
+
+def sums_over_queries(weights, q, n_kv_heads):
+    """Return the sums [n_k][n_kv_heads][d] of queries [n_q][heads][d], by the same weights."""
+    queries = by_kv_head(q.swapaxes(0, 1), n_kv_heads)
+    return (by_kv_head(weights, n_kv_heads).swapaxes(1, 2) @ queries).swapaxes(0, 1)
 
 
 def attention(q, k, v, config, mask):
     """Return (the weights [heads][n_q][n_k], the output [n_q][dim]) of heads in arrays."""
-    group = config.n_heads // config.n_kv_heads
-    keys = np.repeat(k, group, axis=1)
-    values = np.repeat(v, group, axis=1)
-    scores = np.einsum("ihd,jhd->hij", q, keys) / np.sqrt(config.head_dim)
+    scores = products(q, k) / np.sqrt(config.head_dim)
     seen = np.tri(len(q), len(k), len(k) - len(q), dtype=bool)
     if mask is not None:
         seen = seen & np.array(mask, dtype=bool)
     weights = softmax(np.where(seen, scores, -np.inf))
-    return weights, np.einsum("hij,jhd->ihd", weights, values).reshape(len(q), -1)
+    return weights, weighted_sums(weights, v).reshape(len(q), -1)
 
 
 def forward_of(plain_linear):
@@ -187,7 +249,7 @@ def backward(model, tokens, d_logits):
 
     def norm_back(name, d):
         x = read[name]
-        scale = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps)
+        scale = 1 / rms(x, c.norm_eps)
         unit = x * scale
         gradients[name] = (d * unit).sum(0)
         pull = d * w[name]
@@ -195,15 +257,13 @@ def backward(model, tokens, d_logits):
 
     def attention_back(prefix, d):
         q, k, v, weights = read[prefix]
-        group = c.n_heads // c.n_kv_heads
         d = in_heads(d, c.n_heads)
-        d_weights = np.einsum("ihd,jhd->hij", d, np.repeat(v, group, axis=1))
+        d_weights = products(d, v)
         mean = (weights * d_weights).sum(-1, keepdims=True)
         d_scores = weights * (d_weights - mean) / np.sqrt(c.head_dim)
-        d_q = np.einsum("hij,jhd->ihd", d_scores, np.repeat(k, group, axis=1))
-        d_k = np.einsum("hij,ihd->jhd", d_scores, q)
-        d_v = np.einsum("hij,ihd->jhd", weights, d)
-        d_k, d_v = (x.reshape(len(x), c.n_kv_heads, group, -1).sum(2) for x in (d_k, d_v))
+        d_q = weighted_sums(d_scores, k)
+        d_k = sums_over_queries(d_scores, q, c.n_kv_heads)
+        d_v = sums_over_queries(weights, d, c.n_kv_heads)
         d_q = turn(d_q, positions, c.rope_base, backwards=True)
         d_k = turn(d_k, positions, c.rope_base, backwards=True)
         return (x.reshape(len(x), -1) for x in (d_q, d_k, d_v))
@@ -225,7 +285,7 @@ def backward(model, tokens, d_logits):
     table = np.zeros(w["tok_embeddings"].shape)
     np.add.at(table, list(tokens), d)
     gradients["tok_embeddings"] = table
-    return {name: gradient.tolist() for name, gradient in gradients.items()}
+    return Gradients(gradients)
 
 
 def step(adam, gradients, learning_rate):
@@ -235,13 +295,15 @@ def step(adam, gradients, learning_rate):
     b2 = adam.beta2
     rate = learning_rate / (1 - b1**adam.steps)
     unbias = 1 / (1 - b2**adam.steps)
-    for name, gradient in gradients.items():
+    for name, gradient in getattr(gradients, "arrays", gradients).items():
         rows = adam.rows[name]
-        slope = np.array(gradient).reshape(len(rows), -1)
+        slope = np.asarray(gradient).reshape(len(rows), -1)
         mean = b1 * np.asarray(adam.mean[name]) + (1 - b1) * slope
         square = b2 * np.asarray(adam.square[name]) + (1 - b2) * slope * slope
         adam.mean[name] = mean
         adam.square[name] = square
         change = rate * mean / (np.sqrt(square * unbias) + 1e-8)
-        for row, values in zip(rows, (np.array(rows) - change).tolist()):
+        changed = in_array(name, rows) - change
+        latest[name] = changed.tolist(), changed
+        for row, values in zip(rows, latest[name][0]):
             row[:] = values  # in place, as the model holds these rows
