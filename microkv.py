@@ -1365,6 +1365,7 @@ def show_intensity(trace, knobs) -> None:
                 "request's decode step (2 · 7.505e9 + 1024 · 131072) bytes / 2039e9 per second",
                 abs(prefill.arithmetic - 49.26) < 0.01 and abs(decode[0].reading - 7.427) < 0.001,
                 "49.26 and 7.427 ms")
+    trace.self_tests()
     trace.check("by hand: the weights are read in 7.361 ms, a request adds 0.0481 ms of "
                 "arithmetic, and 256 cached tokens add 0.0165 ms of reading. 7.361 / 0.0481 is "
                 "just over 153, and 7.361 / (0.0481 - 0.0165) is just under 233",
@@ -1834,6 +1835,7 @@ def show_waste(trace, knobs) -> None:
                 paged.used >= one_piece.used and paged.steps <= one_piece.steps,
                 f"{paged.used:.0%} and {one_piece.used:.0%} used")
     by_hand = serve_by_hand([(3, 3), (5, 1)], num_blocks=2, budget=64)
+    trace.self_tests()
     trace.check("by hand: in 2 blocks of 4, a request with 3, 4, then 5 tokens has used 12 slots, "
                 "reserved 1, left 3 of its second block empty, and left 8 free",
                 slot_waste(by_hand, 8, 4) == (12, 1, 3, 8), "3 · 8 slots")
@@ -1909,6 +1911,7 @@ def check_preemption(trace, knobs, recomputed: Report, swapped: Report) -> None:
     else:
         trace.note("No request lost its blocks here, so a check is left out. Try fewer "
                    "--num-blocks or more --max-num-seqs.")
+    trace.self_tests()
     cache = swapped.states[0].cache  # empty by now
     slots = [{0: number} for number in range(8)]
     cache.reserve(len(slots))
@@ -2135,6 +2138,7 @@ def show_small_cache(trace, knobs) -> None:
                 all(verse not in TEXT for verse in verses), f"{len(verses)} verses")
     trace.check("rounding moves the logits, by less than a tenth of their standard deviation",
                 min(errors) > 0 and max(errors) < 0.1, f"in each of {len(errors)} verses")
+    trace.self_tests()
     trace.check("by hand: 1.07 becomes 1.125, as its neighbours are 1 and 1.125; 0.003 becomes 2 · "
                 "2^-9; and 1000 becomes 448, the largest",
                 list(map(nearest_e4m3, (1.07, 0.003, 1000))) == [1.125, 2 ** -8, 448], "3 numbers")
