@@ -1348,6 +1348,7 @@ def check_filters(trace: Trace) -> None:
     ]
     right = [count_survivors(distribution(list(map(math.log, p)), **setting)) == kept
              for p, setting, kept in cases]
+    trace.self_tests()
     trace.check("by hand, how many tokens are kept: of 0.4 and four times 0.15, one by top-k 1, "
                 "all by top-k 2 (four tie), two by top-p 0.5, one by min-p 0.5, the four by "
                 "typical 0.5; of 0.76, 0.19 and 0.05, two by min-p 0.1, but all three if "
@@ -1552,6 +1553,7 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
 
 def check_beams(trace: Trace) -> None:
     """Check searches for texts that may end, and diverse beams, by hand."""
+    trace.self_tests()
     tokens, log_p = exact_search(model_of(LATE), [1], 3, eos=1, max_passes=9)
     late, _ = toy_beam(LATE, 3, 2, eos=1)
     early, _ = toy_beam(LATE, 3, 2, eos=1, early_stopping=True)
@@ -1966,6 +1968,7 @@ def show_prompt_lookup(trace: Trace, knobs: Namespace) -> None:
               "clauses is a good case of prompt lookup; of text that says new things this shows "
               "nothing.")
     check_ways(trace, [lookup, smaller])
+    trace.self_tests()
     found = [prompt_lookup([1, 2, 3, 9, 1, 2, 3, 4, 2, 3, 5, 1, 2, 3], 2),
              prompt_lookup([5, 6, 5], 1)]
     trace.check("by hand: in 1 2 3 9 1 2 3 4 2 3 5 1 2 3, the two tokens after the last earlier "
@@ -2134,6 +2137,7 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
               f"{lookahead.nodes:.0f} nodes per token of the text, so it needs a processor that "
               "waits for the weights. On 20 models at the defaults, it saved 7 to 11 of 24 passes.")
     check_ways(trace, [lookahead])
+    trace.self_tests()
     _, counts = lookahead_decode(ToyTarget(in_circle), [0, 3], 16, window=4, verified=1)
     windows, kept = zip(*counts.rounds)
     trace.check("by hand, a model that counts 0 to 5 in a circle, prompt 0 3, window 4: the first "
@@ -2258,6 +2262,7 @@ def check_distortion(trace: Trace, vocab: Sequence[str], found: Distortion) -> N
     ways = sum(count_cuts(vocab, f" {animal} that") for animal in ("cat", "cow", "rat"))
     trace.check("the mask loses no way to cut the three texts into tokens, counted from their "
                 "letters", found.ways == ways, f"{ways} ways")
+    trace.self_tests()
     words = [" cat", " cow", " that", "\n"]
     row = measure_distortion(model_of(CAT_OR_COW), words, TOY_PROMPT, ANIMALS, 3).rows[0]
     trace.check("by hand: cat and cow begin with 0.1, and \"that\" follows with 0.9 and 0.001. "
