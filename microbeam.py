@@ -380,14 +380,15 @@ class EveryBranch:
 
     It follows a script of choices, and then takes the first possible one each time.
 
-    For two tosses of a coin, the script [] gives HH and leaves the scripts [T] and [H, T].
+    For two tosses of a coin, the script [] gives HH and leaves the scripts [T] and [H, T]; then [T]
+    gives TH and leaves [T, T].
     """
 
     def __init__(self, script: Sequence[int]):
         self.script = script
         self.chosen: list[int] = []
         self.probability = 1.0
-        self.others: list[list[int]] = []  # the scripts that it did not take
+        self.left: list[list[int]] = []  # the scripts that it did not take
 
     def choices(self, population: Sequence[int], weights: Vector) -> list[int]:
         """Return the scripted choice, and multiply its probability in."""
@@ -396,7 +397,7 @@ class EveryBranch:
         else:
             # Take the first, and note the scripts for the others.
             choice, *others = (i for i in population if weights[i] > 0)
-            self.others += [self.chosen + [other] for other in others]
+            self.left += [self.chosen + [other] for other in others]
         self.chosen.append(choice)
         self.probability *= weights[choice] / sum(weights)
         return [choice]
@@ -409,7 +410,7 @@ def every_outcome(run: Callable[[EveryBranch], object]) -> dict[object, float]:
     while scripts:
         rng = EveryBranch(scripts.pop())
         outcomes[run(rng)] += rng.probability
-        scripts += rng.others
+        scripts += rng.left
     return dict(outcomes)
 
 
@@ -678,7 +679,7 @@ def in_rounds(
             new = new[:new.index(eos) + 1]  # what was kept behind the end is cut off
         text += new
         # found is the kept guesses and the target's own token: of 5 6 7, two were guesses. If it
-        # was cut to 5 (by eos, or since no more tokens are wanted), only one guess is kept.
+        # was cut to 5 (by eos, or where lookahead guessed too many), only one guess is kept.
         counts.rounds.append((guesses, min(len(found) - 1, len(new))))
     return text, counts
 
@@ -777,7 +778,7 @@ def accept_or_replace(
     """Return the guesses kept by the rule, and one more token; p has one row more than q."""
     for i, token in enumerate(guesses):
         keep = acceptance(p[i], q[i])[token]
-        rejected = draw([keep, 1 - keep], rng)  # 0 or 1
+        rejected = draw([keep, 1 - keep], rng) == 1
         if rejected:
             return [*guesses[:i], draw(residual(p[i], q[i]), rng)]
     return [*guesses, draw(p[len(guesses)], rng)]
@@ -795,7 +796,10 @@ def acceptance(p: Vector, q: Vector) -> Vector:
 
 
 def residual(p: Vector, q: Vector) -> Vector:
-    """Return what replaces a rejected guess: max(0, p - q), normalized (p itself where p = q)."""
+    """Return what replaces a rejected guess: max(0, p - q), normalized.
+
+    If p = q, no guess is rejected, and this returns p.
+    """
     rest = [max(0.0, a - b) for a, b in zip(p, q)]
     total = sum(rest)
     return [value / total for value in rest] if total else p
@@ -879,8 +883,9 @@ def prompt_lookup(tokens: Sequence[int], n: int, max_ngram: int = 3) -> list[int
 #     h_t → x_t+1             the target itself: output · h
 #     h_t → x_t+2, x_t+3      head 1 and head 2: logits_k = w2_k (h + silu(w1_k h))
 #
-# w1 starts at 0 and w2 at the target's own output matrix. When the heads guess, the target has just
-# chosen x_t+1 from h_t, but the heads do not see which token this was.
+# w1 starts at 0 and w2 at the target's own output matrix: a head begins with the target's own
+# logits. When the heads guess, the target has just chosen x_t+1 from h_t, but the heads do not see
+# which token this was.
 #
 # The best few of each head form a tree, which is verified in one pass. Every node is a token. Its
 # position is its place in its own text, and it sees the text before the tree and its own ancestors,
@@ -1001,6 +1006,8 @@ def medusa_decode(
 # output matrix turns the state into a token, and so on along a chain:
 #
 #     f_t+1 = f_t + silu(w1 [f_t ; e(x_t+1)])        x_t+2 = argmax(w2 · f_t+1), and again
+#
+# f_t is the target's own state h_t at first, and a guessed state from then on.
 #
 # Beside Medusa, on one timeline: from h_t, the target has chosen x_t+1. Medusa's head 1 guesses
 # x_t+2 from h_t alone. EAGLE guesses it from h_t and x_t+1, and is right more often. For x_t+3
@@ -1296,9 +1303,8 @@ def show_filters(trace: Trace, knobs: Namespace) -> None:
     trace.say("A filter removes unlikely tokens before one is drawn. Top-k keeps the k likeliest; "
               "top-p the shortest list of best tokens that has probability p together; min-p "
               "those with at least min-p times the best one's probability. Typical keeps those "
-              "whose surprise, -log p, is nearest to the mean surprise, until they have "
-              f"probability {TYPICAL_P:g} together. Of tokens that tie for the last place, top-k "
-              "keeps all, and top-p no more than it needs. A temperature t below 1 sharpens the "
+              "whose surprise, -log p, is nearest to the expected surprise (the entropy), until "
+              f"they have probability {TYPICAL_P:g} together. A temperature t below 1 sharpens the "
               "distribution, and above 1 flattens it.")
     trace.say(f"What may follow {lab.tail(knobs.tokens)!r}, the {len(shapes)} likeliest tokens:")
     trace.table(shapes, {"token": "", "as is": f".3f bar 6 of {most}"}
@@ -1495,8 +1501,8 @@ def show_beam(trace: Trace, knobs: Namespace) -> None:
     """Show what a beam keeps in toy 2, where it loses to greedy; then searches in the Llama."""
     trace.say("Beam search keeps the few best texts so far instead of one. In toy 2, A, B and C "
               "begin with 0.40, 0.35, 0.25; after A they have 0.34, 0.33, 0.33, and after B 0.49, "
-              "0.49, 0.02. What a beam of width 2 keeps at each step, and the best text that it "
-              "drops:")
+              "0.49, 0.02; after B A and B B all three have 1/3. What a beam of width 2 keeps at "
+              "each step, and the best text that it drops:")
     trace.ask("Greedy keeps one text and a beam of width 2 keeps two. Whose text is likelier, "
               "greedy's or the beam's?", "greedy's")
     trace.table(beam_steps(LOSING, 2, 3), {"step": "d", "place": "", "text": "", "p": ".2f bar 20"})
@@ -1540,6 +1546,7 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
               "whether it is wanted or not. A penalty makes up for this: as log p is negative, "
               "dividing by a larger length brings it nearer to 0. The texts of the last row are "
               f"{longer} those of width 4 with penalty 0.")
+    found_here = "Here it found none." if four.not_best == 0 else "Here it did, too."
     trace.say("The texts of a beam tend to be nearly the same. Diverse beams choose one after the "
               "other, and a token loses 2 (of log p) for each earlier beam that chose it at this "
               "step. Four texts of 8 tokens per prompt; a bigram is two neighbouring tokens:")
@@ -1547,8 +1554,8 @@ def show_ended_beams(trace: Trace, knobs: Namespace) -> None:
                 {"texts of": "", "distinct bigrams / all bigrams": ".2f", "log p": ".2f"})
     trace.say("On 20 models at the defaults, width 4 had a higher mean log p than width 1 on all "
               "20, and shorter texts on 18. On 18 of the 20, exact search found a still likelier "
-              "text for at least one prompt. Diverse beams had more distinct bigrams on all 20, "
-              "and a lower log p.")
+              f"text for at least one prompt. ({found_here}) Diverse beams had more distinct "
+              "bigrams on all 20, and a lower log p.")
 
 
 def check_beams(trace: Trace) -> None:
@@ -1690,10 +1697,9 @@ def show_rule(trace: Trace, knobs: Namespace) -> None:
     most = max(max(row.both, row.rest) for row in rows)
     trace.say(f"Sampling: what may follow {lab.tail(knobs.tokens)!r}, temperature "
               f"{knobs.temperature:g} and top-p {knobs.top_p:g} for both models; the {len(rows)} "
-              "tokens with the largest p or q, by the larger of the two. A guess drawn from q is "
-              "kept with min(1, p / q); "
-              f"over all tokens, that is Σ min(p, q) = {sum(map(min, p, q)):.0%} of the guesses. "
-              "Otherwise the token is drawn from the rest: max(0, p - q), normalized.")
+              "tokens with the largest p (target) or q (draft). A guess drawn from q is kept with "
+              f"min(1, p / q); over all tokens, that is Σ min(p, q) = {sum(map(min, p, q)):.0%} of "
+              "the guesses. Otherwise the token is drawn from the rest: max(0, p - q), normalized.")
     trace.table(rows, {"token": "", "p": ".3f", "q": ".3f", "kept": ".0%", "both as min(p, q)":
                        f"bar 18 of {most}", "rest as the rest": f"bar 18 of {most}"})
 
@@ -1712,8 +1718,8 @@ def show_proof(trace: Trace, pair: tuple[LogitsFn, LogitsFn]) -> None:
                            "point_mass as point mass": ".4f"})
     bias = sum(abs(row.argmax_by_q - row.target) for row in rows) / 2
     trace.say(f"The bug gives some texts too much probability, {bias:.1%} in all, and others too "
-              "little; the other two give none too much. With 20 random pairs, of seeds 0 to 19, "
-              "it was 8% to 36%.")
+              "little. The rule and the point mass are exact. With 20 random pairs, of seeds 0 to "
+              "19, the bug gave 8% to 36% too much.")
     ended = enumerate_speculation(*pair, 5, 1, eos=1, temperature=1.5, top_p=0.8)
     trace.check("enumerated, the rule and the point mass give every text the target's probability; "
                 "also with gamma 1, temperature 1.5 and top-p 0.8, where B ends a text",
@@ -1815,7 +1821,7 @@ def show_when_it_pays(trace: Trace, knobs: Namespace) -> None:
               f"{last['±']:.2f}. "
               f"From left to right, the best gamma for each c is {', '.join(map(str, best))}.")
     trace.say("On 20 models at the defaults, the best gamma was 8 for c = 0.00, 3 or 4 for 0.05, "
-              "and 1 for the draft's own c. There gamma 1 was 1.10 to 1.22 times as fast as "
+              "and 1 for the draft's own c. At that c, gamma 1 was 1.10 to 1.22 times as fast as "
               "greedy, and gamma 8 was slower than greedy on all 20. All this counts a pass over "
               "gamma + 1 tokens like a pass over one. That is so where the processor waits for the "
               "weights and could compute more meanwhile, but not on a busy server.")
@@ -2099,8 +2105,8 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
               "chain on all 20: to know the last token helps. But it kept fewer of its second "
               "guesses on all 20: its head was trained on the target's states, and not on guessed "
               "ones. Which of the three takes fewest passes on one model is partly chance: EAGLE "
-              "took fewer than the chain on 12, and more on 3; the smaller Llama fewer on 15, and "
-              "more on 4.")
+              "took fewer than the chain on 12, and more on 3; the smaller Llama took fewer than "
+              "the chain on 15, and more on 4.")
     check_ways(trace, rows)
     lab.reader(knobs.tokens)
     trace.check("EAGLE's two guesses after the prompt and a token are the formula's",
@@ -2123,11 +2129,14 @@ def show_lookahead(trace: Trace, knobs: Namespace) -> None:
     n = min(knobs.max_new_tokens, 2 * COMPARED_TOKENS)  # its pool has to fill first
     lookahead = measure_way(lab, "lookahead", lab.prompts[:COMPARED_TEXTS // 2], n, 0)
     trace.say("Nothing is trained, and there is no draft. Beside the text, each pass reads a "
-              "window: a row of guesses, and under each what the target put after it one pass "
-              "ago. Under these the pass puts what the target chooses now, and so each column, "
-              "read downwards, is a chain of three tokens. (At first, both rows are tokens of the "
-              "prompt.) The chains go into a pool. When the text ends in the first token of a "
-              f"chain, the other two are guessed. {len(lookahead.per_text)} texts of {n} tokens "
+              "window of guesses, for example:")
+    trace.lines(["  row 1    rat    cat      dog       guessed for the next places",
+                 "  row 2    that   that     that      what the target put after it, one pass ago",
+                 "  new      ate    killed   worried   what it puts after these now"])
+    trace.say("Each column, read downwards, is a chain that the target itself put together. The "
+              "chains go into a pool, and row 2 and the new tokens are the next window. When the "
+              "text ends in the first token of a chain, the other two are guessed. (At first, both "
+              f"rows are tokens of the prompt.) {len(lookahead.per_text)} texts of {n} tokens "
               "after a prompt that has been read; the nodes of the window count as well:")
     trace.ask(f"For {n} tokens greedy takes {n} passes. And lookahead, on average?",
               lookahead.passes)
