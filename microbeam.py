@@ -3227,7 +3227,8 @@ class Trace:
         self.listening = sys.stdin is not None and sys.stdin.isatty()  # is there anybody to answer?
         self.list_self_tests = self_tests
         self.in_self_tests = False     # are the checks that come now self-tests?
-        self.unlisted = 0              # self-tests of this section that held and are not listed
+        self.unlisted = 0              # self-tests of this section that held and are not listed,
+        self.all_unlisted = 0          # and of all sections
         self.held = self.failed = 0    # checks
         self.asked = self.right = 0    # predictions
         self.unwritten = []            # numbers of sections that wait for a function
@@ -3336,6 +3337,7 @@ class Trace:
             noun = "self-test" if self.unlisted == 1 else "self-tests"
             self.verdict(True, f"{self.unlisted} {noun} of these functions (--self-tests lists "
                                "them)")
+        self.all_unlisted += self.unlisted
         self.unlisted = 0
         self.in_self_tests = False
 
@@ -3474,7 +3476,8 @@ def print_summary(trace: Trace, next_experiment: str) -> None:
     if trace.failed:
         summary.append(f"{trace.failed} of {trace.failed + trace.held} checks FAILED.")
     elif trace.held:
-        summary.append(f"All {trace.held} checks held.")
+        of_them = f", {trace.all_unlisted} of them self-tests" if trace.all_unlisted else ""
+        summary.append(f"All {trace.held} checks held{of_them}.")
     else:
         summary.append("No check was reached.")
     if trace.unwritten:
