@@ -27,7 +27,7 @@ from unittest import mock
 import pytest
 
 from tests.tools import readme
-from tests.tools.exercise import NAMES, ROOT
+from tests.tools.exercise import NAMES, ROOT, parsed
 from tests.tools.fast_llama import make_fast
 
 SCRIPTS = [ROOT / f"{name}.py" for name in NAMES]
@@ -236,9 +236,6 @@ def broken_copy(script, folder, old, new):
 # The source
 
 
-parsed = functools.cache(ast.parse)
-
-
 def tree_of(script):
     """Return the syntax tree of a script; the same text is parsed once."""
     return parsed(script.read_text(encoding="utf-8"))
@@ -332,7 +329,7 @@ def test_the_floors_stand_in_their_order(script):
 @each_script
 def test_the_techniques_print_nothing_and_know_no_knobs(script):
     techniques = dict(floors_of(script.read_text(encoding="utf-8")))["THE TECHNIQUES"]
-    names = {node.id for node in ast.walk(ast.parse(techniques)) if isinstance(node, ast.Name)}
+    names = {node.id for node in ast.walk(parsed(techniques)) if isinstance(node, ast.Name)}
     assert names & {"trace", "Trace", "knobs", "print", "Namespace"} == set()
     assert "def show_" not in techniques
 
