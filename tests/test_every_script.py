@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 import io
+import itertools
 import os
 import pty
 import re
@@ -27,7 +28,7 @@ from unittest import mock
 import pytest
 
 from tests.tools import readme
-from tests.tools.exercise import NAMES, ROOT
+from tests.tools.exercise import NAMES, ROOT, parsed
 from tests.tools.fast_llama import make_fast
 
 SCRIPTS = [ROOT / f"{name}.py" for name in NAMES]
@@ -236,9 +237,6 @@ def broken_copy(script, folder, old, new):
 # The source
 
 
-parsed = functools.cache(ast.parse)
-
-
 def tree_of(script):
     """Return the syntax tree of a script; the same text is parsed once."""
     return parsed(script.read_text(encoding="utf-8"))
@@ -332,7 +330,7 @@ def test_the_floors_stand_in_their_order(script):
 @each_script
 def test_the_techniques_print_nothing_and_know_no_knobs(script):
     techniques = dict(floors_of(script.read_text(encoding="utf-8")))["THE TECHNIQUES"]
-    names = {node.id for node in ast.walk(ast.parse(techniques)) if isinstance(node, ast.Name)}
+    names = {node.id for node in ast.walk(parsed(techniques)) if isinstance(node, ast.Name)}
     assert names & {"trace", "Trace", "knobs", "print", "Namespace"} == set()
     assert "def show_" not in techniques
 
@@ -402,11 +400,14 @@ def test_importing_prints_nothing_and_leaves_the_global_generator_alone(script, 
 def test_an_old_python_gets_one_line(script):
     """The source is one that old Pythons can read as far as the line that tells them."""
     ast.parse(script.read_text(encoding="utf-8"), feature_version=(3, 8))
-    code = ("import runpy, sys; sys.version_info = (3, 10, 9, 'final', 0); "
-            "runpy.run_path(sys.argv[1], run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", code, str(script)], capture_output=True)
-    assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr == b"This script needs Python 3.11 or newer.\n"
+    definitions = (ast.FunctionDef, ast.ClassDef)
+    beginning = itertools.takewhile(lambda node: not isinstance(node, definitions),
+                                    tree_of(script).body)
+    code = compile(ast.Module([*beginning], []), str(script), "exec", dont_inherit=True)
+    with (mock.patch("sys.version_info", (3, 10, 9, "final", 0)),
+          pytest.raises(SystemExit) as stop):
+        exec(code, {"__name__": "__main__"})
+    assert stop.value.code == "This script needs Python 3.11 or newer."
 
 
 # The trace

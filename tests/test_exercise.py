@@ -90,9 +90,12 @@ def functions_and_methods(text):
     return functions_of(parsed(text))
 
 
+lines_of_text = functools.cache(str.splitlines)
+
+
 def text_of(node, text):
     """Return the lines of a function or method in the script with this text."""
-    return text.splitlines()[node.lineno - 1:node.end_lineno]
+    return lines_of_text(text)[node.lineno - 1:node.end_lineno]
 
 
 def docstrings(text):

@@ -200,7 +200,7 @@ def run(scripts, only=None):
     finder = Finder(scripts, only)
     files = [str(ROOT / "tests" / f"test_{script}.py") for script in scripts]
     status = pytest.main(["-q", "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-n", "0",
-                          "--no-header", *files], plugins=[finder])
+                          "--no-header", "--assert=plain", *files], plugins=[finder])
     if status:
         sys.exit("find_tests.py: these tests must pass first")
     return {key: rank[-1] for key, rank in finder.found.items()}
