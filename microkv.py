@@ -310,13 +310,13 @@ def batch_at_ridge(gpu: Gpu, model: ServedModel, cached_tokens: float) -> int | 
 
     cached_tokens: per request.
     """
-    weights = step_seconds(gpu, model, 0, 0).reading
+    reading_weights = step_seconds(gpu, model, 0, 0).reading
     one_request = step_seconds(gpu, model, 1, cached_tokens)
     more_arithmetic = one_request.arithmetic
-    more_reading = one_request.reading - weights
+    more_reading = one_request.reading - reading_weights
     if more_arithmetic <= more_reading:
         return None
-    return math.ceil(weights / (more_arithmetic - more_reading))
+    return math.ceil(reading_weights / (more_arithmetic - more_reading))
 
 
 def requests_that_fit(
@@ -388,7 +388,8 @@ class BlockPool:
                              f"num_blocks larger")
         block, _ = self.free_blocks.popitem(last=False)
         if block in self.hash_of:  # its content will be overwritten: nobody may find it any more
-            del self.block_of[self.hash_of.pop(block)]
+            old_hash = self.hash_of.pop(block)
+            del self.block_of[old_hash]
         self.ref_count[block] = 1
         return block
 
@@ -459,7 +460,8 @@ class PagedKVCache:
     def update(self, layer: int, k: Matrix, v: Matrix) -> tuple[Matrix, Matrix]:
         """Write k and v of the new tokens into their slots; return those of all tokens, in order.
 
-        Reserves what is missing. The tokens count in length once the last layer has them.
+        Reserves what is missing. length grows at the last layer only, so that all layers of a step
+        write into the same slots.
         """
         self.reserve(len(k))  # the call for the first layer reserves for all layers
         size = self.pool.block_size
@@ -798,12 +800,11 @@ class Engine:
         budget = self.max_num_batched_tokens
         work = []
         for state in list(self.running):
-            # A request lacks 1 token, its newest. Only the last of this loop can lack more: its
-            # prompt is cut up and took all of a budget, so nobody came in behind it. So the budget
-            # has a token for each.
+            # All but the last of this loop lack 1 token, their newest. The last may be in the
+            # middle of a prompt that is cut up, and takes what is left of the budget.
             n = min(len(state.tokens) - state.cache.length, budget)
-            # Without enough blocks, the youngest request loses its own. It may be `state` itself.
-            # Otherwise it comes later in this loop and is not in work yet.
+            # Without enough blocks, the youngest request loses its own: one that this loop has not
+            # reached, or `state` itself.
             while state in self.running and not state.cache.fits(n):
                 self.preempt(self.running[-1])
             if state in self.running:
@@ -892,7 +893,7 @@ class CachingEngine(Engine):
         if n > 0:
             state.found += found
         elif found > 0:
-            # Otherwise a request that waits would move its prefix to the end, as if it were used.
+            # It does not come in. Put the free blocks back in their order: nothing was used.
             state.cache.free()
             self.pool.free_blocks = order
         return n
@@ -954,7 +955,7 @@ def check_settings(engine: Engine) -> None:
                          f"{budget}")
     for number, request in enumerate(engine.requests):
         total = len(request.prompt) + request.max_new_tokens
-        # After a preemption near its end, it must run all of its text but the last token at once.
+        # If it is preempted just before its last token, it runs total - 1 tokens in one step.
         most = total - 1
         if not request.prompt or request.max_new_tokens < 1:
             raise ValueError(f"request {number} must have a prompt and max_new_tokens of at least "
@@ -1079,7 +1080,7 @@ def slot_waste(report: Report, n_slots: int, block_size: int) -> Waste:
 # step in which 3 others decode. It runs 4 newest tokens in any case, and 38 tokens are free:
 #
 #     tokens cached   recompute                              swap, out and in
-#     32              32 + 4 are free: 0 ms                  2 · 32 · 131072 / 32e9 s = 0.26 ms
+#     32              32 + 4 < 38, all free: 0 ms            2 · 32 · 131072 / 32e9 s = 0.26 ms
 #     128             (128 + 4 - 38) · 0.0481 = 4.5 ms       2 · 128 · 131072 / 32e9 s = 1.05 ms
 #
 # So short texts are cheaper to recompute and long texts are cheaper to swap. (The cost model lets
@@ -1306,7 +1307,7 @@ def show_cache(trace, knobs) -> None:
               f"{sum(cached.n_run)} with it: {times_as_many:.1f} times as many.")
     trace.check_close("the same logits at every step with the cache as without, so the same tokens",
                       cached.logits, without.logits, 1e-9)
-    trace.check("tokens run = the sums of section 1, p + n - 1 with the cache",
+    trace.check("tokens run: p, p + 1, … at each step without the cache, p + n - 1 in all with it",
                 without.n_run == list(range(n_prompt, n_prompt + n_new))
                 and sum(cached.n_run) == n_prompt + n_new - 1, f"p = {n_prompt}, n = {n_new}")
 
@@ -1357,10 +1358,11 @@ def show_intensity(trace, knobs) -> None:
               f"{128 / longer:.0f} times as many tokens a second, as all share one reading of the "
               f"weights. Arithmetic takes longer than reading from a batch of {batches[0]} on if "
               f"nothing is cached, and from {batches[256]} on with 256 tokens cached for each "
-              "request. With 1024 it never does: every request's cache must be read, too.")
-    trace.say(f"And memory ends. A token's keys and values take {PRICED_MODEL.kv_bytes / 1024:.0f} "
-              f"KiB, so {fit} requests of 4096 tokens fit beside the weights, in 0.92 of 80 "
-              "GB. (Engines leave the rest for activations.)")
+              "request. With 1024 it never does: to read them takes longer than a token's "
+              "arithmetic, so every request adds more reading than arithmetic.")
+    trace.say("And memory is limited. A token's keys and values take "
+              f"{PRICED_MODEL.kv_bytes / 1024:.0f} KiB, so {fit} requests of 4096 tokens fit "
+              "beside the weights, in 0.92 of 80 GB. (Engines leave the rest for activations.)")
     trace.check("by hand: the prefill takes 2 · 7.505e9 · 1024 FLOPs / 312e12 per second, one "
                 "request's decode step (2 · 7.505e9 + 1024 · 131072) bytes / 2039e9 per second",
                 abs(prefill.arithmetic - 49.26) < 0.01 and abs(decode[0].reading - 7.427) < 0.001,
@@ -1486,7 +1488,7 @@ def show_sharing(trace, knobs) -> None:
         trace.say(f"{copies} answers took a copy of the half-full block {prompt_table[-1]}. The "
                   "last answer to write was then alone in that block, and needed no copy.")
     trace.say(f"{len(counts)} blocks are in use. Without sharing there would be {pool.num_blocks}.")
-    trace.check("right after fork(), each answer needs one block: for a copy, or a new block",
+    trace.check("right after fork(), while nobody has copied, each answer still needs one block",
                 needed == [1] * 4, "4 answers")
     trace.check_close("keys and values of every answer, in order = those of a cache of its own",
                       contents(caches), contents_alone(model, texts), 1e-9)
@@ -1579,7 +1581,8 @@ def show_prefix_caching(trace, knobs) -> None:
     pool = cache.pool
     while pool.num_free_blocks:
         pool.allocate()
-    trace.check("a block that was handed out again is not found any more, one still in use is",
+    trace.check("after that all free blocks are handed out; they are not found any more, and those "
+                "still in use are",
                 list(pool.block_of) == cache.hashes and list(pool.hash_of) == cache.block_table
                 and adopted == len(cache.block_table) * size, f"{adopted} tokens are in use")
 
@@ -1643,8 +1646,8 @@ def show_continuous(trace, knobs) -> None:
               f"{fmean(first_tokens(continuous.states)):.1f} ms: no place stays empty while "
               "somebody waits. (On 20 sets of requests, static batches took 1.2 to 1.6 times as "
               "many steps, and 2.1 to 6.0 times as long to the first token. The first request "
-              "comes alone, and its batch keeps three places empty. If all come at once, it is 1.2 "
-              "to 2.1 times as long.)")
+              "comes alone, and its batch keeps three places empty. If all come at once, the first "
+              "token takes 1.2 to 2.1 times as long.)")
     trace.say("The tokens come from the tiny Llama. The times come from the cost model of section "
               f"2, as if it were {PRICED_MODEL.name} on an {PRICED_GPU.name}, from here on with "
               f"weights of 4 bits: {priced_free_tokens()} tokens can then run while the weights "
@@ -1759,8 +1762,8 @@ def show_budgets(trace, rows: dict[int, BudgetRow], whole: BudgetRow) -> None:
               "(Weights of 4 bits are read 4 times as fast as those of 16: 153 / 4.) A smaller "
               "budget delays request 3 and hardly shortens a step. A larger budget lengthens the "
               f"steps of all. With {free}, all requests are also done sooner than with whole "
-              "prompts: chunks run while the weights are read, and every decode step waits for the "
-              "weights anyway.")
+              "prompts: every decode step waits until the weights are read, and a chunk that runs "
+              "meanwhile costs no time.")
     trace.check("no budget makes the longest gap longer than whole prompts do",
                 max(row.worst_gap for row in rows.values()) <= whole.worst_gap,
                 f"{len(rows)} budgets")
@@ -1989,9 +1992,9 @@ def show_split(trace, knobs) -> None:
     trace.say("On two cards, whole prompts make long gaps. Chunks make short ones, but the first "
               "token comes later. The split has both: its first token is early, and its later gaps "
               "are short. Only the second token waits, and hardly for the link, which all prompts "
-              f"({crossed / 1e6:.0f} MB) cross in {1e3 * crossed / NVLINK_BYTES_PER_S:.2f} ms: it "
-              "waits for the step that the decode card is in, and comes with the next. Section 11 "
-              "asks which way serves more people with two cards.")
+              f"({crossed / 1e6:.0f} MB) cross in {1e3 * crossed / NVLINK_BYTES_PER_S:.2f} ms. It "
+              "waits until the step that the decode card is in has ended, and then for a whole "
+              "step. Section 11 asks which way serves more people with two cards.")
     trace.check("split, every request gets the tokens that it gets alone, and the keys and values "
                 "of every prompt token cross once",
                 report.tokens == knobs.lab.solo_tokens(requests)
@@ -2062,9 +2065,9 @@ def show_load(trace, knobs) -> None:
               "whole prompts and static batches 5 or 10.)")
     trace.say("In static batches gaps are short, as no prompt joins a running batch, but everybody "
               "waits for the batch before. Continuous batching brings the first token sooner, but "
-              "whole prompts tear gaps into the answers; chunks close those gaps. In the split, "
-              "too, gaps are short, but one card must run all prompts. (Where a way cannot keep "
-              "up, the last of more than 80 requests would wait even longer.)")
+              "whole prompts make some gaps long; chunks keep them short. In the split, too, gaps "
+              "are short, but one card must run all prompts. (Where a way cannot keep up, its "
+              "queue grows as long as requests come; these figures only stop at 80 requests.)")
     trace.say("Two things here favour chunks. The cost model leaves out the overhead of each step, "
               f"so chunks of {priced_free_tokens()} tokens run nearly as fast as large ones. And "
               "the split gives each phase one card, whatever the work is.")
@@ -2129,11 +2132,10 @@ def show_small_cache(trace, knobs) -> None:
               "tokens in all, whose clauses are in a new order.")
     trace.ask(f"after how many of the {n_tokens} tokens is another next token the likeliest than "
               "with the exact cache?", changed)
-    trace.say(f"The logits move by {fmean(errors):.1%} of their standard deviation (root mean "
-              f"square; {min(errors):.1%} to {max(errors):.1%} from verse to verse). At {changed} "
-              f"of {n_tokens} places, another next token becomes the likeliest. (Of 20 models, "
-              "each trained with a seed of its own, the logits moved by 1.2% to 3.5%, and the "
-              "likeliest token changed at 0 to 8 places.)")
+    trace.say(f"The logits move by {fmean(errors):.1%} of their own spread (both as root mean "
+              f"squares), and at {changed} of {n_tokens} places another next token becomes the "
+              "likeliest. (Of 20 models, each trained with a seed of its own, the logits moved by "
+              "1.2% to 3.5%, and the likeliest token changed at 0 to 8 places.)")
     trace.check("the verses are not in the training text",
                 all(verse not in TEXT for verse in verses), f"{len(verses)} verses")
     trace.check("rounding moves the logits, by less than a tenth of their standard deviation",
