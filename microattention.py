@@ -60,8 +60,9 @@ The papers
 #   engine           a program that serves many requests at once, as vLLM does; llama.cpp runs
 #                    models on any computer, and transformers is Hugging Face's library
 #
-# linear(x, w) multiplies every row of x by the matrix w [out][in]. dot(a, b) is Σ a[i]·b[i], and
-# check_… refuses what cannot work. All stand further down, and none needs reading now.
+# linear(x, w) multiplies every row of x by the matrix w [out][in]. dot(a, b) is Σ a[i]·b[i]; every
+# product of numbers is made in it, and the experiments count them there. check_… refuses what
+# cannot work. All stand further down, and none needs reading now.
 # A shape in brackets says how many: q [n_q][d] is n_q queries of d channels each.
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def attention(
     q [n_q][d], k [n_k][d], v [n_k][d_v] -> [n_q][d_v]. A query that sees no key gets zeros.
     causal: a query sees no key after its own position; the queries are the last n_q of n_k.
     scale: 1/√d unless given. bias [n_q][n_k]: added to the scaled scores (section 5).
-    window, sinks, sink_logit: see section 4.
+    window, sinks, sink_logit: see section 4. dot() makes all products, where they are counted.
     ValueError where shapes disagree, window < 1 or sinks < 0.
     """
     check_values(v, len(k))

@@ -482,8 +482,9 @@ def nf4_codebook() -> Vector:
 def quantize_nf4(w: Matrix, *, block_size: int = 64, double_quant: bool = False) -> Quantized:
     """Return w [out][in] in NF4, with one absmax per block_size columns of a row.
 
-    The last block of a row may be shorter. A block of zeros gets the code of 0. With double_quant
-    the absmaxes are stored by double_quantize(), otherwise in FP32. ValueError as for quantize().
+    The last block of a row may be shorter. A block of zeros gets the code of 0. The codes are those
+    of weights divided by the absmax in FP32. With double_quant the absmaxes are then stored by
+    double_quantize(), otherwise in FP32. ValueError as for quantize().
     """
     check_quantizable(w, 4, block_size)
     codebook = tuple(nf4_codebook())

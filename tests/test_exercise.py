@@ -716,7 +716,7 @@ wrong    alibi_slopes: its test fails; the smallest call that shows it:
     def test_order_counts_in_a_pool_and_nobody_else_is_blamed(self, report):
         for name in ("allocate", "share", "num_free_blocks"):
             assert is_done(f"BlockPool.{name}", report)
-        shown = re.search(r"^wrong    BlockPool\.free: .* the smallest call that shows it:\n"
+        shown = re.search(r"^wrong    BlockPool\.free: .* the smallest call that shows\s+it:\n"
                           r" +self = BlockPool\((?:.*\n)+? +self\.free\((\d+)\)\n"
                           r" +yours     leaves free_blocks = OrderedDict\.fromkeys\(\[(.*)\]\)\n"
                           r" +expected  leaves free_blocks = OrderedDict\.fromkeys\(\[(.*)\]\)\n",
@@ -787,7 +787,7 @@ def test_a_name_that_matches_nothing_is_told_unless_a_script_could_not_be_read(t
     grader = Grader(tmp_path, tmp_path, [], False, False, "nothing")
     grader.n_left_out = 5
     grader.write_what_ran(reporter)
-    assert lines == ["No test matches -k nothing."]
+    assert lines[0].startswith("No test matches -k nothing. ")
     grader.problems["microkv"] = "line 1: SyntaxError: invalid syntax"
     grader.write_what_ran(reporter)
     assert len(lines) == 1
@@ -873,9 +873,9 @@ def test_what_does_not_refuse_or_ends_python_is_wrong(learners, shown, tmp_path)
 
     times_run(grader, lambda: made.positive(2))
     times_run(grader, refuses)
-    failed = "its 2 tests" if "Exit" in shown else "1 of its 2 tests"
+    failed = "its 2 tests fail" if "Exit" in shown else "1 of its 2 tests fails"
     assert lines_of(grader, "positive") == (
-        f"{failed} fail; the smallest call that shows it:\n{shown}")
+        f"{failed}; the smallest call that shows it:\n{shown}")
 
 
 def add_to(x):

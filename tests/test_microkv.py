@@ -250,6 +250,15 @@ def test_a_pool_hands_out_what_it_has_and_no_more():
     assert pool.block_of == {"of 0": 0}
     with pytest.raises(ValueError, match="free"):
         pool.free(0)
+    assert pool.ref_count == [0, 1, 1]
+
+
+def test_a_free_block_that_is_shared_leaves_the_queue():
+    pool = m.BlockPool(3, 2)
+    pool.share(1)
+    assert pool.num_free_blocks == 2
+    assert pool.ref_count == [0, 1, 0]
+    assert [pool.allocate(), pool.allocate()] == [0, 2]
 
 
 @pytest.mark.parametrize("arguments", [(0, 4), (4, 0), (-1, 4)])

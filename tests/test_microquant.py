@@ -467,6 +467,7 @@ def test_double_quantize_decodes_from_its_own_bytes(small_rows, block_size):
         w[is_small] *= 1e-3
     plain = m.quantize_nf4(w.tolist(), block_size=block_size)
     q = m.quantize_nf4(w.tolist(), block_size=block_size, double_quant=True)
+    assert q.codes == plain.codes
     absmaxes = np.ravel(plain.scales)
     assert len(absmaxes) == 40 * math.ceil(130 / block_size)
     decoded = decode_absmaxes(q.to_bytes()[w.size // 2:], absmaxes)

@@ -1,20 +1,23 @@
-"""Make an exercise: a copy of a script without its techniques, for the learner to write.
+"""Make an exercise: a copy of a script without its techniques, to write anew.
 
-    python3 tests/tools/exercise.py microflash my/                  without all techniques
-    python3 tests/tools/exercise.py microflash.flash_attention my/  without this function
-    python3 tests/tools/exercise.py microkv.BlockPool.allocate my/  without this method
-    python3 tests/tools/exercise.py --hint microflash my/           with an outline of each body
-    python3 tests/tools/exercise.py --list microflash               list its techniques
+    python3 tests/tools/exercise.py microflash my/                  all out
+    python3 tests/tools/exercise.py microflash.flash_attention my/  a function
+    python3 tests/tools/exercise.py microkv.BlockPool.allocate my/  a method
+    python3 tests/tools/exercise.py --hint microflash my/           outlines
+    python3 tests/tools/exercise.py --list microflash               the list
 
-The exercise is written to my/microflash.py. Docstrings and prose stay in it, and so does everything
-that is not a technique. If there is a my/microflash.py already, a technique that you name is taken
-out of it, unless you have written it yourself; nothing else in it changes.
+The exercise is written to my/microflash.py. Docstrings and prose stay in it,
+and so does everything that is not a technique. If there is a my/microflash.py
+already, a technique that you name is taken out of it, unless you have written
+it yourself; nothing else in it changes.
 
-`.venv/bin/python -m pytest --impl=my` grades the scripts in my/; the README says how to make .venv.
-`python3 my/microflash.py` prints its trace; a section whose technique is not written yet says so.
+`.venv/bin/python -m pytest --impl=my` grades the scripts in my/; the README
+says how to make .venv. `python3 my/microflash.py` prints its trace; a section
+whose technique is not written yet says so.
 
---list prints, section by section, each technique with its test, and the section's papers. The test
-is one that fails if the technique is broken (tests/tools/find_tests.py tries it).
+--hint leaves an outline of each body. --list prints, section by section, each
+technique with its test, and the section's papers. The test is one that fails
+if the technique is broken (tests/tools/find_tests.py tries it).
 """
 
 from __future__ import annotations
