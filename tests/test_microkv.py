@@ -230,7 +230,7 @@ def test_the_model_reads_through_the_table(move, fix_table):
     assert gap < 1e-12 if fix_table else gap > 1e-3
 
 
-def test_a_pool_hands_out_what_it_has_and_no_more():
+def test_a_block_pool_hands_out_what_it_has_and_no_more():
     pool = m.BlockPool(3, 2)
     assert [pool.allocate() for _ in range(3)] == [0, 1, 2]
     assert pool.num_free_blocks == 0
