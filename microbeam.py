@@ -1015,11 +1015,13 @@ def medusa_decode(
 # f_t+1 that it has just guessed. The head learned on the target's states and not on guessed ones,
 # and its second guess is right less often than Medusa's.
 #
-# Here w1 and w2 start and learn as Medusa's do. The first EAGLE has a whole decoder layer with
-# attention over all states so far, keeps the target's output matrix, learns the states as well as
-# the tokens (Smooth L1, with noise on the states), and guesses a tree. EAGLE-3 learns the tokens
-# alone, from states of several layers, and on its own guesses: so it knows what it will read at the
-# second guess. Multi-token prediction (DeepSeek-V3) trains such a layer together with the model.
+# Here w1 and w2 start and learn as Medusa's do, by the tokens alone: nothing asks that the guessed
+# state is like the target's, only that w2 makes the right token of it. The first EAGLE has a whole
+# decoder layer with attention over all states so far, keeps the target's output matrix, learns the
+# states as well as the tokens (Smooth L1, with noise on the states), and guesses a tree. EAGLE-3
+# learns the tokens alone, from states of several layers, and on its own guesses: so it knows what
+# it will read at the second guess. Multi-token prediction (DeepSeek-V3) trains such a layer
+# together with the model.
 #
 # In production: vLLM's v1/spec_decode/eagle.py. Measured by show_eagle().
 
@@ -1342,7 +1344,7 @@ def check_filters(trace: Trace) -> None:
     tail = [0.4, 0.15, 0.15, 0.15, 0.15]
     three = [0.76, 0.19, 0.05]
     cases = [  # probabilities, a setting, and how many of the tokens it keeps
-        (tail, {"top_k": 1}, 1),
+        (tail, {"top_k": 1}, 1), (tail, {"top_p": 0.9}, 5),
         (tail, {"top_k": 2}, 5),
         (tail, {"top_p": 0.5}, 2),
         (tail, {"min_p": 0.5}, 1),
@@ -1934,6 +1936,9 @@ def fewer_passes(row: Way, other: Way) -> str:
     gaps = list(map(operator.sub, other.per_text, row.per_text))
     gap = fmean(gaps)
     limit = 2 * standard_error(gaps)
+    if gap and not limit:
+        more = compare_words(gap, 0, "fewer", "more")
+        return f"{row.way} takes {abs(gap):.0f} passes {more} than {other.way}, on each text"
     if abs(gap) <= limit:
         return (f"{row.way} and {other.way} differ by {abs(gap):.2f} passes (two standard errors: "
                 f"{limit:.2f}), which shows nothing")
@@ -2086,9 +2091,9 @@ def show_eagle(trace: Trace, knobs: Namespace) -> None:
     smaller = measure_two_guesses(lab, "a smaller Llama", n)
     rows = [chain, eagle, smaller]
     output = VOCAB_SIZE * lab.target.config.dim
-    trace.say("EAGLE guesses the next hidden state from the last one and from the token just "
-              "chosen, which Medusa's heads do not know. Its second guess starts from the state "
-              f"that it has guessed itself. Chains of two guesses, {COMPARED_TEXTS} texts of {n} "
+    trace.say("EAGLE makes a hidden state for the next place from the last one and from the token "
+              "just chosen, which Medusa's heads do not know. Its second guess starts from the "
+              f"state that it has made. Chains of two guesses, {COMPARED_TEXTS} texts of {n} "
               "tokens after a prompt that has been read. All three were trained for "
               f"{lab.draft_steps} steps, and run once per guess:")
     trace.ask("Which takes fewest passes: Medusa chain; EAGLE; a smaller Llama?",

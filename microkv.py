@@ -1730,9 +1730,12 @@ def show_chunked(trace, knobs) -> None:
               f"token. What is their longest gap, in ms, if a step runs at most {budget} tokens?",
               rows[budget].worst_gap)
     trace.lines(["", f"chunked, at most {budget} tokens per step:", *clock_line(chunked)])
-    trace.say("Chunks make the longest gap shorter than whole prompts do. What they cost: the "
-              "prompt takes several steps, so the first token of request 3 comes later. How large "
-              "should the budget be?")
+    if rows[budget] == whole_row._replace(budget=rows[budget].budget):
+        trace.say("This budget holds the whole prompt, so nothing changes. How large should it be?")
+    else:
+        trace.say("Chunks make the longest gap shorter than whole prompts do. What they cost: the "
+                  "prompt takes several steps, so the first token of request 3 comes later. How "
+                  "large should the budget be?")
     show_budgets(trace, rows, whole_row)
     alone = knobs.lab.solo_tokens(requests)
     trace.check("every request's tokens are those it gets alone, both ways",
@@ -2043,8 +2046,8 @@ def show_load(trace, knobs) -> None:
     curves = {way: measure_load(way, (5, 10, 20, 40, 80), 80, knobs.seed)
               for way in ("static", "continuous", "chunked", "split")}
     kept = {way: goodput(rows) for way, rows in curves.items()}
-    trace.say("In short: while few requests come, every way is fast. As more come, first tokens or "
-              "gaps get long, in some ways sooner than in others.")
+    trace.say("In short: while few requests come, all ways but static batches are fast. As more "
+              "come, first tokens or gaps get long, in some ways sooner than in others.")
     trace.say("A serving system is judged by its times under load. 80 requests with prompts of 64 "
               "to 448 tokens and answers of 8 to 56 come at random to two cards. They go to card "
               "1, card 2, card 1, …, or one card does the prefill and the other the decode (split, "

@@ -566,8 +566,8 @@ def double_quantize(absmaxes: Matrix, block_size: int = 256) -> tuple[Matrix, by
 # is divided by s once. (wo and w2 read no norm, and are rounded as they are.) At α = 1, s is
 # max|x|: all channels of x become equally large. At α = 0, s is 1 / max|w|: all columns of W become
 # equally large. In between both have a part. An example: max|x| = 16 and max|w| = 1. With α = 1/2,
-# s is 4: x then reaches to 4, and w too. (Why does α = 0 help x at all? Where x is large, a trained
-# model usually has small weights. If max|w| is 0.1 there, s is 10, and x is divided by it.)
+# s is 4: x then reaches to 4, and w too. (Why does α = 0 help x at all? It does so if weights are
+# small where x is large, as in our model. If max|w| is 0.1 there, s is 10, and x is divided by it.)
 #
 # FP8 is the format. Its steps grow with the numbers, so outliers cost small activations little. But
 # it has 3 bits of mantissa where INT8 has 7 bits: whatever is not small is rounded more coarsely.
@@ -1808,9 +1808,10 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
         uses = "It uses them." if silent.loss > model.loss else "It hardly uses them."
         trace.say(f"As in large models, a few channels (numbers "
                   f"{' and '.join(map(str, lab.outliers))} of {lab.config.dim}) are many times "
-                  f"larger than the others. They were given to it: the norms multiply them by a "
-                  f"factor that began at {knobs.outliers[1]:g}, the others by one that began at 1. "
-                  f"The model learned with them. {uses}")
+                  "larger than the others. They were given to it: the norms multiply them by a "
+                  f"factor that began at {knobs.outliers[1]:g}, the others by one that began at 1, "
+                  "and the weights that read them began at a quarter of the others' size. The "
+                  f"model learned with them. {uses}")
     trace.ask(f"the weight of {name} furthest from 0 is {furthest.weight:+.4f}. Which code is it "
               f"in INT{knobs.bits}?", furthest.code)
     trace.say(f"Five weights of {name} and the one furthest from 0, rounded to INT{knobs.bits} and "
@@ -1966,11 +1967,11 @@ def show_rounded_models(trace: Trace, lab: Lab, setting: Setting) -> None:
               f"perplexity {math.expm1(tensor.kl):.0%} higher. A scale per channel "
               f"{compare(channel, tensor)} one per tensor. A scale per group of {g} "
               f"{compare(group, channel)} one per channel. Q4_0 and Q8_0 (section 3) have groups "
-              "of 32. Q4_0 uses all 16 codes of 4 bits instead of 15; that makes its steps an "
-              "eighth smaller.")
+              "of 32. Q4_0 uses all 16 codes of 4 bits, where INT4 uses 15; that makes its steps "
+              "an eighth smaller.")
     trace.say("One model proves little, so methods are compared on others as well.")
     show_20_models(trace, 2)
-    trace.say("Groups gain little over channels here, as a row of 64 weights has only two of 32. "
+    trace.say("Groups of 32 gain little over channels here, as a row of 64 weights has only two. "
               "The rows of real models have thousands of weights, and groups are usual there. So "
               "this page measures by them.")
 
@@ -1986,6 +1987,8 @@ def check_comparisons(trace: Trace) -> None:
                 == ["is better than", "is worse than", "is in a tie with"], "verse by verse")
     trace.check("the mean of 1 and 3 is 2, its standard error 1",
                 mean_and_error([(1.0, 1), (3.0, 1)]) == (2.0, 1.0), "by hand")
+    trace.check("the codes 1 and 2 of 4 bits make the byte 0x21", pack_bits([1, 2], 4) == b"\x21",
+                "by hand")
 
 
 # 3. llama.cpp's blocks
@@ -2108,6 +2111,9 @@ def show_nf4(trace: Trace, knobs: Namespace) -> None:
     trace.check("bits counted = 4 + 32/64, and 4 + 8/64 + 32/(64 · 256) + the mean's 32 over all",
                 (nf4.bits, double.bits) == (4.5, 4 + 8 / 64 + 32 / (64 * 256) + 32 / 16384),
                 "equal")
+    trace.self_tests()
+    trace.check("beside 0.25, a weight of -2 stays -2",
+                quantize_nf4([[0.25, -2.0]], block_size=2).dequantize()[0][1] == -2, "by hand")
 
 
 # 5. Activations too
@@ -2176,7 +2182,7 @@ def show_activations(trace: Trace, knobs: Namespace) -> None:
               f"point?", channels[0].kept)
     w2 = next(row for row in channels if row.matrix.endswith("w2"))
     trace.say("LLM.int8() multiplies in floating point the channels that reach 6.0, and keeps "
-              "their weights in FP16. (Largest is the largest activation of all channels, and "
+              "their weights as they are. (Largest is the largest activation of all channels, and "
               "median that of the channel in the middle.) That threshold is made for large models, "
               "where only "
               f"outliers reach it. Here {w2.kept} of w2's {w2.channels} inputs do. (wk and wv read "
@@ -2299,7 +2305,7 @@ def show_gptq(trace: Trace, knobs: Namespace) -> None:
     trace.ask(f"INT{bits} in groups of {g} has a KL of {nearest_score.kl:.4f} when rounded to "
               f"nearest. And with GPTQ?", plain.kl)
     trace.say(f"The model at INT{bits} in groups of {g}. GPTQ saw {len(lab.calibration)} tokens of "
-              "calibration text; in the last row, one.")
+              "calibration text; in the last row, the first of them alone.")
     trace.table([nearest_score, plain, ordered, starved], SCORE_COLUMNS)
     trace.say(f"GPTQ {compare(plain, nearest_score)} rounding to nearest, with the same bytes. "
               f"act-order {compare(ordered, plain)} GPTQ in the order of the columns. Calibrated "
@@ -2344,9 +2350,15 @@ def check_gptq(trace: Trace, w: Matrix, x: Matrix, bits: int) -> None:
     trace.check("H of the inputs (1, 2) and (3, 4) = (20, 28), (28, 40)",
                 hessian_of([[1.0, 2.0], [3.0, 4.0]]) == [[20.0, 28.0], [28.0, 40.0]], "by hand")
     plain = quantize(w, bits, granularity=8)
-    trace.check("with uncorrelated inputs GPTQ = rounding to nearest, act-order or not",
-                gptq(w, identity, bits, granularity=8) == plain
-                == gptq(w, identity, bits, granularity=8, act_order=True), "equal")
+    sizes = [[i + 1.0 if i == j else 0.0 for j in range(len(w[0]))] for i in range(len(w[0]))]
+    trace.check("with uncorrelated inputs of different sizes GPTQ = rounding to nearest, act-order "
+                "or not",
+                gptq(w, sizes, bits, granularity=8) == plain
+                == gptq(w, sizes, bits, granularity=8, act_order=True), "equal")
+    larger_h = [[1e6 * value for value in row] for row in h]
+    trace.check("inputs a thousand times as large give the same codes, as damping grows with them",
+                gptq(w, larger_h, bits, granularity=8).codes
+                == gptq(w, h, bits, granularity=8).codes, "groups of 8")
     moved = gptq(w, h, bits, granularity=8).scales
     first = gptq(w, h, bits, granularity=8, act_order=True).scales
     trace.check("GPTQ lays the later grids of a row on repaired weights, act-order all on W as it "
@@ -2659,10 +2671,11 @@ def show_table(trace: Trace, knobs: Namespace) -> None:
     nf4_better = max(scores["NF4"].kl, scores["NVFP4"].kl) < scores["INT in groups"].kl
     if (knobs.bits, knobs.group_size) == (4, 32) and lab.outliers and nf4_better:
         trace.say("NF4 and NVFP4 do better than INT4 in groups, although they are hardly more "
-                  "exact on the whole. The reason is the outliers. Training made the weights that "
-                  "meet them small. Errors of these weights cost most, and NF4 and NVFP4 have the "
-                  "finest steps near 0. This was tried: with NF4's values in these columns alone, "
-                  "and INT4's in all others, the 20 models had 0.22 to 0.80 of the KL of INT4.")
+                  "exact on the whole. The reason is the outliers. The weights that meet them are "
+                  "small (they began so). Errors of these weights cost most, and NF4 and NVFP4 "
+                  "have the finest steps near 0. This was tried: with NF4's values in these "
+                  "columns alone, and INT4's in all others, the 20 models had 0.22 to 0.80 of the "
+                  "KL of INT4.")
     check_table(trace, lab, knobs.setting)
 
 
@@ -2763,8 +2776,9 @@ def show_fp4(trace: Trace, knobs: Namespace) -> None:
     trace.say(f"NVFP4, with a quarter of a bit more, {compare(nv, mx)} MXFP4. MXFP4, with a "
               f"quarter of a bit less, {compare(mx, q4_0)} Q4_0.")
     show_20_models(trace, 11)
-    trace.say("Both gain by their fine steps near 0, where the weights that meet outliers are "
-              "(section 9). On 20 models without outliers, MXFP4 had 1.1 to 3.6 times Q4_0's KL.")
+    trace.say("Where MXFP4 gains, it gains by its fine steps near 0, where the weights that meet "
+              "outliers are (section 9): on 20 models without outliers, it had 1.1 to 3.6 times "
+              "Q4_0's KL.")
     check_fp4(trace, lab, mx.bits, nv.bits)
 
 
@@ -2906,6 +2920,10 @@ def check_hqq_squeezellm(
                 all(flatten(decoded)[i] == fp16(weights[i]) for i in apart),
                 " and ".join(f"{weights[i]:.4f}" for i in apart))
     trace.self_tests()
+    # The error of 0.44, 1.44 and 2.44 is 0.44 each, that of 0 and 15 is 0.
+    moved = best_zero_point([0.0, 0.44, 1.44, 2.44, 15.0], 1.0, -8, 4, 0.7, 10.0)
+    trace.check("of 0, 0.44, 1.44, 2.44 and 15, HQQ moves the zero point from -8 towards -8.44, "
+                "where three are exact", -8.44 < moved < -8.3, f"{moved:.2f}")
     trace.check("k-means of 0, 2, 10 with weights 1, 3, 1 into two = 1.5 and 10",
                 weighted_kmeans([0.0, 2.0, 10.0], [1.0, 3.0, 1.0], 2) == [1.5, 10.0], "by hand")
     trace.check("shrink() of 0.5 with p = 0.7 and β = 10 is 0.5 - 0.5^(-0.3) / 10; of 0.1 it is 0",
