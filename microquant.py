@@ -2355,9 +2355,9 @@ def check_gptq(trace: Trace, w: Matrix, x: Matrix, bits: int) -> None:
                 "or not",
                 gptq(w, sizes, bits, granularity=8) == plain
                 == gptq(w, sizes, bits, granularity=8, act_order=True), "equal")
-    larger_h = [[1e6 * value for value in row] for row in h]
-    trace.check("inputs a thousand times as large give the same codes, as damping grows with them",
-                gptq(w, larger_h, bits, granularity=8).codes
+    smaller_h = [[1e-6 * value for value in row] for row in h]
+    trace.check("inputs a thousandth as large give the same codes, as damping shrinks with them",
+                gptq(w, smaller_h, bits, granularity=8).codes
                 == gptq(w, h, bits, granularity=8).codes, "groups of 8")
     moved = gptq(w, h, bits, granularity=8).scales
     first = gptq(w, h, bits, granularity=8, act_order=True).scales
