@@ -9,10 +9,11 @@ Nothing is trained. The heads that are drawn are built by hand, so that you can 
 them looks for; where only sizes and sums count, the weights are random.
 
 How to read it
-  1. Read the words below (2 minutes), run `python3 microattention.py` and read what it prints
-     (15 minutes).
-  2. Read THE TECHNIQUES, in order (45 minutes). Sections 1 to 6 and 8 are the core of the chapter.
-     Section 7, the memory of real models, can wait.
+  1. Read the words below (2 minutes), run `python3 microattention.py` and read sections 1 to 5 of
+     what it prints (10 minutes).
+  2. Read THE TECHNIQUES, in order: sections 1 to 5 are the core of the chapter (30 minutes).
+     Sections 6 to 8 (MLA, the memory of real models, several cards) can wait, in the trace and in
+     the source (25 minutes).
   3. THE EXPERIMENTS say how each number of the trace was measured. THE MODEL AND THE BENCH has the
      heads built by hand. SHARED BY THE FIVE, which the five scripts of this collection have in
      common, reads text, prints and parses the command line.
@@ -2529,11 +2530,11 @@ SECTIONS = [
     Section("Positions: RoPE and ALiBi", show_positions,
             [rope, llama3_thetas, alibi_slopes, alibi_bias]),
     Section("Multi-head latent attention (MLA)", show_mla,
-            [mla_compress, mla_attention, mla_attention_absorbed]),
+            [mla_compress, mla_attention, mla_attention_absorbed], core=False),
     Section("The bill: cache and work of real models", show_bill,
             [kv_bytes_per_token, cache_bytes, decode_multiplications], core=False),
     Section("Model parallelism: heads and layers on several cards", show_parallel,
-            [tensor_parallel_attention, heads_of_ranks, run_pipeline]),
+            [tensor_parallel_attention, heads_of_ranks, run_pipeline], core=False),
 ]
 
 
