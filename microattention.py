@@ -9,8 +9,8 @@ Nothing is trained. The heads that are drawn are built by hand, so that you can 
 them looks for; where only sizes and sums count, the weights are random.
 
 How to read it
-  1. Read the words below (2 minutes), run `python3 microattention.py` and read sections 1 to 5 of
-     what it prints (10 minutes).
+  1. Read the words below (3 minutes), run `python3 microattention.py` and read sections 1 to 5 of
+     what it prints (12 minutes).
   2. Read THE TECHNIQUES, in order: sections 1 to 5 are the core of the chapter (30 minutes).
      Sections 6 to 8 (MLA, the memory of real models, several cards) can wait, in the trace and in
      the source (25 minutes).
@@ -248,9 +248,10 @@ def visible_keys(
 # product makes the queries of all heads, and split_heads() cuts them apart.
 #
 # The heads that this script looks at are built by hand (build_heads), so that it is known what they
-# look for: the same word, the token one back, everything alike, or the first token. Trained models
-# have heads that look one back (Olsson et al. 2022, arXiv:2209.11895) and heads that rest on the
-# first token (StreamingLLM, section 4).
+# look for: the same word, the token one back, everything alike, or the first token. Their
+# embeddings hold the word and its position. (How positions enter real models: section 5.) Trained
+# models have heads that look one back (Olsson et al. 2022, arXiv:2209.11895) and heads that rest on
+# the first token (StreamingLLM, section 4).
 #
 # In production: transformers has it in plain PyTorch, eager_attention_forward() in
 # models/llama/modeling_llama.py.
@@ -456,8 +457,10 @@ class RollingKVCache:
 
 # 5. Positions: RoPE and ALiBi
 #
-# Attention by itself does not know the order of the tokens. RoPE rotates queries and keys by their
-# position p. Two neighbouring channels are read as one complex number, and pair m turns by p·θ_m:
+# A score by itself does not depend on where the tokens stand; only the causal mask tells earlier
+# from later. RoPE rotates queries and keys by their position p. Two neighbouring channels are read
+# as one complex number, and pair m turns by p·θ_m: the first pairs fast, to tell near places apart,
+# and the last ones slowly, for far places.
 #
 #     (x[2m], x[2m+1])  ->  (x[2m] + i·x[2m+1]) · e^(i·p·θ_m)        θ_m = base^(-2m/d)
 #
@@ -488,7 +491,7 @@ class RollingKVCache:
 # Keys that were cached with the old angles do not fit the new ones.
 #
 # ALiBi leaves q and k alone and subtracts slope · distance from each score. Every head has a slope
-# of its own: a steep one looks near, a gentle one far. RoPE is what models use today.
+# of its own: a steep one looks near, a gentle one far. Most models today use RoPE.
 #
 # Not about positions, but done at the same place: many models normalize q and k before they meet,
 # so that the scores cannot grow during training. This is QK-norm, an RMSNorm (each vector divided
@@ -1012,7 +1015,8 @@ def show_multi_head(trace: Trace, knobs: Namespace) -> None:
               "values of its own. Their outputs are put side by side, and the matrix wo mixes "
               "them. A head that looks one back draws a line below the diagonal (the first token "
               "has only itself). One that looks everywhere fades downwards, because each row has "
-              "more keys to share its weight among." + knobs.cut)
+              "more keys to share its weight among. (The embeddings of these heads hold each "
+              "token's position. Section 5 shows how positions enter real models.)" + knobs.cut)
     last = min(len(x), MAP_TOKENS) - 1
     row = maps[1][last]
     trace.ask(f"the second head looks one back. Which token does token {last}, "
@@ -1089,7 +1093,7 @@ def show_grouped(trace: Trace, knobs: Namespace) -> None:
                 max(row.error for row in rows) < 1e-12, "|Δ| < 1e-12")
     trace.check("sharing does not change the work on the cache: pairs × 2·head_dim × query heads",
                 {row.multiplications for row in rows} == {len(x) * (len(x) + 1) * knobs.dim},
-                f"{mha.multiplications:,} multiplications each")
+                f"{mha.multiplications:,} each; head_dim = {knobs.dim // knobs.n_heads}")
     x = embed(knobs.tokens, knobs.seed)
     alike = convert_to_gqa(x, ["same word", "same word", "one back", "one back"], 2)
     different = convert_to_gqa(x, list(JOBS), 2)
@@ -1235,15 +1239,15 @@ def show_hidden(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
     """Show how far the outputs of heads move when a window hides keys."""
     x = embed(knobs.tokens, knobs.seed)
     rows = compare_windowed(x, knobs.window, knobs.sinks, rng)
-    trace.say("What a window costs depends on what a head looks for. Five heads, built by hand, "
-              "run with all keys and with the window. The table shows how far apart the two "
-              "outputs are, divided by the size of the values; 0 means that the window changed "
-              "nothing. The values are random, but that of token 0 is 0.")
-    trace.say("The weights of a head must sum to 1. A head that finds nothing can still put out 0: "
-              "it rests on token 0. If a window hides that token, the weights fall on tokens that "
-              "the head did not mean to read, and its output is not 0; if the token is kept as a "
-              "sink, it is. A learned sink is one more term in the softmax's sum, which takes "
+    trace.say("What a window costs depends on what a head looks for. The weights of a head must "
+              "sum to 1. A head that finds nothing can still put out 0 if token 0 has the value 0, "
+              "as here: it rests there. If a window hides that token, the weights fall on tokens "
+              "that the head did not mean to read, and its output is not 0; if the token is kept "
+              "as a sink, it is. A learned sink is one more term in the softmax's sum, which takes "
               "weight and has no value. It needs no token.")
+    trace.say("Five heads, built by hand, run with all keys and with the window, on random values: "
+              "how far apart are the two outputs, divided by the length of the values? 0 means "
+              "that the window changed nothing.")
     trace.table(rows, {"head_looks_for": "", "window": ".2f bar 10 of 1",
                        f"with_sinks as with {plural(knobs.sinks, 'sink')}": ".2f bar 10 of 1"})
     trace.note("That trained models rest on the first token is a finding of Xiao et al. 2023. "
@@ -1359,10 +1363,11 @@ def show_positions(trace: Trace, knobs: Namespace) -> None:
     places = (0, 7, 100, 5000)
     distances = (0, 1, 2, 8, 32)
     scores = [[score_at(q, k, place + far, place) for far in distances] for place in places]
-    trace.say("A score does not depend on where the two tokens stand: attention alone does not "
-              "know which word came first. RoPE brings the positions in. It takes the channels of "
-              "q and k two by two, as points in a plane, and turns each point by an angle in "
-              "proportion to the position.")
+    trace.say("A score does not depend on where the two tokens stand; only the causal mask tells "
+              "earlier from later. RoPE brings the positions in. It takes the channels of q and k "
+              "two by two, as points in a plane, and turns each point by an angle in proportion to "
+              "the position, some points fast and some slowly: fast ones tell near places apart, "
+              "slow ones far places.")
     trace.ask(f"a query 8 tokens after a key at 0 scores {scores[0][3]:.4f}. What does it score 8 "
               f"tokens after the same key at {places[-1]}?", scores[-1][3])
     trace.say(f"Here are the scores of one random q and k of {d} channels at different places. "
@@ -2475,8 +2480,9 @@ def print_summary(trace: Trace, next_experiment: str) -> None:
     if trace.failed:
         summary.append(f"{trace.failed} of {trace.failed + trace.held} checks FAILED.")
     elif trace.held:
-        of_them = f", {trace.all_unlisted} of them self-tests" if trace.all_unlisted else ""
-        summary.append(f"All {trace.held} checks held{of_them}.")
+        summary.append(f"All {trace.held} checks held.")
+        if trace.all_unlisted:
+            summary[-1] += f" (Self-tests: {trace.all_unlisted}.)"
     else:
         summary.append("No check was reached.")
     if trace.unwritten:

@@ -3179,8 +3179,9 @@ def print_summary(trace: Trace, next_experiment: str) -> None:
     if trace.failed:
         summary.append(f"{trace.failed} of {trace.failed + trace.held} checks FAILED.")
     elif trace.held:
-        of_them = f", {trace.all_unlisted} of them self-tests" if trace.all_unlisted else ""
-        summary.append(f"All {trace.held} checks held{of_them}.")
+        summary.append(f"All {trace.held} checks held.")
+        if trace.all_unlisted:
+            summary[-1] += f" (Self-tests: {trace.all_unlisted}.)"
     else:
         summary.append("No check was reached.")
     if trace.unwritten:

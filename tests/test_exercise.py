@@ -677,9 +677,8 @@ class TestOneReport:
 
     def test_it_begins_with_how_many_tests_ran(self, report):
         beginning = " ".join(report.split()).partition(" ==")[0]
-        assert re.fullmatch(r"\d+ of \d+ tests match -k alibi or bytes or .*; a function's tests "
-                            r"are those that call it\. A function that is right so far may still "
-                            r"fail in the others; in the end, grade it by all of them\.", beginning)
+        assert re.fullmatch(r"\d+ of \d+ tests match -k alibi or bytes or .*: what is right so far "
+                            r"may fail in the others\. In the end, run them all\.", beginning)
 
     def test_grades_tell_done_from_wrong_and_unwritten(self, report, my_scripts):
         assert " microattention: 5 of 12 right so far " in report
@@ -1102,7 +1101,7 @@ def test_tests_are_left_out_when_the_others_have_taken_long(tmp_path, monkeypatc
     grader.n_tests = 2
     assert what_ran(grader).startswith(
         "1 of the tests is left out, because the others took more than 0 seconds: 0 of them in "
-        "your double. 1 of 2 tests ran; a function's tests are those that call it. ")
+        "your double. 1 of 2 tests ran: ")
 
 
 def what_ran(grader):
@@ -1113,10 +1112,10 @@ def what_ran(grader):
 
 
 @pytest.mark.parametrize("n_tests, n_left_out, keyword, beginning", [
-    (4, 333, "alibi", "4 of 337 tests match -k alibi; a function's tests are those that call it."),
-    (1, 336, "slopes", "1 of 337 tests matches -k slopes; "),
+    (4, 333, "alibi", "4 of 337 tests match -k alibi: what is right so far may fail in the"),
+    (1, 336, "slopes", "1 of 337 tests matches -k slopes: "),
     (0, 337, "nosuch", "No test matches -k nosuch."),
-    (3, 334, "", "3 of 337 tests ran; "),
+    (3, 334, "", "3 of 337 tests ran: "),
     (337, 0, "a", ""),
 ])
 def test_what_ran_is_said_unless_all_did(n_tests, n_left_out, keyword, beginning, tmp_path):

@@ -816,8 +816,7 @@ class Grader:
             tests = f"Only the {self.n_tests} tests that you named ran"
         else:
             return
-        text = (f"{tests}; a function's tests are those that call it. A function that is right so "
-                "far may still fail in the others; in the end, grade it by all of them.")
+        text = f"{tests}: what is right so far may fail in the others. In the end, run them all."
         reporter.ensure_newline()
         reporter.write_line(wrapped(text))
 
