@@ -1753,6 +1753,7 @@ class Loss(NamedTuple):
     perplexity: float
 
 
+@cache
 def compare_losses(lab: Lab) -> list[Loss]:
     """Return the least loss, the model's with and without its outliers, and that of guessing."""
     silent = copy_weights(lab.model.weights)
@@ -1787,13 +1788,31 @@ class Rounded(NamedTuple):
 def show_numbers(trace: Trace, knobs: Namespace) -> None:
     """Show the model under test, weights to codes and back, and the float formats."""
     lab = lab_of(knobs)
-    least, model, silent, guessing = losses = compare_losses(lab)
+    show_model(trace, lab, knobs.outliers[1])
     name = "layers.0.attention.wv"
     w = lab.model.weights[name]
     q = quantize(w, knobs.bits)
     rows = list(map(Rounded, flatten(w), flatten(q.codes), flatten(q.dequantize())))
     furthest = max(rows, key=lambda row: abs(row.weight))
 
+    trace.ask(f"the weight of {name} furthest from 0 is {furthest.weight:+.4f}. Which code is it "
+              f"in INT{knobs.bits}?", furthest.code)
+    trace.say(f"Five weights of {name} and the one furthest from 0, rounded to INT{knobs.bits} and "
+              f"back. One scale serves the whole matrix. (It is rounded up to FP16, so even the "
+              "largest weight is not exact.)")
+    trace.table([*rows[:5], furthest], {"weight": "+.4f", "code": "d", "back": "+.4f"})
+    show_formats(trace)
+    check_model(trace, lab)
+    trace.check("no weight moved by more than half a step",
+                all(abs(row.weight - row.back) <= q.scales[0][0] / 2 for row in rows),
+                f"{len(rows):,} weights")
+    trace.self_tests()
+    check_rounding_by_hand(trace)
+
+
+def show_model(trace: Trace, lab: Lab, gain: float) -> None:
+    """Show the model under test, its losses and its outliers. gain: what these began with."""
+    least, model, silent, guessing = losses = compare_losses(lab)
     verse = lab.tokenizer.decode(split_verses(lab.training)[0]).strip()
     trace.say(f"The model under test is a Llama of {n_numbers(lab.config):,} weights. It learned "
               f"verses made of the clauses of a nursery rhyme in another order: \"{verse}\" It is "
@@ -1809,17 +1828,14 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
         trace.say(f"As in large models, a few channels (numbers "
                   f"{' and '.join(map(str, lab.outliers))} of {lab.config.dim}) are many times "
                   "larger than the others. They were given to it: the norms multiply them by a "
-                  f"factor that began at {knobs.outliers[1]:g}, the others by one that began at 1, "
-                  "and the weights that read them began at a quarter of the others' size. The "
-                  f"model learned with them. {uses}")
-    trace.ask(f"the weight of {name} furthest from 0 is {furthest.weight:+.4f}. Which code is it "
-              f"in INT{knobs.bits}?", furthest.code)
-    trace.say(f"Five weights of {name} and the one furthest from 0, rounded to INT{knobs.bits} and "
-              f"back. One scale serves the whole matrix. (It is rounded up to FP16, so even the "
-              "largest weight is not exact.)")
-    trace.table([*rows[:5], furthest], {"weight": "+.4f", "code": "d", "back": "+.4f"})
-    show_formats(trace)
+                  f"factor that began at {gain:g}, the others by one that began at 1, and the "
+                  "weights that read them began at a quarter of the others' size. The model "
+                  f"learned with them. {uses}")
 
+
+def check_model(trace: Trace, lab: Lab) -> None:
+    """Check what the model is measured on, and its loss."""
+    least, model, _, guessing = compare_losses(lab)
     trace.check("the verses that are measured on are in no text that anything learns from",
                 shared_verses(lab) == 0, "compared verse by verse")
     left_out = lab.tokenizer.decode(lab.evaluation[-ENDING_TOKENS:])
@@ -1827,11 +1843,6 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
                 "the ending of a verse")
     trace.check("the model's loss lies between the least one and that of guessing",
                 least.loss < model.loss < guessing.loss, "the first table")
-    trace.check("no weight moved by more than half a step",
-                all(abs(row.weight - row.back) <= q.scales[0][0] / 2 for row in rows),
-                f"{len(rows):,} weights")
-    trace.self_tests()
-    check_rounding_by_hand(trace)
 
 
 def show_formats(trace: Trace) -> None:
