@@ -1344,9 +1344,10 @@ def check_filters(trace: Trace) -> None:
     tail = [0.4, 0.15, 0.15, 0.15, 0.15]
     three = [0.76, 0.19, 0.05]
     cases = [  # probabilities, a setting, and how many of the tokens it keeps
-        (tail, {"top_k": 1}, 1), (tail, {"top_p": 0.9}, 5),
+        (tail, {"top_k": 1}, 1),
         (tail, {"top_k": 2}, 5),
         (tail, {"top_p": 0.5}, 2),
+        (tail, {"top_p": 0.9}, 5),
         (tail, {"min_p": 0.5}, 1),
         (tail, {"typical_p": 0.5}, 4),
         ([0.25] * 4, {"top_p": 0.5}, 2),
