@@ -778,9 +778,9 @@ def gptq(
     late = granularity != "tensor" and not act_order  # then each grid waits for its first column
     codes, scales = [], []
     for row, row_scales in zip(w, plain.scales):
-        row_codes, row_scales = round_and_repair(row, row_scales, u, order, bits, group, late)
+        row_codes, new_scales = round_and_repair(row, row_scales, u, order, bits, group, late)
         codes.append(row_codes)
-        scales.append(row_scales)
+        scales.append(new_scales)
     overhead = grid_bytes(scales, plain.zero_points, bits, granularity, symmetric=True)
     return replace(plain, codes=codes, scales=scales, overhead=overhead)
 
