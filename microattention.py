@@ -1291,6 +1291,9 @@ def show_rolling(trace: Trace, knobs: Namespace, rng: random.Random) -> None:
     dense = dense_attention(q, k, v, lambda i, j: j <= i and (j > i - window or j < sinks))
     trace.check_close("attention() with window and sinks = the dense masked matrix",
                       attention(q, k, v, window=window, sinks=sinks), dense, 1e-12)
+    weights = attention_weights(q, k, window=window, sinks=sinks)
+    trace.check_close("the weights with window and sinks, times the values, are the same",
+                      linear(weights, list(zip(*v))), dense, 1e-12)
     trace.check_close("with the rolling cache = the dense masked matrix", rolled, dense, 1e-12)
     trace.check_close("with a learned sink = the dense matrix with one more term in its sums",
                       attention(q, k, v, sink_logit=1.5),
@@ -1513,7 +1516,7 @@ def show_latent(trace: Trace, w: MLAWeights, n_kv_heads: int) -> None:
     trace.ask(f"a KV head takes {rows[2].numbers} numbers. How many KV heads' worth does MLA take?",
               kv_heads_worth)
     trace.table(rows, {"attention": "", "numbers": "d bar 40"})
-    trace.say(f"MLA takes {kv_heads_worth:.2f} KV heads' worth, whatever the number of heads. "
+    trace.say(f"MLA takes {kv_heads_worth:.2f} KV heads' worth, however many such heads there are. "
               "DeepSeek-V3 has 128 of them: MHA would keep 32,768 numbers, and MLA keeps 576. "
               "GQA with 2 KV heads keeps less than MLA, but all its query heads share those 2, "
               "where every head of MLA has keys and values of its own.")
