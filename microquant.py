@@ -1798,8 +1798,8 @@ def show_numbers(trace: Trace, knobs: Namespace) -> None:
     trace.ask(f"the weight of {name} furthest from 0 is {furthest.weight:+.4f}. Which code is it "
               f"in INT{knobs.bits}?", furthest.code)
     trace.say(f"Five weights of {name} and the one furthest from 0, rounded to INT{knobs.bits} and "
-              f"back. One scale serves the whole matrix. (It is rounded up to FP16, so even the "
-              "largest weight is not exact.)")
+              "back. One scale serves the whole matrix. (It is rounded up to FP16, so even the "
+              "largest weight may not be exact.)")
     trace.table([*rows[:5], furthest], {"weight": "+.4f", "code": "d", "back": "+.4f"})
     show_formats(trace)
     check_model(trace, lab)
